@@ -83,10 +83,10 @@ class Session:
 
     Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send
     what `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
-    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn, close
-    its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`; its
-    answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts with
-    `propose`.
+    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn,
+    close its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`;
+    its answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts
+    with `propose`.
 
     With a twin socket, send the server's commands and the replies to them there, and give `receive` what
     comes from there with ``twin=True``.
