@@ -4,8 +4,8 @@
      └── functions: FunctionConfig …
           └── device: ModelDevice | UpstreamDevice
 
-A configuration file (`load`), the short form of the command line (`devices`) and `simulate-soc` (`soc`) all end
-here, so the server sees one shape whichever way it was started.
+A configuration file (`load`), the short form of the command line (`devices`) and `simulate-soc` (`soc`) all
+end here, so the server sees one shape whichever way it was started.
 """
 
 from __future__ import annotations
