@@ -29,7 +29,8 @@ def build_declared(message: Payload) -> bytes:
     if nested is not None:
         field, _item = nested
         values[field] = [item._asdict() for item in values[field]]
-    if isinstance(message, RegionIoFds):
+    # Without entries it is a request, or a reply shortened because argsz was too small.
+    if isinstance(message, RegionIoFds) and message.entries:
         _check_io_fds(message)
     built: bytes = LAYOUTS[type(message)].build(values)
     return built
@@ -56,19 +57,17 @@ def parse_declared(cls: type[P], payload: bytes) -> P:
             for entry in values[field] or ()
         )
     message = cls(**values)
-    if isinstance(message, RegionIoFds) and len(payload) > REGION_IO_FDS_FIXED:
+    if isinstance(message, RegionIoFds) and message.count and len(payload) > REGION_IO_FDS_FIXED:
         _check_io_fds(message)
     return message
 
 
 def _check_io_fds(message: RegionIoFds) -> None:
-    """All entries or none, and all of the form that argsz and count make of them."""
+    """The entries have to be as many and of the form that argsz and count make of them."""
     entries = message.entries
-    if not entries and not message.count:
-        return
     stride = 40 if all(entry.shadow_offset is None for entry in entries) else 48
     needed = REGION_IO_FDS_FIXED + stride * message.count
-    if not entries or (len(entries), needed) != (message.count, message.argsz):
+    if (len(entries), needed) != (message.count, message.argsz):
         raise ValueError(
             f"{len(entries)} entries do not make count {message.count} and argsz {message.argsz}"
         )
