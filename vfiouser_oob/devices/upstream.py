@@ -235,7 +235,7 @@ class UpstreamSession(BackendSession):
 
     def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
         """Unmap upstream first: while it may use the memory, the range counts as mapped."""
-        self.memory.map.exact(request.address, request.size)
+        self.memory.require(request)
         return self._forward_unmap(request)
 
     async def _forward_unmap(self, request: DmaUnmap) -> None:
