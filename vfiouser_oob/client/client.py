@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import Command, DmaMapFlags, DmaUnmapFlags, IrqSetFlags
-from vfiouser_protocol.errors import CommandError, LocalProtocolError
+from vfiouser_protocol.errors import LocalProtocolError, RemoteProtocolError
 from vfiouser_protocol.messages import (
     DeviceInfo,
     DmaMap,
@@ -120,7 +120,7 @@ class Client(MigrationCommands):
         with closing_on_error(reply.fds):
             try:
                 description = parse_region_info(reply.payload)
-            except CommandError as error:
+            except RemoteProtocolError as error:
                 raise BadReply(f"the server's description of region {index} is malformed: {error}") from error
         return ClientRegion(description, reply.fds[0] if reply.fds else None)
 

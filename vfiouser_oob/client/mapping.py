@@ -46,7 +46,7 @@ class MappedRegion:
         self.trapped = 0
         self.direct = 0
         try:
-            if use_mapping and region.fd is not None and region.description.flags & RegionFlags.MMAP:
+            if use_mapping and region.fd is not None:
                 self._map(region.fd.fileno())
         except BaseException:
             self.close()
@@ -69,7 +69,7 @@ class MappedRegion:
         description = self.description
         writable = description.flags & RegionFlags.WRITE
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        for area in description.areas:
+        for area in description.mappable_areas:
             offset = description.offset + area.offset
             if not area.size or (offset | area.size) % mmap.PAGESIZE:
                 continue  # cannot be mapped; messages reach it as well
