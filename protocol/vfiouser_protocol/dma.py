@@ -1,9 +1,9 @@
 """The DMA map: which windows of its memory a client has given to the server.
 
 Why not a plain sorted list: inserting into and deleting from 65 535 entries moves half a megabyte each time.
-Why not `sortedcontainers`: a position there costs a walk through its index, several per operation, and bursts of
-DMA_MAP and DMA_UNMAP are what an attach and memory hot-plug are made of. So `DmaMap` keeps a two-level sorted
-list of its own. Its rules:
+Why not `sortedcontainers`: a position there costs a walk through its index, several per operation, and bursts
+of DMA_MAP and DMA_UNMAP are what an attach and memory hot-plug are made of. So `DmaMap` keeps a two-level
+sorted list of its own. Its rules:
 
 * `_leaves` are short sorted lists of start addresses; leaf *i* holds the starts from `_floors[i]` up to below
   `_floors[i + 1]`.

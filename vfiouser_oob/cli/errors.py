@@ -63,4 +63,4 @@ def _line(error: BaseException) -> str:
         return f"{place}{error.strerror}"
     if isinstance(error, ConfigError | CommandFailed | VfioUserError | OSError) and text:
         return text
-    return f"internal error: {type(error).__name__}: {text or 'no message'} (--log-level debug shows where)"
+    return f"internal error: {type(error).__name__}: {text or 'no message'}"

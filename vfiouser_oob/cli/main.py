@@ -106,16 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.FAILED
     # The last handler of the process: a user gets a line, never a traceback.
     except (Exception, BaseExceptionGroup, KeyboardInterrupt) as error:  # noqa: BLE001
-        return _report(error, getattr(args, "log_level", None) == "debug")
+        return _report(error, args)
 
 
 def _load(entry: CommandEntry) -> Command:
     return cast("Command", importlib.import_module(entry.module))
 
 
-def _report(error: BaseException, debug: bool) -> ExitCode:
+def _report(error: BaseException, args: argparse.Namespace | None) -> ExitCode:
     code, lines = explain(error)
-    if debug:
+    if getattr(args, "log_level", None) == "debug":
         print(details(error), file=sys.stderr, end="")
     for line in lines:
         print(f"{PROGRAM}: {line}", file=sys.stderr)

@@ -21,7 +21,7 @@ from vfiouser_protocol.errors import DmaFault
 from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 from vfiouser_protocol.pci import ConfigEffects
-from vfiouser_protocol.regions import RegionSpec, SparseArea
+from vfiouser_protocol.regions import RegionSpec
 
 from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, DeviceBackend, DeviceDescription
 from vfiouser_oob.devices.eventfds import Eventfds
@@ -199,14 +199,12 @@ def _region_specs(model: DeviceModel) -> Sequence[RegionSpec]:
         if index == RegionIndex.CONFIG:
             specs.append(RegionSpec(index, model.config.size, RegionFlags.READ | RegionFlags.WRITE))
         elif region is None:
-            specs.append(RegionSpec(index, 0, 0))
+            specs.append(RegionSpec.absent(index))
         else:
             specs.append(_spec_of(region))
     return specs
 
 
 def _spec_of(region: ModelRegion) -> RegionSpec:
-    if region.memory is None:
-        return RegionSpec(region.index, region.size, region.flags)
-    areas = region.areas or (SparseArea(0, region.size),)
-    return RegionSpec(region.index, region.size, region.flags | RegionFlags.MMAP, areas=areas)
+    mappable = region.memory is not None
+    return RegionSpec(region.index, region.size, region.flags, region.areas, mappable=mappable)

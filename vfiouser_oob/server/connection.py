@@ -71,14 +71,13 @@ class Connection(ClientLink):
         self.peer = peer
         self.capabilities = Capabilities()
         self.phase = "negotiating"
-        self.since = trio.current_time()
         self.log = log
         self._noise = RateLimited(log)
         self._budget_s = function.reply_budget_s
         self.session = Session(Role.SERVER, limits)
         self.stream = MessageSocket(sock, limits.max_message_size, function.activity)
         self._twin: TwinSocket | None = None
-        self._backend: BackendSession | None = None
+        self.backend: BackendSession | None = None
         self._handlers: dict[int, Callable[[bytes, list[int], bool], Result]] = {}
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
@@ -115,6 +114,7 @@ class Connection(ClientLink):
             if not await negotiate_version(self, nursery):
                 return "negotiation failed"
             self.phase = "attached"
+            self.function.phase_changed()
             nursery.start_soon(self._dispatch_queued)
             await self._read()
         except EndOfStream as end:
@@ -127,10 +127,6 @@ class Connection(ClientLink):
             return str(error)
         return "the client left"
 
-    def stop(self) -> None:
-        """End the connection from our side."""
-        self._scope.cancel()
-
     async def _tear_down(self) -> None:
         if self._dma is not None:
             self._dma.close()
@@ -138,8 +134,8 @@ class Connection(ClientLink):
             self._abandon(queued)
         self._queue.clear()
         try:
-            if self._backend is not None:
-                await self._backend.close()
+            if self.backend is not None:
+                await self.backend.close()
         finally:
             if self._twin is not None:
                 self._twin.close()
@@ -161,7 +157,7 @@ class Connection(ClientLink):
 
     def adopt(self, backend: BackendSession) -> None:
         """Take the device that was opened for this client; it is closed with the connection."""
-        self._backend = backend
+        self.backend = backend
 
     def start(
         self, client: Capabilities, offer: Capabilities, write_multiple: bool, twin: TwinSocket | None
@@ -174,12 +170,12 @@ class Connection(ClientLink):
             write_multiple: whether both sides take REGION_WRITE_MULTI.
             twin: the second socket, if it was granted; closed with the connection.
         """
-        assert self._backend is not None
+        assert self.backend is not None
         self.capabilities = client
         self._twin = twin
         channel = self.send if twin is None else self._send_on_twin
         self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
-        self._handlers = Handlers(self._backend, offer.max_data_xfer_size, write_multiple).table
+        self._handlers = Handlers(self.backend, offer.max_data_xfer_size, write_multiple).table
 
     def count(self, command: int) -> None:
         """Count a command for `status`."""
@@ -367,3 +363,22 @@ class Connection(ClientLink):
             self._lost = reason
             self.log.error("device lost; its client gets EIO until it reconnects", reason=reason)
             self.function.note_error(reason)
+
+    # For `status`
+
+    @property
+    def sockets(self) -> int:
+        """How many sockets the connection has."""
+        return 1 if self._twin is None else 2
+
+    def dma_summary(self) -> dict[str, int]:
+        """What was transferred by DMA messages."""
+        dma = self._dma
+        if dma is None:
+            return {}
+        return {
+            "reads": dma.reads,
+            "writes": dma.writes,
+            "read_bytes": dma.read_bytes,
+            "written_bytes": dma.written_bytes,
+        }

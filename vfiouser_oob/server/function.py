@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from typing import Any
 
 import trio
 from vfiouser_protocol.constants import Command
 
 from vfiouser_oob.devices.base import DeviceBackend
+from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained
-from vfiouser_oob.server.events import Events
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
@@ -45,7 +46,7 @@ class Function:
         *,
         reply_budget_s: float,
         activity: Activity,
-        events: Events,
+        events: EventHub,
         log: Logger,
         allow_uids: tuple[int, ...] | None = None,
     ) -> None:
@@ -58,12 +59,12 @@ class Function:
         self.connection: Connection | None = None
         self.address = ""
         self.failed: str | None = None
-        self.last_error: dict[str, Any] | None = None
+        self.last_error: str | None = None
+        self.since = time.time()
         self.clients_served = 0
         self._events = events
         self._allow_uids = allow_uids
         self._vacant = trio.Event()
-        self._stopping = False
 
     # Serving
 
@@ -77,7 +78,7 @@ class Function:
             self.note_error(self.failed)
             if self.connection is not None:
                 self.connection.fail(self.failed)
-            self._events.announce(self.name, "failed", reason=self.failed)
+            self._announce("device-failed", reason=self.failed)
 
     async def serve(self, listener: Listener) -> None:
         """Accept clients until cancelled.
@@ -137,7 +138,7 @@ class Function:
         connection = self.connection = Connection(self, sock, peer, self.log)
         self._vacant = trio.Event()
         self.clients_served += 1
-        self._events.announce(self.name, "connected", client=str(peer))
+        self._announce("client-connected", client=str(peer))
         task_status.started()
         reason = "an error of ours"
         try:
@@ -149,15 +150,9 @@ class Function:
         finally:
             self.connection = None
             self._vacant.set()
+            self.phase_changed()
             self.log.info("client detached", client=peer, reason=reason)
-            self._events.announce(self.name, "disconnected", client=str(peer), reason=reason)
-
-    async def stop(self) -> None:
-        """Turn the client out and wait until it is gone."""
-        self._stopping = True
-        if self.connection is not None:
-            self.connection.stop()
-            await self._vacant.wait()
+            self._announce("client-disconnected", client=str(peer), reason=reason)
 
     def close(self) -> None:
         """Give the device back."""
@@ -167,7 +162,15 @@ class Function:
 
     def note_error(self, text: str) -> None:
         """Remember the last error, for `status`."""
-        self.last_error = {"text": text, "at": trio.current_time()}
+        self.last_error = text
+
+    def phase_changed(self) -> None:
+        """Note when the phase changed, and tell watchers."""
+        self.since = time.time()
+        self._announce("phase", phase=self.phase)
+
+    def _announce(self, kind: str, **fields: Any) -> None:
+        self._events.publish(kind, function=self.name, **fields)
 
     @property
     def phase(self) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -127,8 +126,7 @@ async def _answer_version(connection: Connection, event: CommandReceived, nurser
 
 def _within(offer: Capabilities, device: Capabilities) -> Capabilities:
     """The smaller of both sides' limits: what the device cannot take must not be offered."""
-    return replace(
-        offer,
+    return offer._replace(
         max_data_xfer_size=min(offer.max_data_xfer_size, device.max_data_xfer_size),
         max_dma_maps=min(offer.max_dma_maps, device.max_dma_maps),
         pgsizes=max(offer.pgsizes, device.pgsizes),

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 
-class ListenError(Exception):
+class ListenError(OSError):
     """A socket cannot be listened on; the text says which, why and what would help."""
 
 
@@ -71,12 +71,15 @@ def listen_on_path(path: Path, mode: int = 0o660, group: str | None = None) -> L
             os.chown(path, -1, _group_id(group))
         path.chmod(mode)
         sock.listen(_BACKLOG)
-    except (OSError, ListenError) as error:
+    except ListenError:
         sock.close()
         path.unlink(missing_ok=True)
-        if isinstance(error, ListenError):
-            raise
-        raise ListenError(f"cannot set mode {mode:#o} and group {group or '(ours)'} of {path}: {error.strerror}") from error
+        raise
+    except OSError as error:
+        sock.close()
+        path.unlink(missing_ok=True)
+        wanted = f"mode {mode:#o}" + (f" and group {group}" if group is not None else "")
+        raise ListenError(f"cannot give {path} {wanted}: {error.strerror}") from error
     return Listener(sock, path)
 
 
