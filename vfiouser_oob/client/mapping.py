@@ -6,13 +6,12 @@ import mmap
 from dataclasses import dataclass
 from types import TracebackType
 
+from vfiouser_oob.client.client import Client, ClientRegion
 from vfiouser_protocol.constants import RegionFlags
 from vfiouser_protocol.errors import LocalProtocolError
 
-from vfiouser_oob.client.client import Client, ClientRegion
-
-#: Item formats of memoryview.cast by access width. An aligned item is one load or store of that width; slices of bytes
-#: may be torn, and a torn doorbell is a wrong doorbell.
+#: Item formats of memoryview.cast by access width. An aligned item is one load or store of that width; slices
+#: of bytes may be torn, and a torn doorbell is a wrong doorbell.
 _FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -30,7 +29,8 @@ class _MappedArea:
 
 
 class MappedRegion:
-    """A region of a connected client's device, accessed in 1, 2, 4 or 8 bytes, naturally aligned, little-endian.
+    """A region of a connected client's device, accessed in 1, 2, 4 or 8 bytes, naturally aligned,
+    little-endian.
 
     Args:
         client: a connected client.

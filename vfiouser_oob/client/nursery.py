@@ -10,7 +10,9 @@ import trio
 
 @asynccontextmanager
 async def background_nursery() -> AsyncIterator[trio.Nursery]:
-    """Open a nursery whose tasks end with the block; an error of the block leaves it as it is, not in a group."""
+    """Open a nursery whose tasks end with the block; an error of the block leaves it as it is, not in a
+    group.
+    """
     try:
         async with trio.open_nursery() as nursery:
             yield nursery

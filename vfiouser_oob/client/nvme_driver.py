@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
-from vfiouser_protocol.constants import IrqIndex
 
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.errors import ServerGone
@@ -44,6 +43,7 @@ from vfiouser_oob.client.nvme_layout import (
 from vfiouser_oob.client.nvme_queue import NvmeCommand, PagePool, QueuePair, list_pages
 from vfiouser_oob.client.pci_function import PciFunction
 from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_protocol.constants import IrqIndex
 
 _ADMIN_ENTRIES = 32
 #: The class code of an NVMe I/O controller.
@@ -63,7 +63,9 @@ class NvmeDriver:
         bar: BAR 0.
     """
 
-    def __init__(self, client: Client, memory: ClientMemory, function: PciFunction, bar: MappedRegion) -> None:
+    def __init__(
+        self, client: Client, memory: ClientMemory, function: PciFunction, bar: MappedRegion
+    ) -> None:
         self._client = client
         self._memory = memory
         self.function = function
@@ -106,7 +108,9 @@ class NvmeDriver:
         """
         function = await PciFunction.probe(client)
         if function.class_code != _CLASS_NVME:
-            raise NvmeError(f"the function has class {function.class_code:#08x}, an NVMe controller {_CLASS_NVME:#08x}")
+            raise NvmeError(
+                f"the function has class {function.class_code:#08x}, an NVMe controller {_CLASS_NVME:#08x}"
+            )
         bar = await MappedRegion.open(client, 0, use_mapping=use_mapping)
         driver = cls(client, memory, function, bar)
         try:
@@ -121,7 +125,9 @@ class NvmeDriver:
 
     # Start and stop
 
-    async def _start(self, nursery: trio.Nursery, io_queues: int, queue_entries: int, pool_pages: int) -> None:
+    async def _start(
+        self, nursery: trio.Nursery, io_queues: int, queue_entries: int, pool_pages: int
+    ) -> None:
         await self.function.enable()
         await self._enable_vectors(1 + io_queues)
         self.capabilities = ControllerCapabilities.parse(await self.bar.read(CAP, 8))
@@ -227,9 +233,7 @@ class NvmeDriver:
 
     # Commands
 
-    async def admin(
-        self, opcode: int, *, nsid: int = 0, prp1: int = 0, dwords: tuple[int, ...] = ()
-    ) -> int:
+    async def admin(self, opcode: int, *, nsid: int = 0, prp1: int = 0, dwords: tuple[int, ...] = ()) -> int:
         """Execute an admin command; returns dword 0 of its completion."""
         return await self._queues[0].execute(NvmeCommand(opcode, nsid, prp1, 0, dwords))
 

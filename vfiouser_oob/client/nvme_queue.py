@@ -137,7 +137,8 @@ class QueuePair:
             raise ServerGone(f"the NVMe device has gone: {self._failure}")
 
     async def _ring_tail(self) -> None:
-        # One doorbell write may cover the commands of several tasks, and an old tail must never follow a newer one.
+        # One doorbell write may cover the commands of several tasks, and an old tail must never follow a
+        # newer one.
         async with self._ringing:
             if self._rung_tail != self._tail:
                 self._rung_tail = self._tail
@@ -192,8 +193,8 @@ class PagePool:
     async def take(self, count: int) -> AsyncIterator[list[int]]:
         """Borrow pages, waiting until enough are free.
 
-        They come back when the block ends well or by an `NvmeError`, that is when the device is done with them. After
-        a cancellation it may still use them, so they are lost.
+        They come back when the block ends well or by an `NvmeError`, that is when the device is done with
+        them. After a cancellation it may still use them, so they are lost.
         """
         if count > self._total:
             raise MemoryError(f"a transfer needs {count} pages, the pool has {self._total}")

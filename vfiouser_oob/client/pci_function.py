@@ -1,13 +1,14 @@
-"""What firmware and an operating system's PCI core do with a function: look at it, give its BARs addresses, switch it on."""
+"""What firmware and an operating system's PCI core do with a function: look at it, give its BARs addresses,
+switch it on.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vfiouser_oob.client.client import Client
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import RemoteProtocolError
-
-from vfiouser_oob.client.client import Client
 
 _COMMAND = 0x04
 _STATUS = 0x06
@@ -132,9 +133,7 @@ class PciFunction:
     async def enable(self) -> None:
         """Switch on memory decoding and bus mastering, and INTx off."""
         command = await self.read(_COMMAND, 2)
-        await self.write(
-            _COMMAND, 2, command | _COMMAND_MEMORY | _COMMAND_BUS_MASTER | _COMMAND_INTX_DISABLE
-        )
+        await self.write(_COMMAND, 2, command | _COMMAND_MEMORY | _COMMAND_BUS_MASTER | _COMMAND_INTX_DISABLE)
 
     async def disable(self) -> None:
         """Switch off memory decoding and bus mastering."""
