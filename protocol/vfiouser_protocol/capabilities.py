@@ -50,7 +50,7 @@ class MigrationCapability(NamedTuple):
     """Capability `migration`.
 
     Args:
-        pgsize: bytes per bit of a dirty bitmap; the smaller of both sides' is used.
+        pgsize: bytes per bit of a dirty bitmap; the smaller of both sides' is used. 0 means not said.
         max_bitmap_size: largest dirty bitmap in bytes.
     """
 
@@ -122,7 +122,7 @@ class Negotiated(NamedTuple):
     migration_pgsize: int | None
 
 
-# --- Reading ------------------------------------------------------------------------------------------------
+# --- Reading ---
 
 
 def parse_version_request(payload: bytes) -> VersionData:
@@ -163,10 +163,7 @@ def _parse_version(payload: bytes, *, is_reply: bool) -> VersionData:
     members = _load_capabilities(version.data) if version.data else {}
     known = {name: check(members[name], name) for name, check in _CHECKS.items() if name in members}
     nested = {
-        f"{name}.{inner}"
-        for name in ("migration", "twin_socket")
-        if name in known
-        for inner in members[name]
+        f"{name}.{inner}" for name in ("migration", "twin_socket") if name in known for inner in members[name]
     }
     capabilities = Capabilities(**known)
     twin = capabilities.twin_socket
@@ -243,8 +240,8 @@ def _twin_socket(value: Any, name: str) -> TwinSocket:
 def _migration(value: Any, name: str) -> MigrationCapability:
     members = _object(value, name)
     # 0 is taken as if pgsize were not there, as libvfio-user does.
-    pgsize = _number(members.get("pgsize", 0), "migration.pgsize") or DEFAULT_PGSIZES
-    if pgsize < MIN_MIGRATION_PGSIZE or pgsize & (pgsize - 1):
+    pgsize = _number(members.get("pgsize", 0), "migration.pgsize")
+    if pgsize and (pgsize < MIN_MIGRATION_PGSIZE or pgsize & (pgsize - 1)):
         raise _refusal(
             f"migration.pgsize is {pgsize}, it has to be a power of two of at least {MIN_MIGRATION_PGSIZE}"
         )
@@ -265,7 +262,7 @@ _CHECKS: Mapping[str, Callable[[Any, str], Any]] = MappingProxyType(
 )
 
 
-# --- Writing ------------------------------------------------------------------------------------------------
+# --- Writing ---
 
 
 def encode_version(capabilities: Mapping[str, Any] | Capabilities, minor: int = PROTOCOL_MINOR) -> bytes:
@@ -342,29 +339,43 @@ def negotiate(
     theirs = request.capabilities
     wants_twin = theirs.twin_socket is not None and theirs.twin_socket.supported
     twin = TwinSocket(True, 0) if grant_twin and wants_twin and theirs.max_msg_fds > 0 else None
+    pgsize = _common_pgsize(theirs, offer)
     migration = None
-    if theirs.migration is not None and offer.migration is not None:
-        pgsize = min(theirs.migration.pgsize, offer.migration.pgsize)
-        migration = MigrationCapability(pgsize, offer.migration.max_bitmap_size)
+    if pgsize is not None and offer.migration is not None:
+        migration = offer.migration._replace(pgsize=pgsize)
     answer = offer._replace(
         twin_socket=twin, migration=migration, write_multiple=theirs.write_multiple and offer.write_multiple
     )
     members = {name: value for name, value in capability_members(answer).items() if name in request.present}
-    if migration is not None and "migration.max_bitmap_size" not in request.present:
-        del members["migration"]["max_bitmap_size"]
+    if "migration.max_bitmap_size" not in request.present:
+        members.get("migration", {}).pop("max_bitmap_size", None)
     minor = min(request.minor, PROTOCOL_MINOR)
     payload = _fitting_reply(members, minor, request_payload_size)
     # What did not fit into the reply is not agreed on.
-    twin_kept, multi_kept = "twin_socket" in members, "write_multiple" in members
+    twin_kept, multi_kept, migration_kept = (
+        name in members for name in ("twin_socket", "write_multiple", "migration")
+    )
     return Negotiated(
         minor=minor,
         reply_payload=payload,
         client=_effective(theirs, offer),
-        server=answer._replace(write_multiple=multi_kept, twin_socket=twin if twin_kept else None),
+        server=answer._replace(
+            write_multiple=multi_kept,
+            twin_socket=twin if twin_kept else None,
+            migration=migration if migration_kept else None,
+        ),
         twin=twin_kept,
         write_multiple=multi_kept,
-        migration_pgsize=None if migration is None else migration.pgsize,
+        migration_pgsize=pgsize if migration_kept else None,
     )
+
+
+def _common_pgsize(one: Capabilities, other: Capabilities) -> int | None:
+    """The smaller page size of two that mention migration; the default if neither says one."""
+    if one.migration is None or other.migration is None:
+        return None
+    said = [pgsize for pgsize in (one.migration.pgsize, other.migration.pgsize) if pgsize]
+    return min(said, default=DEFAULT_PGSIZES)
 
 
 def _fitting_reply(members: dict[str, Any], minor: int, size: int) -> bytes:
@@ -384,8 +395,8 @@ def _fitting_reply(members: dict[str, Any], minor: int, size: int) -> bytes:
 
 
 def _effective(theirs: Capabilities, ours: Capabilities) -> Capabilities:
-    """What may be sent to the peer: no transfer larger than the peer takes, nor than we would take
-    ourselves.""" size = min(theirs.max_data_xfer_size, ours.max_data_xfer_size)
+    """What may be sent to the peer: no transfer larger than it takes, nor than we would take ourselves."""
+    size = min(theirs.max_data_xfer_size, ours.max_data_xfer_size)
     return theirs._replace(max_data_xfer_size=size)
 
 
@@ -416,9 +427,6 @@ def accept_reply(proposal: VersionData, reply_payload: bytes, nfds: int) -> Nego
         index = theirs.twin_socket.fd_index if theirs.twin_socket else None
         if index is None or index >= nfds:
             raise _refusal(f"twin_socket is descriptor {index}, {nfds} came")
-    pgsize = None
-    if ours.migration is not None and theirs.migration is not None:
-        pgsize = min(ours.migration.pgsize, theirs.migration.pgsize)
     write_multiple = ours.write_multiple and theirs.write_multiple
     return Negotiated(
         minor=reply.minor,
@@ -427,5 +435,5 @@ def accept_reply(proposal: VersionData, reply_payload: bytes, nfds: int) -> Nego
         server=_effective(theirs, ours)._replace(write_multiple=write_multiple),
         twin=twin,
         write_multiple=write_multiple,
-        migration_pgsize=pgsize,
+        migration_pgsize=_common_pgsize(ours, theirs),
     )

@@ -124,7 +124,7 @@ def _first_line(exc: Exception) -> str:
     return (str(exc).strip().splitlines() or [type(exc).__name__])[-1]
 
 
-# --- For people ---------------------------------------------------------------------------------------------
+# --- For people ---
 
 
 def describe(header: Header, payload: bytes, nfds: int, direction: str) -> str:
