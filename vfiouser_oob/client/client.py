@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Self, Unpack
 
 from vfiouser_oob.client.calls import PendingCall, Reply
+from vfiouser_oob.client.connection import ClientOptions, connect_socket
 from vfiouser_oob.client.errors import BadReply
 from vfiouser_oob.client.migration import MigrationCommands
+from vfiouser_oob.client.nursery import background_nursery
 from vfiouser_oob.client.replies import (
     DIRTY_BITMAP_OFFSET,
     bitmap_size,
@@ -92,6 +98,46 @@ class Client(MigrationCommands):
     Every method raises `ReplyError` with the server's errno when it refuses, `BadReply` when its answer makes
     no sense, and `ServerGone` when the connection has ended. A deadline is the caller's cancel scope.
     """
+
+    @classmethod
+    @asynccontextmanager
+    async def from_socket(cls, sock: socket.socket, **options: Unpack[ClientOptions]) -> AsyncIterator[Self]:
+        """Use a connected socket, negotiated, in a block.
+
+        Args:
+            sock: a connected UNIX stream socket; owned from now on.
+            options: the keyword arguments of `Connection`.
+
+        Raises:
+            ReplyError: the server refused VERSION.
+            ServerGone: it went away meanwhile.
+        """
+        client = cls(sock, **options)
+        async with background_nursery() as nursery:
+            await nursery.start(client.run)
+            try:
+                yield client
+            finally:
+                client.close()
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, path: str | os.PathLike[str], **options: Unpack[ClientOptions]
+    ) -> AsyncIterator[Self]:
+        """Connect to a server's socket and use the connection, negotiated, in a block.
+
+        Args:
+            path: where the server listens.
+            options: the keyword arguments of `Connection`.
+
+        Raises:
+            OSError: nobody listens there, or it is not permitted.
+            ReplyError: the server refused VERSION.
+            ServerGone: it went away meanwhile.
+        """
+        async with cls.from_socket(await connect_socket(path), **options) as client:
+            yield client
 
     # The device
 

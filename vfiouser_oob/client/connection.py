@@ -10,13 +10,13 @@ nothing, which is harmless.
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, TypedDict
 
 import trio
-from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
 from vfiouser_oob.client.calls import PendingCall, Reply
 from vfiouser_oob.client.dma import DmaServer, DmaService, NoMemory
@@ -30,6 +30,7 @@ from vfiouser_protocol.errors import LocalProtocolError, StreamError, VfioUserEr
 from vfiouser_protocol.framing import Message
 from vfiouser_protocol.header import command_name
 from vfiouser_protocol.limits import Limits
+from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
 #: A client that waits for one of these holds its big lock in QEMU, and serves no DMA meanwhile.
 _ACCESSES = frozenset({Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
@@ -38,6 +39,35 @@ _ACCESSES = frozenset({Command.REGION_READ, Command.REGION_WRITE, Command.REGION
 _MAX_LOOKS = 4
 #: Messages handled in a row before other tasks get their turn.
 _BURST = 32
+
+
+class ClientOptions(TypedDict, total=False):
+    """Keyword arguments of `Connection`, described there."""
+
+    limits: Limits | None
+    twin_socket: bool
+    minor: int
+    dma_server: DmaServer | None
+    serve_dma_when_idle: bool
+    activity: Activity | None
+
+
+async def connect_socket(path: str | os.PathLike[str]) -> socket.socket:
+    """Connect to a server's socket.
+
+    Args:
+        path: where the server listens.
+
+    Raises:
+        OSError: nobody listens there, or it is not permitted; it carries the path.
+    """
+    try:
+        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
+            await sock.connect(os.fspath(path))
+            return socket.socket(fileno=sock.detach())
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
 
 
 class Connection:

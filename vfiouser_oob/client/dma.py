@@ -7,7 +7,6 @@ import errno
 from collections import deque
 
 import trio
-from vfiouser_protocol.session import Session
 
 from vfiouser_oob.transport.message_socket import MessageSocket
 from vfiouser_protocol.codec import decode, encode
@@ -15,6 +14,7 @@ from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import CommandError, DmaFault, StreamError, VfioUserError
 from vfiouser_protocol.header import Header
 from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
+from vfiouser_protocol.session import Session
 
 #: Commands that may wait to be served. A server that sends more without waiting for replies has lost its
 #: senses, and what it sends is not buffered without end.

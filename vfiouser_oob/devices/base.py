@@ -12,7 +12,7 @@ import abc
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import TypeAlias, TypeVar, Union
 
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.irq import IrqDescription
@@ -23,7 +23,7 @@ from vfiouser_oob.memory.guest import GuestMemory
 
 T = TypeVar("T")
 #: An answer that is there, or one to wait for.
-Answer = T | Awaitable[T]
+Answer: TypeAlias = Union[T, Awaitable[T]]
 
 
 class ResetKind(Enum):

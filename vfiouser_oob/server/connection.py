@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -26,13 +26,13 @@ from vfiouser_protocol.errors import CommandError, StreamError
 from vfiouser_protocol.framing import Message
 from vfiouser_protocol.header import unpack_header
 from vfiouser_protocol.limits import Limits
-from vfiouser_protocol.session import CommandReceived, Refused, Role, Session
+from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
-from vfiouser_oob.server.handlers import Handlers, Reply, Result
+from vfiouser_oob.server.handlers import Handler, Handlers, Reply, Result
 from vfiouser_oob.server.negotiation import TwinSocket, negotiate_version
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.fds import close_fds
@@ -49,7 +49,9 @@ _MAX_QUEUED_BYTES = 64 << 20
 
 
 class _Queued(NamedTuple):
-    command: CommandReceived
+    """A command that waits, for its result or for its turn; or a refusal whose reply has its place in the order."""
+
+    event: CommandReceived | Refused
     deadline: float
     result: Result | None
 
@@ -78,7 +80,7 @@ class Connection(ClientLink):
         self.stream = MessageSocket(sock, limits.max_message_size, function.activity)
         self._twin: TwinSocket | None = None
         self.backend: BackendSession | None = None
-        self._handlers: dict[int, Callable[[bytes, list[int], bool], Result]] = {}
+        self._handlers: dict[int, Handler] = {}
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
@@ -143,9 +145,9 @@ class Connection(ClientLink):
 
     def _abandon(self, queued: _Queued) -> None:
         if queued.result is None:
-            close_fds(queued.command.fds)
-        else:
-            queued.result.close()  # type: ignore[union-attr]
+            close_fds(queued.event.fds)
+        elif isinstance(queued.result, Coroutine):
+            queued.result.close()
 
     async def run_sender(self, stream: MessageSocket) -> None:
         try:
@@ -159,15 +161,12 @@ class Connection(ClientLink):
         """Take the device that was opened for this client; it is closed with the connection."""
         self.backend = backend
 
-    def start(
-        self, client: Capabilities, offer: Capabilities, write_multiple: bool, twin: TwinSocket | None
-    ) -> None:
+    def start(self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None) -> None:
         """Take what was negotiated.
 
         Args:
             client: what the client can take.
             offer: what we said that we can take.
-            write_multiple: whether both sides take REGION_WRITE_MULTI.
             twin: the second socket, if it was granted; closed with the connection.
         """
         assert self.backend is not None
@@ -175,7 +174,7 @@ class Connection(ClientLink):
         self._twin = twin
         channel = self.send if twin is None else self._send_on_twin
         self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
-        self._handlers = Handlers(self.backend, offer.max_data_xfer_size, write_multiple).table
+        self._handlers = Handlers(self.backend, offer.max_data_xfer_size).table
 
     def count(self, command: int) -> None:
         """Count a command for `status`."""
@@ -229,17 +228,21 @@ class Connection(ClientLink):
         if self.log.debug_enabled:
             self.trace_received(message)
         event = self.session.receive(message, twin=twin)
-        if type(event) is CommandReceived:
+        if isinstance(event, CommandReceived):
             self._counts[event.header.command] += 1
+            if event.surplus_fds:
+                close_fds(event.surplus_fds)
             if self._queue:
                 self._enqueue(event, None)
             else:
                 self._execute(event)
-        elif type(event) is Refused:
-            self._refuse(event)
+        elif isinstance(event, ReplyReceived):
+            close_fds((*event.fds, *event.surplus_fds))
+            event.token.resolve(event.header, event.payload)
+        elif self._queue and not event.close:
+            self._enqueue(event, None)
         else:
-            event.token.resolve(event.header, event.payload)  # type: ignore[union-attr]
-            close_fds(event.fds)
+            self._refuse(event)
 
     def trace_received(self, message: Message) -> None:
         """Log a message at debug level, as one readable line."""
@@ -275,9 +278,10 @@ class Connection(ClientLink):
             raise CommandError(f"the device is lost ({self._lost})", errno.EIO)
         return self._handlers[header.command](event.payload, event.fds, header.no_reply)
 
-    def _enqueue(self, event: CommandReceived, result: Result | None) -> None:
+    def _enqueue(self, event: CommandReceived | Refused, result: Result | None) -> None:
         self._queue.append(_Queued(event, trio.current_time() + self._budget_s, result))
-        self._queued_bytes += len(event.payload)
+        if isinstance(event, CommandReceived):
+            self._queued_bytes += len(event.payload)
         self._queue_filled.set()
 
     async def _dispatch_queued(self) -> None:
@@ -285,14 +289,17 @@ class Connection(ClientLink):
         while True:
             await self._queue_filled.wait()
             while self._queue:
-                await self._finish(self._queue[0])
-                done = self._queue.popleft()
-                self._queued_bytes -= len(done.command.payload)
+                queued = self._queue[0]
+                if isinstance(queued.event, Refused):
+                    self._refuse(queued.event)
+                else:
+                    await self._finish(queued.event, queued)
+                    self._queued_bytes -= len(queued.event.payload)
+                self._queue.popleft()
                 self._queue_drained.set()
             self._queue_filled = trio.Event()
 
-    async def _finish(self, queued: _Queued) -> None:
-        event = queued.command
+    async def _finish(self, event: CommandReceived, queued: _Queued) -> None:
         with Contained() as outcome:
             result = self._start(event) if queued.result is None else queued.result
             if not isinstance(result, bytes | Reply):
@@ -322,7 +329,7 @@ class Connection(ClientLink):
         if not event.header.no_reply:
             self.send(self.session.error_reply(event.header, number))
 
-    def send(self, data: bytes, fds: tuple[int, ...] | list[int] = ()) -> None:
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message on the main socket; a broken connection is noticed by the reader."""
         if self.log.debug_enabled:
             header = unpack_header(data[:HEADER_SIZE])

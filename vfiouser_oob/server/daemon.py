@@ -35,11 +35,14 @@ CONTROL_NAME = "control"
 _CONTROL_MODE = 0o660
 
 
-async def run_daemon(config: DaemonConfig) -> None:
-    """Serve until SIGTERM or SIGINT.
+async def run_daemon(
+    config: DaemonConfig, *, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve until SIGTERM or SIGINT, or until cancelled.
 
     Args:
         config: what to serve.
+        task_status: told when every socket listens.
 
     Raises:
         ConfigError: the configuration does not fit the sockets that systemd passed, or names an unusable device.
@@ -47,7 +50,7 @@ async def run_daemon(config: DaemonConfig) -> None:
     """
     with ExitStack() as resources:
         daemon = Daemon(config, resources)
-        await daemon.run()
+        await daemon.run(task_status)
 
 
 class Daemon:
@@ -120,7 +123,7 @@ class Daemon:
 
     # Running
 
-    async def run(self) -> None:
+    async def run(self, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until told to stop."""
         async with trio.open_nursery() as devices:
             for function in self.functions:
@@ -131,6 +134,7 @@ class Daemon:
                 async with trio.open_nursery() as serving:
                     self._start_serving(serving)
                     self._announce_ready()
+                    task_status.started(self)
                     serving.start_soon(self._await_signal, signals, serving.cancel_scope)
             devices.cancel_scope.cancel()
         self._events.close()

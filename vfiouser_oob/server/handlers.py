@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from inspect import isawaitable
 from typing import NamedTuple, TypeAlias
 
 from vfiouser_protocol.codec import decode, encode
@@ -64,7 +63,8 @@ class Reply(NamedTuple):
 
 
 Result: TypeAlias = "bytes | Reply | Awaitable[bytes | Reply]"
-Handler: TypeAlias = Callable[[bytes, list[int], bool], Result]
+#: Payload, descriptors that mean something to the command (taken over), and whether nobody waits for the result.
+Handler: TypeAlias = Callable[[bytes, Sequence[int], bool], Result]
 
 
 class Handlers:
@@ -73,15 +73,13 @@ class Handlers:
     Args:
         session: the device, as opened for this client.
         max_transfer: largest `count` that we take, in bytes.
-        write_multiple: whether REGION_WRITE_MULTI was negotiated.
     """
 
-    def __init__(self, session: BackendSession, max_transfer: int, write_multiple: bool) -> None:
+    def __init__(self, session: BackendSession, max_transfer: int) -> None:
         self._session = session
         self._regions = session.description.regions
         self._irqs = session.description.irqs
         self._max_transfer = max_transfer
-        self._write_multiple = write_multiple
         named: dict[Command, Handler] = {
             Command.DMA_MAP: self.dma_map,
             Command.DMA_UNMAP: self.dma_unmap,
@@ -104,16 +102,14 @@ class Handlers:
 
     # What the device is
 
-    def get_info(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def get_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_INFO."""
-        close_fds(fds)
         _check_argsz(decode(DeviceInfo, payload).argsz, _INFO_SIZE)
         flags = self._session.description.flags
         return encode(DeviceInfo(_INFO_SIZE, flags, len(self._regions), len(self._irqs)))
 
-    def get_region_info(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def get_region_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_REGION_INFO."""
-        close_fds(fds)
         request = decode(RegionInfo, payload)
         if request.index >= len(self._regions):
             raise CommandError(f"region {request.index} of {len(self._regions)}")
@@ -121,9 +117,8 @@ class Handlers:
         fd = self._session.region_fd(request.index) if attach else None
         return reply if fd is None else Reply(reply, (fd,))
 
-    def get_region_io_fds(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def get_region_io_fds(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_REGION_IO_FDS: no region has ioeventfds, which is said with count 0."""
-        close_fds(fds)
         request = decode(RegionIoFds, payload)
         _check_argsz(request.argsz, _INFO_SIZE, MAX_BITMAP_ARGSZ)
         if request.flags or request.count:
@@ -132,9 +127,8 @@ class Handlers:
             raise CommandError(f"region {request.index} of {len(self._regions)}")
         return encode(RegionIoFds(_INFO_SIZE, 0, request.index, 0))
 
-    def get_irq_info(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def get_irq_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_IRQ_INFO."""
-        close_fds(fds)
         request = decode(IrqInfo, payload)
         _check_argsz(request.argsz, _INFO_SIZE)
         if request.index >= len(self._irqs):
@@ -144,48 +138,42 @@ class Handlers:
 
     # Interrupts and reset
 
-    def set_irqs(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def set_irqs(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_SET_IRQS."""
         try:
             request = decode(SetIrqs, payload)
         except CommandError:
             close_fds(fds)
             raise
-        return _empty(self._session.set_irqs(request, fds))
+        return _empty(self._session.set_irqs(request, list(fds)))
 
-    def reset(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def reset(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_RESET."""
-        close_fds(fds)
         return _empty(self._session.reset())
 
     # Registers
 
-    def region_read(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def region_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_READ."""
         if fds:
-            close_fds(fds)
-        offset, region, count = decode(RegionRead, payload)
+            offset, region, count = decode(RegionRead, payload)
         self._check_access(region, offset, count, RegionFlags.READ)
         data = self._session.region_read(region, offset, count) if count else b""
         if isinstance(data, bytes):
             return encode(RegionReadReply(offset, region, count, data))
         return _read_later(data, offset, region, count)
 
-    def region_write(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def region_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_WRITE."""
         if fds:
-            close_fds(fds)
-        offset, region, count, data = decode(RegionWrite, payload)
+            offset, region, count, data = decode(RegionWrite, payload)
         self._check_access(region, offset, count, RegionFlags.WRITE)
         done = self._session.region_write(region, offset, data, posted=no_reply) if count else None
         reply = encode(RegionWriteReply(offset, region, count))
         return reply if done is None else _then(done, reply)
 
-    def region_write_multi(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def region_write_multi(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_WRITE_MULTI: the writes in order, up to the first that fails."""
-        close_fds(fds)
-        if not self._write_multiple:
-            raise CommandError("REGION_WRITE_MULTI without write_multiple negotiated")
         writes = decode(RegionWriteMulti, payload).writes
         return self._write_in_order(writes, no_reply)
 
@@ -216,7 +204,7 @@ class Handlers:
 
     # Client memory
 
-    def dma_map(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def dma_map(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_MAP."""
         try:
             request = decode(DmaMap, payload)
@@ -224,11 +212,10 @@ class Handlers:
         except CommandError:
             close_fds(fds)
             raise
-        return _empty(self._session.dma_map(request, fds))
+        return _empty(self._session.dma_map(request, list(fds)))
 
-    def dma_unmap(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def dma_unmap(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_UNMAP."""
-        close_fds(fds)
         request = decode(DmaUnmap, payload)
         flags = request.flags
         _check_argsz(
@@ -243,7 +230,7 @@ class Handlers:
         if flags & DmaUnmapFlags.ALL:
             if request.address or request.size:
                 raise CommandError("DMA_UNMAP of everything with an address or size")
-            done = self._session.dma_unmap_all()
+            done: Answer[None] = self._session.dma_unmap_all()
         else:
             done = self._session.dma_unmap(request)
         reply = payload[:_UNMAP_SIZE]
@@ -251,27 +238,23 @@ class Handlers:
 
     # Migration: a function without an agent has none, and says so
 
-    def dirty_pages(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def dirty_pages(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DIRTY_PAGES."""
-        close_fds(fds)
         _check_argsz(decode(DirtyPages, payload).argsz, 8)
         raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
 
-    def device_feature(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def device_feature(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_FEATURE."""
-        close_fds(fds)
         request = decode(DeviceFeature, payload)
         raise CommandError(f"feature {request.index} on a function that cannot be migrated")
 
-    def mig_data_read(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def mig_data_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """MIG_DATA_READ."""
-        close_fds(fds)
         decode(MigDataRead, payload)
         raise CommandError("MIG_DATA_READ on a function that cannot be migrated")
 
-    def mig_data_write(self, payload: bytes, fds: list[int], no_reply: bool) -> Result:
+    def mig_data_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """MIG_DATA_WRITE."""
-        close_fds(fds)
         decode(MigDataWrite, payload)
         raise CommandError("MIG_DATA_WRITE on a function that cannot be migrated")
 
@@ -294,8 +277,3 @@ async def _then(done: Awaitable[None], reply: bytes) -> bytes:
 
 async def _read_later(data: Awaitable[bytes], offset: int, region: int, count: int) -> bytes:
     return encode(RegionReadReply(offset, region, count, await data))
-
-
-def is_pending(result: Result) -> bool:
-    """Whether a handler's result has to be awaited."""
-    return isawaitable(result)

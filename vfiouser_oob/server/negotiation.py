@@ -10,8 +10,8 @@ import socket
 from typing import TYPE_CHECKING
 
 import trio
-from vfiouser_protocol.capabilities import Capabilities, negotiate, parse_version_request
-from vfiouser_protocol.errors import RemoteProtocolError, StreamError
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS
 from vfiouser_protocol.session import CommandReceived, Refused
 
@@ -75,37 +75,35 @@ async def _first_command(connection: Connection) -> CommandReceived:
         connection.count(event.header.command)
         return event
     close_fds(event.fds)
-    reason = event.reason if isinstance(event, Refused) else "a reply before VERSION"
-    raise StreamError(reason, reply=event.reply if isinstance(event, Refused) else None)
+    assert isinstance(event, Refused)  # nothing of ours is outstanding, so there is nothing to be a reply to
+    raise StreamError(event.reason, event.errno, event.reply)
 
 
 async def _answer_version(connection: Connection, event: CommandReceived, nursery: trio.Nursery) -> bool:
     session, header = connection.session, event.header
-    close_fds(event.fds)
-    try:
-        request = parse_version_request(event.payload)
-    except RemoteProtocolError as error:
-        raise StreamError(str(error), error.errno, session.error_reply(header, error.errno)) from error
-    connection.capabilities = request.capabilities
+    assert session.proposal is not None
+    proposed = session.proposal.capabilities
+    connection.capabilities = proposed
     try:
         with trio.fail_after(connection.function.reply_budget_s):
             backend = await connection.function.backend.open(connection)
     except (BackendUnavailable, trio.TooSlowError) as error:
         reason = str(error) or "the device did not answer in time"
         connection.function.note_error(reason)
-        connection.log.error("client turned away", reason=reason)
+        connection.log.error("client turned away", client=connection.peer, reason=reason)
         connection.send(session.error_reply(header, errno.ENODEV))
         return False
     # From here on the connection closes the device, whatever happens.
     connection.adopt(backend)
     offer = _within(OFFER, backend.limits)
-    twin = _make_twin(connection) if request.capabilities.twin_socket is not None else None
-    agreed = negotiate(request, offer, request_payload_size=len(event.payload), grant_twin=twin is not None)
+    twin = _make_twin(connection) if proposed.twin_socket is not None and proposed.twin_socket.supported else None
+    reply = session.accept(header, offer, grant_twin=twin is not None)
+    agreed = session.negotiated
+    assert agreed is not None
     if twin is not None and not agreed.twin:
         twin.close()
         twin = None
-    connection.start(agreed.client, offer, agreed.write_multiple, twin)
-    reply = session.negotiated(header, agreed)
+    connection.start(agreed.client, offer, twin)
     if twin is None:
         connection.send(reply)
     else:

@@ -89,7 +89,7 @@ class MessageSocket:
         try:
             while True:
                 wanted = framer.bytes_wanted
-                if wanted > HEADER_SIZE or not framer.at_header:
+                if framer.in_body:
                     # Descriptors come with a message's first bytes; what is attached to a body the kernel discards.
                     data = sock.recv(wanted)
                     message = framer.feed(data) if data else None
