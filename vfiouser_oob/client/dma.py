@@ -22,7 +22,7 @@ _MAX_WAITING = 4096
 
 
 class DmaServer(abc.ABC):
-    """Serves the memory that the device reaches by messages. Raise `DmaFault` with the errno for the reply."""
+    """Serves the memory that the device reaches by messages. Raise `DmaFault` with the reply's errno."""
 
     @abc.abstractmethod
     async def read(self, address: int, count: int) -> bytes:

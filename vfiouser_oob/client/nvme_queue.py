@@ -120,7 +120,7 @@ class QueuePair:
         self._check_device()
         if slot.status:
             raise NvmeError(
-                f"opcode {command.opcode:#04x} on queue {self.queue_id} failed with status {slot.status:#05x}",
+                f"opcode {command.opcode:#04x} on queue {self.queue_id} failed, status {slot.status:#05x}",
                 slot.status,
             )
         return slot.result
