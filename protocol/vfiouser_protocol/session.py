@@ -74,6 +74,9 @@ __all__ = [
 
 _VERSION = int(Command.VERSION)
 _IDS = 1 << 16
+#: How many of our latest NO_REPLY commands are remembered, to recognize a reply that should not have been
+#: sent.
+_MAX_POSTED = 256
 _EINVAL = _errno.EINVAL
 _new = tuple.__new__
 
@@ -83,9 +86,10 @@ class Session:
 
     Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send what
     `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
-    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn, close its `fds`, and the
-    connection if it says so. To send a command, take an id and bytes from `command`; its answer comes as a
-    `ReplyReceived` with the token. When the stream ends, call `close`. A client starts with `propose`.
+    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn,
+    close its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`;
+    its answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts
+    with `propose`.
 
     With a twin socket, send the server's commands and the replies to them there, and give `receive` what
     comes from there with ``twin=True``.
@@ -108,6 +112,7 @@ class Session:
         "_legal_on_twin",
         "_limits",
         "_outstanding",
+        "_posted",
         "_proposal_size",
         "_replies_on_main",
         "_unanswered",
@@ -129,6 +134,7 @@ class Session:
         self._last_id = 0
         self._outstanding: dict[int, Outstanding] = {}
         self._forgotten: set[int] = set()
+        self._posted: dict[int, bool] = {}
         self._unanswered: deque[Header] = deque()
         # Both stay empty until READY: VERSION, the only command before, takes the slow path.
         self._legal: dict[int, CommandSpec] = {}
@@ -235,7 +241,8 @@ class Session:
     def _receive_stray_reply(self, message: Message) -> Refused:
         msg_id = message.header.msg_id
         if msg_id not in self._forgotten:
-            return self._refuse(message, Oddity.UNSOLICITED)
+            posted = self._posted.pop(msg_id, None) is not None
+            return self._refuse(message, Oddity.POSTED if posted else Oddity.UNSOLICITED)
         self._forgotten.discard(msg_id)
         self.late_replies += 1
         return self._refuse(message, Oddity.LATE)
@@ -401,6 +408,7 @@ class Session:
         flags = COMMAND
         if no_reply:
             flags |= NO_REPLY
+            self._note_posted(msg_id)
         else:
             self._outstanding[msg_id] = Outstanding(spec, token)
         return msg_id, pack_header(msg_id, command, HEADER_SIZE + len(payload), flags) + payload
@@ -414,6 +422,13 @@ class Session:
             if msg_id not in self._outstanding and msg_id not in self._forgotten:
                 self._last_id = msg_id
                 return msg_id
+
+    def _note_posted(self, msg_id: int) -> None:
+        # Some servers answer all the same (libvfio-user does for VERSION, rust-vmm for commands that return
+        # data).
+        self._posted[msg_id] = True
+        if len(self._posted) > _MAX_POSTED:
+            del self._posted[next(iter(self._posted))]
 
     def forget(self, msg_id: int) -> None:
         """Give up a command of ours; its reply will be dropped when it comes.
@@ -440,6 +455,7 @@ class Session:
         given_up = list(self._outstanding.values())
         self._outstanding.clear()
         self._forgotten.clear()
+        self._posted.clear()
         self._unanswered.clear()
         return given_up
 
