@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import trio
-from vfiouser_protocol.errors import LocalProtocolError, ReplyError, VfioUserError
-from vfiouser_protocol.header import Header, command_name
 
 from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_protocol.describe import errno_text
+from vfiouser_protocol.errors import LocalProtocolError, ReplyError, VfioUserError
+from vfiouser_protocol.header import Header, command_name
 
 
 class Reply(NamedTuple):
@@ -41,7 +42,6 @@ class PendingCall:
     Args:
         owner: the connection.
         command: the command's number.
-        max_fds: how many descriptors its reply may bring; further ones are closed.
         holds_dma: whether a QEMU-like client serves no DMA until it is answered.
     """
 
@@ -53,18 +53,16 @@ class PendingCall:
         "command",
         "done",
         "holds_dma",
-        "max_fds",
         "msg_id",
         "sent_ns",
     )
 
-    def __init__(self, owner: CallOwner, command: int, max_fds: int, holds_dma: bool) -> None:
+    def __init__(self, owner: CallOwner, command: int, holds_dma: bool) -> None:
         self._owner = owner
         self._task: trio.lowlevel.Task | None = None
         self._reply: Reply | None = None
         self._error: VfioUserError | None = None
         self.command = command
-        self.max_fds = max_fds
         self.holds_dma = holds_dma
         self.msg_id = -1
         self.sent_ns = time.perf_counter_ns()
@@ -98,12 +96,16 @@ class PendingCall:
             raise self._error
         reply, self._reply = self._reply, None
         if reply is None:
-            raise LocalProtocolError(f"the reply to {command_name(self.command)} is not there or was taken already")
+            raise LocalProtocolError(
+                f"the reply to {command_name(self.command)} is not there or was taken already"
+            )
         if reply.header.is_error:
             for fd in reply.fds:
                 fd.close()
-            error = ReplyError("", reply.header.error)
-            raise ReplyError(f"the server refused {command_name(self.command)} with {error.errno_name}", error.errno)
+            name = command_name(self.command)
+            raise ReplyError(
+                f"the server refused {name}: {errno_text(reply.header.error)}", reply.header.error
+            )
         return reply
 
     async def wait(self) -> Reply:

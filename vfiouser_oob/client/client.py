@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Self, Unpack
 
+from vfiouser_oob.client.calls import PendingCall, Reply
+from vfiouser_oob.client.connection import ClientOptions, connect_socket
+from vfiouser_oob.client.errors import BadReply
+from vfiouser_oob.client.migration import MigrationCommands
+from vfiouser_oob.client.nursery import background_nursery
+from vfiouser_oob.client.replies import (
+    DIRTY_BITMAP_OFFSET,
+    bitmap_size,
+    check_written,
+    checked_bitmap,
+    close_all,
+    closing_on_error,
+    decode_reply,
+    region_data,
+)
+from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import Command, DmaMapFlags, DmaUnmapFlags, IrqSetFlags
-from vfiouser_protocol.errors import CommandError, LocalProtocolError
+from vfiouser_protocol.errors import LocalProtocolError, RemoteProtocolError
 from vfiouser_protocol.messages import (
     DeviceInfo,
     DmaMap,
@@ -23,21 +43,6 @@ from vfiouser_protocol.messages import (
 )
 from vfiouser_protocol.regions import RegionDescription, parse_region_info
 
-from vfiouser_oob.client.calls import PendingCall, Reply
-from vfiouser_oob.client.errors import BadReply
-from vfiouser_oob.client.migration import MigrationCommands
-from vfiouser_oob.client.replies import (
-    DIRTY_BITMAP_OFFSET,
-    bitmap_size,
-    check_written,
-    checked_bitmap,
-    close_all,
-    closing_on_error,
-    decode_reply,
-    region_data,
-)
-from vfiouser_oob.transport.fds import OwnedFd
-
 _DEVICE_INFO_SIZE = 16
 _IRQ_INFO_SIZE = 16
 _DMA_MAP_SIZE = 32
@@ -45,7 +50,8 @@ _DMA_UNMAP_SIZE = 24
 _SET_IRQS_SIZE = 20
 #: Room for the capabilities of most regions, so that one exchange is enough for them.
 _REGION_INFO_ROOM = 1024
-#: What a server may ask us to make room for in GET_REGION_INFO and GET_REGION_IO_FDS (libvfio-user's own limit).
+#: What a server may ask us to make room for in GET_REGION_INFO and GET_REGION_IO_FDS (libvfio-user's own
+#: limit).
 _MAX_ARGSZ = 1 << 20
 _READ_WRITE = DmaMapFlags.READ | DmaMapFlags.WRITE
 
@@ -89,9 +95,49 @@ class ClientIoFds:
 class Client(MigrationCommands):
     """A vfio-user client: `connect` or `from_socket`, or `run` in a nursery of the caller's.
 
-    Every method raises `ReplyError` with the server's errno when it refuses, `BadReply` when its answer makes no sense,
-    and `ServerGone` when the connection has ended. A deadline is the caller's cancel scope.
+    Every method raises `ReplyError` with the server's errno when it refuses, `BadReply` when its answer makes
+    no sense, and `ServerGone` when the connection has ended. A deadline is the caller's cancel scope.
     """
+
+    @classmethod
+    @asynccontextmanager
+    async def from_socket(cls, sock: socket.socket, **options: Unpack[ClientOptions]) -> AsyncIterator[Self]:
+        """Use a connected socket, negotiated, in a block.
+
+        Args:
+            sock: a connected UNIX stream socket; owned from now on.
+            options: the keyword arguments of `Connection`.
+
+        Raises:
+            ReplyError: the server refused VERSION.
+            ServerGone: it went away meanwhile.
+        """
+        client = cls(sock, **options)
+        async with background_nursery() as nursery:
+            await nursery.start(client.run)
+            try:
+                yield client
+            finally:
+                client.close()
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, path: str | os.PathLike[str], **options: Unpack[ClientOptions]
+    ) -> AsyncIterator[Self]:
+        """Connect to a server's socket and use the connection, negotiated, in a block.
+
+        Args:
+            path: where the server listens.
+            options: the keyword arguments of `Connection`.
+
+        Raises:
+            OSError: nobody listens there, or it is not permitted.
+            ReplyError: the server refused VERSION.
+            ServerGone: it went away meanwhile.
+        """
+        async with cls.from_socket(await connect_socket(path), **options) as client:
+            yield client
 
     # The device
 
@@ -120,13 +166,13 @@ class Client(MigrationCommands):
         with closing_on_error(reply.fds):
             try:
                 description = parse_region_info(reply.payload)
-            except CommandError as error:
+            except RemoteProtocolError as error:
                 raise BadReply(f"the server's description of region {index} is malformed: {error}") from error
         return ClientRegion(description, reply.fds[0] if reply.fds else None)
 
     async def _region_info(self, index: int, argsz: int) -> tuple[Reply, RegionInfo]:
         command = Command.DEVICE_GET_REGION_INFO
-        reply = await self.request(command, encode(RegionInfo(argsz, 0, index)), max_reply_fds=1)
+        reply = await self.request(command, encode(RegionInfo(argsz, 0, index)))
         with closing_on_error(reply.fds):
             return reply, decode_reply(RegionInfo, command, reply)
 
@@ -148,7 +194,7 @@ class Client(MigrationCommands):
     async def _io_fds(self, index: int, argsz: int) -> tuple[Reply, RegionIoFds]:
         command = Command.DEVICE_GET_REGION_IO_FDS
         request = encode(RegionIoFds(argsz, 0, index))
-        reply = await self.request(command, request, max_reply_fds=self._limits.accepted_msg_fds)
+        reply = await self.request(command, request)
         with closing_on_error(reply.fds):
             return reply, decode_reply(RegionIoFds, command, reply)
 
@@ -169,7 +215,8 @@ class Client(MigrationCommands):
         fds: Sequence[int] = (),
         data: bytes = b"",
     ) -> None:
-        """Configure interrupts. More descriptors than the server takes per message are split over several commands.
+        """Configure interrupts. More descriptors than the server takes per message are split over several
+        commands.
 
         Args:
             index: IRQ index.
@@ -354,7 +401,9 @@ class Client(MigrationCommands):
         flags = int(DmaUnmapFlags.GET_DIRTY_BITMAP)
         request = DmaUnmap(DIRTY_BITMAP_OFFSET + room, flags, address, size, page_size, room)
         reply = await self.request(Command.DMA_UNMAP, encode(request))
-        return checked_bitmap(decode_reply(DmaUnmap, Command.DMA_UNMAP, reply).bitmap, room, Command.DMA_UNMAP)
+        return checked_bitmap(
+            decode_reply(DmaUnmap, Command.DMA_UNMAP, reply).bitmap, room, Command.DMA_UNMAP
+        )
 
     async def dma_unmap_all(self) -> None:
         """Take all memory back (v1 generation and libvfio-user)."""

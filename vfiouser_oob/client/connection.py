@@ -1,26 +1,22 @@
 """The client's end of a connection: commands out, replies matched by id, the server's own commands served.
 
-Two ways lead to a reply. Usually the reader task finds it and wakes the task that waits. A caller in a hurry uses
-`exchange_now`, which looks for the reply itself for a moment, saving two task switches and a trip through the kernel's
-poll. Both run in one thread and neither waits between reading a message and acting on it, so each message is read by
-exactly one of them and in order; the parked reader may wake up to find nothing, which is harmless.
+Two ways lead to a reply. Usually the reader task finds it and wakes the task that waits. A caller in a hurry
+uses `exchange_now`, which looks for the reply itself for a moment, saving two task switches and a trip
+through the kernel's poll. Both run in one thread and neither waits between reading a message and acting on
+it, so each message is read by exactly one of them and in order; the parked reader may wake up to find
+nothing, which is harmless.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections.abc import Sequence
+from typing import Self, TypedDict
 
 import trio
-from vfiouser_protocol.capabilities import Capabilities
-from vfiouser_protocol.constants import Command
-from vfiouser_protocol.errors import StreamError
-from vfiouser_protocol.framing import Message
-from vfiouser_protocol.header import command_name
-from vfiouser_protocol.limits import Limits
-from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
 from vfiouser_oob.client.calls import PendingCall, Reply
 from vfiouser_oob.client.dma import DmaServer, DmaService, NoMemory
@@ -28,11 +24,50 @@ from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
+from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, TwinSocket
+from vfiouser_protocol.constants import PROTOCOL_MINOR, Command
+from vfiouser_protocol.errors import LocalProtocolError, StreamError, VfioUserError
+from vfiouser_protocol.framing import Message
+from vfiouser_protocol.header import command_name
+from vfiouser_protocol.limits import Limits
+from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
 #: A client that waits for one of these holds its big lock in QEMU, and serves no DMA meanwhile.
 _ACCESSES = frozenset({Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
-#: How often `exchange_now` looks again after something else arrived; a server cannot keep us spinning by small pieces.
+#: How often `exchange_now` looks again after something else arrived; a server cannot keep us spinning by
+#: small pieces.
 _MAX_LOOKS = 4
+#: Messages handled in a row before other tasks get their turn.
+_BURST = 32
+
+
+class ClientOptions(TypedDict, total=False):
+    """Keyword arguments of `Connection`, described there."""
+
+    limits: Limits | None
+    twin_socket: bool
+    minor: int
+    dma_server: DmaServer | None
+    serve_dma_when_idle: bool
+    activity: Activity | None
+
+
+async def connect_socket(path: str | os.PathLike[str]) -> socket.socket:
+    """Connect to a server's socket.
+
+    Args:
+        path: where the server listens.
+
+    Raises:
+        OSError: nobody listens there, or it is not permitted; it carries the path.
+    """
+    try:
+        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
+            await sock.connect(os.fspath(path))
+            return socket.socket(fileno=sock.detach())
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
 
 
 class Connection:
@@ -41,6 +76,8 @@ class Connection:
     Args:
         sock: a connected UNIX stream socket; owned from now on.
         limits: what we accept from the server.
+        twin_socket: ask for a second socket for the server's commands.
+        minor: highest protocol minor to propose.
         dma_server: serves the server's DMA_READ and DMA_WRITE; None refuses them.
         serve_dma_when_idle: like QEMU, serve them only while no region access of our own is outstanding.
         activity: the process's sockets, for `exchange_now`; None never spins.
@@ -51,6 +88,8 @@ class Connection:
         sock: socket.socket,
         *,
         limits: Limits | None = None,
+        twin_socket: bool = True,
+        minor: int = PROTOCOL_MINOR,
         dma_server: DmaServer | None = None,
         serve_dma_when_idle: bool = False,
         activity: Activity | None = None,
@@ -60,15 +99,15 @@ class Connection:
         self._session = Session(Role.CLIENT, self._limits)
         self._main = MessageSocket(sock, self._limits.max_message_size, activity)
         self._twin: MessageSocket | None = None
+        self._twin_socket = twin_socket
+        self._minor = minor
         self._dma = DmaService(dma_server or NoMemory(), self._session, self._limits.max_data_xfer_size)
         self._serve_dma_when_idle = serve_dma_when_idle
-        self._outstanding: dict[int, PendingCall] = {}
+        self._outstanding: set[PendingCall] = set()
         self._round_trip_ns: float = math.inf
         self._failure: str | None = None
         self._gone = trio.Event()
         self._scope: trio.CancelScope | None = None
-        #: Replies that came after their command had been given up.
-        self.late_replies = 0
 
     # State
 
@@ -78,9 +117,42 @@ class Connection:
         return self._failure
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What the server takes, which limits what we send; known once `run` has started.
+
+        Raises:
+            LocalProtocolError: it has not.
+        """
+        negotiated = self._session.negotiated
+        if negotiated is None:
+            raise LocalProtocolError("the connection is not negotiated yet")
+        return negotiated.server
+
+    @property
+    def max_data_xfer_size(self) -> int:
+        """Bytes of the largest transfer."""
+        # A server that says 0 takes no data at all; it will refuse the single byte by itself.
+        return max(1, self.capabilities.max_data_xfer_size)
+
+    @property
+    def has_twin_socket(self) -> bool:
+        """Whether the server's commands come over a second socket."""
+        return self._twin is not None
+
+    @property
     def outstanding(self) -> int:
         """How many commands wait for their reply."""
         return len(self._outstanding)
+
+    @property
+    def late_replies(self) -> int:
+        """How many replies came after their command had been given up."""
+        return self._session.late_replies
+
+    @property
+    def congested(self) -> bool:
+        """Whether so much is unsent that a caller who can wait should wait."""
+        return self._main.congested
 
     async def wait_gone(self) -> str:
         """Wait until the connection has ended, by either side; returns why."""
@@ -93,16 +165,13 @@ class Connection:
 
     # Sending
 
-    def submit(
-        self, command: int, payload: bytes = b"", fds: Sequence[int] = (), *, max_reply_fds: int = 0
-    ) -> PendingCall:
+    def submit(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> PendingCall:
         """Send a command without waiting; many may be outstanding, and the server answers them in order.
 
         Args:
             command: command number.
             payload: its payload.
             fds: descriptors to attach; they stay the caller's and may be closed at once.
-            max_reply_fds: how many descriptors the reply may bring.
 
         Returns:
             The call, to be waited for or abandoned.
@@ -112,13 +181,16 @@ class Connection:
         """
         self._check_alive()
         holds_dma = self._serve_dma_when_idle and command in _ACCESSES
-        call = PendingCall(self, command, max_reply_fds, holds_dma)
+        call = PendingCall(self, command, holds_dma)
         call.msg_id, data = self._session.command(command, payload, call)
-        self._outstanding[call.msg_id] = call
-        if holds_dma:
+        self._start_call(call, data, fds)
+        return call
+
+    def _start_call(self, call: PendingCall, data: bytes, fds: Sequence[int]) -> None:
+        self._outstanding.add(call)
+        if call.holds_dma:
             self._dma.hold()
         self._send(data, fds)
-        return call
 
     def post(self, command: int, payload: bytes) -> None:
         """Send a command with NO_REPLY: nothing tells whether it succeeded.
@@ -130,16 +202,26 @@ class Connection:
         _, data = self._session.command(command, payload, no_reply=True)
         self._send(data, ())
 
-    async def request(
-        self, command: int, payload: bytes = b"", fds: Sequence[int] = (), *, max_reply_fds: int = 0
-    ) -> Reply:
+    async def post_when_possible(self, command: int, payload: bytes) -> None:
+        """Send a command with NO_REPLY, waiting while too much is unsent.
+
+        Raises:
+            ServerGone: the connection has ended.
+        """
+        if self._main.congested:
+            await self._main.flushed()
+        self.post(command, payload)
+
+    async def request(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Reply:
         """Send a command and wait for its reply; a deadline is the caller's cancel scope.
 
         Args:
             command: command number.
             payload: its payload.
             fds: descriptors to attach; they stay the caller's.
-            max_reply_fds: how many descriptors the reply may bring.
+
+        Returns:
+            The reply; its descriptors are the caller's.
 
         Raises:
             ReplyError: the server answered with an error.
@@ -147,13 +229,13 @@ class Connection:
         """
         if self._main.congested:
             await self._main.flushed()
-        return await self.submit(command, payload, fds, max_reply_fds=max_reply_fds).wait()
+        return await self.submit(command, payload, fds).wait()
 
     def exchange_now(self, command: int, payload: bytes) -> PendingCall:
         """Send a command and look for its reply for a moment without letting other tasks run.
 
-        It looks only while nothing else is outstanding and the last reply came quickly, and stops as soon as anybody
-        else has work.
+        It looks only while nothing else is outstanding and the last reply came quickly, and stops as soon as
+        anybody else has work.
 
         Args:
             command: command number.
@@ -200,10 +282,14 @@ class Connection:
 
     def forget(self, call: PendingCall) -> None:
         """Give up a call; its late reply will be dropped (called by `PendingCall`)."""
-        if self._outstanding.pop(call.msg_id, None) is not None:
+        if call in self._outstanding:
+            self._settle(call)
             self._session.forget(call.msg_id)
-            if call.holds_dma:
-                self._dma.release()
+
+    def _settle(self, call: PendingCall) -> None:
+        self._outstanding.discard(call)
+        if call.holds_dma:
+            self._dma.release()
 
     # Receiving
 
@@ -213,41 +299,44 @@ class Connection:
             self._take_reply(event)
         elif isinstance(event, CommandReceived):
             close_fds(event.fds)
+            close_fds(event.surplus_fds)
             self._dma.take(channel, event.header, event.payload)
         else:
             self._refuse(channel, event)
 
     def _take_reply(self, event: ReplyReceived) -> None:
         call: PendingCall = event.token
-        del self._outstanding[call.msg_id]
+        self._settle(call)
         self._round_trip_ns = time.perf_counter_ns() - call.sent_ns
-        if call.holds_dma:
-            self._dma.release()
         fds: Sequence[OwnedFd] = ()
         if event.fds:
-            close_fds(event.fds[call.max_fds :])
-            fds = [OwnedFd(fd) for fd in event.fds[: call.max_fds]]
+            fds = [OwnedFd(fd) for fd in event.fds]
+        if event.surplus_fds:
+            close_fds(event.surplus_fds)
         call.complete(Reply(event.header, event.payload, fds))
 
     def _refuse(self, channel: MessageSocket, event: Refused) -> None:
         close_fds(event.fds)
-        if event.reply is not None:
-            channel.send(event.reply)
-        elif not event.close:
-            self.late_replies += 1
         if event.close:
             raise StreamError(event.reason)
+        if event.reply is not None:
+            self._dma.refuse(channel, event.reply)
 
     async def _read(self, channel: MessageSocket) -> None:
+        burst = 0
         try:
             while True:
                 message = channel.try_receive()
                 if message is None:
+                    burst = 0
                     await channel.wait_for_data()
-                else:
-                    self._dispatch(channel, message)
+                    continue
+                self._dispatch(channel, message)
+                burst += 1
+                if burst == _BURST:
                     # A server that never pauses must not keep the other tasks from running.
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    burst = 0
+                    await trio.lowlevel.checkpoint()
         except (EndOfStream, StreamError) as error:
             self._end(str(error))
 
@@ -265,27 +354,72 @@ class Connection:
 
     # Life
 
-    async def _run_tasks(self, nursery: trio.Nursery) -> None:
-        self._scope = nursery.cancel_scope
-        nursery.start_soon(self._read, self._main)
-        nursery.start_soon(self._write, self._main)
-        nursery.start_soon(self._serve_dma)
+    async def run(self, *, task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED) -> None:
+        """Negotiate, then keep the connection going until it ends; for `nursery.start`.
+
+        It returns when either side has ended the connection; a server that goes away is no error here, but
+        one for every command.
+
+        Raises:
+            ServerGone: the server went away, or ended the stream, during negotiation.
+            ReplyError: the server refused VERSION.
+        """
+        refusal: VfioUserError | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                self._scope = nursery.cancel_scope
+                self._start_channel(nursery, self._main)
+                nursery.start_soon(self._serve_dma)
+                try:
+                    await self._negotiate(nursery)
+                except VfioUserError as error:
+                    refusal = error
+                    nursery.cancel_scope.cancel()
+                else:
+                    task_status.started(self)
+        finally:
+            self._end("the client was stopped")
+            self._session.close()
+            self._close_sockets()
+        if refusal is not None:
+            raise refusal
+
+    async def _negotiate(self, nursery: trio.Nursery) -> None:
+        self._check_alive()
+        limits = self._limits
+        proposal = Capabilities(
+            max_msg_fds=limits.max_msg_fds,
+            max_data_xfer_size=limits.max_data_xfer_size,
+            max_dma_maps=limits.max_dma_maps,
+            write_multiple=True,
+            twin_socket=TwinSocket(True) if self._twin_socket else None,
+            migration=MigrationCapability(),
+        )
+        call = PendingCall(self, Command.VERSION, False)
+        call.msg_id, data = self._session.propose(proposal, minor=self._minor, token=call)
+        self._start_call(call, data, ())
+        reply = await call.wait()
+        # A descriptor comes only when it is the twin socket's; the session has checked that.
+        for fd in reply.fds:
+            self._start_twin(nursery, fd)
 
     def _start_twin(self, nursery: trio.Nursery, fd: OwnedFd) -> None:
         sock = socket.socket(fileno=fd.detach())
         self._twin = MessageSocket(sock, self._limits.max_message_size, self._activity)
-        nursery.start_soon(self._read, self._twin)
-        nursery.start_soon(self._write, self._twin)
+        self._start_channel(nursery, self._twin)
+
+    def _start_channel(self, nursery: trio.Nursery, channel: MessageSocket) -> None:
+        nursery.start_soon(self._read, channel)
+        nursery.start_soon(self._write, channel)
 
     def _end(self, reason: str) -> None:
         if self._failure is not None:
             return
         self._failure = reason
-        calls, self._outstanding = list(self._outstanding.values()), {}
-        for call in calls:
-            if call.holds_dma:
-                self._dma.release()
-            call.fail(ServerGone(f"the server has gone while {command_name(call.command)} was outstanding: {reason}"))
+        for call in list(self._outstanding):
+            self._settle(call)
+            name = command_name(call.command)
+            call.fail(ServerGone(f"the server has gone while {name} was outstanding: {reason}"))
         self._gone.set()
         if self._scope is not None:
             self._scope.cancel()
@@ -296,8 +430,3 @@ class Connection:
         self._main.close()
         if self._twin is not None:
             self._twin.close()
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What the server takes: limits for what we send."""
-        raise NotImplementedError

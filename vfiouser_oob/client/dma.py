@@ -7,21 +7,22 @@ import errno
 from collections import deque
 
 import trio
+
+from vfiouser_oob.transport.message_socket import MessageSocket
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command
-from vfiouser_protocol.errors import CommandError, DmaFault, VfioUserError
+from vfiouser_protocol.errors import CommandError, DmaFault, StreamError, VfioUserError
 from vfiouser_protocol.header import Header
 from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
 from vfiouser_protocol.session import Session
 
-from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
-
-#: Commands that may wait to be served. A server that sends more without taking replies is refused, not buffered.
-_MAX_WAITING = 1024
+#: Commands that may wait to be served. A server that sends more without waiting for replies has lost its
+#: senses, and what it sends is not buffered without end.
+_MAX_WAITING = 4096
 
 
 class DmaServer(abc.ABC):
-    """Serves the memory that the device reaches by messages. Raise `DmaFault` with the errno for the reply."""
+    """Serves the memory that the device reaches by messages. Raise `DmaFault` with the reply's errno."""
 
     @abc.abstractmethod
     async def read(self, address: int, count: int) -> bytes:
@@ -55,8 +56,8 @@ class NoMemory(DmaServer):
 class DmaService:
     """Answers the server's commands one after the other, in the order of their arrival.
 
-    The order matters beyond the replies: a device may send the data of a transfer and then its completion without
-    waiting in between, and memory must never show the second without the first.
+    The order matters beyond the replies: a device may send the data of a transfer and then its completion
+    without waiting in between, and memory must never show the second without the first.
 
     Args:
         server: whose memory it is.
@@ -68,7 +69,7 @@ class DmaService:
         self._server = server
         self._session = session
         self._max_size = max_data_xfer_size
-        self._waiting: deque[tuple[MessageSocket, Header, bytes]] = deque()
+        self._waiting: deque[tuple[MessageSocket, Header | None, bytes]] = deque()
         self._holds = 0
         self._work = trio.Event()
 
@@ -91,33 +92,47 @@ class DmaService:
             payload: what follows the header.
 
         Raises:
-            EndOfStream: the channel is gone.
+            StreamError: too many are waiting.
         """
+        self._put(channel, header, payload)
+
+    def refuse(self, channel: MessageSocket, reply: bytes) -> None:
+        """Queue the finished reply to a command that will not be executed: it has its turn like the others.
+
+        Raises:
+            StreamError: too many are waiting.
+        """
+        self._put(channel, None, reply)
+
+    def _put(self, channel: MessageSocket, header: Header | None, payload: bytes) -> None:
         if len(self._waiting) >= _MAX_WAITING:
-            channel.send(self._session.error_reply(header, errno.EBUSY))
-            return
+            raise StreamError(
+                f"the server sent more than {_MAX_WAITING} commands without waiting; the connection ends"
+            )
         self._waiting.append((channel, header, payload))
         if not self._holds:
             self._work.set()
 
     async def run(self) -> None:
-        """Serve until cancelled or until the channel is gone."""
+        """Serve until cancelled.
+
+        Raises:
+            EndOfStream: the channel is gone.
+        """
         while True:
             while self._waiting and not self._holds:
                 channel, header, payload = self._waiting.popleft()
-                reply = await self._answer(header, payload)
-                if not header.no_reply:
+                reply = payload if header is None else await self._answer(header, payload)
+                if reply:
                     channel.send(reply)
-                    if channel.congested:
-                        await channel.flushed()
+                if channel.congested:
+                    await channel.flushed()
             self._work = trio.Event()
             await self._work.wait()
 
     async def _answer(self, header: Header, payload: bytes) -> bytes:
         try:
             result = await self._perform(header.command, payload)
-        except EndOfStream:
-            raise
         except VfioUserError as error:
             return self._session.error_reply(header, error.errno)
         return self._session.reply(header, result)
@@ -136,5 +151,6 @@ class DmaService:
     def _check_size(self, count: int) -> None:
         if count > self._max_size:
             raise CommandError(
-                f"the server wants {count} bytes in one transfer, {self._max_size} were announced", errno.E2BIG
+                f"the server wants {count} bytes in one transfer, {self._max_size} were announced",
+                errno.E2BIG,
             )

@@ -8,12 +8,11 @@ import os
 import struct
 from types import TracebackType
 
-from vfiouser_protocol.constants import DmaMapFlags
-from vfiouser_protocol.errors import DmaFault
-
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.dma import DmaServer
 from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_protocol.constants import DmaMapFlags
+from vfiouser_protocol.errors import DmaFault
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -82,7 +81,8 @@ class ClientMemory(DmaServer):
         start = address - self.base
         if start < 0 or count < 0 or start + count > self.size:
             raise DmaFault(
-                f"{count} bytes at {address:#x} lie outside the memory at {self.base:#x}+{self.size:#x}", errno.ENODEV
+                f"{count} bytes at {address:#x} lie outside the memory at {self.base:#x}+{self.size:#x}",
+                errno.ENODEV,
             )
         return self._view[start : start + count]
 

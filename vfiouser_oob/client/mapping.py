@@ -6,18 +6,21 @@ import mmap
 from dataclasses import dataclass
 from types import TracebackType
 
+from vfiouser_oob.client.client import Client, ClientRegion
 from vfiouser_protocol.constants import RegionFlags
 from vfiouser_protocol.errors import LocalProtocolError
 
-from vfiouser_oob.client.client import Client, ClientRegion
-
-#: Item formats of memoryview.cast by access width. An aligned item is one load or store of that width; slices of bytes
-#: may be torn, and a torn doorbell is a wrong doorbell.
-_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_WIDTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class _MappedArea:
+    """A part that is mapped.
+
+    `items` has one view per access width. An aligned item is one load or store of that width; slices of bytes
+    may be torn, and a torn doorbell is a wrong doorbell.
+    """
+
     start: int
     end: int
     memory: mmap.mmap
@@ -30,7 +33,8 @@ class _MappedArea:
 
 
 class MappedRegion:
-    """A region of a connected client's device, accessed in 1, 2, 4 or 8 bytes, naturally aligned, little-endian.
+    """A region of a connected client's device, accessed in 1, 2, 4 or 8 bytes, naturally aligned,
+    little-endian.
 
     Args:
         client: a connected client.
@@ -46,7 +50,7 @@ class MappedRegion:
         self.trapped = 0
         self.direct = 0
         try:
-            if use_mapping and region.fd is not None and region.description.flags & RegionFlags.MMAP:
+            if use_mapping and region.fd is not None:
                 self._map(region.fd.fileno())
         except BaseException:
             self.close()
@@ -69,14 +73,13 @@ class MappedRegion:
         description = self.description
         writable = description.flags & RegionFlags.WRITE
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        for area in description.areas:
+        for area in description.mappable_areas:
             offset = description.offset + area.offset
             if not area.size or (offset | area.size) % mmap.PAGESIZE:
                 continue  # cannot be mapped; messages reach it as well
             memory = mmap.mmap(fd, area.size, mmap.MAP_SHARED, protection, offset=offset)
             whole = memoryview(memory)
-            items = {width: whole.cast(code) for width, code in _FORMATS.items()}
-            items[0] = whole
+            items = {1: whole, 2: whole.cast("H"), 4: whole.cast("I"), 8: whole.cast("Q")}
             self._areas.append(_MappedArea(area.offset, area.offset + area.size, memory, items))
 
     @property
@@ -126,7 +129,7 @@ class MappedRegion:
         await self._client.region_write(self.description.index, offset, value.to_bytes(width, "little"))
 
     def _check(self, offset: int, width: int) -> _MappedArea | None:
-        if width not in _FORMATS or offset % width:
+        if width not in _WIDTHS or offset % width:
             raise LocalProtocolError(f"a register access of {width} bytes at {offset:#x} is not aligned")
         return self._area_of(offset, width)
 
@@ -143,7 +146,7 @@ class MappedRegion:
         area = self._area_of(offset, count)
         if area is None:
             raise LocalProtocolError(f"{count} bytes at {offset:#x} are not mapped")
-        return area.items[0][offset - area.start : offset - area.start + count]
+        return area.items[1][offset - area.start : offset - area.start + count]
 
     def close(self) -> None:
         """Unmap everything."""

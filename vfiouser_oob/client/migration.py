@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vfiouser_oob.client.connection import Connection
+from vfiouser_oob.client.errors import BadReply
+from vfiouser_oob.client.replies import (
+    DIRTY_BITMAP_OFFSET,
+    bitmap_size,
+    checked_bitmap,
+    decode_reply,
+    decode_reply_part,
+)
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import Command, DeviceState, DirtyPagesFlags, Feature, FeatureFlags
 from vfiouser_protocol.messages import (
@@ -17,16 +26,6 @@ from vfiouser_protocol.messages import (
     MigDataRead,
     MigDataReadReply,
     MigDataWrite,
-)
-
-from vfiouser_oob.client.connection import Connection
-from vfiouser_oob.client.errors import BadReply
-from vfiouser_oob.client.replies import (
-    DIRTY_BITMAP_OFFSET,
-    bitmap_size,
-    checked_bitmap,
-    decode_reply,
-    decode_reply_part,
 )
 
 _FEATURE_SIZE = 8
@@ -132,9 +131,13 @@ class MigrationCommands(Connection):
         await self.request(Command.DIRTY_PAGES, request)
 
     async def dirty_pages(self, iova: int, size: int, page_size: int) -> bytes:
-        """Read and clear the log of a range (v1 generation); bit n stands for the page at iova + n * page_size."""
+        """Read and clear the log of a range (v1 generation); bit n stands for the page at iova + n *
+        page_size.
+        """
         room = bitmap_size(size, page_size)
         flags = int(DirtyPagesFlags.GET_BITMAP)
         request = DirtyPages(DIRTY_BITMAP_OFFSET + room, flags, iova, size, page_size, room)
         reply = await self.request(Command.DIRTY_PAGES, encode(request))
-        return checked_bitmap(decode_reply(DirtyPages, Command.DIRTY_PAGES, reply).bitmap, room, Command.DIRTY_PAGES)
+        return checked_bitmap(
+            decode_reply(DirtyPages, Command.DIRTY_PAGES, reply).bitmap, room, Command.DIRTY_PAGES
+        )

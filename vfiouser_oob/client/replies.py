@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from vfiouser_oob.client.calls import Reply
+from vfiouser_oob.client.errors import BadReply
+from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.codec import decode
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.header import command_name
 from vfiouser_protocol.messages import Payload, RegionReadReply, RegionWriteReply
-
-from vfiouser_oob.client.calls import Reply
-from vfiouser_oob.client.errors import BadReply
-from vfiouser_oob.transport.fds import OwnedFd
 
 P = TypeVar("P", bound=Payload)
 
@@ -46,7 +45,8 @@ def decode_reply_part(kind: type[P], command: int, payload: bytes) -> P:
 
 
 def region_data(reply: Reply, offset: int, region: int, count: int) -> bytes:
-    """Return the data of a REGION_READ reply: 1 to `count` bytes of what was asked for, none for a count of 0.
+    """Return the data of a REGION_READ reply: 1 to `count` bytes of what was asked for, none for a count of
+    0.
 
     Raises:
         BadReply: it answers another question, or brings no or too much data.
