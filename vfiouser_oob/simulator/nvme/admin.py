@@ -143,10 +143,14 @@ class AdminCommands:
     def _check_queue_memory(self, command: Command, size: int) -> None:
         if not 2 <= size <= self._limits.max_entries or not self._owner.entry_sizes_valid():
             raise NvmeError(
-                Status.INVALID_QUEUE_SIZE, f"{size} entries; {self._limits.max_entries} are the most", location=42
+                Status.INVALID_QUEUE_SIZE,
+                f"{size} entries; {self._limits.max_entries} are the most",
+                location=42,
             )
         if not command.cdw11 & _PHYSICALLY_CONTIGUOUS:
-            raise NvmeError(Status.INVALID_FIELD, "queues must be physically contiguous (CAP.CQR)", location=44)
+            raise NvmeError(
+                Status.INVALID_FIELD, "queues must be physically contiguous (CAP.CQR)", location=44
+            )
         if command.prp1 & (self._dma.page_size - 1):
             raise NvmeError(Status.INVALID_PRP_OFFSET, f"queue at {command.prp1:#x}", location=24)
 
@@ -164,7 +168,9 @@ class AdminCommands:
         users = [queue.qid for queue in self._state.submission_queues.values() if queue.cqid == qid]
         if users:
             raise NvmeError(
-                Status.INVALID_QUEUE_DELETION, f"submission queues {users} use completion queue {qid}", location=40
+                Status.INVALID_QUEUE_DELETION,
+                f"submission queues {users} use completion queue {qid}",
+                location=40,
             )
         self._owner.remove_completion_queue(qid)
         return 0
@@ -208,9 +214,8 @@ class AdminCommands:
         feature = command.cdw10 & 0xFF
         if feature == Feature.TIMESTAMP:
             self._features.set_timestamp(await self._dma.from_host(command, TIMESTAMP_SIZE))
-        elif feature == Feature.TEMPERATURE_THRESHOLD and self._features.temperature_exceeded():
-            if self._features.value(Feature.ASYNC_EVENT_CONFIG) >> 1 & 1:
-                self._events.report(EventType.SMART, SmartEvent.TEMPERATURE, LogPage.SMART)
+        elif feature == Feature.TEMPERATURE_THRESHOLD and self._features.temperature_event_due():
+            self._events.report(EventType.SMART, SmartEvent.TEMPERATURE, LogPage.SMART)
         return result
 
     async def _get_features(self, command: Command) -> int:

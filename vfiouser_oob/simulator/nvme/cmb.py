@@ -1,7 +1,8 @@
 """The controller memory buffer: memory of the controller that the host maps, for queues, PRP lists and data.
 
-Addresses inside it are resolved here and never go to the client's memory: the VMM maps the BAR back to us as a range that
-can be reached only by messages, and for what is ours that detour would be slow and pointless.
+Addresses inside it are resolved here and never go to the client's memory: the VMM maps the BAR back to us
+as a range that can be reached only by messages, and for what is ours that detour would be slow and
+pointless.
 
 Spec: NVMe 1.4, 4.7 and 3.1.14 to 3.1.17.
 """

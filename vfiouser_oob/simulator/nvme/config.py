@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: An id that no vendor uses, so that no driver quirk for a real device applies (0x1b36:0x0010 has three in Linux).
+#: An id that no vendor uses, so that no driver quirk for a real device applies (0x1b36:0x0010 has three in
+#: Linux).
 DEFAULT_VENDOR_ID = 0x1234
 DEFAULT_DEVICE_ID = 0x0B0B
 

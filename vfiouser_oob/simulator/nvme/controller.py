@@ -1,7 +1,8 @@
 """The controller's life: enable, disable, shutdown, resets, and what ties its parts together.
 
-Register writes only note what is wanted and cancel what must not go on; `run` does whatever takes time. CSTS.RDY falls
-only when the last task of the epoch has ended, so a host that waits for it can give its memory to someone else.
+Register writes only note what is wanted and cancel what must not go on; `run` does whatever takes time.
+CSTS.RDY falls only when the last task of the epoch has ended, so a host that waits for it can give its
+memory to someone else.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import trio
 
 from vfiouser_oob.devices.memfd import SharedMemory
-from vfiouser_oob.devices.model import ModelHost
 from vfiouser_oob.simulator.nvme.admin import AdminCommands
 from vfiouser_oob.simulator.nvme.cmb import ControllerMemoryBuffer
 from vfiouser_oob.simulator.nvme.command import Command
@@ -47,6 +48,9 @@ from vfiouser_oob.simulator.nvme.spec import (
     status_field,
 )
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
+
+if TYPE_CHECKING:
+    from vfiouser_oob.devices.model import ModelHost
 
 _log = logging.getLogger(__name__)
 
@@ -156,14 +160,14 @@ class Controller:
         finally:
             self._running = None
         if engine is not self._engine:
-            self._set_status(Csts(0), clear=Csts.RDY)
+            self._set_status(0, clear=Csts.RDY)
 
     # Registers
 
     def _status(self) -> int:
         return self.registers[Register.CSTS]
 
-    def _set_status(self, bits: Csts, *, clear: Csts = Csts(0)) -> None:
+    def _set_status(self, bits: int, *, clear: int = 0) -> None:
         self.registers[Register.CSTS] = self._status() & ~clear | bits
 
     def _cc_written(self, old: int, new: int) -> None:
@@ -199,7 +203,7 @@ class Controller:
     # Enable and disable
 
     def _enable(self, cc: int) -> None:
-        self._set_status(Csts(0), clear=Csts.CFS | Csts.SHST)
+        self._set_status(0, clear=Csts.CFS | Csts.SHST)
         page_shift = _MIN_PAGE_SHIFT + ((cc & Cc.MPS) >> CC_MPS_SHIFT)
         aqa = self.registers[Register.AQA]
         asq, acq = self.registers[Register.ASQ], self.registers[Register.ACQ]

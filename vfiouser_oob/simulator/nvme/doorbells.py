@@ -1,6 +1,7 @@
 """Doorbells: trapped (every write is an access to the model) or polled (the host writes shared memory).
 
-Doorbell 2y is the tail of submission queue y, 2y + 1 the head of completion queue y; each has 4 bytes (CAP.DSTRD = 0).
+Doorbell 2y is the tail of submission queue y, 2y + 1 the head of completion queue y; each has 4 bytes
+(CAP.DSTRD = 0).
 
 Spec: NVMe 1.4, 3.1.24 and 3.1.25.
 """
@@ -27,7 +28,8 @@ class PollTimes:
     """How often shared doorbells are looked at, in seconds.
 
     Args:
-        spin_s: after activity, look all the time for this long; waiting in the kernel takes at least a millisecond.
+        spin_s: after activity, look all the time for this long; waiting in the kernel takes at least a
+            millisecond.
         busy_s: first pause after that; doubled with every look that finds nothing.
         idle_s: longest pause.
     """
@@ -123,7 +125,7 @@ class PolledDoorbells(TrappedDoorbells):
                 self._sink(number, new)
 
     async def watch(self, is_busy: Callable[[], bool]) -> None:
-        """Look for as long as the controller is enabled: all the time while there is work, ever more seldom without.
+        """Look while the controller is enabled: all the time while there is work, ever more seldom without.
 
         Args:
             is_busy: whether commands are under way, so that new doorbells are likely.

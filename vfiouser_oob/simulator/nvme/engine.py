@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-from vfiouser_protocol.errors import DmaFault
-
 from vfiouser_oob.simulator.nvme.command import Command, Completion
 from vfiouser_oob.simulator.nvme.epoch import DmaPort, Epoch
 from vfiouser_oob.simulator.nvme.queues import CompletionEngine, SubmissionEngine
 from vfiouser_oob.simulator.nvme.spec import ErrorEvent, NvmeError, Status, status_field
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
+from vfiouser_protocol.errors import DmaFault
 
 _log = logging.getLogger(__name__)
 
@@ -196,7 +195,8 @@ class QueueEngine:
             status = status_field(Status.DATA_TRANSFER_ERROR)
             self._failed(status, queue, command, None)
             _log.debug("queue %d command %d opcode %#04x: %s", queue.qid, command.cid, command.opcode, error)
-        # The host may reuse the id as soon as it sees the completion, which can be before we know that it was written.
+        # The host may reuse the id as soon as it sees the completion, which can be before we know that it
+        # was written.
         if not conflict:
             queue.inflight.pop(command.cid, None)
         if result is not None:

@@ -1,8 +1,9 @@
 """One enabled life of the controller, from CC.EN = 1 to the next reset, and the only way to memory during it.
 
-Every task that works for the host lives in the epoch's nursery, and every DMA access goes through its `DmaPort`. When the
-epoch ends, its tasks are cancelled; a task that does not notice (an access to a client's file does not yield to trio) is
-stopped by the port at its next access. So nothing that a guest asked for before a reset touches memory after it.
+Every task that works for the host lives in the epoch's nursery, and every DMA access goes through its
+`DmaPort`. When the epoch ends, its tasks are cancelled; a task that does not notice (an access to a
+client's file does not yield to trio) is stopped by the port at its next access. So nothing that a guest
+asked for before a reset touches memory after it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Epoch:
 
 
 class DmaPort:
-    """Memory as one epoch may use it: the client's memory and, inside its window, the controller memory buffer.
+    """Memory as one epoch may use it: the client's and, inside its window, the controller memory buffer.
 
     Args:
         epoch: whose accesses these are.

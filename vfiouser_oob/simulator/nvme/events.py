@@ -1,4 +1,4 @@
-"""Asynchronous events: requests that wait, events that wait, and which types are masked until their log was read.
+"""Asynchronous events: requests and events that wait, and types masked until their log was read.
 
 Spec: NVMe 1.4, 5.2.
 """

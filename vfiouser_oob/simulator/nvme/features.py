@@ -19,6 +19,8 @@ _ALL_SENSORS = 0xF
 #: Composite temperature and temperature sensor 1.
 _SENSORS = (0, 1)
 _TIMESTAMP_BY_HOST = 1 << 1
+#: Bit of the asynchronous event configuration, as in the critical warning of the SMART log.
+_NOTIFY_TEMPERATURE = 1 << 1
 
 
 class FeatureSpec(NamedTuple):
@@ -97,7 +99,9 @@ class Features:
         """
         key = (int(feature), selector, nsid)
         current = self._values.current.get(key)
-        return current if current is not None else self._values.saved.get(key, self._default(feature, selector))
+        return (
+            current if current is not None else self._values.saved.get(key, self._default(feature, selector))
+        )
 
     @property
     def io_queue_limits(self) -> tuple[int, int]:
@@ -178,7 +182,13 @@ class Features:
         """Whether the measured temperature is beyond a threshold that the host has set."""
         over = [self.value(Feature.TEMPERATURE_THRESHOLD, sensor) for sensor in _SENSORS]
         under = [self.value(Feature.TEMPERATURE_THRESHOLD, sensor | 1 << 4) for sensor in _SENSORS]
-        return TEMPERATURE_K >= min(over) or TEMPERATURE_K <= max(under)
+        return not max(under) < TEMPERATURE_K < min(over)
+
+    def temperature_event_due(self) -> bool:
+        """Whether the host wants to hear of a temperature beyond its thresholds, and there is one."""
+        return self.temperature_exceeded() and bool(
+            self.value(Feature.ASYNC_EVENT_CONFIG) & _NOTIFY_TEMPERATURE
+        )
 
     def _default(self, feature: Feature, selector: int) -> int:
         if feature is Feature.NUMBER_OF_QUEUES:
@@ -199,7 +209,9 @@ class Features:
         if feature is Feature.INTERRUPT_VECTOR:
             vector = cdw11 & 0xFFFF
             if vector >= self._limits.vectors:
-                raise NvmeError(Status.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44)
+                raise NvmeError(
+                    Status.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44
+                )
             return vector
         if feature is Feature.TEMPERATURE_THRESHOLD:
             sensor, kind = cdw11 >> 16 & 0xF, cdw11 >> 20 & 3
@@ -230,7 +242,9 @@ class Features:
 
     def _check_error_recovery(self, value: int) -> int:
         if value & 1 << 16:
-            raise NvmeError(Status.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46)
+            raise NvmeError(
+                Status.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46
+            )
         return value
 
     def _grant_queues(self, value: int) -> int:

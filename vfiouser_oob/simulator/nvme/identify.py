@@ -175,7 +175,9 @@ class Identify:
     def _check_nsid(self, nsid: int) -> None:
         if not 1 <= nsid <= self.namespace_count:
             raise NvmeError(
-                Status.INVALID_NAMESPACE, f"namespace {nsid:#x}; valid are 1 to {self.namespace_count}", location=4
+                Status.INVALID_NAMESPACE,
+                f"namespace {nsid:#x}; valid are 1 to {self.namespace_count}",
+                location=4,
             )
 
 

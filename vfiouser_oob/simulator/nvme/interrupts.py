@@ -1,10 +1,11 @@
 """From completion queues to MSI-X vectors or the INTx pin.
 
-MSI-X is an edge per batch of completions. INTx is a level: asserted while any queue with interrupts enabled has entries
-that the host has not acknowledged by its head doorbell, unless the host masked that queue's vector in INTMS.
+MSI-X is an edge per batch of completions. INTx is a level: asserted while any queue with interrupts enabled
+has entries that the host has not acknowledged by its head doorbell, unless the host masked that queue's
+vector in INTMS.
 
-QEMU forwards no MSI-X table writes, so an eventfd that was assigned is the enable; the masks in our own table count only
-after a client has written them through the region (`MsixTable` knows).
+QEMU forwards no MSI-X table writes, so an eventfd that was assigned is the enable; the masks in our own
+table count only after a client has written them through the region (`MsixTable` knows).
 
 Spec: NVMe 1.4, 7.5.
 """
@@ -12,12 +13,15 @@ Spec: NVMe 1.4, 7.5.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from vfiouser_protocol.constants import IrqIndex
-from vfiouser_protocol.pci import ConfigSpace, MsixTable
-
-from vfiouser_oob.devices.model import ModelHost
 from vfiouser_oob.simulator.nvme.state import CompletionQueue
+from vfiouser_protocol.constants import IrqIndex
+
+if TYPE_CHECKING:
+    from vfiouser_protocol.pci import ConfigSpace, MsixTable
+
+    from vfiouser_oob.devices.model import ModelHost
 
 #: INTMS and INTMC have a bit for each of the first 32 vectors.
 _PIN_VECTORS = 32

@@ -1,4 +1,4 @@
-"""A tiny packer for the sparse structures of Identify and the log pages: offsets and formats beside values."""
+"""A tiny packer for the sparse structures of Identify and the log pages."""
 
 from __future__ import annotations
 

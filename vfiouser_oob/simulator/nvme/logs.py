@@ -136,7 +136,9 @@ class Logs:
         return struct.pack(f"<{len(ids)}I", *ids).ljust(_LIST_SIZE, b"\0")
 
     def _commands(self) -> bytes:
-        return pack_fields(_COMMANDS_SIZE, (*_effects(0, AdminOpcode, ()), *_effects(1024, IoOpcode, _CONTENT_CHANGING)))
+        return pack_fields(
+            _COMMANDS_SIZE, (*_effects(0, AdminOpcode, ()), *_effects(1024, IoOpcode, _CONTENT_CHANGING))
+        )
 
 
 def _effects(start: int, opcodes: Iterable[int], changing: Collection[int]) -> list[tuple[int, str, int]]:

@@ -2,13 +2,15 @@
 
 An idle queue has no task. A doorbell starts one if there is work for it, and it ends when there is none left.
 
-Rule 1 (submission): a worker that is about to execute a command first makes sure that another worker will go on with the
-next one. As a task starts only when the running one yields, commands that never wait (memory to memory) are executed
-one after the other by one worker at no cost, and only a command that really waits is overtaken.
+Rule 1 (submission): a worker that is about to execute a command first makes sure that another worker will
+go on with the next one. As a task starts only when the running one yields, commands that never wait (memory
+to memory) are executed one after the other by one worker at no cost, and only a command that really waits
+is overtaken.
 
-Rule 2 (completion): one writer per queue. It takes all completions that have gathered and fit, writes them with one access,
-and raises one interrupt for them. A completion is handed to it after the command's data transfer, and the interrupt
-is raised after the entry is written: a host never sees one before what it announces.
+Rule 2 (completion): one writer per queue. It takes all completions that have gathered and fit, writes them
+with one access, and raises one interrupt for them. A completion is handed to it after the command's data
+transfer, and the interrupt is raised after the entry is written: a host never sees one before what it
+announces.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
-from vfiouser_protocol.errors import DmaFault
 
 from vfiouser_oob.simulator.nvme.command import Command, Completion, parse_commands
 from vfiouser_oob.simulator.nvme.epoch import DmaPort, Epoch
 from vfiouser_oob.simulator.nvme.spec import CQE_SIZE, SQE_SIZE
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, SubmissionQueue
+from vfiouser_protocol.errors import DmaFault
 
 #: Commands of one queue that are executed at once or wait for their completion entry.
 MAX_IN_FLIGHT = 64
@@ -185,7 +187,7 @@ class SubmissionEngine:
         return not self._stopped and bool(self._fetched or (not self._fetching and self._fetchable()))
 
     def _fetchable(self) -> int:
-        """Number of entries to fetch with one access: up to the tail, the end of the ring, or the limit in flight."""
+        """Entries to fetch with one access: up to the tail, the end of the ring, or the limit in flight."""
         queue = self.queue
         room = MAX_IN_FLIGHT - len(queue.inflight) - len(self.completions.queue.pending)
         return max(0, min(queue.waiting, queue.size - queue.head, room))
@@ -227,6 +229,7 @@ class SubmissionEngine:
             return
         queue.head = (queue.head + count) % queue.size
         for command in parse_commands(data):
-            # A command id that is in use stays with its first owner; the second is refused when its turn comes.
+            # A command id that is in use stays with its first owner; the second is refused when its turn
+            # comes.
             queue.inflight.setdefault(command.cid, command)
             self._fetched.append(command)

@@ -62,7 +62,7 @@ class Capabilities(NamedTuple):
     cmb: bool
 
     def value(self) -> int:
-        """Make the register: contiguous queues required, NVM command set, doorbell stride 4 bytes, pages from 4 KiB."""
+        """Make the register: contiguous queues, NVM command set, doorbell stride 4 bytes, pages from 4 KiB."""
         return (
             (self.max_entries - 1)
             | 1 << 16
@@ -78,8 +78,8 @@ class RegisterFile:
 
     Args:
         capabilities: value of CAP.
-        hooks: called with (old value, new value) after the host wrote a register; for command registers with (0, value
-            written).
+        hooks: called with (old value, new value) after the host wrote a register; for command registers
+            with (0, value written).
     """
 
     def __init__(self, capabilities: int, hooks: dict[Register, Hook]) -> None:

@@ -223,7 +223,8 @@ class NvmeError(Exception):
     Args:
         status: the status code to complete the command with.
         reason: what came and what was allowed, for the log.
-        location: byte (bits 7:0) and bit (bits 10:8) of the field at fault, for the error log; 0xFFFF is unknown.
+        location: byte (bits 7:0) and bit (bits 10:8) of the field at fault, for the error log; 0xFFFF is
+            unknown.
         lba: first logical block concerned, for the error log.
     """
 
@@ -246,7 +247,8 @@ def status_field(status: Status) -> int:
         status: code and type.
 
     Returns:
-        Code and type, Do Not Retry where a retry is of no use, and More since every failure is in the error log.
+        Code and type, Do Not Retry where a retry is of no use, and More since every failure is in the error
+        log.
     """
     if status is Status.SUCCESS:
         return 0

@@ -1,8 +1,8 @@
 """All state of a controller, in plain data classes.
 
-Rule 1: whatever decides how the controller behaves next is here, never only in a task's stack: tasks can be cancelled at any
-await and be started again from this. Rule 2: nothing here refers to a task, a file or a connection, so it can be written
-down and rebuilt in another process.
+Rule 1: whatever decides how the controller behaves next is here, never only in a task's stack: tasks can be
+cancelled at any await and be started again from this. Rule 2: nothing here refers to a task, a file or a
+connection, so it can be written down and rebuilt in another process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class CompletionQueue:
     phase: int = 1
     #: Finished commands whose entries are not written yet (no room, or the write is under way).
     pending: deque[Completion] = field(default_factory=deque)
-    #: Entries of `pending` that are being written: the host may consume them before the write is confirmed to us.
+    #: Entries of `pending` that are being written: the host may consume them before the write is confirmed
+    #: to us.
     writing: int = 0
 
     @property

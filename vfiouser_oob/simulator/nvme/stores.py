@@ -68,9 +68,7 @@ class MemoryStore(BackingStore):
         self.summary = f"{size >> 20} MiB of memory"
         try:
             # Private, since only then MADV_DONTNEED makes pages read as zeros.
-            self._map = mmap.mmap(
-                -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-            )
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         except (OSError, ValueError, OverflowError) as error:
             raise StoreError(f"{size} bytes of memory for a namespace cannot be reserved: {error}") from error
 
