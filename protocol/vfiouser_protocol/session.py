@@ -81,11 +81,12 @@ _new = tuple.__new__
 class Session:
     """One connection, seen from one end.
 
-    Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send what
-    `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
-    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn, close its `fds`, and the
-    connection if it says so. To send a command, take an id and bytes from `command`; its answer comes as a
-    `ReplyReceived` with the token. When the stream ends, call `close`. A client starts with `propose`.
+    Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send
+    what `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
+    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn, close
+    its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`; its
+    answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts with
+    `propose`.
 
     With a twin socket, send the server's commands and the replies to them there, and give `receive` what
     comes from there with ``twin=True``.
@@ -337,10 +338,9 @@ class Session:
     def _take_turn(self, header: Header) -> None:
         queue = self._unanswered
         if not queue or queue[0] is not header:
-            due = command_name(queue[0].command) if queue else "no command"
-            raise LocalProtocolError(
-                f"{command_name(header.command)} #{header.msg_id} cannot be answered now: {due} is due, nothing sent"
-            )
+            due = command_name(queue[0].command) if queue else "nothing"
+            what = f"{command_name(header.command)} #{header.msg_id}"
+            raise LocalProtocolError(f"{what} cannot be answered now, {due} is due; nothing is sent")
         queue.popleft()
 
     # --- Commanding ---
