@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     """Part of an access: an offset into the buffer if `local`, else an address of the client."""
 
     start: int
-    count: int
+    length: int
     local: bool
 
 

@@ -94,9 +94,9 @@ class DmaPort:
         parts = []
         for piece in self._cmb.split(address, count):
             if piece.local:
-                parts.append(self._cmb.read(piece.start, piece.count))
+                parts.append(self._cmb.read(piece.start, piece.length))
             else:
-                parts.append(await self._memory.read(piece.start, piece.count))
+                parts.append(await self._memory.read(piece.start, piece.length))
         return b"".join(parts)
 
     async def write(self, address: int, data: bytes | memoryview) -> None:
@@ -112,7 +112,7 @@ class DmaPort:
             return
         view = memoryview(data)
         for piece in self._cmb.split(address, len(data)):
-            part, view = view[: piece.count], view[piece.count :]
+            part, view = view[: piece.length], view[piece.length :]
             if piece.local:
                 self._cmb.write(piece.start, part)
             else:

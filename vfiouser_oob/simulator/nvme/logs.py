@@ -100,7 +100,7 @@ class Logs:
     def _errors(self) -> bytes:
         entries = b"".join(
             _ERROR_ENTRY.pack(
-                entry.count, entry.sqid, entry.cid, entry.status << 1, entry.location, entry.lba, entry.nsid
+                entry.number, entry.sqid, entry.cid, entry.status << 1, entry.location, entry.lba, entry.nsid
             ).ljust(_ERROR_ENTRY_SIZE, b"\0")
             for entry in self._state.errors
         )

@@ -62,7 +62,7 @@ class Capabilities(NamedTuple):
     cmb: bool
 
     def value(self) -> int:
-        """Make the register: contiguous queues, NVM command set, doorbell stride 4 bytes, pages from 4 KiB."""
+        """Make the register: NVM command set, doorbell stride 4 bytes, pages from 4 KiB."""
         return (
             (self.max_entries - 1)
             | 1 << 16

@@ -69,7 +69,7 @@ class CompletionQueue:
 class ErrorEntry(NamedTuple):
     """One entry of the error information log (NVMe 1.4, 5.14.1.1)."""
 
-    count: int
+    number: int
     sqid: int
     cid: int
     status: int
