@@ -8,16 +8,16 @@ import time
 from typing import Any
 
 import trio
-from vfiouser_protocol.constants import Command
 
-from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.control.events import EventHub
+from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
+from vfiouser_protocol.constants import Command
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
