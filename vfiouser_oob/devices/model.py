@@ -116,7 +116,7 @@ class DeviceModel(abc.ABC):
 
     @abc.abstractmethod
     def reset(self, kind: ResetKind) -> None:
-        """Go to the power-on state (the framework resets config space); for CONNECTION_LOST only stop using memory."""
+        """Go to the power-on state after DEVICE or FUNCTION_LEVEL; the framework has reset config space."""
 
     def connected(self) -> None:
         """A client has come."""

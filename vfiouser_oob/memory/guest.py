@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -99,6 +100,16 @@ class GuestMemory:
         region = self.map.unmap(request.address, request.size)
         self._drop(region)
         return region
+
+    def require(self, request: DmaUnmapRequest) -> None:
+        """Check that a range is mapped exactly as a DMA_UNMAP says.
+
+        Raises:
+            CommandError: ENOENT when it is not.
+        """
+        region = self.map.find(request.address)
+        if region is None or (region.address, region.size) != (request.address, request.size):
+            raise CommandError(f"nothing is mapped at exactly {request.address:#x}+{request.size:#x}", errno.ENOENT)
 
     def discard(self, region: DmaRegion) -> None:
         """Take back a mapping that the device refused."""
