@@ -1,7 +1,9 @@
 # Everything runs in .venv, which tools/bootstrap.py makes. PYTHON=… chooses another interpreter, PYTEST_ARGS=… adds
 # options to pytest.
-PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
-  $(shell $(p) -c 'import sys; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)) python3)
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+endif
 PYTEST_ARGS ?=
 
 BIN := .venv/bin

@@ -2,9 +2,9 @@
 
     python3 tools/bootstrap.py [--extra test] [--extra check]
 
-It needs nothing but Python 3.11. Where Debian's Python comes without ensurepip, it goes on with the system's pip or with
-virtualenv, whichever is there. Packages come from wherever this machine's pip configuration says. A second run with
-nothing changed is over at once.
+It needs nothing but Python 3.11. Where Debian's Python comes without ensurepip, it goes on with the system's
+pip or with virtualenv, whichever is there. Packages come from wherever this machine's pip configuration says.
+A second run with nothing changed is over at once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ STAMP = VENV / "bootstrap.json"
 MINIMUM = (3, 11)
 # From this version on pip can install into another interpreter's environment (`pip --python`).
 PIP_MINIMUM = (22, 3)
+# Twice quiet: errors only. A package source that lacks a package is no news where several are configured.
+PIP_OPTIONS = ("--quiet", "--quiet", "--disable-pip-version-check")
 
 
 class BootstrapError(Exception):
@@ -35,13 +37,12 @@ class BootstrapError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Make or update the environment; return the exit code."""
     parser = argparse.ArgumentParser(description="Make .venv with this checkout in it.")
-    parser.add_argument(
-        "--extra", action="append", default=[], help="optional dependencies to install as well"
-    )
+    parser.add_argument("--extra", action="append", default=[], help="optional dependencies to add")
     extras = set(parser.parse_args(argv).extra)
     if sys.version_info < MINIMUM:
+        found = sys.version.split()[0]
         print(
-            f"bootstrap: Python {MINIMUM[0]}.{MINIMUM[1]} or later is needed, this is {sys.version.split()[0]}"
+            f"bootstrap: Python 3.11 or later is needed, this is {found} (PYTHON=… chooses)", file=sys.stderr
         )
         return 1
     key = fingerprint()
@@ -49,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if done is not None and extras <= done:
         return 0
     try:
-        install = installer()
+        install = installer(fresh=done is None)
         extras |= done or set()
-        wanted = f"{ROOT}[{','.join(sorted(extras))}]" if extras else str(ROOT)
+        wanted = f".[{','.join(sorted(extras))}]" if extras else "."
         print(f"bootstrap: installing into {VENV.relative_to(ROOT)}", flush=True)
-        run([*install, "install", "--quiet", "--disable-pip-version-check", "--editable", wanted])
+        run([*install, "install", *PIP_OPTIONS, "--editable", wanted])
     except BootstrapError as error:
         print(f"bootstrap: {error}", file=sys.stderr)
         return 1
@@ -78,23 +79,31 @@ def finished_extras(key: str) -> set[str] | None:
         return None
 
 
-def installer() -> list[str]:
-    """Make the environment afresh, and return the words of the pip command that installs into it."""
-    shutil.rmtree(VENV, ignore_errors=True)
+def installer(*, fresh: bool) -> list[str]:
+    """The words of a pip command that installs into the environment.
+
+    Args:
+        fresh: make the environment anew first.
+    """
+    make, install = ways()
+    if fresh:
+        shutil.rmtree(VENV, ignore_errors=True)
+        run(make)
+    return install
+
+
+def ways() -> tuple[list[str], list[str]]:
+    """How this machine can make an environment, and how it can install into it."""
     python = str(VENV / "bin" / "python")
     if importlib.util.find_spec("ensurepip") is not None:
-        run([sys.executable, "-m", "venv", str(VENV)])
-        return [python, "-m", "pip"]
+        return [sys.executable, "-m", "venv", str(VENV)], [python, "-m", "pip"]
     if importlib.util.find_spec("venv") is not None and pip_version() >= PIP_MINIMUM:
-        run([sys.executable, "-m", "venv", "--without-pip", str(VENV)])
-        return [sys.executable, "-m", "pip", "--python", python]
+        make = [sys.executable, "-m", "venv", "--without-pip", str(VENV)]
+        return make, [sys.executable, "-m", "pip", "--python", python]
     virtualenv = shutil.which("virtualenv")
     if virtualenv is not None:
-        run([virtualenv, "--quiet", "--python", sys.executable, str(VENV)])
-        return [python, "-m", "pip"]
-    raise BootstrapError(
-        "this Python has neither ensurepip nor pip: run `apt install python3-venv` and try again"
-    )
+        return [virtualenv, "--quiet", "--python", sys.executable, str(VENV)], [python, "-m", "pip"]
+    raise BootstrapError("this Python has neither ensurepip nor pip; `apt install python3-venv` mends that")
 
 
 def pip_version() -> tuple[int, ...]:
