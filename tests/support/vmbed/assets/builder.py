@@ -5,8 +5,9 @@ What comes from the archive and why:
 * QEMU from `trixie-backports`: the first Debian suite whose QEMU (>= 10.1) has a vfio-user client. Its
   libraries come with it, down to the C library, and it runs through its own dynamic loader, so that
   the machine's own release does not matter.
-* the kernel in its `cloud` flavour from trixie: a third of the download of the ordinary one, with NVMe
-  built in, and the shortest boot.
+* the kernel in its `cloud` flavour, a third of the download of the ordinary one and the shortest boot.
+  From the backports suite too, because Debian's older kernels are built without CONFIG_PCI_P2PDMA,
+  without which the nvme driver leaves a controller memory buffer alone.
 * busybox, static.
 """
 
@@ -36,7 +37,7 @@ __all__ = ["build"]
 Report = Callable[[str], None]
 
 SUITE = "trixie"
-QEMU_SUITE = "trixie-backports"
+BACKPORTS = "trixie-backports"
 QEMU_PACKAGE = "qemu-system-x86"
 QEMU_MINIMUM = (10, 1)
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -45,16 +46,22 @@ BUSYBOX_PACKAGE = "busybox-static"
 # Of what QEMU depends on, the parts that it loads or opens; the rest (passwd, PAM, network boot ROMs)
 # only serves an installation.
 _QEMU_NEEDS = re.compile(r"^(lib(?!pam|apt|debconf)|qemu-system-|seabios$|zlib)")
-_KERNEL_NEEDS = re.compile(r"^linux-(image|binary|modules)-\d")
+_KERNEL_NEEDS = re.compile(r"^linux-(image|binary|modules|base)-\d")
 # unpacked, but of no use to a test; a third of QEMU's tree
 _PRUNE = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/qemu/edk2-*", "usr/share/icons")
 
-_RECIPE = "1"  # raise it when the layout of the trees changes
+# where older and newer packages have them
+_KERNEL_FILES = {
+    "vmlinuz": ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz"),
+    "busybox": ("usr/bin/busybox", "bin/busybox"),
+}
+
+_RECIPE = "2"  # raise it when the layout of the trees changes
 
 
 def recipe() -> str:
     """Return a name for what is fetched and how it is laid out; it changes when these do."""
-    parts = (_RECIPE, SUITE, QEMU_SUITE, QEMU_PACKAGE, KERNEL_PACKAGE, BUSYBOX_PACKAGE)
+    parts = (_RECIPE, SUITE, BACKPORTS, QEMU_PACKAGE, KERNEL_PACKAGE, BUSYBOX_PACKAGE)
     patterns = (_QEMU_NEEDS.pattern, _KERNEL_NEEDS.pattern, *_PRUNE)
     return hashlib.sha256(repr((parts, patterns)).encode()).hexdigest()[:16]
 
@@ -107,14 +114,14 @@ def _fetch(cache: Path, report: Report, archive: str | None) -> Manifest:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
         work = Path(scratch)
-        apt = PrivateApt(work / "apt", archive or archive_address(), (SUITE, QEMU_SUITE))
-        report(f"fetching the package lists of {SUITE} and {QEMU_SUITE}")
+        apt = PrivateApt(work / "apt", archive or archive_address(), (SUITE, BACKPORTS))
+        report(f"fetching the package lists of {SUITE} and {BACKPORTS}")
         apt.update()
-        qemu = _chosen(apt.closure(QEMU_PACKAGE, QEMU_SUITE), _QEMU_NEEDS, QEMU_PACKAGE)
-        kernel = _chosen(apt.closure(KERNEL_PACKAGE, SUITE), _KERNEL_NEEDS, "linux-image")
+        qemu = _chosen(apt.closure(QEMU_PACKAGE, BACKPORTS), _QEMU_NEEDS, QEMU_PACKAGE)
+        kernel = _chosen(apt.closure(KERNEL_PACKAGE, BACKPORTS), _KERNEL_NEEDS, "linux-")
         busybox = _chosen(apt.closure(BUSYBOX_PACKAGE, SUITE), re.compile(f"^{BUSYBOX_PACKAGE}$"), "busybox")
         qemu_version = _check_qemu(qemu)
-        kernel_version = next(package.name for package in kernel).split("-", 2)[2]
+        kernel_version = _check_kernel(kernel)
         total = sum(package.size for package in (*qemu, *kernel, *busybox))
         report(f"fetching QEMU {qemu_version} and Linux {kernel_version}: {total / 1e6:.0f} MB")
         apt.download(qemu, work / "qemu-debs")
@@ -149,8 +156,13 @@ def _check_qemu(packages: list[Package]) -> str:
     version = next(package.version for package in packages if package.name == QEMU_PACKAGE).split(":", 1)[-1]
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers < QEMU_MINIMUM:
-        raise AssetError(f"{QEMU_SUITE} has QEMU {version}; 10.1 is the first with a vfio-user client")
+        raise AssetError(f"{BACKPORTS} has QEMU {version}; 10.1 is the first with a vfio-user client")
     return version
+
+
+def _check_kernel(packages: list[Package]) -> str:
+    """Return the kernel's release, which its packages have in their names: linux-image-RELEASE."""
+    return packages[0].name.split("-", 2)[2]
 
 
 def _folder(version: str) -> str:
@@ -167,12 +179,11 @@ def _unpack_qemu(debs: Path, tree: Path) -> None:
 def _unpack_kernel(debs: Path, tree: Path) -> None:
     """Lay out `vmlinuz`, `busybox` and the modules; other parts of the packages are not kept."""
     unpack(debs, tree)
-    for pattern, name in (("boot/vmlinuz-*", "vmlinuz"), ("usr/bin/busybox", "busybox"), ("bin/busybox", "busybox")):
-        for path in tree.glob(pattern):
-            path.rename(tree / name)
-    for name in ("vmlinuz", "busybox"):
-        if not (tree / name).is_file():
-            raise AssetError(f"the kernel and busybox packages hold no {name}")
+    for name, places in _KERNEL_FILES.items():
+        found = [path for place in places for path in tree.glob(place) if path.is_file()]
+        if not found:
+            raise AssetError(f"the kernel and busybox packages hold no {name}; looked for {', '.join(places)}")
+        found[0].rename(tree / name)
     for unused in ("boot", "usr/share"):
         shutil.rmtree(tree / unused, ignore_errors=True)
 
