@@ -91,5 +91,7 @@ class LineListener:
         listening = self._socket
         if listening is None:
             raise BedError(f"not listening on {self.path}")
-        connection, _ = await peer.unless_it_ends(listening.accept, f"before it connected to {self.path.name}")
+        connection, _ = await peer.unless_it_ends(
+            listening.accept, f"before it connected to {self.path.name}"
+        )
         return LineStream(trio.SocketStream(connection), peer)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -31,31 +31,20 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
     return f"--- {path.name}, last {min(lines, len(text))} of {len(text)} lines:\n{shown}"
 
 
-class deadline:  # noqa: N801 - reads as a keyword, like trio.fail_after
-    """Async-safe `with` block that turns the end of its time into a `BedError` with the logs' ends.
+@contextmanager
+def deadline(seconds: float, what: str, *logs: Path) -> Iterator[None]:
+    """Give a `with` block so many seconds, and turn their end into a `BedError` with the logs' ends.
 
     Args:
         seconds: the most that the block may take.
         what: what is waited for, as in "no X within 5 s".
         logs: files whose ends belong in the message.
     """
-
-    def __init__(self, seconds: float, what: str, *logs: Path) -> None:
-        self._seconds = seconds
-        self._what = what
-        self._logs = logs
-        self._scope = trio.CancelScope()
-
-    def __enter__(self) -> Self:
-        self._scope.deadline = trio.current_time() + self._seconds
-        self._scope.__enter__()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._scope.__exit__(*details)  # type: ignore[arg-type]
-        if self._scope.cancelled_caught:
-            ends = "\n".join(tail(log) for log in self._logs)
-            raise BedError(f"no {self._what} within {self._seconds:g} s\n{ends}")
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        ends = "\n".join(tail(log) for log in logs)
+        raise BedError(f"no {what} within {seconds:g} s\n{ends}")
 
 
 class LoggedProcess:

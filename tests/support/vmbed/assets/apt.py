@@ -106,7 +106,7 @@ def _run(what: str, argv: list[str], cwd: Path | None) -> str:
 
 
 def _reason(stderr: str) -> str:
-    """Return the first error line of apt's or dpkg's complaint, which is the cause; the rest follow from it."""
+    """Return the first error line of apt's or dpkg's complaint: the cause, of which the rest follow."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("E:", "dpkg"))] or lines
     return errors[0] if errors else ""

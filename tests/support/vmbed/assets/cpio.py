@@ -59,7 +59,18 @@ class CpioWriter:
         self._inode += 1
         encoded = name.encode() + b"\0"
         owner, links, mtime, own_device, checksum = (0, 0), 1, 0, (0, 0), 0
-        fields = (self._inode, mode, *owner, links, mtime, len(data), *own_device, *device, len(encoded), checksum)
+        fields = (
+            self._inode,
+            mode,
+            *owner,
+            links,
+            mtime,
+            len(data),
+            *own_device,
+            *device,
+            len(encoded),
+            checksum,
+        )
         head = (_MAGIC + "".join(f"{value:08x}" for value in fields)).encode() + encoded
         self._out.write(_padded(head) + _padded(data))
 

@@ -130,6 +130,11 @@ cmd_state() { # [N]: the controller's state by the driver; `live` is the good on
     cat "/sys/class/nvme/$(controller_of "$address")/state"
 }
 
+cmd_p2pmem() { # [N]: bytes of a controller memory buffer that are free, and that there are
+    address=$(nth_function "${1:-0}") || return 1
+    cat "/sys/bus/pci/devices/$address/p2pmem/available" "/sys/bus/pci/devices/$address/p2pmem/size"
+}
+
 cmd_count() { nvme_functions | wc -l; }
 cmd_dmesg() { dmesg; }
 cmd_sh() { eval "$*"; }
