@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ TOUCH_MIB = 8  # enough to see that a function works again after some event
 
 
 def machine(stack: Stack, *, shared_memory: bool = True) -> QemuConfig:
-    """One machine with the daemon's function in it."""
+    """Return a machine with the daemon's function in it."""
     return QemuConfig([VfioUserDevice(stack.socket)], shared_memory=shared_memory)
 
 
@@ -31,10 +31,12 @@ async def bed(
     assets: Assets, workdir: Path, config: SocConfig | None = None, *, shared_memory: bool = True
 ) -> AsyncIterator[tuple[Stack, Qemu]]:
     """Simulator, daemon and a QEMU whose guest has booted."""
-    async with soc_and_daemon(workdir, config) as stack:
-        async with start_qemu(assets, machine(stack, shared_memory=shared_memory), workdir) as qemu:
-            await qemu.guest.ready()
-            yield stack, qemu
+    async with AsyncExitStack() as exits:
+        stack = await exits.enter_async_context(soc_and_daemon(workdir, config))
+        config_of_qemu = machine(stack, shared_memory=shared_memory)
+        qemu = await exits.enter_async_context(start_qemu(assets, config_of_qemu, workdir))
+        await qemu.guest.ready()
+        yield stack, qemu
 
 
 async def test_io_is_verified_in_the_guest_and_in_the_backing_file(assets: Assets, workdir: Path) -> None:

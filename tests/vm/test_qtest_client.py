@@ -11,7 +11,7 @@ import pytest
 from vmbed.assets import Assets
 from vmbed.nvme import BLOCK, IDENTIFY_NAMESPACE, PAGE, NvmeDriver, until
 from vmbed.pci import CAP_MSIX, CAP_PCIE, PciFunction
-from vmbed.qemu import Qemu, QemuConfig, VfioUserDevice, start_qemu
+from vmbed.qemu import TRACE_EVENTS, Qemu, QemuConfig, VfioUserDevice, start_qemu
 from vmbed.stack import MIB, SocConfig, Stack, soc_and_daemon
 
 pytestmark = pytest.mark.vm
@@ -46,7 +46,13 @@ async def rig(
     """Start simulator, daemon and QEMU; no register has been touched when this yields."""
     async with soc_and_daemon(workdir, config) as stack:
         device = VfioUserDevice(stack.socket, slot=SLOT)
-        machine = QemuConfig([device], accel="qtest", memory_mib=64, shared_memory=shared_memory)
+        machine = QemuConfig(
+            [device],
+            accel="qtest",
+            memory_mib=64,
+            shared_memory=shared_memory,
+            trace=(*TRACE_EVENTS, "vfio_msi_interrupt"),
+        )
         async with start_qemu(assets, machine, workdir) as qemu:
             yield Rig(stack, qemu)
 
@@ -105,15 +111,20 @@ async def arrived(bed: Rig, vector: int) -> bool:
     return await bed.message(vector) == 0xCAFE0000 + vector
 
 
+async def fired(bed: Rig, vector: int) -> bool:
+    """Whether QEMU has seen the vector's eventfd, masked or not."""
+    return any(f" vector {vector} " in line for line in bed.qemu.traced("vfio_msi_interrupt"))
+
+
 async def test_masked_vector_is_delivered_when_unmasked(assets: Assets, workdir: Path) -> None:
-    """An interrupt on a masked vector stays pending, and its message is sent on unmasking."""
+    """QEMU keeps masks to itself: the server signals all the same, the message comes on unmasking."""
     async with rig(assets, workdir) as bed:
         await start_driver(bed)
         msix = await bed.function.msix()
         await bed.driver.create_io_queues(VECTOR)
         await msix.mask(VECTOR, masked=True)
         await write_and_read_back(bed)
-        await until("pending bit", lambda: msix.is_pending(VECTOR))
+        await until("interrupt on the masked vector", lambda: fired(bed, VECTOR))
         assert await bed.message(VECTOR) == 0
         await msix.mask(VECTOR, masked=False)
         await until("message of the unmasked vector", lambda: arrived(bed, VECTOR))

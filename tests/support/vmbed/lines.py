@@ -55,9 +55,9 @@ class LineStream:
         del self._buffer[: end + 1]
         return line
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close the connection."""
-        await trio.aclose_forcefully(self._stream)
+        self._stream.socket.close()
 
 
 class LineListener:
@@ -66,6 +66,7 @@ class LineListener:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._socket: trio.socket.SocketType | None = None
+        self._accepted: list[LineStream] = []
 
     async def __aenter__(self) -> Self:
         """Bind and listen."""
@@ -77,7 +78,9 @@ class LineListener:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop listening; an accepted stream is its owner's."""
+        """Stop listening, and close what was accepted."""
+        for stream in self._accepted:
+            stream.close()
         if self._socket is not None:
             self._socket.close()
         self.path.unlink(missing_ok=True)
@@ -94,4 +97,6 @@ class LineListener:
         connection, _ = await peer.unless_it_ends(
             listening.accept, f"before it connected to {self.path.name}"
         )
-        return LineStream(trio.SocketStream(connection), peer)
+        stream = LineStream(trio.SocketStream(connection), peer)
+        self._accepted.append(stream)
+        return stream

@@ -120,25 +120,25 @@ class PciFunction:
         offset = (await self.capabilities())[CAP_MSIX]
         control = await self.config_read(offset + 2, 2)
         table = await self.config_read(offset + 4)
-        pending = await self.config_read(offset + 8)
         return Msix(
             function=self,
             capability=offset,
             vectors=(control & 0x7FF) + 1,
             table=self.addresses[table & 7] + (table & ~7),
-            pending=self.addresses[pending & 7] + (pending & ~7),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Msix:
-    """A function's MSI-X: addresses of its table and pending bits, number of vectors."""
+    """A function's MSI-X: where its capability and its table are, and its number of vectors.
+
+    The table is QEMU's own; the pending bits are not, QEMU's vfio-user client reads them from the server.
+    """
 
     function: PciFunction
     capability: int
     vectors: int
     table: int
-    pending: int
 
     async def program(self, vector: int, address: int, data: int, *, masked: bool = False) -> None:
         """Fill in a table entry: the message's address and data."""
@@ -152,11 +152,6 @@ class Msix:
     async def mask(self, vector: int, *, masked: bool) -> None:
         """Mask or unmask one vector."""
         await self.function.qtest.store(self.table + vector * MSIX_ENTRY_BYTES + 12, int(masked))
-
-    async def is_pending(self, vector: int) -> bool:
-        """Say whether the vector's pending bit is set."""
-        word = await self.function.qtest.load(self.pending + vector // 32 * 4)
-        return bool(word >> vector % 32 & 1)
 
     async def enable(self, *, enabled: bool = True) -> None:
         """Turn MSI-X on or off."""

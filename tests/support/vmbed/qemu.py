@@ -17,7 +17,7 @@ from vmbed.processes import LoggedProcess, logged_process
 from vmbed.qmp import Qmp
 from vmbed.qtest import Qtest
 
-__all__ = ["Qemu", "QemuConfig", "VfioUserDevice", "start_qemu"]
+__all__ = ["TRACE_EVENTS", "Qemu", "QemuConfig", "VfioUserDevice", "start_qemu"]
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
 # Every trapped access, and every mapped area, of a vfio-user region as QEMU sees them: few lines each,
@@ -141,14 +141,10 @@ async def start_qemu(
         process = await stack.enter_async_context(
             logged_process(name, argv, log, env=assets.qemu_environment)
         )
-        guest = qtest = None
-        if config.accel == "tcg":
-            qmp = Qmp(await qmp_listener.accept(process), log)
-            guest = Guest(await drive_listener.accept(process), process, console)
-        else:
-            # the qtest server is started last, but a machine under qtest waits for nothing
-            qmp = Qmp(await qmp_listener.accept(process), log)
-            qtest = Qtest(await drive_listener.accept(process), log)
+        qmp = Qmp(await qmp_listener.accept(process), log)
+        driver = await drive_listener.accept(process)
+        guest = Guest(driver, process, console) if config.accel == "tcg" else None
+        qtest = Qtest(driver, log) if config.accel == "qtest" else None
         await qmp.negotiate()
         yield Qemu(process, qmp, guest, qtest, trace)
 
