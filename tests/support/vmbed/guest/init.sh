@@ -29,7 +29,7 @@ nvme_functions() { # PCI addresses of all NVMe functions, in order
 
 nth_function() { # N: the N-th NVMe function's PCI address
     set -- "${1:-0}" $(nvme_functions)
-    [ $# -gt $(($1 + 1)) ] || { echo "no NVMe function number $1 ($(($# - 1)) found)"; return 1; }
+    [ $# -gt $(($1 + 1)) ] || { echo "no NVMe function number $1 ($(($# - 1)) found)" >&2; return 1; }
     shift $(($1 + 1))
     echo "$1"
 }
