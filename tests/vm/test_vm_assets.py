@@ -7,6 +7,7 @@ import lzma
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from vmbed.assets import AssetError, locate
 from vmbed.assets.__main__ import main
 from vmbed.assets.archive import Source, archive_address, parse_deb822, parse_one_line
 from vmbed.assets.cpio import CpioWriter
+from vmbed.assets.initramfs import initramfs_recipe
 from vmbed.assets.modules import load_order
+from vmbed.assets.recipe import recipe
 from vmbed.assets.store import Manifest
 
 DEB822 = """\
@@ -118,7 +121,8 @@ def test_cpio_is_what_cpio_reads() -> None:
 
 def read_cpio(data: bytes) -> list[tuple[str, int, bytes, tuple[int, int]]]:
     """Read a newc archive by the book: (name, mode, data, device) of each entry up to the trailer."""
-    entries, offset = [], 0
+    entries: list[tuple[str, int, bytes, tuple[int, int]]] = []
+    offset = 0
     while True:
         assert data[offset : offset + 6] == b"070701"
         fields = [int(data[at : at + 8], 16) for at in range(offset + 6, offset + 110, 8)]
@@ -157,7 +161,7 @@ def test_missing_assets_name_the_command_that_makes_them(tmp_path: Path) -> None
             (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
         with pytest.raises(AssetError, match=r"run `make vm-assets`"):
             locate(tmp_path)
-    manifest = Manifest("r", "qemu-1", "1", "kernel-1", "1", "initramfs-1.cpio", "i")
+    manifest = Manifest(recipe(), "qemu-1", "1", "kernel-1", "1", "initramfs-1.cpio", initramfs_recipe())
     manifest.save(tmp_path)
     with pytest.raises(AssetError, match=r"run `make vm-assets`"):
         locate(tmp_path)
@@ -165,6 +169,10 @@ def test_missing_assets_name_the_command_that_makes_them(tmp_path: Path) -> None
         (tmp_path / name).mkdir()
     (tmp_path / "initramfs-1.cpio").touch()
     assert locate(tmp_path).initramfs == tmp_path / "initramfs-1.cpio"
+    for stale in (replace(manifest, recipe="old"), replace(manifest, initramfs_recipe="old")):
+        stale.save(tmp_path)
+        with pytest.raises(AssetError, match=r"another version's: run `make vm-assets`"):
+            locate(tmp_path)
 
 
 def test_unreachable_archive_is_one_line_and_leaves_nothing(

@@ -1,20 +1,8 @@
-"""Fetches the packages and lays the assets out; see `vmbed.assets.store` for where.
-
-What comes from the archive and why:
-
-* QEMU from `trixie-backports`: the first Debian suite whose QEMU (>= 10.1) has a vfio-user client. Its
-  libraries come with it, down to the C library, and it runs through its own dynamic loader, so that
-  the machine's own release does not matter.
-* the kernel in its `cloud` flavour, a third of the download of the ordinary one and the shortest boot.
-  From the backports suite too, because Debian's older kernels are built without CONFIG_PCI_P2PDMA,
-  without which the nvme driver leaves a controller memory buffer alone.
-* busybox, static.
-"""
+"""Fetches the packages and lays the assets out; see `vmbed.assets.store` for where."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import platform
 import re
@@ -30,40 +18,24 @@ from vmbed.assets.apt import Package, PrivateApt, require_tools, unpack
 from vmbed.assets.archive import archive_address
 from vmbed.assets.errors import AssetError
 from vmbed.assets.initramfs import initramfs_recipe, write_initramfs
+from vmbed.assets.recipe import (
+    BACKPORTS,
+    BUSYBOX_PACKAGE,
+    KERNEL_FILES,
+    KERNEL_NEEDS,
+    KERNEL_PACKAGE,
+    PRUNE,
+    QEMU_MINIMUM,
+    QEMU_NEEDS,
+    QEMU_PACKAGE,
+    SUITE,
+    recipe,
+)
 from vmbed.assets.store import Assets, Manifest, locate
 
 __all__ = ["build"]
 
 Report = Callable[[str], None]
-
-SUITE = "trixie"
-BACKPORTS = "trixie-backports"
-QEMU_PACKAGE = "qemu-system-x86"
-QEMU_MINIMUM = (10, 1)
-KERNEL_PACKAGE = "linux-image-cloud-amd64"
-BUSYBOX_PACKAGE = "busybox-static"
-
-# Of what QEMU depends on, the parts that it loads or opens; the rest (passwd, PAM, network boot ROMs)
-# only serves an installation.
-_QEMU_NEEDS = re.compile(r"^(lib(?!pam|apt|debconf)|qemu-system-|seabios$|zlib)")
-_KERNEL_NEEDS = re.compile(r"^linux-(image|binary|modules|base)-\d")
-# unpacked, but of no use to a test; a third of QEMU's tree
-_PRUNE = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/qemu/edk2-*", "usr/share/icons")
-
-# where older and newer packages have them
-_KERNEL_FILES = {
-    "vmlinuz": ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz"),
-    "busybox": ("usr/bin/busybox", "bin/busybox"),
-}
-
-_RECIPE = "2"  # raise it when the layout of the trees changes
-
-
-def recipe() -> str:
-    """Return a name for what is fetched and how it is laid out; it changes when these do."""
-    parts = (_RECIPE, SUITE, BACKPORTS, QEMU_PACKAGE, KERNEL_PACKAGE, BUSYBOX_PACKAGE)
-    patterns = (_QEMU_NEEDS.pattern, _KERNEL_NEEDS.pattern, *_PRUNE)
-    return hashlib.sha256(repr((parts, patterns)).encode()).hexdigest()[:16]
 
 
 def build(cache: Path, report: Report, *, archive: str | None = None, refresh: bool = False) -> Assets:
@@ -117,8 +89,8 @@ def _fetch(cache: Path, report: Report, archive: str | None) -> Manifest:
         apt = PrivateApt(work / "apt", archive or archive_address(), (SUITE, BACKPORTS))
         report(f"fetching the package lists of {SUITE} and {BACKPORTS}")
         apt.update()
-        qemu = _chosen(apt.closure(QEMU_PACKAGE, BACKPORTS), _QEMU_NEEDS, QEMU_PACKAGE)
-        kernel = _chosen(apt.closure(KERNEL_PACKAGE, BACKPORTS), _KERNEL_NEEDS, "linux-")
+        qemu = _chosen(apt.closure(QEMU_PACKAGE, BACKPORTS), QEMU_NEEDS, QEMU_PACKAGE)
+        kernel = _chosen(apt.closure(KERNEL_PACKAGE, BACKPORTS), KERNEL_NEEDS, "linux-")
         busybox = _chosen(apt.closure(BUSYBOX_PACKAGE, SUITE), re.compile(f"^{BUSYBOX_PACKAGE}$"), "busybox")
         qemu_version = _check_qemu(qemu)
         kernel_version = _check_kernel(kernel)
@@ -171,7 +143,7 @@ def _folder(version: str) -> str:
 
 def _unpack_qemu(debs: Path, tree: Path) -> None:
     unpack(debs, tree)
-    for pattern in _PRUNE:
+    for pattern in PRUNE:
         for path in tree.glob(pattern):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -179,7 +151,7 @@ def _unpack_qemu(debs: Path, tree: Path) -> None:
 def _unpack_kernel(debs: Path, tree: Path) -> None:
     """Lay out `vmlinuz`, `busybox` and the modules; other parts of the packages are not kept."""
     unpack(debs, tree)
-    for name, places in _KERNEL_FILES.items():
+    for name, places in KERNEL_FILES.items():
         found = [path for place in places for path in tree.glob(place) if path.is_file()]
         if not found:
             raise AssetError(

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vmbed.assets.errors import AssetError
+from vmbed.assets.initramfs import initramfs_recipe
+from vmbed.assets.recipe import recipe
 
 __all__ = ["CACHE_ENV", "Assets", "Manifest", "default_cache", "locate"]
 
@@ -99,6 +101,8 @@ def locate(cache: Path | None = None) -> Assets:
     manifest = Manifest.load(folder)
     if manifest is None or not (folder / manifest.initramfs).is_file():
         raise AssetError(f"the VM test assets are not in {folder}: run `make vm-assets`")
+    if (manifest.recipe, manifest.initramfs_recipe) != (recipe(), initramfs_recipe()):
+        raise AssetError(f"the VM test assets in {folder} are another version's: run `make vm-assets`")
     return Assets(
         qemu_root=folder / manifest.qemu,
         qemu_version=manifest.qemu_version,
