@@ -75,6 +75,11 @@ class Framer:
         return f"<Framer: {self.bytes_wanted} bytes of {part} wanted, {len(self.pending_fds)} fds pending>"
 
     @property
+    def in_body(self) -> bool:
+        """Whether the header is complete, so that no descriptors are expected any more."""
+        return self._header is not None
+
+    @property
     def at_boundary(self) -> bool:
         """Whether nothing of a next message has come yet, so that the stream may end here."""
         return self._header is None and not self._pieces and not self.pending_fds and self.bytes_wanted > 0

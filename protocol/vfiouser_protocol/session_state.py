@@ -49,6 +49,7 @@ class Oddity(Enum):
     SHORT = "its payload is shorter than the fixed part"
     WRONG_SOCKET = "it belongs to the other of the two sockets"
     LATE = "its command has been given up"
+    POSTED = "its command asked for no reply"
     UNSOLICITED = "no command of ours has this id"
     MISMATCHED = "it names another command than the one it answers"
     VERSION_FDS = "file descriptors have no place in VERSION"
@@ -94,6 +95,7 @@ VERDICTS: Mapping[tuple[Phase, Oddity], Verdict] = MappingProxyType(
         (Phase.READY, Oddity.NOT_AGREED): _ANSWER,
         (Phase.READY, Oddity.SHORT): _ANSWER,
         (Phase.READY, Oddity.LATE): _DROP,
+        (Phase.READY, Oddity.POSTED): _DROP,
         (Phase.READY, Oddity.UNSOLICITED): _CLOSE,
         (Phase.READY, Oddity.MISMATCHED): _CLOSE,
         (Phase.READY, Oddity.WRONG_SOCKET): _CLOSE,

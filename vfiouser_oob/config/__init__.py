@@ -1,0 +1,38 @@
+"""Configuration: TOML files, the short form of the command line, and the dataclasses that both become."""
+
+from vfiouser_oob.config.devices import parse_device
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.load import load_config, parse_config
+from vfiouser_oob.config.schema import (
+    DaemonConfig,
+    DeviceConfig,
+    DmaMode,
+    Doorbells,
+    FunctionConfig,
+    LogFormat,
+    LogLevel,
+    ModelDevice,
+    NvmeOptions,
+    UpstreamDevice,
+    default_control_socket,
+)
+from vfiouser_oob.config.soc import SocOptions
+
+__all__ = [
+    "ConfigError",
+    "DaemonConfig",
+    "DeviceConfig",
+    "DmaMode",
+    "Doorbells",
+    "FunctionConfig",
+    "LogFormat",
+    "LogLevel",
+    "ModelDevice",
+    "NvmeOptions",
+    "SocOptions",
+    "UpstreamDevice",
+    "default_control_socket",
+    "load_config",
+    "parse_config",
+    "parse_device",
+]

@@ -1,0 +1,128 @@
+"""The device kinds: how each is written in a file and in the short form of ``--device``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vfiouser_oob.config.schema import DeviceConfig, Doorbells, ModelDevice, NvmeOptions, UpstreamDevice
+from vfiouser_oob.config.tables import Key, Place, read_table, suggestion
+from vfiouser_oob.config.values import one_of, read_path, read_size, read_socket_path, read_string, shown
+
+BLOCK_SIZE = 512
+CMB_MIN = 2 << 20
+
+
+def read_namespace_size(value: Any) -> int:
+    """Bytes of an NVMe namespace: at least one block, and whole blocks."""
+    size = read_size(value)
+    if size == 0 or size % BLOCK_SIZE:
+        raise ValueError(f"must be a multiple of {BLOCK_SIZE} bytes and not 0, got {shown(value)}")
+    return size
+
+
+def read_cmb_size(value: Any) -> int:
+    """Bytes of a controller memory buffer: none, or enough for a driver to use it, in whole pages."""
+    size = read_size(value)
+    if size and (size < CMB_MIN or size % 4096):
+        raise ValueError(f"must be 0 or at least 2M in whole pages of 4096 bytes, got {shown(value)}")
+    return size
+
+
+NVME_KEYS = (
+    Key("size", read_namespace_size),
+    Key("image", read_path),
+    Key("cmb", read_cmb_size),
+    Key("doorbells", one_of(Doorbells)),
+)
+
+
+def _read_model(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
+    # The model's name decides which further keys there are, so it is looked at first.
+    model = raw.get("model")
+    if model is None:
+        place.fail("key 'model' is missing", "model")
+    if not isinstance(model, str) or model not in MODELS:
+        place.fail(f"unknown model {shown(model)}{suggestion(str(model), tuple(MODELS))}", "model")
+    options = {name: value for name, value in raw.items() if name != "model"}
+    values = read_table(options, MODELS[model], place)
+    return ModelDevice(model=model, options=NvmeOptions(**values))
+
+
+def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
+    return UpstreamDevice(**read_table(raw, (Key("socket", read_socket_path, required=True),), place))
+
+
+MODELS = {"nvme": NVME_KEYS}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of device.
+
+    Args:
+        read: turns its table (without `kind`) into the dataclass.
+        first: the key that the first word of the short form stands for.
+        example: a short form for error messages.
+    """
+
+    read: Callable[[Mapping[str, Any], Place], DeviceConfig]
+    first: str
+    example: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "model": Kind(_read_model, "model", "model:nvme,size=64M"),
+    "vfio-user": Kind(_read_upstream, "socket", "vfio-user:/run/soc/f0.sock"),
+}
+
+
+def read_device(raw: Any, place: Place) -> DeviceConfig:
+    """Read a ``device`` table.
+
+    Args:
+        raw: what stands in its place.
+        place: where it stands.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    if not isinstance(raw, Mapping):
+        place.fail(f'must be a table such as {{kind = "model", model = "nvme"}}, got {shown(raw)}')
+    kind = raw.get("kind")
+    if kind is None:
+        place.fail(f"key 'kind' is missing (allowed: {', '.join(KINDS)})")
+    if not isinstance(kind, str) or kind not in KINDS:
+        place.fail(f"unknown kind {shown(kind)}{suggestion(str(kind), tuple(KINDS))}", "kind")
+    return KINDS[kind].read({name: value for name, value in raw.items() if name != "kind"}, place)
+
+
+def parse_device(text: str, source: str | None = None) -> DeviceConfig:
+    """Read the short form of a device.
+
+    Args:
+        text: ``KIND:FIRST[,KEY=VALUE…]``; a comma inside a value is written twice.
+        source: the option that it came from.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    place = Place(f"device {shown(text)}", source)
+    kind_name, colon, rest = text.partition(":")
+    kind = KINDS.get(kind_name)
+    if kind is None:
+        place.fail(f"unknown kind {kind_name!r}{suggestion(kind_name, tuple(KINDS))}")
+    first, *options = (part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", rest))
+    if not colon or not first:
+        place.fail(f"{kind.first} is missing; an example: {kind.example}")
+    raw: dict[str, Any] = {"kind": kind_name, kind.first: read_string(first)}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            place.fail(f"{option!r} must be KEY=VALUE; an example: {kind.example}")
+        if name in raw:
+            place.fail(f"{name} is given twice")
+        raw[name] = value
+    return read_device(raw, place)

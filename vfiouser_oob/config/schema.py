@@ -1,0 +1,199 @@
+"""What the daemon can be told, as dataclasses.
+
+    DaemonConfig
+     └── functions: FunctionConfig …
+          └── device: ModelDevice | UpstreamDevice
+
+A configuration file (`load`), the short form of the command line (`devices`) and `simulate-soc` (`soc`) all
+end here, so the server sees one shape whichever way it was started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import ClassVar, TypeAlias
+
+from vfiouser_oob.config.values import format_size
+
+# Stock QEMU gives up on a reply after 5 s and is then out of step with the stream for good: stay well below.
+DEFAULT_REPLY_BUDGET_S = 4.0
+DEFAULT_SOCKET_MODE = 0o660
+# Debian, Fedora and libvirt all run QEMU in this group, so that a VM can connect on day one.
+DEFAULT_SOCKET_GROUP = "kvm"
+CONTROL_SOCKET_NAME = "control.sock"
+
+
+class DmaMode(StrEnum):
+    """How a model device reaches the client's memory."""
+
+    FILES = "files"
+    MESSAGES = "messages"
+
+
+class Doorbells(StrEnum):
+    """How a simulated NVMe controller learns of a doorbell."""
+
+    TRAPPED = "trapped"
+    POLLED = "polled"
+
+
+class LogFormat(StrEnum):
+    """How log records are written."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """The least important record that is still written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def _doubled_commas(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NvmeOptions:
+    """The simulated NVMe controller's settings.
+
+    Args:
+        size: bytes of its namespace; None = the size of `image`, or 64 MiB of RAM without one.
+        image: file that holds the namespace; None = RAM.
+        cmb: bytes of controller memory buffer in a mappable BAR of its own; 0 = none.
+        doorbells: trapped as messages, or in a mapped page that the model polls.
+    """
+
+    size: int | None = None
+    image: Path | None = None
+    cmb: int = 0
+    doorbells: Doorbells = Doorbells.TRAPPED
+
+    def describe(self) -> str:
+        """The settings that differ from the defaults, as the short form writes them."""
+        parts = []
+        if self.size is not None:
+            parts.append(f"size={format_size(self.size)}")
+        if self.image is not None:
+            parts.append(f"image={_doubled_commas(self.image)}")
+        if self.cmb:
+            parts.append(f"cmb={format_size(self.cmb)}")
+        if self.doorbells is not Doorbells.TRAPPED:
+            parts.append(f"doorbells={self.doorbells.value}")
+        return ",".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDevice:
+    """A function that is played by a Python model.
+
+    Args:
+        model: name of the model, for example ``nvme``.
+        options: that model's settings.
+    """
+
+    kind: ClassVar[str] = "model"
+
+    model: str = "nvme"
+    options: NvmeOptions = field(default_factory=NvmeOptions)
+
+    def describe(self) -> str:
+        """The device as ``--device`` takes it."""
+        options = self.options.describe()
+        return f"{self.kind}:{self.model}" + (f",{options}" if options else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamDevice:
+    """A function that another vfio-user server provides.
+
+    Args:
+        socket: that server's UNIX socket.
+    """
+
+    kind: ClassVar[str] = "vfio-user"
+
+    socket: Path
+
+    def describe(self) -> str:
+        """The device as ``--device`` takes it."""
+        return f"{self.kind}:{_doubled_commas(self.socket)}"
+
+
+DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionConfig:
+    """One exported PCI function.
+
+    Args:
+        name: its name in logs, in status and among systemd's sockets.
+        device: where it comes from.
+        socket: path to listen on; None = `fd`, or the socket that systemd passes under `name`.
+        fd: number of an inherited UNIX socket to serve on, instead of a path.
+        socket_mode: permission bits of the socket file that we create.
+        socket_group: group of that file; None = `kvm` if we are root and there is such a group.
+        allow_uids: user ids that may connect; None = whoever the file's permissions let in.
+        dma: how a model reaches the client's memory.
+        line: where the function stands in its configuration file, for messages.
+    """
+
+    name: str
+    device: DeviceConfig
+    socket: Path | None = None
+    fd: int | None = None
+    socket_mode: int = DEFAULT_SOCKET_MODE
+    socket_group: str | None = None
+    allow_uids: tuple[int, ...] | None = None
+    dma: DmaMode = DmaMode.FILES
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonConfig:
+    """All that one daemon process needs to know.
+
+    Args:
+        functions: the exported functions; names and sockets are unique.
+        control_socket: path of the control socket; None = no control socket.
+        log_level: least important record that is written.
+        log_format: for people or for machines.
+        reply_budget_s: seconds after which a client message is answered, come what may.
+        source: the file that it was read from.
+    """
+
+    functions: tuple[FunctionConfig, ...]
+    control_socket: Path | None = None
+    log_level: LogLevel = LogLevel.INFO
+    log_format: LogFormat = LogFormat.HUMAN
+    reply_budget_s: float = DEFAULT_REPLY_BUDGET_S
+    source: Path | None = None
+
+    def function(self, name: str) -> FunctionConfig | None:
+        """The function of that name, if there is one."""
+        return next((function for function in self.functions if function.name == name), None)
+
+
+def default_control_socket(euid: int | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the control socket is unless something else was asked for.
+
+    Args:
+        euid: effective user id; None = ours.
+        environ: the environment, for XDG_RUNTIME_DIR.
+
+    Returns:
+        ``/run/vfiouser-oob/control.sock`` for root; for others the same below XDG_RUNTIME_DIR, if set.
+    """
+    euid = os.geteuid() if euid is None else euid
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    base = Path("/run") if euid == 0 or not runtime.startswith("/") else Path(runtime)
+    return base / "vfiouser-oob" / CONTROL_SOCKET_NAME

@@ -1,0 +1,1 @@
+"""Device backends: where a function's config space, BARs, interrupts and DMA come from."""

@@ -1,0 +1,162 @@
+"""What the server asks of a device backend.
+
+A backend belongs to one function and lives as long as it. A session belongs to one client connection: it is opened
+before VERSION is answered and closed when the client has gone. Each request is answered at once, or by an awaitable when
+the device really has to be waited for; the connection then answers later commands only after it, and cancels it at the
+command's deadline. Nothing here may wait for DMA: a client may serve DMA only when its own access was answered.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias, TypeVar
+
+from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.irq import IrqDescription
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
+from vfiouser_protocol.regions import RegionSpec
+
+T = TypeVar("T")
+#: An answer that is there, or one to wait for.
+Answer: TypeAlias = T | Awaitable[T]
+
+
+class ResetKind(Enum):
+    """The three resets; `vfiouser_oob.server.resets` says what each does to what."""
+
+    #: The client's DEVICE_RESET.
+    DEVICE = "device"
+    #: Function-level reset, by the guest through the PCI Express capability.
+    FUNCTION_LEVEL = "function-level"
+    #: The client has gone.
+    CONNECTION_LOST = "connection-lost"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDescription:
+    """What a client learns about a function before it uses it.
+
+    Args:
+        regions: one entry per region index.
+        irqs: one entry per IRQ index.
+        flags: DeviceInfoFlags.
+    """
+
+    regions: Sequence[RegionSpec]
+    irqs: Sequence[IrqDescription]
+    flags: int
+
+
+class ClientLink(abc.ABC):
+    """What a session can ask of the client that it serves."""
+
+    #: What the client announced in VERSION.
+    capabilities: Capabilities
+
+    @abc.abstractmethod
+    async def dma_read(self, address: int, count: int) -> bytes:
+        """Read client memory by DMA_READ messages.
+
+        Raises:
+            DmaFault: the client refused it, answered nonsense, has gone, or did not answer in time.
+        """
+
+    @abc.abstractmethod
+    async def dma_write(self, address: int, data: bytes) -> None:
+        """Write client memory by DMA_WRITE messages.
+
+        Raises:
+            DmaFault: as for `dma_read`.
+        """
+
+    @abc.abstractmethod
+    def fail(self, reason: str) -> None:
+        """Note that the device behind this session is lost; every further command is answered with EIO."""
+
+
+class BackendSession(abc.ABC):
+    """One client's use of a device. All methods raise `CommandError` for a refusal with an errno.
+
+    Args:
+        description: regions and interrupts.
+        memory: the client's DMA mappings, kept by the connection.
+    """
+
+    description: DeviceDescription
+    memory: GuestMemory
+
+    @property
+    def limits(self) -> Capabilities:
+        """What this session can take; the connection offers no more to the client."""
+        return Capabilities()
+
+    def region_fd(self, index: int) -> int | None:
+        """Return the descriptor that maps a region; it stays the backend's."""
+        return None
+
+    @abc.abstractmethod
+    def region_read(self, region: int, offset: int, count: int) -> Answer[bytes]:
+        """Read `count` bytes; the connection has checked the range."""
+
+    @abc.abstractmethod
+    def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> Answer[None]:
+        """Write bytes; the connection has checked the range. `posted`: nobody waits for the result."""
+
+    @abc.abstractmethod
+    def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:
+        """Configure interrupts; takes over `fds`."""
+
+    @abc.abstractmethod
+    def dma_map(self, request: DmaMap, fds: list[int]) -> Answer[None]:
+        """Map client memory; takes over `fds`."""
+
+    @abc.abstractmethod
+    def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
+        """Unmap one range (flags 0); the memory is not used any more once this is answered."""
+
+    @abc.abstractmethod
+    def dma_unmap_all(self) -> Answer[None]:
+        """Unmap everything."""
+
+    @abc.abstractmethod
+    def reset(self) -> Answer[None]:
+        """DEVICE_RESET."""
+
+    def irq_summary(self) -> dict[str, int]:
+        """How many vectors have an eventfd, by IRQ index name, for `status`."""
+        return {}
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """The client has gone: interrupts off, bus master off, all maps and descriptors gone."""
+
+
+class DeviceBackend(abc.ABC):
+    """A function's device."""
+
+    #: One line for logs and `status`.
+    summary: str
+
+    @abc.abstractmethod
+    async def open(self, link: ClientLink) -> BackendSession:
+        """Begin to serve a client, before VERSION is answered.
+
+        Raises:
+            BackendUnavailable: the device cannot be used now; the client is turned away.
+        """
+
+    async def run(self) -> None:
+        """The device's own life; runs as long as the function does."""
+        return
+
+    def close(self) -> None:
+        """Give back everything that the device holds; the function is going away."""
+        return
+
+
+class BackendUnavailable(Exception):
+    """The device cannot be used now; the text says why and what would help."""

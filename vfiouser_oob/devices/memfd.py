@@ -1,0 +1,45 @@
+"""Shared memory that a device model exposes as a mappable region."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+from vfiouser_oob.transport.fds import OwnedFd
+
+
+class SharedMemory:
+    """A memfd of fixed size, mapped here and by whoever receives the descriptor.
+
+    It is sealed against shrinking and growing, so a client that holds the descriptor cannot make an access of ours fault.
+
+    Args:
+        name: shown in /proc/PID/maps of every process that maps it.
+        size: bytes; rounded up to whole pages.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._fd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        os.ftruncate(self._fd.fileno(), self.size)
+        fcntl.fcntl(
+            self._fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+        self._map = mmap.mmap(self._fd.fileno(), self.size)
+        #: The bytes; a view that the model reads and writes.
+        self.view = memoryview(self._map)
+
+    def fileno(self) -> int:
+        """Return the descriptor to hand to clients; it stays this object's."""
+        return self._fd.fileno()
+
+    def clear(self) -> None:
+        """Fill with zeros, releasing the pages."""
+        self._map.madvise(mmap.MADV_REMOVE)
+
+    def close(self) -> None:
+        """Unmap and close."""
+        self.view.release()
+        self._map.close()
+        self._fd.close()

@@ -1,0 +1,134 @@
+"""The interface of a function written in Python.
+
+`DeviceModel` is what an author implements; `ModelHost` is what the daemon gives it. The backend that joins the two to a
+client is `model_backend`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vfiouser_oob.devices.base import ResetKind
+from vfiouser_oob.devices.memfd import SharedMemory
+from vfiouser_protocol.constants import IrqIndex, RegionFlags
+from vfiouser_protocol.irq import IrqDescription
+from vfiouser_protocol.pci import ConfigEffects, ConfigSpace
+from vfiouser_protocol.regions import SparseArea
+
+__all__ = ["DeviceModel", "ModelHost", "ModelMemory", "ModelRegion", "ResetKind", "SharedMemory"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRegion:
+    """A BAR or ROM of a model.
+
+    Args:
+        index: region index.
+        size: bytes; a power of two for BARs.
+        flags: READ, WRITE.
+        memory: shared memory behind the whole region, or None when every access is trapped.
+        areas: what of `memory` a client may map; empty means all of it.
+    """
+
+    index: int
+    size: int
+    flags: int = RegionFlags.READ | RegionFlags.WRITE
+    memory: SharedMemory | None = None
+    areas: tuple[SparseArea, ...] = ()
+
+
+class ModelMemory(Protocol):
+    """DMA as a model sees it."""
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Read guest memory.
+
+        Raises:
+            DmaFault: bus mastering is off, no mapping allows it, or there is no client.
+        """
+        ...
+
+    async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write guest memory.
+
+        Raises:
+            DmaFault: as for `read`.
+        """
+        ...
+
+
+class ModelHost(Protocol):
+    """What the daemon gives a model."""
+
+    @property
+    def memory(self) -> ModelMemory:
+        """DMA to the memory of the client that is attached now."""
+        ...
+
+    def trigger(self, index: IrqIndex, vector: int) -> None:
+        """Raise an edge (MSI, MSI-X, ERR, REQ); without an eventfd it is dropped."""
+        ...
+
+    def set_intx(self, asserted: bool) -> None:
+        """Drive the INTx line."""
+        ...
+
+
+class DeviceModel(abc.ABC):
+    """A PCI function in Python. No method may wait; what takes time belongs into a task under `run`."""
+
+    #: Region 7, kept by the framework through this object.
+    config: ConfigSpace
+    #: BARs and ROM by region index.
+    regions: Mapping[int, ModelRegion]
+    #: One entry per IRQ index.
+    irqs: Sequence[IrqDescription]
+    #: One line for logs and `status`.
+    summary: str = "model"
+
+    @abc.abstractmethod
+    def attach(self, host: ModelHost) -> None:
+        """Take the host's services; called once, before anything else."""
+
+    @abc.abstractmethod
+    def region_read(self, index: int, offset: int, count: int) -> bytes:
+        """Answer a trapped read inside the region.
+
+        Raises:
+            CommandError: the access is refused.
+        """
+
+    @abc.abstractmethod
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        """Take a trapped write inside the region; never waits for DMA.
+
+        Raises:
+            CommandError: the access is refused.
+        """
+
+    def config_changed(self, effects: ConfigEffects) -> None:
+        """Config space was written with an effect beyond its own bytes."""
+        return
+
+    @abc.abstractmethod
+    def reset(self, kind: ResetKind) -> None:
+        """Go to the power-on state after DEVICE or FUNCTION_LEVEL; the framework has reset config space."""
+
+    def connected(self) -> None:
+        """A client has come."""
+        return
+
+    def disconnected(self) -> None:
+        """The client has gone, and with it its memory and eventfds; bus mastering is off."""
+        return
+
+    async def run(self) -> None:
+        """The device's own tasks; runs as long as the function does."""
+        return
+
+    def close(self) -> None:
+        """Give back shared memory and files; the function is going away."""
+        return

@@ -1,0 +1,219 @@
+"""Guest memory as a device sees it: DMA addresses, resolved to the client's files or to messages to the client."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import Protocol
+
+import trio
+
+from vfiouser_oob.memory.files import FileTable, GuestFile
+from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.dma import DmaMap, DmaRegion
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.messages import DmaMap as DmaMapRequest
+from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
+
+#: Files on a real file system may block on the medium; one slow client must not use up trio's default threads.
+_FILE_THREADS = 8
+
+
+class DmaMessages(Protocol):
+    """How to reach memory that has no file: DMA_READ and DMA_WRITE to the client."""
+
+    async def dma_read(self, address: int, count: int) -> bytes:
+        """Read client memory by message."""
+        ...
+
+    async def dma_write(self, address: int, data: bytes) -> None:
+        """Write client memory by message."""
+        ...
+
+
+class GuestMemory:
+    """The DMA mappings of one connection.
+
+    Args:
+        messages: how to reach ranges without a file.
+        max_maps: how many ranges may be mapped at once.
+        by_message: whether even ranges with a file are reached by messages.
+        check_files: whether this process accesses the files itself, so that they must be accessible.
+    """
+
+    def __init__(self, messages: DmaMessages, max_maps: int, *, by_message: bool, check_files: bool) -> None:
+        self._messages = messages
+        self._by_message = by_message
+        self._check_files = check_files
+        self._in_flight = 0
+        self._quiet = trio.Event()
+        self._limiter = trio.CapacityLimiter(_FILE_THREADS)
+        self.map = DmaMap(max_maps)
+        self.files = FileTable()
+
+    def add(self, request: DmaMapRequest, fds: list[int]) -> DmaRegion | None:
+        """Map a range (DMA_MAP).
+
+        Args:
+            request: the decoded command.
+            fds: descriptors that came with it; all of them are taken over: the first is used, others are closed.
+
+        Returns:
+            The new region; None when the identical mapping was there already.
+
+        Raises:
+            CommandError: with the errno of the refusal; nothing has changed.
+        """
+        close_fds(fds[1:])
+        file: GuestFile | None = None
+        try:
+            if fds:
+                file = self.files.adopt(
+                    fds[0],
+                    flags=request.flags,
+                    offset=request.offset,
+                    size=request.size,
+                    check=self._check_files and not self._by_message,
+                )
+            region = self.map.map(
+                request.address,
+                request.size,
+                request.flags,
+                request.offset,
+                file.identity if file is not None else None,
+                file,
+            )
+        except CommandError:
+            if file is not None:
+                self.files.release(file)
+            raise
+        if region is None and file is not None:
+            self.files.release(file)
+        return region
+
+    def remove(self, request: DmaUnmapRequest) -> DmaRegion:
+        """Unmap one range (DMA_UNMAP).
+
+        Raises:
+            CommandError: ENOENT when there is no such range.
+        """
+        region = self.map.unmap(request.address, request.size)
+        self._drop(region)
+        return region
+
+    def require(self, request: DmaUnmapRequest) -> None:
+        """Check that a range is mapped exactly as a DMA_UNMAP says.
+
+        Raises:
+            CommandError: ENOENT when it is not.
+        """
+        region = self.map.find(request.address)
+        if region is None or (region.address, region.size) != (request.address, request.size):
+            raise CommandError(f"nothing is mapped at exactly {request.address:#x}+{request.size:#x}", errno.ENOENT)
+
+    def discard(self, region: DmaRegion) -> None:
+        """Take back a mapping that the device refused."""
+        self._drop(self.map.unmap(region.address, region.size))
+
+    def remove_all(self) -> list[DmaRegion]:
+        """Unmap everything; returns what was mapped."""
+        regions = self.map.unmap_all()
+        for region in regions:
+            self._drop(region)
+        return regions
+
+    def _drop(self, region: DmaRegion) -> None:
+        if region.owner is not None:
+            self.files.release(region.owner)
+            region.owner = None
+
+    def __iter__(self) -> Iterator[DmaRegion]:
+        return iter(self.map)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all ranges."""
+        return sum(region.size for region in self.map)
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Read client memory (device DMA read).
+
+        Args:
+            address: DMA address.
+            count: bytes.
+
+        Raises:
+            DmaFault: no mapping allows it, or the client could not serve it.
+        """
+        parts = []
+        for region, offset, length in self.map.segments(address, count, False):
+            file: GuestFile | None = region.owner
+            if file is None or self._by_message:
+                parts.append(await self._messages.dma_read(region.address + offset, length))
+            elif file.in_memory:
+                parts.append(file.read(region.offset + offset, length))
+            else:
+                parts.append(await self._in_thread(file, region.offset + offset, length))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write client memory (device DMA write).
+
+        Args:
+            address: DMA address.
+            data: what to write.
+
+        Raises:
+            DmaFault: no mapping allows it, or the client could not take it.
+        """
+        view = memoryview(data)
+        done = 0
+        for region, offset, length in self.map.segments(address, len(view), True):
+            part = view[done : done + length]
+            file: GuestFile | None = region.owner
+            if file is None or self._by_message:
+                await self._messages.dma_write(region.address + offset, bytes(part))
+            elif file.in_memory:
+                file.write(region.offset + offset, part)
+            else:
+                await self._in_thread(file, region.offset + offset, bytes(part))
+            done += length
+
+    async def _in_thread(self, file: GuestFile, offset: int, what: int | bytes) -> bytes:
+        """Access a file that may block, on a descriptor of its own, so that the connection can end without it."""
+        copy = GuestFile(file.key, file.fd.duplicate(), False)
+        token = trio.lowlevel.current_trio_token()
+        self._in_flight += 1
+
+        def work() -> bytes:
+            try:
+                if isinstance(what, int):
+                    return copy.read(offset, what)
+                copy.write(offset, what)
+                return b""
+            finally:
+                copy.close()
+                token.run_sync_soon(self._landed)
+
+        return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=True)
+
+    def _landed(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._quiet.set()
+            self._quiet = trio.Event()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no access to client memory is under way in a thread."""
+        return not self._in_flight
+
+    async def quiet(self) -> None:
+        """Wait until no access is under way, which an unmap has to before it is answered."""
+        while self._in_flight:
+            await self._quiet.wait()
+
+    def close(self) -> None:
+        """Unmap everything and close every file."""
+        self.remove_all()
+        self.files.close()

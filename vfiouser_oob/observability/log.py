@@ -1,0 +1,276 @@
+"""Structured logs on top of the standard library's `logging`.
+
+    log = get("server.connection").bind(function="nvme0")
+    log.info("client connected", pid=412, command="qemu-system-x86")
+
+A record is an event (a fixed phrase, greppable) and fields. `configure` chooses how records are written:
+lines for people, JSON for machines, and with a priority prefix where the journal reads our standard error.
+Text that a peer chose (a process's name, say) is quoted, so that it can neither forge a record nor move the
+cursor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from vfiouser_oob.config.schema import LogFormat, LogLevel
+
+ROOT = "vfiouser_oob"
+
+_LEVELS: Mapping[LogLevel, int] = {
+    LogLevel.DEBUG: logging.DEBUG,
+    LogLevel.INFO: logging.INFO,
+    LogLevel.WARNING: logging.WARNING,
+    LogLevel.ERROR: logging.ERROR,
+}
+# syslog's numbers, as sd-daemon(3) wants them at the head of a line.
+_JOURNAL_PRIORITIES: Mapping[int, int] = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+_COLOURS: Mapping[int, str] = {
+    logging.DEBUG: "2",
+    logging.WARNING: "33",
+    logging.ERROR: "31",
+    logging.CRITICAL: "31;1",
+}
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:+@%,<>#*()[]")
+
+
+class Logger:
+    """Writes records under one name, with fields that all of them carry.
+
+    Args:
+        logger: the standard library's logger behind it.
+        fields: what every record carries.
+    """
+
+    __slots__ = ("_fields", "_logger")
+
+    def __init__(self, logger: logging.Logger, fields: Mapping[str, Any] | None = None) -> None:
+        self._logger = logger
+        self._fields = dict(fields or {})
+
+    @property
+    def debug_enabled(self) -> bool:
+        """Whether debug records are written; ask before building an expensive one."""
+        return self._logger.isEnabledFor(logging.DEBUG)
+
+    def bind(self, **fields: Any) -> Logger:
+        """A logger whose records carry these fields as well."""
+        return Logger(self._logger, {**self._fields, **fields})
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """Write what only a developer wants to know."""
+        self._log(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Write what normally happens."""
+        self._log(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Write what works, but not as it should."""
+        self._log(logging.WARNING, event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Write what failed."""
+        self._log(logging.ERROR, event, fields)
+
+    def exception(self, event: str, error: BaseException, **fields: Any) -> None:
+        """Write a failure in our own code; its traceback is kept for the debug level."""
+        described = {"error": f"{type(error).__name__}: {error}", **fields}
+        exc_info = error if self.debug_enabled else None
+        self._log(logging.ERROR, event, described, exc_info)
+
+    def _log(
+        self, level: int, event: str, fields: Mapping[str, Any], exc_info: BaseException | None = None
+    ) -> None:
+        if self._logger.isEnabledFor(level):
+            merged = {**self._fields, **fields}
+            self._logger.log(level, "%s", event, exc_info=exc_info, extra={"event": event, "fields": merged})
+
+
+class RateLimited:
+    """A logger for records that a peer can provoke at will: a burst, then a few, then their number.
+
+    Args:
+        logger: where they go.
+        burst: how many may come at once.
+        interval_s: seconds after which another one may come.
+        clock: seconds that only move forward.
+    """
+
+    __slots__ = ("_burst", "_clock", "_interval_s", "_last", "_logger", "_suppressed", "_tokens")
+
+    def __init__(
+        self,
+        logger: Logger,
+        *,
+        burst: int = 5,
+        interval_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._logger = logger
+        self._burst = float(burst)
+        self._interval_s = interval_s
+        self._clock = clock
+        self._tokens = float(burst)
+        self._last = clock()
+        self._suppressed = 0
+
+    def warning(self, event: str, **fields: Any) -> bool:
+        """Write a warning unless there were too many of late.
+
+        Returns:
+            Whether it was written. The next one that is carries `suppressed`, the number of those that were
+            not.
+        """
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._last) / self._interval_s)
+        self._last = now
+        if self._tokens < 1:
+            self._suppressed += 1
+            return False
+        self._tokens -= 1
+        if self._suppressed:
+            fields["suppressed"] = self._suppressed
+            self._suppressed = 0
+        self._logger.warning(event, **fields)
+        return True
+
+
+class HumanFormatter(logging.Formatter):
+    """One line per record for people: time, level, where, event, key=value.
+
+    Args:
+        colour: whether levels are coloured.
+        journal: whether the journal reads the lines: it knows the time itself, and takes the level as a
+        prefix.
+    """
+
+    def __init__(self, *, colour: bool = False, journal: bool = False) -> None:
+        super().__init__()
+        self._colour = colour
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render a record."""
+        fields = "".join(f" {key}={_readable(value)}" for key, value in _fields(record).items())
+        name = record.name.removeprefix(f"{ROOT}.")
+        line = f"{name}: {_one_line(_event(record))}{fields}"
+        if record.exc_info:
+            line += " traceback=" + json.dumps(self.formatException(record.exc_info))
+        if self._journal:
+            return f"<{_JOURNAL_PRIORITIES.get(record.levelno, 6)}>{line}"
+        level = f"{record.levelname.lower():7}"
+        if self._colour and record.levelno in _COLOURS:
+            level = f"\x1b[{_COLOURS[record.levelno]}m{level}\x1b[0m"
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        return f"{stamp}.{int(record.msecs):03d} {level} {line}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line, with `time`, `level`, `logger`, `event` and the fields.
+
+    Args:
+        journal: whether the journal reads the lines, which takes the level as a prefix.
+    """
+
+    def __init__(self, *, journal: bool = False) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render a record."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name.removeprefix(f"{ROOT}."),
+            "event": _event(record),
+        }
+        for key, value in _fields(record).items():
+            entry.setdefault(key, value)
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        prefix = f"<{_JOURNAL_PRIORITIES.get(record.levelno, 6)}>" if self._journal else ""
+        return prefix + json.dumps(entry, default=str)
+
+
+def get(name: str) -> Logger:
+    """The logger of one part of the daemon, for example ``get("server.connection")``."""
+    return Logger(logging.getLogger(f"{ROOT}.{name}"))
+
+
+def configure(
+    level: LogLevel = LogLevel.INFO,
+    log_format: LogFormat = LogFormat.HUMAN,
+    stream: TextIO | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> None:
+    """Choose what is written and how; the last call counts.
+
+    Args:
+        level: least important record that is written.
+        log_format: for people or for machines.
+        stream: where to; None = standard error.
+        environ: the environment, for JOURNAL_STREAM and NO_COLOR.
+    """
+    target = sys.stderr if stream is None else stream
+    journal = _is_journal(target, environ)
+    formatter: logging.Formatter
+    if log_format is LogFormat.JSON:
+        formatter = JsonFormatter(journal=journal)
+    else:
+        colour = not journal and target.isatty() and "NO_COLOR" not in environ
+        formatter = HumanFormatter(colour=colour, journal=journal)
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(formatter)
+    root = logging.getLogger(ROOT)
+    for old in tuple(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(_LEVELS[level])
+    root.propagate = False
+
+
+def _is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    # systemd names the device and inode of the stream that it connected, since a redirected one must not get
+    # prefixes.
+    device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return (device, inode) == (str(status.st_dev), str(status.st_ino))
+
+
+def _event(record: logging.LogRecord) -> str:
+    return str(getattr(record, "event", None) or record.getMessage())
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = getattr(record, "fields", {})
+    return fields
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    if text and _PLAIN.issuperset(text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())

@@ -1,0 +1,1 @@
+"""UNIX sockets that carry messages with file descriptors, and who owns those descriptors."""

@@ -1,0 +1,247 @@
+"""One stream of vfio-user messages over a UNIX socket, with descriptors attached to the right ones.
+
+The framer says how many bytes may be read next, and no more are read: reading ahead would hand the descriptors of one
+message to another, since the kernel glues them to the first byte of the read that crosses them. Each send is one message.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import trio
+
+from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
+from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.errors import StreamError
+from vfiouser_protocol.framing import Framer, Message
+
+#: The kernel carries at most 253 descriptors per message (SCM_MAX_FD).
+_ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)
+#: Unsent bytes above which the side that produces them has to wait.
+HIGH_WATER = 4 << 20
+
+
+class EndOfStream(Exception):
+    """The peer closed the stream, or the connection broke.
+
+    Args:
+        reason: how it ended.
+        clean: whether it ended between two messages.
+    """
+
+    def __init__(self, reason: str, clean: bool) -> None:
+        super().__init__(reason)
+        self.clean = clean
+
+
+class MessageSocket:
+    """A non-blocking message stream; one task reads, any task sends.
+
+    Args:
+        sock: a connected AF_UNIX stream socket; owned from now on.
+        max_message_size: bytes of the largest message to accept.
+        activity: the daemon's sockets, for bounded spinning; None reads without spinning.
+    """
+
+    def __init__(self, sock: socket.socket, max_message_size: int, activity: Activity | None = None) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._framer = Framer(max_message_size)
+        self._activity = activity
+        self._last_message_ns = 0
+        self._back_to_back = False
+        self._outbox: deque[tuple[memoryview, Sequence[int]]] = deque()
+        self._outbox_bytes = 0
+        self._outbox_filled = trio.Event()
+        self._outbox_drained = trio.Event()
+        self._closed = False
+        if activity is not None:
+            activity.register(self._fd)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor number."""
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    # Receiving
+
+    def try_receive(self) -> Message | None:
+        """Read one whole message if it is there.
+
+        Returns:
+            The message, its descriptors owned by the caller; None when more bytes have to arrive first.
+
+        Raises:
+            EndOfStream: the peer has gone.
+            StreamError: the bytes are no vfio-user stream, or descriptors were lost.
+        """
+        framer = self._framer
+        sock = self._sock
+        try:
+            while True:
+                wanted = framer.bytes_wanted
+                if framer.in_body:
+                    # Descriptors come with a message's first bytes; what is attached to a body the kernel discards.
+                    data = sock.recv(wanted)
+                    message = framer.feed(data) if data else None
+                else:
+                    data, ancillary, flags, _ = sock.recvmsg(wanted, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+                    fds = _descriptors(ancillary) if ancillary else ()
+                    if flags & socket.MSG_CTRUNC:
+                        close_fds(fds)
+                        raise StreamError("descriptors of a message were lost (control data truncated)")
+                    message = framer.feed(data, fds) if data else None
+                if message is not None:
+                    return message
+                if not data:
+                    raise EndOfStream("the peer closed the connection", clean=framer.at_boundary)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
+
+    async def receive(self) -> Message:
+        """Wait for one whole message.
+
+        Returns:
+            The message, its descriptors owned by the caller.
+
+        Raises:
+            EndOfStream: the peer has gone.
+            StreamError: as for `try_receive`.
+        """
+        while True:
+            message = self.try_receive()
+            if message is not None:
+                return message
+            await self.wait_for_data()
+
+    def spin(self) -> bool:
+        """Look for the next message for a moment, if messages have been coming back to back.
+
+        Returns:
+            Whether there is data to read now.
+        """
+        return self._back_to_back and self._activity is not None and self._activity.spin(self._fd)
+
+    def note_message(self) -> None:
+        """Note that a message arrived, which decides whether spinning is worth while."""
+        now = time.perf_counter_ns()
+        self._back_to_back = now - self._last_message_ns < BACK_TO_BACK_NS
+        self._last_message_ns = now
+
+    async def wait_for_data(self) -> None:
+        """Sleep until there is something to read.
+
+        Raises:
+            EndOfStream: the socket was closed on our side meanwhile.
+        """
+        try:
+            await trio.lowlevel.wait_readable(self._fd)
+        except (trio.ClosedResourceError, ValueError, OSError) as error:
+            raise EndOfStream("the connection was closed on our side", clean=False) from error
+
+    # Sending
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message, now or as soon as the peer takes it; never waits.
+
+        Args:
+            data: the whole message.
+            fds: descriptors that go with its first byte; they stay the caller's and may be closed at once.
+
+        Raises:
+            EndOfStream: the peer has gone.
+        """
+        if self._closed:
+            raise EndOfStream("the connection was closed on our side", clean=False)
+        if self._outbox:
+            self._put_off(memoryview(data), fds)
+            return
+        try:
+            sent = self._send_some(data, fds)
+        except BlockingIOError:
+            self._put_off(memoryview(data), fds)
+            return
+        except OSError as error:
+            raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
+        if sent < len(data):
+            self._put_off(memoryview(data)[sent:], ())
+
+    @property
+    def congested(self) -> bool:
+        """Whether so much is unsent that producers should wait for `flushed`."""
+        return self._outbox_bytes > HIGH_WATER
+
+    async def flushed(self) -> None:
+        """Wait until everything was handed to the kernel."""
+        while self._outbox:
+            await self._outbox_drained.wait()
+
+    async def run_sender(self) -> None:
+        """Send what `send` had to put off; one task per socket runs this until it is cancelled or the peer has gone."""
+        while True:
+            while self._outbox:
+                data, fds = self._outbox[0]
+                try:
+                    sent = self._send_some(data, fds)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._fd)
+                    continue
+                except OSError as error:
+                    raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
+                self._outbox_bytes -= sent
+                close_fds(fds)
+                if sent < len(data):
+                    self._outbox[0] = (data[sent:], ())
+                else:
+                    self._outbox.popleft()
+            self._outbox_drained.set()
+            self._outbox_filled = trio.Event()
+            await self._outbox_filled.wait()
+
+    def _send_some(self, data: bytes | memoryview, fds: Sequence[int]) -> int:
+        if fds:
+            return socket.send_fds(self._sock, [data], list(fds), socket.MSG_NOSIGNAL)
+        return self._sock.send(data, socket.MSG_NOSIGNAL)
+
+    def _put_off(self, data: memoryview, fds: Sequence[int]) -> None:
+        if not self._outbox:
+            self._outbox_drained = trio.Event()
+            self._outbox_filled.set()
+        # Whoever sent them is free to close them before their turn comes, so these are our own.
+        self._outbox.append((data, [os.dup(fd) for fd in fds]))
+        self._outbox_bytes += len(data)
+
+    def close(self) -> None:
+        """Close the socket and every descriptor of a message that was not complete yet."""
+        if self._closed:
+            return
+        self._closed = True
+        close_fds(self._framer.pending_fds)
+        for _, fds in self._outbox:
+            close_fds(fds)
+        self._outbox.clear()
+        self._outbox_drained.set()
+        if self._activity is not None:
+            self._activity.unregister(self._fd)
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            whole = len(data) - len(data) % 4
+            fds.extend(memoryview(data)[:whole].cast("i"))
+    return fds
