@@ -74,6 +74,8 @@ __all__ = [
 
 _VERSION = int(Command.VERSION)
 _IDS = 1 << 16
+#: How many of our latest NO_REPLY commands are remembered, to know a reply that should not have been sent.
+_MAX_POSTED = 256
 _EINVAL = _errno.EINVAL
 _new = tuple.__new__
 
@@ -109,6 +111,7 @@ class Session:
         "_legal_on_twin",
         "_limits",
         "_outstanding",
+        "_posted",
         "_proposal_size",
         "_replies_on_main",
         "_unanswered",
@@ -130,6 +133,7 @@ class Session:
         self._last_id = 0
         self._outstanding: dict[int, Outstanding] = {}
         self._forgotten: set[int] = set()
+        self._posted: deque[int] = deque(maxlen=_MAX_POSTED)
         self._unanswered: deque[Header] = deque()
         # Both stay empty until READY: VERSION, the only command before, takes the slow path.
         self._legal: dict[int, CommandSpec] = {}
@@ -236,7 +240,9 @@ class Session:
     def _receive_stray_reply(self, message: Message) -> Refused:
         msg_id = message.header.msg_id
         if msg_id not in self._forgotten:
-            return self._refuse(message, Oddity.UNSOLICITED)
+            # rust-vmm's server answers some commands although they ask for no reply.
+            posted = msg_id in self._posted
+            return self._refuse(message, Oddity.POSTED if posted else Oddity.UNSOLICITED)
         self._forgotten.discard(msg_id)
         self.late_replies += 1
         return self._refuse(message, Oddity.LATE)
@@ -401,6 +407,7 @@ class Session:
         flags = COMMAND
         if no_reply:
             flags |= NO_REPLY
+            self._posted.append(msg_id)
         else:
             self._outstanding[msg_id] = Outstanding(spec, token)
         return msg_id, pack_header(msg_id, command, HEADER_SIZE + len(payload), flags) + payload
@@ -440,6 +447,7 @@ class Session:
         given_up = list(self._outstanding.values())
         self._outstanding.clear()
         self._forgotten.clear()
+        self._posted.clear()
         self._unanswered.clear()
         return given_up
 

@@ -359,6 +359,17 @@ def test_late_replies_are_dropped(server):
     assert again.close
 
 
+def test_reply_to_a_posted_command_is_dropped(client):
+    """Proves that a server which answers a NO_REPLY command is tolerated for a while, not for ever."""
+    ids = [client.command(Command.REGION_WRITE, READ, no_reply=True)[0] for _ in range(257)]
+    answered = client.receive(message(10, msg_id=ids[-1], flags=0x21, error=errno.EINVAL, fds=[3]))
+    assert isinstance(answered, Refused)
+    assert (answered.reply, answered.close, answered.fds) == (None, False, [3])
+    too_old = client.receive(message(10, msg_id=ids[0], flags=1))
+    assert isinstance(too_old, Refused)
+    assert too_old.close
+
+
 def test_reply_of_another_command_ends_the_connection(server):
     """Proves that a reply that names another command than the one it answers is not believed."""
     msg_id, _ = server.command(Command.DMA_READ, bytes(16))
