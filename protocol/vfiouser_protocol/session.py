@@ -257,9 +257,7 @@ class Session:
         if verdict.close:
             self._move(Event.BROKEN)
         if reason is None:
-            consequence = (
-                "the connection ends" if verdict.close else "refused" if verdict.answer else "dropped"
-            )
+            consequence = "the connection ends" if verdict.close else "refused" if verdict.answer else "dropped"
             what = f"{command_name(header.command)} #{header.msg_id} ({len(message.payload)} bytes)"
             reason = f"{what} while {phase.value}: {oddity.value}; {consequence}"
         reply = pack_error_reply(header, _EINVAL) if answer else None
@@ -334,9 +332,7 @@ class Session:
         if self.proposal is None or self.role is not Role.SERVER:
             raise LocalProtocolError("there is no VERSION command to accept; nothing is sent")
         self._take_turn(header)
-        agreement = negotiate(
-            self.proposal, offer, request_payload_size=self._proposal_size, grant_twin=grant_twin
-        )
+        agreement = negotiate(self.proposal, offer, request_payload_size=self._proposal_size, grant_twin=grant_twin)
         self._agree(agreement)
         payload = agreement.reply_payload
         return pack_header(header.msg_id, _VERSION, HEADER_SIZE + len(payload), REPLY) + payload
@@ -374,9 +370,7 @@ class Session:
         """
         return self.command(Command.VERSION, encode_version(capabilities, minor), token)
 
-    def command(
-        self, command: int, payload: bytes, token: Any = None, *, no_reply: bool = False
-    ) -> tuple[int, bytes]:
+    def command(self, command: int, payload: bytes, token: Any = None, *, no_reply: bool = False) -> tuple[int, bytes]:
         """Return a command of ours, with an id that is not in use.
 
         Args:
@@ -455,9 +449,7 @@ class Session:
         try:
             self.phase = TRANSITIONS[self.phase, event]
         except KeyError:
-            raise LocalProtocolError(
-                f"a session that is {self.phase.value} cannot take this: {event.value}"
-            ) from None
+            raise LocalProtocolError(f"a session that is {self.phase.value} cannot take this: {event.value}") from None
         if self.phase is Phase.CLOSED:
             self._legal = self._legal_on_twin = {}
 

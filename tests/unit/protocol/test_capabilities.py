@@ -29,9 +29,7 @@ QEMU = bytes(4) + (
 QEMU_V1 = bytes(4) + (
     b'{"capabilities": {"migration": {"pgsize": 4096}, "max_msg_fds": 16, "max_data_xfer_size": 1048576}}\0'
 )
-RUST = (
-    b'\0\0\1\0{"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096}}}\0'
-)
+RUST = b'\0\0\1\0{"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096}}}\0'
 SAMPLE_CLIENT = b"\0\0\2\0" + b'{"capabilities":{"max_msg_fds":32,"max_data_xfer_size":1024}}\0'
 
 OFFER = Capabilities(max_msg_fds=16, write_multiple=True, migration=MigrationCapability())
@@ -58,9 +56,7 @@ def test_known_sizes():
     assert [len(QEMU) + 16, len(QEMU_V1) + 16] == [214, 120]
 
 
-@pytest.mark.parametrize(
-    "request_", [QEMU, QEMU_V1, RUST, SAMPLE_CLIENT], ids=["qemu", "v1", "rust", "sample"]
-)
+@pytest.mark.parametrize("request_", [QEMU, QEMU_V1, RUST, SAMPLE_CLIENT], ids=["qemu", "v1", "rust", "sample"])
 def test_real_clients_get_a_fitting_answer(request_):
     """Proves that no real client gets a reply longer than its request, and each gets only what it named."""
     agreed = answer(request_)
@@ -213,9 +209,7 @@ def test_last_duplicate_counts():
 
 def test_present_names_what_was_said():
     """Proves that defaults can be told from statements, nested ones included."""
-    request = parse_version_request(
-        version('{"capabilities":{"max_msg_fds":1,"migration":{"pgsize":0},"x":1}}')
-    )
+    request = parse_version_request(version('{"capabilities":{"max_msg_fds":1,"migration":{"pgsize":0},"x":1}}'))
     assert request.present == {"max_msg_fds", "migration", "migration.pgsize"}
 
 
@@ -289,9 +283,7 @@ def test_transfers_are_limited_by_both():
     assert (small.client.max_data_xfer_size, large.client.max_data_xfer_size) == (4096, 1 << 20)
 
 
-PROPOSAL = parse_version_request(
-    encode_version(OFFER._replace(twin_socket=TwinSocket(True), max_msg_fds=8), minor=1)
-)
+PROPOSAL = parse_version_request(encode_version(OFFER._replace(twin_socket=TwinSocket(True), max_msg_fds=8), minor=1))
 
 
 def reply(text, minor=0):

@@ -140,9 +140,7 @@ def twins(piece=1 << 20):
 def test_twin_socket(piece):
     """Proves that with a twin socket each socket carries one side's commands and their replies."""
     pair = twins(piece)
-    pair.send(
-        pair.server, pair.server.command(Command.DMA_READ, encode(m.DmaRead(0, 4)), "dma")[1], twin=True
-    )
+    pair.send(pair.server, pair.server.command(Command.DMA_READ, encode(m.DmaRead(0, 4)), "dma")[1], twin=True)
     pair.send(pair.client, pair.client.command(Command.REGION_READ, encode(m.RegionRead(1, 0, 4)), "read")[1])
     serve(pair)
     [answer] = pair.receive(pair.client)
