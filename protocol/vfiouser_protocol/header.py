@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from construct import Int16ul, Int32ul, Struct
 
-from vfiouser_protocol.constants import HEADER_SIZE, HeaderFlags, MessageType
+from vfiouser_protocol.constants import HEADER_SIZE, Command, HeaderFlags, MessageType
 from vfiouser_protocol.errors import LocalProtocolError
 
 HEADER_LAYOUT = Struct(
@@ -144,3 +144,18 @@ def error_reply(header: Header, errno: int) -> bytes:
     take for the next header.
     """
     return _pack(header.msg_id, header.command, HEADER_SIZE, REPLY | ERROR, errno)
+
+
+def command_name(command: int) -> str:
+    """Return what a command number is called, for logs and errors.
+
+    Args:
+        command: any number.
+
+    Returns:
+        The specification's name without its prefix, such as ``DMA_MAP``, or ``command 99``.
+    """
+    try:
+        return Command(command).name
+    except ValueError:
+        return f"command {command}"

@@ -13,6 +13,7 @@ from typing import Any
 from vfiouser_protocol import messages_device as _device
 from vfiouser_protocol import messages_dma as _dma
 from vfiouser_protocol import messages_migration as _migration
+from vfiouser_protocol.constants import Command
 from vfiouser_protocol.messages_device import (
     DeviceInfo,
     Empty,
@@ -53,6 +54,7 @@ from vfiouser_protocol.messages_migration import (
 __all__ = [
     "LAYOUTS",
     "NESTED",
+    "PAYLOADS",
     "DeviceFeature",
     "DeviceInfo",
     "DirtyPages",
@@ -119,7 +121,7 @@ Payload = (
 )
 
 #: The construct declaration of each payload.
-LAYOUTS: Mapping[type[Payload], Any] = MappingProxyType(
+LAYOUTS: Mapping[type[Any], Any] = MappingProxyType(
     {
         Version: _device.VERSION_LAYOUT,
         Empty: _device.EMPTY_LAYOUT,
@@ -152,8 +154,33 @@ LAYOUTS: Mapping[type[Payload], Any] = MappingProxyType(
     }
 )
 
+#: Request and reply payload of each command. The reply to DIRTY_PAGES is `Empty` unless a bitmap was asked
+#: for.
+PAYLOADS: Mapping[int, tuple[type[Payload], type[Payload]]] = MappingProxyType(
+    {
+        Command.VERSION: (Version, Version),
+        Command.DMA_MAP: (DmaMap, Empty),
+        Command.DMA_UNMAP: (DmaUnmap, DmaUnmap),
+        Command.DEVICE_GET_INFO: (DeviceInfo, DeviceInfo),
+        Command.DEVICE_GET_REGION_INFO: (RegionInfo, RegionInfo),
+        Command.DEVICE_GET_REGION_IO_FDS: (RegionIoFds, RegionIoFds),
+        Command.DEVICE_GET_IRQ_INFO: (IrqInfo, IrqInfo),
+        Command.DEVICE_SET_IRQS: (SetIrqs, Empty),
+        Command.REGION_READ: (RegionRead, RegionReadReply),
+        Command.REGION_WRITE: (RegionWrite, RegionWriteReply),
+        Command.DMA_READ: (DmaRead, DmaReadReply),
+        Command.DMA_WRITE: (DmaWrite, DmaWriteReply),
+        Command.DEVICE_RESET: (Empty, Empty),
+        Command.DIRTY_PAGES: (DirtyPages, DirtyPages),
+        Command.REGION_WRITE_MULTI: (RegionWriteMulti, RegionWriteMultiReply),
+        Command.DEVICE_FEATURE: (DeviceFeature, DeviceFeature),
+        Command.MIG_DATA_READ: (MigDataRead, MigDataReadReply),
+        Command.MIG_DATA_WRITE: (MigDataWrite, Empty),
+    }
+)
+
 #: The fields that hold several items, and what the items are.
-NESTED: Mapping[type[Payload], tuple[str, type[IoFdEntry | LoggingRange | RegionWrite]]] = MappingProxyType(
+NESTED: Mapping[type[Any], tuple[str, type[IoFdEntry | LoggingRange | RegionWrite]]] = MappingProxyType(
     {
         RegionIoFds: ("entries", IoFdEntry),
         FeatureLoggingStart: ("ranges", LoggingRange),

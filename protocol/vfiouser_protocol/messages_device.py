@@ -1,7 +1,8 @@
 """Payloads about the device: version, information, interrupts, region access and reset.
 
-Each payload is a NamedTuple, below the construct declaration of its layout. Variable parts come last and are plain
-bytes; what the parts mean is told by `regions` and `irq`.
+Each payload is a NamedTuple, below the construct declaration of its layout. Variable parts come last and are
+plain bytes; what the parts mean is told by `regions` and `irq`. The fields `index` and `count`, named so by
+the specification, hide tuple methods that nobody needs here; mypy wants to be told.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from construct import (
     Array,
     Bytes,
+    FixedSized,
     GreedyBytes,
     GreedyRange,
     Int16ul,
@@ -19,6 +21,7 @@ from construct import (
     Rebuild,
     Struct,
     Switch,
+    Terminated,
     len_,
     this,
 )
@@ -157,8 +160,9 @@ class IoFdEntry(NamedTuple):
 
 IO_FD_NONE = 0xFFFF_FFFF
 REGION_IO_FDS_FIXED = 16
-#: What an entry's length says about its form. The length itself is not on the wire: it is (argsz - 16) / count, as the
-#: v1 specification and libvfio-user have it; the (argsz - 32) of the v2 text does not fit its own fixed part.
+#: What an entry's length says about its form. The length itself is not on the wire: it is (argsz - 16) /
+#: count, as the v1 specification and libvfio-user have it; the (argsz - 32) of the v2 text does not fit its
+#: own fixed part.
 IO_FD_ENTRY_LAYOUTS = {40: IO_FD_ENTRY_LAYOUT, 48: IO_FD_SHADOW_ENTRY_LAYOUT}
 
 REGION_IO_FDS_LAYOUT = Struct(
@@ -249,7 +253,7 @@ class SetIrqs(NamedTuple):
 
 REGION_ACCESS_LAYOUT = Struct("offset" / Int64ul, "region" / Int32ul, "count" / Int32ul)
 REGION_DATA_LAYOUT = Struct(
-    "offset" / Int64ul, "region" / Int32ul, "count" / Int32ul, "data" / Bytes(this.count)
+    "offset" / Int64ul, "region" / Int32ul, "count" / Int32ul, "data" / Bytes(this.count), Terminated
 )
 
 
@@ -307,11 +311,15 @@ class RegionWriteReply(NamedTuple):
 #: A write of REGION_WRITE_MULTI has room for eight bytes, of which the first `count` are meant.
 MULTI_WRITE_ROOM = 8
 MULTI_WRITE_LAYOUT = Struct(
-    "offset" / Int64ul, "region" / Int32ul, "count" / Int32ul, "data" / Bytes(MULTI_WRITE_ROOM)
+    "offset" / Int64ul,
+    "region" / Int32ul,
+    "count" / Int32ul,
+    "data" / FixedSized(MULTI_WRITE_ROOM, Bytes(this.count)),
 )
 REGION_WRITE_MULTI_LAYOUT = Struct(
     "wr_cnt" / Rebuild(Int64ul, len_(this.writes)),
     "writes" / Array(this.wr_cnt, MULTI_WRITE_LAYOUT),
+    Terminated,
 )
 
 

@@ -1,10 +1,13 @@
-"""Payloads about client memory: windows, access by message, and the v1 generation's dirty pages."""
+"""Payloads about client memory: windows, access by message, and the v1 generation's dirty pages.
+
+The field `count` hides a tuple method that nobody needs here; mypy wants to be told.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from construct import Bytes, GreedyBytes, If, Int32ul, Int64ul, Struct, this
+from construct import Bytes, Computed, GreedyBytes, If, IfThenElse, Int32ul, Int64ul, Struct, Terminated, this
 
 from vfiouser_protocol.constants import DirtyPagesFlags, DmaUnmapFlags
 
@@ -42,7 +45,7 @@ DMA_UNMAP_LAYOUT = Struct(
     "size" / Int64ul,
     "bitmap_pgsize" / If(_has_dirty_bitmap, Int64ul),
     "bitmap_size" / If(_has_dirty_bitmap, Int64ul),
-    "bitmap" / If(_has_dirty_bitmap, GreedyBytes),
+    "bitmap" / IfThenElse(_has_dirty_bitmap, GreedyBytes, Computed(b"")),
 )
 
 
@@ -71,7 +74,7 @@ class DmaUnmap(NamedTuple):
 
 
 DMA_ACCESS_LAYOUT = Struct("address" / Int64ul, "count" / Int64ul)
-DMA_DATA_LAYOUT = Struct("address" / Int64ul, "count" / Int64ul, "data" / Bytes(this.count))
+DMA_DATA_LAYOUT = Struct("address" / Int64ul, "count" / Int64ul, "data" / Bytes(this.count), Terminated)
 
 
 class DmaRead(NamedTuple):
@@ -131,7 +134,7 @@ DIRTY_PAGES_LAYOUT = Struct(
     "size" / If(_is_get_bitmap, Int64ul),
     "pgsize" / If(_is_get_bitmap, Int64ul),
     "bitmap_size" / If(_is_get_bitmap, Int64ul),
-    "bitmap" / If(_is_get_bitmap, GreedyBytes),
+    "bitmap" / IfThenElse(_is_get_bitmap, GreedyBytes, Computed(b"")),
 )
 
 

@@ -169,7 +169,8 @@ class MigDataReadReply(NamedTuple):
     Args:
         argsz: 8 + size.
         size: bytes of data returned; fewer than wanted means that there is no more for now.
-        data: the data. libvfio-user pads its reply to the size that was wanted; what goes beyond `size` is cut off.
+        data: the data. libvfio-user pads its reply to the size that was wanted; what exceeds `size` is cut
+            off.
     """
 
     argsz: int

@@ -67,8 +67,8 @@ _Location = tuple[str | int, ...]
 class LineMap:
     """Finds the line of a key in a TOML text, since `tomllib` does not tell.
 
-    It reads headers and assignments line by line. A multi-line string could mislead it, which would make a line
-    number wrong and nothing else.
+    It reads headers and assignments line by line. A multi-line string could mislead it, which would make a
+    line number wrong and nothing else.
     """
 
     def __init__(self, text: str) -> None:
@@ -82,6 +82,7 @@ class LineMap:
                     counts[name] = counts.get(name, -1) + 1
                 table = self._location(name, counts)
                 self._lines.setdefault(table, number)
+                self._lines.setdefault(table[:1], number)
             elif assignment := _ASSIGNMENT.match(line):
                 self._lines.setdefault((*table, *_words(assignment[1])), number)
 
@@ -192,11 +193,9 @@ def check_unique(config: DaemonConfig) -> None:
         if function.socket is None:
             continue
         if function.socket in sockets:
-            raise ConfigError(
-                f"function {function.name!r}: socket {function.socket} is taken by {sockets[function.socket]}",
-                source,
-                function.line,
-            )
+            user = sockets[function.socket]
+            message = f"function {function.name!r}: socket {function.socket} is that of {user} already"
+            raise ConfigError(message, source, function.line)
         sockets[function.socket] = f"function {function.name!r}"
     for function in config.functions:
         # A function wrapped around its own socket would wait for itself.

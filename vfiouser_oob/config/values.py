@@ -1,7 +1,7 @@
 """Readers of single values: each takes what TOML or the command line holds and returns the typed value.
 
-A reader raises ValueError with the rest of a sentence that starts with the key's name ("must be …, got …"); the
-caller knows the key, the file and the line.
+A reader raises ValueError with the rest of a sentence that starts with the key's name ("must be …, got …");
+the caller knows the key, the file and the line.
 """
 
 from __future__ import annotations

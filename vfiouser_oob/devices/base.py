@@ -12,18 +12,17 @@ import abc
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
-
-from vfiouser_protocol.capabilities import Capabilities
-from vfiouser_protocol.irq import IrqDescription
-from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionWrite, SetIrqs
-from vfiouser_protocol.regions import RegionSpec
+from typing import TypeAlias, TypeVar
 
 from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.irq import IrqDescription
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
+from vfiouser_protocol.regions import RegionSpec
 
 T = TypeVar("T")
 #: An answer that is there, or one to wait for.
-Answer = T | Awaitable[T]
+Answer: TypeAlias = T | Awaitable[T]
 
 
 class ResetKind(Enum):
@@ -106,10 +105,6 @@ class BackendSession(abc.ABC):
     @abc.abstractmethod
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> Answer[None]:
         """Write bytes; the connection has checked the range. `posted`: nobody waits for the result."""
-
-    def region_write_multi(self, writes: Sequence[RegionWrite], *, posted: bool) -> Answer[int]:
-        """Write several times in order; returns how many were done. None: do them one by one."""
-        return NotImplemented
 
     @abc.abstractmethod
     def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from typing import Protocol
 
 import trio
-from vfiouser_protocol.dma import DmaMap, DmaRegion
-from vfiouser_protocol.errors import CommandError, DmaFault
-from vfiouser_protocol.messages import DmaMap as DmaMapRequest
-from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
 from vfiouser_oob.memory.files import FileTable, GuestFile
 from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.dma import DmaMap, DmaRegion
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.messages import DmaMap as DmaMapRequest
+from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
 #: Files on a real file system may block on the medium; one slow client must not use up trio's default threads.
 _FILE_THREADS = 8
@@ -99,6 +100,16 @@ class GuestMemory:
         region = self.map.unmap(request.address, request.size)
         self._drop(region)
         return region
+
+    def require(self, request: DmaUnmapRequest) -> None:
+        """Check that a range is mapped exactly as a DMA_UNMAP says.
+
+        Raises:
+            CommandError: ENOENT when it is not.
+        """
+        region = self.map.find(request.address)
+        if region is None or (region.address, region.size) != (request.address, request.size):
+            raise CommandError(f"nothing is mapped at exactly {request.address:#x}+{request.size:#x}", errno.ENOENT)
 
     def discard(self, region: DmaRegion) -> None:
         """Take back a mapping that the device refused."""

@@ -3,9 +3,10 @@
     log = get("server.connection").bind(function="nvme0")
     log.info("client connected", pid=412, command="qemu-system-x86")
 
-A record is an event (a fixed phrase, greppable) and fields. `configure` chooses how records are written: lines for
-people, JSON for machines, and with a priority prefix where the journal reads our standard error. Text that a peer
-chose (a process's name, say) is quoted, so that it can neither forge a record nor move the cursor.
+A record is an event (a fixed phrase, greppable) and fields. `configure` chooses how records are written:
+lines for people, JSON for machines, and with a priority prefix where the journal reads our standard error.
+Text that a peer chose (a process's name, say) is quoted, so that it can neither forge a record nor move the
+cursor.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Logger:
 
     @property
     def debug_enabled(self) -> bool:
-        """Whether debug records are written; ask before building an expensive one, or keep it per connection."""
+        """Whether debug records are written; ask before building an expensive one."""
         return self._logger.isEnabledFor(logging.DEBUG)
 
     def bind(self, **fields: Any) -> Logger:
@@ -130,7 +131,8 @@ class RateLimited:
         """Write a warning unless there were too many of late.
 
         Returns:
-            Whether it was written. The next one that is carries `suppressed`, the number of those that were not.
+            Whether it was written. The next one that is carries `suppressed`, the number of those that were
+            not.
         """
         now = self._clock()
         self._tokens = min(self._burst, self._tokens + (now - self._last) / self._interval_s)
@@ -151,7 +153,8 @@ class HumanFormatter(logging.Formatter):
 
     Args:
         colour: whether levels are coloured.
-        journal: whether the journal reads the lines: it knows the time itself, and takes the level as a prefix.
+        journal: whether the journal reads the lines: it knows the time itself, and takes the level as a
+        prefix.
     """
 
     def __init__(self, *, colour: bool = False, journal: bool = False) -> None:
@@ -194,8 +197,9 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name.removeprefix(f"{ROOT}."),
             "event": _event(record),
-            **_fields(record),
         }
+        for key, value in _fields(record).items():
+            entry.setdefault(key, value)
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         prefix = f"<{_JOURNAL_PRIORITIES.get(record.levelno, 6)}>" if self._journal else ""
@@ -240,7 +244,8 @@ def configure(
 
 
 def _is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    # systemd names the device and inode of the stream that it connected, since a redirected one must not get prefixes.
+    # systemd names the device and inode of the stream that it connected, since a redirected one must not get
+    # prefixes.
     device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
     try:
         status = os.fstat(stream.fileno())

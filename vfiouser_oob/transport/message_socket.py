@@ -6,18 +6,18 @@ message to another, since the kernel glues them to the first byte of the read th
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import deque
 from collections.abc import Sequence
 
 import trio
-from vfiouser_protocol.constants import HEADER_SIZE
-from vfiouser_protocol.errors import StreamError
-from vfiouser_protocol.framing import Framer, Message
 
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.errors import StreamError
+from vfiouser_protocol.framing import Framer, Message
 
 #: The kernel carries at most 253 descriptors per message (SCM_MAX_FD).
 _ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)
@@ -89,7 +89,7 @@ class MessageSocket:
         try:
             while True:
                 wanted = framer.bytes_wanted
-                if wanted > HEADER_SIZE or not framer.at_header:
+                if framer.in_body:
                     # Descriptors come with a message's first bytes; what is attached to a body the kernel discards.
                     data = sock.recv(wanted)
                     message = framer.feed(data) if data else None
@@ -157,8 +157,7 @@ class MessageSocket:
 
         Args:
             data: the whole message.
-            fds: descriptors that go with its first byte; they stay the caller's and must live until the message is out
-                (see `flushed`).
+            fds: descriptors that go with its first byte; they stay the caller's and may be closed at once.
 
         Raises:
             EndOfStream: the peer has gone.
@@ -201,6 +200,7 @@ class MessageSocket:
                 except OSError as error:
                     raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
                 self._outbox_bytes -= sent
+                close_fds(fds)
                 if sent < len(data):
                     self._outbox[0] = (data[sent:], ())
                 else:
@@ -218,7 +218,8 @@ class MessageSocket:
         if not self._outbox:
             self._outbox_drained = trio.Event()
             self._outbox_filled.set()
-        self._outbox.append((data, fds))
+        # Whoever sent them is free to close them before their turn comes, so these are our own.
+        self._outbox.append((data, [os.dup(fd) for fd in fds]))
         self._outbox_bytes += len(data)
 
     def close(self) -> None:
@@ -227,6 +228,8 @@ class MessageSocket:
             return
         self._closed = True
         close_fds(self._framer.pending_fds)
+        for _, fds in self._outbox:
+            close_fds(fds)
         self._outbox.clear()
         self._outbox_drained.set()
         if self._activity is not None:

@@ -1,0 +1,169 @@
+"""Payloads to bytes and back, for both roles.
+
+`encode` and `decode` know every class of `messages`. What is hot goes through `codec_hot`; everything else
+through the construct declaration itself. Decoding is *syntax only*: a payload that is too short or
+contradicts itself is refused, while what its values mean for a device is judged by the models (`dma`, `irq`,
+`regions`) and by `rules`.
+"""
+
+from __future__ import annotations
+
+from struct import error as struct_error
+from typing import TypeVar
+
+from construct import ConstructError
+
+from vfiouser_protocol import codec_hot
+from vfiouser_protocol.codec_declared import LayoutRow, build_declared, layout_table, parse_declared
+from vfiouser_protocol.describe import PHRASES, errno_text
+from vfiouser_protocol.errors import CommandError, LocalProtocolError
+from vfiouser_protocol.header import Header, command_name
+from vfiouser_protocol.messages import PAYLOADS, DirtyPages, Empty, Payload
+
+__all__ = [
+    "LayoutRow",
+    "build_declared",
+    "decode",
+    "describe",
+    "encode",
+    "layout_table",
+    "parse_declared",
+    "reply_class",
+    "request_class",
+]
+
+P = TypeVar("P", bound=Payload)
+
+#: What struct and construct raise for values or bytes that do not fit. OverflowError: a 64-bit count used as
+#: a length.
+_MISFITS = (struct_error, ConstructError, ValueError, OverflowError, TypeError)
+
+
+def encode(message: Payload) -> bytes:
+    """Return a payload's bytes.
+
+    Args:
+        message: one of the classes of `messages`.
+
+    Returns:
+        The bytes behind the header.
+
+    Raises:
+        LocalProtocolError: a value does not fit its field, or a count contradicts the data.
+    """
+    encoder = codec_hot.ENCODERS.get(type(message))
+    try:
+        return build_declared(message) if encoder is None else encoder(message)
+    except _MISFITS as exc:
+        raise LocalProtocolError(
+            f"{type(message).__name__} does not fit its layout ({exc}); not sent"
+        ) from exc
+
+
+def decode(cls: type[P], payload: bytes) -> P:
+    """Return the message in a payload.
+
+    Surplus bytes are ignored where every implementation ignores them, and refused where a count says how many
+    bytes there must be (region and DMA data, REGION_WRITE_MULTI).
+
+    Args:
+        cls: what the payload should be; see `request_class` and `reply_class`.
+        payload: the bytes behind the header.
+
+    Returns:
+        The message.
+
+    Raises:
+        CommandError: EINVAL, the payload is too short or contradicts itself.
+    """
+    decoder = codec_hot.DECODERS.get(cls)
+    try:
+        if decoder is None:
+            return parse_declared(cls, payload)
+        return decoder(payload)  # type: ignore[no-any-return]
+    except _MISFITS as exc:
+        raise CommandError(
+            f"{len(payload)} bytes are not a {cls.__name__} ({_first_line(exc)}); refused with EINVAL"
+        ) from exc
+
+
+def request_class(command: int) -> type[Payload]:
+    """Return the request payload of a command.
+
+    Args:
+        command: command number.
+
+    Raises:
+        CommandError: EINVAL, there is no such command.
+    """
+    return _payloads(command)[0]
+
+
+def reply_class(command: int) -> type[Payload]:
+    """Return the success reply's payload of a command; that of DIRTY_PAGES is empty unless it is
+    GET_BITMAP's.
+
+    Args:
+        command: command number.
+
+    Raises:
+        CommandError: EINVAL, there is no such command.
+    """
+    return _payloads(command)[1]
+
+
+def _payloads(command: int) -> tuple[type[Payload], type[Payload]]:
+    try:
+        return PAYLOADS[command]
+    except KeyError:
+        raise CommandError(f"{command_name(command)} is not in the protocol; refused with EINVAL") from None
+
+
+def _first_line(exc: Exception) -> str:
+    """The point of a construct error stands in its last line, behind the path."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[-1]
+
+
+# --- For people ---
+
+
+def describe(header: Header, payload: bytes, nfds: int, direction: str) -> str:
+    """Return a message as one line for debug logs; never raises, whatever the peer sent.
+
+    Args:
+        header: the message's header.
+        payload: the bytes behind it.
+        nfds: number of file descriptors that are attached.
+        direction: ``<`` for received, ``>`` for sent, or any other mark.
+
+    Returns:
+        For example ``< DMA_MAP #17 iova=0xc0000+0x10000 rw- fds=1``; data is counted, not shown.
+    """
+    words = [direction, command_name(header.command), f"#{header.msg_id}"]
+    if header.is_reply:
+        words.append("reply")
+    elif not header.is_command:
+        words.append(f"type={header.type}")
+    if header.no_reply:
+        words.append("no-reply")
+    if header.is_error:
+        words.append(errno_text(header.error))
+    else:
+        words.append(_describe_payload(header, payload))
+    if nfds:
+        words.append(f"fds={nfds}")
+    return " ".join(filter(None, words))
+
+
+def _describe_payload(header: Header, payload: bytes) -> str:
+    classes = PAYLOADS.get(header.command)
+    if classes is None or not (header.is_command or header.is_reply):
+        return f"payload={len(payload)}"
+    cls = classes[header.is_reply]
+    if header.is_reply and cls is DirtyPages and not payload:
+        cls = Empty
+    try:
+        message = decode(cls, payload)
+    except CommandError:
+        return f"malformed payload={len(payload)}"
+    return PHRASES[cls](message)

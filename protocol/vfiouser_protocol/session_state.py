@@ -1,0 +1,103 @@
+"""The phases of a connection as tables: what moves it, and what happens with a message that no table expects.
+
+These tables, with `commands.COMMANDS`, are all there is about phases; `session` only looks things up. What is
+not listed is illegal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple
+
+from vfiouser_protocol.commands import Phase
+
+
+class Event(Enum):
+    """What moves a session from phase to phase."""
+
+    AGREED = "VERSION was answered with success"
+    REFUSED = "VERSION was answered with an error"
+    BROKEN = "the peer broke a rule that ends the connection"
+    ENDED = "the stream ended, or our side closed it"
+
+
+#: Every legal move; any other is a bug of ours.
+TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType(
+    {
+        (Phase.NEGOTIATING, Event.AGREED): Phase.READY,
+        (Phase.NEGOTIATING, Event.REFUSED): Phase.CLOSED,
+        (Phase.NEGOTIATING, Event.BROKEN): Phase.CLOSED,
+        (Phase.NEGOTIATING, Event.ENDED): Phase.CLOSED,
+        (Phase.READY, Event.BROKEN): Phase.CLOSED,
+        (Phase.READY, Event.ENDED): Phase.CLOSED,
+        (Phase.CLOSED, Event.BROKEN): Phase.CLOSED,
+        (Phase.CLOSED, Event.ENDED): Phase.CLOSED,
+    }
+)
+
+
+class Oddity(Enum):
+    """What can be wrong with a message before anybody looks at what it asks for."""
+
+    BAD_TYPE = "its type is neither command nor reply"
+    UNKNOWN = "there is no such command"
+    WRONG_SENDER = "it is not for this side to send"
+    WRONG_PHASE = "it is not legal in this phase"
+    NOT_AGREED = "both sides would have had to announce it"
+    SHORT = "its payload is shorter than the fixed part"
+    WRONG_SOCKET = "it belongs to the other of the two sockets"
+    LATE = "its command has been given up"
+    POSTED = "its command asked for no reply"
+    UNSOLICITED = "no command of ours has this id"
+    MISMATCHED = "it names another command than the one it answers"
+    VERSION_FDS = "file descriptors have no place in VERSION"
+    VERSION_BAD = "the two sides cannot agree"
+
+
+class Verdict(NamedTuple):
+    """What happens with an odd message.
+
+    Args:
+        answer: whether its sender gets an EINVAL reply (never if NO_REPLY forbids it).
+        close: whether the connection ends.
+    """
+
+    answer: bool
+    close: bool
+
+
+_ANSWER = Verdict(answer=True, close=False)
+_ANSWER_AND_CLOSE = Verdict(answer=True, close=True)
+_DROP = Verdict(answer=False, close=False)
+_CLOSE = Verdict(answer=False, close=True)
+#: For an oddity that a phase does not list.
+WORST = _CLOSE
+
+#: The server's side of negotiation follows libvfio-user: what is no VERSION command at all ends the
+#: connection in silence, what is a command gets an answer first.
+VERDICTS: Mapping[tuple[Phase, Oddity], Verdict] = MappingProxyType(
+    {
+        (Phase.NEGOTIATING, Oddity.BAD_TYPE): _CLOSE,
+        (Phase.NEGOTIATING, Oddity.UNKNOWN): _ANSWER_AND_CLOSE,
+        (Phase.NEGOTIATING, Oddity.WRONG_SENDER): _ANSWER_AND_CLOSE,
+        (Phase.NEGOTIATING, Oddity.WRONG_PHASE): _ANSWER_AND_CLOSE,
+        (Phase.NEGOTIATING, Oddity.VERSION_FDS): _ANSWER_AND_CLOSE,
+        (Phase.NEGOTIATING, Oddity.VERSION_BAD): _ANSWER_AND_CLOSE,
+        (Phase.NEGOTIATING, Oddity.UNSOLICITED): _CLOSE,
+        (Phase.NEGOTIATING, Oddity.MISMATCHED): _CLOSE,
+        (Phase.NEGOTIATING, Oddity.LATE): _CLOSE,
+        (Phase.READY, Oddity.BAD_TYPE): _ANSWER,
+        (Phase.READY, Oddity.UNKNOWN): _ANSWER,
+        (Phase.READY, Oddity.WRONG_SENDER): _ANSWER,
+        (Phase.READY, Oddity.WRONG_PHASE): _ANSWER,
+        (Phase.READY, Oddity.NOT_AGREED): _ANSWER,
+        (Phase.READY, Oddity.SHORT): _ANSWER,
+        (Phase.READY, Oddity.LATE): _DROP,
+        (Phase.READY, Oddity.POSTED): _DROP,
+        (Phase.READY, Oddity.UNSOLICITED): _CLOSE,
+        (Phase.READY, Oddity.MISMATCHED): _CLOSE,
+        (Phase.READY, Oddity.WRONG_SOCKET): _CLOSE,
+    }
+)

@@ -1,0 +1,60 @@
+"""A real daemon inside the test's event loop, and what is needed to look at it from outside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from vfiouser_oob.config.schema import DaemonConfig, DeviceConfig, DmaMode, FunctionConfig, ModelDevice
+from vfiouser_oob.server.daemon import Daemon, run_daemon
+
+TEST_DEVICE = ModelDevice(model="test")
+
+
+def function(
+    directory: Path,
+    name: str = "f0",
+    device: DeviceConfig = TEST_DEVICE,
+    *,
+    dma: DmaMode = DmaMode.FILES,
+    allow_uids: tuple[int, ...] | None = None,
+    socket_mode: int = 0o660,
+) -> FunctionConfig:
+    """A function whose socket is NAME.sock in the directory."""
+    return FunctionConfig(
+        name=name,
+        device=device,
+        socket=directory / f"{name}.sock",
+        dma=dma,
+        allow_uids=allow_uids,
+        socket_mode=socket_mode,
+    )
+
+
+@asynccontextmanager
+async def serving(
+    *functions: FunctionConfig, reply_budget_s: float = 4.0, control_socket: Path | None = None
+) -> AsyncIterator[Daemon]:
+    """Run a daemon until the block ends."""
+    config = DaemonConfig(
+        functions=functions, reply_budget_s=reply_budget_s, control_socket=control_socket
+    )
+    async with trio.open_nursery() as nursery:
+        daemon = await nursery.start(run_daemon, config)
+        yield daemon
+        nursery.cancel_scope.cancel()
+
+
+def open_fds() -> dict[int, str]:
+    """What this process has open: descriptor to target, without the listing's own descriptor."""
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+        except OSError:
+            pass
+    return found

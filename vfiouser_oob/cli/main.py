@@ -1,0 +1,131 @@
+"""Entry point: picks the sub-command, runs it, and turns what it raises into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn, Protocol, cast
+
+from vfiouser_oob import __version__
+from vfiouser_oob.cli.errors import ExitCode, details, explain
+
+PROGRAM = "vfiouser-oob"
+
+
+class Command(Protocol):
+    """What the module of a sub-command offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare its options."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; return the exit code."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandEntry:
+    """One row of the table of sub-commands.
+
+    Args:
+        name: what the user types.
+        module: its module, imported only when it is used, so that ``--help`` is quick.
+        summary: one line for the list.
+    """
+
+    name: str
+    module: str
+    summary: str
+
+
+COMMANDS: Sequence[CommandEntry] = (
+    CommandEntry("serve", "vfiouser_oob.cli.serve", "export functions on vfio-user sockets"),
+    CommandEntry("check-config", "vfiouser_oob.cli.check_config", "check a configuration file and sum it up"),
+    CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
+    CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
+    CommandEntry("simulate-soc", "vfiouser_oob.cli.simulate_soc", "play an IPU/DPU with NVMe functions"),
+    CommandEntry("demo", "vfiouser_oob.cli.demo", "show it all at work, without a VMM"),
+    CommandEntry("bench", "vfiouser_oob.cli.bench", "measure the daemon on this machine"),
+)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and end the process with exit code 2."""
+        self.exit(ExitCode.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    Args:
+        chosen: the sub-command whose options are wanted; those of the others are left out and not imported.
+    """
+    parser = OneLineParser(
+        prog=PROGRAM,
+        description="A vfio-user server between a VMM and the PCI functions of an IPU/DPU.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for entry in COMMANDS:
+        sub = commands.add_parser(
+            entry.name, help=entry.summary, description=f"{entry.summary.capitalize()}."
+        )
+        if entry.name == chosen:
+            _load(entry).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; None = those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    entries = {entry.name: entry for entry in COMMANDS}
+    args: argparse.Namespace | None = None
+    try:
+        args = build_parser(chosen).parse_args(arguments)
+        _end_on_sigterm()
+        return _load(entries[args.command]).run(args)
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    # The last handler of the process: a user gets a line, never a traceback.
+    except (Exception, BaseExceptionGroup, KeyboardInterrupt) as error:  # noqa: BLE001
+        return _report(error, args)
+
+
+def _load(entry: CommandEntry) -> Command:
+    return cast("Command", importlib.import_module(entry.module))
+
+
+def _report(error: BaseException, args: argparse.Namespace | None) -> ExitCode:
+    code, lines = explain(error)
+    if getattr(args, "log_level", None) == "debug":
+        print(details(error), file=sys.stderr, end="")
+    for line in lines:
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
+    return code
+
+
+def _end_on_sigterm() -> None:
+    # SIGTERM takes the way of Ctrl-C, so that child processes and sockets are cleaned up by the same code.
+    # `serve` puts its own, graceful handler in place of this one.
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)

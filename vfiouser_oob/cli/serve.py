@@ -1,0 +1,142 @@
+"""`serve`: the daemon itself."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from vfiouser_oob.cli.errors import ExitCode
+from vfiouser_oob.cli.options import (
+    add_control_socket_argument,
+    add_logging_arguments,
+    chosen_control_socket,
+    count,
+    option,
+)
+from vfiouser_oob.config.devices import parse_device
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.load import check_unique, load_config, read_reply_budget
+from vfiouser_oob.config.schema import (
+    DEFAULT_REPLY_BUDGET_S,
+    DaemonConfig,
+    DmaMode,
+    FunctionConfig,
+    LogFormat,
+    LogLevel,
+    default_control_socket,
+)
+from vfiouser_oob.config.values import read_name, read_path, read_socket_path
+
+# Options that describe the one function of the form without a file.
+_ONE_FUNCTION = {
+    "socket_path": "--socket-path",
+    "fd": "--fd",
+    "device": "--device",
+    "name": "--name",
+    "dma": "--dma",
+}
+_FD_MAX = (1 << 31) - 1
+
+
+def _seconds(text: str) -> float:
+    try:
+        return read_reply_budget(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `serve`."""
+    parser.add_argument(
+        "--config", metavar="FILE", type=option(read_path), help="serve what this TOML file says"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--socket-path", metavar="PATH", type=option(read_socket_path), help="serve one function here"
+    )
+    where.add_argument(
+        "--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket"
+    )
+    parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
+    parser.add_argument("--name", type=option(read_name), help="its name (default: from the socket's path)")
+    parser.add_argument(
+        "--dma", choices=[mode.value for mode in DmaMode], help="how a model reaches guest memory"
+    )
+    parser.add_argument(
+        "--reply-budget",
+        metavar="SECONDS",
+        type=_seconds,
+        help=f"time within which every message is answered (default: {DEFAULT_REPLY_BUDGET_S:g})",
+    )
+    add_control_socket_argument(parser, "; 'none' for no control socket")
+    add_logging_arguments(parser)
+
+
+def config_from(args: argparse.Namespace) -> DaemonConfig:
+    """The configuration that the command line asks for.
+
+    Args:
+        args: what the parser made of it.
+
+    Raises:
+        ConfigError: the file or the options cannot be used.
+    """
+    base = _from_file(args) if args.config is not None else _one_function(args)
+    control_socket = chosen_control_socket(args.control_socket, base.control_socket)
+    overrides: dict[str, Any] = {"control_socket": control_socket}
+    if args.log_level is not None:
+        overrides["log_level"] = LogLevel(args.log_level)
+    if args.log_format is not None:
+        overrides["log_format"] = LogFormat(args.log_format)
+    if args.reply_budget is not None:
+        overrides["reply_budget_s"] = args.reply_budget
+    config = dataclasses.replace(base, **overrides)
+    check_unique(config)
+    return config
+
+
+def _from_file(args: argparse.Namespace) -> DaemonConfig:
+    for attribute, flag in _ONE_FUNCTION.items():
+        if getattr(args, attribute) is not None:
+            raise ConfigError(f"{flag} describes one function and cannot be used with --config")
+    return load_config(args.config)
+
+
+def _one_function(args: argparse.Namespace) -> DaemonConfig:
+    if args.device is None:
+        raise ConfigError("either --config FILE or --device KIND:… is needed (see vfiouser-oob serve --help)")
+    if args.socket_path is None and args.fd is None and "LISTEN_FDS" not in os.environ:
+        raise ConfigError("--device needs --socket-path PATH or --fd N, or a socket passed by systemd")
+    function = FunctionConfig(
+        name=args.name or _name_for(args.socket_path, args.fd),
+        device=parse_device(args.device, "--device"),
+        socket=args.socket_path,
+        fd=args.fd,
+        dma=DmaMode(args.dma) if args.dma else DmaMode.FILES,
+    )
+    return DaemonConfig(functions=(function,), control_socket=default_control_socket())
+
+
+def _name_for(socket_path: Path | None, fd: int | None) -> str:
+    if socket_path is None:
+        return "function" if fd is None else f"fd{fd}"
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", socket_path.stem).lstrip("._-")
+    return stem[:63] or "function"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    config = config_from(args)
+    # Imported here: a mistake on the command line is reported without loading the whole daemon first.
+    import trio
+
+    from vfiouser_oob.observability import log
+    from vfiouser_oob.server.daemon import run_daemon
+
+    log.configure(config.log_level, config.log_format)
+    trio.run(run_daemon, config)
+    return ExitCode.DONE

@@ -1,0 +1,104 @@
+"""A status document as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+from vfiouser_oob.config.values import format_size
+from vfiouser_oob.control.status import ClientStatus, FunctionStatus, Status
+
+_HEADINGS = ("FUNCTION", "PHASE", "SINCE", "CLIENT", "MAPS", "IRQS", "FDS", "MESSAGES", "DEVICE")
+
+
+def render(status: Status, now: datetime | None = None) -> str:
+    """The whole document: a line about the daemon, a table of functions, then what is wrong or worth knowing.
+
+    Args:
+        status: as the daemon gave it.
+        now: the time that ages are counted from; None = now.
+    """
+    now = now or datetime.now(UTC)
+    daemon = status["daemon"]
+    head = (
+        f"vfiouser-oob {daemon['version']}, pid {daemon['pid']}, up {age(daemon['started'], now)}, "
+        f"{daemon['functions']} function{'s' if daemon['functions'] != 1 else ''}"
+    )
+    rows = [_HEADINGS, *(_row(function, now) for function in status["functions"])]
+    notes = [line for function in status["functions"] for line in _notes(function)]
+    return "\n".join([head, "", *_columns(rows), *([""] if notes else []), *notes])
+
+
+def _row(function: FunctionStatus, now: datetime) -> tuple[str, ...]:
+    maps = function["maps"]
+    irqs = " ".join(f"{name}:{count}" for name, count in function["irqs"].items() if count)
+    return (
+        function["name"],
+        function["phase"],
+        age(function["since"], now),
+        _client(function["client"]),
+        f"{maps['count']} ({short_size(maps['bytes'])}, {maps['files']} files)" if maps["count"] else "-",
+        irqs or "-",
+        str(function["fds"]),
+        str(sum(function["messages"].values())),
+        function["device"],
+    )
+
+
+def _client(client: ClientStatus | None) -> str:
+    return (
+        "-" if client is None else f"{_safe(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
+    )
+
+
+def _notes(function: FunctionStatus) -> Iterator[str]:
+    yield f"{function['name']}: socket {function['socket']}"
+    if function["regions"]:
+        regions = ", ".join(
+            f"{region['name']} {short_size(region['size'])}{' mapped' if region['mapped'] else ''}"
+            for region in function["regions"]
+        )
+        yield f"{function['name']}: regions {regions}"
+    if function["last_error"]:
+        yield f"{function['name']}: last error: {_safe(function['last_error'])}"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def age(since: str, now: datetime) -> str:
+    """How long ago an ISO 8601 time was, in its two largest units.
+
+    Args:
+        since: the time; what cannot be read is shown as ``?``.
+        now: the time to count from.
+    """
+    try:
+        seconds = max(0, int((now - datetime.fromisoformat(since)).total_seconds()))
+    except (ValueError, TypeError):
+        return "?"
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d{hours % 24}h"
+    if hours:
+        return f"{hours}h{minutes % 60}m"
+    return f"{minutes}m{seconds % 60}s" if minutes else f"{seconds}s"
+
+
+def short_size(size: int) -> str:
+    """Bytes with a unit; not exact where that would be long."""
+    exact = format_size(size)
+    if len(exact) <= 6:
+        return exact
+    for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20)):
+        if size >= factor:
+            return f"{size / factor:.1f}{unit}"
+    return exact
+
+
+def _safe(text: str) -> str:
+    # A peer chose its own name: it must not steer the terminal.
+    return "".join(character if character.isprintable() else "?" for character in text)

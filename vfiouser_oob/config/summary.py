@@ -1,0 +1,82 @@
+"""A configuration in a few lines for people, and what they may not have meant."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from vfiouser_oob.config.schema import (
+    DEFAULT_REPLY_BUDGET_S,
+    DaemonConfig,
+    DmaMode,
+    FunctionConfig,
+    ModelDevice,
+    UpstreamDevice,
+)
+
+
+def summary(config: DaemonConfig) -> list[str]:
+    """What the configuration says, line by line."""
+    count = len(config.functions)
+    source = f"{config.source}: " if config.source else ""
+    lines = [
+        f"{source}good, {count} function{'s' if count != 1 else ''}",
+        f"control socket {config.control_socket or 'none'}",
+        f"reply budget {config.reply_budget_s:g} s",
+        f"log level {config.log_level.value}, format {config.log_format.value}",
+    ]
+    lines += [_function_line(function) for function in config.functions]
+    return lines
+
+
+def _function_line(function: FunctionConfig) -> str:
+    where = f"fd {function.fd}" if function.fd is not None else str(function.socket or "socket from systemd")
+    access = f"mode {function.socket_mode:04o}"
+    if function.socket_group is not None:
+        access += f", group {function.socket_group}"
+    if function.allow_uids is not None:
+        access += f", only uids {', '.join(map(str, function.allow_uids))}"
+    dma = ", dma by messages" if function.dma is DmaMode.MESSAGES else ""
+    return f"  {function.name}: {function.device.describe()} on {where} ({access}{dma})"
+
+
+def warnings(config: DaemonConfig) -> list[str]:
+    """What is allowed but may surprise, one line each, as things stand on this machine now."""
+    found = [_of_budget(config)] if config.reply_budget_s > DEFAULT_REPLY_BUDGET_S else []
+    for function in config.functions:
+        found += [f"function {function.name!r}: {text}" for text in _of_function(function)]
+    return found
+
+
+def _of_budget(config: DaemonConfig) -> str:
+    return (
+        f"reply_budget_s is {config.reply_budget_s:g}: stock QEMU gives up after 5 s unless its device "
+        "has the x-msg-timeout that `vfiouser-oob snippet qemu` prints"
+    )
+
+
+def _of_function(function: FunctionConfig) -> Iterator[str]:
+    if function.socket is None and function.fd is None:
+        yield "no socket is configured: it must come from systemd under this name"
+    elif function.socket is not None and not function.socket.parent.is_dir():
+        yield f"the socket's directory {function.socket.parent} does not exist yet"
+    if function.socket_mode & stat.S_IWOTH and function.allow_uids is None:
+        yield f"socket_mode {function.socket_mode:04o} lets every user of this machine connect"
+    if isinstance(function.device, UpstreamDevice):
+        yield from _of_upstream(function, function.device.socket)
+    else:
+        yield from _of_model(function.device)
+
+
+def _of_upstream(function: FunctionConfig, socket: Path) -> Iterator[str]:
+    if not socket.is_socket():
+        yield f"no vfio-user server's socket is at {socket} yet; clients are refused until there is"
+    if function.dma is DmaMode.MESSAGES:
+        yield "dma applies to models only and is ignored here"
+
+
+def _of_model(device: ModelDevice) -> Iterator[str]:
+    image = device.options.image
+    if image is not None and not image.is_file():
+        yield f"image {image} does not exist yet"

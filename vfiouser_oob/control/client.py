@@ -1,0 +1,150 @@
+"""The client's side of the control socket: plain blocking calls, for command-line tools."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from vfiouser_oob.control import protocol
+from vfiouser_oob.control.status import Status
+
+DEFAULT_TIMEOUT_S = 5.0
+# A daemon of many functions answers with a long line; a stranger on that socket must still not fill our
+# memory.
+ANSWER_MAX = 64 << 20
+
+
+class ControlError(Exception):
+    """The daemon cannot be asked, or it refused."""
+
+
+class ControlClient:
+    """A connection to a running daemon; a context manager.
+
+    Args:
+        path: its control socket.
+        timeout_s: seconds to wait for the connection and for each answer.
+
+    Raises:
+        ControlError: no daemon answers there, or it speaks another protocol.
+    """
+
+    def __init__(self, path: Path, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self._path = path
+        self._next_id = 0
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock.settimeout(timeout_s)
+        self._buffer = bytearray()
+        try:
+            self._connect()
+        except ControlError:
+            self._sock.close()
+            raise
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._sock.close()
+
+    def status(self) -> Status:
+        """The daemon's state.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        return cast("Status", self._call("status"))
+
+    def watch(self) -> Iterator[dict[str, Any]]:
+        """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        yield {"status": self._call("watch")}
+        # From now on silence is normal.
+        self._sock.settimeout(None)
+        while (message := self._receive()) is not None:
+            event = message.get("event")
+            if isinstance(event, dict):
+                yield event
+
+    def _connect(self) -> None:
+        try:
+            self._sock.connect(str(self._path))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ControlError(f"no daemon answers at {self._path}: {reason}") from error
+        hello = self._receive()
+        if hello is None:
+            raise ControlError(f"the daemon at {self._path} closed the connection")
+        self._refuse_error(hello)
+        if hello.get("hello") != protocol.NAME:
+            raise ControlError(f"what answers at {self._path} is not {protocol.NAME}")
+        if hello.get("protocol") != protocol.PROTOCOL:
+            raise ControlError(
+                f"the daemon at {self._path} speaks control protocol {hello.get('protocol')!r}, "
+                f"this program {protocol.PROTOCOL}"
+            )
+
+    def _call(self, method: str) -> Any:
+        self._next_id += 1
+        try:
+            self._sock.sendall(protocol.encode({"id": self._next_id, "method": method}))
+        except OSError as error:
+            raise ControlError(f"the daemon at {self._path} cannot be asked: {error}") from error
+        answer = self._receive()
+        if answer is None:
+            raise ControlError(f"the daemon at {self._path} closed the connection")
+        self._refuse_error(answer)
+        if answer.get("id") != self._next_id or "result" not in answer:
+            raise ControlError(f"the daemon at {self._path} gave an answer that does not fit the question")
+        return answer["result"]
+
+    def _refuse_error(self, message: dict[str, Any]) -> None:
+        error = message.get("error")
+        if isinstance(error, dict):
+            raise ControlError(
+                f"the daemon at {self._path} refused: {error.get('message', 'no reason given')}"
+            )
+
+    def _receive(self) -> dict[str, Any] | None:
+        try:
+            line = self._line()
+        except TimeoutError as error:
+            raise ControlError(f"the daemon at {self._path} does not answer") from error
+        except OSError as error:
+            raise ControlError(f"the connection to {self._path} broke: {error.strerror or error}") from error
+        if line is None:
+            return None
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ControlError(f"what answers at {self._path} does not speak JSON") from error
+        if not isinstance(message, dict):
+            raise ControlError(f"what answers at {self._path} is not {protocol.NAME}")
+        return message
+
+    def _line(self) -> bytes | None:
+        start = 0
+        while (end := self._buffer.find(b"\n", start)) < 0:
+            start = len(self._buffer)
+            if start > ANSWER_MAX:
+                raise ControlError(f"the answer at {self._path} is longer than {ANSWER_MAX} bytes")
+            data = self._sock.recv(65536)
+            if not data:
+                return None
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line

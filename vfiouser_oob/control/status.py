@@ -1,0 +1,81 @@
+"""The shape of a status document, and the interface that provides it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypedDict
+
+import trio
+
+
+class ClientStatus(TypedDict):
+    """The VMM that uses a function."""
+
+    pid: int
+    uid: int
+    command: str
+
+
+class RegionStatus(TypedDict):
+    """One region that has a size. `mapped`: whether the client may map (part of) it."""
+
+    index: int
+    name: str
+    size: int
+    mapped: bool
+
+
+class MapsStatus(TypedDict):
+    """The client's DMA mappings: how many, how many bytes, in how many distinct files."""
+
+    count: int
+    bytes: int
+    files: int
+
+
+class FunctionStatus(TypedDict):
+    """One function.
+
+    `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
+    by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
+    itself. `since` is when the phase began (ISO 8601, UTC).
+    """
+
+    name: str
+    socket: str
+    device: str
+    phase: str
+    since: str
+    client: ClientStatus | None
+    regions: list[RegionStatus]
+    maps: MapsStatus
+    irqs: dict[str, int]
+    fds: int
+    messages: dict[str, int]
+    dma: dict[str, int]
+    last_error: str | None
+
+
+class DaemonStatus(TypedDict):
+    """The process. `started` is ISO 8601, UTC; `functions` how many there are."""
+
+    version: str
+    pid: int
+    started: str
+    functions: int
+
+
+class Status(TypedDict):
+    """All that `status` answers."""
+
+    daemon: DaemonStatus
+    functions: list[FunctionStatus]
+
+
+class StatusProvider(Protocol):
+    """What the control server asks the daemon."""
+
+    def status(self) -> Status:
+        """The state at this moment."""
+
+    def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
+        """Changes from now on; closing the channel ends the subscription. `EventHub` is made for this."""

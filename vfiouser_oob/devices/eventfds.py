@@ -1,0 +1,84 @@
+"""Interrupts of a device that raises them itself: the rules of `vfiouser_protocol.irq`, applied to real eventfds."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vfiouser_oob.transport.fds import OwnedFd, close_fds
+from vfiouser_protocol.constants import IrqIndex
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.irq import IrqSet
+from vfiouser_protocol.messages import SetIrqs
+
+
+class Eventfds:
+    """The eventfds of one function.
+
+    Args:
+        irqs: the rules and the state; handles are `OwnedFd`.
+    """
+
+    def __init__(self, irqs: IrqSet) -> None:
+        self._irqs = irqs
+        #: Interrupts delivered, for `status`.
+        self.delivered = 0
+
+    def set_irqs(self, request: SetIrqs, fds: list[int]) -> None:
+        """Apply a DEVICE_SET_IRQS.
+
+        Args:
+            request: the decoded command.
+            fds: its descriptors, all of them taken over.
+
+        Raises:
+            CommandError: the request breaks a rule; nothing has changed and the descriptors are closed.
+        """
+        try:
+            self._irqs.check(request, len(fds))
+            for fd in fds:
+                _check_eventfd(fd)
+                os.set_blocking(fd, False)  # a full eventfd must not stop the daemon
+        except BaseException:
+            close_fds(fds)
+            raise
+        effect = self._irqs.apply(request, [OwnedFd(fd) for fd in fds])
+        for handle in effect.signal:
+            self._signal(handle)
+        for handle in effect.dropped:
+            handle.close()
+
+    def trigger(self, index: IrqIndex, vector: int) -> None:
+        """Raise an edge on a vector; without an eventfd it is dropped."""
+        handle = self._irqs.trigger(index, vector)
+        if handle is not None:
+            self._signal(handle)
+
+    def set_level(self, asserted: bool) -> None:
+        """Drive the INTx line."""
+        handle = self._irqs.set_level(asserted)
+        if handle is not None:
+            self._signal(handle)
+
+    def _signal(self, handle: OwnedFd) -> None:
+        self.delivered += 1
+        try:
+            os.eventfd_write(handle.fileno(), 1)
+        except BlockingIOError:  # its counter is full: the client has not looked for 2^64 interrupts, or never will
+            pass
+
+    def summary(self) -> dict[str, int]:
+        """How many vectors of each index have an eventfd."""
+        return {
+            index.name: assigned for index in IrqIndex if (assigned := self._irqs.assigned(index))
+        }
+
+    def clear(self) -> None:
+        """Drop every eventfd."""
+        for handle in self._irqs.clear():
+            handle.close()
+
+
+def _check_eventfd(fd: int) -> None:
+    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
+        raise CommandError("SET_IRQS came with a descriptor that is no eventfd", errno.EINVAL)

@@ -1,0 +1,57 @@
+"""From a function's configuration to its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.schema import DmaMode, FunctionConfig, ModelDevice, UpstreamDevice
+from vfiouser_oob.devices.base import DeviceBackend
+from vfiouser_oob.devices.model import DeviceModel
+from vfiouser_oob.devices.model_backend import ModelBackend
+from vfiouser_oob.devices.upstream import UpstreamBackend
+from vfiouser_oob.transport.activity import Activity
+
+#: Models by name: module and the function in it that builds one. Loaded when first used.
+MODELS: Mapping[str, tuple[str, str]] = {
+    "nvme": ("vfiouser_oob.simulator.nvme.build", "build"),
+    "test": ("vfiouser_oob.devices.models.test_device", "build"),
+}
+
+
+def make_backend(config: FunctionConfig, activity: Activity) -> DeviceBackend:
+    """Build the device of a function.
+
+    Args:
+        config: the function.
+        activity: the daemon's sockets.
+
+    Raises:
+        ConfigError: the device cannot be built as configured.
+    """
+    return _BUILDERS[config.device.kind](config, activity)
+
+
+def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
+    device = config.device
+    assert isinstance(device, ModelDevice)
+    try:
+        module, name = MODELS[device.model]
+    except KeyError:
+        known = ", ".join(sorted(MODELS))
+        raise ConfigError(f"function {config.name!r}: there is no model {device.model!r} (there is: {known})") from None
+    build: Callable[[str, object], DeviceModel] = getattr(import_module(module), name)
+    return ModelBackend(build(config.name, device.options), dma_by_message=config.dma is DmaMode.MESSAGES)
+
+
+def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:
+    device = config.device
+    assert isinstance(device, UpstreamDevice)
+    return UpstreamBackend(device.socket, activity, dma_by_message=config.dma is DmaMode.MESSAGES)
+
+
+_BUILDERS: Mapping[str, Callable[[FunctionConfig, Activity], DeviceBackend]] = {
+    ModelDevice.kind: _model,
+    UpstreamDevice.kind: _upstream,
+}

@@ -1,0 +1,210 @@
+"""The `model` backend: joins a `DeviceModel` to clients.
+
+The framework keeps config space, interrupts and guest memory, so that a model has only its own registers. The model
+outlives its clients: between two of them its registers stay and its DMA faults.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+import trio
+
+from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, DeviceBackend, DeviceDescription
+from vfiouser_oob.devices.eventfds import Eventfds
+from vfiouser_oob.devices.model import DeviceModel, ModelMemory, ModelRegion, ResetKind
+from vfiouser_oob.devices.resets import RESETS
+from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_protocol.constants import (
+    PCI_NUM_REGIONS,
+    DeviceInfoFlags,
+    IrqIndex,
+    RegionFlags,
+    RegionIndex,
+)
+from vfiouser_protocol.errors import DmaFault
+from vfiouser_protocol.irq import IrqSet
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
+from vfiouser_protocol.pci import ConfigEffects
+from vfiouser_protocol.regions import RegionSpec
+
+
+class ModelBackend(DeviceBackend):
+    """A function written in Python, as the server sees it; it is also the model's host.
+
+    Args:
+        model: the function; owned from now on.
+        dma_by_message: reach guest memory by messages even where the client sent a file.
+    """
+
+    def __init__(self, model: DeviceModel, *, dma_by_message: bool = False) -> None:
+        self.model = model
+        self.summary = model.summary
+        self.dma_by_message = dma_by_message
+        self.irqs = Eventfds(IrqSet(model.irqs))
+        self.description = DeviceDescription(
+            _region_specs(model), model.irqs, DeviceInfoFlags.PCI | DeviceInfoFlags.RESET
+        )
+        self.session: ModelSession | None = None
+        self._memory = _BusMasterMemory(self)
+        model.attach(self)
+
+    # What the model asks of its host
+
+    @property
+    def memory(self) -> ModelMemory:
+        """DMA to the memory of the attached client."""
+        return self._memory
+
+    def trigger(self, index: IrqIndex, vector: int) -> None:
+        """Raise an edge."""
+        self.irqs.trigger(index, vector)
+
+    def set_intx(self, asserted: bool) -> None:
+        """Drive the INTx line."""
+        self.irqs.set_level(asserted and not self.model.config.intx_disabled)
+
+    # What the server asks of a backend
+
+    async def open(self, link: ClientLink) -> BackendSession:
+        """Begin to serve a client."""
+        self.session = ModelSession(self, link)
+        self.model.connected()
+        return self.session
+
+    async def run(self) -> None:
+        """Run the model's tasks."""
+        await self.model.run()
+
+    def close(self) -> None:
+        """Close the model."""
+        self.irqs.clear()
+        self.model.close()
+
+    def reset(self, kind: ResetKind) -> None:
+        """Do what the table says for a reset."""
+        effect = RESETS[kind]
+        if effect.intx_deasserted:
+            self.irqs.set_level(False)
+        if effect.eventfds_dropped:
+            self.irqs.clear()
+        if effect.config_space:
+            self.model.config.reset()
+        elif effect.bus_master_off:
+            self.model.config.clear_bus_master()
+        if effect.maps_dropped and self.session is not None:
+            self.session.memory.close()
+        if effect.registers:
+            self.model.reset(kind)
+
+
+class ModelSession(BackendSession):
+    """One client's use of a model."""
+
+    def __init__(self, backend: ModelBackend, link: ClientLink) -> None:
+        self._backend = backend
+        self._model = backend.model
+        self._config = backend.model.config
+        self.description = backend.description
+        self.memory = GuestMemory(
+            link, self.limits.max_dma_maps, by_message=backend.dma_by_message, check_files=True
+        )
+
+    def region_fd(self, index: int) -> int | None:
+        """Return the memfd of a mappable region."""
+        region = self._model.regions.get(index)
+        return region.memory.fileno() if region is not None and region.memory is not None else None
+
+    def region_read(self, region: int, offset: int, count: int) -> bytes:
+        """Read config space, shared memory or a trapped register."""
+        if region == RegionIndex.CONFIG:
+            return self._config.read(offset, count)
+        return self._model.region_read(region, offset, count)
+
+    def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> None:
+        """Write config space, shared memory or a trapped register."""
+        if region == RegionIndex.CONFIG:
+            self._apply(self._config.write(offset, data))
+        else:
+            self._model.region_write(region, offset, data)
+
+    def _apply(self, effects: ConfigEffects) -> None:
+        if effects.flr:
+            self._backend.reset(ResetKind.FUNCTION_LEVEL)
+        else:
+            self._model.config_changed(effects)
+
+    def set_irqs(self, request: SetIrqs, fds: list[int]) -> None:
+        """Configure interrupts."""
+        self._backend.irqs.set_irqs(request, fds)
+
+    def dma_map(self, request: DmaMap, fds: list[int]) -> None:
+        """Map client memory."""
+        self.memory.add(request, fds)
+
+    def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
+        """Unmap one range; an access that a thread has under way is waited for."""
+        self.memory.remove(request)
+        return None if self.memory.is_quiet else self.memory.quiet()
+
+    def dma_unmap_all(self) -> Answer[None]:
+        """Unmap everything."""
+        self.memory.remove_all()
+        return None if self.memory.is_quiet else self.memory.quiet()
+
+    def reset(self) -> None:
+        """Go to the power-on state."""
+        self._backend.reset(ResetKind.DEVICE)
+
+    def irq_summary(self) -> dict[str, int]:
+        """Vectors with an eventfd."""
+        return self._backend.irqs.summary()
+
+    async def close(self) -> None:
+        """Interrupts off, bus master off, memory gone; registers stay for the next client."""
+        self._backend.reset(ResetKind.CONNECTION_LOST)
+        self._backend.session = None
+        self._model.disconnected()
+        await trio.lowlevel.checkpoint()
+
+
+class _BusMasterMemory:
+    """Guest memory behind the bus-master enable bit: a cleared bit, or no client, is a DMA fault."""
+
+    def __init__(self, backend: ModelBackend) -> None:
+        self._backend = backend
+
+    def _memory(self) -> GuestMemory:
+        session = self._backend.session
+        if session is None:
+            raise DmaFault("DMA without a client", errno.ENODEV)
+        if not self._backend.model.config.bus_master:
+            raise DmaFault("DMA while bus mastering is disabled", errno.EPERM)
+        return session.memory
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Read guest memory."""
+        return await self._memory().read(address, count)
+
+    async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write guest memory."""
+        await self._memory().write(address, data)
+
+
+def _region_specs(model: DeviceModel) -> Sequence[RegionSpec]:
+    specs = []
+    for index in range(PCI_NUM_REGIONS):
+        region = model.regions.get(index)
+        if index == RegionIndex.CONFIG:
+            specs.append(RegionSpec(index, model.config.size, RegionFlags.READ | RegionFlags.WRITE))
+        elif region is None:
+            specs.append(RegionSpec.absent(index))
+        else:
+            specs.append(_spec_of(region))
+    return specs
+
+
+def _spec_of(region: ModelRegion) -> RegionSpec:
+    mappable = region.memory is not None
+    return RegionSpec(region.index, region.size, region.flags, region.areas, mappable=mappable)

@@ -1,0 +1,343 @@
+"""The `vfio-user` backend: a function that another vfio-user server provides.
+
+Descriptors are passed on in both directions (regions down, memory and eventfds up), so the data path bypasses this
+process; only what has no descriptor is relayed as messages. There is one upstream connection per client connection, so
+the upstream server sees clients come and go as we do. Migration commands are never forwarded: that is the agent's work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+
+import trio
+
+from vfiouser_oob.client.client import Client, ClientRegion
+from vfiouser_oob.client.dma import DmaServer
+from vfiouser_oob.devices.base import (
+    Answer,
+    BackendSession,
+    BackendUnavailable,
+    ClientLink,
+    DeviceBackend,
+    DeviceDescription,
+)
+from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.codec import encode
+from vfiouser_protocol.constants import (
+    PCI_NUM_REGIONS,
+    REGION_TYPE_MIGRATION,
+    Command,
+    DeviceInfoFlags,
+    IrqIndex,
+    RegionIndex,
+)
+from vfiouser_protocol.dma import DmaRegion
+from vfiouser_protocol.errors import CommandError, ReplyError, VfioUserError
+from vfiouser_protocol.irq import IrqDescription, IrqSet
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionWrite, SetIrqs
+from vfiouser_protocol.regions import RegionDescription, RegionSpec
+
+#: More regions or IRQ indices than this make QEMU refuse the device; a server that claims more is broken.
+_MAX_REGIONS = 100
+_MAX_IRQS = 50
+#: QEMU reads config space in one access at attach, so no less than this may be offered; accesses are split anyway.
+_LEAST_TRANSFER = 4096
+_COMMAND_REGISTER = 4
+_BUS_MASTER = 1 << 2
+_SET_IRQS_FLAGS = 0x3F
+
+
+class UpstreamBackend(DeviceBackend):
+    """A function behind another vfio-user server.
+
+    Args:
+        path: the upstream server's socket.
+        activity: the daemon's sockets, for bounded spinning.
+        dma_by_message: give the upstream server no memory files, so that all its DMA comes as messages.
+    """
+
+    def __init__(self, path: Path, activity: Activity, *, dma_by_message: bool = False) -> None:
+        self.path = path
+        self.summary = f"vfio-user:{path}"
+        self._activity = activity
+        self._dma_by_message = dma_by_message
+        self._nursery: trio.Nursery | None = None
+        self._running = trio.Event()
+
+    async def run(self) -> None:
+        """Run the upstream connections' tasks; they outlive the client's, to leave the device in order."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._running.set()
+            await trio.sleep_forever()
+
+    async def open(self, link: ClientLink) -> BackendSession:
+        """Connect upstream and learn what the device has."""
+        await self._running.wait()
+        assert self._nursery is not None
+        relay = _Relay(link)
+        try:
+            sock = await self._connect()
+            client = Client(sock, dma_server=relay, activity=self._activity)
+            await self._nursery.start(client.run)
+        except (OSError, VfioUserError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise BackendUnavailable(f"the upstream server {self.path} cannot be used: {reason}") from error
+        regions: list[ClientRegion] = []
+        try:
+            description = await _describe(client, regions)
+        except BaseException as error:
+            for region in regions:
+                region.close()
+            client.close()
+            if isinstance(error, VfioUserError):
+                raise BackendUnavailable(f"the upstream server {self.path} is unusable: {error}") from error
+            raise
+        session = UpstreamSession(client, description, regions, link, by_message=self._dma_by_message)
+        self._nursery.start_soon(session.watch, link, self.path)
+        return session
+
+    async def _connect(self) -> socket.socket:
+        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
+            await sock.connect(os.fspath(self.path))
+            return socket.socket(fileno=sock.detach())
+
+
+class UpstreamSession(BackendSession):
+    """One client's use of an upstream device.
+
+    Args:
+        client: the upstream connection.
+        description: what the device has, as we render it.
+        regions: the upstream regions and their descriptors; owned from now on.
+        link: the client that we serve.
+        by_message: give the upstream server no memory files.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        description: DeviceDescription,
+        regions: Sequence[ClientRegion],
+        link: ClientLink,
+        *,
+        by_message: bool,
+    ) -> None:
+        self.description = description
+        self._client = client
+        self._regions = regions
+        self._by_message = by_message
+        self._irqs = IrqSet(description.irqs)
+        self._closing = False
+        self._max_transfer = client.capabilities.max_data_xfer_size
+        self.memory = GuestMemory(
+            link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False
+        )
+
+    @property
+    def limits(self) -> Capabilities:
+        """What the upstream server takes."""
+        theirs = self._client.capabilities
+        return theirs._replace(max_data_xfer_size=max(theirs.max_data_xfer_size, _LEAST_TRANSFER))
+
+    async def watch(self, link: ClientLink, path: Path) -> None:
+        """Tell the client's connection when the upstream server dies."""
+        reason = await self._client.wait_gone()
+        if not self._closing:
+            link.fail(f"the upstream server {path} has gone: {reason}")
+
+    def region_fd(self, index: int) -> int | None:
+        """Return the upstream server's descriptor of a region."""
+        fd = self._regions[index].fd
+        return None if fd is None else fd.fileno()
+
+    # Registers
+
+    def region_read(self, region: int, offset: int, count: int) -> Answer[bytes]:
+        """Forward a read; the answer is often there before it would be worth to wait."""
+        if count > self._max_transfer:
+            return self._client.region_read(region, offset, count)
+        return self._client.region_read_now(region, offset, count)
+
+    def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> Answer[None]:
+        """Forward a write, posted as it came."""
+        if len(data) > self._max_transfer or self._client.congested:
+            return self._client.region_write(region, offset, data, posted=posted)
+        if posted:
+            self._client.post(Command.REGION_WRITE, encode(RegionWrite(offset, region, len(data), data)))
+            return None
+        return self._client.region_write_now(region, offset, data)
+
+    def reset(self) -> Awaitable[None]:
+        """Forward DEVICE_RESET."""
+        if not self.description.flags & DeviceInfoFlags.RESET:
+            raise CommandError("the upstream device has no reset", errno.EINVAL)
+        return self._client.reset()
+
+    # Interrupts
+
+    def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:
+        """Check by our rules, then pass the eventfds on."""
+        try:
+            self._irqs.check(request, len(fds))
+        except CommandError:
+            close_fds(fds)
+            raise
+        return self._forward_irqs(request, fds)
+
+    async def _forward_irqs(self, request: SetIrqs, fds: list[int]) -> None:
+        try:
+            await self._client.set_irqs(
+                request.index,
+                request.flags & _SET_IRQS_FLAGS,
+                request.start,
+                request.count,
+                fds=fds,
+                data=request.data,
+            )
+        finally:
+            close_fds(fds)
+        self._irqs.apply(request, [True] * len(fds))
+
+    def irq_summary(self) -> dict[str, int]:
+        """Vectors with an eventfd, as passed on."""
+        return {index.name: assigned for index in IrqIndex if (assigned := self._irqs.assigned(index))}
+
+    # Memory
+
+    def dma_map(self, request: DmaMap, fds: list[int]) -> Answer[None]:
+        """Check by our rules, then pass the file on."""
+        region = self.memory.add(request, fds)
+        return None if region is None else self._forward_map(region)
+
+    async def _forward_map(self, region: DmaRegion) -> None:
+        fd = None if region.owner is None or self._by_message else region.owner.fd.fileno()
+        offset = 0 if fd is None else region.offset
+        call = self._client.submit_dma_map(region.address, region.size, flags=region.flags, fd=fd, offset=offset)
+        try:
+            await call.wait()
+        except VfioUserError:
+            self.memory.discard(region)
+            raise
+        except trio.Cancelled:
+            # Too late, or the client has gone: whatever the upstream server makes of it, the range is not mapped.
+            self.memory.discard(region)
+            if self._client.failure is None:
+                self._client.submit_dma_unmap(region.address, region.size).abandon()
+            raise
+
+    def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
+        """Unmap upstream first: while it may use the memory, the range counts as mapped."""
+        self.memory.require(request)
+        return self._forward_unmap(request)
+
+    async def _forward_unmap(self, request: DmaUnmap) -> None:
+        await self._client.dma_unmap(request.address, request.size)
+        self.memory.remove(request)
+
+    def dma_unmap_all(self) -> Answer[None]:
+        """Unmap range by range: not every server knows the flag for all of them."""
+        return self._unmap_each()
+
+    async def _unmap_each(self) -> None:
+        for region in list(self.memory):
+            await self._forward_unmap(DmaUnmap(0, 0, region.address, region.size))
+
+    # The end
+
+    async def close(self) -> None:
+        """Leave the device in order, as far as the upstream server still answers, and disconnect."""
+        self._closing = True
+        try:
+            if self._client.failure is None:
+                await self._quiet_device()
+        except VfioUserError:  # it went meanwhile, and its own disconnect rules do the rest
+            pass
+        finally:
+            self._client.close()
+            self.memory.close()
+            for region in self._regions:
+                region.close()
+
+    async def _quiet_device(self) -> None:
+        """Interrupts off and bus mastering off."""
+        for index in IrqIndex:
+            if self._irqs.assigned(index):
+                await self._client.disable_irqs(index)
+        old = int.from_bytes(await self._client.region_read(RegionIndex.CONFIG, _COMMAND_REGISTER, 2), "little")
+        if old & _BUS_MASTER:
+            new = (old & ~_BUS_MASTER).to_bytes(2, "little")
+            await self._client.region_write(RegionIndex.CONFIG, _COMMAND_REGISTER, new)
+
+
+class _Relay(DmaServer):
+    """The upstream server's DMA messages, relayed to the client; message ids and splitting are per hop."""
+
+    def __init__(self, link: ClientLink) -> None:
+        self._link = link
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Relay DMA_READ."""
+        return await self._link.dma_read(address, count)
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Relay DMA_WRITE."""
+        await self._link.dma_write(address, data)
+
+
+async def _describe(client: Client, regions: list[ClientRegion]) -> DeviceDescription:
+    """Ask for everything that a client may ask us; `regions` receives the upstream regions."""
+    info = await client.get_info()
+    if not info.flags & DeviceInfoFlags.PCI:
+        raise CommandError("it is no PCI device")
+    if not PCI_NUM_REGIONS <= info.num_regions <= _MAX_REGIONS or info.num_irqs > _MAX_IRQS:
+        raise CommandError(f"it claims {info.num_regions} regions and {info.num_irqs} IRQ indices")
+    for index in range(info.num_regions):
+        regions.append(await _region(client, index))
+    specs = [_spec(index, region.description) for index, region in enumerate(regions)]
+    while len(specs) > PCI_NUM_REGIONS and not specs[-1].size:
+        specs.pop()
+    irqs = [await _irq(client, index) for index in range(info.num_irqs)]
+    while len(irqs) < len(IrqIndex):
+        irqs.append(IrqDescription(0))
+    return DeviceDescription(specs, irqs, info.flags & (DeviceInfoFlags.PCI | DeviceInfoFlags.RESET))
+
+
+async def _region(client: Client, index: int) -> ClientRegion:
+    try:
+        return await client.get_region_info(index)
+    except ReplyError:  # some servers refuse an index that they do not implement
+        return ClientRegion(RegionDescription(index, 0, 0, 0, 32), None)
+
+
+async def _irq(client: Client, index: int) -> IrqDescription:
+    try:
+        info = await client.get_irq_info(index)
+    except ReplyError:
+        return IrqDescription(0)
+    return IrqDescription(info.count, info.flags)
+
+
+def _spec(index: int, region: RegionDescription) -> RegionSpec:
+    if region.type is not None and region.type.type == REGION_TYPE_MIGRATION:
+        return RegionSpec.absent(index)  # migration is ours to offer, not the upstream server's
+    areas = region.mappable_areas
+    return RegionSpec(
+        index,
+        region.size,
+        region.flags,
+        areas,
+        offset=region.offset,
+        type=region.type,
+        msix_mappable=region.msix_mappable,
+        mappable=bool(areas),
+    )
+
+

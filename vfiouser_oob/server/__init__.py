@@ -1,0 +1,1 @@
+"""The server: functions, their connections, and the daemon that runs them."""

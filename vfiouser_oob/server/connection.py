@@ -1,0 +1,391 @@
+"""One client on one function's socket: reader, dispatcher, writer.
+
+The reader takes messages in order. A command that the device answers at once is answered right there, without a task
+switch; that is how a trapped register access is served. A command whose answer has to be waited for goes to the
+dispatcher, and from then on every later command queues behind it, because clients rely on replies in order. The reader
+goes on reading meanwhile: replies to our own DMA commands must get through, and so must the end of the stream.
+
+    reader ──► answered at once ──────────────► socket
+       │
+       └─► queue ──► dispatcher (waits) ──────► socket
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from vfiouser_oob.devices.base import BackendSession, ClientLink
+from vfiouser_oob.observability.log import Logger, RateLimited
+from vfiouser_oob.server.containment import Contained, errno_of
+from vfiouser_oob.server.dma_link import DmaLink
+from vfiouser_oob.server.handlers import Handler, Handlers, Reply, Result
+from vfiouser_oob.server.negotiation import TwinSocket, negotiate_version
+from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
+from vfiouser_oob.transport.peer import Peer
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.codec import describe
+from vfiouser_protocol.constants import HEADER_SIZE, Command
+from vfiouser_protocol.errors import CommandError, StreamError
+from vfiouser_protocol.framing import Message
+from vfiouser_protocol.header import unpack_header
+from vfiouser_protocol.limits import Limits
+from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
+
+if TYPE_CHECKING:
+    from vfiouser_oob.server.function import Function
+
+#: Messages answered in a row before other tasks get their turn.
+_BURST = 32
+#: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
+_MAX_QUEUED = 16384
+_MAX_QUEUED_BYTES = 64 << 20
+
+
+class _Queued(NamedTuple):
+    """A command that waits, for its result or for its turn; or a refusal whose reply has its place in the order."""
+
+    event: CommandReceived | Refused
+    deadline: float
+    result: Result | None
+
+
+class Connection(ClientLink):
+    """A client of a function, from its first byte to its last.
+
+    Args:
+        function: the function that is served.
+        sock: the connected socket; owned from now on.
+        peer: who connected it.
+        log: logger with the function's fields.
+    """
+
+    def __init__(self, function: Function, sock: socket.socket, peer: Peer | None, log: Logger) -> None:
+        limits = Limits()
+        self.function = function
+        self.max_message_size = limits.max_message_size
+        self.peer = peer
+        self.capabilities = Capabilities()
+        self.phase = "negotiating"
+        self.log = log
+        self._noise = RateLimited(log)
+        self._budget_s = function.reply_budget_s
+        self.session = Session(Role.SERVER, limits)
+        self.stream = MessageSocket(sock, limits.max_message_size, function.activity)
+        self._twin: TwinSocket | None = None
+        self.backend: BackendSession | None = None
+        self._handlers: dict[int, Handler] = {}
+        self._counts = function.counts
+        self._queue: deque[_Queued] = deque()
+        self._queued_bytes = 0
+        self._queue_filled = trio.Event()
+        self._queue_drained = trio.Event()
+        self._lost: str | None = None
+        self._dma: DmaLink | None = None
+        self._scope = trio.CancelScope()
+
+    # The life of a connection
+
+    async def run(self) -> str:
+        """Serve the client until it goes.
+
+        Returns:
+            Why it ended, for the log.
+        """
+        reason = "the daemon stops serving it"
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    reason = await self._serve(nursery)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self.phase = "closing"
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + self._budget_s):
+                await self._tear_down()
+        return reason
+
+    async def _serve(self, nursery: trio.Nursery) -> str:
+        nursery.start_soon(self.run_sender, self.stream)
+        try:
+            if not await negotiate_version(self, nursery):
+                return "negotiation failed"
+            self.phase = "attached"
+            self.function.phase_changed()
+            nursery.start_soon(self._dispatch_queued)
+            await self._read()
+        except EndOfStream as end:
+            return str(end)
+        except StreamError as error:
+            if error.reply is not None:
+                self._send_last(error.reply)
+            self._noise.warning("client's stream cannot be followed; disconnected", error=str(error))
+            self.function.note_error(str(error))
+            return str(error)
+        return "the client left"
+
+    async def _tear_down(self) -> None:
+        if self._dma is not None:
+            self._dma.close()
+        for queued in self._queue:
+            self._abandon(queued)
+        self._queue.clear()
+        try:
+            if self.backend is not None:
+                await self.backend.close()
+        finally:
+            if self._twin is not None:
+                self._twin.close()
+            self.stream.close()
+
+    def _abandon(self, queued: _Queued) -> None:
+        if queued.result is None:
+            close_fds(queued.event.fds)
+        elif isinstance(queued.result, Coroutine):
+            queued.result.close()
+
+    async def run_sender(self, stream: MessageSocket) -> None:
+        try:
+            await stream.run_sender()
+        except EndOfStream:
+            self._scope.cancel()
+
+    # What the negotiation sets up
+
+    def adopt(self, backend: BackendSession) -> None:
+        """Take the device that was opened for this client; it is closed with the connection."""
+        self.backend = backend
+
+    def start(self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None) -> None:
+        """Take what was negotiated.
+
+        Args:
+            client: what the client can take.
+            offer: what we said that we can take.
+            twin: the second socket, if it was granted; closed with the connection.
+        """
+        assert self.backend is not None
+        self.capabilities = client
+        self._twin = twin
+        channel = self.send if twin is None else self._send_on_twin
+        self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
+        self._handlers = Handlers(self.backend, offer.max_data_xfer_size).table
+
+    def count(self, command: int) -> None:
+        """Count a command for `status`."""
+        self._counts[command] += 1
+
+    # Reading
+
+    async def _read(self) -> None:
+        """Read and answer until the stream ends."""
+        stream = self.stream
+        burst = 0
+        while True:
+            message = stream.try_receive()
+            if message is None:
+                burst = 0
+                if not stream.spin():
+                    await stream.wait_for_data()
+                continue
+            stream.note_message()
+            self._take(message, twin=False)
+            burst += 1
+            if burst >= _BURST:
+                burst = 0
+                await trio.lowlevel.checkpoint()
+            if stream.congested or self._queue_is_full:
+                await self._make_room()
+
+    async def read_twin(self, stream: MessageSocket) -> None:
+        """Read the twin socket, which carries replies to our commands only."""
+        try:
+            while True:
+                self._take(await stream.receive(), twin=True)
+        except EndOfStream:
+            self._scope.cancel()
+        except StreamError as error:
+            self._noise.warning("client's twin stream cannot be followed; disconnected", error=str(error))
+            self._scope.cancel()
+
+    @property
+    def _queue_is_full(self) -> bool:
+        return len(self._queue) > _MAX_QUEUED or self._queued_bytes > _MAX_QUEUED_BYTES
+
+    async def _make_room(self) -> None:
+        """Let the client's socket fill until our replies are out and the queue is shorter."""
+        await self.stream.flushed()
+        while self._queue_is_full:
+            self._queue_drained = trio.Event()
+            await self._queue_drained.wait()
+
+    def _take(self, message: Message, *, twin: bool) -> None:
+        if self.log.debug_enabled:
+            self.trace_received(message)
+        event = self.session.receive(message, twin=twin)
+        if isinstance(event, CommandReceived):
+            self._counts[event.header.command] += 1
+            if event.surplus_fds:
+                close_fds(event.surplus_fds)
+            if self._queue:
+                self._enqueue(event, None)
+            else:
+                self._execute(event)
+        elif isinstance(event, ReplyReceived):
+            close_fds((*event.fds, *event.surplus_fds))
+            event.token.resolve(event.header, event.payload)
+        elif self._queue and not event.close:
+            self._enqueue(event, None)
+        else:
+            self._refuse(event)
+
+    def trace_received(self, message: Message) -> None:
+        """Log a message at debug level, as one readable line."""
+        if self.log.debug_enabled:
+            self.log.debug(describe(message.header, message.payload, len(message.fds), "<"))
+
+    def _refuse(self, event: Refused) -> None:
+        close_fds(event.fds)
+        self._noise.warning("message refused", reason=event.reason)
+        self.function.note_error(event.reason)
+        if event.reply is not None:
+            self.send(event.reply)
+        if event.close:
+            raise StreamError(event.reason)
+
+    # Answering
+
+    def _execute(self, event: CommandReceived) -> None:
+        """Run a command; answer it, or hand it to the dispatcher."""
+        with Contained() as outcome:
+            result = self._start(event)
+            if isinstance(result, bytes | Reply):
+                self._answer(event, result)
+            else:
+                self._enqueue(event, result)
+        if outcome.error is not None:
+            self._answer_error(event, outcome.error)
+
+    def _start(self, event: CommandReceived) -> Result:
+        header = event.header
+        if self._lost is not None:
+            close_fds(event.fds)
+            raise CommandError(f"the device is lost ({self._lost})", errno.EIO)
+        return self._handlers[header.command](event.payload, event.fds, header.no_reply)
+
+    def _enqueue(self, event: CommandReceived | Refused, result: Result | None) -> None:
+        self._queue.append(_Queued(event, trio.current_time() + self._budget_s, result))
+        if isinstance(event, CommandReceived):
+            self._queued_bytes += len(event.payload)
+        self._queue_filled.set()
+
+    async def _dispatch_queued(self) -> None:
+        """Answer in order what has to be waited for, and what queued up behind it."""
+        while True:
+            await self._queue_filled.wait()
+            while self._queue:
+                queued = self._queue[0]
+                if isinstance(queued.event, Refused):
+                    self._refuse(queued.event)
+                else:
+                    await self._finish(queued.event, queued)
+                    self._queued_bytes -= len(queued.event.payload)
+                self._queue.popleft()
+                self._queue_drained.set()
+            self._queue_filled = trio.Event()
+
+    async def _finish(self, event: CommandReceived, queued: _Queued) -> None:
+        with Contained() as outcome:
+            result = self._start(event) if queued.result is None else queued.result
+            if not isinstance(result, bytes | Reply):
+                with trio.move_on_at(queued.deadline) as scope:
+                    result = await result
+                if scope.cancelled_caught:
+                    raise CommandError(
+                        f"{Command(event.header.command).name} took longer than {self._budget_s:g} s", errno.ETIMEDOUT
+                    )
+            assert isinstance(result, bytes | Reply)
+            self._answer(event, result)
+        if outcome.error is not None:
+            self._answer_error(event, outcome.error)
+
+    def _answer(self, event: CommandReceived, result: bytes | Reply) -> None:
+        if event.header.no_reply:
+            return
+        payload, fds = (result, ()) if isinstance(result, bytes) else result
+        self.send(self.session.reply(event.header, payload), fds)
+
+    def _answer_error(self, event: CommandReceived, error: Exception) -> None:
+        name = Command(event.header.command).name
+        number = errno_of(error, self.log, name)
+        text = f"{name}: {error}"
+        self.function.note_error(text)
+        self._noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
+        if not event.header.no_reply:
+            self.send(self.session.error_reply(event.header, number))
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message on the main socket; a broken connection is noticed by the reader."""
+        if self.log.debug_enabled:
+            header = unpack_header(data[:HEADER_SIZE])
+            self.log.debug(describe(header, data[HEADER_SIZE:], len(fds), ">"))
+        try:
+            self.stream.send(data, fds)
+        except EndOfStream:
+            self._scope.cancel()
+
+    def _send_on_twin(self, data: bytes) -> None:
+        assert self._twin is not None
+        try:
+            self._twin.stream.send(data)
+        except EndOfStream:
+            self._scope.cancel()
+
+    def _send_last(self, data: bytes) -> None:
+        try:
+            self.stream.send(data)
+        except EndOfStream:
+            pass
+
+    # What the device may ask of the client
+
+    async def dma_read(self, address: int, count: int) -> bytes:
+        """Read client memory by messages."""
+        assert self._dma is not None
+        return await self._dma.read(address, count)
+
+    async def dma_write(self, address: int, data: bytes) -> None:
+        """Write client memory by messages."""
+        assert self._dma is not None
+        await self._dma.write(address, data)
+
+    def fail(self, reason: str) -> None:
+        """The device is lost: from now on every command is answered with EIO."""
+        if self._lost is None:
+            self._lost = reason
+            self.log.error("device lost; its client gets EIO until it reconnects", reason=reason)
+            self.function.note_error(reason)
+
+    # For `status`
+
+    @property
+    def sockets(self) -> int:
+        """How many sockets the connection has."""
+        return 1 if self._twin is None else 2
+
+    def dma_summary(self) -> dict[str, int]:
+        """What was transferred by DMA messages."""
+        dma = self._dma
+        if dma is None:
+            return {}
+        return {
+            "reads": dma.reads,
+            "writes": dma.writes,
+            "read_bytes": dma.read_bytes,
+            "written_bytes": dma.written_bytes,
+        }

@@ -1,0 +1,56 @@
+"""The one place that catches every exception.
+
+A fault in our own code must cost one command or one function, never the daemon. What escapes a handler or a device's
+task is a bug: it is logged here, and turned into an EIO or the end of that function's work.
+"""
+
+from __future__ import annotations
+
+import errno
+from types import TracebackType
+
+from vfiouser_oob.observability.log import Logger
+from vfiouser_protocol.errors import DmaFault, LocalProtocolError, RemoteProtocolError, ReplyError
+
+#: Refusals that are the peer's or the device's doing; their errno goes on the wire as it is.
+EXPECTED = (RemoteProtocolError, ReplyError, DmaFault)
+
+
+def errno_of(error: Exception, log: Logger, what: str) -> int:
+    """Return the error number that answers a failed command.
+
+    Args:
+        error: what a handler raised.
+        log: where a bug is reported.
+        what: which command failed, for the report.
+    """
+    if isinstance(error, EXPECTED):
+        return error.errno
+    if isinstance(error, OSError) and error.errno:
+        log.warning("command failed", command=what, error=error.strerror, errno=errno.errorcode.get(error.errno, ""))
+        return error.errno
+    log.exception("bug: a command failed unexpectedly and is answered with EIO", error, command=what)
+    return errno.EIO if not isinstance(error, LocalProtocolError) else error.errno
+
+
+class Contained:
+    """Keeps an exception of the block under it, instead of letting it spread; cancellation passes.
+
+    The attribute `error` says what happened; it is None when the block went through.
+    """
+
+    __slots__ = ("error",)
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __enter__(self) -> Contained:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(value, Exception):
+            self.error = value
+            return True
+        return False

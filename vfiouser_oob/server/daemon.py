@@ -1,0 +1,211 @@
+"""The daemon: many functions, one control socket, and an orderly end.
+
+    signals ──► stop accepting ──► clients turned out ──► devices stopped ──► sockets removed
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vfiouser_oob import __version__
+from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig
+from vfiouser_oob.control.events import EventHub
+from vfiouser_oob.control.server import ControlServer
+from vfiouser_oob.control.status import DaemonStatus, Status
+from vfiouser_oob.devices.factory import make_backend
+from vfiouser_oob.observability import log
+from vfiouser_oob.server.function import Function
+from vfiouser_oob.server.status import function_status, iso_time
+from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
+from vfiouser_oob.systemd.notify import Notifier
+from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
+
+#: Name of the control socket among systemd's sockets.
+CONTROL_NAME = "control"
+_CONTROL_MODE = 0o660
+
+
+async def run_daemon(
+    config: DaemonConfig, *, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve until SIGTERM or SIGINT, or until cancelled.
+
+    Args:
+        config: what to serve.
+        task_status: told when every socket listens.
+
+    Raises:
+        ConfigError: the configuration does not fit the sockets that systemd passed, or names an unusable device.
+        ListenError: a socket cannot be listened on.
+    """
+    with ExitStack() as resources:
+        daemon = Daemon(config, resources)
+        await daemon.run(task_status)
+
+
+class Daemon:
+    """All functions of one process; knows their state for the control socket.
+
+    Args:
+        config: what to serve.
+        resources: closes whatever was opened, also when opening the next thing fails.
+    """
+
+    def __init__(self, config: DaemonConfig, resources: ExitStack) -> None:
+        self._config = config
+        self._log = log.get("daemon")
+        self._notifier = Notifier.from_environment()
+        self._started = time.time()
+        self._events = EventHub()
+        self._activity = Activity()
+        resources.callback(self._activity.close)
+        _raise_fd_limit()
+        inherited = inherited_sockets()
+        control = inherited.pop(CONTROL_NAME, [])
+        assigned = assign_sockets(config.functions, inherited)
+        self._control = self._open_control(control, resources)
+        self._listeners: list[tuple[Function, Listener]] = []
+        self._connected: list[tuple[Function, socket.socket]] = []
+        self.functions: list[Function] = []
+        for entry in config.functions:
+            self._add(entry, assigned.get(entry.name, []), resources)
+
+    # Opening
+
+    def _add(self, config: FunctionConfig, inherited: list[int], resources: ExitStack) -> None:
+        function = Function(
+            config.name,
+            make_backend(config, self._activity),
+            reply_budget_s=self._config.reply_budget_s,
+            activity=self._activity,
+            events=self._events,
+            log=log.get("function"),
+            allow_uids=config.allow_uids,
+        )
+        resources.callback(function.close)
+        self.functions.append(function)
+        for fd in [*inherited, *([] if config.fd is None else [config.fd])]:
+            self._adopt(function, adopt_socket(fd), resources)
+        if not inherited and config.fd is None and config.socket is not None:
+            group = config.socket_group or _default_group()
+            listener = listen_on_path(config.socket, config.socket_mode, group)
+            resources.callback(listener.close)
+            self._listeners.append((function, listener))
+
+    def _adopt(self, function: Function, sock: socket.socket, resources: ExitStack) -> None:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listener = Listener(sock, None)
+            resources.callback(listener.close)
+            self._listeners.append((function, listener))
+        else:
+            self._connected.append((function, sock))
+
+    def _open_control(self, inherited: list[int], resources: ExitStack) -> Listener | None:
+        if inherited:
+            listener = Listener(adopt_socket(inherited[0]), None)
+        elif self._config.control_socket is not None:
+            _make_runtime_directory(self._config.control_socket.parent)
+            listener = listen_on_path(self._config.control_socket, _CONTROL_MODE)
+        else:
+            return None
+        resources.callback(listener.close)
+        return listener
+
+    # Running
+
+    async def run(self, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until told to stop."""
+        async with trio.open_nursery() as devices:
+            for function in self.functions:
+                devices.start_soon(function.run_device)
+            if self._control is not None:
+                await devices.start(ControlServer(self).serve, self._control.sock.dup())
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async with trio.open_nursery() as serving:
+                    self._start_serving(serving)
+                    self._announce_ready()
+                    task_status.started(self)
+                    serving.start_soon(self._await_signal, signals, serving.cancel_scope)
+            devices.cancel_scope.cancel()
+        self._events.close()
+
+    def _start_serving(self, nursery: trio.Nursery) -> None:
+        for function, listener in self._listeners:
+            nursery.start_soon(function.serve, listener)
+        if self._connected:
+            nursery.start_soon(self._serve_connected, nursery.cancel_scope)
+
+    async def _serve_connected(self, scope: trio.CancelScope) -> None:
+        """Serve inherited connections; when they have ended and nothing else can connect, so has our work."""
+        async with trio.open_nursery() as nursery:
+            for function, sock in self._connected:
+                nursery.start_soon(function.serve_connected, sock)
+        if not self._listeners:
+            self._log.info("the inherited connection ended; nothing is left to serve")
+            scope.cancel()
+
+    async def _await_signal(self, signals: Any, scope: trio.CancelScope) -> None:
+        async for number in signals:
+            self._log.info("stopping", signal=signal.Signals(number).name)
+            self._notifier.stopping("turning clients out")
+            # Cancels the accept loops and, with them, the connections; each tears down what it holds.
+            scope.cancel()
+            return
+
+    def _announce_ready(self) -> None:
+        for function, listener in self._listeners:
+            function.address = listener.address
+            function.log.info("listening", socket=listener.address, device=function.backend.summary)
+        count = len(self.functions)
+        text = f"{count} function{'s' if count != 1 else ''}"
+        self._log.info("ready", version=__version__, pid=os.getpid(), functions=count)
+        self._notifier.ready(f"serving {text}")
+
+    # For the control socket
+
+    def status(self) -> Status:
+        """Describe everything at this moment."""
+        daemon = DaemonStatus(
+            version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(self.functions)
+        )
+        return Status(daemon=daemon, functions=[function_status(function) for function in self.functions])
+
+    def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
+        """Watch what happens from now on."""
+        return self._events.subscribe()
+
+
+def _raise_fd_limit() -> None:
+    """Every client brings descriptors; the soft limit is a default for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _default_group() -> str | None:
+    """QEMU's group, so that a VMM running as its own user can connect on day one; only root may give files away."""
+    if os.geteuid() != 0:
+        return None
+    import grp
+
+    try:
+        return grp.getgrnam(DEFAULT_SOCKET_GROUP).gr_name
+    except KeyError:
+        return None
+
+
+def _make_runtime_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError:  # listening will fail, and say so with the path
+        pass

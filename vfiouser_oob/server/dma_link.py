@@ -1,0 +1,154 @@
+"""DMA by messages: the server's own commands to the client, and their replies."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from vfiouser_protocol.codec import decode, encode
+from vfiouser_protocol.constants import Command
+from vfiouser_protocol.errors import DmaFault, VfioUserError
+from vfiouser_protocol.header import Header
+from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
+from vfiouser_protocol.session import Session
+
+T = TypeVar("T", DmaReadReply, DmaWriteReply)
+#: Commands under way at once. Message ids are 16 bits wide and shared with nobody, so this is about memory only.
+MAX_OUTSTANDING = 256
+
+
+class PendingReply:
+    """A command of ours that the client has not answered yet."""
+
+    __slots__ = ("event", "fault", "header", "payload")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.header: Header | None = None
+        self.payload = b""
+        self.fault: DmaFault | None = None
+
+    def resolve(self, header: Header, payload: bytes) -> None:
+        """Take the reply."""
+        self.header = header
+        self.payload = payload
+        self.event.set()
+
+    def fail(self, fault: DmaFault) -> None:
+        """Give up: there will be no reply."""
+        self.fault = fault
+        self.event.set()
+
+
+class DmaLink:
+    """Sends DMA_READ and DMA_WRITE to the client and waits for the answers.
+
+    Args:
+        session: protocol state of the connection.
+        send: sends one whole message on the channel for our commands (main or twin socket).
+        max_transfer: the client's `max_data_xfer_size`, in bytes.
+        budget_s: seconds after which a transfer that was not answered is a DMA fault.
+    """
+
+    def __init__(
+        self, session: Session, send: Callable[[bytes], None], max_transfer: int, budget_s: float
+    ) -> None:
+        self._session = session
+        self._send = send
+        self._max_transfer = max_transfer
+        self._budget_s = budget_s
+        self._slots = trio.Semaphore(MAX_OUTSTANDING)
+        self._pending: set[PendingReply] = set()
+        self._closed = False
+        #: Transfers and bytes in each direction, for `status`.
+        self.reads = self.writes = self.read_bytes = self.written_bytes = 0
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Read client memory, split by what the client takes per message, in ascending order.
+
+        Raises:
+            DmaFault: refused, nonsense, gone, or too late.
+        """
+        parts = []
+        end = address + count
+        while address < end:
+            size = min(self._max_transfer, end - address)
+            payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
+            reply = _decoded(DmaReadReply, payload)
+            if (reply.address, reply.count, len(reply.data)) != (address, size, size):
+                raise DmaFault(
+                    f"the client answered DMA_READ {address:#x}+{size:#x} with {reply.address:#x}+{reply.count:#x} "
+                    f"and {len(reply.data)} bytes",
+                    errno.EPROTO,
+                )
+            parts.append(reply.data)
+            address += size
+        self.reads += 1
+        self.read_bytes += count
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Write client memory, split like `read`.
+
+        Raises:
+            DmaFault: refused, nonsense, gone, or too late.
+        """
+        for start in range(0, len(data), self._max_transfer):
+            part = data[start : start + self._max_transfer]
+            target = address + start
+            payload = await self._call(Command.DMA_WRITE, encode(DmaWrite(target, len(part), part)))
+            if payload:  # older clients send the header alone
+                reply = _decoded(DmaWriteReply, payload)
+                if (reply.address, reply.count) != (target, len(part)):
+                    raise DmaFault(
+                        f"the client answered DMA_WRITE {target:#x}+{len(part):#x} with "
+                        f"{reply.address:#x}+{reply.count:#x}",
+                        errno.EPROTO,
+                    )
+        self.writes += 1
+        self.written_bytes += len(data)
+
+    async def _call(self, command: Command, payload: bytes) -> bytes:
+        pending = PendingReply()
+        async with self._slots:
+            if self._closed:
+                raise _gone()
+            msg_id, message = self._session.command(command, payload, pending)
+            self._pending.add(pending)
+            answered = False
+            try:
+                self._send(message)
+                with trio.move_on_after(self._budget_s):
+                    await pending.event.wait()
+                    answered = True
+            finally:
+                self._pending.discard(pending)
+                if not answered:
+                    self._session.forget(msg_id)
+        if not answered:
+            raise DmaFault(f"the client did not answer {command.name} within {self._budget_s:g} s", errno.ETIMEDOUT)
+        if pending.fault is not None:
+            raise pending.fault
+        if pending.header is not None and pending.header.is_error:
+            raise DmaFault(f"the client refused {command.name}", pending.header.error or errno.EIO)
+        return pending.payload
+
+    def close(self) -> None:
+        """Fail everything that is under way: the client has gone."""
+        self._closed = True
+        for pending in tuple(self._pending):
+            pending.fail(_gone())
+
+
+def _decoded(kind: type[T], payload: bytes) -> T:
+    try:
+        return decode(kind, payload)
+    except VfioUserError as error:
+        raise DmaFault(f"the client's reply makes no sense: {error}", errno.EPROTO) from error
+
+
+def _gone() -> DmaFault:
+    return DmaFault("the client has gone", errno.ENODEV)

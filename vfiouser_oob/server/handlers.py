@@ -1,0 +1,269 @@
+"""What each command of the client does: decode, check, ask the device, encode.
+
+One method per command, found through `Handlers.table`. A method returns the reply's payload, or a `Reply` when
+descriptors go with it, or an awaitable of either when the device has to be waited for; a refusal is a `CommandError`.
+Ranges, counts and argsz are checked here once, for every kind of device.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from vfiouser_oob.devices.base import Answer, BackendSession
+from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.codec import decode, encode
+from vfiouser_protocol.constants import (
+    Command,
+    DmaUnmapFlags,
+    RegionFlags,
+)
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.messages import (
+    DeviceFeature,
+    DeviceInfo,
+    DirtyPages,
+    DmaMap,
+    DmaUnmap,
+    IrqInfo,
+    MigDataRead,
+    MigDataWrite,
+    Payload,
+    RegionInfo,
+    RegionIoFds,
+    RegionRead,
+    RegionReadReply,
+    RegionWrite,
+    RegionWriteMulti,
+    RegionWriteMultiReply,
+    RegionWriteReply,
+    SetIrqs,
+)
+from vfiouser_protocol.regions import RegionSpec, region_info_reply
+from vfiouser_protocol.rules import check_request, region_io_fds_reply
+
+P = TypeVar("P", bound=Payload)
+
+NO_PAYLOAD = b""
+#: A plain int: the complement of an IntFlag has known bits only.
+_UNMAP_KNOWN = int(DmaUnmapFlags.GET_DIRTY_BITMAP | DmaUnmapFlags.ALL)
+_UNMAP_SIZE = 24
+_INFO_SIZE = 16
+
+
+class Reply(NamedTuple):
+    """A reply that carries descriptors.
+
+    Args:
+        payload: the reply's payload.
+        fds: descriptors that go with it; they stay the device's.
+    """
+
+    payload: bytes
+    fds: Sequence[int]
+
+
+Result: TypeAlias = "bytes | Reply | Awaitable[bytes | Reply]"
+#: Payload, descriptors that mean something to the command (taken over), and whether nobody waits for the result.
+Handler: TypeAlias = Callable[[bytes, Sequence[int], bool], Result]
+
+
+class Handlers:
+    """The commands of one negotiated connection.
+
+    Args:
+        session: the device, as opened for this client.
+        max_transfer: largest `count` that we take, in bytes.
+    """
+
+    def __init__(self, session: BackendSession, max_transfer: int) -> None:
+        self._session = session
+        self._regions = session.description.regions
+        self._irqs = session.description.irqs
+        self._max_transfer = max_transfer
+        named: dict[Command, Handler] = {
+            Command.DMA_MAP: self.dma_map,
+            Command.DMA_UNMAP: self.dma_unmap,
+            Command.DEVICE_GET_INFO: self.get_info,
+            Command.DEVICE_GET_REGION_INFO: self.get_region_info,
+            Command.DEVICE_GET_REGION_IO_FDS: self.get_region_io_fds,
+            Command.DEVICE_GET_IRQ_INFO: self.get_irq_info,
+            Command.DEVICE_SET_IRQS: self.set_irqs,
+            Command.REGION_READ: self.region_read,
+            Command.REGION_WRITE: self.region_write,
+            Command.DEVICE_RESET: self.reset,
+            Command.DIRTY_PAGES: self.dirty_pages,
+            Command.REGION_WRITE_MULTI: self.region_write_multi,
+            Command.DEVICE_FEATURE: self.device_feature,
+            Command.MIG_DATA_READ: self.mig_data_read,
+            Command.MIG_DATA_WRITE: self.mig_data_write,
+        }
+        #: Handlers by command number.
+        self.table: dict[int, Handler] = {int(command): handler for command, handler in named.items()}
+
+    # What the device is
+
+    def get_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DEVICE_GET_INFO."""
+        self._decode(DeviceInfo, payload)
+        flags = self._session.description.flags
+        return encode(DeviceInfo(_INFO_SIZE, flags, len(self._regions), len(self._irqs)))
+
+    def get_region_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DEVICE_GET_REGION_INFO."""
+        request = self._decode(RegionInfo, payload)
+        spec = self._region(request.index)
+        reply, attach = region_info_reply(spec, request.argsz)
+        fd = self._session.region_fd(request.index) if attach else None
+        return reply if fd is None else Reply(reply, (fd,))
+
+    def get_region_io_fds(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DEVICE_GET_REGION_IO_FDS: no region has ioeventfds, which is said with count 0."""
+        request = self._decode(RegionIoFds, payload)
+        self._region(request.index)
+        reply, _ = region_io_fds_reply(request)
+        return encode(reply)
+
+    def get_irq_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DEVICE_GET_IRQ_INFO."""
+        request = self._decode(IrqInfo, payload)
+        if request.index >= len(self._irqs):
+            raise CommandError(f"IRQ index {request.index} of {len(self._irqs)}")
+        irq = self._irqs[request.index]
+        return encode(IrqInfo(_INFO_SIZE, irq.flags, request.index, irq.count))
+
+    # Interrupts and reset
+
+    def set_irqs(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DEVICE_SET_IRQS."""
+        try:
+            request = decode(SetIrqs, payload)
+        except CommandError:
+            close_fds(fds)
+            raise
+        return _empty(self._session.set_irqs(request, list(fds)))
+
+    def reset(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DEVICE_RESET."""
+        return _empty(self._session.reset())
+
+    # Registers
+
+    def region_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """REGION_READ."""
+        offset, region, count = decode(RegionRead, payload)
+        self._check_access(region, offset, count, RegionFlags.READ)
+        data = self._session.region_read(region, offset, count) if count else b""
+        if isinstance(data, bytes):
+            return encode(RegionReadReply(offset, region, count, data))
+        return _read_later(data, offset, region, count)
+
+    def region_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """REGION_WRITE."""
+        offset, region, count, data = decode(RegionWrite, payload)
+        self._check_access(region, offset, count, RegionFlags.WRITE)
+        done = self._session.region_write(region, offset, data, posted=no_reply) if count else None
+        reply = encode(RegionWriteReply(offset, region, count))
+        return reply if done is None else _then(done, reply)
+
+    def region_write_multi(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """REGION_WRITE_MULTI: the writes in order, up to the first that fails."""
+        return self._write_in_order(decode(RegionWriteMulti, payload).writes, no_reply)
+
+    async def _write_in_order(self, writes: Sequence[RegionWrite], posted: bool) -> bytes:
+        done = 0
+        try:
+            for offset, region, count, data in writes:
+                self._check_access(region, offset, count, RegionFlags.WRITE)
+                result = self._session.region_write(region, offset, data, posted=posted)
+                if result is not None:
+                    await result
+                done += 1
+        except CommandError:
+            if not done:
+                raise
+        return encode(RegionWriteMultiReply(done))
+
+    def _region(self, index: int) -> RegionSpec:
+        if index >= len(self._regions):
+            raise CommandError(f"region {index} of {len(self._regions)}")
+        return self._regions[index]
+
+    def _check_access(self, region: int, offset: int, count: int, access: int) -> None:
+        spec = self._region(region)
+        if count > self._max_transfer:
+            raise CommandError(f"an access of {count} bytes, of at most {self._max_transfer}")
+        if offset + count > spec.size:
+            raise CommandError(f"an access of {offset:#x}+{count:#x} in region {region} of {spec.size:#x} bytes")
+        if not spec.flags & access and count:
+            raise CommandError(f"region {region} does not allow {RegionFlags(access).name}")
+
+    # Client memory
+
+    def dma_map(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DMA_MAP."""
+        try:
+            request = self._decode(DmaMap, payload)
+        except CommandError:
+            close_fds(fds)
+            raise
+        return _empty(self._session.dma_map(request, list(fds)))
+
+    def dma_unmap(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DMA_UNMAP."""
+        request = self._decode(DmaUnmap, payload)
+        flags = request.flags
+        if flags & ~_UNMAP_KNOWN or flags == _UNMAP_KNOWN:
+            raise CommandError(f"DMA_UNMAP flags {flags:#x}; allowed are one of GET_DIRTY_BITMAP 0x1 and ALL 0x2")
+        if flags & DmaUnmapFlags.GET_DIRTY_BITMAP:
+            raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
+        if flags & DmaUnmapFlags.ALL:
+            if request.address or request.size:
+                raise CommandError("DMA_UNMAP of everything with an address or size")
+            done = self._session.dma_unmap_all()
+        else:
+            done = self._session.dma_unmap(request)
+        reply = payload[:_UNMAP_SIZE]
+        return reply if done is None else _then(done, reply)
+
+    # Migration: a function without an agent has none, and says so
+
+    def dirty_pages(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DIRTY_PAGES."""
+        self._decode(DirtyPages, payload)
+        raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
+
+    def device_feature(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """DEVICE_FEATURE."""
+        request = decode(DeviceFeature, payload)
+        raise CommandError(f"feature {request.index} on a function that cannot be migrated")
+
+    def mig_data_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """MIG_DATA_READ."""
+        decode(MigDataRead, payload)
+        raise CommandError("MIG_DATA_READ on a function that cannot be migrated")
+
+    def mig_data_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+        """MIG_DATA_WRITE."""
+        decode(MigDataWrite, payload)
+        raise CommandError("MIG_DATA_WRITE on a function that cannot be migrated")
+
+    def _decode(self, kind: type[P], payload: bytes) -> P:
+        """Decode a request and check its argsz."""
+        request = decode(kind, payload)
+        check_request(request, self._max_transfer)
+        return request
+
+
+def _empty(done: Answer[None]) -> Result:
+    return NO_PAYLOAD if done is None else _then(done, NO_PAYLOAD)
+
+
+async def _then(done: Awaitable[None], reply: bytes) -> bytes:
+    await done
+    return reply
+
+
+async def _read_later(data: Awaitable[bytes], offset: int, region: int, count: int) -> bytes:
+    return encode(RegionReadReply(offset, region, count, await data))

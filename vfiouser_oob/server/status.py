@@ -1,0 +1,67 @@
+"""What `status` shows of a function."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MapsStatus, RegionStatus
+from vfiouser_oob.devices.base import BackendSession
+from vfiouser_oob.server.function import Function
+from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
+
+
+def function_status(function: Function) -> FunctionStatus:
+    """Describe a function at this moment."""
+    connection = function.connection
+    backend = connection.backend if connection is not None else None
+    irqs = backend.irq_summary() if backend is not None else {}
+    maps = _maps(backend)
+    return FunctionStatus(
+        name=function.name,
+        socket=function.address,
+        device=function.backend.summary,
+        phase=function.phase,
+        since=iso_time(function.since),
+        client=_client(function),
+        regions=_regions(backend),
+        maps=maps,
+        irqs=irqs,
+        fds=sum(irqs.values()) + maps["files"] + (connection.sockets if connection is not None else 0),
+        messages={
+            Command(number).name: count for number, count in enumerate(function.counts) if count
+        },
+        dma=connection.dma_summary() if connection is not None else {},
+        last_error=function.last_error,
+    )
+
+
+def iso_time(seconds: float) -> str:
+    """Return a time as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _client(function: Function) -> ClientStatus | None:
+    peer = function.connection.peer if function.connection is not None else None
+    return None if peer is None else ClientStatus(pid=peer.pid, uid=peer.uid, command=peer.command)
+
+
+def _regions(backend: BackendSession | None) -> list[RegionStatus]:
+    if backend is None:
+        return []
+    return [
+        RegionStatus(
+            index=spec.index,
+            name=RegionIndex(spec.index).name if spec.index in RegionIndex._value2member_map_ else f"region{spec.index}",
+            size=spec.size,
+            mapped=bool(spec.flags & RegionFlags.MMAP),
+        )
+        for spec in backend.description.regions
+        if spec.size
+    ]
+
+
+def _maps(backend: BackendSession | None) -> MapsStatus:
+    if backend is None:
+        return MapsStatus(count=0, bytes=0, files=0)
+    memory = backend.memory
+    return MapsStatus(count=len(memory.map), bytes=memory.total_bytes, files=len(memory.files))

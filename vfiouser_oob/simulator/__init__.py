@@ -1,0 +1,1 @@
+"""The SoC simulator: plays the IPU/DPU whose functions the daemon exports."""

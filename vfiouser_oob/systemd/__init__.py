@@ -1,0 +1,1 @@
+"""Being a good citizen under systemd: readiness, and sockets that it opened for us."""

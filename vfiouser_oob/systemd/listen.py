@@ -1,0 +1,144 @@
+"""Sockets that the service manager opened for us, as sd_listen_fds_with_names(3) hands them over.
+
+The manager owns their files: whoever got a socket from here must never unlink its path.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.schema import FunctionConfig
+
+FIRST_FD = 3
+# More than any unit has; a damaged LISTEN_FDS must not make us walk through two thousand million descriptors.
+FDS_MAX = 4096
+_SOURCE = "sockets from systemd"
+_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+def inherited_sockets(
+    environ: MutableMapping[str, str] = os.environ,
+    *,
+    pid: int | None = None,
+    first_fd: int = FIRST_FD,
+    unset: bool = True,
+) -> dict[str, list[int]]:
+    """Take over the sockets that came with the environment.
+
+    Args:
+        environ: the environment that describes them.
+        pid: the process that they must be meant for; None = ours.
+        first_fd: number of the first one.
+        unset: whether to remove the variables, so that child processes do not take the sockets for theirs.
+
+    Returns:
+        Descriptors by name; each is a listening UNIX stream socket and close-on-exec, and the caller owns it.
+        Empty when nothing was passed, or when it was meant for another process.
+
+    Raises:
+        ConfigError: the variables contradict themselves, or a descriptor is not such a socket.
+    """
+    values = {name: environ.get(name, "") for name in _VARIABLES}
+    if unset:
+        for name in _VARIABLES:
+            environ.pop(name, None)
+    if values["LISTEN_PID"] != str(os.getpid() if pid is None else pid):
+        return {}
+    text = values["LISTEN_FDS"]
+    if not text.isdecimal() or int(text[:10]) > FDS_MAX:
+        raise ConfigError(f"LISTEN_FDS must be a number up to {FDS_MAX}, got {text[:40]!r}", _SOURCE)
+    count = int(text)
+    names = values["LISTEN_FDNAMES"].split(":") if values["LISTEN_FDNAMES"] else ["unknown"] * count
+    if len(names) != count:
+        raise ConfigError(f"LISTEN_FDS says {count} but LISTEN_FDNAMES has {len(names)} names", _SOURCE)
+    sockets: dict[str, list[int]] = {}
+    for fd, name in enumerate(names, start=first_fd):
+        check_listening(fd, f"socket {name!r} (descriptor {fd})", _SOURCE)
+        os.set_inheritable(fd, False)
+        sockets.setdefault(name, []).append(fd)
+    return sockets
+
+
+def check_listening(fd: int, label: str, source: str | None = None) -> None:
+    """Make sure that a descriptor is a listening UNIX stream socket.
+
+    Args:
+        fd: descriptor number; it stays the caller's.
+        label: what to call it in a message.
+        source: where it came from, for the message.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    wanted = "a listening UNIX stream socket"
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise ConfigError(f"{label} must be {wanted}, but is no socket", source)
+    except OSError as error:
+        raise ConfigError(f"{label} must be {wanted}: {error.strerror}", source) from error
+    sock = socket.socket(fileno=fd)
+    try:
+        family, kind = sock.family, sock.type
+        listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    finally:
+        sock.detach()
+    if family != socket.AF_UNIX or kind != socket.SOCK_STREAM or not listening:
+        is_what = f"{family.name} {kind.name}{'' if listening else ' that does not listen'}"
+        raise ConfigError(f"{label} must be {wanted}, but is {is_what}", source)
+
+
+def assign_sockets(
+    functions: Sequence[FunctionConfig], inherited: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Find out which function each inherited socket is for.
+
+    A socket belongs to the function of its name, or else to the one that is configured with its path (a unit
+    with several ListenStream= lines gives all of them one name), or else to the only function there is.
+
+    Args:
+        functions: the configured functions.
+        inherited: descriptors by name, from `inherited_sockets`.
+
+    Returns:
+        Descriptors by function name.
+
+    Raises:
+        ConfigError: a socket fits no function, or a function has neither a socket of its own nor an inherited
+        one.
+    """
+    known = {function.name for function in functions}
+    by_path = {str(function.socket): function.name for function in functions if function.socket is not None}
+    total = sum(len(fds) for fds in inherited.values())
+    assigned: dict[str, list[int]] = {}
+    for name, fds in inherited.items():
+        for fd in fds:
+            path = _path_of(fd)
+            owner = name if name in known else by_path.get(path)
+            if owner is None and len(functions) == total == 1:
+                owner = functions[0].name
+            if owner is None:
+                at = f" at {path}" if path else ""
+                raise ConfigError(
+                    f"socket {name!r}{at} fits no function (functions: {', '.join(sorted(known))})", _SOURCE
+                )
+            assigned.setdefault(owner, []).append(fd)
+    for function in functions:
+        if function.socket is None and function.fd is None and function.name not in assigned:
+            raise ConfigError(
+                f"function {function.name!r} has no socket configured, and none came from systemd for it"
+            )
+    return assigned
+
+
+def _path_of(fd: int) -> str:
+    sock = socket.socket(fileno=fd)
+    try:
+        address = sock.getsockname()
+    finally:
+        sock.detach()
+    return str(Path(address)) if isinstance(address, str) and address else ""
