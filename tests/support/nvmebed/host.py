@@ -44,12 +44,14 @@ class Memory:
                 await event.wait()
 
     async def read(self, address: int, count: int) -> bytes:
+        """Read as the device does."""
         await self._wait(address)
         offset = self._offset(address, count)
         self.accesses.append(("read", address, count))
         return bytes(self.ram[offset : offset + count])
 
     async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write as the device does."""
         await self._wait(address)
         offset = self._offset(address, len(data))
         self.accesses.append(("write", address, len(data)))
@@ -81,11 +83,13 @@ class Host:
         model.attach(self)
 
     def trigger(self, index: IrqIndex, vector: int) -> None:
+        """Count an edge."""
         assert index is IrqIndex.MSIX
         self.interrupts[vector] += 1
         self._notify()
 
     def set_intx(self, asserted: bool) -> None:
+        """Take the level of the pin."""
         if asserted != self.intx:
             self.intx = asserted
             self._notify()
