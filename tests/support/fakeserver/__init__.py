@@ -57,7 +57,7 @@ Handler = Callable[[CommandReceived], "Answer | Awaitable[Answer]"]
 
 @dataclass
 class FakeServer:
-    """The server; put handlers into `handlers`, look at `received`.
+    """The server; put handlers into `handlers`, look at `received` and `replies`.
 
     Args:
         sock: its end of the connection.
@@ -70,6 +70,7 @@ class FakeServer:
     grant_twin: bool = False
     handlers: dict[int, Handler] = field(default_factory=dict)
     received: list[CommandReceived] = field(default_factory=list)
+    replies: list[ReplyReceived] = field(default_factory=list)
     memory: bytearray = field(default_factory=lambda: bytearray(8192))
 
     def __post_init__(self) -> None:
@@ -77,7 +78,6 @@ class FakeServer:
         self.session = Session(Role.SERVER, limits)
         self.main = MessageSocket(self.sock, limits.max_message_size)
         self.twin: MessageSocket | None = None
-        self.own_replies: dict[int, tuple[trio.Event, list[ReplyReceived]]] = {}
         self.nursery: trio.Nursery | None = None
         self.handlers = {
             Command.REGION_READ: self.region_read,
@@ -171,6 +171,7 @@ class FakeServer:
 
     def take_reply(self, event: ReplyReceived) -> None:
         """Hand a reply to whoever waits for it."""
+        self.replies.append(event)
         done, replies = event.token
         replies.append(event)
         done.set()

@@ -1,4 +1,4 @@
-"""The client's connection: replies matched to commands, commands given up, a server that goes away, no leak."""
+"""The client's connection: replies matched to commands, commands given up, a server that goes, no leak."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_error_reply_carries_the_errno() -> None:
 
 
 async def test_error_reply_with_payload_is_tolerated() -> None:
-    """libvfio-user attaches its output buffer to some error replies; it is skipped, not taken for a message."""
+    """libvfio-user attaches its output buffer to some error replies; it is skipped, not taken for more."""
 
     def fail(event: CommandReceived) -> Answer:
         header = pack_header(event.header.msg_id, Command.REGION_READ, HEADER_SIZE + 20, 0x21, errno.EINVAL)
@@ -142,7 +142,7 @@ async def test_posted_write_is_done_before_a_later_read() -> None:
 
 
 async def test_server_that_goes_fails_outstanding_and_later_calls() -> None:
-    """The end of the stream reaches everybody who waits, and everybody who comes later, by one clear error."""
+    """The end of the stream reaches everybody who waits, and everybody who comes later, by a clear error."""
     async with connected(handlers={Command.DEVICE_RESET: held_back(trio.Event())}) as (client, server):
         failed = []
 
