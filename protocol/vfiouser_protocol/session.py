@@ -74,9 +74,6 @@ __all__ = [
 
 _VERSION = int(Command.VERSION)
 _IDS = 1 << 16
-#: How many of our latest NO_REPLY commands are remembered, to recognize a reply that should not have been
-#: sent.
-_MAX_POSTED = 256
 _EINVAL = _errno.EINVAL
 _new = tuple.__new__
 
@@ -84,12 +81,12 @@ _new = tuple.__new__
 class Session:
     """One connection, seen from one end.
 
-    Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send what
-    `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
-    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn,
-    close its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`;
-    its answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts
-    with `propose`.
+    Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send
+    what `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
+    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn, close
+    its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`; its
+    answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts with
+    `propose`.
 
     With a twin socket, send the server's commands and the replies to them there, and give `receive` what
     comes from there with ``twin=True``.
@@ -112,7 +109,6 @@ class Session:
         "_legal_on_twin",
         "_limits",
         "_outstanding",
-        "_posted",
         "_proposal_size",
         "_replies_on_main",
         "_unanswered",
@@ -134,7 +130,6 @@ class Session:
         self._last_id = 0
         self._outstanding: dict[int, Outstanding] = {}
         self._forgotten: set[int] = set()
-        self._posted: dict[int, bool] = {}
         self._unanswered: deque[Header] = deque()
         # Both stay empty until READY: VERSION, the only command before, takes the slow path.
         self._legal: dict[int, CommandSpec] = {}
@@ -241,8 +236,7 @@ class Session:
     def _receive_stray_reply(self, message: Message) -> Refused:
         msg_id = message.header.msg_id
         if msg_id not in self._forgotten:
-            posted = self._posted.pop(msg_id, None) is not None
-            return self._refuse(message, Oddity.POSTED if posted else Oddity.UNSOLICITED)
+            return self._refuse(message, Oddity.UNSOLICITED)
         self._forgotten.discard(msg_id)
         self.late_replies += 1
         return self._refuse(message, Oddity.LATE)
@@ -344,10 +338,9 @@ class Session:
     def _take_turn(self, header: Header) -> None:
         queue = self._unanswered
         if not queue or queue[0] is not header:
-            due = command_name(queue[0].command) if queue else "no command"
-            raise LocalProtocolError(
-                f"{command_name(header.command)} #{header.msg_id} cannot be answered now: {due} is due, nothing sent"
-            )
+            due = command_name(queue[0].command) if queue else "nothing"
+            what = f"{command_name(header.command)} #{header.msg_id}"
+            raise LocalProtocolError(f"{what} cannot be answered now, {due} is due; nothing is sent")
         queue.popleft()
 
     # --- Commanding ---
@@ -408,7 +401,6 @@ class Session:
         flags = COMMAND
         if no_reply:
             flags |= NO_REPLY
-            self._note_posted(msg_id)
         else:
             self._outstanding[msg_id] = Outstanding(spec, token)
         return msg_id, pack_header(msg_id, command, HEADER_SIZE + len(payload), flags) + payload
@@ -422,13 +414,6 @@ class Session:
             if msg_id not in self._outstanding and msg_id not in self._forgotten:
                 self._last_id = msg_id
                 return msg_id
-
-    def _note_posted(self, msg_id: int) -> None:
-        # Some servers answer all the same (libvfio-user does for VERSION, rust-vmm for commands that return
-        # data).
-        self._posted[msg_id] = True
-        if len(self._posted) > _MAX_POSTED:
-            del self._posted[next(iter(self._posted))]
 
     def forget(self, msg_id: int) -> None:
         """Give up a command of ours; its reply will be dropped when it comes.
@@ -455,7 +440,6 @@ class Session:
         given_up = list(self._outstanding.values())
         self._outstanding.clear()
         self._forgotten.clear()
-        self._posted.clear()
         self._unanswered.clear()
         return given_up
 

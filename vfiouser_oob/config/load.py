@@ -82,6 +82,7 @@ class LineMap:
                     counts[name] = counts.get(name, -1) + 1
                 table = self._location(name, counts)
                 self._lines.setdefault(table, number)
+                self._lines.setdefault(table[:1], number)
             elif assignment := _ASSIGNMENT.match(line):
                 self._lines.setdefault((*table, *_words(assignment[1])), number)
 

@@ -57,6 +57,10 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+def _doubled_commas(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NvmeOptions:
     """The simulated NVMe controller's settings.
@@ -79,7 +83,7 @@ class NvmeOptions:
         if self.size is not None:
             parts.append(f"size={format_size(self.size)}")
         if self.image is not None:
-            parts.append(f"image={self.image}")
+            parts.append(f"image={_doubled_commas(self.image)}")
         if self.cmb:
             parts.append(f"cmb={format_size(self.cmb)}")
         if self.doorbells is not Doorbells.TRAPPED:
@@ -121,7 +125,7 @@ class UpstreamDevice:
 
     def describe(self) -> str:
         """The device as ``--device`` takes it."""
-        return f"{self.kind}:{str(self.socket).replace(',', ',,')}"
+        return f"{self.kind}:{_doubled_commas(self.socket)}"
 
 
 DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice

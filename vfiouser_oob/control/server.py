@@ -101,7 +101,7 @@ class ControlServer:
         self._log = log.get("control")
         self._refusals = log.RateLimited(self._log)
         self._connections = 0
-        self._methods: Mapping[str, Callable[[trio.SocketStream, Request], Awaitable[None]]] = {
+        self._methods: Mapping[str, Callable[[trio.SocketStream, Request], Awaitable[bool]]] = {
             "status": self._status,
             "watch": self._watch,
         }
@@ -126,8 +126,9 @@ class ControlServer:
         try:
             async with stream:
                 await self._converse(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as error:
-            self._log.debug("control connection lost", error=error)
+        # In groups, since a watch runs in a nursery of its own.
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as errors:
+            self._log.debug("control connection lost", errors=errors.exceptions)
         finally:
             self._connections -= 1
 
@@ -149,8 +150,8 @@ class ControlServer:
         await _send(stream, hello)
         lines = LineReader(stream)
         try:
-            while (line := await lines.next_line()) is not None:
-                await self._answer(stream, line)
+            while (line := await lines.next_line()) is not None and await self._answer(stream, line):
+                pass
         except RequestError as error:
             self._refusals.warning("control request refused", peer=peer, reason=error.message)
             await _send(stream, protocol.error_message(error))
@@ -162,7 +163,8 @@ class ControlServer:
             return RequestError(ErrorCode.BUSY, f"{CONNECTIONS_MAX} control connections are open already")
         return None
 
-    async def _answer(self, stream: trio.SocketStream, line: bytes) -> None:
+    async def _answer(self, stream: trio.SocketStream, line: bytes) -> bool:
+        # Returns whether the conversation goes on.
         request = protocol.parse_request(line)
         method = self._methods.get(request.method)
         if method is None:
@@ -171,13 +173,14 @@ class ControlServer:
                 ErrorCode.UNKNOWN_METHOD, f"unknown method {request.method[:40]!r} (allowed: {allowed})"
             )
             await _send(stream, protocol.error_message(error, request.id))
-        else:
-            await method(stream, request)
+            return True
+        return await method(stream, request)
 
-    async def _status(self, stream: trio.SocketStream, request: Request) -> None:
+    async def _status(self, stream: trio.SocketStream, request: Request) -> bool:
         await _send(stream, {"id": request.id, "result": self._provider.status()})
+        return True
 
-    async def _watch(self, stream: trio.SocketStream, request: Request) -> None:
+    async def _watch(self, stream: trio.SocketStream, request: Request) -> bool:
         # Subscribed before the snapshot is taken: a change between the two is then told twice rather than
         # never.
         async with self._provider.subscribe() as events, trio.open_nursery() as nursery:
@@ -186,6 +189,7 @@ class ControlServer:
             async for event in events:
                 await _send(stream, {"id": request.id, "event": event})
             nursery.cancel_scope.cancel()
+        return False
 
 
 async def _until_peer_speaks(stream: trio.SocketStream, scope: trio.CancelScope) -> None:

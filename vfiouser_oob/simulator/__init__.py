@@ -1,1 +1,1 @@
-"""The SoC simulator: stands in for an IPU/DPU, as a process of its own."""
+"""The SoC simulator: plays the IPU/DPU whose functions the daemon exports."""

@@ -1,0 +1,136 @@
+"""Inherited sockets: which are taken, what is refused, and whose they are."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from vfiouser_oob.config import ConfigError, FunctionConfig, ModelDevice
+from vfiouser_oob.systemd.listen import assign_sockets, check_listening, inherited_sockets
+
+# Far above what the test process has open, so that descriptors can be placed in a row as systemd does.
+FIRST = 900
+
+Place = Callable[[list[socket.socket]], None]
+
+
+def listening(path: Path) -> socket.socket:
+    """A listening UNIX stream socket."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    sock.listen()
+    return sock
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """Puts sockets at FIRST, FIRST + 1 … inheritable, as after an exec by systemd; closes them at the end."""
+    with ExitStack() as stack:
+
+        def put(sockets: list[socket.socket]) -> None:
+            for number, sock in enumerate(sockets, start=FIRST):
+                os.dup2(sock.fileno(), number)
+                sock.close()
+                stack.callback(os.close, number)
+
+        yield put
+
+
+def environment(count: int | str, names: str = "") -> dict[str, str]:
+    """What systemd puts into the environment of this very process."""
+    return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(count), "LISTEN_FDNAMES": names, "OTHER": "1"}
+
+
+def function(name: str, path: Path | None = None, fd: int | None = None) -> FunctionConfig:
+    """A function with a socket of its own, or with none."""
+    return FunctionConfig(name=name, socket=path, fd=fd, device=ModelDevice())
+
+
+def test_sockets_are_taken_by_name(tmp_path: Path, place: Place) -> None:
+    """Sockets come grouped by name, close-on-exec, and the variables are gone for child processes."""
+    place([listening(tmp_path / name) for name in "abc"])
+    environ = environment(3, "nvme0:nvme1:nvme0")
+    assert {"nvme0": [FIRST, FIRST + 2], "nvme1": [FIRST + 1]} == inherited_sockets(environ, first_fd=FIRST)
+    assert {"OTHER": "1"} == environ
+    assert not any(os.get_inheritable(fd) for fd in range(FIRST, FIRST + 3))
+
+
+def test_without_names(tmp_path: Path, place: Place) -> None:
+    """Without LISTEN_FDNAMES every socket has systemd's default name."""
+    place([listening(tmp_path / "a")])
+    assert {"unknown": [FIRST]} == inherited_sockets(environment(1), first_fd=FIRST)
+
+
+@pytest.mark.parametrize("environ", [{}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_FDS": "1"}])
+def test_sockets_for_others_are_left_alone(environ: dict[str, str]) -> None:
+    """Nothing is taken when the variables are absent or were meant for another process."""
+    assert {} == inherited_sockets(environ, first_fd=FIRST)
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        (environment("x"), "LISTEN_FDS must be a number"),
+        (environment(""), "LISTEN_FDS must be a number"),
+        (environment("99999999999999999999"), "LISTEN_FDS must be a number up to"),
+        (environment(2, "one"), "says 2 but LISTEN_FDNAMES has 1"),
+        (environment(1, "closed"), "'closed'.*Bad file descriptor"),
+    ],
+)
+def test_contradictions(environ: dict[str, str], words: str) -> None:
+    """Variables that cannot be true are one clear line."""
+    with pytest.raises(ConfigError, match=words):
+        inherited_sockets(environ, first_fd=FIRST)
+
+
+def test_only_listening_unix_stream_sockets_will_do(tmp_path: Path) -> None:
+    """A file, a datagram socket, a TCP listener and a connected socket are each refused by what they are."""
+    left, right = socket.socketpair()
+    with (
+        (tmp_path / "file").open("w") as file,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram,
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+        listening(tmp_path / "good") as good,
+        left,
+        right,
+    ):
+        tcp.bind(("127.0.0.1", 0))
+        tcp.listen()
+        check_listening(good.fileno(), "it")
+        cases = {file: "no socket", datagram: "SOCK_DGRAM", tcp: "AF_INET", left: "does not listen"}
+        for bad, words in cases.items():
+            with pytest.raises(ConfigError, match=words):
+                check_listening(bad.fileno(), "it")
+
+
+def test_assignment_by_name_then_by_path(tmp_path: Path, place: Place) -> None:
+    """A socket goes to the function of its name, and one with the unit's name to the function of its path."""
+    place([listening(tmp_path / "x"), listening(tmp_path / "y.sock")])
+    functions = [function("nvme0"), function("nvme1", tmp_path / "y.sock"), function("own", tmp_path / "z")]
+    inherited = {"nvme0": [FIRST], "vfiouser-oob.socket": [FIRST + 1]}
+    assert {"nvme0": [FIRST], "nvme1": [FIRST + 1]} == assign_sockets(functions, inherited)
+
+
+def test_the_only_socket_is_for_the_only_function(tmp_path: Path, place: Place) -> None:
+    """One function and one socket belong together whatever they are called."""
+    place([listening(tmp_path / "x")])
+    assert {"f0": [FIRST]} == assign_sockets([function("f0")], {"unknown": [FIRST]})
+
+
+def test_a_socket_for_nobody(tmp_path: Path, place: Place) -> None:
+    """A socket that fits no function is refused with its name, its path and the functions that there are."""
+    place([listening(tmp_path / "x"), listening(tmp_path / "y")])
+    with pytest.raises(ConfigError, match=f"'other' at {tmp_path}/y fits no function .functions: f0"):
+        assign_sockets([function("f0")], {"f0": [FIRST], "other": [FIRST + 1]})
+
+
+def test_a_function_without_socket() -> None:
+    """A function that relies on systemd is refused when systemd passed nothing for it; --fd needs nothing."""
+    with pytest.raises(ConfigError, match="'f0' has no socket configured"):
+        assign_sockets([function("f0")], {})
+    assert {} == assign_sockets([function("f1", fd=7)], {})

@@ -1,0 +1,56 @@
+"""Messages to the service manager, received on a real datagram socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from vfiouser_oob.systemd.notify import Notifier
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_messages(tmp_path: Path, abstract: bool) -> None:
+    """Each call is one datagram of KEY=VALUE lines, on a path or in the abstract namespace."""
+    name = f"vfiouser-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name if abstract else name)
+        manager.settimeout(5)
+        notifier = Notifier(("@" if abstract else "") + name)
+        assert notifier.ready("2 functions\nlistening")
+        assert notifier.status("busy")
+        assert notifier.stopping()
+        expected = [b"READY=1\nSTATUS=2 functions listening", b"STATUS=busy", b"STOPPING=1"]
+        assert expected == [manager.recv(1000) for _ in expected]
+
+
+@pytest.mark.parametrize(("unset", "left"), [(True, {"A": "b"}), (False, {"A": "b", "NOTIFY_SOCKET": "/x"})])
+def test_the_variable_is_not_passed_on(unset: bool, left: dict[str, str]) -> None:
+    """Taking the address removes the variable, so that a child cannot speak for us, unless asked not to."""
+    environ = {"A": "b", "NOTIFY_SOCKET": "/x"}
+    Notifier.from_environment(environ, unset=unset)
+    assert left == environ
+
+
+def test_nobody_listens() -> None:
+    """Without a service manager every call is a quiet no."""
+    assert not Notifier.from_environment({}).ready()
+
+
+def test_a_manager_that_has_gone_does_no_harm(tmp_path: Path) -> None:
+    """A socket that cannot be reached is a warning, not an error."""
+    assert not Notifier(str(tmp_path / "gone")).ready()
+
+
+def test_a_manager_that_does_not_read_cannot_block_us(tmp_path: Path) -> None:
+    """When the manager's queue is full the message is dropped and the caller goes on."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        notifier = Notifier(str(tmp_path / "n"))
+        sent = 0
+        while notifier.status("x"):
+            sent += 1
+            assert sent < 100_000
+        assert sent > 0

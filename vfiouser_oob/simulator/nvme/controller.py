@@ -1,0 +1,365 @@
+"""The controller's life: enable, disable, shutdown, resets, and what ties its parts together.
+
+Register writes only note what is wanted and cancel what must not go on; `run` does whatever takes time.
+CSTS.RDY falls only when the last task of the epoch has ended, so a host that waits for it can give its
+memory to someone else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import trio
+
+from vfiouser_oob.devices.memfd import SharedMemory
+from vfiouser_oob.simulator.nvme.admin import AdminCommands
+from vfiouser_oob.simulator.nvme.cmb import ControllerMemoryBuffer
+from vfiouser_oob.simulator.nvme.command import Command
+from vfiouser_oob.simulator.nvme.config import ControllerIdentity, ControllerLimits
+from vfiouser_oob.simulator.nvme.doorbells import PolledDoorbells, PollTimes, TrappedDoorbells
+from vfiouser_oob.simulator.nvme.engine import QueueEngine
+from vfiouser_oob.simulator.nvme.epoch import DmaPort, Epoch
+from vfiouser_oob.simulator.nvme.events import AsyncEvents
+from vfiouser_oob.simulator.nvme.features import Features
+from vfiouser_oob.simulator.nvme.identify import Identify
+from vfiouser_oob.simulator.nvme.interrupts import Interrupts
+from vfiouser_oob.simulator.nvme.io import IoCommands
+from vfiouser_oob.simulator.nvme.logs import Logs
+from vfiouser_oob.simulator.nvme.namespace import Namespace
+from vfiouser_oob.simulator.nvme.registers import Capabilities, RegisterFile
+from vfiouser_oob.simulator.nvme.spec import (
+    CC_IOCQES_SHIFT,
+    CC_IOSQES_SHIFT,
+    CC_MPS_SHIFT,
+    Cc,
+    CmbMsc,
+    Csts,
+    ErrorEvent,
+    EventType,
+    Feature,
+    LogPage,
+    NoticeEvent,
+    NvmeError,
+    Register,
+    Status,
+    status_field,
+)
+from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
+
+if TYPE_CHECKING:
+    from vfiouser_oob.devices.model import ModelHost
+
+_log = logging.getLogger(__name__)
+
+#: Bits of the asynchronous event configuration.
+_NOTIFY_NAMESPACE = 8
+_CMB_BASE_INVALID = 1
+_MIN_PAGE_SHIFT = 12
+_SQES_SHIFT, _CQES_SHIFT = 6, 4
+
+
+class Controller:
+    """One NVMe controller.
+
+    Args:
+        identity: names.
+        limits: sizes.
+        namespaces: active namespaces by id, at least one; owned from now on.
+        interrupts: makes the interrupt side, given a function that returns the completion queues.
+        doorbell_memory: shared memory with the doorbell page; None to have doorbells trapped.
+        poll_times: how often shared doorbells are looked at.
+        cmb: the controller memory buffer, if any.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        identity: ControllerIdentity,
+        limits: ControllerLimits,
+        namespaces: Mapping[int, Namespace],
+        interrupts: Callable[[Callable[[], list[CompletionQueue]]], Interrupts],
+        *,
+        doorbell_memory: SharedMemory | None = None,
+        poll_times: PollTimes | None = None,
+        cmb: ControllerMemoryBuffer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.identity = identity
+        self.limits = limits
+        self.namespaces = namespaces
+        self.state = ControllerState()
+        self.interrupts = interrupts(lambda: list(self.state.completion_queues.values()))
+        self.doorbells = (
+            TrappedDoorbells(self._doorbell)
+            if doorbell_memory is None
+            else PolledDoorbells(self._doorbell, doorbell_memory, poll_times or PollTimes())
+        )
+        self._cmb = cmb
+        capabilities = Capabilities(
+            limits.max_entries, limits.timeout_s, limits.page_shift_max, cmb is not None
+        )
+        self.registers = RegisterFile(
+            capabilities.value(),
+            {
+                Register.CC: self._cc_written,
+                Register.INTMS: self._mask_set,
+                Register.INTMC: self._mask_cleared,
+                Register.CMBMSC: self._cmb_control_written,
+            },
+        )
+        self._features = Features(
+            self.state.features,
+            limits,
+            lambda: sorted(namespaces),
+            lambda: any(self.state.completion_queues) or any(self.state.submission_queues),
+            clock,
+        )
+        self._logs = Logs(self.state, identity, clock, self._features.temperature_exceeded)
+        self._events = AsyncEvents(self.state, limits.event_requests, self._complete_event)
+        self._identify = Identify(identity, limits, namespaces)
+        self._host: ModelHost | None = None
+        #: The epoch that the registers speak of; None while disabled.
+        self._engine: QueueEngine | None = None
+        #: The one whose tasks `run` holds, possibly an older one that is being wound up.
+        self._running: QueueEngine | None = None
+        self._flush_wanted = False
+        self._wakeup = trio.Event()
+
+    def attach(self, host: ModelHost) -> None:
+        """Take the host, through which memory is reached and interrupts are raised."""
+        self._host = host
+        self.interrupts.attach(host)
+
+    async def run(self) -> None:
+        """Be the controller, until cancelled."""
+        while True:
+            engine = self._engine
+            if self._flush_wanted:
+                self._flush_wanted = False
+                await self._finish_shutdown()
+            elif engine is None or not engine.epoch.alive:
+                self._wakeup = trio.Event()
+                await self._wakeup.wait()
+            else:
+                await self._run_epoch(engine)
+
+    async def _run_epoch(self, engine: QueueEngine) -> None:
+        def opened() -> None:
+            self._set_status(Csts.RDY)
+            if isinstance(self.doorbells, PolledDoorbells):
+                watch = self.doorbells.watch
+                engine.epoch.start_soon(lambda: watch(lambda: engine.is_busy))
+            engine.kick()
+
+        self._running = engine
+        try:
+            await engine.epoch.run(opened)
+        finally:
+            self._running = None
+        if engine is not self._engine:
+            self._set_status(0, clear=Csts.RDY)
+
+    # Registers
+
+    def _status(self) -> int:
+        return self.registers[Register.CSTS]
+
+    def _set_status(self, bits: int, *, clear: int = 0) -> None:
+        self.registers[Register.CSTS] = self._status() & ~clear | bits
+
+    def _cc_written(self, old: int, new: int) -> None:
+        if (old ^ new) & Cc.EN:
+            if new & Cc.EN:
+                self._enable(new)
+            else:
+                self._disable()
+        elif new & Cc.SHN and not old & Cc.SHN:
+            self._shut_down()
+
+    def _mask_set(self, _: int, written: int) -> None:
+        self._set_mask(self.interrupts.mask | written)
+
+    def _mask_cleared(self, _: int, written: int) -> None:
+        self._set_mask(self.interrupts.mask & ~written)
+
+    def _set_mask(self, mask: int) -> None:
+        self.interrupts.mask = mask
+        self.registers[Register.INTMS] = self.registers[Register.INTMC] = mask
+        self.interrupts.update_level()
+
+    def _cmb_control_written(self, _: int, value: int) -> None:
+        if self._cmb is None:
+            self.registers[Register.CMBMSC] = 0
+            return
+        enabled = value & CmbMsc.CRE
+        self.registers[Register.CMBLOC] = self._cmb.location if enabled else 0
+        self.registers[Register.CMBSZ] = self._cmb.size_register if enabled else 0
+        valid = self._cmb.control(value if enabled else 0)
+        self.registers[Register.CMBSTS] = 0 if valid else _CMB_BASE_INVALID
+
+    # Enable and disable
+
+    def _enable(self, cc: int) -> None:
+        self._set_status(0, clear=Csts.CFS | Csts.SHST)
+        page_shift = _MIN_PAGE_SHIFT + ((cc & Cc.MPS) >> CC_MPS_SHIFT)
+        aqa = self.registers[Register.AQA]
+        asq, acq = self.registers[Register.ASQ], self.registers[Register.ACQ]
+        sq_size, cq_size = (aqa & 0xFFF) + 1, (aqa >> 16) + 1
+        page_mask = (1 << page_shift) - 1
+        problem = (
+            (page_shift > self.limits.page_shift_max and f"memory pages of {1 << page_shift} bytes")
+            or (cc & Cc.CSS and "a command set other than NVM")
+            or (cc & Cc.AMS and "arbitration other than round robin")
+            or (min(sq_size, cq_size) < 2 and "admin queues of less than two entries")
+            or ((asq | acq) & page_mask and f"admin queues at {asq:#x}, {acq:#x}, which are not page aligned")
+        )
+        if self._host is None or problem:
+            _log.warning("%s cannot be enabled: %s", self.identity.serial, problem)
+            self._set_status(Csts.CFS)
+            return
+        engine = self._engine = self._make_engine(self._host, 1 << page_shift)
+        self.doorbells.clear()
+        engine.add_completion_queue(CompletionQueue(0, acq, cq_size, vector=0, interrupt=True))
+        engine.add_submission_queue(SubmissionQueue(0, asq, sq_size, cqid=0))
+        self._wakeup.set()
+
+    def _make_engine(self, host: ModelHost, page_size: int) -> QueueEngine:
+        epoch = Epoch()
+        dma = DmaPort(epoch, host.memory, page_size, self._cmb)
+        engine = QueueEngine(
+            self.state,
+            epoch,
+            dma,
+            notify=self.interrupts.notify,
+            fatal=self._fatal,
+            failed=self._command_failed,
+            clear_doorbell=self.doorbells.clear,
+            entry_sizes_valid=self._entry_sizes_valid,
+        )
+        admin = AdminCommands(
+            dma,
+            self.state,
+            engine,
+            self.limits,
+            features=self._features,
+            identify=self._identify,
+            logs=self._logs,
+            events=self._events,
+        )
+        io = IoCommands(dma, self.namespaces, self.limits, self._features, self.state.counters)
+        engine.use(admin.handlers, io.handlers, self._events.abort)
+        return engine
+
+    def _entry_sizes_valid(self) -> bool:
+        cc = self.registers[Register.CC]
+        sizes = (cc & Cc.IOSQES) >> CC_IOSQES_SHIFT, (cc & Cc.IOCQES) >> CC_IOCQES_SHIFT
+        return sizes == (_SQES_SHIFT, _CQES_SHIFT)
+
+    def _disable(self) -> None:
+        """Do what a controller reset (CC.EN cleared) does."""
+        self._drop_epoch()
+        self.registers.controller_reset()
+        if self._running is not None:
+            self._set_status(Csts.RDY)
+
+    def _drop_epoch(self) -> None:
+        if self._engine is not None:
+            self._engine.epoch.end()
+            self._engine = None
+        self._flush_wanted = False
+        self.state.drop_queues()
+        self.interrupts.reset()
+
+    def reset(self) -> None:
+        """Go to the power-on state at once: function-level reset, or a reset of the device by the VMM."""
+        self._drop_epoch()
+        self.registers.power_on()
+        self.doorbells.clear()
+        if self._cmb is not None:
+            self._cmb.control(0)
+            self._cmb.memory.clear()
+
+    def freeze(self) -> None:
+        """The client has gone: touch no memory until the next client's guest has reset the controller.
+
+        Registers and queues stay as they were, but for CSTS.CFS, which tells a driver that it has to reset.
+        """
+        if self._engine is not None:
+            self._engine.epoch.end()
+            self.state.frozen = True
+            self._set_status(Csts.CFS)
+        self.interrupts.release()
+
+    def _fatal(self, reason: str) -> None:
+        """Stop for good; only a reset helps."""
+        _log.warning("%s: fatal error: %s", self.identity.serial, reason)
+        self._set_status(Csts.CFS)
+        if self._engine is not None:
+            self._engine.epoch.end()
+
+    # Shutdown
+
+    def _shut_down(self) -> None:
+        self.state.shut_down = True
+        self._set_status(Csts.SHST_OCCURRING, clear=Csts.SHST)
+        engine = self._engine
+        if engine is not None and engine.epoch.alive:
+            engine.epoch.start_soon(lambda: self._quiesce(engine))
+        else:
+            self._flush_wanted = True
+            self._wakeup.set()
+
+    async def _quiesce(self, engine: QueueEngine) -> None:
+        await engine.quiesce()
+        await self._finish_shutdown()
+
+    async def _finish_shutdown(self) -> None:
+        for namespace in self.namespaces.values():
+            try:
+                await namespace.flush()
+            except NvmeError as error:
+                _log.error("%s: shutdown without a flush: %s", self.identity.serial, error)
+                self._logs.add_error(error.field, nsid=namespace.nsid)
+        if self.state.shut_down:  # else a reset came first
+            self._set_status(Csts.SHST_COMPLETE, clear=Csts.SHST)
+
+    # Doorbells, events, errors
+
+    def _doorbell(self, number: int, value: int) -> None:
+        engine = self._engine
+        if engine is None or not engine.epoch.alive or self.state.shut_down:
+            return
+        problem = engine.ring(number, value)
+        if problem is None:
+            if number & 1:
+                self.interrupts.update_level()
+            return
+        _log.debug("%s: doorbell %d, value %#x: %s", self.identity.serial, number, value, problem.name)
+        self._report_error(problem)
+
+    def _report_error(self, event: ErrorEvent) -> None:
+        self._logs.add_error(status_field(Status.INVALID_FIELD))
+        self._events.report(EventType.ERROR, event, LogPage.ERROR)
+
+    def namespace_changed(self, nsid: int) -> None:
+        """Tell the host that a namespace is not what it was."""
+        self.state.changed_namespaces.add(nsid)
+        if self._features.value(Feature.ASYNC_EVENT_CONFIG) >> _NOTIFY_NAMESPACE & 1:
+            self._events.report(EventType.NOTICE, NoticeEvent.NAMESPACE_CHANGED, LogPage.CHANGED_NAMESPACES)
+
+    def _complete_event(self, cid: int, result: int) -> None:
+        if self._engine is not None:
+            self._engine.complete(0, cid, 0, result)
+
+    def _command_failed(
+        self, status: int, queue: SubmissionQueue, command: Command, error: NvmeError | None
+    ) -> None:
+        location, lba = (0xFFFF, 0) if error is None else (error.location, error.lba)
+        if error is not None and error.status in (Status.WRITE_FAULT, Status.UNRECOVERED_READ):
+            self.state.counters.media_errors += 1
+        self._logs.add_error(
+            status, sqid=queue.qid, cid=command.cid, location=location, lba=lba, nsid=command.nsid
+        )

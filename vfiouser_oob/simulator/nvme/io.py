@@ -1,0 +1,142 @@
+"""The NVM commands.
+
+Spec: NVMe 1.4, chapter 6.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+
+from vfiouser_oob.simulator.nvme.command import Command
+from vfiouser_oob.simulator.nvme.config import ControllerLimits
+from vfiouser_oob.simulator.nvme.epoch import DmaPort
+from vfiouser_oob.simulator.nvme.features import Features
+from vfiouser_oob.simulator.nvme.namespace import Namespace
+from vfiouser_oob.simulator.nvme.spec import BROADCAST_NSID, Feature, IoOpcode, NvmeError, Status
+from vfiouser_oob.simulator.nvme.state import Counters
+
+Handler = Callable[[Command], Awaitable[int | None]]
+
+_FUA = 1 << 30
+_DSM_DEALLOCATE = 1 << 2
+_DSM_RANGE = struct.Struct("<IIQ")
+
+
+class IoCommands:
+    """Executes NVM commands.
+
+    Args:
+        dma: memory of the epoch.
+        namespaces: active namespaces by id.
+        limits: for the largest transfer.
+        features: for the volatile write cache.
+        counters: for the SMART log.
+    """
+
+    def __init__(
+        self,
+        dma: DmaPort,
+        namespaces: Mapping[int, Namespace],
+        limits: ControllerLimits,
+        features: Features,
+        counters: Counters,
+    ) -> None:
+        self._dma = dma
+        self._namespaces = namespaces
+        self._last_nsid = max(namespaces, default=0)
+        self._max_transfer = limits.max_transfer
+        self._features = features
+        self._counters = counters
+        self.handlers: dict[int, Handler] = {
+            IoOpcode.FLUSH: self._flush,
+            IoOpcode.WRITE: self._write,
+            IoOpcode.READ: self._read,
+            IoOpcode.COMPARE: self._compare,
+            IoOpcode.WRITE_ZEROES: self._write_zeroes,
+            IoOpcode.DATASET_MANAGEMENT: self._dataset_management,
+            IoOpcode.VERIFY: self._verify,
+        }
+
+    def _namespace(self, nsid: int) -> Namespace:
+        namespace = self._namespaces.get(nsid)
+        if namespace is None:
+            # A valid id of a namespace that is not active is another error than an id beyond the last one.
+            status = Status.INVALID_FIELD if 1 <= nsid <= self._last_nsid else Status.INVALID_NAMESPACE
+            raise NvmeError(status, f"namespace {nsid:#x} is not active", location=4)
+        return namespace
+
+    def _blocks(self, command: Command) -> tuple[Namespace, int, int]:
+        """Check the namespace and the blocks of a command."""
+        namespace = self._namespace(command.nsid)
+        slba, count = command.slba, command.block_count
+        namespace.check_range(slba, count)
+        return namespace, slba, count
+
+    def _length(self, namespace: Namespace, count: int) -> int:
+        length = count << namespace.lba_shift
+        if length > self._max_transfer:
+            raise NvmeError(
+                Status.INVALID_FIELD, f"{length} bytes; {self._max_transfer} is the most", location=48
+            )
+        return length
+
+    def _durable(self, command: Command) -> bool:
+        return bool(command.cdw12 & _FUA) or not self._features.value(Feature.VOLATILE_WRITE_CACHE)
+
+    async def _read(self, command: Command) -> int:
+        namespace, slba, count = self._blocks(command)
+        length = self._length(namespace, count)
+        segments = await self._dma.segments(command, length)
+        await self._dma.deliver(segments, await namespace.read(slba, count))
+        self._counters.bytes_read += length
+        self._counters.read_commands += 1
+        return 0
+
+    async def _write(self, command: Command) -> int:
+        namespace, slba, count = self._blocks(command)
+        length = self._length(namespace, count)
+        data = await self._dma.from_host(command, length)
+        await namespace.write(slba, data, durable=self._durable(command))
+        self._counters.bytes_written += length
+        self._counters.write_commands += 1
+        return 0
+
+    async def _compare(self, command: Command) -> int:
+        namespace, slba, count = self._blocks(command)
+        data = await self._dma.from_host(command, self._length(namespace, count))
+        self._counters.read_commands += 1
+        if data != await namespace.read(slba, count):
+            raise NvmeError(Status.COMPARE_FAILURE, f"blocks {slba}+{count} differ", lba=slba)
+        return 0
+
+    async def _write_zeroes(self, command: Command) -> int:
+        namespace, slba, count = self._blocks(command)
+        await namespace.zero(slba, count, durable=self._durable(command))
+        return 0
+
+    async def _verify(self, command: Command) -> int:
+        namespace, slba, count = self._blocks(command)
+        await namespace.verify(slba, count)
+        return 0
+
+    async def _flush(self, command: Command) -> int:
+        if command.nsid == BROADCAST_NSID:
+            for namespace in self._namespaces.values():
+                await namespace.flush()
+        else:
+            await self._namespace(command.nsid).flush()
+        return 0
+
+    async def _dataset_management(self, command: Command) -> int:
+        namespace = self._namespace(command.nsid)
+        count = (command.cdw10 & 0xFF) + 1
+        data = await self._dma.from_host(command, count * _DSM_RANGE.size)
+        ranges = [(slba, blocks) for _, blocks, slba in _DSM_RANGE.iter_unpack(data)]
+        for slba, blocks in ranges:
+            namespace.check_range(slba, blocks)
+        if command.cdw11 & _DSM_DEALLOCATE:
+            for slba, blocks in ranges:
+                if blocks:
+                    await namespace.zero(slba, blocks, durable=False)
+        return 0

@@ -1,0 +1,235 @@
+"""Queue engines: from doorbells to executed commands to completion entries to interrupts.
+
+An idle queue has no task. A doorbell starts one if there is work for it, and it ends when there is none left.
+
+Rule 1 (submission): a worker that is about to execute a command first makes sure that another worker will
+go on with the next one. As a task starts only when the running one yields, commands that never wait (memory
+to memory) are executed one after the other by one worker at no cost, and only a command that really waits
+is overtaken.
+
+Rule 2 (completion): one writer per queue. It takes all completions that have gathered and fit, writes them
+with one access, and raises one interrupt for them. A completion is handed to it after the command's data
+transfer, and the interrupt is raised after the entry is written: a host never sees one before what it
+announces.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from vfiouser_oob.simulator.nvme.command import Command, Completion, parse_commands
+from vfiouser_oob.simulator.nvme.epoch import DmaPort, Epoch
+from vfiouser_oob.simulator.nvme.spec import CQE_SIZE, SQE_SIZE
+from vfiouser_oob.simulator.nvme.state import CompletionQueue, SubmissionQueue
+from vfiouser_protocol.errors import DmaFault
+
+#: Commands of one queue that are executed at once or wait for their completion entry.
+MAX_IN_FLIGHT = 64
+#: Commands after which a worker lets others run, so that one busy queue does not hold up the event loop.
+_COMMANDS_PER_SLICE = 16
+
+FatalError = Callable[[str], None]
+
+
+class CompletionEngine:
+    """Writes the entries of one completion queue.
+
+    Args:
+        queue: the state.
+        epoch: where the writer runs.
+        dma: memory.
+        notify: called after entries became visible to the host.
+        fatal: called with a reason when the queue's memory cannot be written.
+    """
+
+    def __init__(
+        self,
+        queue: CompletionQueue,
+        epoch: Epoch,
+        dma: DmaPort,
+        notify: Callable[[CompletionQueue], None],
+        fatal: FatalError,
+    ) -> None:
+        self.queue = queue
+        #: Engines whose completions go here, by submission queue id.
+        self.sources: dict[int, SubmissionEngine] = {}
+        self._epoch = epoch
+        self._dma = dma
+        self._notify = notify
+        self._fatal = fatal
+        self._active = False
+
+    def post(self, completion: Completion) -> None:
+        """Hand over a finished command."""
+        self.queue.pending.append(completion)
+        self.kick()
+
+    def kick(self) -> None:
+        """Start the writer if there is something to write and room for it."""
+        if not self._active and self.queue.pending and self.queue.room:
+            self._active = True
+            self._epoch.start_soon(self._write)
+
+    async def _write(self) -> None:
+        queue = self.queue
+        try:
+            while queue.pending and (room := queue.room):
+                count = min(len(queue.pending), room, queue.size - queue.tail)
+                entries = b"".join(
+                    completion.pack(self._head_of(completion.sqid), queue.phase)
+                    for completion, _ in zip(queue.pending, range(count), strict=False)
+                )
+                queue.writing = count
+                await self._dma.write(queue.base + queue.tail * CQE_SIZE, entries)
+                self._advance(count)
+                self._notify(queue)
+        except DmaFault as error:
+            self._fatal(f"completion queue {queue.qid} cannot be written: {error}")
+        finally:
+            queue.writing = 0
+            self._active = False
+
+    def _advance(self, count: int) -> None:
+        queue = self.queue
+        queue.writing = 0
+        for _ in range(count):
+            queue.pending.popleft()
+        queue.tail += count
+        if queue.tail == queue.size:
+            queue.tail = 0
+            queue.phase ^= 1
+        for source in self.sources.values():
+            source.kick()
+
+    def _head_of(self, sqid: int) -> int:
+        source = self.sources.get(sqid)
+        return source.queue.head if source is not None else 0
+
+
+class SubmissionEngine:
+    """Fetches and executes the commands of one submission queue.
+
+    Args:
+        queue: the state.
+        completions: where its completions go.
+        epoch: where the workers run.
+        dma: memory.
+        execute: executes a command up to its completion; raises nothing but cancellation.
+        fatal: called with a reason when the queue's memory cannot be read.
+    """
+
+    def __init__(
+        self,
+        queue: SubmissionQueue,
+        completions: CompletionEngine,
+        epoch: Epoch,
+        dma: DmaPort,
+        execute: Callable[[SubmissionQueue, Command], Awaitable[None]],
+        fatal: FatalError,
+    ) -> None:
+        self.queue = queue
+        self.completions = completions
+        self._epoch = epoch
+        self._dma = dma
+        self._execute = execute
+        self._fatal = fatal
+        self._fetched: deque[Command] = deque()
+        self._fetching = False
+        self._starting = False
+        self._executing = 0
+        self._workers = 0
+        self._stopped = False
+        self._idle = trio.Event()
+
+    def kick(self) -> None:
+        """Start a worker if there is work that none has begun to look for."""
+        if self._starting or self._workers >= MAX_IN_FLIGHT or not self._has_work():
+            return
+        self._starting = True
+        self._workers += 1
+        self._epoch.start_soon(self._work)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any command is under way."""
+        return bool(self._workers)
+
+    def take_back(self, cid: int) -> bool:
+        """Withdraw a command that was fetched and not begun.
+
+        Args:
+            cid: its command id.
+
+        Returns:
+            Whether there was one; the caller completes it.
+        """
+        for command in self._fetched:
+            if command.cid == cid:
+                self._fetched.remove(command)
+                return True
+        return False
+
+    async def stop(self) -> None:
+        """Fetch and begin nothing more, and wait until every command that was begun has been executed."""
+        self._stopped = True
+        for command in self._fetched:
+            self.queue.inflight.pop(command.cid, None)
+        self._fetched.clear()
+        while self._executing or self._fetching:
+            if self._idle.is_set():
+                self._idle = trio.Event()
+            await self._idle.wait()
+
+    def _has_work(self) -> bool:
+        return not self._stopped and bool(self._fetched or (not self._fetching and self._fetchable()))
+
+    def _fetchable(self) -> int:
+        """Entries to fetch with one access: up to the tail, the end of the ring, or the limit in flight."""
+        queue = self.queue
+        room = MAX_IN_FLIGHT - len(queue.inflight) - len(self.completions.queue.pending)
+        return max(0, min(queue.waiting, queue.size - queue.head, room))
+
+    async def _work(self) -> None:
+        self._starting = False
+        done = 0
+        try:
+            while self._has_work():
+                if not self._fetched:
+                    await self._fetch()
+                    continue
+                command = self._fetched.popleft()
+                self.kick()
+                self._executing += 1
+                try:
+                    await self._execute(self.queue, command)
+                finally:
+                    self._executing -= 1
+                done += 1
+                if done % _COMMANDS_PER_SLICE == 0:
+                    await trio.lowlevel.checkpoint()
+        except DmaFault as error:
+            self._fatal(f"submission queue {self.queue.qid} cannot be read: {error}")
+        finally:
+            self._workers -= 1
+            if not self._executing and not self._fetching:
+                self._idle.set()
+
+    async def _fetch(self) -> None:
+        queue = self.queue
+        count = self._fetchable()
+        self._fetching = True
+        try:
+            data = await self._dma.read(queue.base + queue.head * SQE_SIZE, count * SQE_SIZE)
+        finally:
+            self._fetching = False
+        if self._stopped:
+            return
+        queue.head = (queue.head + count) % queue.size
+        for command in parse_commands(data):
+            # A command id that is in use stays with its first owner; the second is refused when its turn
+            # comes.
+            queue.inflight.setdefault(command.cid, command)
+            self._fetched.append(command)

@@ -1,0 +1,215 @@
+"""Where the blocks of a namespace are kept: anonymous memory or a file.
+
+Ordinary file I/O can block for as long as the medium likes, so it runs in threads; memory never waits.
+"""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from pathlib import Path
+
+import trio
+
+#: Concurrent file accesses per store; the device's own queues are deeper, the medium's are not much.
+_FILE_THREADS = 16
+_ZERO_CHUNK = 1 << 20
+_FALLOC_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+_MAP_NORESERVE = 0x4000
+
+
+class StoreError(Exception):
+    """A backing store cannot be used; the message says which and why."""
+
+
+class BackingStore(abc.ABC):
+    """Bytes that outlive a controller reset. Offsets and counts are bytes and inside the store."""
+
+    #: Bytes.
+    size: int
+    #: One line for logs.
+    summary: str
+
+    @abc.abstractmethod
+    async def read(self, offset: int, count: int) -> bytes:
+        """Read bytes."""
+
+    @abc.abstractmethod
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write bytes; they may stay in a volatile cache until `flush`."""
+
+    @abc.abstractmethod
+    async def discard(self, offset: int, count: int) -> None:
+        """Make bytes read as zeros, giving back their space."""
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """Return once everything written before is durable."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give the store's resources back."""
+
+
+class MemoryStore(BackingStore):
+    """Anonymous memory, taken from the system page by page as it is written.
+
+    Args:
+        size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.summary = f"{size >> 20} MiB of memory"
+        try:
+            # Private, since only then MADV_DONTNEED makes pages read as zeros.
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        except (OSError, ValueError, OverflowError) as error:
+            raise StoreError(f"{size} bytes of memory for a namespace cannot be reserved: {error}") from error
+
+    async def read(self, offset: int, count: int) -> bytes:
+        """Read bytes."""
+        return self._map[offset : offset + count]
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write bytes."""
+        self._map[offset : offset + len(data)] = data
+
+    async def discard(self, offset: int, count: int) -> None:
+        """Zero bytes; whole pages go back to the system."""
+        end = offset + count
+        first_page = min(-(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, end)
+        last_page = max(end // mmap.PAGESIZE * mmap.PAGESIZE, first_page)
+        self._map[offset:first_page] = bytes(first_page - offset)
+        self._map[last_page:end] = bytes(end - last_page)
+        if last_page > first_page:
+            self._map.madvise(mmap.MADV_DONTNEED, first_page, last_page - first_page)
+
+    async def flush(self) -> None:
+        """Nothing is more durable than what was written already."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._map.close()
+
+
+class FileStore(BackingStore):
+    """A file or block device, used by this process alone.
+
+    Args:
+        path: the image.
+        size: bytes to create a missing image with; None to use an existing one as it is.
+
+    Raises:
+        StoreError: it is missing, of another size, in use or not accessible.
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        self._limiter = trio.CapacityLimiter(_FILE_THREADS)
+        self._fd = _open_image(path, size)
+        try:
+            self.size = _image_size(self._fd, path, size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.summary = f"{path} ({self.size >> 20} MiB)"
+
+    async def read(self, offset: int, count: int) -> bytes:
+        """Read bytes; a read that is given up may finish unseen."""
+        return await trio.to_thread.run_sync(
+            self._pread, offset, count, limiter=self._limiter, abandon_on_cancel=True
+        )
+
+    # Writes are never abandoned: after a reset, a late one would overwrite what the next guest wrote.
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write bytes into the page cache or the medium."""
+        await trio.to_thread.run_sync(self._pwrite, offset, data, limiter=self._limiter)
+
+    async def discard(self, offset: int, count: int) -> None:
+        """Punch a hole, or write zeros where the file system knows no holes."""
+        await trio.to_thread.run_sync(self._punch, offset, count, limiter=self._limiter)
+
+    async def flush(self) -> None:
+        """Wait for the medium."""
+        await trio.to_thread.run_sync(os.fdatasync, self._fd, limiter=self._limiter)
+
+    def close(self) -> None:
+        """Close the image, which also unlocks it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _pread(self, offset: int, count: int) -> bytes:
+        data = os.pread(self._fd, count, offset)
+        while len(data) < count:
+            more = os.pread(self._fd, count - len(data), offset + len(data))
+            if not more:
+                raise OSError(errno.EIO, "the image became shorter than the namespace")
+            data += more
+        return data
+
+    def _pwrite(self, offset: int, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view, offset = view[done:], offset + done
+
+    def _punch(self, offset: int, count: int) -> None:
+        if _fallocate(self._fd, _FALLOC_PUNCH_HOLE_KEEP_SIZE, offset, count):
+            return
+        zeros = bytes(_ZERO_CHUNK)
+        while count:
+            chunk = min(count, _ZERO_CHUNK)
+            self._pwrite(offset, memoryview(zeros)[:chunk])
+            offset, count = offset + chunk, count - chunk
+
+
+def _open_image(path: Path, size: int | None) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if size is not None else 0)
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        hint = "; give a size to have it created" if error.errno == errno.ENOENT and size is None else ""
+        raise StoreError(f"image {path} cannot be opened: {error.strerror}{hint}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise StoreError(f"image {path} is in use by another process") from error
+    return fd
+
+
+def _image_size(fd: int, path: Path, wanted: int | None) -> int:
+    """Find the size of an image, making a new and empty one as large as wanted."""
+    kind = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+        raise StoreError(f"image {path} is neither a regular file nor a block device")
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if size == 0 and wanted:
+        try:
+            os.ftruncate(fd, wanted)
+        except OSError as error:
+            raise StoreError(f"image {path} cannot be made {wanted} bytes large: {error.strerror}") from error
+        return wanted
+    if size == 0:
+        raise StoreError(f"image {path} is empty; give a size to have it filled with zeros")
+    if wanted is not None and wanted != size:
+        raise StoreError(f"image {path} has {size} bytes, but {wanted} were asked for; it is left alone")
+    return size
+
+
+def _fallocate(fd: int, mode: int, offset: int, count: int) -> bool:
+    """Call fallocate(2), which Python does not offer; False where the file system has no such operation."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(count)) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(error, os.strerror(error))
