@@ -133,9 +133,7 @@ async def test_region_io_fds() -> None:
 
 async def test_get_irq_info() -> None:
     """GET_IRQ_INFO is decoded."""
-    async with connected(
-        handlers={Command.DEVICE_GET_IRQ_INFO: always(encode(IrqInfo(16, 9, 2, 33)))}
-    ) as pair:
+    async with connected(handlers={Command.DEVICE_GET_IRQ_INFO: always(encode(IrqInfo(16, 9, 2, 33)))}) as pair:
         assert IrqInfo(16, 9, 2, 33) == await pair[0].get_irq_info(IrqIndex.MSIX)
 
 

@@ -116,9 +116,7 @@ async def test_posted_dma_write_is_not_answered() -> None:
     """NO_REPLY holds in this direction, too."""
     with ClientMemory(4096) as memory:
         async with connected(dma_server=memory) as (_, server):
-            _, data = server.session.command(
-                Command.DMA_WRITE, encode(DmaWrite(0, 4, b"post")), no_reply=True
-            )
+            _, data = server.session.command(Command.DMA_WRITE, encode(DmaWrite(0, 4, b"post")), no_reply=True)
             server.main.send(data)
             assert b"post" == await server.dma_read(0, 4)
 
