@@ -55,7 +55,8 @@ def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
     return UpstreamDevice(**read_table(raw, (Key("socket", read_socket_path, required=True),), place))
 
 
-MODELS = {"nvme": NVME_KEYS}
+#: The keys of each model; the test device has none.
+MODELS: Mapping[str, tuple[Key, ...]] = {"nvme": NVME_KEYS, "test": ()}
 
 
 @dataclass(frozen=True, slots=True)
