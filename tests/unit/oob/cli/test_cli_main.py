@@ -83,9 +83,7 @@ def test_help_imports_neither_trio_nor_construct() -> None:
         "print([m for m in ('trio', 'construct', 'asyncio') if m in sys.modules])"
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
     assert "[]\n" == done.stdout
 
 
@@ -139,9 +137,7 @@ def test_a_failure_is_one_line_and_1(capsys: pytest.CaptureFixture[str], tmp_pat
         (AssertionError(), ExitCode.FAILED, ["internal error: AssertionError: no message"]),
         (KeyboardInterrupt(), ExitCode.FAILED, ["interrupted"]),
         (
-            BaseExceptionGroup(
-                "g", [CommandFailed("a"), ExceptionGroup("h", [ConfigError("b"), CommandFailed("a")])]
-            ),
+            BaseExceptionGroup("g", [CommandFailed("a"), ExceptionGroup("h", [ConfigError("b"), CommandFailed("a")])]),
             ExitCode.USAGE,
             ["a", "b"],
         ),

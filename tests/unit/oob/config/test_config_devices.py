@@ -94,10 +94,7 @@ def test_soc_functions_get_sockets_and_images_of_their_own(tmp_path: Path) -> No
     config = options.daemon_config()
     assert ["f0", "f1"] == [function.name for function in config.functions]
     assert [tmp_path / "f0.sock", tmp_path / "f1.sock"] == [function.socket for function in config.functions]
-    expected = [
-        ModelDevice(options=NvmeOptions(image=Path(f"/d/disk.img.{index}"), cmb=2 << 20))
-        for index in range(2)
-    ]
+    expected = [ModelDevice(options=NvmeOptions(image=Path(f"/d/disk.img.{index}"), cmb=2 << 20)) for index in range(2)]
     assert expected == [function.device for function in config.functions]
     assert config.control_socket is None
 
