@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
+from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_protocol.constants import IrqIndex
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import SetIrqs
-
-from vfiouser_oob.transport.fds import OwnedFd, close_fds
 
 
 class Eventfds:

@@ -15,7 +15,7 @@ from vfiouser_oob.transport.activity import Activity
 
 #: Models by name: module and the function in it that builds one. Loaded when first used.
 MODELS: Mapping[str, tuple[str, str]] = {
-    "nvme": ("vfiouser_oob.simulator.nvme.function", "build"),
+    "nvme": ("vfiouser_oob.simulator.nvme.build", "build"),
     "test": ("vfiouser_oob.devices.models.test_device", "build"),
 }
 

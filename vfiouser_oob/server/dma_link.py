@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import trio
+
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import DmaFault, VfioUserError

@@ -11,6 +11,8 @@ import errno
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
+from vfiouser_oob.devices.base import Answer, BackendSession
+from vfiouser_oob.transport.fds import close_fds
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
@@ -40,9 +42,6 @@ from vfiouser_protocol.messages import (
 )
 from vfiouser_protocol.regions import RegionSpec, region_info_reply
 from vfiouser_protocol.rules import check_request, region_io_fds_reply
-
-from vfiouser_oob.devices.base import Answer, BackendSession
-from vfiouser_oob.transport.fds import close_fds
 
 P = TypeVar("P", bound=Payload)
 

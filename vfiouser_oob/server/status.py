@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
-
 from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MapsStatus, RegionStatus
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.server.function import Function
+from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
 
 
 def function_status(function: Function) -> FunctionStatus:

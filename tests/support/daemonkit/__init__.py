@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+
 from vfiouser_oob.config.schema import DaemonConfig, DeviceConfig, DmaMode, FunctionConfig, ModelDevice
 from vfiouser_oob.server.daemon import Daemon, run_daemon
 

@@ -34,13 +34,17 @@ class ControllerMemoryBuffer:
     """The buffer and the windows it is seen through.
 
     Args:
-        memory: the memfd behind the BAR.
-        bar: index of the BAR, which the buffer fills.
+        memory: the memfd behind the BAR; all of it is resolved here.
+        size: bytes that the host is told of; the BAR may be larger, since its size is a power of two.
+        bar: index of the BAR.
         bar_address: returns the address the host gave the BAR, or None while it does not decode.
     """
 
-    def __init__(self, memory: SharedMemory, bar: int, bar_address: Callable[[], int | None]) -> None:
+    def __init__(
+        self, memory: SharedMemory, size: int, bar: int, bar_address: Callable[[], int | None]
+    ) -> None:
         self.memory = memory
+        self._size = size
         self.bar = bar
         self._bar_address = bar_address
         self._space_control = 0
@@ -53,7 +57,7 @@ class ControllerMemoryBuffer:
     @property
     def size_register(self) -> int:
         """Value of CMBSZ once the host has enabled the registers."""
-        return self.memory.size // _SIZE_UNIT << 12 | _SUPPORTS_ALL
+        return self._size // _SIZE_UNIT << 12 | _SUPPORTS_ALL
 
     def control(self, value: int) -> bool:
         """Take a new value of CMBMSC.

@@ -26,16 +26,9 @@ from vfiouser_oob.simulator.nvme.spec import (
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import INTX, NO_IRQ, IrqDescription
-from vfiouser_protocol.pci import (
-    BarSpec,
-    ConfigEffects,
-    ConfigSpace,
-    Msix,
-    MsixTable,
-    PciExpress,
-    PciIdentity,
-    PowerManagement,
-)
+from vfiouser_protocol.msix import MsixTable
+from vfiouser_protocol.pci import BarSpec, ConfigEffects, ConfigSpace, PciIdentity
+from vfiouser_protocol.pci_caps import Msix, PciExpress, PowerManagement
 from vfiouser_protocol.regions import SparseArea
 
 #: Mass storage, non-volatile memory, NVM Express.
@@ -46,7 +39,7 @@ _CMB_BAR = int(RegionIndex.BAR2)
 
 
 @dataclass(frozen=True, slots=True)
-class NvmeOptions:
+class NvmeSettings:
     """What kind of NVMe function to be.
 
     Args:
@@ -54,7 +47,7 @@ class NvmeOptions:
         limits: sizes.
         polled_doorbells: offer the doorbell page as shared memory and poll it, instead of trapping writes.
         poll_times: how often it is polled.
-        cmb_size: bytes of the controller memory buffer, a power of two of at least 2 MiB; 0 for none.
+        cmb_size: bytes of the controller memory buffer, at least 2 MiB in whole pages; 0 for none.
     """
 
     identity: ControllerIdentity
@@ -64,11 +57,16 @@ class NvmeOptions:
     cmb_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.cmb_size and (self.cmb_size < MIN_CMB_SIZE or self.cmb_size & (self.cmb_size - 1)):
+        if self.cmb_size and (self.cmb_size < MIN_CMB_SIZE or self.cmb_size % PAGE):
             raise ValueError(
-                f"a controller memory buffer of {self.cmb_size} bytes; it must be a power of two of at least "
-                f"{MIN_CMB_SIZE}"
+                f"a controller memory buffer of {self.cmb_size} bytes; allowed are whole pages, at least "
+                f"{MIN_CMB_SIZE} bytes"
             )
+
+    @property
+    def cmb_bar_size(self) -> int:
+        """Bytes of the BAR that holds the controller memory buffer: the next power of two."""
+        return 1 << (self.cmb_size - 1).bit_length() if self.cmb_size else 0
 
 
 class _Window(Protocol):
@@ -88,33 +86,33 @@ class NvmeFunction(DeviceModel):
     """An NVMe function for the `model` backend.
 
     Args:
-        options: what kind of function.
+        settings: what kind of function.
         namespaces: its namespaces, at least one; owned from now on.
     """
 
-    def __init__(self, options: NvmeOptions, namespaces: list[Namespace]) -> None:
+    def __init__(self, settings: NvmeSettings, namespaces: list[Namespace]) -> None:
         self._namespaces = {namespace.nsid: namespace for namespace in namespaces}
-        self.config = _config_space(options)
+        self.config = _config_space(settings)
         self.irqs = (
             INTX,
             NO_IRQ,
-            IrqDescription(options.limits.vectors),
+            IrqDescription(settings.limits.vectors),
             IrqDescription(1),
             IrqDescription(1),
         )
-        name = f"nvme-{options.identity.serial}"
-        self._bar0_memory = SharedMemory(f"{name}-bar0", BAR0_SIZE) if options.polled_doorbells else None
-        self._cmb_memory = SharedMemory(f"{name}-cmb", options.cmb_size) if options.cmb_size else None
+        name = f"nvme-{settings.identity.serial}"
+        self._bar0_memory = SharedMemory(f"{name}-bar0", BAR0_SIZE) if settings.polled_doorbells else None
+        self._cmb_memory = SharedMemory(f"{name}-cmb", settings.cmb_bar_size) if settings.cmb_size else None
         self.regions: Mapping[int, ModelRegion] = self._make_regions()
-        self.table = MsixTable(options.limits.vectors)
+        self.table = MsixTable(settings.limits.vectors)
         self.controller = Controller(
-            options.identity,
-            options.limits,
+            settings.identity,
+            settings.limits,
             self._namespaces,
             lambda queues: Interrupts(self.config, self.table, queues),
             doorbell_memory=self._bar0_memory,
-            poll_times=options.poll_times,
-            cmb=self._make_cmb(),
+            poll_times=settings.poll_times,
+            cmb=self._make_cmb(settings.cmb_size),
         )
         self._pages = (
             _Page(self.controller.registers, PAGE),
@@ -129,9 +127,9 @@ class NvmeFunction(DeviceModel):
             MSIX_PBA_OFFSET,
         )
         stores = ", ".join(namespace.store.summary for namespace in namespaces)
-        doorbells = "polled" if options.polled_doorbells else "trapped"
-        self.summary = f"NVMe {options.identity.serial}: {stores}; doorbells {doorbells}" + (
-            f"; {options.cmb_size >> 20} MiB controller memory buffer" if options.cmb_size else ""
+        doorbells = "polled" if settings.polled_doorbells else "trapped"
+        self.summary = f"NVMe {settings.identity.serial}: {stores}; doorbells {doorbells}" + (
+            f"; {settings.cmb_size >> 20} MiB controller memory buffer" if settings.cmb_size else ""
         )
 
     def _make_regions(self) -> dict[int, ModelRegion]:
@@ -145,13 +143,15 @@ class NvmeFunction(DeviceModel):
             regions[_CMB_BAR] = ModelRegion(_CMB_BAR, self._cmb_memory.size, memory=self._cmb_memory)
         return regions
 
-    def _make_cmb(self) -> ControllerMemoryBuffer | None:
+    def _make_cmb(self, size: int) -> ControllerMemoryBuffer | None:
         if self._cmb_memory is None:
             return None
         return ControllerMemoryBuffer(
             self._cmb_memory,
+            size,
             _CMB_BAR,
-            lambda: self.config.bar_address(_CMB_BAR) if self.config.memory_enabled else None,
+            # Address 0 is what a BAR has before it is given one.
+            lambda: self.config.bar_address(_CMB_BAR) or None if self.config.memory_enabled else None,
         )
 
     # What the framework calls
@@ -227,11 +227,14 @@ class _MsixTableWindow:
         self._interrupts = interrupts
 
     def read(self, offset: int, count: int) -> bytes:
-        return self._table.read(offset, count).ljust(count, b"\0")
+        inside = min(count, max(0, self._table.table_size - offset))
+        return (self._table.read(offset, inside) if inside else b"").ljust(count, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
-        self._table.write(offset, data)
-        self._interrupts.unmasked()
+        inside = data[: max(0, self._table.table_size - offset)]
+        if inside:
+            self._table.write(offset, inside)
+            self._interrupts.unmasked()
 
 
 class _PendingBitsWindow:
@@ -241,7 +244,8 @@ class _PendingBitsWindow:
         self._table = table
 
     def read(self, offset: int, count: int) -> bytes:
-        return self._table.read_pba(offset, count).ljust(count, b"\0")
+        inside = min(count, max(0, self._table.pba_size - offset))
+        return (self._table.read_pba(offset, inside) if inside else b"").ljust(count, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
         return
@@ -258,11 +262,11 @@ def _split(offset: int, count: int) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def _config_space(options: NvmeOptions) -> ConfigSpace:
-    identity = options.identity
+def _config_space(settings: NvmeSettings) -> ConfigSpace:
+    identity = settings.identity
     bars = [BarSpec(RegionIndex.BAR0, BAR0_SIZE, is_64=True, prefetchable=False)]
-    if options.cmb_size:
-        bars.append(BarSpec(_CMB_BAR, options.cmb_size, is_64=True, prefetchable=True))
+    if settings.cmb_size:
+        bars.append(BarSpec(_CMB_BAR, settings.cmb_bar_size, is_64=True, prefetchable=True))
     return ConfigSpace(
         PciIdentity(
             vendor=identity.vendor_id,
@@ -277,7 +281,7 @@ def _config_space(options: NvmeOptions) -> ConfigSpace:
         capabilities=(
             PowerManagement(),
             Msix(
-                options.limits.vectors,
+                settings.limits.vectors,
                 RegionIndex.BAR0,
                 MSIX_TABLE_OFFSET,
                 RegionIndex.BAR0,

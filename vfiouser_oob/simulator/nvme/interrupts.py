@@ -20,7 +20,8 @@ from vfiouser_protocol.constants import IrqIndex
 
 if TYPE_CHECKING:
     from vfiouser_oob.devices.model import ModelHost
-    from vfiouser_protocol.pci import ConfigSpace, MsixTable
+    from vfiouser_protocol.msix import MsixTable
+    from vfiouser_protocol.pci import ConfigSpace
 
 #: INTMS and INTMC have a bit for each of the first 32 vectors.
 _PIN_VECTORS = 32
