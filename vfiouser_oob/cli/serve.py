@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
     parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
     parser.add_argument("--name", type=option(read_name), help="its name (default: from the socket's path)")
-    parser.add_argument("--dma", choices=[mode.value for mode in DmaMode], help="how a model reaches guest memory")
+    parser.add_argument("--dma", choices=[mode.value for mode in DmaMode], help="how the device reaches guest memory")
     parser.add_argument(
         "--reply-budget",
         metavar="SECONDS",

@@ -24,7 +24,7 @@ FUNCTION_CAP = 80
 MODULE_GOAL = 500
 # Modules above the goal, each with the reason why splitting it would make it worse.
 LARGE_MODULES: dict[str, str] = {}
-# The places that catch everything, each the last line of defence of something: the process, a connection.
+# The places that catch everything. The server has one more, a context manager: `server/containment.py`.
 CATCH_ALL = {"vfiouser_oob/cli/main.py"}
 
 
@@ -65,7 +65,7 @@ def test_packages_are_typed(package: str) -> None:
 
 
 def test_modules_stay_small() -> None:
-    """No module is above the cap, and each above the goal is listed with a reason; the list has no dead entries."""
+    """No module is above the cap; each above the goal is listed with a reason, and no other is."""
     lines = {relative(path): len(path.read_text().splitlines()) for path in modules()}
     assert [] == [name for name, count in lines.items() if count > MODULE_CAP]
     assert sorted(LARGE_MODULES) == sorted(name for name, count in lines.items() if count > MODULE_GOAL)
@@ -89,8 +89,11 @@ def test_only_few_places_catch_everything() -> None:
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler) and "Exception" in caught_names(node):
-                found.add(relative(path))
-    assert found <= CATCH_ALL
+                # Cleaning up and raising again hides nothing.
+                last = node.body[-1]
+                if not (isinstance(last, ast.Raise) and last.exc is None):
+                    found.add(relative(path))
+    assert found == CATCH_ALL
 
 
 def caught_names(handler: ast.ExceptHandler) -> set[str]:

@@ -32,6 +32,7 @@ from vfiouser_oob.config.values import format_size, read_size
                 options=NvmeOptions(image=Path("/a,b.img"), cmb=4 << 20, doorbells=Doorbells.POLLED),
             ),
         ),
+        ("model:test", ModelDevice(model="test")),
         ("vfio-user:/run/up.sock", UpstreamDevice(socket=Path("/run/up.sock"))),
         ("vfio-user:up,,x.sock", UpstreamDevice(socket=Path("up,x.sock"))),
     ],
