@@ -140,6 +140,15 @@ def test_the_status_document_is_described() -> None:
         assert set(declared.__annotations__) == set(shown), declared.__name__
 
 
+def test_events_are_described() -> None:
+    """Every event that the server announces stands in the reference, and no other."""
+    announced = set()
+    for path in (ROOT / "vfiouser_oob" / "server").glob("*.py"):
+        announced |= set(re.findall(r"_announce\(\"([a-z-]+)\"", path.read_text()))
+    described = re.findall(r"^\| `([a-z-]+)` \|.*`function`", document("docs/reference/status.md"), re.MULTILINE)
+    assert announced == set(described)
+
+
 def test_error_codes_are_described() -> None:
     """Every error code of the control socket stands in its reference."""
     text = document("docs/reference/control-socket.md")
