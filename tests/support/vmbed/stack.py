@@ -107,7 +107,7 @@ async def soc_and_daemon(workdir: Path, config: SocConfig | None = None) -> Asyn
             _service(workdir, "soc", ["simulate-soc", "--socket-dir", str(upstream), *arguments])
         )
         serve = ["serve", "--socket-path", str(socket), "--control-socket", str(control)]
-        serve += ["--device", f"vfio-user:{upstream / 'nvme0.sock'}"]
+        serve += ["--device", f"vfio-user:{upstream / 'f0.sock'}"]
         daemon = await stack.enter_async_context(_service(workdir, "daemon", serve))
         running = Stack(soc, daemon, socket, control)
         yield running
