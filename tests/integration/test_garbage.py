@@ -28,8 +28,12 @@ EXAMPLES = 130
 MESSAGES = 100
 
 u16 = st.integers(0, 0xFFFF)
-u32 = st.one_of(st.integers(0, 64), st.sampled_from([0xFFFFFFFF, 1 << 20, (1 << 20) + 1, 4096]), st.integers(0, 0xFFFFFFFF))
-u64 = st.one_of(st.integers(0, 1 << 16), st.sampled_from([0, (1 << 64) - 1, 1 << 63, 0x1000]), st.integers(0, (1 << 64) - 1))
+u32 = st.one_of(
+    st.integers(0, 64), st.sampled_from([0xFFFFFFFF, 1 << 20, (1 << 20) + 1, 4096]), st.integers(0, 0xFFFFFFFF)
+)
+u64 = st.one_of(
+    st.integers(0, 1 << 16), st.sampled_from([0, (1 << 64) - 1, 1 << 63, 0x1000]), st.integers(0, (1 << 64) - 1)
+)
 blob = st.binary(max_size=64)
 
 

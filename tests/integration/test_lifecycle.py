@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+
 from daemonkit import function, open_fds, serving
 from rawclient import (
     DMA_MAP,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,8 @@ def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
     return UpstreamDevice(**read_table(raw, (Key("socket", read_socket_path, required=True),), place))
 
 
-#: The keys of each model; the test device has none.
-MODELS: Mapping[str, tuple[Key, ...]] = {"nvme": NVME_KEYS, "test": ()}
+#: Models by name, each with the keys that it has; `test` is a function for testing servers and clients.
+MODELS: Mapping[str, Sequence[Key]] = {"nvme": NVME_KEYS, "test": ()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,7 @@ from vfiouser_protocol.messages import (
 )
 from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
-OFFER = Capabilities(
-    max_msg_fds=8, max_data_xfer_size=1 << 20, write_multiple=True, migration=MigrationCapability()
-)
+OFFER = Capabilities(max_msg_fds=8, max_data_xfer_size=1 << 20, write_multiple=True, migration=MigrationCapability())
 
 
 @dataclass
