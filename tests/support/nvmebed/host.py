@@ -26,6 +26,8 @@ class Memory:
         self.accesses: list[tuple[str, int, int]] = []
         #: Accesses inside these ranges wait for their event first, as a client's answer does.
         self.gates: list[tuple[range, trio.Event]] = []
+        #: Writes into these ranges take place, but are confirmed to the device only after their event.
+        self.confirmations: list[tuple[range, trio.Event]] = []
         #: Whether every access yields to other tasks first.
         self.yields = False
 
@@ -56,6 +58,15 @@ class Memory:
         offset = self._offset(address, len(data))
         self.accesses.append(("write", address, len(data)))
         self.ram[offset : offset + len(data)] = data
+        for addresses, event in self.confirmations:
+            if address in addresses:
+                await event.wait()
+
+    def hold_confirmation(self, address: int, count: int) -> trio.Event:
+        """Make writes into a range return only when the event that is returned is set."""
+        event = trio.Event()
+        self.confirmations.append((range(address, address + count), event))
+        return event
 
     def hold(self, address: int, count: int) -> trio.Event:
         """Make accesses to a range wait until the event that is returned is set."""
