@@ -49,6 +49,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
     CommandEntry("simulate-soc", "vfiouser_oob.cli.simulate_soc", "play an IPU/DPU with NVMe functions"),
+    CommandEntry("conformance", "vfiouser_oob.cli.conformance", "judge a vfio-user server, ours or anyone's"),
     CommandEntry("demo", "vfiouser_oob.cli.demo", "show it all at work, without a VMM"),
     CommandEntry("bench", "vfiouser_oob.cli.bench", "measure the daemon on this machine"),
 )
