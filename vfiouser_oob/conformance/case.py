@@ -182,9 +182,10 @@ def refusals(area: Area, rows: Sequence[Refusal]) -> None:
 
 def _refusal_body(row: Refusal) -> Body:
     def body(t: Trial) -> None:
-        link = t.attach()
-        t.link = link
-        for request in row.make(t):
+        t.link = t.attach()
+        requests = row.make(t)  # it may need another connection than the usual one
+        link = t.link
+        for request in requests:
             link.refused(request[0], request[1], request[2] if len(request) == 3 else ())
         link.alive()
 

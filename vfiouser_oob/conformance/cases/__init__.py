@@ -15,6 +15,13 @@ _MODULES = (
     "info",
     "region_info",
     "access",
+    "dma_map",
+    "descriptors",
+    "irqs",
+    "irq_refusals",
+    "io_fds",
+    "write_multi",
+    "reset",
 )
 
 

@@ -284,7 +284,9 @@ refusals(
             23, MUST, "R116", "region/wrap-ok",
             "Offset and count are added without wrapping.",
             "REGION_READ of 4 bytes at 2^64 - 1 and 2^64 - 4, and of 16 at 2^64 - 8",
-            lambda t: [(READ, wire.access(CONFIG, wire.U64 - back, count)) for back, count in ((0, 4), (3, 4), (7, 16))],
+            lambda t: [
+                (READ, wire.access(CONFIG, wire.U64 - back, count)) for back, count in ((0, 4), (3, 4), (7, 16))
+            ],
         ),
         Refusal(
             24, MUST, "R117", "region/over-transfer-ok",

@@ -74,9 +74,7 @@ def empty_regions(t: Trial) -> None:
         raise NotApplicable("every region of the device is implemented")
     for region in found:
         reply = _ask(link, region.index)
-        same(
-            (32, 0, 0), _fields(reply)[:2] + (_fields(reply)[3],), f"argsz, flags, cap_offset of region {region.index}"
-        )
+        same((32, 0, 0), (*_fields(reply)[:2], _fields(reply)[3]), f"argsz, flags, cap_offset of region {region.index}")
         same((), reply.fds, "descriptors")
 
 
