@@ -19,9 +19,12 @@ _MODULES = (
     "descriptors",
     "irqs",
     "irq_refusals",
+    "irq_device",
     "io_fds",
     "write_multi",
     "reset",
+    "dma",
+    "clients",
 )
 
 
