@@ -24,6 +24,10 @@ _MODULES = (
     "write_multi",
     "reset",
     "dma",
+    "feature",
+    "migrate",
+    "migrate_data",
+    "logging_cases",
     "clients",
 )
 
