@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import trio
+
 from nvmebed import Machine, machine
 
 FLUSH = 0

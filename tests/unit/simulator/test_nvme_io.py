@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import trio
+
 from nvmebed import CommandFailed, Machine, machine, make_function
 from vfiouser_oob.simulator.nvme.config import ControllerLimits
 from vfiouser_oob.simulator.nvme.stores import BackingStore, MemoryStore
@@ -40,23 +41,29 @@ class Recorder(MemoryStore):
             raise OSError(self.error, "broken on purpose")
 
     async def read(self, offset: int, count: int) -> bytes:
+        """Read, unless broken."""
         self._fail()
         return await super().read(offset, count)
 
     async def write(self, offset: int, data: bytes) -> None:
+        """Write, unless broken."""
         self._fail()
         await super().write(offset, data)
 
     async def discard(self, offset: int, count: int) -> None:
+        """Discard, unless broken."""
         self._fail()
         await super().discard(offset, count)
 
     async def flush(self) -> None:
+        """Count, unless broken."""
         self._fail()
         self.flushes += 1
 
 
-@pytest.mark.parametrize(("count", "offset"), [(1, 0), (8, 0), (8, 512), (16, 0), (17, 4), (512, 0), (1024, 2048)])
+@pytest.mark.parametrize(
+    ("count", "offset"), [(1, 0), (8, 0), (8, 512), (16, 0), (17, 4), (512, 0), (1024, 2048)]
+)
 async def test_written_blocks_are_read_back(count: int, offset: int) -> None:
     """One PRP, two, and lists, from any dword offset; the neighbours stay as they were."""
     async with machine() as m:
@@ -203,9 +210,7 @@ async def test_flush_and_forced_unit_access() -> None:
         assert 4 == store.flushes
 
 
-@pytest.mark.parametrize(
-    ("error", "statuses"), [(errno.EIO, (0x281, 0x280)), (errno.ENOSPC, (0x81, 0x81))]
-)
+@pytest.mark.parametrize(("error", "statuses"), [(errno.EIO, (0x281, 0x280)), (errno.ENOSPC, (0x81, 0x81))])
 async def test_broken_medium(error: int, statuses: tuple[int, int]) -> None:
     """Errors of the store become media errors of the command; the controller lives on."""
     store = Recorder()
@@ -229,7 +234,9 @@ async def test_many_commands_at_once() -> None:
             cids = []
             for number, page in enumerate(pages):
                 m.host.memory.poke(page, pattern(4096, number + round_))
-                cids.append(driver.submit(m.io, WRITE, nsid=1, prp1=page, cdw10=number * 8, cdw12=7, ring=False))
+                cids.append(
+                    driver.submit(m.io, WRITE, nsid=1, prp1=page, cdw10=number * 8, cdw12=7, ring=False)
+                )
             driver.ring(m.io)
             for cid in cids:
                 await driver.wait(m.io, cid)
