@@ -125,9 +125,8 @@ class Framer:
                 self._expect_body(header, size)
                 return None
             data = b""
-        else:
-            self._header = None
-            self.bytes_wanted = HEADER_SIZE
+        self._header = None
+        self.bytes_wanted = HEADER_SIZE
         fds_of_message = self.pending_fds
         self.pending_fds = []
         return _new(Message, (header, data, fds_of_message))

@@ -170,15 +170,15 @@ def define_capabilities(
 def define_extended(registers: Registers, capabilities: Sequence[ExtendedCapability]) -> None:
     """Place and link the extended capabilities from 0x100 on; ValueError if they do not fit."""
     position = STANDARD_SIZE
-    for number, capability in enumerate(capabilities, 1):
-        following = position + ((capability.size + 3) & ~3)
-        if following > registers.size:
-            raise ValueError(f"no room for {capability}")
-        link = following if number < len(capabilities) else 0
+    rounded = [(capability.size + 3) & ~3 for capability in capabilities]
+    if STANDARD_SIZE + sum(rounded) > max(registers.size, STANDARD_SIZE):
+        raise ValueError(f"no room for {len(capabilities)} extended capabilities of {sum(rounded)} bytes")
+    for number, (capability, length) in enumerate(zip(capabilities, rounded, strict=True), 1):
+        link = position + length if number < len(capabilities) else 0
         header = capability.capability_id | capability.version << 16 | link << 20
         registers.define(position, 4, header)
         capability.define(registers, position)
-        position = following
+        position += length
 
 
 def check_msix(capabilities: Sequence[Capability], bars: Mapping[int, BarSpec]) -> None:

@@ -124,9 +124,7 @@ def check_request(request: Payload, max_data_xfer_size: int) -> None:
     cls = type(request)
     transfer = TRANSFERS.get(cls)
     if transfer is not None and transfer(request) > max_data_xfer_size:
-        raise CommandError(
-            f"{cls.__name__} moves {transfer(request)} bytes, allowed are {max_data_xfer_size}; refused"
-        )
+        raise CommandError(f"{cls.__name__} moves {transfer(request)} bytes, allowed are {max_data_xfer_size}; refused")
     rule = ARGSZ.get(cls)
     if rule is not None:
         argsz = request.argsz  # type: ignore[union-attr]
@@ -135,11 +133,10 @@ def check_request(request: Payload, max_data_xfer_size: int) -> None:
             raise CommandError(
                 f"{cls.__name__} has argsz {argsz}, allowed are {least} to {rule.most}; refused with EINVAL"
             )
-    bitmap_size = getattr(request, "bitmap_size", None)
-    if bitmap_size is not None and bitmap_size > MAX_BITMAP_ARGSZ - 40:
-        raise CommandError(
-            f"{cls.__name__} wants {bitmap_size} bytes of bitmap, allowed are {MAX_BITMAP_ARGSZ - 40}; refused"
-        )
+        bitmap_size = getattr(request, "bitmap_size", None)
+        most = MAX_BITMAP_ARGSZ - 40
+        if bitmap_size is not None and bitmap_size > most:
+            raise CommandError(f"{cls.__name__} wants {bitmap_size} bytes of bitmap, allowed are {most}; refused")
 
 
 def require_argsz(argsz: int, needed: int) -> None:
@@ -172,9 +169,7 @@ def region_io_fds_reply(request: RegionIoFds, entries: Sequence[IoFdEntry] = ())
     Spec: vfio-user, VFIO_USER_DEVICE_GET_REGION_IO_FDS.
     """
     if request.flags or request.count:
-        raise CommandError(
-            f"GET_REGION_IO_FDS with flags {request.flags:#x} and count {request.count}, both have to be 0; refused"
-        )
+        raise CommandError(f"flags are {request.flags:#x} and count is {request.count}, both have to be 0; refused")
     short, long = sorted(IO_FD_ENTRY_LAYOUTS)
     stride = short if all(entry.shadow_offset is None for entry in entries) else long
     needed = REGION_IO_FDS_FIXED + stride * len(entries)
@@ -209,25 +204,23 @@ def _echo(*names: str) -> Callable[[Any, Any], bool]:
 
 #: When a reply fits its request. A region access may legally move less than was asked for, a DMA access may
 #: not.
-FITS: Mapping[type[Payload], Callable[[Any, Any], bool]] = MappingProxyType(
+FITS: Mapping[type[Any], Callable[[Any, Any], bool]] = MappingProxyType(
     {
         RegionReadReply: lambda request, reply: request[:2] == reply[:2] and reply.count <= request.count,
         RegionWriteReply: lambda request, reply: request[:2] == reply[:2] and reply.count <= request.count,
         RegionWriteMultiReply: lambda request, reply: reply.wr_cnt <= len(request.writes),
         DmaReadReply: _echo("address", "count"),
         DmaWriteReply: _echo("address", "count"),
-        DmaUnmap: lambda request, reply: (
-            request[2:6] == reply[2:6] and (reply.bitmap_size or 0) == len(reply.bitmap)
-        ),
+        DmaUnmap: lambda request, reply: request[2:6] == reply[2:6] and (reply.bitmap_size or 0) == len(reply.bitmap),
         MigDataReadReply: lambda request, reply: reply.size <= request.size,
     }
 )
 
 #: What a reply of the header alone is taken for: libvfio-user answers region accesses of no bytes so, and
 #: unmaps of a device without DMA; older QEMU forks answer every DMA_WRITE so.
-WITHOUT_PAYLOAD: Mapping[type[Payload], Callable[[Any], Payload | None]] = MappingProxyType(
+WITHOUT_PAYLOAD: Mapping[type[Any], Callable[[Any], Payload | None]] = MappingProxyType(
     {
-        RegionReadReply: lambda request: None if request.count else RegionReadReply(*request, b""),
+        RegionReadReply: lambda request: None if request.count else RegionReadReply(request[0], request[1], 0, b""),
         RegionWriteReply: lambda request: RegionWriteReply(*request[:3]),
         DmaWriteReply: lambda request: DmaWriteReply(*request[:2]),
         DmaUnmap: lambda request: request if request.bitmap_size is None else None,

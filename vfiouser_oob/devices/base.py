@@ -12,18 +12,17 @@ import abc
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, TypeVar, Union
+from typing import TypeAlias, TypeVar
 
+from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 from vfiouser_protocol.regions import RegionSpec
 
-from vfiouser_oob.memory.guest import GuestMemory
-
 T = TypeVar("T")
 #: An answer that is there, or one to wait for.
-Answer: TypeAlias = Union[T, Awaitable[T]]
+Answer: TypeAlias = T | Awaitable[T]
 
 
 class ResetKind(Enum):

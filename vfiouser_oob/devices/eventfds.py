@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
+from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_protocol.constants import IrqIndex
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import SetIrqs
-
-from vfiouser_oob.transport.fds import OwnedFd, close_fds
 
 
 class Eventfds:
@@ -70,9 +69,7 @@ class Eventfds:
 
     def summary(self) -> dict[str, int]:
         """How many vectors of each index have an eventfd."""
-        return {
-            index.name: assigned for index in IrqIndex if (assigned := self._irqs.assigned(index))
-        }
+        return {index.name: assigned for index in IrqIndex if (assigned := self._irqs.assigned(index))}
 
     def clear(self) -> None:
         """Drop every eventfd."""

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vfiouser_oob.devices.base import ResetKind
+from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_protocol.constants import IrqIndex, RegionFlags
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.pci import ConfigEffects, ConfigSpace
 from vfiouser_protocol.regions import SparseArea
-
-from vfiouser_oob.devices.base import ResetKind
-from vfiouser_oob.devices.memfd import SharedMemory
 
 __all__ = ["DeviceModel", "ModelHost", "ModelMemory", "ModelRegion", "ResetKind", "SharedMemory"]
 

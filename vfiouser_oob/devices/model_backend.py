@@ -10,6 +10,12 @@ import errno
 from collections.abc import Sequence
 
 import trio
+
+from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, DeviceBackend, DeviceDescription
+from vfiouser_oob.devices.eventfds import Eventfds
+from vfiouser_oob.devices.model import DeviceModel, ModelMemory, ModelRegion, ResetKind
+from vfiouser_oob.devices.resets import RESETS
+from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_protocol.constants import (
     PCI_NUM_REGIONS,
     DeviceInfoFlags,
@@ -22,12 +28,6 @@ from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 from vfiouser_protocol.pci import ConfigEffects
 from vfiouser_protocol.regions import RegionSpec
-
-from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, DeviceBackend, DeviceDescription
-from vfiouser_oob.devices.eventfds import Eventfds
-from vfiouser_oob.devices.model import DeviceModel, ModelMemory, ModelRegion, ResetKind
-from vfiouser_oob.devices.resets import RESETS
-from vfiouser_oob.memory.guest import GuestMemory
 
 
 class ModelBackend(DeviceBackend):
@@ -107,9 +107,7 @@ class ModelSession(BackendSession):
         self._model = backend.model
         self._config = backend.model.config
         self.description = backend.description
-        self.memory = GuestMemory(
-            link, self.limits.max_dma_maps, by_message=backend.dma_by_message, check_files=True
-        )
+        self.memory = GuestMemory(link, self.limits.max_dma_maps, by_message=backend.dma_by_message, check_files=True)
 
     def region_fd(self, index: int) -> int | None:
         """Return the memfd of a mappable region."""

@@ -14,6 +14,20 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import trio
+
+from vfiouser_oob.client.client import Client, ClientRegion
+from vfiouser_oob.client.dma import DmaServer
+from vfiouser_oob.devices.base import (
+    Answer,
+    BackendSession,
+    BackendUnavailable,
+    ClientLink,
+    DeviceBackend,
+    DeviceDescription,
+)
+from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.fds import close_fds
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import (
@@ -29,20 +43,6 @@ from vfiouser_protocol.errors import CommandError, ReplyError, VfioUserError
 from vfiouser_protocol.irq import IrqDescription, IrqSet
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionWrite, SetIrqs
 from vfiouser_protocol.regions import RegionDescription, RegionSpec
-
-from vfiouser_oob.client.client import Client, ClientRegion
-from vfiouser_oob.client.dma import DmaServer
-from vfiouser_oob.devices.base import (
-    Answer,
-    BackendSession,
-    BackendUnavailable,
-    ClientLink,
-    DeviceBackend,
-    DeviceDescription,
-)
-from vfiouser_oob.memory.guest import GuestMemory
-from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.fds import close_fds
 
 #: More regions or IRQ indices than this make QEMU refuse the device; a server that claims more is broken.
 _MAX_REGIONS = 100
@@ -85,7 +85,7 @@ class UpstreamBackend(DeviceBackend):
         relay = _Relay(link)
         try:
             sock = await self._connect()
-            client = Client(sock, dma_server=relay, activity=self._activity, twin_socket=True)
+            client = Client(sock, dma_server=relay, activity=self._activity)
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -137,9 +137,7 @@ class UpstreamSession(BackendSession):
         self._irqs = IrqSet(description.irqs)
         self._closing = False
         self._max_transfer = client.capabilities.max_data_xfer_size
-        self.memory = GuestMemory(
-            link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False
-        )
+        self.memory = GuestMemory(link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False)
 
     @property
     def limits(self) -> Capabilities:
@@ -339,5 +337,3 @@ def _spec(index: int, region: RegionDescription) -> RegionSpec:
         msix_mappable=region.msix_mappable,
         mappable=bool(areas),
     )
-
-

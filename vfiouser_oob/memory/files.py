@@ -16,10 +16,9 @@ import stat
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.constants import DmaMapFlags
 from vfiouser_protocol.errors import CommandError, DmaFault
-
-from vfiouser_oob.transport.fds import OwnedFd
 
 _O_PATH = getattr(os, "O_PATH", 0o10000000)
 

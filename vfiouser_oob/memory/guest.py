@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import trio
-from vfiouser_protocol.dma import DmaMap, DmaRegion
-from vfiouser_protocol.errors import CommandError, DmaFault
-from vfiouser_protocol.messages import DmaMap as DmaMapRequest
-from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
 from vfiouser_oob.memory.files import FileTable, GuestFile
 from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.dma import DmaMap, DmaRegion
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.messages import DmaMap as DmaMapRequest
+from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
 #: Files on a real file system may block on the medium; one slow client must not use up trio's default threads.
 _FILE_THREADS = 8

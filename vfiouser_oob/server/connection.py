@@ -19,6 +19,16 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
+
+from vfiouser_oob.devices.base import BackendSession, ClientLink
+from vfiouser_oob.observability.log import Logger, RateLimited
+from vfiouser_oob.server.containment import Contained, errno_of
+from vfiouser_oob.server.dma_link import DmaLink
+from vfiouser_oob.server.handlers import Handler, Handlers, Reply, Result
+from vfiouser_oob.server.negotiation import TwinSocket, negotiate_version
+from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
+from vfiouser_oob.transport.peer import Peer
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, Command
@@ -27,16 +37,6 @@ from vfiouser_protocol.framing import Message
 from vfiouser_protocol.header import unpack_header
 from vfiouser_protocol.limits import Limits
 from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
-
-from vfiouser_oob.devices.base import BackendSession, ClientLink
-from vfiouser_oob.observability.log import Logger, RateLimited
-from vfiouser_oob.server.containment import Contained, errno_of
-from vfiouser_oob.server.dma_link import DmaLink
-from vfiouser_oob.server.handlers import Handler, Handlers, Reply, Result
-from vfiouser_oob.server.negotiation import TwinSocket, negotiate_version
-from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
-from vfiouser_oob.transport.fds import close_fds
-from vfiouser_oob.transport.peer import Peer
 
 if TYPE_CHECKING:
     from vfiouser_oob.server.function import Function

@@ -9,9 +9,8 @@ from __future__ import annotations
 import errno
 from types import TracebackType
 
-from vfiouser_protocol.errors import DmaFault, LocalProtocolError, RemoteProtocolError, ReplyError
-
 from vfiouser_oob.observability.log import Logger
+from vfiouser_protocol.errors import DmaFault, LocalProtocolError, RemoteProtocolError, ReplyError
 
 #: Refusals that are the peer's or the device's doing; their errno goes on the wire as it is.
 EXPECTED = (RemoteProtocolError, ReplyError, DmaFault)

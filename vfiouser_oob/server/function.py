@@ -8,16 +8,17 @@ import time
 from typing import Any
 
 import trio
-from vfiouser_protocol.constants import Command
 
-from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.control.events import EventHub
+from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained
+from vfiouser_oob.server.refusal import turn_away
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
+from vfiouser_protocol.constants import Command
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
@@ -90,8 +91,13 @@ class Function:
         async with trio.open_nursery() as nursery:
             while True:
                 sock = await self._accept(listener)
-                if sock is not None and await self._is_vacant(sock):
+                if sock is None:
+                    continue
+                refusal = await self._refusal(peer_of(sock))
+                if refusal is None:
                     await nursery.start(self._serve_client, sock)
+                else:
+                    nursery.start_soon(turn_away, sock, refusal)
 
     async def serve_connected(self, sock: socket.socket) -> None:
         """Serve one client on a socket that is connected already, and return when it has gone."""
@@ -113,23 +119,24 @@ class Function:
             return None
         return sock
 
-    async def _is_vacant(self, sock: socket.socket) -> bool:
-        """Wait for the client before to be gone; turn the new one away if it stays, or may not come in."""
-        peer = peer_of(sock)
+    async def _refusal(self, peer: Peer) -> int | None:
+        """Decide about a new client, waiting for the one before it to be gone.
+
+        Returns:
+            None for a client that is welcome, otherwise the errno that it is turned away with.
+        """
         if self._allow_uids is not None and peer.uid not in self._allow_uids:
             self.log.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
             self.note_error(f"{peer} may not connect")
-            sock.close()
-            return False
+            return errno.EACCES
         with trio.move_on_after(HANDOVER_S):
             while self.connection is not None:
                 await self._vacant.wait()
         if self.connection is not None:
             self.log.warning("client refused: the function is in use", client=peer, by=self.connection.peer)
             self.note_error(f"{peer} was refused: {self.connection.peer} uses the function")
-            sock.close()
-            return False
-        return True
+            return errno.EBUSY
+        return None
 
     async def _serve_client(
         self, sock: socket.socket, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

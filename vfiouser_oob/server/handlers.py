@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
+from vfiouser_oob.devices.base import Answer, BackendSession
+from vfiouser_oob.transport.fds import close_fds
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
@@ -18,7 +20,6 @@ from vfiouser_protocol.constants import (
     RegionFlags,
 )
 from vfiouser_protocol.errors import CommandError
-from vfiouser_protocol.limits import MAX_BITMAP_ARGSZ
 from vfiouser_protocol.messages import (
     DeviceFeature,
     DeviceInfo,
@@ -28,6 +29,7 @@ from vfiouser_protocol.messages import (
     IrqInfo,
     MigDataRead,
     MigDataWrite,
+    Payload,
     RegionInfo,
     RegionIoFds,
     RegionRead,
@@ -38,15 +40,15 @@ from vfiouser_protocol.messages import (
     RegionWriteReply,
     SetIrqs,
 )
-from vfiouser_protocol.regions import region_info_reply
+from vfiouser_protocol.regions import RegionSpec, region_info_reply
+from vfiouser_protocol.rules import check_request, region_io_fds_reply
 
-from vfiouser_oob.devices.base import Answer, BackendSession
-from vfiouser_oob.transport.fds import close_fds
+P = TypeVar("P", bound=Payload)
 
 NO_PAYLOAD = b""
-_UNMAP_KNOWN = DmaUnmapFlags.GET_DIRTY_BITMAP | DmaUnmapFlags.ALL
+#: A plain int: the complement of an IntFlag has known bits only.
+_UNMAP_KNOWN = int(DmaUnmapFlags.GET_DIRTY_BITMAP | DmaUnmapFlags.ALL)
 _UNMAP_SIZE = 24
-_UNMAP_BITMAP_SIZE = 40
 _INFO_SIZE = 16
 
 
@@ -104,33 +106,28 @@ class Handlers:
 
     def get_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_INFO."""
-        _check_argsz(decode(DeviceInfo, payload).argsz, _INFO_SIZE)
+        self._decode(DeviceInfo, payload)
         flags = self._session.description.flags
         return encode(DeviceInfo(_INFO_SIZE, flags, len(self._regions), len(self._irqs)))
 
     def get_region_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_REGION_INFO."""
-        request = decode(RegionInfo, payload)
-        if request.index >= len(self._regions):
-            raise CommandError(f"region {request.index} of {len(self._regions)}")
-        reply, attach = region_info_reply(self._regions[request.index], request.argsz)
+        request = self._decode(RegionInfo, payload)
+        spec = self._region(request.index)
+        reply, attach = region_info_reply(spec, request.argsz)
         fd = self._session.region_fd(request.index) if attach else None
         return reply if fd is None else Reply(reply, (fd,))
 
     def get_region_io_fds(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_REGION_IO_FDS: no region has ioeventfds, which is said with count 0."""
-        request = decode(RegionIoFds, payload)
-        _check_argsz(request.argsz, _INFO_SIZE, MAX_BITMAP_ARGSZ)
-        if request.flags or request.count:
-            raise CommandError(f"GET_REGION_IO_FDS with flags {request.flags:#x} and count {request.count}, not 0")
-        if request.index >= len(self._regions):
-            raise CommandError(f"region {request.index} of {len(self._regions)}")
-        return encode(RegionIoFds(_INFO_SIZE, 0, request.index, 0))
+        request = self._decode(RegionIoFds, payload)
+        self._region(request.index)
+        reply, _ = region_io_fds_reply(request)
+        return encode(reply)
 
     def get_irq_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_GET_IRQ_INFO."""
-        request = decode(IrqInfo, payload)
-        _check_argsz(request.argsz, _INFO_SIZE)
+        request = self._decode(IrqInfo, payload)
         if request.index >= len(self._irqs):
             raise CommandError(f"IRQ index {request.index} of {len(self._irqs)}")
         irq = self._irqs[request.index]
@@ -155,8 +152,7 @@ class Handlers:
 
     def region_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_READ."""
-        if fds:
-            offset, region, count = decode(RegionRead, payload)
+        offset, region, count = decode(RegionRead, payload)
         self._check_access(region, offset, count, RegionFlags.READ)
         data = self._session.region_read(region, offset, count) if count else b""
         if isinstance(data, bytes):
@@ -165,8 +161,7 @@ class Handlers:
 
     def region_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_WRITE."""
-        if fds:
-            offset, region, count, data = decode(RegionWrite, payload)
+        offset, region, count, data = decode(RegionWrite, payload)
         self._check_access(region, offset, count, RegionFlags.WRITE)
         done = self._session.region_write(region, offset, data, posted=no_reply) if count else None
         reply = encode(RegionWriteReply(offset, region, count))
@@ -174,8 +169,7 @@ class Handlers:
 
     def region_write_multi(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_WRITE_MULTI: the writes in order, up to the first that fails."""
-        writes = decode(RegionWriteMulti, payload).writes
-        return self._write_in_order(writes, no_reply)
+        return self._write_in_order(decode(RegionWriteMulti, payload).writes, no_reply)
 
     async def _write_in_order(self, writes: Sequence[RegionWrite], posted: bool) -> bytes:
         done = 0
@@ -191,24 +185,26 @@ class Handlers:
                 raise
         return encode(RegionWriteMultiReply(done))
 
-    def _check_access(self, region: int, offset: int, count: int, access: RegionFlags) -> None:
-        if region >= len(self._regions):
-            raise CommandError(f"region {region} of {len(self._regions)}")
-        spec = self._regions[region]
+    def _region(self, index: int) -> RegionSpec:
+        if index >= len(self._regions):
+            raise CommandError(f"region {index} of {len(self._regions)}")
+        return self._regions[index]
+
+    def _check_access(self, region: int, offset: int, count: int, access: int) -> None:
+        spec = self._region(region)
         if count > self._max_transfer:
             raise CommandError(f"an access of {count} bytes, of at most {self._max_transfer}")
         if offset + count > spec.size:
             raise CommandError(f"an access of {offset:#x}+{count:#x} in region {region} of {spec.size:#x} bytes")
         if not spec.flags & access and count:
-            raise CommandError(f"region {region} does not allow {access.name}")
+            raise CommandError(f"region {region} does not allow {RegionFlags(access).name}")
 
     # Client memory
 
     def dma_map(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_MAP."""
         try:
-            request = decode(DmaMap, payload)
-            _check_argsz(request.argsz, 32)
+            request = self._decode(DmaMap, payload)
         except CommandError:
             close_fds(fds)
             raise
@@ -216,13 +212,8 @@ class Handlers:
 
     def dma_unmap(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_UNMAP."""
-        request = decode(DmaUnmap, payload)
+        request = self._decode(DmaUnmap, payload)
         flags = request.flags
-        _check_argsz(
-            request.argsz,
-            _UNMAP_BITMAP_SIZE if flags & DmaUnmapFlags.GET_DIRTY_BITMAP else _UNMAP_SIZE,
-            MAX_BITMAP_ARGSZ,
-        )
         if flags & ~_UNMAP_KNOWN or flags == _UNMAP_KNOWN:
             raise CommandError(f"DMA_UNMAP flags {flags:#x}; allowed are one of GET_DIRTY_BITMAP 0x1 and ALL 0x2")
         if flags & DmaUnmapFlags.GET_DIRTY_BITMAP:
@@ -230,7 +221,7 @@ class Handlers:
         if flags & DmaUnmapFlags.ALL:
             if request.address or request.size:
                 raise CommandError("DMA_UNMAP of everything with an address or size")
-            done: Answer[None] = self._session.dma_unmap_all()
+            done = self._session.dma_unmap_all()
         else:
             done = self._session.dma_unmap(request)
         reply = payload[:_UNMAP_SIZE]
@@ -240,7 +231,7 @@ class Handlers:
 
     def dirty_pages(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DIRTY_PAGES."""
-        _check_argsz(decode(DirtyPages, payload).argsz, 8)
+        self._decode(DirtyPages, payload)
         raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
 
     def device_feature(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
@@ -258,12 +249,11 @@ class Handlers:
         decode(MigDataWrite, payload)
         raise CommandError("MIG_DATA_WRITE on a function that cannot be migrated")
 
-
-def _check_argsz(argsz: int, least: int, most: int | None = None) -> None:
-    if argsz < least:
-        raise CommandError(f"argsz {argsz}, of at least {least}")
-    if most is not None and argsz > most:
-        raise CommandError(f"argsz {argsz}, of at most {most}")
+    def _decode(self, kind: type[P], payload: bytes) -> P:
+        """Decode a request and check its argsz."""
+        request = decode(kind, payload)
+        check_request(request, self._max_transfer)
+        return request
 
 
 def _empty(done: Answer[None]) -> Result:

@@ -10,14 +10,14 @@ import socket
 from typing import TYPE_CHECKING
 
 import trio
-from vfiouser_protocol.capabilities import Capabilities
-from vfiouser_protocol.errors import StreamError
-from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS
-from vfiouser_protocol.session import CommandReceived, Refused
 
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import MessageSocket
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.errors import StreamError
+from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS
+from vfiouser_protocol.session import CommandReceived, Refused
 
 if TYPE_CHECKING:
     from vfiouser_oob.server.connection import Connection

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
-
 from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MapsStatus, RegionStatus
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.server.function import Function
+from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
 
 
 def function_status(function: Function) -> FunctionStatus:
@@ -28,9 +27,7 @@ def function_status(function: Function) -> FunctionStatus:
         maps=maps,
         irqs=irqs,
         fds=sum(irqs.values()) + maps["files"] + (connection.sockets if connection is not None else 0),
-        messages={
-            Command(number).name: count for number, count in enumerate(function.counts) if count
-        },
+        messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
         dma=connection.dma_summary() if connection is not None else {},
         last_error=function.last_error,
     )
@@ -52,7 +49,9 @@ def _regions(backend: BackendSession | None) -> list[RegionStatus]:
     return [
         RegionStatus(
             index=spec.index,
-            name=RegionIndex(spec.index).name if spec.index in RegionIndex._value2member_map_ else f"region{spec.index}",
+            name=RegionIndex(spec.index).name
+            if spec.index in RegionIndex._value2member_map_
+            else f"region{spec.index}",
             size=spec.size,
             mapped=bool(spec.flags & RegionFlags.MMAP),
         )

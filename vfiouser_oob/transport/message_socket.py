@@ -13,12 +13,11 @@ from collections import deque
 from collections.abc import Sequence
 
 import trio
-from vfiouser_protocol.constants import HEADER_SIZE
-from vfiouser_protocol.errors import StreamError
-from vfiouser_protocol.framing import Framer, Message
 
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.errors import StreamError
+from vfiouser_protocol.framing import Framer, Message
 
 #: The kernel carries at most 253 descriptors per message (SCM_MAX_FD).
 _ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)

@@ -27,14 +27,14 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 
 import trio
+
+from vfiouser_oob.devices.memfd import SharedMemory
+from vfiouser_oob.devices.model import DeviceModel, ModelHost, ModelRegion, ResetKind
 from vfiouser_protocol.constants import IrqIndex
 from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.irq import INTX, IrqDescription
 from vfiouser_protocol.pci import BarSpec, ConfigSpace, Msi, Msix, PciExpress, PciIdentity
 from vfiouser_protocol.regions import SparseArea
-
-from vfiouser_oob.devices.memfd import SharedMemory
-from vfiouser_oob.devices.model import DeviceModel, ModelHost, ModelRegion, ResetKind
 
 MAGIC = 0x75666F76
 BAR0_SIZE = 0x1000

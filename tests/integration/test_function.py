@@ -1,4 +1,8 @@
-"""A `model` function over a real socket: regions, memory, interrupts, and what is left when a client goes."""
+"""A function over a real socket: regions, memory, interrupts, and what is left when a client goes.
+
+Every test runs against the model itself and against the same model behind the `vfio-user` backend: a client must not see
+the difference.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+
 from daemonkit import function, serving
 from rawclient import (
     CONFIG,
@@ -31,9 +36,23 @@ from rawclient import (
     map_request,
     memfd,
 )
-from vfiouser_oob.config.schema import DmaMode
+from vfiouser_oob.config.schema import DmaMode, FunctionConfig, UpstreamDevice
 
 DMA_DONE, DMA_FAULT = 2, 3
+
+
+@pytest.fixture(params=["model", "vfio-user"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Which backend the client's function has."""
+    return str(request.param)
+
+
+def functions(directory: Path, backend: str, dma: DmaMode = DmaMode.FILES) -> list[FunctionConfig]:
+    """The function f0 with this backend; behind `vfio-user` it is the function `up` of the same daemon."""
+    if backend == "model":
+        return [function(directory, dma=dma)]
+    upstream = UpstreamDevice(socket=directory / "up.sock")
+    return [function(directory, "up"), function(directory, "f0", upstream, dma=dma)]
 
 
 async def start_dma(client: RawClient, address: int, count: int, direction: int) -> None:
@@ -50,9 +69,9 @@ async def dma_outcome(client: RawClient) -> int:
     return status
 
 
-async def test_info_regions_and_irqs(tmp_path: Path) -> None:
+async def test_info_regions_and_irqs(tmp_path: Path, backend: str) -> None:
     """A client learns what the function has, and a mappable region brings exactly one descriptor."""
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         info = await client.succeed(GET_INFO, struct.pack("<4I", 16, 0, 0, 0))
         assert (16, 3, 9, 5) == struct.unpack("<4I", info.payload)
         sizes = []
@@ -80,10 +99,10 @@ async def test_info_regions_and_irqs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", list(DmaMode))
 @pytest.mark.parametrize("with_fd", [True, False])
-async def test_dma_reaches_client_memory(tmp_path: Path, mode: DmaMode, with_fd: bool) -> None:
+async def test_dma_reaches_client_memory(tmp_path: Path, backend: str, mode: DmaMode, with_fd: bool) -> None:
     """DMA goes through the client's file, or by messages when there is no file or messages are configured."""
     fd = memfd(1 << 20)
-    async with serving(function(tmp_path, dma=mode)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend, mode)), attached(tmp_path / "f0.sock") as client:
         await client.enable_bus_master()
         await client.dma_map(0x10000, 0x20000, fd if with_fd else None, offset=0x4000)
         os.pwrite(fd, b"from the guest", 0x4000 + 0x123)
@@ -109,10 +128,10 @@ async def test_dma_reaches_client_memory(tmp_path: Path, mode: DmaMode, with_fd:
     os.close(fd)
 
 
-async def test_dma_needs_bus_master_and_a_mapping(tmp_path: Path) -> None:
+async def test_dma_needs_bus_master_and_a_mapping(tmp_path: Path, backend: str) -> None:
     """Without bus mastering, outside of mappings, and against a mapping's permission, DMA is a fault."""
     fd = memfd(1 << 16)
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         await client.dma_map(0, 0x8000, fd, flags=1)
         await start_dma(client, 0, 16, 1)
         assert DMA_FAULT == await dma_outcome(client)
@@ -126,10 +145,10 @@ async def test_dma_needs_bus_master_and_a_mapping(tmp_path: Path) -> None:
     os.close(fd)
 
 
-async def test_truncated_memory_is_a_fault(tmp_path: Path) -> None:
+async def test_truncated_memory_is_a_fault(tmp_path: Path, backend: str) -> None:
     """A client that truncates its memory under the device gets DMA faults; the daemon and its function go on."""
     fd = memfd(1 << 16)
-    async with serving(function(tmp_path)):
+    async with serving(*functions(tmp_path, backend)):
         async with attached(tmp_path / "f0.sock") as client:
             await client.enable_bus_master()
             await client.dma_map(0, 1 << 16, fd)
@@ -143,10 +162,10 @@ async def test_truncated_memory_is_a_fault(tmp_path: Path) -> None:
     os.close(fd)
 
 
-async def test_interrupts(tmp_path: Path) -> None:
+async def test_interrupts(tmp_path: Path, backend: str) -> None:
     """Edges reach the eventfd of their vector, INTx masks itself until it is unmasked."""
     events = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         await client.set_irqs(2, 4, 2, events[:2])
         await client.write32(0, 0x10, 2 << 16 | 5)
         assert 1 == os.eventfd_read(events[1])
@@ -169,11 +188,11 @@ async def test_interrupts(tmp_path: Path) -> None:
         os.close(event)
 
 
-async def test_next_client_finds_registers_but_nothing_of_the_last(tmp_path: Path) -> None:
+async def test_next_client_finds_registers_but_nothing_of_the_last(tmp_path: Path, backend: str) -> None:
     """Registers stay over a disconnect; mappings, eventfds and bus mastering do not."""
     fd = memfd(1 << 16)
     event = os.eventfd(0, os.EFD_NONBLOCK)
-    async with serving(function(tmp_path)) as daemon:
+    async with serving(*functions(tmp_path, backend)) as daemon:
         async with attached(tmp_path / "f0.sock") as client:
             await client.enable_bus_master()
             await client.dma_map(0, 1 << 16, fd)
@@ -189,16 +208,16 @@ async def test_next_client_finds_registers_but_nothing_of_the_last(tmp_path: Pat
             await client.write32(0, 0x10, 2 << 16)
             with pytest.raises(BlockingIOError):
                 os.eventfd_read(event)
-            (status,) = daemon.status()["functions"]
+            status = daemon.status()["functions"][-1]
             assert {"count": 1, "bytes": 1 << 16, "files": 1} == status["maps"]
     os.close(fd)
     os.close(event)
 
 
-async def test_reset_keeps_mappings(tmp_path: Path) -> None:
+async def test_reset_keeps_mappings(tmp_path: Path, backend: str) -> None:
     """DEVICE_RESET brings registers and config space to power-on, and leaves the client's mappings and eventfds."""
     event = os.eventfd(0, os.EFD_NONBLOCK)
-    async with serving(function(tmp_path)) as daemon, attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)) as daemon, attached(tmp_path / "f0.sock") as client:
         await client.dma_map(0, 4096)
         await client.set_irqs(2, 0, 1, [event])
         await client.enable_bus_master()
@@ -206,15 +225,15 @@ async def test_reset_keeps_mappings(tmp_path: Path) -> None:
         await client.succeed(RESET)
         assert (0, 1) == (await client.read32(0, 0x04), await client.read32(0, 0x38))
         assert b"\0\0" == await client.read(CONFIG, 4, 2)
-        assert 1 == daemon.status()["functions"][0]["maps"]["count"]
+        assert 1 == daemon.status()["functions"][-1]["maps"]["count"]
         await client.write32(0, 0x10, 2 << 16)
         assert 1 == os.eventfd_read(event)
     os.close(event)
 
 
-async def test_function_level_reset(tmp_path: Path) -> None:
+async def test_function_level_reset(tmp_path: Path, backend: str) -> None:
     """The guest's FLR resets the device like DEVICE_RESET does."""
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         await client.write32(0, 0x04, 1)
         config = await client.read(CONFIG, 0, 256)
         offset = config[0x34]
@@ -224,9 +243,9 @@ async def test_function_level_reset(tmp_path: Path) -> None:
         assert (0, 1) == (await client.read32(0, 0x04), await client.read32(0, 0x38))
 
 
-async def test_posted_and_pipelined(tmp_path: Path) -> None:
+async def test_posted_and_pipelined(tmp_path: Path, backend: str) -> None:
     """NO_REPLY commands are executed in silence, even failing ones, and pipelined commands are answered in order."""
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         burst = b""
         for value in range(100):
             payload = struct.pack("<QIII", 0x04, 0, 4, value)
@@ -240,9 +259,9 @@ async def test_posted_and_pipelined(tmp_path: Path) -> None:
             assert value == int.from_bytes(answer.payload[16:], "little")
 
 
-async def test_write_multi(tmp_path: Path) -> None:
+async def test_write_multi(tmp_path: Path, backend: str) -> None:
     """REGION_WRITE_MULTI does its writes in order and says how many it did."""
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         writes = [struct.pack("<QII8s", 0x04, 0, 4, struct.pack("<Q", value)) for value in (1, 2, 3)]
         answer = await client.succeed(WRITE_MULTI, struct.pack("<Q", 3) + b"".join(writes))
         assert struct.pack("<Q", 3) == answer.payload
@@ -253,12 +272,12 @@ async def test_write_multi(tmp_path: Path) -> None:
         assert 1 == await client.read32(0, 0x04)
 
 
-async def test_refusals_carry_their_errno(tmp_path: Path) -> None:
+async def test_refusals_carry_their_errno(tmp_path: Path, backend: str) -> None:
     """Bad commands get the errno of the reference and the connection goes on."""
     fd = memfd(1 << 16)
     read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     pipe = os.pipe()
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         await client.dma_map(0x1000, 0x2000, fd)
         cases = [
             (REGION_READ, struct.pack("<QII", 0xFFE, 0, 4), (), errno.EINVAL),
@@ -293,18 +312,18 @@ async def test_refusals_carry_their_errno(tmp_path: Path) -> None:
         os.close(number)
 
 
-async def test_device_error_and_bad_access_leave_the_device_alone(tmp_path: Path) -> None:
+async def test_device_error_and_bad_access_leave_the_device_alone(tmp_path: Path, backend: str) -> None:
     """A register that fails answers with the device's errno and nothing else."""
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         await client.write32(0, 0x30, errno.EIO)
         assert errno.EIO == await client.errno(REGION_READ, struct.pack("<QII", 0x34, 0, 4))
         await client.write32(0, 0x30, 0)
         assert 0 == await client.read32(0, 0x34)
 
 
-async def test_register_access_never_waits_for_dma(tmp_path: Path) -> None:
+async def test_register_access_never_waits_for_dma(tmp_path: Path, backend: str) -> None:
     """While the device waits for a DMA reply, every register access is answered; QEMU answers DMA only then."""
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         await client.enable_bus_master()
         await client.dma_map(0, 4096)
         await start_dma(client, 0, 16, 1)
@@ -318,9 +337,9 @@ async def test_register_access_never_waits_for_dma(tmp_path: Path) -> None:
         assert errno.ENODEV == await client.read32(0, 0x2C)
 
 
-async def test_dma_that_is_never_answered_ends_at_the_deadline(tmp_path: Path) -> None:
+async def test_dma_that_is_never_answered_ends_at_the_deadline(tmp_path: Path, backend: str) -> None:
     """A client that does not answer DMA gets a fault, and its late reply is dropped."""
-    async with serving(function(tmp_path), reply_budget_s=0.2), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend), reply_budget_s=0.2), attached(tmp_path / "f0.sock") as client:
         await client.enable_bus_master()
         await client.dma_map(0, 4096)
         await start_dma(client, 0, 16, 1)
@@ -332,10 +351,10 @@ async def test_dma_that_is_never_answered_ends_at_the_deadline(tmp_path: Path) -
         assert 0x75666F76 == await client.read32(0, 0)
 
 
-async def test_dma_is_split_to_what_the_client_takes(tmp_path: Path) -> None:
+async def test_dma_is_split_to_what_the_client_takes(tmp_path: Path, backend: str) -> None:
     """No DMA message carries more than the client's max_data_xfer_size."""
     small = b'{"capabilities":{"max_data_xfer_size":4096}}\0'
-    async with serving(function(tmp_path)), attached(tmp_path / "f0.sock", small) as client:
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock", small) as client:
         await client.enable_bus_master()
         await client.dma_map(0, 1 << 20)
         await start_dma(client, 0x800, 10000, 1)

@@ -1,0 +1,51 @@
+# Everything runs in .venv, which tools/bootstrap.py makes. PYTHON=… chooses another interpreter, PYTEST_ARGS=… adds
+# options to pytest.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+endif
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+BOOTSTRAP := $(PYTHON) tools/bootstrap.py
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check conformance bench vm-assets clean venv venv-dev
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: venv ## see it work without a VMM: simulated SoC, daemon, client, verified NVMe I/O
+	$(BIN)/vfiouser-oob demo
+
+test: venv-dev vm-assets ## run all tests, those in virtual machines too
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: venv-dev ## run all tests but those in virtual machines
+	$(PYTEST) -m "not vm" $(PYTEST_ARGS)
+
+check: venv-dev ## lint, formatting, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+conformance: venv-dev ## run the protocol's property tests and the tests against running daemons
+	$(PYTEST) -m "not vm" tests/property tests/integration $(PYTEST_ARGS)
+
+bench: venv ## measure the daemon on this machine
+	$(BIN)/vfiouser-oob bench
+
+vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine's Debian archive (cached)
+	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets
+
+clean: ## remove what make made, except the downloads in .cache
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.cache/*' -prune -exec rm -rf {} +
+
+venv:
+	@$(BOOTSTRAP)
+
+venv-dev:
+	@$(BOOTSTRAP) --extra test --extra check

@@ -1,0 +1,319 @@
+"""Dirty pages: which parts of its memory a client must copy again.
+
+A bitmap on the wire has bit *n* (bit n % 8 of byte n // 8) for the page at iova + n * page_size; it is a
+whole number of 64-bit words, and bits beyond the range are 0. (The formula printed in the v2 specification
+mixes up pages and addresses; the kernel and libvfio-user have what is said here.)
+
+`DirtyLog` keeps bits for the pages that are dirty only, in chunks that are big integers: marking a buffer is
+one OR per chunk that it touches, however many pages it has.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from .errors import CommandError
+from .limits import DEFAULT_MAX_BITMAP_SIZE
+
+#: Smallest and largest page that is logged: finer and coarser hints get these. A report may ask for any page
+#: size.
+MIN_PAGE_SIZE = 4096
+MAX_PAGE_SIZE = 2 << 20
+_ADDRESS_SPACE = 1 << 64
+#: Pages per chunk: 512 bytes of bits.
+_CHUNK_SHIFT = 12
+_CHUNK_PAGES = 1 << _CHUNK_SHIFT
+_CHUNK_MASK = _CHUNK_PAGES - 1
+_FULL_CHUNK = (1 << _CHUNK_PAGES) - 1
+
+
+def bitmap_size(length: int, page_size: int) -> int:
+    """Bytes of the bitmap for a range.
+
+    Args:
+        length: bytes of the range.
+        page_size: bytes per bit.
+
+    Spec: DMA_LOGGING_REPORT, DIRTY_PAGES: one bit for each page begun, rounded up to 64 bits.
+    """
+    pages = -(-length // page_size)
+    return (pages + 63) // 64 * 8
+
+
+def logging_page_size(wanted: int) -> int:
+    """The page size to log with, for the one that a client hints at.
+
+    Args:
+        wanted: page_size of DMA_LOGGING_START.
+
+    Returns:
+        The size to announce in the reply.
+
+    Raises:
+        CommandError: EINVAL for 0 or for what is no power of two; logging does not start.
+
+    Spec: DMA_LOGGING_START: page_size is a hint, the reply carries what is used. The kernel knows powers of
+        two only.
+    """
+    if not _is_power_of_two(wanted):
+        raise CommandError(
+            f"dirty logging with pages of {wanted} bytes: a power of two is needed; not started", errno.EINVAL
+        )
+    return min(max(wanted, MIN_PAGE_SIZE), MAX_PAGE_SIZE)
+
+
+def fold(bitmap: bytes, factor: int) -> bytes:
+    """Make each bit stand for `factor` former ones: 1 if any of them is.
+
+    Args:
+        bitmap: a bitmap of whole bytes.
+        factor: a power of two.
+
+    Returns:
+        The bitmap for pages `factor` times as large, padded to whole bytes.
+    """
+    while factor > 1:
+        if len(bitmap) % 2:
+            bitmap += b"\0"
+        low = int.from_bytes(bitmap[0::2].translate(_FOLD_LOW), "little")
+        high = int.from_bytes(bitmap[1::2].translate(_FOLD_HIGH), "little")
+        bitmap = (low | high).to_bytes(len(bitmap) // 2, "little")
+        factor >>= 1
+    return bitmap
+
+
+def replicate(bitmap: bytes, factor: int) -> bytes:
+    """Repeat each bit `factor` times: the same dirt, in pages `factor` times smaller.
+
+    Args:
+        bitmap: a bitmap of whole bytes.
+        factor: a power of two.
+
+    Returns:
+        A bitmap `factor` times as long.
+    """
+    while factor > 1:
+        doubled = bytearray(2 * len(bitmap))
+        doubled[0::2] = bitmap.translate(_DOUBLE_LOW)
+        doubled[1::2] = bitmap.translate(_DOUBLE_HIGH)
+        bitmap = bytes(doubled)
+        factor >>= 1
+    return bitmap
+
+
+def _fold_nibble(byte: int) -> int:
+    return sum(1 << bit for bit in range(4) if byte >> 2 * bit & 3)
+
+
+def _double_nibble(nibble: int) -> int:
+    return sum(3 << 2 * bit for bit in range(4) if nibble >> bit & 1)
+
+
+_FOLD_LOW = bytes(_fold_nibble(byte) for byte in range(256))
+_FOLD_HIGH = bytes(_fold_nibble(byte) << 4 for byte in range(256))
+_DOUBLE_LOW = bytes(_double_nibble(byte & 15) for byte in range(256))
+_DOUBLE_HIGH = bytes(_double_nibble(byte >> 4) for byte in range(256))
+
+
+class DirtyLog:
+    """The pages that a device has written since they were last reported.
+
+    Args:
+        page_size: bytes per logged page, a power of two (see `logging_page_size`).
+        max_bitmap_size: largest bitmap that is reported, in bytes.
+    """
+
+    __slots__ = ("_chunks", "_reported", "_shift", "max_bitmap_size", "page_size")
+
+    def __init__(self, page_size: int, max_bitmap_size: int = DEFAULT_MAX_BITMAP_SIZE) -> None:
+        if not _is_power_of_two(page_size) or page_size > MAX_PAGE_SIZE:
+            raise ValueError(f"pages of {page_size} bytes; a power of two up to {MAX_PAGE_SIZE} is needed")
+        self.page_size = page_size
+        self.max_bitmap_size = max_bitmap_size
+        self._shift = page_size.bit_length() - 1
+        self._chunks: dict[int, int] = {}
+        self._reported: list[tuple[int, int]] = []
+
+    def mark(self, iova: int, length: int) -> None:
+        """Note that a range was written; every page that it touches is dirty.
+
+        Args:
+            iova: first address.
+            length: bytes; 0 marks nothing. The cost grows with it, so ranges of a peer's choice must have
+                been clipped to memory that is there.
+        """
+        if length <= 0:
+            return
+        first = iova >> self._shift
+        last = (iova + length - 1) >> self._shift
+        chunks = self._chunks
+        if first == last:
+            number = first >> _CHUNK_SHIFT
+            chunks[number] = chunks.get(number, 0) | 1 << (first & _CHUNK_MASK)
+            return
+        for number, bits in _spread(first, last + 1):
+            # Full chunks share one integer, so that marking all of a big guest costs next to nothing.
+            chunks[number] = bits if bits is _FULL_CHUNK else chunks.get(number, 0) | bits
+
+    def discard(self, iova: int, length: int) -> None:
+        """Forget what is known about pages that lie wholly in a range, as when it is unmapped."""
+        self._take(iova, length)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._chunks.clear()
+        self._reported = []
+
+    def __bool__(self) -> bool:
+        return bool(self._chunks)
+
+    def report(self, iova: int, length: int, page_size: int) -> bytes:
+        """Read and clear the dirty bits of a range.
+
+        Args:
+            iova: first address of the range; any alignment.
+            length: bytes.
+            page_size: bytes per bit of the answer; smaller than a logged page repeats its bit, larger ORs.
+
+        Returns:
+            `bitmap_size(length, page_size)` bytes. A logged page that the range covers only in part is
+            reported and stays dirty, since its other part has not been told to anybody.
+
+        Raises:
+            CommandError: EINVAL for a page size that is 0, no power of two or larger than the range, a range
+                past 2^64, or a bitmap over the limit; nothing is cleared then.
+
+        Spec: DMA_LOGGING_REPORT, DIRTY_PAGES GET_BITMAP, DMA_UNMAP GET_DIRTY_BITMAP. Ranges need not match
+            mappings.
+        """
+        what = f"dirty report of {iova:#x}+{length:#x} with pages of {page_size} bytes"
+        if not _is_power_of_two(page_size) or length < page_size:
+            raise CommandError(
+                f"{what}: a power of two that is no larger than the range is needed; nothing reported",
+                errno.EINVAL,
+            )
+        if not 0 <= iova <= _ADDRESS_SPACE - length:
+            raise CommandError(f"{what}: the range must end at 2^64; nothing reported", errno.EINVAL)
+        size = bitmap_size(length, page_size)
+        if size > self.max_bitmap_size:
+            raise CommandError(
+                f"{what}: a bitmap of {size} bytes, {self.max_bitmap_size} are allowed; nothing reported",
+                errno.EINVAL,
+            )
+        bitmap = bytearray(size)
+        self._render(iova, length, page_size, bitmap)
+        self._reported = self._take(iova, length)
+        return bytes(bitmap)
+
+    def undo_report(self) -> None:
+        """The last report did not reach the client: what it cleared is dirty again."""
+        for number, bits in self._reported:
+            self._chunks[number] = self._chunks.get(number, 0) | bits
+        self._reported = []
+
+    def _render(self, iova: int, length: int, page_size: int, bitmap: bytearray) -> None:
+        """Put the dirty pages of a range into a bitmap of its own page size and alignment.
+
+        Both page sizes are powers of two, so there is a common unit, the smaller of them. Each chunk goes
+        through at most four steps: cut to the range, spread logged pages into units, move units to where the
+        range begins, and gather units into the pages of the report. Only chunks that are dirty cost anything.
+        """
+        unit = min(page_size, self.page_size)
+        spread = self.page_size // unit
+        gather = page_size // unit
+        first = iova >> self._shift
+        pages = -(-(iova + length) >> self._shift) - first
+        lead, crooked = divmod(iova - (first << self._shift), unit)
+        units = -(-length // unit)
+        for number, bits in self._overlapping(first, first + pages):
+            position = (number << _CHUNK_SHIFT) - first
+            bits, position = _cut(bits, position, pages)
+            if spread > 1:
+                bits = _replicate_int(bits, spread)
+                position *= spread
+            position -= lead
+            if crooked:
+                # The range begins inside a unit: each unit of it lies over two logged ones.
+                bits |= bits << 1
+                position -= 1
+            bits, position = _cut(bits, position, units)
+            if bits:
+                _put(bitmap, *_gather(bits, position, gather))
+
+    def _overlapping(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The dirty chunks that share pages with [first, end), in any order."""
+        low, high = first >> _CHUNK_SHIFT, end - 1 >> _CHUNK_SHIFT
+        chunks = self._chunks
+        if high - low < len(chunks):
+            return [(number, chunks[number]) for number in range(low, high + 1) if number in chunks]
+        return [(number, bits) for number, bits in chunks.items() if low <= number <= high]
+
+    def _take(self, iova: int, length: int) -> list[tuple[int, int]]:
+        """Clear the pages that lie wholly in a range; returns what was dirty."""
+        first = -(-iova >> self._shift)
+        end = iova + length >> self._shift
+        taken = []
+        for number, bits in self._overlapping(first, end) if first < end else ():
+            base = number << _CHUNK_SHIFT
+            low = max(first - base, 0)
+            high = min(end - base, _CHUNK_PAGES)
+            inside = bits & ((1 << high) - (1 << low))
+            taken.append((number, inside))
+            if inside == bits:
+                del self._chunks[number]
+            else:
+                self._chunks[number] = bits ^ inside
+        return taken
+
+
+def _cut(bits: int, position: int, end: int) -> tuple[int, int]:
+    """Keep the bits that come to lie in [0, end) when bit 0 is at `position`."""
+    if position < 0:
+        return bits >> -position & ((1 << end) - 1 if end < bits.bit_length() else -1), 0
+    if position + bits.bit_length() > end:
+        bits = bits & ((1 << end - position) - 1) if end > position else 0
+    return bits, position
+
+
+def _replicate_int(bits: int, factor: int) -> int:
+    return int.from_bytes(replicate(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), factor), "little")
+
+
+def _gather(bits: int, position: int, factor: int) -> tuple[int, int]:
+    """OR groups of `factor` bits, counted from position 0, into one each."""
+    if factor == 1:
+        return bits, position
+    lowest = (position + (bits & -bits).bit_length() - 1) // factor
+    highest = (position + bits.bit_length() - 1) // factor
+    if highest - lowest <= 1:
+        # Also what keeps the padding below small: here a group may be far larger than all of `bits`.
+        return (3 if highest > lowest else 1), lowest
+    bits <<= position % factor
+    return (
+        int.from_bytes(fold(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), factor), "little"),
+        position // factor,
+    )
+
+
+def _put(bitmap: bytearray, bits: int, position: int) -> None:
+    """OR bits into a bitmap that is long enough for them."""
+    start = position >> 3
+    bits <<= position & 7
+    stop = start + (bits.bit_length() + 7) // 8
+    bits |= int.from_bytes(bitmap[start:stop], "little")
+    bitmap[start:stop] = bits.to_bytes(stop - start, "little")
+
+
+def _spread(first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Chunk numbers and bits of pages [first, end)."""
+    for number in range(first >> _CHUNK_SHIFT, (end - 1 >> _CHUNK_SHIFT) + 1):
+        base = number << _CHUNK_SHIFT
+        low = max(first - base, 0)
+        high = min(end - base, _CHUNK_PAGES)
+        full = low == 0 and high == _CHUNK_PAGES
+        yield number, _FULL_CHUNK if full else (1 << high) - (1 << low)
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and not value & (value - 1)

@@ -1,0 +1,95 @@
+"""Every payload survives encoding, and the hand-packed twins say what the construct declarations say."""
+
+from __future__ import annotations
+
+from struct import error as struct_error
+
+import pytest
+from construct import ConstructError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vfiouser_protocol import codec_hot
+from vfiouser_protocol import messages as m
+from vfiouser_protocol.codec import build_declared, decode, describe, encode, parse_declared
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.header import HEADER_LAYOUT, Header, pack_header, unpack_header
+from wire_strategies import MESSAGES, any_message, u16, u32
+
+MISFITS = (ConstructError, struct_error, ValueError, OverflowError)
+HOT = sorted(codec_hot.DECODERS, key=lambda cls: cls.__name__)
+
+
+def declared_or_refused(cls, payload):
+    """What the declaration makes of a payload, None if it refuses it."""
+    try:
+        return parse_declared(cls, payload)
+    except MISFITS:
+        return None
+
+
+def decoded_or_refused(cls, payload):
+    """What the codec makes of a payload, None if it refuses it."""
+    try:
+        return decode(cls, payload)
+    except CommandError:
+        return None
+
+
+def test_every_class_has_a_strategy():
+    """Proves that the properties below leave no payload out."""
+    assert set(m.LAYOUTS) == set(MESSAGES)
+
+
+@given(any_message)
+def test_decode_undoes_encode(message):
+    """Proves the round trip for every payload class."""
+    assert message == decode(type(message), encode(message))
+
+
+@given(any_message)
+def test_twins_build_what_is_declared(message):
+    """Proves that the hot encoders write the declared bytes."""
+    assert build_declared(message) == encode(message)
+
+
+@given(any_message, st.data())
+def test_twins_parse_what_is_declared(message, data):
+    """Proves that hot decoders read and refuse what the declaration does, truncated and extended."""
+    payload = encode(message)
+    cut = data.draw(st.integers(0, len(payload)))
+    for candidate in (payload[:cut], payload + data.draw(st.binary(max_size=24))):
+        cls = type(message)
+        assert declared_or_refused(cls, candidate) == decoded_or_refused(cls, candidate)
+
+
+@pytest.mark.parametrize("cls", HOT, ids=lambda cls: cls.__name__)
+@given(payload=st.binary(max_size=120))
+def test_twins_agree_on_garbage(cls, payload):
+    """Proves that hot decoders and declarations agree on random bytes."""
+    assert declared_or_refused(cls, payload) == decoded_or_refused(cls, payload)
+
+
+@given(st.sampled_from(sorted(MESSAGES, key=lambda cls: cls.__name__)), st.binary(max_size=120))
+def test_garbage_is_refused_or_read(cls, payload):
+    """Proves that no payload makes `decode` raise anything but CommandError."""
+    message = decoded_or_refused(cls, payload)
+    assert message is None or isinstance(message, cls)
+
+
+@given(u16, u16, u32, u32, u32)
+def test_header_twin(msg_id, command, size, flags, error):
+    """Proves that the packed header is the declared one, both ways."""
+    header = Header(msg_id, command, size, flags, error)
+    packed = pack_header(*header)
+    assert HEADER_LAYOUT.build(header._asdict()) == packed
+    assert header == unpack_header(packed)
+
+
+@given(u16, st.integers(0, 20), u32, u32, st.binary(max_size=80), st.integers(0, 3))
+def test_describe_takes_everything(msg_id, command, flags, error, payload, nfds):
+    """Proves that the debug line is one printable line for whatever a peer sends."""
+    line = describe(Header(msg_id, command, 16 + len(payload), flags, error), payload, nfds, "<")
+    assert "\n" not in line
+    assert line.startswith("< ")
+    line.encode("utf-8")

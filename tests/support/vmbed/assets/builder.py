@@ -1,0 +1,196 @@
+"""Fetches the packages and lays the assets out; see `vmbed.assets.store` for where."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from vmbed.assets.apt import Package, PrivateApt, require_tools, unpack
+from vmbed.assets.archive import archive_address
+from vmbed.assets.errors import AssetError
+from vmbed.assets.initramfs import initramfs_recipe, write_initramfs
+from vmbed.assets.recipe import (
+    BACKPORTS,
+    BUSYBOX_PACKAGE,
+    KERNEL_FILES,
+    KERNEL_NEEDS,
+    KERNEL_PACKAGE,
+    PRUNE,
+    QEMU_MINIMUM,
+    QEMU_NEEDS,
+    QEMU_PACKAGE,
+    SUITE,
+    recipe,
+)
+from vmbed.assets.store import Assets, Manifest, locate
+
+__all__ = ["build"]
+
+Report = Callable[[str], None]
+
+
+def build(cache: Path, report: Report, *, archive: str | None = None, refresh: bool = False) -> Assets:
+    """Make the assets of a cache complete and current; does nothing when they are.
+
+    Args:
+        cache: the folder to hold them; made if it is missing.
+        report: called with one line for each step that takes time.
+        archive: base address of the Debian archive, instead of the machine's own.
+        refresh: look for newer packages although the cache is complete.
+
+    Raises:
+        AssetError: with one line that says what is wrong.
+    """
+    if platform.machine() != "x86_64":
+        raise AssetError(f"the VM tests need an x86_64 machine, this is {platform.machine()}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _exclusive(cache, report):
+            manifest = Manifest.load(cache)
+            if refresh or manifest is None or manifest.recipe != recipe():
+                manifest = _fetch(cache, report, archive)
+            if manifest.initramfs_recipe != initramfs_recipe() or not (cache / manifest.initramfs).is_file():
+                manifest = _pack(cache, report, manifest)
+    except OSError as error:
+        raise AssetError(f"cannot build in {cache}: {error.strerror}: {error.filename}") from error
+    return locate(cache)
+
+
+@contextmanager
+def _exclusive(cache: Path, report: Report) -> Iterator[None]:
+    """Keep two builders out of one cache; the lock goes with the process, however it ends."""
+    lock = os.open(cache / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("another build is using this cache; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _fetch(cache: Path, report: Report, archive: str | None) -> Manifest:
+    """Download and unpack QEMU, the kernel and busybox; returns a manifest that has no initramfs yet."""
+    require_tools()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
+        work = Path(scratch)
+        apt = PrivateApt(work / "apt", archive or archive_address(), (SUITE, BACKPORTS))
+        report(f"fetching the package lists of {SUITE} and {BACKPORTS}")
+        apt.update()
+        qemu = _chosen(apt.closure(QEMU_PACKAGE, BACKPORTS), QEMU_NEEDS, QEMU_PACKAGE)
+        kernel = _chosen(apt.closure(KERNEL_PACKAGE, BACKPORTS), KERNEL_NEEDS, "linux-")
+        busybox = _chosen(apt.closure(BUSYBOX_PACKAGE, SUITE), re.compile(f"^{BUSYBOX_PACKAGE}$"), "busybox")
+        qemu_version = _check_qemu(qemu)
+        kernel_version = _check_kernel(kernel)
+        total = sum(package.size for package in (*qemu, *kernel, *busybox))
+        report(f"fetching QEMU {qemu_version} and Linux {kernel_version}: {total / 1e6:.0f} MB")
+        apt.download(qemu, work / "qemu-debs")
+        apt.download([*kernel, *busybox], work / "kernel-debs")
+        report("unpacking")
+        _unpack_qemu(work / "qemu-debs", work / "qemu")
+        _unpack_kernel(work / "kernel-debs", work / "kernel")
+        names = {"qemu": f"qemu-{_folder(qemu_version)}", "kernel": f"kernel-{_folder(kernel_version)}"}
+        for source, name in names.items():
+            _replace_tree(work / source, cache / name)
+    report(f"fetched in {time.monotonic() - started:.1f} s")
+    return Manifest(
+        recipe=recipe(),
+        qemu=names["qemu"],
+        qemu_version=qemu_version,
+        kernel=names["kernel"],
+        kernel_version=kernel_version,
+        initramfs="",
+        initramfs_recipe="",
+    )
+
+
+def _chosen(closure: list[Package], wanted: re.Pattern[str], essential: str) -> list[Package]:
+    chosen = [package for package in closure if wanted.match(package.name)]
+    if not any(package.name.startswith(essential) for package in chosen):
+        raise AssetError(f"the archive offered no {essential}; it offered {len(closure)} other packages")
+    return chosen
+
+
+def _check_qemu(packages: list[Package]) -> str:
+    """Return QEMU's version without epoch; it must have a vfio-user client."""
+    version = next(package.version for package in packages if package.name == QEMU_PACKAGE).split(":", 1)[-1]
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < QEMU_MINIMUM:
+        raise AssetError(f"{BACKPORTS} has QEMU {version}; 10.1 is the first with a vfio-user client")
+    return version
+
+
+def _check_kernel(packages: list[Package]) -> str:
+    """Return the kernel's release, which its packages have in their names: linux-image-RELEASE."""
+    return packages[0].name.split("-", 2)[2]
+
+
+def _folder(version: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]", "_", version)
+
+
+def _unpack_qemu(debs: Path, tree: Path) -> None:
+    unpack(debs, tree)
+    for pattern in PRUNE:
+        for path in tree.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _unpack_kernel(debs: Path, tree: Path) -> None:
+    """Lay out `vmlinuz`, `busybox` and the modules; other parts of the packages are not kept."""
+    unpack(debs, tree)
+    for name, places in KERNEL_FILES.items():
+        found = [path for place in places for path in tree.glob(place) if path.is_file()]
+        if not found:
+            raise AssetError(f"the kernel and busybox packages hold no {name}; looked for {', '.join(places)}")
+        found[0].rename(tree / name)
+    for unused in ("boot", "usr/share"):
+        shutil.rmtree(tree / unused, ignore_errors=True)
+
+
+def _replace_tree(source: Path, target: Path) -> None:
+    """Put a finished tree in its place; an older one of the same version gives way."""
+    if target.exists():
+        target.rename(source.with_name(f"{source.name}.old"))  # goes with the scratch folder
+    source.rename(target)
+
+
+def _pack(cache: Path, report: Report, manifest: Manifest) -> Manifest:
+    """Write the initramfs and make the manifest the cache's."""
+    tree = cache / manifest.kernel
+    name = f"initramfs-{manifest.kernel.removeprefix('kernel-')}-{initramfs_recipe()}.cpio"
+    temporary = cache / f".{name}.{os.getpid()}"
+    try:
+        write_initramfs(temporary, tree, tree / "busybox")
+        temporary.replace(cache / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    report(f"initramfs written: {(cache / name).stat().st_size / 1e6:.1f} MB")
+    complete = replace(manifest, initramfs=name, initramfs_recipe=initramfs_recipe())
+    complete.save(cache)
+    _drop_stale(cache, complete)
+    return complete
+
+
+def _drop_stale(cache: Path, manifest: Manifest) -> None:
+    """Remove what an earlier recipe or version left behind; a running QEMU keeps its open files."""
+    current = {manifest.qemu, manifest.kernel, manifest.initramfs}
+    for path in cache.iterdir():
+        if path.name in current or not re.match(r"^(qemu|kernel|initramfs)-|^\.build-", path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+"""Turning a client away so that it learns why: its VERSION is answered with an errno, then the connection ends."""
+
+from __future__ import annotations
+
+import socket
+
+import trio
+
+from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
+from vfiouser_protocol.errors import StreamError
+from vfiouser_protocol.limits import Limits
+from vfiouser_protocol.session import CommandReceived, Role, Session
+
+#: Seconds that a client which is not wanted may take for its first message.
+_PATIENCE_S = 1.0
+
+
+async def turn_away(sock: socket.socket, number: int) -> None:
+    """Answer the first command with an error and close.
+
+    Args:
+        sock: the connected socket; owned from now on.
+        number: the errno.
+    """
+    limits = Limits()
+    stream = MessageSocket(sock, limits.max_message_size)
+    session = Session(Role.SERVER, limits)
+    try:
+        with trio.move_on_after(_PATIENCE_S):
+            message = await stream.receive()
+            close_fds(message.fds)
+            event = session.receive(message._replace(fds=[]))
+            if isinstance(event, CommandReceived):
+                stream.send(session.error_reply(event.header, number))
+    except (EndOfStream, StreamError):
+        pass
+    finally:
+        stream.close()
