@@ -89,9 +89,7 @@ def test_walker_agrees_with_the_naive_one(case: tuple[dict[int, int], int, int, 
 
 
 @given(transfers(), st.data())
-def test_misaligned_entries_are_refused(
-    case: tuple[dict[int, int], int, int, int, int], data: st.DataObject
-) -> None:
+def test_misaligned_entries_are_refused(case: tuple[dict[int, int], int, int, int, int], data: st.DataObject) -> None:
     """Any list entry with an offset in its page is an invalid PRP offset."""
     memory, prp1, prp2, length, page = case
     if not memory:

@@ -61,9 +61,7 @@ class Recorder(MemoryStore):
         self.flushes += 1
 
 
-@pytest.mark.parametrize(
-    ("count", "offset"), [(1, 0), (8, 0), (8, 512), (16, 0), (17, 4), (512, 0), (1024, 2048)]
-)
+@pytest.mark.parametrize(("count", "offset"), [(1, 0), (8, 0), (8, 512), (16, 0), (17, 4), (512, 0), (1024, 2048)])
 async def test_written_blocks_are_read_back(count: int, offset: int) -> None:
     """One PRP, two, and lists, from any dword offset; the neighbours stay as they were."""
     async with machine() as m:
@@ -234,9 +232,7 @@ async def test_many_commands_at_once() -> None:
             cids = []
             for number, page in enumerate(pages):
                 m.host.memory.poke(page, pattern(4096, number + round_))
-                cids.append(
-                    driver.submit(m.io, WRITE, nsid=1, prp1=page, cdw10=number * 8, cdw12=7, ring=False)
-                )
+                cids.append(driver.submit(m.io, WRITE, nsid=1, prp1=page, cdw10=number * 8, cdw12=7, ring=False))
             driver.ring(m.io)
             for cid in cids:
                 await driver.wait(m.io, cid)
