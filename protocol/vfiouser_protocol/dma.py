@@ -97,9 +97,7 @@ class DmaMap:
 
     __slots__ = ("_by_address", "_floors", "_leaves", "max_region_size", "max_regions")
 
-    def __init__(
-        self, max_regions: int = DEFAULT_MAX_DMA_MAPS, max_region_size: int = DEFAULT_MAX_REGION_SIZE
-    ) -> None:
+    def __init__(self, max_regions: int = DEFAULT_MAX_DMA_MAPS, max_region_size: int = DEFAULT_MAX_REGION_SIZE) -> None:
         self.max_regions = max_regions
         self.max_region_size = max_region_size
         self._by_address: dict[int, DmaRegion] = {}
@@ -202,8 +200,7 @@ class DmaMap:
         region = self._by_address.get(address)
         if region is None or region.size != size:
             raise CommandError(
-                f"DMA_UNMAP {address:#x}+{size:#x}: no mapping has exactly this address and size; "
-                f"nothing unmapped",
+                f"DMA_UNMAP {address:#x}+{size:#x}: no mapping has exactly this address and size; nothing unmapped",
                 errno.ENOENT,
             )
         del self._by_address[address]

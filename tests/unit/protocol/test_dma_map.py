@@ -56,9 +56,7 @@ def test_region_keeps_what_the_client_sent() -> None:
         pytest.param(0x1000, 0x1000, 0x10, None, 0, errno.EINVAL, id="unknown flag"),
         pytest.param(0x1000, 0x1000, RW | 1 << 31, FILE, 0, errno.EINVAL, id="unknown high flag"),
         pytest.param(0x1000, 0x1000, RW | DmaMapFlags.MMAP, None, 0, errno.EINVAL, id="MMAP without file"),
-        pytest.param(
-            0x1000, 0x1000, RW | DmaMapFlags.FILE_IO, None, 0, errno.EINVAL, id="FILE_IO without file"
-        ),
+        pytest.param(0x1000, 0x1000, RW | DmaMapFlags.FILE_IO, None, 0, errno.EINVAL, id="FILE_IO without file"),
         pytest.param(0, (1 << 43) + 1, RW, None, 0, errno.ENOSPC, id="above 8 TiB"),
         pytest.param(0, 0x1000, RW, FILE, (1 << 63) - 0xFFF, errno.EINVAL, id="offset no file has"),
     ],
