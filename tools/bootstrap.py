@@ -41,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     extras = set(parser.parse_args(argv).extra)
     if sys.version_info < MINIMUM:
         found = sys.version.split()[0]
-        print(
-            f"bootstrap: Python 3.11 or later is needed, this is {found} (PYTHON=… chooses)", file=sys.stderr
-        )
+        print(f"bootstrap: Python 3.11 or later is needed, this is {found} (PYTHON=… chooses)", file=sys.stderr)
         return 1
     key = fingerprint()
     done = finished_extras(key)
@@ -110,9 +108,7 @@ def pip_version() -> tuple[int, ...]:
     """The version of this interpreter's pip; (0,) when it has none."""
     if importlib.util.find_spec("pip") is None:
         return (0,)
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False)
     words = done.stdout.split()
     numbers = words[1].split(".") if len(words) > 1 else []
     return tuple(int(number) for number in numbers[:2] if number.isdecimal()) or (0,)

@@ -162,9 +162,7 @@ def _parse_version(payload: bytes, *, is_reply: bool) -> VersionData:
         raise _refusal(f"major version is {version.major}, only {PROTOCOL_MAJOR} exists")
     members = _load_capabilities(version.data) if version.data else {}
     known = {name: check(members[name], name) for name, check in _CHECKS.items() if name in members}
-    nested = {
-        f"{name}.{inner}" for name in ("migration", "twin_socket") if name in known for inner in members[name]
-    }
+    nested = {f"{name}.{inner}" for name in ("migration", "twin_socket") if name in known for inner in members[name]}
     capabilities = Capabilities(**known)
     twin = capabilities.twin_socket
     if is_reply:
@@ -242,9 +240,7 @@ def _migration(value: Any, name: str) -> MigrationCapability:
     # 0 is taken as if pgsize were not there, as libvfio-user does.
     pgsize = _number(members.get("pgsize", 0), "migration.pgsize")
     if pgsize and (pgsize < MIN_MIGRATION_PGSIZE or pgsize & (pgsize - 1)):
-        raise _refusal(
-            f"migration.pgsize is {pgsize}, it has to be a power of two of at least {MIN_MIGRATION_PGSIZE}"
-        )
+        raise _refusal(f"migration.pgsize is {pgsize}, it has to be a power of two of at least {MIN_MIGRATION_PGSIZE}")
     bitmap = members.get("max_bitmap_size", DEFAULT_MAX_BITMAP_SIZE)
     return MigrationCapability(pgsize, _number(bitmap, "migration.max_bitmap_size"))
 
@@ -352,9 +348,7 @@ def negotiate(
     minor = min(request.minor, PROTOCOL_MINOR)
     payload = _fitting_reply(members, minor, request_payload_size)
     # What did not fit into the reply is not agreed on.
-    twin_kept, multi_kept, migration_kept = (
-        name in members for name in ("twin_socket", "write_multiple", "migration")
-    )
+    twin_kept, multi_kept, migration_kept = (name in members for name in ("twin_socket", "write_multiple", "migration"))
     return Negotiated(
         minor=minor,
         reply_payload=payload,

@@ -55,9 +55,7 @@ def encode(message: Payload) -> bytes:
     try:
         return build_declared(message) if encoder is None else encoder(message)
     except _MISFITS as exc:
-        raise LocalProtocolError(
-            f"{type(message).__name__} does not fit its layout ({exc}); not sent"
-        ) from exc
+        raise LocalProtocolError(f"{type(message).__name__} does not fit its layout ({exc}); not sent") from exc
 
 
 def decode(cls: type[P], payload: bytes) -> P:

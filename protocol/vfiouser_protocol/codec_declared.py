@@ -53,8 +53,7 @@ def parse_declared(cls: type[P], payload: bytes) -> P:
         field, item = nested
         # Short entries lack the fields that only long ones have.
         values[field] = tuple(
-            item(**{name: entry[name] for name in item._fields if name in entry})
-            for entry in values[field] or ()
+            item(**{name: entry[name] for name in item._fields if name in entry}) for entry in values[field] or ()
         )
     message = cls(**values)
     if isinstance(message, RegionIoFds) and message.count and len(payload) > REGION_IO_FDS_FIXED:
@@ -68,9 +67,7 @@ def _check_io_fds(message: RegionIoFds) -> None:
     stride = 40 if all(entry.shadow_offset is None for entry in entries) else 48
     needed = REGION_IO_FDS_FIXED + stride * message.count
     if (len(entries), needed) != (message.count, message.argsz):
-        raise ValueError(
-            f"{len(entries)} entries do not make count {message.count} and argsz {message.argsz}"
-        )
+        raise ValueError(f"{len(entries)} entries do not make count {message.count} and argsz {message.argsz}")
 
 
 class LayoutRow(NamedTuple):

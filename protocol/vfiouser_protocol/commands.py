@@ -83,9 +83,7 @@ def _row(
     needs: str | None = None,
 ) -> tuple[int, CommandSpec]:
     request, reply = PAYLOADS[command]
-    spec = CommandSpec(
-        command, sender, phase, min_payload, request_fds, reply_fds, no_reply, needs, request, reply
-    )
+    spec = CommandSpec(command, sender, phase, min_payload, request_fds, reply_fds, no_reply, needs, request, reply)
     return int(command), spec
 
 

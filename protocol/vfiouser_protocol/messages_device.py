@@ -52,9 +52,7 @@ class Empty(NamedTuple):
     """No payload: DEVICE_RESET, and the replies to DMA_MAP, SET_IRQS, DEVICE_RESET and MIG_DATA_WRITE."""
 
 
-DEVICE_INFO_LAYOUT = Struct(
-    "argsz" / Int32ul, "flags" / Int32ul, "num_regions" / Int32ul, "num_irqs" / Int32ul
-)
+DEVICE_INFO_LAYOUT = Struct("argsz" / Int32ul, "flags" / Int32ul, "num_regions" / Int32ul, "num_irqs" / Int32ul)
 
 
 class DeviceInfo(NamedTuple):

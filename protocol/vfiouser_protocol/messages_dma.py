@@ -11,9 +11,7 @@ from construct import Bytes, Computed, GreedyBytes, If, IfThenElse, Int32ul, Int
 
 from vfiouser_protocol.constants import DirtyPagesFlags, DmaUnmapFlags
 
-DMA_MAP_LAYOUT = Struct(
-    "argsz" / Int32ul, "flags" / Int32ul, "offset" / Int64ul, "address" / Int64ul, "size" / Int64ul
-)
+DMA_MAP_LAYOUT = Struct("argsz" / Int32ul, "flags" / Int32ul, "offset" / Int64ul, "address" / Int64ul, "size" / Int64ul)
 
 
 class DmaMap(NamedTuple):

@@ -124,9 +124,7 @@ def check_request(request: Payload, max_data_xfer_size: int) -> None:
     cls = type(request)
     transfer = TRANSFERS.get(cls)
     if transfer is not None and transfer(request) > max_data_xfer_size:
-        raise CommandError(
-            f"{cls.__name__} moves {transfer(request)} bytes, allowed are {max_data_xfer_size}; refused"
-        )
+        raise CommandError(f"{cls.__name__} moves {transfer(request)} bytes, allowed are {max_data_xfer_size}; refused")
     rule = ARGSZ.get(cls)
     if rule is not None:
         argsz = request.argsz  # type: ignore[union-attr]
@@ -138,9 +136,7 @@ def check_request(request: Payload, max_data_xfer_size: int) -> None:
         bitmap_size = getattr(request, "bitmap_size", None)
         most = MAX_BITMAP_ARGSZ - 40
         if bitmap_size is not None and bitmap_size > most:
-            raise CommandError(
-                f"{cls.__name__} wants {bitmap_size} bytes of bitmap, allowed are {most}; refused"
-            )
+            raise CommandError(f"{cls.__name__} wants {bitmap_size} bytes of bitmap, allowed are {most}; refused")
 
 
 def require_argsz(argsz: int, needed: int) -> None:
@@ -173,9 +169,7 @@ def region_io_fds_reply(request: RegionIoFds, entries: Sequence[IoFdEntry] = ())
     Spec: vfio-user, VFIO_USER_DEVICE_GET_REGION_IO_FDS.
     """
     if request.flags or request.count:
-        raise CommandError(
-            f"flags are {request.flags:#x} and count is {request.count}, both have to be 0; refused"
-        )
+        raise CommandError(f"flags are {request.flags:#x} and count is {request.count}, both have to be 0; refused")
     short, long = sorted(IO_FD_ENTRY_LAYOUTS)
     stride = short if all(entry.shadow_offset is None for entry in entries) else long
     needed = REGION_IO_FDS_FIXED + stride * len(entries)
@@ -217,9 +211,7 @@ FITS: Mapping[type[Any], Callable[[Any, Any], bool]] = MappingProxyType(
         RegionWriteMultiReply: lambda request, reply: reply.wr_cnt <= len(request.writes),
         DmaReadReply: _echo("address", "count"),
         DmaWriteReply: _echo("address", "count"),
-        DmaUnmap: lambda request, reply: (
-            request[2:6] == reply[2:6] and (reply.bitmap_size or 0) == len(reply.bitmap)
-        ),
+        DmaUnmap: lambda request, reply: request[2:6] == reply[2:6] and (reply.bitmap_size or 0) == len(reply.bitmap),
         MigDataReadReply: lambda request, reply: reply.size <= request.size,
     }
 )
@@ -228,9 +220,7 @@ FITS: Mapping[type[Any], Callable[[Any, Any], bool]] = MappingProxyType(
 #: unmaps of a device without DMA; older QEMU forks answer every DMA_WRITE so.
 WITHOUT_PAYLOAD: Mapping[type[Any], Callable[[Any], Payload | None]] = MappingProxyType(
     {
-        RegionReadReply: lambda request: (
-            None if request.count else RegionReadReply(request[0], request[1], 0, b"")
-        ),
+        RegionReadReply: lambda request: None if request.count else RegionReadReply(request[0], request[1], 0, b""),
         RegionWriteReply: lambda request: RegionWriteReply(*request[:3]),
         DmaWriteReply: lambda request: DmaWriteReply(*request[:2]),
         DmaUnmap: lambda request: request if request.bitmap_size is None else None,

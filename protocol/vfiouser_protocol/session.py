@@ -74,6 +74,8 @@ __all__ = [
 
 _VERSION = int(Command.VERSION)
 _IDS = 1 << 16
+#: How many of our latest NO_REPLY commands are remembered, to know a reply that should not have been sent.
+_MAX_POSTED = 256
 _EINVAL = _errno.EINVAL
 _new = tuple.__new__
 
@@ -83,10 +85,10 @@ class Session:
 
     Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send
     what `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
-    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn, close
-    its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`; its
-    answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts with
-    `propose`.
+    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn,
+    close its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`;
+    its answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts
+    with `propose`.
 
     With a twin socket, send the server's commands and the replies to them there, and give `receive` what
     comes from there with ``twin=True``.
@@ -109,6 +111,7 @@ class Session:
         "_legal_on_twin",
         "_limits",
         "_outstanding",
+        "_posted",
         "_proposal_size",
         "_replies_on_main",
         "_unanswered",
@@ -130,6 +133,7 @@ class Session:
         self._last_id = 0
         self._outstanding: dict[int, Outstanding] = {}
         self._forgotten: set[int] = set()
+        self._posted: deque[int] = deque(maxlen=_MAX_POSTED)
         self._unanswered: deque[Header] = deque()
         # Both stay empty until READY: VERSION, the only command before, takes the slow path.
         self._legal: dict[int, CommandSpec] = {}
@@ -236,7 +240,9 @@ class Session:
     def _receive_stray_reply(self, message: Message) -> Refused:
         msg_id = message.header.msg_id
         if msg_id not in self._forgotten:
-            return self._refuse(message, Oddity.UNSOLICITED)
+            # rust-vmm's server answers some commands although they ask for no reply.
+            posted = msg_id in self._posted
+            return self._refuse(message, Oddity.POSTED if posted else Oddity.UNSOLICITED)
         self._forgotten.discard(msg_id)
         self.late_replies += 1
         return self._refuse(message, Oddity.LATE)
@@ -251,9 +257,7 @@ class Session:
         if verdict.close:
             self._move(Event.BROKEN)
         if reason is None:
-            consequence = (
-                "the connection ends" if verdict.close else "refused" if verdict.answer else "dropped"
-            )
+            consequence = "the connection ends" if verdict.close else "refused" if verdict.answer else "dropped"
             what = f"{command_name(header.command)} #{header.msg_id} ({len(message.payload)} bytes)"
             reason = f"{what} while {phase.value}: {oddity.value}; {consequence}"
         reply = pack_error_reply(header, _EINVAL) if answer else None
@@ -328,9 +332,7 @@ class Session:
         if self.proposal is None or self.role is not Role.SERVER:
             raise LocalProtocolError("there is no VERSION command to accept; nothing is sent")
         self._take_turn(header)
-        agreement = negotiate(
-            self.proposal, offer, request_payload_size=self._proposal_size, grant_twin=grant_twin
-        )
+        agreement = negotiate(self.proposal, offer, request_payload_size=self._proposal_size, grant_twin=grant_twin)
         self._agree(agreement)
         payload = agreement.reply_payload
         return pack_header(header.msg_id, _VERSION, HEADER_SIZE + len(payload), REPLY) + payload
@@ -368,9 +370,7 @@ class Session:
         """
         return self.command(Command.VERSION, encode_version(capabilities, minor), token)
 
-    def command(
-        self, command: int, payload: bytes, token: Any = None, *, no_reply: bool = False
-    ) -> tuple[int, bytes]:
+    def command(self, command: int, payload: bytes, token: Any = None, *, no_reply: bool = False) -> tuple[int, bytes]:
         """Return a command of ours, with an id that is not in use.
 
         Args:
@@ -401,6 +401,7 @@ class Session:
         flags = COMMAND
         if no_reply:
             flags |= NO_REPLY
+            self._posted.append(msg_id)
         else:
             self._outstanding[msg_id] = Outstanding(spec, token)
         return msg_id, pack_header(msg_id, command, HEADER_SIZE + len(payload), flags) + payload
@@ -440,6 +441,7 @@ class Session:
         given_up = list(self._outstanding.values())
         self._outstanding.clear()
         self._forgotten.clear()
+        self._posted.clear()
         self._unanswered.clear()
         return given_up
 
@@ -447,9 +449,7 @@ class Session:
         try:
             self.phase = TRANSITIONS[self.phase, event]
         except KeyError:
-            raise LocalProtocolError(
-                f"a session that is {self.phase.value} cannot take this: {event.value}"
-            ) from None
+            raise LocalProtocolError(f"a session that is {self.phase.value} cannot take this: {event.value}") from None
         if self.phase is Phase.CLOSED:
             self._legal = self._legal_on_twin = {}
 

@@ -95,9 +95,7 @@ class SessionPair:
         self.send(self.client, data)
         [command] = self.receive(self.server)
         assert isinstance(command, CommandReceived), command
-        reply = self.server.accept(
-            command.header, Capabilities() if offer is None else offer, grant_twin=grant_twin
-        )
+        reply = self.server.accept(command.header, Capabilities() if offer is None else offer, grant_twin=grant_twin)
         assert self.server.negotiated is not None
         self.send(self.server, reply, [70] if self.server.negotiated.twin else [])
         [answer] = self.receive(self.client)

@@ -38,9 +38,7 @@ _long_entry = _of(m.IoFdEntry, u64, u64, u32, u32, u32, u64, u32, u64)
 
 def _io_fds(stride: int, entry: Any) -> Any:
     return st.builds(
-        lambda index, entries: m.RegionIoFds(
-            16 + stride * len(entries), 0, index, len(entries), tuple(entries)
-        ),
+        lambda index, entries: m.RegionIoFds(16 + stride * len(entries), 0, index, len(entries), tuple(entries)),
         u32,
         st.lists(entry, max_size=4),
     )

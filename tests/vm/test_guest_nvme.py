@@ -93,9 +93,7 @@ async def test_second_qemu_takes_over_after_sigkill(assets: Assets, workdir: Pat
         async with start_qemu(assets, machine(stack), workdir, name="first") as qemu:
             await qemu.guest.ready()
             await qemu.guest.io(seed=20, mib=TOUCH_MIB)
-            await qemu.guest.start(
-                "sh while :; do dd if=/dev/nvme0n1 of=/dev/null bs=1M count=64 iflag=direct; done"
-            )
+            await qemu.guest.start("sh while :; do dd if=/dev/nvme0n1 of=/dev/null bs=1M count=64 iflag=direct; done")
             await qemu.guest.line_with("records in")  # the loop has come around: I/O is in flight
             await qemu.kill()
         stack.check_alive()

@@ -73,9 +73,7 @@ def test_one_line_sources_are_read_as_apt_reads_them() -> None:
         "deb-src http://source.example/debian bookworm main\n"
         "deb [arch=amd64 signed-by=/a/b.gpg] http://mirror.example/debian bookworm main contrib # why\n"
     )
-    assert list(parse_one_line(text)) == [
-        Source("http://mirror.example/debian", ("bookworm",), ("main", "contrib"))
-    ]
+    assert list(parse_one_line(text)) == [Source("http://mirror.example/debian", ("bookworm",), ("main", "contrib"))]
 
 
 def test_archive_address_is_that_of_the_running_release(tmp_path: Path) -> None:
@@ -175,9 +173,7 @@ def test_missing_assets_name_the_command_that_makes_them(tmp_path: Path) -> None
             locate(tmp_path)
 
 
-def test_unreachable_archive_is_one_line_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreachable_archive_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """apt's refusal is passed on as the cause, the exit status is 1, and no half-built cache stays."""
     archive = tmp_path / "no-such-archive"
     assert main(["--cache", str(tmp_path / "cache"), "--archive", f"file:{archive}"]) == 1

@@ -15,9 +15,7 @@ from vmbed.qmp import QmpError
 
 def test_pattern_differs_by_seed_and_place() -> None:
     """No 4 KiB block comes twice, within one seed's pattern and between two seeds'."""
-    blocks = [
-        data[at : at + 4096] for data in (pattern(1, 8), pattern(2, 8)) for at in range(0, 8 * MIB, 4096)
-    ]
+    blocks = [data[at : at + 4096] for data in (pattern(1, 8), pattern(2, 8)) for at in range(0, 8 * MIB, 4096)]
     assert len(set(blocks)) == len(blocks) == 2 * 8 * 256
 
 

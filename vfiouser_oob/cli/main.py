@@ -75,9 +75,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for entry in COMMANDS:
-        sub = commands.add_parser(
-            entry.name, help=entry.summary, description=f"{entry.summary.capitalize()}."
-        )
+        sub = commands.add_parser(entry.name, help=entry.summary, description=f"{entry.summary.capitalize()}.")
         if entry.name == chosen:
             _load(entry).add_arguments(sub)
     return parser

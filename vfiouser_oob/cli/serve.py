@@ -51,21 +51,13 @@ def _seconds(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `serve`."""
-    parser.add_argument(
-        "--config", metavar="FILE", type=option(read_path), help="serve what this TOML file says"
-    )
+    parser.add_argument("--config", metavar="FILE", type=option(read_path), help="serve what this TOML file says")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--socket-path", metavar="PATH", type=option(read_socket_path), help="serve one function here"
-    )
-    where.add_argument(
-        "--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket"
-    )
+    where.add_argument("--socket-path", metavar="PATH", type=option(read_socket_path), help="serve one function here")
+    where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
     parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
     parser.add_argument("--name", type=option(read_name), help="its name (default: from the socket's path)")
-    parser.add_argument(
-        "--dma", choices=[mode.value for mode in DmaMode], help="how a model reaches guest memory"
-    )
+    parser.add_argument("--dma", choices=[mode.value for mode in DmaMode], help="how the device reaches guest memory")
     parser.add_argument(
         "--reply-budget",
         metavar="SECONDS",

@@ -91,9 +91,7 @@ def run(args: argparse.Namespace) -> int:
     function = config.function(args.name)
     if function is None:
         names = [known.name for known in config.functions]
-        raise ConfigError(
-            f"no function is named {args.name!r}{suggestion(args.name, names)}", str(args.config)
-        )
+        raise ConfigError(f"no function is named {args.name!r}{suggestion(args.name, names)}", str(args.config))
     lines = qemu_arguments(config, function, args.memory)
     print(" \\\n".join(shlex.join(words) for words in lines))
     group = function.socket_group or DEFAULT_SOCKET_GROUP

@@ -46,9 +46,7 @@ def _row(function: FunctionStatus, now: datetime) -> tuple[str, ...]:
 
 
 def _client(client: ClientStatus | None) -> str:
-    return (
-        "-" if client is None else f"{_safe(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
-    )
+    return "-" if client is None else f"{_safe(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
 
 
 def _notes(function: FunctionStatus) -> Iterator[str]:

@@ -23,7 +23,7 @@ class ClientMemory(DmaServer):
     It serves DMA_READ and DMA_WRITE as well, so that a device without the descriptor works the same.
 
     Args:
-        size: bytes; rounded up to whole pages.
+        size: bytes, not 0; rounded up to whole pages.
         base: DMA address of its first byte.
     """
 
@@ -31,8 +31,12 @@ class ClientMemory(DmaServer):
         self.base = base
         self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
         self._fd = OwnedFd(os.memfd_create("client-memory", os.MFD_CLOEXEC))
-        os.ftruncate(self._fd.fileno(), self.size)
-        self._map = mmap.mmap(self._fd.fileno(), self.size)
+        try:
+            os.ftruncate(self._fd.fileno(), self.size)
+            self._map = mmap.mmap(self._fd.fileno(), self.size)
+        except BaseException:
+            self._fd.close()
+            raise
         self._view = memoryview(self._map)
         self._next = 0
         #: Accesses that the device made by messages.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
     return UpstreamDevice(**read_table(raw, (Key("socket", read_socket_path, required=True),), place))
 
 
-MODELS = {"nvme": NVME_KEYS}
+#: Models by name, each with the keys that it has; `test` is a function for testing servers and clients.
+MODELS: Mapping[str, Sequence[Key]] = {"nvme": NVME_KEYS, "test": ()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,9 +121,7 @@ def load_config(path: Path) -> DaemonConfig:
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", str(path)) from error
     if len(data) > CONFIG_SIZE_MAX:
-        raise ConfigError(
-            f"is larger than {CONFIG_SIZE_MAX >> 20} MiB, hardly a configuration file", str(path)
-        )
+        raise ConfigError(f"is larger than {CONFIG_SIZE_MAX >> 20} MiB, hardly a configuration file", str(path))
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -153,9 +151,7 @@ def parse_config(text: str, path: Path) -> DaemonConfig:
         raise ConfigError("not valid TOML: nested too deeply", source) from error
     lines = LineMap(text)
     top = read_table(raw, TOP_KEYS, Place("top level", source, lines.line))
-    daemon = read_table(
-        top.get("daemon", {}), DAEMON_KEYS, Place("[daemon]", source, partial(lines.line, "daemon"))
-    )
+    daemon = read_table(top.get("daemon", {}), DAEMON_KEYS, Place("[daemon]", source, partial(lines.line, "daemon")))
     tables = top.get("function")
     if not isinstance(tables, list) or not tables:
         raise ConfigError("there must be at least one [[function]]", source, lines.line("function"))

@@ -28,7 +28,7 @@ CONTROL_SOCKET_NAME = "control.sock"
 
 
 class DmaMode(StrEnum):
-    """How a model device reaches the client's memory."""
+    """How a device reaches the client's memory."""
 
     FILES = "files"
     MESSAGES = "messages"
@@ -143,7 +143,7 @@ class FunctionConfig:
         socket_mode: permission bits of the socket file that we create.
         socket_group: group of that file; None = `kvm` if we are root and there is such a group.
         allow_uids: user ids that may connect; None = whoever the file's permissions let in.
-        dma: how a model reaches the client's memory.
+        dma: how the device reaches the client's memory.
         line: where the function stands in its configuration file, for messages.
     """
 

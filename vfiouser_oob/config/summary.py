@@ -64,16 +64,14 @@ def _of_function(function: FunctionConfig) -> Iterator[str]:
     if function.socket_mode & stat.S_IWOTH and function.allow_uids is None:
         yield f"socket_mode {function.socket_mode:04o} lets every user of this machine connect"
     if isinstance(function.device, UpstreamDevice):
-        yield from _of_upstream(function, function.device.socket)
+        yield from _of_upstream(function.device.socket)
     else:
         yield from _of_model(function.device)
 
 
-def _of_upstream(function: FunctionConfig, socket: Path) -> Iterator[str]:
+def _of_upstream(socket: Path) -> Iterator[str]:
     if not socket.is_socket():
         yield f"no vfio-user server's socket is at {socket} yet; clients are refused until there is"
-    if function.dma is DmaMode.MESSAGES:
-        yield "dma applies to models only and is ignored here"
 
 
 def _of_model(device: ModelDevice) -> Iterator[str]:

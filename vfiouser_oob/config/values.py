@@ -66,9 +66,7 @@ def read_socket_path(value: Any) -> Path:
     text = read_string(value)
     length = len(text.encode(errors="surrogateescape"))
     if length > SOCKET_PATH_MAX:
-        raise ValueError(
-            f"must be a path of at most {SOCKET_PATH_MAX} bytes (UNIX sockets), got {length} bytes"
-        )
+        raise ValueError(f"must be a path of at most {SOCKET_PATH_MAX} bytes (UNIX sockets), got {length} bytes")
     if text.endswith("/"):
         raise ValueError(f"must be the path of a socket, not of a directory, got {shown(text)}")
     return Path(text)
@@ -91,8 +89,7 @@ def read_name(value: Any) -> str:
     """A function's name, fit for file names, unit instances and logs."""
     if not isinstance(value, str) or _NAME.fullmatch(value) is None:
         raise ValueError(
-            "must be 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit, "
-            f"got {shown(value)}"
+            f"must be 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit, got {shown(value)}"
         )
     return value
 

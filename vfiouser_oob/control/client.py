@@ -114,9 +114,7 @@ class ControlClient:
     def _refuse_error(self, message: dict[str, Any]) -> None:
         error = message.get("error")
         if isinstance(error, dict):
-            raise ControlError(
-                f"the daemon at {self._path} refused: {error.get('message', 'no reason given')}"
-            )
+            raise ControlError(f"the daemon at {self._path} refused: {error.get('message', 'no reason given')}")
 
     def _receive(self) -> dict[str, Any] | None:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-import trio
+if TYPE_CHECKING:  # the client side is for quick commands, which do without trio
+    import trio
 
 
 class ClientStatus(TypedDict):

@@ -69,9 +69,7 @@ class Eventfds:
 
     def summary(self) -> dict[str, int]:
         """How many vectors of each index have an eventfd."""
-        return {
-            index.name: assigned for index in IrqIndex if (assigned := self._irqs.assigned(index))
-        }
+        return {index.name: assigned for index in IrqIndex if (assigned := self._irqs.assigned(index))}
 
     def clear(self) -> None:
         """Drop every eventfd."""

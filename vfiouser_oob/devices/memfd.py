@@ -23,9 +23,7 @@ class SharedMemory:
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._fd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         os.ftruncate(self._fd.fileno(), self.size)
-        fcntl.fcntl(
-            self._fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        )
+        fcntl.fcntl(self._fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._map = mmap.mmap(self._fd.fileno(), self.size)
         #: The bytes; a view that the model reads and writes.
         self.view = memoryview(self._map)

@@ -107,9 +107,7 @@ class ModelSession(BackendSession):
         self._model = backend.model
         self._config = backend.model.config
         self.description = backend.description
-        self.memory = GuestMemory(
-            link, self.limits.max_dma_maps, by_message=backend.dma_by_message, check_files=True
-        )
+        self.memory = GuestMemory(link, self.limits.max_dma_maps, by_message=backend.dma_by_message, check_files=True)
 
     def region_fd(self, index: int) -> int | None:
         """Return the memfd of a mappable region."""

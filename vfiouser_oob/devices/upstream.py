@@ -137,9 +137,7 @@ class UpstreamSession(BackendSession):
         self._irqs = IrqSet(description.irqs)
         self._closing = False
         self._max_transfer = client.capabilities.max_data_xfer_size
-        self.memory = GuestMemory(
-            link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False
-        )
+        self.memory = GuestMemory(link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False)
 
     @property
     def limits(self) -> Capabilities:
@@ -339,5 +337,3 @@ def _spec(index: int, region: RegionDescription) -> RegionSpec:
         msix_mappable=region.msix_mappable,
         mappable=bool(areas),
     )
-
-

@@ -91,9 +91,7 @@ class Logger:
         exc_info = error if self.debug_enabled else None
         self._log(logging.ERROR, event, described, exc_info)
 
-    def _log(
-        self, level: int, event: str, fields: Mapping[str, Any], exc_info: BaseException | None = None
-    ) -> None:
+    def _log(self, level: int, event: str, fields: Mapping[str, Any], exc_info: BaseException | None = None) -> None:
         if self._logger.isEnabledFor(level):
             merged = {**self._fields, **fields}
             self._logger.log(level, "%s", event, exc_info=exc_info, extra={"event": event, "fields": merged})

@@ -1,6 +1,6 @@
 """The daemon: many functions, one control socket, and an orderly end.
 
-    signals ──► stop accepting ──► clients turned out ──► devices stopped ──► sockets removed
+signals ──► stop accepting ──► clients turned out ──► devices stopped ──► sockets removed
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ CONTROL_NAME = "control"
 _CONTROL_MODE = 0o660
 
 
-async def run_daemon(
-    config: DaemonConfig, *, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED
-) -> None:
+async def run_daemon(config: DaemonConfig, *, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
 
     Args:

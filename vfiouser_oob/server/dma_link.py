@@ -53,9 +53,7 @@ class DmaLink:
         budget_s: seconds after which a transfer that was not answered is a DMA fault.
     """
 
-    def __init__(
-        self, session: Session, send: Callable[[bytes], None], max_transfer: int, budget_s: float
-    ) -> None:
+    def __init__(self, session: Session, send: Callable[[bytes], None], max_transfer: int, budget_s: float) -> None:
         self._session = session
         self._send = send
         self._max_transfer = max_transfer
@@ -75,7 +73,7 @@ class DmaLink:
         parts = []
         end = address + count
         while address < end:
-            size = min(self._max_transfer, end - address)
+            size = min(self._max_transfer or 1, end - address)
             payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
             reply = _decoded(DmaReadReply, payload)
             if (reply.address, reply.count, len(reply.data)) != (address, size, size):
@@ -96,8 +94,8 @@ class DmaLink:
         Raises:
             DmaFault: refused, nonsense, gone, or too late.
         """
-        for start in range(0, len(data), self._max_transfer):
-            part = data[start : start + self._max_transfer]
+        for start in range(0, len(data), self._max_transfer or 1):
+            part = data[start : start + (self._max_transfer or 1)]
             target = address + start
             payload = await self._call(Command.DMA_WRITE, encode(DmaWrite(target, len(part), part)))
             if payload:  # older clients send the header alone
@@ -112,6 +110,8 @@ class DmaLink:
         self.written_bytes += len(data)
 
     async def _call(self, command: Command, payload: bytes) -> bytes:
+        if not self._max_transfer:
+            raise DmaFault("the client takes no data by messages (max_data_xfer_size 0)", errno.E2BIG)
         pending = PendingReply()
         async with self._slots:
             if self._closed:

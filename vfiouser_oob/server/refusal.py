@@ -5,12 +5,12 @@ from __future__ import annotations
 import socket
 
 import trio
-from vfiouser_protocol.errors import StreamError
-from vfiouser_protocol.limits import Limits
-from vfiouser_protocol.session import CommandReceived, Role, Session
 
 from vfiouser_oob.transport.fds import close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
+from vfiouser_protocol.errors import StreamError
+from vfiouser_protocol.limits import Limits
+from vfiouser_protocol.session import CommandReceived, Role, Session
 
 #: Seconds that a client which is not wanted may take for its first message.
 _PATIENCE_S = 1.0

@@ -27,9 +27,7 @@ def function_status(function: Function) -> FunctionStatus:
         maps=maps,
         irqs=irqs,
         fds=sum(irqs.values()) + maps["files"] + (connection.sockets if connection is not None else 0),
-        messages={
-            Command(number).name: count for number, count in enumerate(function.counts) if count
-        },
+        messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
         dma=connection.dma_summary() if connection is not None else {},
         last_error=function.last_error,
     )
@@ -51,7 +49,9 @@ def _regions(backend: BackendSession | None) -> list[RegionStatus]:
     return [
         RegionStatus(
             index=spec.index,
-            name=RegionIndex(spec.index).name if spec.index in RegionIndex._value2member_map_ else f"region{spec.index}",
+            name=RegionIndex(spec.index).name
+            if spec.index in RegionIndex._value2member_map_
+            else f"region{spec.index}",
             size=spec.size,
             mapped=bool(spec.flags & RegionFlags.MMAP),
         )

@@ -92,9 +92,7 @@ def check_listening(fd: int, label: str, source: str | None = None) -> None:
         raise ConfigError(f"{label} must be {wanted}, but is {is_what}", source)
 
 
-def assign_sockets(
-    functions: Sequence[FunctionConfig], inherited: Mapping[str, Sequence[int]]
-) -> dict[str, list[int]]:
+def assign_sockets(functions: Sequence[FunctionConfig], inherited: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Find out which function each inherited socket is for.
 
     A socket belongs to the function of its name, or else to the one that is configured with its path (a unit
@@ -129,9 +127,7 @@ def assign_sockets(
             assigned.setdefault(owner, []).append(fd)
     for function in functions:
         if function.socket is None and function.fd is None and function.name not in assigned:
-            raise ConfigError(
-                f"function {function.name!r} has no socket configured, and none came from systemd for it"
-            )
+            raise ConfigError(f"function {function.name!r} has no socket configured, and none came from systemd for it")
     return assigned
 
 

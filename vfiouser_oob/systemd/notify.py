@@ -26,9 +26,7 @@ class Notifier:
         self._log = log.get("systemd.notify")
 
     @classmethod
-    def from_environment(
-        cls, environ: MutableMapping[str, str] = os.environ, *, unset: bool = True
-    ) -> Notifier:
+    def from_environment(cls, environ: MutableMapping[str, str] = os.environ, *, unset: bool = True) -> Notifier:
         """The notifier that the service manager asked for.
 
         Args:

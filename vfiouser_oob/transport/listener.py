@@ -83,22 +83,6 @@ def listen_on_path(path: Path, mode: int = 0o660, group: str | None = None) -> L
     return Listener(sock, path)
 
 
-def adopt_listener(fd: int) -> Listener:
-    """Take over an inherited listening socket.
-
-    Args:
-        fd: its descriptor number; owned from now on.
-
-    Raises:
-        ListenError: it is no listening UNIX stream socket.
-    """
-    sock = adopt_socket(fd)
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        sock.detach()
-        raise ListenError(f"descriptor {fd} is a UNIX socket, but not a listening one")
-    return Listener(sock, None)
-
-
 def adopt_socket(fd: int) -> socket.socket:
     """Take over an inherited UNIX stream socket, listening or connected.
 
@@ -110,6 +94,8 @@ def adopt_socket(fd: int) -> socket.socket:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ListenError(f"descriptor {fd} is not a socket")
         sock = socket.socket(fileno=fd)
+    except ListenError:
+        raise
     except OSError as error:
         raise ListenError(f"descriptor {fd} is unusable: {error.strerror}") from error
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:

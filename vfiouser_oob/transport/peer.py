@@ -6,7 +6,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-_UCRED = struct.Struct("3i")
+_UCRED = struct.Struct("iII")
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,7 @@ async def serving(
     *functions: FunctionConfig, reply_budget_s: float = 4.0, control_socket: Path | None = None
 ) -> AsyncIterator[Daemon]:
     """Run a daemon until the block ends."""
-    config = DaemonConfig(
-        functions=functions, reply_budget_s=reply_budget_s, control_socket=control_socket
-    )
+    config = DaemonConfig(functions=functions, reply_budget_s=reply_budget_s, control_socket=control_socket)
     async with trio.open_nursery() as nursery:
         daemon = await nursery.start(run_daemon, config)
         yield daemon

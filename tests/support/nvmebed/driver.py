@@ -57,21 +57,27 @@ class Driver:
     # Registers
 
     def read32(self, offset: int) -> int:
+        """Read a register."""
         return int.from_bytes(self.function.region_read(0, offset, 4), "little")
 
     def read64(self, offset: int) -> int:
+        """Read a wide register."""
         return int.from_bytes(self.function.region_read(0, offset, 8), "little")
 
     def write32(self, offset: int, value: int) -> None:
+        """Write a register."""
         self.function.region_write(0, offset, value.to_bytes(4, "little"))
 
     def write64(self, offset: int, value: int) -> None:
+        """Write a wide register."""
         self.function.region_write(0, offset, value.to_bytes(8, "little"))
 
     def pci_command(self, value: int) -> None:
+        """Write the PCI command register."""
         self.function.config_changed(self.function.config.write(4, value.to_bytes(2, "little")))
 
     def enable_msix(self, *, masked: bool = False) -> None:
+        """Enable MSI-X in config space."""
         at = self.function.config.capability_offset(0x11)
         assert at is not None
         control = 0x8000 | 0x4000 * masked

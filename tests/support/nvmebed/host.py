@@ -26,6 +26,8 @@ class Memory:
         self.accesses: list[tuple[str, int, int]] = []
         #: Accesses inside these ranges wait for their event first, as a client's answer does.
         self.gates: list[tuple[range, trio.Event]] = []
+        #: Writes into these ranges take place, but are confirmed to the device only after their event.
+        self.confirmations: list[tuple[range, trio.Event]] = []
         #: Whether every access yields to other tasks first.
         self.yields = False
 
@@ -44,16 +46,29 @@ class Memory:
                 await event.wait()
 
     async def read(self, address: int, count: int) -> bytes:
+        """Read as the device does."""
         await self._wait(address)
         offset = self._offset(address, count)
         self.accesses.append(("read", address, count))
         return bytes(self.ram[offset : offset + count])
 
     async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write as the device does."""
         await self._wait(address)
         offset = self._offset(address, len(data))
         self.accesses.append(("write", address, len(data)))
         self.ram[offset : offset + len(data)] = data
+        for addresses, event in self.confirmations:
+            if address in addresses:
+                # A message that was sent has to be answered, whatever became of who sent it.
+                with trio.CancelScope(shield=True):
+                    await event.wait()
+
+    def hold_confirmation(self, address: int, count: int) -> trio.Event:
+        """Make writes into a range return only when the event that is returned is set."""
+        event = trio.Event()
+        self.confirmations.append((range(address, address + count), event))
+        return event
 
     def hold(self, address: int, count: int) -> trio.Event:
         """Make accesses to a range wait until the event that is returned is set."""
@@ -81,11 +96,13 @@ class Host:
         model.attach(self)
 
     def trigger(self, index: IrqIndex, vector: int) -> None:
+        """Count an edge."""
         assert index is IrqIndex.MSIX
         self.interrupts[vector] += 1
         self._notify()
 
     def set_intx(self, asserted: bool) -> None:
+        """Take the level of the pin."""
         if asserted != self.intx:
             self.intx = asserted
             self._notify()

@@ -94,9 +94,7 @@ class LineListener:
         listening = self._socket
         if listening is None:
             raise BedError(f"not listening on {self.path}")
-        connection, _ = await peer.unless_it_ends(
-            listening.accept, f"before it connected to {self.path.name}"
-        )
+        connection, _ = await peer.unless_it_ends(listening.accept, f"before it connected to {self.path.name}")
         stream = LineStream(trio.SocketStream(connection), peer)
         self._accepted.append(stream)
         return stream

@@ -204,9 +204,7 @@ class NvmeDriver:
             return await self._qtest.load(address + 14, 2) & 1 == pair.phase
 
         await until(f"completion on queue {pair.queue}", arrived)
-        result, _, _, _, command, status = struct.unpack(
-            "<IIHHHH", await self._qtest.read(address, CQE_BYTES)
-        )
+        result, _, _, _, command, status = struct.unpack("<IIHHHH", await self._qtest.read(address, CQE_BYTES))
         pair.head += 1
         if pair.head == pair.entries:
             pair.head, pair.phase = 0, pair.phase ^ 1

@@ -75,9 +75,7 @@ class QemuConfig:
 class Qemu:
     """A running QEMU; made by `start_qemu`."""
 
-    def __init__(
-        self, process: LoggedProcess, qmp: Qmp, guest: Guest | None, qtest: Qtest | None, trace: Path
-    ) -> None:
+    def __init__(self, process: LoggedProcess, qmp: Qmp, guest: Guest | None, qtest: Qtest | None, trace: Path) -> None:
         self.process = process
         self.qmp = qmp
         self._guest = guest
@@ -111,9 +109,7 @@ class Qemu:
 
 
 @asynccontextmanager
-async def start_qemu(
-    assets: Assets, config: QemuConfig, workdir: Path, *, name: str = "qemu"
-) -> AsyncIterator[Qemu]:
+async def start_qemu(assets: Assets, config: QemuConfig, workdir: Path, *, name: str = "qemu") -> AsyncIterator[Qemu]:
     """Start QEMU and connect to it; it is killed at the end.
 
     Args:
@@ -138,9 +134,7 @@ async def start_qemu(
             *config.extra,
         ]
         log = workdir / f"{name}.log"
-        process = await stack.enter_async_context(
-            logged_process(name, argv, log, env=assets.qemu_environment)
-        )
+        process = await stack.enter_async_context(logged_process(name, argv, log, env=assets.qemu_environment))
         qmp = Qmp(await qmp_listener.accept(process), log)
         driver = await drive_listener.accept(process)
         guest = Guest(driver, process, console) if config.accel == "tcg" else None

@@ -75,9 +75,7 @@ class PrivateApt:
 
     def closure(self, package: str, suite: str) -> list[Package]:
         """Return the package from that suite, and everything it needs."""
-        output = self._run(
-            f"resolve {package}", "--yes", "--print-uris", "--target-release", suite, "install", package
-        )
+        output = self._run(f"resolve {package}", "--yes", "--print-uris", "--target-release", suite, "install", package)
         return [_package(match) for match in _URI_LINE.finditer(output)]
 
     def download(self, packages: Sequence[Package], into: Path) -> None:

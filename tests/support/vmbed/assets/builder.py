@@ -154,9 +154,7 @@ def _unpack_kernel(debs: Path, tree: Path) -> None:
     for name, places in KERNEL_FILES.items():
         found = [path for place in places for path in tree.glob(place) if path.is_file()]
         if not found:
-            raise AssetError(
-                f"the kernel and busybox packages hold no {name}; looked for {', '.join(places)}"
-            )
+            raise AssetError(f"the kernel and busybox packages hold no {name}; looked for {', '.join(places)}")
         found[0].rename(tree / name)
     for unused in ("boot", "usr/share"):
         shutil.rmtree(tree / unused, ignore_errors=True)

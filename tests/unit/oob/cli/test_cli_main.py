@@ -77,15 +77,13 @@ def test_help_of_each_command(capsys: pytest.CaptureFixture[str], name: str) -> 
 
 
 def test_help_imports_neither_trio_nor_construct() -> None:
-    """The list of sub-commands is there at once: nothing heavy is imported for it."""
+    """The list of sub-commands, and `status`, are there at once: nothing heavy is imported for them."""
     script = (
-        "import sys; from vfiouser_oob.cli.main import build_parser; build_parser().format_help();"
+        "import sys; from vfiouser_oob.cli.main import build_parser; build_parser('status').format_help();"
         "print([m for m in ('trio', 'construct', 'asyncio') if m in sys.modules])"
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
     assert "[]\n" == done.stdout
 
 
@@ -139,9 +137,7 @@ def test_a_failure_is_one_line_and_1(capsys: pytest.CaptureFixture[str], tmp_pat
         (AssertionError(), ExitCode.FAILED, ["internal error: AssertionError: no message"]),
         (KeyboardInterrupt(), ExitCode.FAILED, ["interrupted"]),
         (
-            BaseExceptionGroup(
-                "g", [CommandFailed("a"), ExceptionGroup("h", [ConfigError("b"), CommandFailed("a")])]
-            ),
+            BaseExceptionGroup("g", [CommandFailed("a"), ExceptionGroup("h", [ConfigError("b"), CommandFailed("a")])]),
             ExitCode.USAGE,
             ["a", "b"],
         ),

@@ -32,6 +32,7 @@ from vfiouser_oob.config.values import format_size, read_size
                 options=NvmeOptions(image=Path("/a,b.img"), cmb=4 << 20, doorbells=Doorbells.POLLED),
             ),
         ),
+        ("model:test", ModelDevice(model="test")),
         ("vfio-user:/run/up.sock", UpstreamDevice(socket=Path("/run/up.sock"))),
         ("vfio-user:up,,x.sock", UpstreamDevice(socket=Path("up,x.sock"))),
     ],
@@ -94,10 +95,7 @@ def test_soc_functions_get_sockets_and_images_of_their_own(tmp_path: Path) -> No
     config = options.daemon_config()
     assert ["f0", "f1"] == [function.name for function in config.functions]
     assert [tmp_path / "f0.sock", tmp_path / "f1.sock"] == [function.socket for function in config.functions]
-    expected = [
-        ModelDevice(options=NvmeOptions(image=Path(f"/d/disk.img.{index}"), cmb=2 << 20))
-        for index in range(2)
-    ]
+    expected = [ModelDevice(options=NvmeOptions(image=Path(f"/d/disk.img.{index}"), cmb=2 << 20)) for index in range(2)]
     assert expected == [function.device for function in config.functions]
     assert config.control_socket is None
 

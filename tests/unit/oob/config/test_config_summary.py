@@ -48,7 +48,6 @@ def test_warnings() -> None:
         "'up': the socket's directory /nowhere does not exist yet",
         "'up': socket_mode 0666 lets every user",
         "'up': no vfio-user server's socket is at /nowhere/soc.sock",
-        "'up': dma applies to models only",
         "'ram': no socket is configured",
         "'ram': image /d does not exist yet",
     ]

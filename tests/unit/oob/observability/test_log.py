@@ -31,9 +31,7 @@ def test_human_lines() -> None:
     log.configure(LogLevel.INFO, LogFormat.HUMAN, stream)
     log.get("server.connection").bind(function="f0").info("client connected", pid=7, ratio=0.25)
     log.get("x").debug("not wanted")
-    pattern = (
-        r"\d\d:\d\d:\d\d\.\d{3} info    server\.connection: client connected function=f0 pid=7 ratio=0\.25\n"
-    )
+    pattern = r"\d\d:\d\d:\d\d\.\d{3} info    server\.connection: client connected function=f0 pid=7 ratio=0\.25\n"
     assert re.fullmatch(pattern, stream.getvalue())
 
 

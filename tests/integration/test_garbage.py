@@ -1,0 +1,270 @@
+"""The daemon is fed garbage: generated and mutated messages over a real socket, with descriptors attached at random.
+
+The daemon is a process of its own, so that its death would be seen, and its descriptors are counted from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+HEADER = struct.Struct("<HHIII")
+HELLO = struct.pack("<HH", 0, 2) + b'{"capabilities":{"max_msg_fds":8,"write_multiple":true}}\0'
+ROOT = Path(__file__).parents[2]
+EXAMPLES = 130
+MESSAGES = 100
+
+u16 = st.integers(0, 0xFFFF)
+u32 = st.one_of(
+    st.integers(0, 64), st.sampled_from([0xFFFFFFFF, 1 << 20, (1 << 20) + 1, 4096]), st.integers(0, 0xFFFFFFFF)
+)
+u64 = st.one_of(
+    st.integers(0, 1 << 16), st.sampled_from([0, (1 << 64) - 1, 1 << 63, 0x1000]), st.integers(0, (1 << 64) - 1)
+)
+blob = st.binary(max_size=64)
+
+
+def packed(layout: str, *fields: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
+    """Payloads of one layout, with a tail of any bytes."""
+    return st.builds(lambda values, tail: struct.pack(layout, *values) + tail, st.tuples(*fields), blob)
+
+
+#: Payloads that are nearly right, so that they get past the first check.
+PAYLOADS: dict[int, st.SearchStrategy[bytes]] = {
+    1: st.one_of(blob, st.just(HELLO)),
+    2: packed("<IIQQQ", st.sampled_from([32, 31, 64]), st.integers(0, 31), u64, u64, u64),
+    3: packed("<IIQQ", st.sampled_from([24, 48, 1 << 21]), st.integers(0, 7), u64, u64),
+    4: packed("<4I", u32, u32, u32, u32),
+    5: packed("<IIIIQQ", u32, u32, st.integers(0, 12), u32, u64, u64),
+    6: packed("<4I", u32, st.integers(0, 1), st.integers(0, 12), st.integers(0, 1)),
+    7: packed("<4I", u32, u32, st.integers(0, 6), u32),
+    8: packed("<5I", st.sampled_from([20, 0, 32]), st.integers(0, 255), st.integers(0, 6), u32, u32),
+    9: packed("<QII", u64, st.integers(0, 12), u32),
+    10: st.builds(
+        lambda offset, region, data, lie: struct.pack("<QII", offset, region, len(data) + lie) + data,
+        u64,
+        st.integers(0, 12),
+        blob,
+        st.sampled_from([0, 0, 0, 1, 0xFFFF]),
+    ),
+    11: packed("<QQ", u64, u64),
+    12: packed("<QQ", u64, u64),
+    13: blob,
+    14: packed("<II", u32, st.integers(0, 9)),
+    15: packed("<Q", u64),
+    16: packed("<II", u32, u32),
+    17: packed("<II", u32, u32),
+    18: packed("<II", u32, u32),
+}
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> tuple[bytes, int]:
+    """One message and how many descriptors come with it; now and then its header lies."""
+    command = draw(st.one_of(st.sampled_from(sorted(PAYLOADS)), st.sampled_from([2, 3, 8, 9, 10]), u16))
+    payload = draw(PAYLOADS.get(command, blob))
+    flags = draw(st.sampled_from([0, 0, 0, 0, 0x10, 0x20, 1, 2, 0xFFFFFF00]))
+    size = 16 + len(payload)
+    if draw(st.integers(0, 400)) == 0:
+        size = draw(st.sampled_from([0, 15, size + 1, size - 1, 0x7FFFFFFF, 0xFFFFFFFF]))
+    fds = draw(st.sampled_from([0, 0, 0, 1, 1, 2, 20]))
+    return HEADER.pack(draw(u16), command, size, flags, draw(st.sampled_from([0, 0, 22]))) + payload, fds
+
+
+class Victim:
+    """A daemon process with a model function and one behind the `vfio-user` backend."""
+
+    def __init__(self, directory: Path) -> None:
+        config = directory / "config.toml"
+        self.sockets = [directory / "model.sock", directory / "front.sock"]
+        config.write_text(
+            f'[daemon]\ncontrol_socket = "{directory}/control.sock"\nreply_budget_s = 0.5\n'
+            f'[[function]]\nname = "model"\nsocket = "{self.sockets[0]}"\ndevice = {{ kind = "model", model = "test" }}\n'
+            f'[[function]]\nname = "up"\nsocket = "{directory}/up.sock"\ndevice = {{ kind = "model", model = "test" }}\n'
+            f'[[function]]\nname = "front"\nsocket = "{self.sockets[1]}"\n'
+            f'device = {{ kind = "vfio-user", socket = "{directory}/up.sock" }}\n'
+        )
+        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        notify.bind(str(directory / "notify"))
+        notify.settimeout(30)
+        path = os.pathsep.join([str(ROOT), str(ROOT / "protocol"), str(ROOT / "agents")])
+        self.log = (directory / "log").open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vfiouser_oob", "serve", "--config", str(config)],
+            env={**os.environ, "PYTHONPATH": path, "NOTIFY_SOCKET": str(directory / "notify")},
+            stderr=self.log,
+        )
+        with notify:
+            assert b"READY=1" in notify.recv(4096)
+        # Descriptors to attach: memory, read-only memory, an eventfd, both ends of things that are neither.
+        memory = os.memfd_create("victim")
+        os.ftruncate(memory, 1 << 16)
+        read_only = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
+        self.offers = [memory, read_only, os.eventfd(0, os.EFD_NONBLOCK), *os.pipe(), os.open("/dev/null", os.O_RDWR)]
+        for path_ in self.sockets:
+            self.check_alive(path_)
+        self.fds = self.count_fds()
+
+    def connect(self, path: Path) -> socket.socket:
+        """Connect; the client before may not be gone yet, which the daemon waits out."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        sock.connect(str(path))
+        return sock
+
+    def check_alive(self, path: Path) -> None:
+        """The next client must be served."""
+        with self.connect(path) as sock:
+            sock.sendall(HEADER.pack(0, 1, 16 + len(HELLO), 0, 0) + HELLO)
+            assert 1 == _receive(sock)[3]
+            sock.sendall(HEADER.pack(1, 4, 32, 0, 0) + struct.pack("<4I", 16, 0, 0, 0))
+            assert (1, 4, 32, 1, 0) == _receive(sock)[:5]
+
+    def count_fds(self) -> int:
+        """How many descriptors the daemon has once nobody is connected."""
+        deadline = time.monotonic() + 10
+        seen = [-1, -2]
+        # The end of a connection is not announced to the peer, so look until the number has settled.
+        while seen[-1] != seen[-2] and time.monotonic() < deadline:
+            seen.append(len(os.listdir(f"/proc/{self.process.pid}/fd")))
+            select.select([], [], [], 0.05)
+        return seen[-1]
+
+    def stop(self) -> None:
+        """End the daemon, which must still do that in good order."""
+        self.process.send_signal(signal.SIGTERM)
+        assert 0 == self.process.wait(20)
+        self.log.close()
+        for fd in self.offers:
+            os.close(fd)
+
+
+def _receive(sock: socket.socket) -> tuple[int, ...]:
+    header = sock.recv(16, socket.MSG_WAITALL)
+    assert len(header) == 16, "the daemon closed the connection"
+    fields = HEADER.unpack(header)
+    if fields[2] > 16:
+        sock.recv(fields[2] - 16, socket.MSG_WAITALL)
+    return fields
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
+    """The daemon that has to survive all examples."""
+    daemon = Victim(tmp_path_factory.mktemp("garbage"))
+    yield daemon
+    daemon.stop()
+
+
+def feed(sock: socket.socket, stream: list[tuple[bytes, int]], offers: list[int], chance: random.Random) -> int:
+    """Send messages until the daemon ends the connection; its replies are thrown away.
+
+    Returns:
+        How many messages were sent.
+    """
+    sock.setblocking(False)
+    for number, (data, count) in enumerate(stream):
+        fds = [chance.choice(offers) for _ in range(count)]
+        while True:
+            readable, writable, _ = select.select([sock], [sock], [], 10)
+            assert readable or writable, "the daemon neither reads nor answers"
+            try:
+                if readable and not sock.recv(1 << 16):
+                    return number
+                if writable:
+                    socket.send_fds(sock, [data], fds) if fds else sock.send(data)
+                    break
+            except BlockingIOError:
+                continue
+            except (BrokenPipeError, ConnectionResetError):
+                return number
+    return len(stream)
+
+
+SENT = {"messages": 0}
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+@given(
+    stream=st.lists(messages(), min_size=MESSAGES, max_size=MESSAGES),
+    seed=st.integers(0, 1 << 32),
+    front=st.booleans(),
+    hello=st.integers(0, 9),
+)
+def _survives(victim: Victim, stream: list[tuple[bytes, int]], seed: int, front: bool, hello: int) -> None:
+    chance = random.Random(seed)
+    path = victim.sockets[front]
+    with victim.connect(path) as sock:
+        if hello:  # now and then the garbage comes before the negotiation
+            sock.sendall(HEADER.pack(0, 1, 16 + len(HELLO), 0, 0) + HELLO)
+            assert 1 == _receive(sock)[3]
+        SENT["messages"] += feed(sock, stream, victim.offers, chance)
+    # Whatever ended that connection early, the rest of the stream goes into the next ones.
+    assert victim.process.poll() is None
+    victim.check_alive(path)
+
+
+def test_generated_garbage(victim: Victim) -> None:
+    """Over 10 000 messages: the daemon lives, serves the next client each time, and keeps no descriptor."""
+    SENT["messages"] = 0
+    while SENT["messages"] < 10_000:
+        _survives(victim)
+    assert victim.fds == victim.count_fds()
+
+
+def test_mutated_conversation(victim: Victim) -> None:
+    """A correct conversation with bytes flipped, dropped and doubled at random does no harm either."""
+    chance = random.Random(20261123)
+    good = b"".join(
+        HEADER.pack(number, command, 16 + len(payload), 0, 0) + payload
+        for number, (command, payload) in enumerate(
+            [
+                (1, HELLO),
+                (4, struct.pack("<4I", 16, 0, 0, 0)),
+                *((5, struct.pack("<IIIIQQ", 64, 0, index, 0, 0, 0)) for index in range(9)),
+                (2, struct.pack("<IIQQQ", 32, 3, 0, 0x10000, 0x8000)),
+                (8, struct.pack("<5I", 20, 0x24, 2, 0, 1)),
+                (10, struct.pack("<QIII", 4, 0, 4, 0xCAFE)),
+                (9, struct.pack("<QII", 4, 0, 4)),
+                (3, struct.pack("<IIQQ", 24, 0, 0x10000, 0x8000)),
+                (13, b""),
+            ]
+        )
+    )
+    for round_ in range(300):
+        data = bytearray(good)
+        for _ in range(chance.randint(1, 6)):
+            position = chance.randrange(len(data))
+            match chance.randrange(3):
+                case 0:
+                    data[position] ^= 1 << chance.randrange(8)
+                case 1:
+                    del data[position : position + chance.randint(1, 20)]
+                case 2:
+                    data[position:position] = data[position : position + chance.randint(1, 20)]
+        path = victim.sockets[round_ % 2]
+        with victim.connect(path) as sock:
+            feed(sock, [(bytes(data), 0)], victim.offers, chance)
+        if round_ % 20 == 19:
+            victim.check_alive(path)
+    assert victim.process.poll() is None
+    assert victim.fds == victim.count_fds()

@@ -1,0 +1,57 @@
+"""What a user installs: the wheel that is really built from this tree."""
+
+from __future__ import annotations
+
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+from vfiouser_oob import __version__
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built once."""
+    builder = WheelBuilder(str(ROOT))
+    path = next(builder.build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"]))
+    with zipfile.ZipFile(path) as archive:
+        # A copy in memory: the archive's directory is read now, and its file is closed.
+        archive.extractall(Path(path).parent / "content")
+        return archive
+
+
+def test_exactly_three_packages(wheel: zipfile.ZipFile) -> None:
+    """The wheel has the three packages and its metadata at top level, and nothing that would collide."""
+    top = {name.split("/")[0] for name in wheel.namelist()}
+    metadata = f"vfiouser_oob-{__version__}.dist-info"
+    assert {"vfiouser_oob", "vfiouser_protocol", "vfiouser_agents", metadata} == top
+
+
+def test_every_module_is_in_it(wheel: zipfile.ZipFile) -> None:
+    """What is in the source tree is in the wheel, markers for type checkers too."""
+    expected = set()
+    for base in (ROOT, ROOT / "protocol", ROOT / "agents"):
+        for package in base.glob("vfiouser_*"):
+            for path in package.rglob("*"):
+                if path.suffix == ".py" or path.name == "py.typed":
+                    expected.add(path.relative_to(base).as_posix())
+    assert expected == {
+        name for name in wheel.namelist() if name.startswith(("vfiouser_",)) and ".dist-info" not in name
+    }
+
+
+def test_metadata(wheel: zipfile.ZipFile) -> None:
+    """Version, licence and the command are in the metadata."""
+    content = Path(str(wheel.filename)).parent / "content" / f"vfiouser_oob-{__version__}.dist-info"
+    metadata = Parser().parsestr((content / "METADATA").read_text())
+    assert (__version__, "Apache-2.0", ">=3.11") == (
+        metadata["Version"],
+        metadata["License-Expression"],
+        metadata["Requires-Python"],
+    )
+    assert "vfiouser-oob = vfiouser_oob.cli.main:main" in (content / "entry_points.txt").read_text()

@@ -1,0 +1,56 @@
+"""The command table against the specification's overview."""
+
+from __future__ import annotations
+
+import pytest
+
+from vfiouser_protocol.commands import COMMANDS, Phase, Role
+from vfiouser_protocol.constants import Command
+
+#: number: (sender, least request payload, request descriptors, reply descriptors)
+OVERVIEW = {
+    1: (Role.CLIENT, 4, 0, 1),
+    2: (Role.CLIENT, 32, 1, 0),
+    3: (Role.CLIENT, 24, 0, 0),
+    4: (Role.CLIENT, 16, 0, 0),
+    5: (Role.CLIENT, 32, 0, 1),
+    6: (Role.CLIENT, 16, 0, 253),
+    7: (Role.CLIENT, 16, 0, 0),
+    8: (Role.CLIENT, 20, 253, 0),
+    9: (Role.CLIENT, 16, 0, 0),
+    10: (Role.CLIENT, 16, 0, 0),
+    11: (Role.SERVER, 16, 0, 0),
+    12: (Role.SERVER, 16, 0, 0),
+    13: (Role.CLIENT, 0, 0, 0),
+    14: (Role.CLIENT, 8, 0, 0),
+    15: (Role.CLIENT, 8, 0, 0),
+    16: (Role.CLIENT, 8, 0, 0),
+    17: (Role.CLIENT, 8, 0, 0),
+    18: (Role.CLIENT, 8, 0, 0),
+}
+
+
+@pytest.mark.parametrize("number", OVERVIEW)
+def test_row(number):
+    """Proves that each row says what the specification says."""
+    spec = COMMANDS[number]
+    actual = (spec.sender, spec.min_payload, spec.request_fds, spec.reply_fds)
+    assert OVERVIEW[number] == actual
+    assert spec.command == number
+
+
+def test_the_table_is_complete():
+    """Proves that every command has a row and nothing else has."""
+    assert set(Command) == set(COMMANDS)
+
+
+def test_only_version_negotiates():
+    """Proves that VERSION alone comes before the connection is ready, and alone ignores NO_REPLY."""
+    assert {spec.command for spec in COMMANDS.values() if spec.phase is Phase.NEGOTIATING} == {1}
+    assert {spec.command for spec in COMMANDS.values() if not spec.no_reply} == {1}
+
+
+def test_roles_are_peers():
+    """Proves that each role is the other's peer."""
+    assert Role.CLIENT.peer is Role.SERVER
+    assert Role.SERVER.peer is Role.CLIENT
