@@ -338,7 +338,7 @@ class DmaMap:
 
     def _refuse_full(self, address: int, size: int) -> NoReturn:
         raise CommandError(
-            f"DMA_MAP {address:#x}+{size:#x}: {len(self)} regions are mapped, {self.max_regions} are allowed; not mapped",
+            f"DMA_MAP {address:#x}+{size:#x}: {len(self)} regions are mapped, {self.max_regions} are allowed; refused",
             errno.ENOSPC,
         )
 
