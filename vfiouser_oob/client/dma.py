@@ -106,9 +106,7 @@ class DmaService:
 
     def _put(self, channel: MessageSocket, header: Header | None, payload: bytes) -> None:
         if len(self._waiting) >= _MAX_WAITING:
-            raise StreamError(
-                f"the server sent more than {_MAX_WAITING} commands without waiting; the connection ends"
-            )
+            raise StreamError(f"the server sent more than {_MAX_WAITING} commands without waiting; the connection ends")
         self._waiting.append((channel, header, payload))
         if not self._holds:
             self._work.set()

@@ -151,6 +151,7 @@ class Connection(ClientLink):
             queued.result.close()
 
     async def run_sender(self, stream: MessageSocket) -> None:
+        """Send what one of the sockets did not take at once."""
         try:
             await stream.run_sender()
         except EndOfStream:

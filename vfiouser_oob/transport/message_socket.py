@@ -1,7 +1,8 @@
 """One stream of vfio-user messages over a UNIX socket, with descriptors attached to the right ones.
 
 The framer says how many bytes may be read next, and no more are read: reading ahead would hand the descriptors of one
-message to another, since the kernel glues them to the first byte of the read that crosses them. Each send is one message.
+message to another, since the kernel glues them to the first byte of the read that crosses them. Each send is one
+message.
 """
 
 from __future__ import annotations
