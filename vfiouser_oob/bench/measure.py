@@ -65,11 +65,6 @@ class MapLoad:
         for first in range(start, end, BURST):
             client.burst(self._maps(first, min(first + BURST, end)), self._fds, _MAP_REPLY_SIZE)
 
-    def shrink(self, client: RawClient, start: int, end: int) -> None:
-        """Unmap the ranges number `start` to `end` - 1."""
-        for first in range(start, end, BURST):
-            client.burst(self._unmaps(first, min(first + BURST, end)), (), _UNMAP_REPLY_SIZE)
-
     def rate(self, client: RawClient, present: int, bursts: int) -> float:
         """Messages per second of bursts that map and unmap 64 ranges beyond the `present` ones."""
         maps, unmaps = self._maps(present, present + BURST), self._unmaps(present, present + BURST)

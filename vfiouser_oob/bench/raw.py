@@ -5,23 +5,25 @@ from __future__ import annotations
 import array
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vfiouser_protocol.capabilities import Capabilities, encode_version
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import HEADER_SIZE, Command, RegionIndex
-from vfiouser_protocol.errors import ReplyError
+from vfiouser_protocol.errors import ReplyError, VfioUserError
 from vfiouser_protocol.header import command_name, pack_header, unpack_header
 from vfiouser_protocol.messages import DeviceInfo, IrqInfo, RegionInfo, RegionRead
 
 #: A daemon that is silent for so long has failed; its own answer to everything is due within seconds.
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 20
 _ANCILLARY_SIZE = socket.CMSG_SPACE(4 * 16)
 _REGION_INFO_ROOM = 1024
+_ERROR_BIT = 0x20
 
 
-class BenchFailed(Exception):
+class BenchFailed(VfioUserError):
     """A measurement could not be made."""
 
 
@@ -39,7 +41,7 @@ class RawClient:
 
     def __init__(self, sock: socket.socket) -> None:
         # A kernel time-out rather than Python's, which would poll before every call.
-        seconds = int(_TIMEOUT_S).to_bytes(8, "little") + bytes(8)
+        seconds = _TIMEOUT_S.to_bytes(8, "little") + bytes(8)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         self.sock = sock
 
@@ -62,6 +64,13 @@ class RawClient:
             raise
         return client
 
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:  # what the kernel says when its receive time-out has passed
+            raise BenchFailed(f"the server was silent for {_TIMEOUT_S} s") from None
+
     def call(self, command: int, payload: bytes) -> bytes:
         """Send a command and return the reply's payload; descriptors that come with it are closed.
 
@@ -69,8 +78,9 @@ class RawClient:
             ReplyError: the server refused.
             BenchFailed: it closed the connection.
         """
-        self.sock.sendall(message(command, payload))
-        data, ancillary, _, _ = self.sock.recvmsg(HEADER_SIZE, _ANCILLARY_SIZE, socket.MSG_WAITALL)
+        with self._patience():
+            self.sock.sendall(message(command, payload))
+            data, ancillary, _, _ = self.sock.recvmsg(HEADER_SIZE, _ANCILLARY_SIZE, socket.MSG_WAITALL)
         for _, _, raw in ancillary:
             for fd in array.array("i", raw):
                 socket.close(fd)
@@ -98,13 +108,14 @@ class RawClient:
         """
         send, receive, now = self.sock.send, self.sock.recv, time.perf_counter_ns
         times = []
-        for _ in range(count):
-            start = now()
-            send(request)
-            reply = receive(reply_size)
-            times.append(now() - start)
-            if len(reply) != reply_size:
-                raise BenchFailed(f"a reply of {len(reply)} bytes came, {reply_size} were expected")
+        with self._patience():
+            for _ in range(count):
+                start = now()
+                send(request)
+                reply = receive(reply_size)
+                times.append(now() - start)
+                if len(reply) != reply_size:
+                    raise BenchFailed(f"a reply of {len(reply)} bytes came, {reply_size} were expected")
         return times
 
     def burst(self, requests: Sequence[bytes], fds: Sequence[int], reply_size: int) -> None:
@@ -127,13 +138,13 @@ class RawClient:
                 self.sock.send(request)
         expected = reply_size * len(requests)
         received = 0
-        while received < expected:
-            data = self.sock.recv(expected - received)
-            # An error reply is shorter, so that the sum would never be reached: look at the first one of each
-            # piece.
-            if not data or data[8] & 0x20:
-                raise BenchFailed("the server refused a command of a burst")
-            received += len(data)
+        with self._patience():
+            while received < expected:
+                data = self.sock.recv(expected - received)
+                # An error reply is shorter than a success or has this bit, and comes first in what is read.
+                if not data or data[8] & _ERROR_BIT:
+                    raise BenchFailed("the server refused a command of a burst")
+                received += len(data)
 
     def close(self) -> None:
         """Hang up."""

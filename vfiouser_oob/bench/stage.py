@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from vfiouser_oob.bench.measure import (
 from vfiouser_oob.bench.raw import RawClient
 from vfiouser_oob.bench.results import Budget, Result
 from vfiouser_oob.client.guest import ClientMemory
-from vfiouser_oob.demo.children import Child, running, running_command
+from vfiouser_oob.demo.children import Child, blaming, running, running_command
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
 
 Progress = Callable[[str], None]
@@ -36,6 +36,7 @@ _MANY_MAPS_BUDGET = Budget(0.8, at_most=False)
 _FIRST_FUNCTION_MB = Budget(60)
 _FURTHER_FUNCTION_MB = Budget(1)
 _NO_WAKE_UPS = Budget(0)
+_MODEL = '{ kind = "model", model = "nvme", size = "1M" }'
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,10 @@ class Bed:
 
     Args:
         directory: for logs and sockets.
-        model: the daemon with one `model` function.
-        model_socket: its socket.
+        children: every process.
+        model: the daemon with two `model` functions.
+        model_socket: the first one's socket.
+        second_socket: the second one's socket.
         upstream: the daemon with one `vfio-user` function.
         upstream_socket: its socket.
         echo: a client of the blocking echo.
@@ -78,8 +81,10 @@ class Bed:
     """
 
     directory: Path
+    children: Sequence[Child]
     model: Child
     model_socket: Path
+    second_socket: Path
     upstream: Child
     upstream_socket: Path
     echo: RawClient
@@ -100,7 +105,7 @@ async def measure(effort: Effort, progress: Progress) -> list[Result]:
     """
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="vfiouser-") as place:
-        async with _bed(Path(place)) as bed:
+        async with _bed(Path(place)) as bed, blaming(bed.children):
             progress("idle: nobody attached, then one client attached")
             results += _idle(bed, effort)
             progress("trapped reads: echo, model, vfio-user in turn")
@@ -118,20 +123,20 @@ async def measure(effort: Effort, progress: Progress) -> list[Result]:
 async def _bed(directory: Path) -> AsyncIterator[Bed]:
     soc = directory / "soc"
     soc.mkdir()
-    model, upstream = directory / "model.sock", directory / "upstream.sock"
+    upstream = directory / "upstream.sock"
+    first, second = directory / "model.sock", directory / "second.sock"
+    device = f'{{ kind = "vfio-user", socket = "{soc / "f0.sock"}" }}'
+    relay = _configuration(directory / "upstream.toml", {upstream: device})
+    config = _configuration(directory / "models.toml", {first: _MODEL, second: _MODEL})
     async with (
-        running("model", _serve(model, "model:nvme,size=1M"), directory) as model_child,
-        running("simulator", ["simulate-soc", f"--socket-dir={soc}", "--size=1M"], directory),
-        running("upstream", _serve(upstream, f"vfio-user:{soc / 'f0.sock'}"), directory) as upstream_child,
+        running("model", ["serve", "--config", os.fspath(config)], directory) as model_child,
+        running("simulator", ["simulate-soc", f"--socket-dir={soc}", "--size=1M"], directory) as simulator,
+        running("upstream", ["serve", "--config", os.fspath(relay)], directory) as upstream_child,
         _peer("echo", directory) as echo,
         _peer("empty-loop", directory) as empty_loop,
     ):
-        yield Bed(directory, model_child, model, upstream_child, upstream, echo, empty_loop)
-
-
-def _serve(path: Path, device: str) -> list[str]:
-    # The log level of a daemon in use; what is logged per message is not to be measured.
-    return ["serve", f"--socket-path={path}", f"--device={device}", "--control-socket=none", "--log-level=warning"]
+        children = (model_child, simulator, upstream_child)
+        yield Bed(directory, children, model_child, first, second, upstream_child, upstream, echo, empty_loop)
 
 
 @asynccontextmanager
@@ -161,40 +166,25 @@ def _maps(bed: Bed, effort: Effort) -> list[Result]:
     with ExitStack() as stack:
         memory = stack.enter_context(ClientMemory(1 << 20))
         load = MapLoad(memory.fileno(), DEFAULT_MAX_DMA_MAPS)
+        # Two functions of one daemon, so that few and many ranges can take turns.
         few_client = stack.enter_context(RawClient.attach(bed.model_socket))
         load.grow(few_client, 0, BURST)
+        many_client = stack.enter_context(RawClient.attach(bed.second_socket))
+        load.grow(many_client, 0, many)
         rates = alternate(
             {
                 "empty": lambda: load.rate(bed.empty_loop, 0, effort.bursts),
                 "few": lambda: load.rate(few_client, BURST, effort.bursts),
+                "many": lambda: load.rate(many_client, many, effort.bursts),
             },
             effort.rounds,
         )
-        # One client per function, so few and many ranges alternate on the same connection.
-        many_rates = _many_maps(load, few_client, many, effort)
+    empty, few, full = rates["empty"], rates["few"], rates["many"]
     return [
-        Result("empty loop", rates["empty"], "messages/s"),
-        Result("DMA_MAP/UNMAP, 64 ranges", rates["few"], "messages/s", rates["empty"], "empty loop", _MAP_BUDGET),
-        Result(
-            "DMA_MAP/UNMAP, 65535 ranges",
-            many_rates["many"],
-            "messages/s",
-            many_rates["few"],
-            "64 ranges",
-            _MANY_MAPS_BUDGET,
-        ),
+        Result("empty loop", empty, "messages/s"),
+        Result("DMA_MAP/UNMAP, 64 ranges", few, "messages/s", empty, "empty loop", _MAP_BUDGET),
+        Result("DMA_MAP/UNMAP, 65535 ranges", full, "messages/s", few, "64 ranges", _MANY_MAPS_BUDGET),
     ]
-
-
-def _many_maps(load: MapLoad, client: RawClient, many: int, effort: Effort) -> dict[str, float]:
-    few_rates: list[float] = []
-    many_rates: list[float] = []
-    for _ in range(max(3, effort.rounds // 2)):
-        few_rates.append(load.rate(client, BURST, effort.bursts))
-        load.grow(client, BURST, many)
-        many_rates.append(load.rate(client, many, effort.bursts))
-        load.shrink(client, BURST, many)
-    return {"few": sorted(few_rates)[len(few_rates) // 2], "many": sorted(many_rates)[len(many_rates) // 2]}
 
 
 def _attaches(bed: Bed, effort: Effort) -> list[Result]:
@@ -237,22 +227,37 @@ async def _memory(directory: Path, effort: Effort) -> list[Result]:
 
 async def _resident(directory: Path, functions: int) -> float:
     """Memory of a daemon whose functions all have a client."""
-    directory.mkdir()
-    names = [f"f{number}" for number in range(functions)]
-    soc = directory / "soc"
-    soc.mkdir()
-    config = directory / "daemon.toml"
-    lines = ["[daemon]", 'control_socket = "none"', 'log_level = "warning"']
-    for name in names:
-        device = f'{{ kind = "vfio-user", socket = "{soc / f"{name}.sock"}" }}'
-        lines += ["[[function]]", f'name = "{name}"', f'socket = "{directory / f"{name}.sock"}"', f"device = {device}"]
-    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config, soc, sockets = _many_functions(directory, functions)
     simulator = ["simulate-soc", f"--socket-dir={soc}", "--size=1M", f"--functions={functions}"]
     async with (
         running("simulator", simulator, directory),
         running("serve", ["serve", "--config", os.fspath(config)], directory) as daemon,
     ):
         with ExitStack() as clients:
-            for name in names:
-                clients.enter_context(RawClient.attach(directory / f"{name}.sock"))
+            for path in sockets:
+                clients.enter_context(RawClient.attach(path))
             return resident_mb(daemon.pid)
+
+
+def _many_functions(directory: Path, functions: int) -> tuple[Path, Path, list[Path]]:
+    """Prepare a daemon: its configuration, the simulator's directory, the sockets that it will serve."""
+    soc = directory / "soc"
+    soc.mkdir(parents=True)
+    sockets = [directory / f"f{number}.sock" for number in range(functions)]
+    devices = {path: f'{{ kind = "vfio-user", socket = "{soc / path.name}" }}' for path in sockets}
+    return _configuration(directory / "daemon.toml", devices), soc, sockets
+
+
+def _configuration(path: Path, devices: Mapping[Path, str]) -> Path:
+    """Write a configuration: the device of each socket."""
+    # The log level of a daemon in use; what is logged for each client is not to be measured.
+    lines = ["[daemon]", 'control_socket = "none"', 'log_level = "warning"']
+    for socket_path, device in devices.items():
+        lines += [
+            "[[function]]",
+            f'name = "{socket_path.stem}"',
+            f'socket = "{socket_path}"',
+            f"device = {device}",
+        ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -41,8 +41,21 @@ def run(args: argparse.Namespace) -> int:
         _print_json(results, args.quick)
     else:
         _print_table(results)
+    return verdict(results, strict=args.strict)
+
+
+def verdict(results: Sequence[Result], *, strict: bool) -> ExitCode:
+    """The exit code.
+
+    Args:
+        results: what was measured.
+        strict: whether a budget that is exceeded is a failure.
+
+    Raises:
+        CommandFailed: it is one.
+    """
     missed = [result.name for result in results if not result.ok]
-    if missed and args.strict:
+    if missed and strict:
         raise CommandFailed(f"over budget: {', '.join(missed)}")
     return ExitCode.DONE
 

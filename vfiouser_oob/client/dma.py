@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import errno
 from collections import deque
+from collections.abc import Callable
 
 import trio
 
@@ -63,9 +64,17 @@ class DmaService:
         server: whose memory it is.
         session: the protocol's rules, shared with the connection.
         max_data_xfer_size: bytes of the largest transfer that we announced.
+        trace: takes every reply that is sent.
     """
 
-    def __init__(self, server: DmaServer, session: Session, max_data_xfer_size: int) -> None:
+    def __init__(
+        self,
+        server: DmaServer,
+        session: Session,
+        max_data_xfer_size: int,
+        trace: Callable[[bytes], None],
+    ) -> None:
+        self._trace = trace
         self._server = server
         self._session = session
         self._max_size = max_data_xfer_size
@@ -122,6 +131,7 @@ class DmaService:
                 channel, header, payload = self._waiting.popleft()
                 reply = payload if header is None else await self._answer(header, payload)
                 if reply:
+                    self._trace(reply)
                     channel.send(reply)
                 if channel.congested:
                     await channel.flushed()
