@@ -15,8 +15,8 @@ from vfiouser_protocol.header import Header
 from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
 from vfiouser_protocol.session import Session
 
-#: Bytes of one DMA_READ, and of all that wait for their replies. QEMU 11.1 loses its place in the stream when a reply does
-#: not fit into its socket's send buffer (208 KiB by default on Linux), although it announces transfers of 1 MiB.
+#: Bytes of one DMA_READ, and of all that wait for their replies. QEMU 11.1 loses its place in the stream when a reply
+#: does not fit into its socket's send buffer (208 KiB by default on Linux), although it announces transfers of 1 MiB.
 MAX_READ = 64 << 10
 MAX_READ_OUTSTANDING = 128 << 10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import trio
+
 from vfiouser_oob.server.dma_link import ByteBudget
 
 
