@@ -49,8 +49,9 @@ P = TypeVar("P", bound=Payload)
 _READ = int(RegionFlags.READ)
 _WRITE = int(RegionFlags.WRITE)
 NO_PAYLOAD = b""
-#: A plain int: the complement of an IntFlag has known bits only.
-_UNMAP_KNOWN = int(DmaUnmapFlags.GET_DIRTY_BITMAP | DmaUnmapFlags.ALL)
+_UNMAP_BITMAP = int(DmaUnmapFlags.GET_DIRTY_BITMAP)
+_UNMAP_ALL = int(DmaUnmapFlags.ALL)
+_UNMAP_KNOWN = _UNMAP_BITMAP | _UNMAP_ALL
 _UNMAP_SIZE = 24
 _INFO_SIZE = 16
 
@@ -224,9 +225,9 @@ class Handlers:
         flags = request.flags
         if flags & ~_UNMAP_KNOWN or flags == _UNMAP_KNOWN:
             raise CommandError(f"DMA_UNMAP flags {flags:#x}; allowed are one of GET_DIRTY_BITMAP 0x1 and ALL 0x2")
-        if flags & DmaUnmapFlags.GET_DIRTY_BITMAP:
+        if flags & _UNMAP_BITMAP:
             raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
-        if flags & DmaUnmapFlags.ALL:
+        if flags & _UNMAP_ALL:
             if request.address or request.size:
                 raise CommandError("DMA_UNMAP of everything with an address or size")
             done = self._session.dma_unmap_all()
