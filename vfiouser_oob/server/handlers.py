@@ -52,6 +52,7 @@ NO_PAYLOAD = b""
 _UNMAP_BITMAP = int(DmaUnmapFlags.GET_DIRTY_BITMAP)
 _UNMAP_ALL = int(DmaUnmapFlags.ALL)
 _UNMAP_KNOWN = _UNMAP_BITMAP | _UNMAP_ALL
+_MAP_SIZE = 32
 _UNMAP_SIZE = 24
 _INFO_SIZE = 16
 
@@ -213,7 +214,9 @@ class Handlers:
     def dma_map(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_MAP."""
         try:
-            request = self._decode(DmaMap, payload)
+            request = decode(DmaMap, payload)
+            if request.argsz != _MAP_SIZE:  # the rules are asked only about what is not as everybody sends it
+                check_request(request, self._max_transfer)
         except CommandError:
             close_fds(fds)
             raise
@@ -221,8 +224,10 @@ class Handlers:
 
     def dma_unmap(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_UNMAP."""
-        request = self._decode(DmaUnmap, payload)
+        request = decode(DmaUnmap, payload)
         flags = request.flags
+        if flags or request.argsz != _UNMAP_SIZE:
+            check_request(request, self._max_transfer)
         if flags & ~_UNMAP_KNOWN or flags == _UNMAP_KNOWN:
             raise CommandError(f"DMA_UNMAP flags {flags:#x}; allowed are one of GET_DIRTY_BITMAP 0x1 and ALL 0x2")
         if flags & _UNMAP_BITMAP:
