@@ -217,7 +217,7 @@ def require_unmap_bitmap(request: DmaUnmap, logging: DmaLogging) -> None:
 
     Spec: vfio-user 0.9.1, VFIO_USER_DMA_UNMAP. Pages of another size than the logged are converted, as in libvfio-user.
     """
-    pgsize = request.pgsize or 0
+    pgsize = request.bitmap_pgsize or 0
     if not logging.active:
         raise CommandError("DMA_UNMAP with a dirty bitmap while nothing is logged; the mapping stays")
     check_report_pages(request.address, request.size, pgsize)

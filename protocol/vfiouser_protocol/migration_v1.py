@@ -1,4 +1,4 @@
-"""Migration of the v1 generation: a region with registers and a data section, and DIRTY_PAGES.
+"""Migration of the v1 generation: a region with registers and a data section.
 
 Everything is a table: the transitions of device_state, the registers, and the iteration by which a client takes data.
 The engine that both generations share knows states of the v2 generation only; `TO_V2` and `FROM_V2` translate. A v1
@@ -8,28 +8,20 @@ nothing to say there.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
-from vfiouser_protocol.codec import decode
 from vfiouser_protocol.constants import (
     REGION_SUBTYPE_MIGRATION,
     REGION_TYPE_MIGRATION,
     DeviceState,
-    DirtyPagesFlags,
     RegionIndex,
 )
-from vfiouser_protocol.dirty import bitmap_size, check_report_pages
-from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError, LocalProtocolError
-from vfiouser_protocol.limits import MAX_BITMAP_ARGSZ
-from vfiouser_protocol.messages import DirtyPages
 from vfiouser_protocol.migration_v2 import Arc, require_path
 from vfiouser_protocol.regions import RegionSpec, RegionType, SparseArea
-from vfiouser_protocol.rules import check_request, dirty_pages_reply
 
 # --- device_state ---
 
@@ -121,8 +113,8 @@ class RegisterRule(NamedTuple):
     writable: frozenset[DeviceState] | None = frozenset()
 
 
-#: Spec: struct vfio_device_migration_info. The specification ignores accesses to the reserved word, libvfio-user refuses
-#: them: ignored here.
+#: Spec: struct vfio_device_migration_info. The specification ignores accesses to the reserved word, as is done here;
+#: libvfio-user refuses them.
 REGISTERS: Mapping[Register, RegisterRule] = MappingProxyType(
     {
         Register.DEVICE_STATE: RegisterRule(0, 4, None),
@@ -140,12 +132,12 @@ class DataAccess(NamedTuple):
     """An access to the data section.
 
     Args:
-        offset: in the data section, bytes.
-        count: bytes.
+        start: first byte, in the data section.
+        end: behind the last byte.
     """
 
-    offset: int
-    count: int
+    start: int
+    end: int
 
 
 class RegionLayout:
@@ -197,7 +189,7 @@ class RegionLayout:
         """
         what = f"access of {count} bytes at {offset:#x} of the migration region"
         if self.data_start <= offset and offset + count <= self.size:
-            return DataAccess(offset - self.data_start, count)
+            return DataAccess(offset - self.data_start, offset + count - self.data_start)
         register = _BY_OFFSET.get(offset)
         if register is None:
             raise CommandError(f"{what}: no register begins there, and data lies from {self.data_start:#x} on; refused")
@@ -472,117 +464,3 @@ class Iteration:
             legal = [item.value for item in ITERATION[self.phase] if item is not Event.STOP]
             raise CommandError(f"{event.value} in phase {self.phase.value}; due is: {', '.join(legal)}; refused")
         return step
-
-
-# --- DIRTY_PAGES ---
-
-_DIRTY_FIXED = 40
-
-
-class StartDirty(NamedTuple):
-    """Logging is to begin or to go on, with the migration page size; the reply is empty."""
-
-
-class StopDirty(NamedTuple):
-    """Logging is to end; the reply is empty."""
-
-
-class GetDirty(NamedTuple):
-    """A bitmap is asked for.
-
-    Args:
-        request: what came.
-    """
-
-    request: DirtyPages
-
-    @property
-    def iova(self) -> int:
-        """First address of the range."""
-        return self.request.iova or 0
-
-    @property
-    def length(self) -> int:
-        """Bytes of the range."""
-        return self.request.size or 0
-
-    @property
-    def page_size(self) -> int:
-        """Bytes per bit."""
-        return self.request.pgsize or 0
-
-    @property
-    def short(self) -> bytes | None:
-        """The reply that only says how much is needed, if the client takes no more; nothing is read or cleared then."""
-        size = bitmap_size(self.length, self.page_size)
-        return dirty_pages_reply(self.request, bytes(size)) if self.request.argsz < _DIRTY_FIXED + size else None
-
-    def reply(self, bitmap: bytes) -> bytes:
-        """Return the whole reply; those to START and STOP are empty.
-
-        Args:
-            bitmap: the dirty pages of the range.
-        """
-        return dirty_pages_reply(self.request, bitmap)
-
-
-DirtyCall: TypeAlias = StartDirty | StopDirty | GetDirty
-
-_DIRTY_ACTIONS: Mapping[int, type[StartDirty | StopDirty]] = MappingProxyType(
-    {int(DirtyPagesFlags.START): StartDirty, int(DirtyPagesFlags.STOP): StopDirty}
-)
-
-
-def interpret_dirty_pages(payload: bytes, logging: DmaLogging, *, migratable: bool = True) -> DirtyCall:
-    """Check a DIRTY_PAGES request and say what it asks for.
-
-    Args:
-        payload: the bytes behind the request's header.
-        logging: the function's log.
-        migratable: whether the function can be migrated.
-
-    Returns:
-        The call.
-
-    Raises:
-        CommandError: ENOTSUP if the function cannot be migrated; EINVAL for sizes or flags that are impossible, for a
-            bitmap while nothing is logged, of other pages than the logged ones, or of another size than it has.
-
-    Spec: vfio-user 0.9.1, VFIO_USER_DIRTY_PAGES; the bitmap's place as in every implementation, not as in the text.
-    """
-    request = decode(DirtyPages, payload)
-    check_request(request, MAX_BITMAP_ARGSZ)
-    if not migratable:
-        raise CommandError("DIRTY_PAGES on a function that cannot be migrated; refused", errno.ENOTSUP)
-    action = _DIRTY_ACTIONS.get(request.flags)
-    if action is not None:
-        return action()
-    if request.flags != DirtyPagesFlags.GET_BITMAP:
-        raise CommandError(f"DIRTY_PAGES flags {request.flags:#x}; START 1, STOP 2 or GET_BITMAP 4 is needed; refused")
-    call = GetDirty(request)
-    check_report_pages(call.iova, call.length, call.page_size)
-    if not logging.active:
-        raise CommandError("DIRTY_PAGES GET_BITMAP while nothing is logged; START first; refused")
-    if call.page_size != logging.page_size:
-        raise CommandError(f"a bitmap of pages of {call.page_size} bytes; {logging.page_size} are logged; refused")
-    if request.bitmap_size != (size := bitmap_size(call.length, call.page_size)):
-        raise CommandError(f"a bitmap of {request.bitmap_size} bytes for a range that needs {size}; refused")
-    return call
-
-
-def require_dirty_range(call: GetDirty, *, mapped: bool, by_file: bool) -> None:
-    """Refuse a bitmap of memory that nobody can have logged.
-
-    Args:
-        call: what was asked for.
-        mapped: whether any of the range is mapped.
-        by_file: whether any of it came with a file descriptor; what has none is written through the client.
-
-    Raises:
-        CommandError: ENOENT if nothing is mapped there, EINVAL if all of it is written through the client.
-    """
-    what = f"DIRTY_PAGES of {call.iova:#x}+{call.length:#x}"
-    if not mapped:
-        raise CommandError(f"{what}: nothing is mapped there", errno.ENOENT)
-    if not by_file:
-        raise CommandError(f"{what}: it has no file descriptor, so the client itself writes it; refused")
