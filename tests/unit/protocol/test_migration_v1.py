@@ -328,11 +328,14 @@ def test_a_whole_load() -> None:
     for size in (MIB, 1, 0, 77):
         assert size == iteration.write_size(size)
         assert size == iteration.size()
+    iteration.write_size(5)
     refused(errno.EINVAL, iteration.write_size, MIB + 1)
     refused(errno.EINVAL, iteration.write_size, (1 << 64) - 1)
     assert not iteration.begin_pending()
     assert 0 == iteration.pending(5)
     assert not iteration.enter(RUNNING)
+    iteration.enter(RESUMING)
+    assert 0 == iteration.size()
 
 
 # DIRTY_PAGES

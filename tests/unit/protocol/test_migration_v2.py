@@ -15,6 +15,7 @@ from vfiouser_protocol.migration_v2 import (
     FORBIDDEN,
     SAVING,
     FeatureAction,
+    _search,
     arc_between,
     interpret_feature,
     path_arcs,
@@ -76,6 +77,14 @@ def test_paths_are_the_only_shortest_ones() -> None:
             path = shortest_path(current, target)
             if path:
                 assert 1 == sum(1 for walk in walks(current, len(path)) if walk[-1] is target), (current, target)
+
+
+def test_the_order_of_arcs_means_nothing() -> None:
+    """The rules alone decide, not which arc is looked at first."""
+    for current in COLUMNS:
+        for target in COLUMNS:
+            if current is not target:
+                assert _search(current, target, ARCS) == _search(current, target, ARCS[::-1])
 
 
 def walks(start: DeviceState, length: int) -> list[list[DeviceState]]:

@@ -111,6 +111,25 @@ def test_other_versions(version: int, word: str) -> None:
     assert f"reads {VERSION}" in str(refused)
 
 
+def test_reserved_bytes_are_zero() -> None:
+    """A header whose checksum is right but which says more than this version knows is refused."""
+    body = struct.pack("<8sII12s", MAGIC, VERSION, 1, b"new feature!")
+    assert Refusal.CORRUPT is refusal([body + struct.pack("<I", crc32(body))]).reason
+
+
+@pytest.mark.parametrize(
+    ("generation", "sequence", "offset"), [(2, 2, 11), (4, 2, 11), (3, 1, 11), (3, 3, 11), (3, 2, 0)]
+)
+def test_a_record_out_of_place_is_refused_by_its_head(generation: int, sequence: int, offset: int) -> None:
+    """Of another generation, number or offset: its payload is not even waited for."""
+    records = whole_records(PIECES, generation=3)[:3]
+    reader = StreamReader()
+    reader.feed(b"".join(records))
+    with pytest.raises(StreamRefused, match="was due") as info:
+        reader.feed(pack_head(b"data", generation, sequence, 10, offset, 0))
+    assert Refusal.ORDER is info.value.reason
+
+
 @pytest.mark.parametrize("stream", [b"QEVM\0\0\0\3", b"\0", b"VFUOOBSX", bytes(100)])
 def test_foreign_streams(stream: bytes) -> None:
     """Refused with the first byte that differs, however little came."""
