@@ -9,7 +9,7 @@ thing itself. The rules, which `testing.check_agent` proves:
    `Capabilities.p2p` is false, `quiesce` does what `stop` does.
 3. `save(FINAL)` is for STOPPED and LOADED, `save(PRECOPY)` for RUNNING and QUIESCED. Offsets count the bytes of one
    stream over both phases. The last chunk may be asked for again; asking for the offset after it acknowledges it. Any
-   other offset needs `random_access_save`.
+   other offset needs `random_access_save`. 0 begins anew, and a function that stayed stopped gives the same bytes.
 4. `load_begin`, `load` and `load_commit` need the role DESTINATION, and `load_begin` a function in STOPPED, LOADING or
    LOADED. Bytes arrive in order. The commit verifies total and digest, applies, and leaves LOADED; `resume` then runs
    the function.
