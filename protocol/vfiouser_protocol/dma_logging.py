@@ -7,13 +7,14 @@ what the device wrote is told by the caller, so nothing here waits.
 from __future__ import annotations
 
 import errno
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-from vfiouser_protocol.dirty import DirtyLog, logging_page_size
+from vfiouser_protocol.dirty import DirtyLog, bitmap_size, check_report_pages, logging_page_size
 from vfiouser_protocol.dma import ADDRESS_SPACE
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.limits import DEFAULT_MAX_BITMAP_SIZE
-from vfiouser_protocol.messages import LoggingRange
+from vfiouser_protocol.messages import DmaUnmap, LoggingRange
 
 #: What no ranges stand for.
 EVERYTHING = (LoggingRange(0, ADDRESS_SPACE),)
@@ -196,5 +197,31 @@ def _normalized(ranges: Iterable[LoggingRange], page_size: int) -> tuple[Logging
 
 
 def _covers(logged: Sequence[LoggingRange], wanted: LoggingRange) -> bool:
-    """Whether one of the ranges, which do not touch each other, holds all of another."""
-    return any(item.iova <= wanted.iova and wanted.iova + wanted.length <= item.iova + item.length for item in logged)
+    """Whether one of the ranges, which are sorted and apart, holds all of another."""
+    index = bisect_right(logged, wanted.iova, key=lambda item: item.iova) - 1
+    if index < 0:
+        return False
+    item = logged[index]
+    return wanted.iova + wanted.length <= item.iova + item.length
+
+
+def require_unmap_bitmap(request: DmaUnmap, logging: DmaLogging) -> None:
+    """Refuse a DMA_UNMAP whose dirty bitmap cannot be made; the mapping stays then.
+
+    Args:
+        request: with GET_DIRTY_BITMAP.
+        logging: the function's log.
+
+    Raises:
+        CommandError: EINVAL: nothing is logged, impossible pages, or a bitmap of another size than it has.
+
+    Spec: vfio-user 0.9.1, VFIO_USER_DMA_UNMAP. Pages of another size than the logged are converted, as in libvfio-user.
+    """
+    pgsize = request.bitmap_pgsize or 0
+    if not logging.active:
+        raise CommandError("DMA_UNMAP with a dirty bitmap while nothing is logged; the mapping stays")
+    check_report_pages(request.address, request.size, pgsize)
+    if request.bitmap_size != (size := bitmap_size(request.size, pgsize)):
+        raise CommandError(
+            f"DMA_UNMAP with a bitmap of {request.bitmap_size} bytes for a range that needs {size}; the mapping stays"
+        )

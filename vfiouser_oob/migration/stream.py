@@ -1,237 +1,66 @@
 """The state stream: what one daemon writes, a VMM carries and another daemon reads; no I/O here.
 
-    header, descriptor, then data and pci records in any order (pci at least once, the last one counts), trailer
-
-Everything is little-endian and every bit is covered: by the CRC-32 of a record's head, by that of its payload, by
-sequence and generation numbers in the head against lost, repeated and exchanged records, by `seal` (a CRC-32 over all
-heads of the generation) against records of another stream, and by the SHA-256 over the state itself. A header with a
-higher generation may stand wherever a record may: all that came before is void then.
-
-The layouts are declared with construct; the packed twins are what runs. Payloads are never copied by the writer, and
-by the reader only if they did not come in one piece.
+`stream_format` says what it looks like. Payloads are never copied by the writer, and by the reader only if they did not
+come in one piece. The source puts what `StreamWriter` makes into a `RecordQueue`, from which the client takes portions
+of its own size; the destination feeds whatever portions come to a `StreamReader`, and calls `finish` at the end.
 """
 
 from __future__ import annotations
 
-import errno
-import struct
-from collections import deque
-from collections.abc import Mapping, Sequence
-from enum import Enum
-from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 from zlib import crc32
 
-from construct import Bytes, Const, Int32ul, Int64ul, Padding
-from construct import Struct as Layout
-
-from vfiouser_protocol.errors import CommandError, LocalProtocolError
-
-Buffer: TypeAlias = "bytes | bytearray | memoryview"
-
-MAGIC = b"VFUOOBST"
-VERSION = 1
-#: Of the header and of every record's head, bytes.
-HEAD_SIZE = 32
-SHA256_SIZE = 32
-#: Largest piece of state in one record, bytes: what a reader has to hold before it can check it.
-MAX_DATA = 16 << 20
-
-HEADER_LAYOUT = Layout(
-    "magic" / Const(MAGIC),
-    "version" / Int32ul,
-    "generation" / Int32ul,
-    Padding(12),
-    "head_crc" / Int32ul,
+from vfiouser_oob.migration.record_queue import RecordQueue
+from vfiouser_oob.migration.stream_format import (
+    CRC,
+    CRC_AT,
+    DATA,
+    DESCRIPTOR,
+    HEAD,
+    HEAD_SIZE,
+    HEADER,
+    MAGIC,
+    MAX_DATA,
+    NO_PADDING,
+    ORDER,
+    PCI,
+    RECORDS,
+    SHA256_SIZE,
+    TRAILER,
+    TRAILER_BODY,
+    VERSION,
+    Buffer,
+    Data,
+    Descriptor,
+    Header,
+    PciConfig,
+    Place,
+    Record,
+    Refusal,
+    StreamRefused,
+    Trailer,
+    pack_head,
+    pack_header,
+    record_name,
 )
-RECORD_LAYOUT = Layout(
-    "tag" / Bytes(4),
-    "generation" / Int32ul,
-    "sequence" / Int32ul,
-    "length" / Int32ul,
-    "offset" / Int64ul,
-    "payload_crc" / Int32ul,
-    "head_crc" / Int32ul,
-)
-TRAILER_LAYOUT = Layout("total" / Int64ul, "sha256" / Bytes(SHA256_SIZE), "seal" / Int32ul, Padding(4))
+from vfiouser_protocol.errors import LocalProtocolError
 
-_header = struct.Struct("<8sII12s")
-_head = struct.Struct("<4sIIIQI")
-_crc = struct.Struct("<I")
-_trailer = struct.Struct("<Q32sI4s")
-_NO_PADDING = bytes(12)
-_CRC_AT = HEAD_SIZE - _crc.size
-
-
-class Refusal(Enum):
-    """Why a stream is refused."""
-
-    FOREIGN = "foreign"
-    VERSION = "version"
-    CORRUPT = "corrupt"
-    ORDER = "order"
-    TRUNCATED = "truncated"
-
-
-#: What the client is told with the sentence that only logs and status carry.
-_ERRNO = {
-    Refusal.FOREIGN: errno.EINVAL,
-    Refusal.VERSION: errno.EINVAL,
-    Refusal.CORRUPT: errno.EILSEQ,
-    Refusal.ORDER: errno.EILSEQ,
-    Refusal.TRUNCATED: errno.EILSEQ,
-}
-
-
-class StreamRefused(CommandError):
-    """A state stream is refused; nothing of it may be applied.
-
-    Args:
-        reason: the kind of refusal.
-        message: what came, what was allowed.
-    """
-
-    def __init__(self, reason: Refusal, message: str) -> None:
-        super().__init__(f"{message}; the state is refused and nothing of it applied", _ERRNO[reason])
-        self.reason = reason
-
-
-class Header(NamedTuple):
-    """The stream begins, or begins anew.
-
-    Args:
-        generation: counts the beginnings.
-        restart: True if records of an earlier generation came before: they are void.
-    """
-
-    generation: int
-    restart: bool
-
-
-class Descriptor(NamedTuple):
-    """What the state is of: opaque here, checked by the engine and the agent.
-
-    Args:
-        payload: the encoded descriptor.
-    """
-
-    payload: bytes
-
-
-class PciConfig(NamedTuple):
-    """Configuration space as last written.
-
-    Args:
-        payload: opaque here.
-    """
-
-    payload: bytes
-
-
-class Data(NamedTuple):
-    """A piece of the agent's state.
-
-    Args:
-        offset: where it belongs, bytes; pieces follow each other without a gap.
-        data: the bytes, read-only.
-    """
-
-    offset: int
-    data: memoryview
-
-
-class Trailer(NamedTuple):
-    """The end of the stream.
-
-    Args:
-        total: bytes of all `Data`.
-        sha256: of all `Data`; `StreamReader.finish` compares it.
-    """
-
-    total: int
-    sha256: bytes
-
-
-Record: TypeAlias = Header | Descriptor | PciConfig | Data | Trailer
-
-
-class RecordRule(NamedTuple):
-    """What a kind of record may be like.
-
-    Args:
-        least: bytes of payload.
-        most: bytes of payload.
-    """
-
-    least: int
-    most: int
-
-
-DESCRIPTOR = b"desc"
-PCI = b"pci "
-DATA = b"data"
-TRAILER = b"end "
-
-RECORDS: Mapping[bytes, RecordRule] = MappingProxyType(
-    {
-        DESCRIPTOR: RecordRule(1, 1 << 20),
-        PCI: RecordRule(1, 1 << 16),
-        DATA: RecordRule(1, MAX_DATA),
-        TRAILER: RecordRule(_trailer.size, _trailer.size),
-    }
-)
-
-
-class Place(Enum):
-    """How far a stream has come."""
-
-    START = "the start"
-    OPENED = "the header"
-    DESCRIBED = "the descriptor"
-    CONFIGURED = "a pci record"
-    COMPLETE = "the trailer"
-
-
-#: Which record may follow, and where it leads; the header of a new generation may come anywhere but after the trailer.
-ORDER: Mapping[Place, Mapping[bytes, Place]] = MappingProxyType(
-    {
-        Place.START: {MAGIC: Place.OPENED},
-        Place.OPENED: {MAGIC: Place.OPENED, DESCRIPTOR: Place.DESCRIBED},
-        Place.DESCRIBED: {MAGIC: Place.OPENED, DATA: Place.DESCRIBED, PCI: Place.CONFIGURED},
-        Place.CONFIGURED: {
-            MAGIC: Place.OPENED,
-            DATA: Place.CONFIGURED,
-            PCI: Place.CONFIGURED,
-            TRAILER: Place.COMPLETE,
-        },
-        Place.COMPLETE: {},
-    }
-)
-
-
-def pack_header(generation: int) -> bytes:
-    """Return the bytes of a header.
-
-    Args:
-        generation: counts the beginnings of a stream.
-    """
-    body = _header.pack(MAGIC, VERSION, generation, _NO_PADDING)
-    return body + _crc.pack(crc32(body))
-
-
-def pack_head(tag: bytes, generation: int, sequence: int, length: int, offset: int, payload_crc: int) -> bytes:
-    """Return the bytes in front of a record's payload.
-
-    Args:
-        tag: one of `RECORDS`.
-        generation: of the stream.
-        sequence: number of the record in its generation; that of the descriptor is 0.
-        length: of the payload, bytes.
-        offset: bytes of state in front of this record.
-        payload_crc: CRC-32 of the payload.
-    """
-    body = _head.pack(tag, generation, sequence, length, offset, payload_crc)
-    return body + _crc.pack(crc32(body))
+__all__ = [
+    "MAX_DATA",
+    "VERSION",
+    "Buffer",
+    "Data",
+    "Descriptor",
+    "Header",
+    "PciConfig",
+    "Record",
+    "RecordQueue",
+    "Refusal",
+    "StreamReader",
+    "StreamRefused",
+    "StreamWriter",
+    "Trailer",
+]
 
 
 class _Progress:
@@ -334,17 +163,17 @@ class StreamWriter:
         if len(sha256) != SHA256_SIZE:
             raise LocalProtocolError(f"a SHA-256 of {len(sha256)} bytes; not written")
         progress = self._progress
-        return self._record(TRAILER, _trailer.pack(progress.offset, sha256, progress.seal, bytes(4)))
+        return self._record(TRAILER, TRAILER_BODY.pack(progress.offset, sha256, progress.seal, bytes(4)))
 
     def _record(self, tag: bytes, payload: Buffer, payload_crc: int | None = None) -> tuple[Buffer, ...]:
         progress = self._progress
         rule = RECORDS[tag]
         length = len(payload)
         if tag not in ORDER[progress.place]:
-            raise LocalProtocolError(f"{_name(tag)} cannot follow {progress.place.value}; not written")
+            raise LocalProtocolError(f"{record_name(tag)} cannot follow {progress.place.value}; not written")
         if not rule.least <= length <= rule.most:
             raise LocalProtocolError(
-                f"{_name(tag)} of {length} bytes, {rule.least} to {rule.most} are allowed; not written"
+                f"{record_name(tag)} of {length} bytes, {rule.least} to {rule.most} are allowed; not written"
             )
         checksum = crc32(payload) if payload_crc is None else payload_crc
         head = pack_head(tag, progress.generation, progress.sequence, length, progress.offset, checksum)
@@ -473,15 +302,15 @@ class StreamReader:
             records.append(Header(generation, restart=progress.place is not Place.START))
             progress.begin(generation, packed)
             return
-        if _crc.unpack_from(packed, _CRC_AT)[0] != crc32(packed[:_CRC_AT]):
+        if CRC.unpack_from(packed, CRC_AT)[0] != crc32(packed[:CRC_AT]):
             raise StreamRefused(Refusal.CORRUPT, f"the head of record {progress.sequence} has a wrong CRC-32")
-        self._current = _check_head(_Head(packed, *_head.unpack_from(packed)), progress)
+        self._current = _check_head(_Head(packed, *HEAD.unpack_from(packed)), progress)
 
     def _close(self, head: _Head, payload: memoryview, records: list[Record]) -> None:
         """Check a payload and let it through."""
         progress = self._progress
         if crc32(payload) != head.payload_crc:
-            text = f"record {head.sequence}, {_name(head.tag)} at {head.offset}+{head.length}, has a wrong CRC-32"
+            text = f"record {head.sequence}, {record_name(head.tag)} at {head.offset}+{head.length}, has a wrong CRC-32"
             raise StreamRefused(Refusal.CORRUPT, text)
         if head.tag == DATA:
             records.append(Data(head.offset, payload))
@@ -508,12 +337,12 @@ class _Head(NamedTuple):
 
 def _unpack_header(packed: bytes) -> int:
     """The generation in a header."""
-    _magic, version, generation, padding = _header.unpack_from(packed)
+    _magic, version, generation, padding = HEADER.unpack_from(packed)
     # Before the checksum: another version may have another one.
     if version != VERSION:
         age = "newer" if version > VERSION else "older"
         raise StreamRefused(Refusal.VERSION, f"the stream has the {age} version {version}, this daemon reads {VERSION}")
-    if _crc.unpack_from(packed, _CRC_AT)[0] != crc32(packed[:_CRC_AT]) or padding != _NO_PADDING:
+    if CRC.unpack_from(packed, CRC_AT)[0] != crc32(packed[:CRC_AT]) or padding != NO_PADDING:
         raise StreamRefused(Refusal.CORRUPT, "the stream's header is damaged")
     return int(generation)
 
@@ -524,84 +353,21 @@ def _check_head(head: _Head, progress: _Progress) -> _Head:
     came = (head.generation, head.sequence, head.offset)
     if came != expected:
         names = "generation {}, record {}, offset {}".format
-        raise StreamRefused(Refusal.ORDER, f"{_name(head.tag)} of {names(*came)} where {names(*expected)} was due")
+        raise StreamRefused(
+            Refusal.ORDER, f"{record_name(head.tag)} of {names(*came)} where {names(*expected)} was due"
+        )
     if head.tag not in ORDER[progress.place]:
-        raise StreamRefused(Refusal.ORDER, f"{_name(head.tag)} came after {progress.place.value}")
+        raise StreamRefused(Refusal.ORDER, f"{record_name(head.tag)} came after {progress.place.value}")
     rule = RECORDS[head.tag]
     if not rule.least <= head.length <= rule.most:
-        text = f"{_name(head.tag)} of {head.length} bytes, {rule.least} to {rule.most} are allowed"
+        text = f"{record_name(head.tag)} of {head.length} bytes, {rule.least} to {rule.most} are allowed"
         raise StreamRefused(Refusal.CORRUPT, text)
     return head
 
 
 def _check_trailer(payload: memoryview, progress: _Progress) -> Trailer:
-    total, sha256, seal, padding = _trailer.unpack(payload)
+    total, sha256, seal, padding = TRAILER_BODY.unpack(payload)
     if (total, seal, padding) != (progress.offset, progress.seal, bytes(4)):
         text = f"the trailer says {total} bytes and seal {seal:#x}, there were {progress.offset} and {progress.seal:#x}"
         raise StreamRefused(Refusal.CORRUPT, text)
     return Trailer(total, sha256)
-
-
-def _name(tag: bytes) -> str:
-    return f"record {tag.decode('ascii', 'backslashreplace').strip()!r}"
-
-
-class RecordQueue:
-    """Records on their way to a client that takes them in portions of its own size."""
-
-    def __init__(self) -> None:
-        self._records: deque[deque[memoryview]] = deque()
-        self._begun = False
-        self._size = 0
-
-    def __len__(self) -> int:
-        """Bytes that are waiting."""
-        return self._size
-
-    def put(self, record: Sequence[Buffer]) -> None:
-        """Add a record behind the others.
-
-        Args:
-            record: its buffers, as a `StreamWriter` made them; they are kept, not copied.
-        """
-        views = deque(memoryview(piece) for piece in record if len(piece))
-        if views:
-            self._records.append(views)
-            self._size += sum(map(len, views))
-
-    def take(self, limit: int) -> list[memoryview]:
-        """Remove up to `limit` bytes from the front.
-
-        Args:
-            limit: bytes.
-
-        Returns:
-            The buffers that they lie in.
-        """
-        taken: list[memoryview] = []
-        records = self._records
-        while limit and records:
-            pieces = records[0]
-            piece = pieces.popleft()
-            if len(piece) > limit:
-                pieces.appendleft(piece[limit:])
-                piece = piece[:limit]
-            taken.append(piece)
-            limit -= len(piece)
-            self._size -= len(piece)
-            self._begun = bool(pieces)
-            if not pieces:
-                records.popleft()
-        return taken
-
-    def drop_untouched(self) -> int:
-        """Forget every record of which nothing was taken, as before a new generation begins.
-
-        Returns:
-            Bytes forgotten.
-        """
-        before = self._size
-        kept = deque([self._records[0]]) if self._begun else deque()
-        self._records = kept
-        self._size = sum(len(piece) for pieces in kept for piece in pieces)
-        return before - self._size
