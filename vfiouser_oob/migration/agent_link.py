@@ -51,6 +51,9 @@ class AgentLink:
         self._tracer = tracer
         self._session: Session | None = None
         self._opening = trio.Lock()
+        self._in_use = 0
+        #: Whether the agent logs dirty pages for us, so that it will be asked for them.
+        self.logging = False
 
     @property
     def is_open(self) -> bool:
@@ -73,6 +76,7 @@ class AgentLink:
         """
         with self._tracer.step(name, quiet=quiet):
             used: Session | None = None
+            self._in_use += 1
             try:
                 with trio.move_on_at(deadline) as scope:
                     used = await self._opened(name)
@@ -85,6 +89,8 @@ class AgentLink:
             except OSError as error:
                 self._forget(used)
                 raise ConnectError(f"the agent cannot be reached: {error.strerror or error}") from error
+            finally:
+                self._in_use -= 1
 
     def _forget(self, used: Session | None) -> None:
         if self._session is used:
@@ -134,8 +140,14 @@ class AgentLink:
         finally:
             self.begun = None
 
-    async def close(self) -> None:
-        """Let go of the session; nothing changes for the function."""
+    async def close(self, *, force: bool = False) -> None:
+        """Let go of the session; nothing changes for the function.
+
+        Args:
+            force: also while something still uses it.
+        """
+        if (self._in_use or self.logging) and not force:
+            return
         session, self._session = self._session, None
         if session is not None:
             try:

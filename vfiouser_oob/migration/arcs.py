@@ -137,6 +137,11 @@ class StepFailed(Exception):
         return self.error.errno
 
     @property
+    def unclear(self) -> bool:
+        """Whether the step may still have its effect."""
+        return isinstance(self.error, AgentError) and self.error.fate is Fate.UNKNOWN
+
+    @property
     def device_failed(self) -> bool:
         """Whether the agent said that the function is broken."""
         return isinstance(self.error, AgentError) and self.error.fate is Fate.FAILED

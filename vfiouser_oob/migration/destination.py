@@ -31,10 +31,12 @@ class DestinationPipeline:
         check: judges the source's descriptor.
         data_s: seconds within which the agent has to take a piece.
         retry_s: seconds before the first repetition of what may be repeated.
+        device_failed: told why, when the agent says that the function is broken.
     """
 
     def __init__(
-        self, link: AgentLink, tracer: Tracer, nursery: trio.Nursery, *, check: Check, data_s: float, retry_s: float
+        self, link: AgentLink, tracer: Tracer, nursery: trio.Nursery, *, check: Check, data_s: float, retry_s: float,
+        device_failed: Callable[[str], None],
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -42,6 +44,7 @@ class DestinationPipeline:
         self._check = check
         self._data_s = data_s
         self._retry_s = retry_s
+        self._device_failed = device_failed
         self._reader = StreamReader()
         self._hasher = Hasher(nursery)
         self._scope = trio.CancelScope()
@@ -134,6 +137,8 @@ class DestinationPipeline:
                 self._tracer.progress("resuming", self.loaded, 0)
         except AgentError as error:
             self._error = error
+            if error.fatal:
+                self._device_failed(str(error))
         finally:
             self._landed.set()
 

@@ -33,6 +33,7 @@ class SourcePipeline:
         chunk_size: bytes asked for at once.
         data_s: seconds within which a chunk has to come.
         retry_s: seconds before the first repetition of what may be repeated.
+        device_failed: told why, when the agent says that the function is broken.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SourcePipeline:
         chunk_size: int,
         data_s: float,
         retry_s: float,
+        device_failed: Callable[[str], None],
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -53,6 +55,8 @@ class SourcePipeline:
         self._chunk_size = chunk_size
         self._data_s = data_s
         self._retry_s = retry_s
+        self._device_failed = device_failed
+        self._halted = False
         self._writer = StreamWriter()
         self._queue = RecordQueue()
         self._scope = trio.CancelScope()
@@ -123,6 +127,8 @@ class SourcePipeline:
                 await self._accept(chunk, hasher)
             except AgentError as error:
                 self._error = error
+                if error.fatal:
+                    self._device_failed(str(error))
         self._fetch_scope = None
         self._notify()
 
@@ -212,8 +218,10 @@ class SourcePipeline:
 
     def halt(self) -> None:
         """Drop everything."""
+        self._halted = True
         self._scope.cancel()
         self._queue = RecordQueue()
+        self._notify()
 
     def estimated(self, estimate: Estimate) -> None:
         """Take what the agent thinks that is still to come."""
@@ -283,6 +291,8 @@ class SourcePipeline:
             self._notify()
 
     def _ready(self, size: int) -> bool:
+        if self._halted:
+            raise CommandError(f"the state cannot be fetched any more: {self._error or 'it was dropped'}", errno.EIO)
         if len(self._queue) >= size or self.complete:
             return True
         if self._error is not None:
