@@ -34,6 +34,7 @@ ERROR = 6
 
 #: RUNNING, SAVING and RESUMING; the other bits mean nothing and are kept.
 STATE_MASK = 7
+RESERVED_BITS = 0xFFFF_FFF8
 
 #: What may follow what. The specification forbids 3→1, 3→0, 0→2 and writing a state again, but real clients cancel,
 #: migrate paused machines and write 2 twice. From the error state leads nothing but a reset.
@@ -84,6 +85,18 @@ def require_transition(current: DeviceState, written: int) -> tuple[Arc, ...]:
         hint = f"allowed are {sorted(allowed)}" if allowed else "only a reset leads out"
         raise CommandError(f"device_state {wanted} was written in state {value}; {hint}; the state stays")
     return require_path(current, TO_V2[wanted])
+
+
+def device_state_value(state: DeviceState, last_written: int = 0) -> int:
+    """Return what device_state reads as.
+
+    Args:
+        state: where the device is.
+        last_written: what the client wrote last; its reserved bits are kept.
+
+    Spec: struct vfio_device_migration_info: clients read, modify and write, so reserved bits have to survive.
+    """
+    return FROM_V2[state] | (last_written & RESERVED_BITS)
 
 
 # --- The region ---

@@ -133,6 +133,4 @@ def _part(source: bytearray, what: str, offset: int, count: int) -> bytes:
 
 
 def _refuse(what: str, offset: int, count: int, size: int) -> None:
-    raise CommandError(
-        f"{what} access of {offset:#x}+{count:#x}: it has {size:#x} bytes; not done", errno.EINVAL
-    )
+    raise CommandError(f"{what} access of {offset:#x}+{count:#x}: it has {size:#x} bytes; not done", errno.EINVAL)

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--socket-path", metavar="PATH", type=option(read_socket_path), help="serve one function here")
     where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
     parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
-    parser.add_argument("--agent", metavar="KIND:…", help="what migrates it, e.g. msgpack-rpc:address=…,function=nvme0")
+    parser.add_argument(
+        "--agent", metavar="KIND:…", help="what migrates it, e.g. msgpack-rpc:unix:///run/agent.sock,function=f0"
+    )
     parser.add_argument("--name", type=option(read_name), help="its name (default: from the socket's path)")
     parser.add_argument("--dma", choices=[mode.value for mode in DmaMode], help="how the device reaches guest memory")
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,6 @@ from vfiouser_oob.config.values import one_of, read_size, read_string, seconds_b
 _PAGE = 4096
 _CHUNK_MIN, _CHUNK_MAX = 4096, 16 << 20
 _V1_DATA_MAX = 64 << 20
-#: Values of the short form that are no text.
-_WORDS = {"true": True, "false": False}
-_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
 def read_flag(value: Any) -> bool:
@@ -80,7 +76,7 @@ def read_agent(raw: Any, place: Place) -> AgentConfig:
         ConfigError: it cannot be used.
     """
     if not isinstance(raw, Mapping):
-        place.fail(f'must be a table such as {{kind = "msgpack-rpc", address = "tcp://…"}}, got {shown(raw)}')
+        place.fail(f'must be a table such as {{kind = "msgpack-rpc", address = …, function = …}}, got {shown(raw)}')
     options = dict(raw)
     for name in ("kind", "function"):
         if name not in options:
@@ -90,6 +86,14 @@ def read_agent(raw: Any, place: Place) -> AgentConfig:
         except ValueError as error:
             place.fail(f"{name} {error}", name)
     kind, function = options.pop("kind"), options.pop("function")
+    # Imported here: a configuration without agents is read without what speaks to them.
+    from vfiouser_agents.options import OptionError
+    from vfiouser_agents.registry import make_agent
+
+    try:
+        make_agent(kind, options)
+    except OptionError as error:
+        place.fail(str(error))
     return AgentConfig(kind=kind, function=function, options=options)
 
 
@@ -97,36 +101,18 @@ def parse_agent(text: str, source: str | None = None) -> AgentConfig:
     """Read the short form of an agent.
 
     Args:
-        text: ``KIND:KEY=VALUE[,KEY=VALUE…]``; a comma inside a value is written twice, a dot in a key leads into a
-            table (``tls.ca=…``).
+        text: ``KIND:ADDRESS,function=NAME[,KEY=VALUE…]``, as `vfiouser_agents.registry.parse_agent` has it.
         source: the option that it came from.
 
     Raises:
         ConfigError: it cannot be used.
     """
+    from vfiouser_agents.options import OptionError
+    from vfiouser_agents.registry import parse_agent as parse
+
     place = Place(f"agent {shown(text)}", source)
-    example = "msgpack-rpc:address=tcp://127.0.0.1:4000,function=nvme0"
-    kind, colon, rest = text.partition(":")
-    if not colon or not kind or not rest:
-        place.fail(f"must be KIND:KEY=VALUE,…; an example: {example}")
-    raw: dict[str, Any] = {"kind": kind}
-    for option in (part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", rest)):
-        name, equals, value = option.partition("=")
-        if not equals or not name:
-            place.fail(f"{option!r} must be KEY=VALUE; an example: {example}")
-        table = raw
-        *outer, last = name.split(".")
-        for word in outer:
-            table = table.setdefault(word, {})
-            if not isinstance(table, dict):
-                place.fail(f"{word} is given twice, as a value and as a table")
-        if last in table:
-            place.fail(f"{name} is given twice")
-        table[last] = _value(value)
-    return read_agent(raw, place)
-
-
-def _value(text: str) -> Any:
-    if _NUMBER.fullmatch(text):
-        return float(text) if "." in text else int(text)
-    return _WORDS.get(text, text)
+    try:
+        kind, options = parse(text)
+    except OptionError as error:
+        place.fail(str(error))
+    return read_agent({"kind": kind, **options}, place)

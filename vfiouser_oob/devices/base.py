@@ -1,9 +1,9 @@
 """What the server asks of a device backend.
 
 A backend belongs to one function and lives as long as it. A session belongs to one client connection: it is opened
-before VERSION is answered and closed when the client has gone. Each request is answered at once, or by an awaitable when
-the device really has to be waited for; the connection then answers later commands only after it, and cancels it at the
-command's deadline. Nothing here may wait for DMA: a client may serve DMA only when its own access was answered.
+before VERSION is answered and closed when the client has gone. Each request is answered at once, or by an awaitable
+when the device really has to be waited for; the connection then answers later commands only after it, and cancels it at
+the command's deadline. Nothing here may wait for DMA: a client may serve DMA only when its own access was answered.
 """
 
 from __future__ import annotations

@@ -108,9 +108,7 @@ ARCS: Mapping[tuple[DeviceState, DeviceState], Arc] = MappingProxyType(
         (_S.PRE_COPY, _S.STOP_COPY): Arc(
             (Step(Do.HOLD_STREAM, Bound.DATA), *_HALT, Step(Do.FINISH_STREAM)), Undo.RESUME
         ),
-        (_S.STOP, _S.STOP_COPY): Arc(
-            (Step(Do.BEGIN_SOURCE), Step(Do.OPEN_STREAM), Step(Do.FINISH_STREAM)), Undo.LEAVE
-        ),
+        (_S.STOP, _S.STOP_COPY): Arc((Step(Do.BEGIN_SOURCE), Step(Do.OPEN_STREAM), Step(Do.FINISH_STREAM)), Undo.LEAVE),
         (_S.STOP_COPY, _S.STOP): Arc((Step(Do.DROP_STREAM), Step(Do.ABORT, tolerated=True)), Undo.LEARN),
         (_S.STOP, _S.RESUMING): Arc((Step(Do.BEGIN_DESTINATION), Step(Do.LOAD_BEGIN, Bound.DATA)), Undo.RESET),
         (_S.RESUMING, _S.STOP): Arc((Step(Do.LOAD_COMMIT, Bound.DATA),), Undo.LOAD_FAILED),

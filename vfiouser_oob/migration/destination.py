@@ -35,7 +35,14 @@ class DestinationPipeline:
     """
 
     def __init__(
-        self, link: AgentLink, tracer: Tracer, nursery: trio.Nursery, *, check: Check, data_s: float, retry_s: float,
+        self,
+        link: AgentLink,
+        tracer: Tracer,
+        nursery: trio.Nursery,
+        *,
+        check: Check,
+        data_s: float,
+        retry_s: float,
         device_failed: Callable[[str], None],
     ) -> None:
         self._link = link

@@ -239,4 +239,3 @@ def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
     while start < end:
         yield start, min(end, start + _SPAN)
         start += _SPAN
-

@@ -587,7 +587,12 @@ class MigrationEngine:
             await self.after_agent_reset(deadline)
 
 
-_GOALS: Mapping[Undo, Goal] = {Undo.RESUME: Goal.RESUME, Undo.RESET: Goal.RESET, Undo.LEARN: Goal.LEARN, Undo.LEAVE: Goal.RESUME}
+_GOALS: Mapping[Undo, Goal] = {
+    Undo.RESUME: Goal.RESUME,
+    Undo.RESET: Goal.RESET,
+    Undo.LEARN: Goal.LEARN,
+    Undo.LEAVE: Goal.RESUME,
+}
 _UNDOING = {
     Undo.RESUME: MigrationEngine._undo_resume,
     Undo.LEAVE: MigrationEngine._undo_leave,

@@ -133,7 +133,9 @@ class MigrationPort:
         check_report_pages(request.address, request.size, page_size)
         needed = bitmap_size(request.size, page_size)
         if request.bitmap_size != needed:
-            raise CommandError(f"DMA_UNMAP has room for {request.bitmap_size} bytes of bitmap, the range needs {needed}")
+            raise CommandError(
+                f"DMA_UNMAP has room for {request.bitmap_size} bytes of bitmap, the range needs {needed}"
+            )
         # Unmapped first: what the device writes until then is in the report.
         regions = list(session.memory.map.overlapping(request.address, request.size))
         done = session.dma_unmap(request)

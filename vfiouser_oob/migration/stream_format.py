@@ -4,8 +4,8 @@
 
 Everything is little-endian and every bit is covered: by the CRC-32 of a record's head, by that of its payload, by
 sequence and generation numbers in the head against lost, repeated and exchanged records, by `seal` (a CRC-32 over all
-heads of the generation) against records of another stream, and by the SHA-256 over the state itself. A header with a
-higher generation may stand wherever a record may: all that came before is void then.
+heads of the generation without their own checksums) against records of another stream, and by the SHA-256 over the
+state itself. A header with a higher generation may stand wherever a record may: all that came before is void then.
 
 The layouts are declared with construct; the packed twins are what runs, and a test holds them equal.
 """

@@ -75,6 +75,7 @@ class Connection(ClientLink):
         self.capabilities = Capabilities()
         self.phase = "negotiating"
         self.log = log
+        self._tracing = log.debug_enabled
         self._noise = RateLimited(log)
         self._budget_s = function.reply_budget_s
         self.session = Session(Role.SERVER, limits)
@@ -159,6 +160,7 @@ class Connection(ClientLink):
             queued.result.close()
 
     async def run_sender(self, stream: MessageSocket) -> None:
+        """Send what one of the sockets did not take at once."""
         try:
             await stream.run_sender()
         except EndOfStream:
@@ -243,7 +245,7 @@ class Connection(ClientLink):
             await self._queue_drained.wait()
 
     def _take(self, message: Message, *, twin: bool) -> None:
-        if self.log.debug_enabled:
+        if self._tracing:
             self.trace_received(message)
         event = self.session.receive(message, twin=twin)
         if isinstance(event, CommandReceived):
@@ -264,7 +266,7 @@ class Connection(ClientLink):
 
     def trace_received(self, message: Message) -> None:
         """Log a message at debug level, as one readable line."""
-        if self.log.debug_enabled:
+        if self._tracing:
             self.log.debug(describe(message.header, message.payload, len(message.fds), "<"))
 
     def _refuse(self, event: Refused) -> None:
@@ -349,7 +351,7 @@ class Connection(ClientLink):
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message on the main socket; a broken connection is noticed by the reader."""
-        if self.log.debug_enabled:
+        if self._tracing:
             header = unpack_header(data[:HEADER_SIZE])
             self.log.debug(describe(header, data[HEADER_SIZE:], len(fds), ">"))
         try:

@@ -17,7 +17,6 @@ from typing import Any
 import trio
 
 from vfiouser_agents.registry import make_agent
-
 from vfiouser_oob import __version__
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig

@@ -16,7 +16,7 @@ from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.port import attach
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.connection import Connection
-from vfiouser_oob.server.containment import Contained
+from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.refusal import turn_away
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener
@@ -111,8 +111,8 @@ class Function:
         with Contained() as outcome:
             await self.backend.run()
         if outcome.error is not None:
-            self.failed = f"the device's task died: {outcome.error}"
-            self.log.exception("device failed; its function is out of service", outcome.error)
+            self.failed = f"the device's task died: {root_cause(outcome.error)}"
+            self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
             self.note_error(self.failed)
             if self.connection is not None:
                 self.connection.fail(self.failed)

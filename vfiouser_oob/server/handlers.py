@@ -48,6 +48,9 @@ from vfiouser_protocol.rules import check_request, region_io_fds_reply
 
 P = TypeVar("P", bound=Payload)
 
+#: Plain numbers: an IntFlag costs a microsecond per operation, which a register access would pay.
+_READ = int(RegionFlags.READ)
+_WRITE = int(RegionFlags.WRITE)
 NO_PAYLOAD = b""
 #: A plain int: the complement of an IntFlag has known bits only.
 _UNMAP_KNOWN = int(DmaUnmapFlags.GET_DIRTY_BITMAP | DmaUnmapFlags.ALL)
@@ -92,6 +95,8 @@ class Handlers:
         self._config_index = -1 if port is None else int(RegionIndex.CONFIG)
         self._irqs = session.description.irqs
         self._max_transfer = max_transfer
+        #: Size and access of each region as plain numbers, for the hot path.
+        self._bounds = [(region.size, int(region.flags)) for region in self._regions]
         named: dict[Command, Handler] = {
             Command.DMA_MAP: self.dma_map,
             Command.DMA_UNMAP: self.dma_unmap,
@@ -165,7 +170,7 @@ class Handlers:
     def region_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_READ."""
         offset, region, count = decode(RegionRead, payload)
-        self._check_access(region, offset, count, RegionFlags.READ)
+        self._check_access(region, offset, count, _READ)
         data: Answer[bytes]
         if region == self._v1_index and self._v1 is not None and count:
             data = self._v1.read(offset, count)
@@ -178,7 +183,7 @@ class Handlers:
     def region_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_WRITE."""
         offset, region, count, data = decode(RegionWrite, payload)
-        self._check_access(region, offset, count, RegionFlags.WRITE)
+        self._check_access(region, offset, count, _WRITE)
         done = self._write(region, offset, data, no_reply) if count else None
         reply = encode(RegionWriteReply(offset, region, count))
         return reply if done is None else _then(done, reply)
@@ -191,7 +196,7 @@ class Handlers:
         done = 0
         try:
             for offset, region, count, data in writes:
-                self._check_access(region, offset, count, RegionFlags.WRITE)
+                self._check_access(region, offset, count, _WRITE)
                 result = self._write(region, offset, data, posted)
                 if result is not None:
                     await result
@@ -222,12 +227,15 @@ class Handlers:
         return self._regions[index]
 
     def _check_access(self, region: int, offset: int, count: int, access: int) -> None:
-        spec = self._region(region)
+        """Refuse an access outside its region, too long, or of a kind that the region does not allow."""
+        if region >= len(self._bounds):
+            raise CommandError(f"region {region} of {len(self._bounds)}")
+        size, allowed = self._bounds[region]
         if count > self._max_transfer:
             raise CommandError(f"an access of {count} bytes, of at most {self._max_transfer}")
-        if offset + count > spec.size:
-            raise CommandError(f"an access of {offset:#x}+{count:#x} in region {region} of {spec.size:#x} bytes")
-        if not spec.flags & access and count:
+        if offset + count > size:
+            raise CommandError(f"an access of {offset:#x}+{count:#x} in region {region} of {size:#x} bytes")
+        if not allowed & access and count:
             raise CommandError(f"region {region} does not allow {RegionFlags(access).name}")
 
     # Client memory

@@ -60,7 +60,9 @@ class Memory:
         self.ram[offset : offset + len(data)] = data
         for addresses, event in self.confirmations:
             if address in addresses:
-                await event.wait()
+                # A message that was sent has to be answered, whatever became of who sent it.
+                with trio.CancelScope(shield=True):
+                    await event.wait()
 
     def hold_confirmation(self, address: int, count: int) -> trio.Event:
         """Make writes into a range return only when the event that is returned is set."""

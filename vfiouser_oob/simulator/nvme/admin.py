@@ -127,9 +127,7 @@ class AdminCommands:
         if not 1 <= cqid <= self._features.io_queue_limits[1]:
             raise NvmeError(Status.INVALID_QUEUE_ID, f"completion queue {cqid}", location=46)
         if cqid not in self._state.completion_queues:
-            raise NvmeError(
-                Status.COMPLETION_QUEUE_INVALID, f"completion queue {cqid} does not exist", location=46
-            )
+            raise NvmeError(Status.COMPLETION_QUEUE_INVALID, f"completion queue {cqid} does not exist", location=46)
         self._check_queue_memory(command, size)
         priority = command.cdw11 >> 1 & 3
         self._owner.add_submission_queue(SubmissionQueue(qid, command.prp1, size, cqid, priority))
@@ -148,9 +146,7 @@ class AdminCommands:
                 location=42,
             )
         if not command.cdw11 & _PHYSICALLY_CONTIGUOUS:
-            raise NvmeError(
-                Status.INVALID_FIELD, "queues must be physically contiguous (CAP.CQR)", location=44
-            )
+            raise NvmeError(Status.INVALID_FIELD, "queues must be physically contiguous (CAP.CQR)", location=44)
         if command.prp1 & (self._dma.page_size - 1):
             raise NvmeError(Status.INVALID_PRP_OFFSET, f"queue at {command.prp1:#x}", location=24)
 
@@ -192,9 +188,7 @@ class AdminCommands:
         offset = command.cdw12 | command.cdw13 << 32
         page = self._logs.page(number)
         if offset & 3 or offset > len(page):
-            raise NvmeError(
-                Status.INVALID_FIELD, f"offset {offset} into a log page of {len(page)} bytes", location=48
-            )
+            raise NvmeError(Status.INVALID_FIELD, f"offset {offset} into a log page of {len(page)} bytes", location=48)
         if count > self._limits.max_transfer:
             raise NvmeError(Status.INVALID_FIELD, f"{count} bytes of a log page", location=42)
         # Beyond the end of the page the host receives zeros.

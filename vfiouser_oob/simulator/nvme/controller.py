@@ -98,9 +98,7 @@ class Controller:
             else PolledDoorbells(self._doorbell, doorbell_memory, poll_times or PollTimes())
         )
         self._cmb = cmb
-        capabilities = Capabilities(
-            limits.max_entries, limits.timeout_s, limits.page_shift_max, cmb is not None
-        )
+        capabilities = Capabilities(limits.max_entries, limits.timeout_s, limits.page_shift_max, cmb is not None)
         self.registers = RegisterFile(
             capabilities.value(),
             {
@@ -217,7 +215,7 @@ class Controller:
             or ((asq | acq) & page_mask and f"admin queues at {asq:#x}, {acq:#x}, which are not page aligned")
         )
         if self._host is None or problem:
-            _log.warning("%s cannot be enabled: %s", self.identity.serial, problem)
+            _log.info("%s cannot be enabled: %s", self.identity.serial, problem)
             self._set_status(Csts.CFS)
             return
         engine = self._engine = self._make_engine(self._host, 1 << page_shift)
@@ -295,7 +293,8 @@ class Controller:
 
     def _fatal(self, reason: str) -> None:
         """Stop for good; only a reset helps."""
-        _log.warning("%s: fatal error: %s", self.identity.serial, reason)
+        # Any guest can cause this, and any client that goes under I/O does, so it is no warning.
+        _log.info("%s: fatal error: %s", self.identity.serial, reason)
         self._set_status(Csts.CFS)
         if self._engine is not None:
             self._engine.epoch.end()
@@ -354,12 +353,8 @@ class Controller:
         if self._engine is not None:
             self._engine.complete(0, cid, 0, result)
 
-    def _command_failed(
-        self, status: int, queue: SubmissionQueue, command: Command, error: NvmeError | None
-    ) -> None:
+    def _command_failed(self, status: int, queue: SubmissionQueue, command: Command, error: NvmeError | None) -> None:
         location, lba = (0xFFFF, 0) if error is None else (error.location, error.lba)
         if error is not None and error.status in (Status.WRITE_FAULT, Status.UNRECOVERED_READ):
             self.state.counters.media_errors += 1
-        self._logs.add_error(
-            status, sqid=queue.qid, cid=command.cid, location=location, lba=lba, nsid=command.nsid
-        )
+        self._logs.add_error(status, sqid=queue.qid, cid=command.cid, location=location, lba=lba, nsid=command.nsid)

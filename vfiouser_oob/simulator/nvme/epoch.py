@@ -73,9 +73,7 @@ class DmaPort:
         cmb: the controller memory buffer, if there is one.
     """
 
-    def __init__(
-        self, epoch: Epoch, memory: ModelMemory, page_size: int, cmb: ControllerMemoryBuffer | None
-    ) -> None:
+    def __init__(self, epoch: Epoch, memory: ModelMemory, page_size: int, cmb: ControllerMemoryBuffer | None) -> None:
         self._epoch = epoch
         self._memory = memory
         self._cmb = cmb

@@ -99,9 +99,7 @@ class Features:
         """
         key = (int(feature), selector, nsid)
         current = self._values.current.get(key)
-        return (
-            current if current is not None else self._values.saved.get(key, self._default(feature, selector))
-        )
+        return current if current is not None else self._values.saved.get(key, self._default(feature, selector))
 
     @property
     def io_queue_limits(self) -> tuple[int, int]:
@@ -186,9 +184,7 @@ class Features:
 
     def temperature_event_due(self) -> bool:
         """Whether the host wants to hear of a temperature beyond its thresholds, and there is one."""
-        return self.temperature_exceeded() and bool(
-            self.value(Feature.ASYNC_EVENT_CONFIG) & _NOTIFY_TEMPERATURE
-        )
+        return self.temperature_exceeded() and bool(self.value(Feature.ASYNC_EVENT_CONFIG) & _NOTIFY_TEMPERATURE)
 
     def _default(self, feature: Feature, selector: int) -> int:
         if feature is Feature.NUMBER_OF_QUEUES:
@@ -209,9 +205,7 @@ class Features:
         if feature is Feature.INTERRUPT_VECTOR:
             vector = cdw11 & 0xFFFF
             if vector >= self._limits.vectors:
-                raise NvmeError(
-                    Status.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44
-                )
+                raise NvmeError(Status.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44)
             return vector
         if feature is Feature.TEMPERATURE_THRESHOLD:
             sensor, kind = cdw11 >> 16 & 0xF, cdw11 >> 20 & 3
@@ -242,9 +236,7 @@ class Features:
 
     def _check_error_recovery(self, value: int) -> int:
         if value & 1 << 16:
-            raise NvmeError(
-                Status.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46
-            )
+            raise NvmeError(Status.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46)
         return value
 
     def _grant_queues(self, value: int) -> int:

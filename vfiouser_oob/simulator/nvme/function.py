@@ -170,9 +170,7 @@ class NvmeFunction(DeviceModel):
             page, start = offset >> 12, offset & (PAGE - 1)
             if start + count <= PAGE and page < len(self._pages):
                 return self._pages[page].window.read(start, count)
-            return b"".join(
-                self._pages[page].window.read(start, size) for page, start, size in _split(offset, count)
-            )
+            return b"".join(self._pages[page].window.read(start, size) for page, start, size in _split(offset, count))
         return bytes(self._cmb_view(index)[offset : offset + count])
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:

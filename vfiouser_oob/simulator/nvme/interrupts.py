@@ -36,9 +36,7 @@ class Interrupts:
         queues: returns the completion queues that exist.
     """
 
-    def __init__(
-        self, config: ConfigSpace, table: MsixTable, queues: Callable[[], Iterable[CompletionQueue]]
-    ) -> None:
+    def __init__(self, config: ConfigSpace, table: MsixTable, queues: Callable[[], Iterable[CompletionQueue]]) -> None:
         self._config = config
         self._table = table
         self._queues = queues
@@ -74,8 +72,12 @@ class Interrupts:
 
     def update_level(self) -> None:
         """Drive the pin after anything that it depends on."""
+        self._drive(not self._config.msix_enabled and any(map(self._asserts, self._queues())))
+
+    def _drive(self, asserted: bool) -> None:
+        self._config.set_interrupt_status(asserted)
         if self._host is not None:
-            self._host.set_intx(not self._config.msix_enabled and any(map(self._asserts, self._queues())))
+            self._host.set_intx(asserted)
 
     def _asserts(self, queue: CompletionQueue) -> bool:
         if not queue.interrupt or queue.head == queue.tail:
@@ -89,5 +91,4 @@ class Interrupts:
 
     def release(self) -> None:
         """Release the pin."""
-        if self._host is not None:
-            self._host.set_intx(False)
+        self._drive(False)

@@ -143,8 +143,7 @@ class Logs:
 
 def _effects(start: int, opcodes: Iterable[int], changing: Collection[int]) -> list[tuple[int, str, int]]:
     return [
-        (start + 4 * opcode, "I", _SUPPORTED | (_CHANGES_CONTENT if opcode in changing else 0))
-        for opcode in opcodes
+        (start + 4 * opcode, "I", _SUPPORTED | (_CHANGES_CONTENT if opcode in changing else 0)) for opcode in opcodes
     ]
 
 

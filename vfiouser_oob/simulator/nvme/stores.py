@@ -121,9 +121,7 @@ class FileStore(BackingStore):
 
     async def read(self, offset: int, count: int) -> bytes:
         """Read bytes; a read that is given up may finish unseen."""
-        return await trio.to_thread.run_sync(
-            self._pread, offset, count, limiter=self._limiter, abandon_on_cancel=True
-        )
+        return await trio.to_thread.run_sync(self._pread, offset, count, limiter=self._limiter, abandon_on_cancel=True)
 
     # Writes are never abandoned: after a reset, a late one would overwrite what the next guest wrote.
 
