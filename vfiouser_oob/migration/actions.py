@@ -88,6 +88,7 @@ class Actions:
             Do.BEGIN_SOURCE: self.begin_source,
             Do.BEGIN_DESTINATION: self.begin_destination,
             Do.OPEN_STREAM: self.open_stream,
+            Do.START_STREAM: self.start_stream,
             Do.HOLD_STREAM: self.hold_stream,
             Do.FINISH_STREAM: self.finish_stream,
             Do.DROP_STREAM: self.drop_stream,
@@ -184,6 +185,12 @@ class Actions:
             source.estimated(await self._link.call("estimate", lambda session: session.estimate(), deadline))
         except AgentError:
             pass
+
+    async def start_stream(self, deadline: float) -> None:
+        """Fetch what can be had while the function runs."""
+        assert self.work.source is not None
+        self.work.source.release()
+        await trio.lowlevel.checkpoint()
 
     async def hold_stream(self, deadline: float) -> None:
         """Let the chunk under way arrive."""

@@ -26,8 +26,8 @@ from vfiouser_agents.errors import (
 from vfiouser_oob.migration.trace import Tracer
 
 T = TypeVar("T")
-#: Calls that mean the same whether or not the migration was taken over by this session.
-_WITHOUT_MIGRATION = frozenset({"status", "reset", "resume", "stop", "quiesce", "begin", "open"})
+#: Calls that any session may make, whoever is in the migration.
+_ANYBODY = frozenset({"status", "reset", "describe", "check", "begin"})
 #: After these the session is of no use; the next call opens another.
 _SESSION_LOST = (TransportLost, ProtocolError, NotFound)
 
@@ -52,6 +52,8 @@ class AgentLink:
         self._session: Session | None = None
         self._opening = trio.Lock()
         self._in_use = 0
+        #: Whether the open session is the one that the migration belongs to.
+        self._taken_over = True
         #: Whether the agent logs dirty pages for us, so that it will be asked for them.
         self.logging = False
 
@@ -97,16 +99,19 @@ class AgentLink:
             self._session = None
 
     async def _opened(self, name: str) -> Session:
-        if self._session is not None:
+        if self._session is not None and (self._taken_over or name in _ANYBODY):
             return self._session
         async with self._opening:
             if self._session is None:
                 await self._agent.connect()
                 session = await self._agent.open(self.function_id)
                 self.caps = session.caps
-                if self.begun is not None and name not in _WITHOUT_MIGRATION:
-                    await session.begin(*self.begun)
                 self._session = session
+                self._taken_over = self.begun is None
+            if name not in _ANYBODY and not self._taken_over:
+                if self.begun is not None:
+                    await self._session.begin(*self.begun)
+                self._taken_over = True
             return self._session
 
     async def status(self, deadline: float) -> Status:

@@ -27,8 +27,10 @@ class Do(Enum):
     RESUME = "resume"
     BEGIN_SOURCE = "begin source"
     BEGIN_DESTINATION = "begin destination"
-    #: Describe the function and start to fetch its state.
+    #: Describe the function and make a stream for its state.
     OPEN_STREAM = "open stream"
+    #: Fetch what can be had while the function runs.
+    START_STREAM = "start stream"
     #: Wait for the chunk that is under way, so that it survives the stop.
     HOLD_STREAM = "hold stream"
     #: Fetch the rest, from the stopped function.
@@ -101,7 +103,9 @@ ARCS: Mapping[tuple[DeviceState, DeviceState], Arc] = MappingProxyType(
     {
         (_S.RUNNING, _S.STOP): Arc(_HALT, Undo.RESUME),
         (_S.STOP, _S.RUNNING): Arc((Step(Do.RESUME, Bound.STOP), Step(Do.END, tolerated=True)), Undo.LEARN),
-        (_S.RUNNING, _S.PRE_COPY): Arc((Step(Do.BEGIN_SOURCE), Step(Do.OPEN_STREAM)), Undo.LEAVE),
+        (_S.RUNNING, _S.PRE_COPY): Arc(
+            (Step(Do.BEGIN_SOURCE), Step(Do.OPEN_STREAM), Step(Do.START_STREAM)), Undo.LEAVE
+        ),
         (_S.PRE_COPY, _S.RUNNING): Arc(
             (Step(Do.DROP_STREAM), Step(Do.ABORT, tolerated=True), Step(Do.END_CANCELLED, tolerated=True)), Undo.LEAVE
         ),

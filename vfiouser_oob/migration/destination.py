@@ -138,7 +138,7 @@ class DestinationPipeline:
 
     async def _forward(self, offset: int, data: bytes) -> None:
         try:
-            with self._scope:
+            with trio.CancelScope() as self._scope:
                 await self._load(offset, data)
                 self.loaded = offset + len(data)
                 self._tracer.progress("resuming", self.loaded, 0)

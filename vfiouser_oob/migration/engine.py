@@ -524,8 +524,8 @@ class MigrationEngine:
         try:
             status = await self.link.status(message_deadline())
         except AgentError:
-            return DeviceState.ERROR if self.truth is not Truth.KNOWN else self.state
-        return self.state if self.truth is Truth.KNOWN else AS_STATE[status.state]
+            return self.state_shown if self._settled.is_set() else DeviceState.ERROR
+        return self.state_shown if self._settled.is_set() else AS_STATE[status.state]
 
     @property
     def state_shown(self) -> DeviceState:

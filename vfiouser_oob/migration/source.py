@@ -64,7 +64,8 @@ class SourcePipeline:
         self._changed = trio.Event()
         self._phase = Phase.PRECOPY
         self._offset = 0
-        self._held = False
+        # Whoever opens the stream says what is to be fetched first.
+        self._held = True
         self._restarting = False
         self._pci_due = False
         self._drained = False

@@ -125,5 +125,3 @@ async def served(agent: Agent, transport: str, directory: Path) -> AsyncIterator
         await server.start()
         yield server
         nursery.cancel_scope.cancel()
-
-
