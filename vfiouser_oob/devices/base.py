@@ -126,6 +126,13 @@ class BackendSession(abc.ABC):
     def reset(self) -> Answer[None]:
         """DEVICE_RESET."""
 
+    #: Whether every write of the device to client memory goes through this process, which so knows what is dirty.
+    device_seen: bool = False
+
+    def flush(self) -> Answer[None]:
+        """Wait until every access so far is at the device; nothing to do where accesses are answered at once."""
+        return None
+
     def irq_summary(self) -> dict[str, int]:
         """How many vectors have an eventfd, by IRQ index name, for `status`."""
         return {}

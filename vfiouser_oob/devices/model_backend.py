@@ -115,6 +115,8 @@ class ModelBackend(DeviceBackend):
 class ModelSession(BackendSession):
     """One client's use of a model."""
 
+    device_seen = True
+
     def __init__(self, backend: ModelBackend, link: ClientLink) -> None:
         self._backend = backend
         self._model = backend.model

@@ -173,6 +173,10 @@ class UpstreamSession(BackendSession):
             return None
         return self._client.region_write_now(region, offset, data)
 
+    async def flush(self) -> None:
+        """Read a register: its answer comes after everything that was sent before."""
+        await self._client.region_read(RegionIndex.CONFIG, 0, 2)
+
     def reset(self) -> Awaitable[None]:
         """Forward DEVICE_RESET."""
         if not self.description.flags & DeviceInfoFlags.RESET:

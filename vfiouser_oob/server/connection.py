@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
+from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
@@ -83,6 +84,7 @@ class Connection(ClientLink):
         self.stream = MessageSocket(sock, limits.max_message_size, function.activity)
         self._twin: TwinSocket | None = None
         self.backend: BackendSession | None = None
+        self.port: MigrationPort | None = None
         self._handlers: dict[int, Handler] = {}
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
@@ -142,6 +144,13 @@ class Connection(ClientLink):
             self._abandon(queued)
         self._queue.clear()
         try:
+            if self.port is not None:
+                await self.port.detach()
+        finally:
+            await self._close_device()
+
+    async def _close_device(self) -> None:
+        try:
             if self.backend is not None:
                 await self.backend.close()
         finally:
@@ -168,20 +177,29 @@ class Connection(ClientLink):
         """Take the device that was opened for this client; it is closed with the connection."""
         self.backend = backend
 
-    def start(self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None) -> None:
+    def migrate_by(self, port: MigrationPort) -> None:
+        """Take the client's way into the migration of its function; it is detached with the connection."""
+        self.port = port
+
+    def start(
+        self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None, migration_pgsize: int | None
+    ) -> None:
         """Take what was negotiated.
 
         Args:
             client: what the client can take.
             offer: what we said that we can take.
             twin: the second socket, if it was granted; closed with the connection.
+            migration_pgsize: bytes per bit of v1's dirty bitmaps, if both sides named it.
         """
         assert self.backend is not None
         self.capabilities = client
         self._twin = twin
         channel = self.send if twin is None else self._send_on_twin
         self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
-        self._handlers = Handlers(self.backend, offer.max_data_xfer_size).table
+        if self.port is not None:
+            self.port.negotiated(client, offer, migration_pgsize)
+        self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
 
     def count(self, command: int) -> None:
         """Count a command for `status`."""
