@@ -71,7 +71,7 @@ async def test_namespace_lists_and_descriptors() -> None:
         assert {1: namespace[120:128], 2: namespace[104:120]} == {1: found[1], 2: found[2]}
         assert 16 == len(found[3])
         other = await m.driver.identify(3, nsid=1)
-        assert other[: at] != data[:at]
+        assert other[:at] != data[:at]
 
 
 async def test_controller_lists() -> None:

@@ -203,9 +203,7 @@ async def test_flush_and_forced_unit_access() -> None:
         assert 4 == store.flushes
 
 
-@pytest.mark.parametrize(
-    ("error", "statuses"), [(errno.EIO, (0x281, 0x280)), (errno.ENOSPC, (0x81, 0x81))]
-)
+@pytest.mark.parametrize(("error", "statuses"), [(errno.EIO, (0x281, 0x280)), (errno.ENOSPC, (0x81, 0x81))])
 async def test_broken_medium(error: int, statuses: tuple[int, int]) -> None:
     """Errors of the store become media errors of the command; the controller lives on."""
     store = Recorder()

@@ -118,9 +118,7 @@ def test_closing_gives_everything_back(tmp_path: Path) -> None:
     """No descriptor stays open."""
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        build(
-            "f", NvmeOptions(image=tmp_path / "disk", size=SIZE, cmb=2 << 20, doorbells=Doorbells.POLLED)
-        ).close()
+        build("f", NvmeOptions(image=tmp_path / "disk", size=SIZE, cmb=2 << 20, doorbells=Doorbells.POLLED)).close()
     assert before == set(os.listdir("/proc/self/fd"))
 
 
