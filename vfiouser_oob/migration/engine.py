@@ -72,7 +72,7 @@ def message_deadline() -> float:
     """The time by which work for the current message has to be done, as trio's clock has it."""
     deadline = trio.current_effective_deadline()
     left = deadline - trio.current_time()
-    return deadline - min(_MARGIN_S, left * _MARGIN_PART) if left < float("inf") else deadline
+    return deadline - min(_MARGIN_S, left * _MARGIN_PART) if 0 < left < float("inf") else deadline
 
 
 class MigrationEngine:
@@ -109,6 +109,7 @@ class MigrationEngine:
         self._settled = trio.Event()
         self._settled.set()
         self._settling: trio.CancelScope | None = None
+        self._leaving: trio.CancelScope | None = None
         self._probing: trio.CancelScope | None = None
         self.actions.device_failed = self._fail_device
         self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
@@ -130,7 +131,7 @@ class MigrationEngine:
 
     async def _probe(self) -> None:
         """Ask the agent where the function is, in the background; what the client wants goes first."""
-        if self._probing is not None or self._busy:
+        if self._probing is not None or self._busy or self.link.begun is not None:
             return
         pause = self.config.retry_s
         with trio.CancelScope() as self._probing:
@@ -145,14 +146,14 @@ class MigrationEngine:
             status = await self.link.status(trio.current_time() + self.config.call_s)
         except AgentError:  # traced; it is of interest as long as nobody ever answered
             return self.asked
-        if not self._busy:
+        if not self._busy and self.link.begun is None:
             self._judge(status)
             await self.link.close()
         return True
 
     @property
     def _busy(self) -> bool:
-        return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN or self.link.begun is not None
+        return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN
 
     def _judge(self, status: Status) -> None:
         """Take what the agent says about a function that no migration of ours is about."""
@@ -249,7 +250,7 @@ class MigrationEngine:
                 self.tracer.note("the function stays stopped until it is reset for its next client")
                 await self.link.close(force=True)
             elif self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN:
-                self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+                self._leave_later()
                 self._now(DeviceState.RUNNING, "the client has gone")
             elif self.truth is Truth.KNOWN:
                 self._settle(Goal.RESUME)
@@ -259,7 +260,7 @@ class MigrationEngine:
         """A function that runs and has no client needs no session."""
         assert self._nursery is not None
         if self.link.begun is not None:
-            self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+            self._leave_later()
         else:
             await self.link.close(force=True)
 
@@ -272,10 +273,33 @@ class MigrationEngine:
         if not self._busy:
             await self.link.close()
 
-    async def _leave(self, outcome: Outcome, abort: bool) -> None:
-        await self.link.leave(outcome, trio.current_time() + self.config.call_s, abort=abort)
-        if not self._busy:
-            await self.link.close()
+    def _leave_later(self, outcome: Outcome = Outcome.CANCELLED) -> None:
+        """End what was begun at the agent, in the background, since the function runs in any case."""
+        assert self._nursery is not None
+        if self.link.begun is not None and self._leaving is None:
+            self._leaving = trio.CancelScope()
+            self._nursery.start_soon(self._leave, outcome, self._leaving)
+
+    async def _leave(self, outcome: Outcome, scope: trio.CancelScope) -> None:
+        pause = self.config.retry_s
+        with scope:
+            while self.link.begun is not None:
+                try:
+                    await self.link.leave(outcome, trio.current_time() + self.config.call_s, abort=True)
+                except AgentError as error:  # traced; the migration is left when the agent is back
+                    if error.fatal:
+                        break
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, _PAUSE_MAX_S)
+            if self.actions.device is None:
+                await self.link.close()
+        if self._leaving is scope:
+            self._leaving = None
+
+    def _stop_leaving(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
 
     async def settle(self) -> None:
         """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
@@ -298,6 +322,7 @@ class MigrationEngine:
             await self._require_known(deadline)
             if self._probing is not None:
                 self._probing.cancel()
+            self._stop_leaving()
             self.require_owner(owner, "a state change")
             origin = self.state
             now = trio.current_time()
@@ -395,12 +420,13 @@ class MigrationEngine:
 
     async def _undo_leave(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         self.work.drop_pipelines()
-        await self.link.leave(Outcome.FAILED, min(deadline, trio.current_time() + self.config.call_s), abort=True)
         if origin in _RUNS and self.state is DeviceState.STOP:
             await self.actions.resume(deadline)
             self._back_to_running(f"brought back: {failure}")
         elif self.state is DeviceState.RUNNING:
             self._back_to_running(str(failure))
+        else:
+            self._leave_later(Outcome.FAILED)
 
     async def _undo_reset(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         self.work.drop_pipelines()
@@ -421,9 +447,7 @@ class MigrationEngine:
     def _back_to_running(self, why: str) -> None:
         self.work.drop_pipelines()
         self._now(DeviceState.RUNNING, why)
-        if self.link.begun is not None:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+        self._leave_later()
 
     def _adopt(self, status: Status) -> None:
         """Make the agent's word the truth."""
@@ -443,6 +467,7 @@ class MigrationEngine:
         self.truth = Truth.KNOWN
         self._settled.set()
         if state is DeviceState.RUNNING:
+            self._leave_later(Outcome.SUCCESS if self.work.committed else Outcome.CANCELLED)
             self.owner = None
             self.fenced = False
             self.asked = True
@@ -543,10 +568,22 @@ class MigrationEngine:
         """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs."""
         deadline = message_deadline()
         if not self._busy:
+            if self.link.begun is not None:
+                await self._clear_agent(deadline)
             await self.actions.reset_device(deadline)
             return
         async with self._lock:
             await self._reset_through_agent(deadline, device=True)
+
+    async def _clear_agent(self, deadline: float) -> None:
+        """Reset an agent that still is in a migration of a function that runs; if it cannot, it will be told to leave."""
+        now = trio.current_time()
+        self._stop_leaving()
+        try:
+            await self.actions.reset_agent(now + (deadline - now) * _FORWARD)
+            await self._agent_was_reset(deadline)
+        except AgentError:  # traced
+            self._leave_later()
 
     async def function_reset(self) -> None:
         """The guest has reset the function through configuration space, which the device has done already."""
@@ -568,6 +605,7 @@ class MigrationEngine:
 
     async def _reset_through_agent(self, deadline: float, *, device: bool) -> None:
         self._stop_settling()
+        self._stop_leaving()
         self.work.drop_pipelines()
         try:
             await self.actions.reset_agent(deadline)
