@@ -7,18 +7,21 @@ thing itself. The rules, which `testing.check_agent` proves:
    still take effect: ask `status`, or `reset`. The session stays usable.
 2. `quiesce`, `stop`, `resume`, `abort`, `dirty_stop`, `end` and a repeated `begin` are idempotent. Where
    `Capabilities.p2p` is false, `quiesce` does what `stop` does.
-3. `save(FINAL)` is for STOPPED, `save(PRECOPY)` for RUNNING and QUIESCED. Offsets count the bytes of one stream over
+3. `save(FINAL)` is for STOPPED and LOADED, `save(PRECOPY)` for RUNNING and QUIESCED. Offsets count the bytes of one stream over
    both phases. The last chunk may be asked for again; asking for the offset after it acknowledges it. Any other offset
    needs `random_access_save`.
-4. `load_begin`, `load` and `load_commit` need the role DESTINATION and STOPPED or LOADING. Bytes arrive in order. The
+4. `load_begin`, `load` and `load_commit` need the role DESTINATION; `load_begin` wants STOPPED, LOADING or LOADED. Bytes arrive in order. The
    commit verifies total and digest, applies, and leaves LOADED; `resume` then runs the function.
-5. On a source, `resume` is the way back at any time. On a destination after a failed load, only `reset` leads out.
+5. On a source, `resume` is the way back at any time. After a load that was begun and did not commit, also after `abort`,
+   only `reset` or another load leads out.
 6. A dirty report that fails, or whose answer is lost, makes everything in its range dirty.
 7. What is not supported raises `Unsupported`, and `caps` never claims it.
 8. The calls of one function are executed in the order of their arrival, except `status`, which is answered at once,
    and `reset`, which ends what is under way.
-9. The function's state belongs to the function. Losing a connection, closing a session or restarting the agent changes
-   nothing: what was stopped stays stopped.
+9. A migration belongs to the session that began it. Calls of others that change something raise `Busy`, except
+   `reset`; once that session is gone, they may `quiesce`, `stop`, `resume`, `abort`, `end`, or take over by `begin`.
+10. The function's state belongs to the function. Losing a connection, closing a session or restarting the agent changes
+    nothing: what was stopped stays stopped.
 """
 
 from __future__ import annotations
@@ -325,8 +328,9 @@ class Session(ABC):
 
         Raises:
             Busy: another open session is in another migration.
-            InvalidState: the function is in ERROR, or in the middle of a migration whose session is gone and which
-                only `end` or `reset` concludes.
+            InvalidState: this session is in another migration, or the function is, its session is gone, and it does
+                not run: then only `end` or `reset` concludes it.
+            DeviceFailed: in ERROR.
             Unsupported: the function cannot be migrated.
         """
 
@@ -347,7 +351,8 @@ class Session(ABC):
         """Run: from QUIESCED, STOPPED or LOADED.
 
         Raises:
-            InvalidState: in LOADING and ERROR; only `reset` leads out.
+            InvalidState: a load was begun and not committed; only `reset` or another load leads out.
+            DeviceFailed: in ERROR.
         """
 
     @abstractmethod
@@ -422,6 +427,10 @@ class Session(ABC):
         Args:
             iova: beginning; a multiple of the page size.
             length: bytes; a multiple of the page size.
+
+        Raises:
+            InvalidArgument: not in whole pages, or not in the ranges that are logged.
+            InvalidState: nothing is being logged.
         """
 
     @abstractmethod
