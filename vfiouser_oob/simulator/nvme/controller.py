@@ -354,7 +354,7 @@ class Controller:
     async def suspend(self, drain_s: float) -> None:
         """Finish what is under way, then hold still: no DMA, no interrupt, no change, until `unsuspend`.
 
-        `run` has to be running. If this is cancelled, the controller goes on as before.
+        `run` has to be running. If this is cancelled, the controller stays as it was before.
 
         Args:
             drain_s: seconds for the commands in execution; those that take longer are cancelled and begin anew after
@@ -367,6 +367,7 @@ class Controller:
         if suspension is None:
             suspension = self._suspension = Suspension()
         suspension.release_wanted = False
+        was_still = suspension.still
         try:
             await self._drain(suspension, drain_s)
             while not suspension.still and suspension is self._suspension and not suspension.release_wanted:
@@ -374,7 +375,7 @@ class Controller:
             if self._host is not None:
                 await self._host.memory.quiet()
         except BaseException:
-            if suspension is self._suspension:
+            if suspension is self._suspension and not was_still:
                 self.unsuspend()
             raise
         if suspension is not self._suspension or suspension.release_wanted:
