@@ -7,13 +7,14 @@ thing itself. The rules, which `testing.check_agent` proves:
    still take effect: ask `status`, or `reset`. The session stays usable.
 2. `quiesce`, `stop`, `resume`, `abort`, `dirty_stop`, `end` and a repeated `begin` are idempotent. Where
    `Capabilities.p2p` is false, `quiesce` does what `stop` does.
-3. `save(FINAL)` is for STOPPED and LOADED, `save(PRECOPY)` for RUNNING and QUIESCED. Offsets count the bytes of one stream over
-   both phases. The last chunk may be asked for again; asking for the offset after it acknowledges it. Any other offset
-   needs `random_access_save`.
-4. `load_begin`, `load` and `load_commit` need the role DESTINATION; `load_begin` wants STOPPED, LOADING or LOADED. Bytes arrive in order. The
-   commit verifies total and digest, applies, and leaves LOADED; `resume` then runs the function.
-5. On a source, `resume` is the way back at any time. After a load that was begun and did not commit, also after `abort`,
-   only `reset` or another load leads out.
+3. `save(FINAL)` is for STOPPED and LOADED, `save(PRECOPY)` for RUNNING and QUIESCED. Offsets count the bytes of one
+   stream over both phases. The last chunk may be asked for again; asking for the offset after it acknowledges it. Any
+   other offset needs `random_access_save`. 0 begins anew, and a function that stayed stopped gives the same bytes.
+4. `load_begin`, `load` and `load_commit` need the role DESTINATION, and `load_begin` a function in STOPPED, LOADING or
+   LOADED. Bytes arrive in order. The commit verifies total and digest, applies, and leaves LOADED; `resume` then runs
+   the function.
+5. On a source, `resume` is the way back at any time. After a load that was begun and did not commit, also after
+   `abort`, only `reset` or another load leads out.
 6. A dirty report that fails, or whose answer is lost, makes everything in its range dirty.
 7. What is not supported raises `Unsupported`, and `caps` never claims it.
 8. The calls of one function are executed in the order of their arrival, except `status`, which is answered at once,
