@@ -376,15 +376,10 @@ async def test_stop_survives_the_client() -> None:
         bed.source.nvme.disconnected()
         assert AgentState.STOPPED is (await session.status()).state
         again, _ = await read_all(session, 0, 1 << 20, Phase.FINAL)
-        assert _without_time(wanted) == _without_time(again)
+        assert wanted == again
         await session.resume()
         # Its queues belonged to a client that is gone: a driver has to reset it.
         assert 2 == bed.driver.read32(0x1C) & 2
-
-
-def _without_time(stream: bytes) -> bytes:
-    at = stream.index(b"power_on_s")
-    return stream[:at] + stream[at + 19 :]
 
 
 @pytest.mark.parametrize("kind", [ResetKind.DEVICE, ResetKind.FUNCTION_LEVEL])

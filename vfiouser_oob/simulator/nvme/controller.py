@@ -48,7 +48,7 @@ from vfiouser_oob.simulator.nvme.spec import (
     status_field,
 )
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
-from vfiouser_oob.simulator.nvme.suspension import Suspension, SuspensionEnded
+from vfiouser_oob.simulator.nvme.suspension import Clocks, Suspension, SuspensionEnded
 
 if TYPE_CHECKING:
     from vfiouser_oob.devices.model import ModelHost
@@ -399,6 +399,7 @@ class Controller:
         if not suspension.still:
             self.state.carry_over()
             self.interrupts.hold()
+            suspension.clocks = self.clocks
             suspension.still = True
             suspension.changed()
         if suspension.release_wanted:
@@ -427,6 +428,7 @@ class Controller:
         suspension = self._suspension
         assert suspension is not None
         self._suspension = None
+        self._set_clocks(suspension.clocks)
         cc, csts = self.registers[Register.CC], self._status()
         occurring = csts & Csts.SHST == Csts.SHST_OCCURRING
         if self._host is not None and cc & Cc.EN and not csts & Csts.CFS:
@@ -472,8 +474,23 @@ class Controller:
         """Whether the client that owned the queues went away during the suspension."""
         return self._suspension is not None and self._suspension.client_lost
 
+    @property
+    def clocks(self) -> Clocks:
+        """What counts time; it stands still during a suspension."""
+        if self._suspension is not None and self._suspension.still:
+            return self._suspension.clocks
+        return Clocks(self.logs.power_on_s, self.features.timestamp_ms)
+
+    def _set_clocks(self, clocks: Clocks) -> None:
+        self.logs.power_on_s, self.features.timestamp_ms = clocks
+
     def take(
-        self, state: ControllerState, registers: bytes, interrupt_mask: int, kept_writes: list[tuple[int, bytes]]
+        self,
+        state: ControllerState,
+        registers: bytes,
+        interrupt_mask: int,
+        kept_writes: list[tuple[int, bytes]],
+        clocks: Clocks,
     ) -> None:
         """Replace the whole state of a suspended controller.
 
@@ -482,11 +499,13 @@ class Controller:
             registers: the register page; what says how this controller was built stays.
             interrupt_mask: INTMS.
             kept_writes: writes to BAR0 to carry out first when the controller goes on: offset, data.
+            clocks: what counts time.
         """
         assert self._suspension is not None
         assert self._suspension.still
         self._suspension.client_lost = False
         self._suspension.kept = kept_writes
+        self._suspension.clocks = clocks
         self._suspension.replaced = True
         self._engine = None
         self._flush_wanted = False

@@ -30,6 +30,7 @@ from vfiouser_oob.simulator.nvme.state import (
     FeatureValues,
     SubmissionQueue,
 )
+from vfiouser_oob.simulator.nvme.suspension import Clocks
 from vfiouser_protocol.msix import MsixSnapshot
 from vfiouser_protocol.pci import ConfigSnapshot
 
@@ -62,8 +63,7 @@ class Snapshot:
         config: PCI configuration space.
         msix: MSI-X table and pending bits.
         state: queues, features, events, logs; timestamps are not in it.
-        timestamp_ms: the timestamp feature.
-        power_on_s: how long the controller has been powered.
+        clocks: what counts time.
         kept_writes: writes to BAR0 that are still to be carried out: offset, data.
         doorbells: the shared doorbell page, and what of it has been noticed; None where doorbells are trapped.
     """
@@ -73,8 +73,7 @@ class Snapshot:
     config: ConfigSnapshot
     msix: MsixSnapshot
     state: ControllerState
-    timestamp_ms: int | None
-    power_on_s: float
+    clocks: Clocks
     kept_writes: tuple[tuple[int, bytes], ...]
     doorbells: tuple[bytes, bytes] | None
 
@@ -93,8 +92,7 @@ def capture(function: NvmeFunction, config: ConfigSnapshot | None = None) -> Sna
         config=config or function.config.snapshot(),
         msix=function.table.snapshot(),
         state=controller.state,
-        timestamp_ms=controller.features.timestamp_ms,
-        power_on_s=controller.logs.power_on_s,
+        clocks=controller.clocks,
         kept_writes=tuple(controller.kept_writes),
         doorbells=function.polled_doorbells.state() if function.polled_doorbells is not None else None,
     )
@@ -110,9 +108,9 @@ def apply(snapshot: Snapshot, function: NvmeFunction) -> None:
     function.config.restore(snapshot.config)
     function.table.restore(snapshot.msix)
     controller = function.controller
-    controller.take(snapshot.state, snapshot.registers, snapshot.interrupt_mask, list(snapshot.kept_writes))
-    controller.features.timestamp_ms = snapshot.timestamp_ms
-    controller.logs.power_on_s = snapshot.power_on_s
+    controller.take(
+        snapshot.state, snapshot.registers, snapshot.interrupt_mask, list(snapshot.kept_writes), snapshot.clocks
+    )
     if function.polled_doorbells is not None and snapshot.doorbells is not None:
         function.polled_doorbells.load(*snapshot.doorbells)
 
@@ -131,14 +129,14 @@ def pack(snapshot: Snapshot) -> bytes:
             "completion_queues": [_pack_completion(queue) for queue in state.completion_queues.values()],
             "features": [[*key, value] for key, value in state.features.current.items()],
             "saved_features": [[*key, value] for key, value in state.features.saved.items()],
-            "timestamp_ms": snapshot.timestamp_ms,
+            "timestamp_ms": snapshot.clocks.timestamp_ms,
             "event_requests": list(state.event_requests),
             "events": [list(event) for event in state.events],
             "masked_events": sorted(state.masked_events),
             "changed_namespaces": sorted(state.changed_namespaces),
             "errors": [list(entry) for entry in state.errors],
             "counters": asdict(state.counters),
-            "power_on_s": snapshot.power_on_s,
+            "power_on_s": snapshot.clocks.power_on_s,
             "frozen": state.frozen,
             "shut_down": state.shut_down,
             "kept_writes": [list(write) for write in snapshot.kept_writes],
@@ -212,8 +210,10 @@ class _Reader:
                 bool(written),
             ),
             state=self._state(raw),
-            timestamp_ms=None if timestamp is None else _number("timestamp", timestamp, (1 << 48) - 1),
-            power_on_s=_seconds(raw["power_on_s"]),
+            clocks=Clocks(
+                _seconds(raw["power_on_s"]),
+                None if timestamp is None else _number("timestamp", timestamp, (1 << 48) - 1),
+            ),
             kept_writes=tuple(_kept(write) for write in _rows("kept_writes", raw["kept_writes"])),
             doorbells=self._doorbells(raw["doorbells"]),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import NamedTuple
 
 import trio
 
@@ -14,6 +15,18 @@ MAX_KEPT_WRITES = 1024
 
 class SuspensionEnded(Exception):
     """The controller was to hold still, but was reset or resumed first."""
+
+
+class Clocks(NamedTuple):
+    """What counts time in a controller.
+
+    Args:
+        power_on_s: how long it has been powered.
+        timestamp_ms: the timestamp feature; None unless the host has set it.
+    """
+
+    power_on_s: float
+    timestamp_ms: int | None
 
 
 class Suspension:
@@ -28,6 +41,8 @@ class Suspension:
         self.client_lost = False
         #: The state was replaced meanwhile, so interrupts of before may never have reached this host.
         self.replaced = False
+        #: Clocks as they stood when it became still; they go on from there.
+        self.clocks = Clocks(0.0, None)
         #: Offset, bytes and a number (0 where only the last write counts) to data, in the order of the writes.
         self._kept: dict[tuple[int, int, int], bytes] = {}
         self._changed = trio.Event()
