@@ -6,12 +6,9 @@ import hashlib
 from pathlib import Path
 
 import pytest
-import trio
-from agentbed import TRANSPORTS, served
 
-from vfiouser_agents.api import AgentState, EventKind, Outcome, Phase, Range, Role, Session
-from vfiouser_agents.errors import InvalidState, TransportLost
-from vfiouser_agents.faults import Delay, FaultyAgent, NeverAnswers
+from agentbed import TRANSPORTS, served
+from vfiouser_agents.api import AgentState, Outcome, Phase, Role, Session
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 
 

@@ -1,7 +1,7 @@
 """A function over a real socket: regions, memory, interrupts, and what is left when a client goes.
 
-Every test runs against the model itself and against the same model behind the `vfio-user` backend: a client must not see
-the difference.
+Every test runs against the model itself and against the same model behind the `vfio-user` backend: a client must not
+see the difference.
 """
 
 from __future__ import annotations
@@ -180,6 +180,14 @@ async def test_interrupts(tmp_path: Path, backend: str) -> None:
         await client.set_irqs(0, 0, 1, flags=0x11)
         with pytest.raises(BlockingIOError):
             os.eventfd_read(events[2])
+        resample = os.eventfd(0)
+        await client.write32(0, 0x14, 1)
+        assert 1 == os.eventfd_read(events[2])
+        await client.set_irqs(0, 0, 1, [resample], flags=0x14)
+        os.eventfd_write(resample, 1)  # KVM unmasks so, when the guest acknowledges the interrupt
+        await trio.lowlevel.wait_readable(events[2])
+        assert 1 == os.eventfd_read(events[2])
+        os.close(resample)
         pipe = os.pipe()
         assert errno.EINVAL == await client.errno(8, struct.pack("<5I", 20, 0x24, 2, 0, 1), pipe[1:])
         for fd in pipe:

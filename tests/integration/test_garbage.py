@@ -90,10 +90,11 @@ class Victim:
     def __init__(self, directory: Path) -> None:
         config = directory / "config.toml"
         self.sockets = [directory / "model.sock", directory / "front.sock"]
+        test = 'model = "test"'
         config.write_text(
             f'[daemon]\ncontrol_socket = "{directory}/control.sock"\nreply_budget_s = 0.5\n'
-            f'[[function]]\nname = "model"\nsocket = "{self.sockets[0]}"\ndevice = {{ kind = "model", model = "test" }}\n'
-            f'[[function]]\nname = "up"\nsocket = "{directory}/up.sock"\ndevice = {{ kind = "model", model = "test" }}\n'
+            f'[[function]]\nname = "model"\nsocket = "{self.sockets[0]}"\ndevice = {{ kind = "model", {test} }}\n'
+            f'[[function]]\nname = "up"\nsocket = "{directory}/up.sock"\ndevice = {{ kind = "model", {test} }}\n'
             f'[[function]]\nname = "front"\nsocket = "{self.sockets[1]}"\n'
             f'device = {{ kind = "vfio-user", socket = "{directory}/up.sock" }}\n'
         )

@@ -16,14 +16,18 @@ from typing import Any
 
 import trio
 
+from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
+from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.control.server import ControlServer
 from vfiouser_oob.control.status import DaemonStatus, Status
 from vfiouser_oob.devices.factory import make_backend
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
-from vfiouser_oob.server.function import Function
+from vfiouser_oob.server.function import EngineMaker, Function
 from vfiouser_oob.server.status import function_status, iso_time
 from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
 from vfiouser_oob.systemd.notify import Notifier
@@ -35,11 +39,17 @@ CONTROL_NAME = "control"
 _CONTROL_MODE = 0o660
 
 
-async def run_daemon(config: DaemonConfig, *, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
+async def run_daemon(
+    config: DaemonConfig,
+    *,
+    agents: AgentMaker = make_agent,
+    task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
+) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
 
     Args:
         config: what to serve.
+        agents: makes agents by kind and options.
         task_status: told when every socket listens.
 
     Raises:
@@ -47,7 +57,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: trio.TaskStatus[Daemo
         ListenError: a socket cannot be listened on.
     """
     with ExitStack() as resources:
-        daemon = Daemon(config, resources)
+        daemon = Daemon(config, resources, agents)
         await daemon.run(task_status)
 
 
@@ -57,10 +67,12 @@ class Daemon:
     Args:
         config: what to serve.
         resources: closes whatever was opened, also when opening the next thing fails.
+        agents: makes agents by kind and options.
     """
 
-    def __init__(self, config: DaemonConfig, resources: ExitStack) -> None:
+    def __init__(self, config: DaemonConfig, resources: ExitStack, agents: AgentMaker = make_agent) -> None:
         self._config = config
+        self._agents = AgentPool(agents)
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
         self._started = time.time()
@@ -89,6 +101,7 @@ class Daemon:
             events=self._events,
             log=log.get("function"),
             allow_uids=config.allow_uids,
+            migration=self._engine_maker(config),
         )
         resources.callback(function.close)
         self.functions.append(function)
@@ -99,6 +112,18 @@ class Daemon:
             listener = listen_on_path(config.socket, config.socket_mode, group)
             resources.callback(listener.close)
             self._listeners.append((function, listener))
+
+    def _engine_maker(self, config: FunctionConfig) -> EngineMaker | None:
+        agent = config.agent
+        if agent is None:
+            return None
+        try:
+            connected = self._agents.agent(agent)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
+        return lambda name, events, logger: MigrationEngine(
+            name, connected, agent.function, config.migration, events, logger
+        )
 
     def _adopt(self, function: Function, sock: socket.socket, resources: ExitStack) -> None:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -123,9 +148,10 @@ class Daemon:
 
     async def run(self, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until told to stop."""
-        async with trio.open_nursery() as devices:
+        async with self._agents, trio.open_nursery() as devices:
             for function in self.functions:
                 devices.start_soon(function.run_device)
+                devices.start_soon(function.run_migration)
             if self._control is not None:
                 await devices.start(ControlServer(self).serve, self._control.sock.dup())
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -134,6 +160,7 @@ class Daemon:
                     self._announce_ready()
                     task_status.started(self)
                     serving.start_soon(self._await_signal, signals, serving.cancel_scope)
+            await self._bring_back()
             devices.cancel_scope.cancel()
         self._events.close()
 
@@ -151,6 +178,14 @@ class Daemon:
         if not self._listeners:
             self._log.info("the inherited connection ended; nothing is left to serve")
             scope.cancel()
+
+    async def _bring_back(self) -> None:
+        """Give functions that stand still for a migration that ends with us the time to go on."""
+        with trio.CancelScope(shield=True), trio.move_on_after(self._config.reply_budget_s):
+            async with trio.open_nursery() as nursery:
+                for function in self.functions:
+                    if function.engine is not None:
+                        nursery.start_soon(function.engine.settle)
 
     async def _await_signal(self, signals: Any, scope: trio.CancelScope) -> None:
         async for number in signals:
