@@ -81,12 +81,14 @@ class NvmeOptions:
         image: file that holds the namespace; None = RAM.
         cmb: bytes of controller memory buffer in a mappable BAR of its own; 0 = none.
         doorbells: trapped as messages, or in a mapped page that the model polls.
+        shared: other simulators may use `image` too; only one of them runs the function at any time.
     """
 
     size: int | None = None
     image: Path | None = None
     cmb: int = 0
     doorbells: Doorbells = Doorbells.TRAPPED
+    shared: bool = False
 
     def describe(self) -> str:
         """The settings that differ from the defaults, as the short form writes them."""
@@ -99,6 +101,8 @@ class NvmeOptions:
             parts.append(f"cmb={format_size(self.cmb)}")
         if self.doorbells is not Doorbells.TRAPPED:
             parts.append(f"doorbells={self.doorbells.value}")
+        if self.shared:
+            parts.append("shared=true")
         return ",".join(parts)
 
 
