@@ -68,7 +68,7 @@ class KernelVfioBackend(DeviceBackend):
             nursery.start_soon(self._worker.run)
             self._running.set()
             try:
-                await self._worker.call(self._probe)
+                await self._worker.submit(Job(self._probe))
             except BackendUnavailable as error:
                 self._note(str(error))
             nursery.start_soon(self._watch)
@@ -94,7 +94,7 @@ class KernelVfioBackend(DeviceBackend):
         until = trio.current_time() + self._handover_s
         while True:
             try:
-                return await self._worker.call(self._open, _release)
+                return await self._worker.submit(Job(self._open, OpenDevice.close))
             except DeviceBusy:
                 if trio.current_time() >= until:
                     raise
@@ -131,14 +131,9 @@ class KernelVfioBackend(DeviceBackend):
         if self._unavailable is None:  # a client got it meanwhile
             return
         try:
-            await self._worker.call(self._probe)
+            await self._worker.submit(Job(self._probe))
         except BackendUnavailable as error:
             if self._unavailable is not None:
                 self._note(str(error))
         else:
             self._note(None)
-
-
-def _release(opened: OpenDevice) -> None:
-    """Give back a device whose client did not wait for it."""
-    opened.close()

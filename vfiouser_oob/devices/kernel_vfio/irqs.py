@@ -62,11 +62,12 @@ class KernelIrqs:
         try:
             _CARRY_OUT.get(operation, KernelIrqs._pass_on)(self, request, fds)
         except OSError as error:
-            hint = f" ({_HINTS[error.errno]})" if error.errno in _HINTS else ""
+            number = error.errno or errno.EIO
+            hint = f" ({_HINTS[number]})" if number in _HINTS else ""
             raise CommandError(
                 f"the kernel refused SET_IRQS index {request.index} start {request.start} count {request.count} "
                 f"flags {request.flags:#x}: {error.strerror}{hint}",
-                error.errno,
+                number,
             ) from error
         self._rules.apply(request, [True] * len(fds))
 

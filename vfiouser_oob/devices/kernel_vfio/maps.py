@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from vfiouser_oob.config.values import format_size
 from vfiouser_oob.devices.kernel_vfio.dma import CHUNK_SIZE, DmaSpace
-from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker
+from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker, explained
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.dma import DmaRegion
@@ -69,24 +71,26 @@ class IommuMaps:
             allowed = ", ".join(f"{first:#x}-{last:#x}" for first, last in windows)
             raise CommandError(f"{where} is not inside what the IOMMU can address ({allowed}); not mapped")
 
-    async def map(self, region: DmaRegion, fd: OwnedFd) -> None:
+    def map(self, region: DmaRegion, fd: OwnedFd, failed: Callable[[], object]) -> Job[Any]:
         """Map a range; what was mapped of it is taken back if the caller stops waiting.
 
         Args:
             region: what `check` passed.
             fd: its file; owned from now on.
+            failed: called when the range is not mapped after all.
 
-        Raises:
-            CommandError: with the kernel's errno.
+        Returns:
+            The job; it raises CommandError with the kernel's errno.
         """
 
         def work(job: Job[int]) -> int:
-            return self._map(job, region, fd.fileno())
+            try:
+                return self._map(job, region, fd.fileno())
+            except OSError as error:
+                raise self._refusal(region, error) from error
 
-        try:
-            await self._worker.call(work, lambda size: self._unmap(region.address, size), finish=fd.close)
-        except OSError as error:
-            raise self._refusal(region, error) from error
+        undo = partial(self._unmap, region.address)
+        return self._worker.submit(Job(work, undo, failed=failed, finish=fd.close))
 
     def _map(self, job: Job[int], region: DmaRegion, fd: int) -> int:
         """Map piece by piece, so that an abandoned mapping ends soon; returns the bytes mapped."""
@@ -133,18 +137,28 @@ class IommuMaps:
         else:
             self._log.debug("memory mapped", **fields)
 
-    async def unmap(self, region: DmaRegion) -> None:
-        """Unmap a range; the device has stopped using it when this returns.
+    def unmap(self, region: DmaRegion, succeeded: Callable[[], object]) -> Job[None]:
+        """Unmap a range.
 
-        Raises:
-            CommandError: with the kernel's errno.
+        Args:
+            region: the range.
+            succeeded: called when the device has stopped using it.
+
+        Returns:
+            The job; it raises CommandError with the kernel's errno.
         """
-        try:
-            await self._worker.call(lambda job: self._unmap(region.address, region.size), always=True)
-        except OSError as error:
-            raise CommandError(
-                f"the kernel refused to unmap {region.address:#x}+{region.size:#x}: {error.strerror}", error.errno
-            ) from error
+        what = f"unmapping {region.address:#x}+{region.size:#x}"
+        work = explained(what, partial(self._unmap, region.address, region.size))
+        return self._worker.submit(Job(work, always=True, succeeded=succeeded))
+
+    def unmap_all(self, succeeded: Callable[[], object]) -> Job[None]:
+        """Unmap everything; as `unmap`."""
+
+        def work() -> None:
+            self._space.unmap_all()
+            self._mapped_bytes = 0
+
+        return self._worker.submit(Job(explained("unmapping all memory", work), always=True, succeeded=succeeded))
 
     def _unmap(self, address: int, size: int) -> None:
         if size:

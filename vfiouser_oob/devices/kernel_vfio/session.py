@@ -15,7 +15,7 @@ from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.maps import IommuMaps
 from vfiouser_oob.devices.kernel_vfio.openers import OpenDevice
 from vfiouser_oob.devices.kernel_vfio.regions import RegionTable
-from vfiouser_oob.devices.kernel_vfio.worker import Worker
+from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker, explain, explained
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
@@ -83,7 +83,7 @@ class KernelVfioSession(BackendSession):
         what = f"reading {count} bytes at {offset:#x} of region {region}"
         if count > _INLINE_BYTES or self._worker.busy:
             return self._in_worker(what, lambda: self._device.read(region, offset, count))
-        return _explained(what, lambda: self._device.read(region, offset, count))
+        return explain(what, lambda: self._device.read(region, offset, count))
 
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> Answer[None]:
         """Write by a system call."""
@@ -91,7 +91,7 @@ class KernelVfioSession(BackendSession):
         slow = len(data) > _INLINE_BYTES or self._device.write_may_sleep(region, offset, len(data))
         if slow or self._worker.busy:
             return self._in_worker(what, lambda: self._device.write(region, offset, data))
-        return _explained(what, lambda: self._device.write(region, offset, data))
+        return explain(what, lambda: self._device.write(region, offset, data))
 
     def reset(self) -> Answer[None]:
         """Reset the function."""
@@ -100,19 +100,22 @@ class KernelVfioSession(BackendSession):
         return self._in_worker("resetting the function", self._device.reset)
 
     def _in_worker(self, what: str, work: Callable[[], T]) -> Awaitable[T]:
-        return self._worker.call(lambda job: _explained(what, work))
+        return self._worker.submit(Job(explained(what, work)))
 
     # Interrupts
 
     def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:
         """Hand the eventfds to the kernel; our own copies are closed at once."""
         if self._worker.busy:
-            return self._worker.call(lambda job: self._irqs.set_irqs(request, fds), finish=lambda: close_fds(fds))
+            return self._worker.submit(Job(partial(self._set_irqs, request, fds), finish=partial(close_fds, fds)))
         try:
             self._irqs.set_irqs(request, fds)
         finally:
             close_fds(fds)
         return None
+
+    def _set_irqs(self, request: SetIrqs, fds: list[int], job: Job[None]) -> None:
+        self._irqs.set_irqs(request, fds)
 
     def irq_summary(self) -> dict[str, int]:
         """Vectors with an eventfd."""
@@ -131,7 +134,7 @@ class KernelVfioSession(BackendSession):
                 self._note_unmapped(request, fd)
                 return None
             self._maps.check(region)
-            mapping, fd = self._map(region, fd), None
+            owned, fd = fd, None
         except CommandError:
             if region is not None:
                 self.memory.discard(region)
@@ -139,7 +142,12 @@ class KernelVfioSession(BackendSession):
         finally:
             if fd is not None:
                 fd.close()
-        return mapping
+        return self._maps.map(region, owned, partial(self._forget, region))
+
+    def _forget(self, region: DmaRegion) -> None:
+        # Closing the session drops all of them, also those that are still under way.
+        if self.memory.map.find(region.address) is region:
+            self.memory.discard(region)
 
     def _note_unmapped(self, request: DmaMap, fd: OwnedFd | None) -> None:
         # QEMU maps ROMs and the function's own BARs like this. No function does DMA to them.
@@ -148,13 +156,6 @@ class KernelVfioSession(BackendSession):
                 "memory without a descriptor is not mapped", address=f"{request.address:#x}", size=request.size
             )
 
-    async def _map(self, region: DmaRegion, fd: OwnedFd) -> None:
-        try:
-            await self._maps.map(region, fd)
-        except BaseException:
-            self.memory.discard(region)
-            raise
-
     def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
         """Unmap one range; while the device may use it, it counts as mapped."""
         self.memory.require(request)
@@ -162,21 +163,11 @@ class KernelVfioSession(BackendSession):
         if region is None or region.owner is None:
             self.memory.remove(request)
             return None
-        return self._unmap(region, request)
-
-    async def _unmap(self, region: DmaRegion, request: DmaUnmap) -> None:
-        await self._maps.unmap(region)
-        self.memory.remove(request)
+        return self._maps.unmap(region, partial(self._forget, region))
 
     def dma_unmap_all(self) -> Answer[None]:
-        """Unmap everything, range by range, so that each can be reported."""
-        return self._unmap_each()
-
-    async def _unmap_each(self) -> None:
-        for region in list(self.memory):
-            if region.owner is not None:
-                await self._maps.unmap(region)
-            self.memory.discard(region)
+        """Unmap everything."""
+        return self._maps.unmap_all(self.memory.remove_all)
 
     # The end
 
@@ -185,9 +176,9 @@ class KernelVfioSession(BackendSession):
         active = self._irqs.active
         self._irqs.close()
         self.memory.close()
-        await self._worker.call(lambda job: self._shut_down(active), always=True)
+        await self._worker.submit(Job(partial(self._shut_down, active), always=True))
 
-    def _shut_down(self, active: list[int]) -> None:
+    def _shut_down(self, active: list[int], job: Job[None]) -> None:
         """Each step on its own: a device that has gone fails all of them, and is closed all the same."""
         device = self._device
         steps: list[tuple[str, Callable[[], object]]] = [
@@ -204,10 +195,3 @@ class KernelVfioSession(BackendSession):
                 self._log.warning("leaving the device: a step failed", step=what, error=error.strerror)
         self._regions.close()
         self._opened.close()
-
-
-def _explained(what: str, work: Callable[[], T]) -> T:
-    try:
-        return work()
-    except OSError as error:
-        raise CommandError(f"{what} failed: {error.strerror}", error.errno) from error

@@ -8,42 +8,48 @@ its client has gone); the job then ends all the same, and what it achieved is un
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
 import trio
 
 from vfiouser_oob.devices.base import BackendUnavailable
-from vfiouser_protocol.errors import VfioUserError
+from vfiouser_protocol.errors import CommandError, VfioUserError
 
 T = TypeVar("T")
 _FAILURES = (OSError, VfioUserError, BackendUnavailable)
 
 
 class Job(Generic[T]):
-    """One piece of work.
+    """One piece of work; awaiting it gives its result. It goes on when nobody awaits it.
 
     Args:
         work: runs in a thread.
-        undo: takes back what `work` returned, in a thread, if nobody waits for it any more.
-        always: do it even if nobody waited any more before it began.
-        finish: runs in the event loop when the job is over, or will never begin.
+        undo: takes back what `work` returned, in a thread, if its caller stopped waiting.
+        always: do it even if the caller stopped waiting before it began.
+        succeeded: runs in the event loop when the work is done.
+        failed: runs in the event loop, once, when it failed or its caller stopped waiting.
+        finish: runs in the event loop when the job is over, however it ended.
     """
 
     def __init__(
         self,
         work: Callable[[Job[T]], T],
-        undo: Callable[[T], object] | None,
+        undo: Callable[[T], object] | None = None,
         *,
-        always: bool,
-        finish: Callable[[], object] | None,
+        always: bool = False,
+        succeeded: Callable[[], object] | None = None,
+        failed: Callable[[], object] | None = None,
+        finish: Callable[[], object] | None = None,
     ) -> None:
-        #: Nobody waits any more; long work looks at it.
+        #: The caller does not wait any more; long work looks at it.
         self.abandoned = False
-        self.done = trio.Event()
+        self._done = trio.Event()
         self._work = work
         self._undo = undo
         self._always = always
+        self._succeeded = succeeded
+        self._failed = failed
         self._finish = finish
         self._result: list[T] = []
         self._error: Exception | None = None
@@ -53,8 +59,11 @@ class Job(Generic[T]):
         try:
             if not self.abandoned or self._always:
                 self._result.append(await trio.to_thread.run_sync(self._work, self, abandon_on_cancel=True))
+                if self._succeeded is not None:
+                    self._succeeded()
         except _FAILURES as error:
             self._error = error
+            self._fail()
         finally:
             if self._finish is not None:
                 self._finish()
@@ -63,10 +72,23 @@ class Job(Generic[T]):
                 await trio.to_thread.run_sync(self._undo, self._result.pop(), abandon_on_cancel=True)
             except _FAILURES as error:
                 self._error = error
-        self.done.set()
+        self._done.set()
 
-    def outcome(self) -> T:
-        """Return what came out, or raise it."""
+    def _fail(self) -> None:
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            failed()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> T:
+        try:
+            await self._done.wait()
+        except trio.Cancelled:
+            self.abandoned = True
+            self._fail()
+            raise
         if self._error is not None:
             raise self._error
         return self._result[0]
@@ -92,21 +114,34 @@ class Worker:
             finally:
                 self._pending -= 1
 
-    async def call(
-        self,
-        work: Callable[[Job[T]], T],
-        undo: Callable[[T], object] | None = None,
-        *,
-        always: bool = False,
-        finish: Callable[[], object] | None = None,
-    ) -> T:
-        """Do one job in its turn and return its result; arguments as for `Job`."""
-        job = Job(work, undo, always=always, finish=finish)
+    def submit(self, job: Job[T]) -> Job[T]:
+        """Do a job in its turn.
+
+        Returns:
+            The job, to be awaited.
+        """
         self._pending += 1
         self._send.send_nowait(job)
-        try:
-            await job.done.wait()
-        except trio.Cancelled:
-            job.abandoned = True
-            raise
-        return job.outcome()
+        return job
+
+
+def explained(what: str, work: Callable[[], T]) -> Callable[[Job[T]], T]:
+    """Make a job's work whose system errors say what was being done.
+
+    Args:
+        what: as in "resetting the function".
+        work: what to do; its OSError becomes a CommandError with the same errno.
+    """
+
+    def run(job: Job[T]) -> T:
+        return explain(what, work)
+
+    return run
+
+
+def explain(what: str, work: Callable[[], T]) -> T:
+    """Do it at once; arguments as for `explained`."""
+    try:
+        return work()
+    except OSError as error:
+        raise CommandError(f"{what} failed: {error.strerror}", error.errno) from error
