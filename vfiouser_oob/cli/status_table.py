@@ -57,6 +57,8 @@ def _notes(function: FunctionStatus) -> Iterator[str]:
             for region in function["regions"]
         )
         yield f"{function['name']}: regions {regions}"
+    if function["unavailable"]:
+        yield f"{function['name']}: cannot be used now: {_safe(function['unavailable'])}"
     if function["last_error"]:
         yield f"{function['name']}: last error: {_safe(function['last_error'])}"
 

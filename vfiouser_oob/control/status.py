@@ -38,7 +38,7 @@ class FunctionStatus(TypedDict):
 
     `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
     by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
-    itself. `since` is when the phase began (ISO 8601, UTC).
+    itself, `unavailable` why the device cannot be had now. `since` is when the phase began (ISO 8601, UTC).
     """
 
     name: str
@@ -53,6 +53,7 @@ class FunctionStatus(TypedDict):
     fds: int
     messages: dict[str, int]
     dma: dict[str, int]
+    unavailable: str | None
     last_error: str | None
 
 

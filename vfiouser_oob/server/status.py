@@ -29,6 +29,7 @@ def function_status(function: Function) -> FunctionStatus:
         fds=sum(irqs.values()) + maps["files"] + (connection.sockets if connection is not None else 0),
         messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
         dma=connection.dma_summary() if connection is not None else {},
+        unavailable=function.backend.unavailable,
         last_error=function.last_error,
     )
 
