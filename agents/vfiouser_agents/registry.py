@@ -1,7 +1,7 @@
 """Finds adapters by their kind, so that anybody's can be installed beside ours.
 
-An adapter is registered in the entry-point group `vfiouser_oob.agents` under its kind, and is a class (or anything else)
-with a `from_options`.
+An adapter is registered in the entry-point group `vfiouser_oob.agents` under its kind, and is a class (or anything
+else) with a `from_options`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .api import Agent
 from .options import OptionError, hint
 
 GROUP = "vfiouser_oob.agents"
-#: Our own, which are found also where the distribution is not installed; the entry points in pyproject.toml are the same.
+#: Our own, found also where the distribution is not installed; the entry points in pyproject.toml are the same.
 BUILT_IN: Mapping[str, str] = {
     "msgpack-rpc": "vfiouser_agents.adapters.msgpack_rpc:MsgpackRpcAgent",
 }
@@ -66,8 +66,8 @@ def parse_agent(text: str) -> tuple[str, dict[str, Any]]:
     """Read the short form of an agent.
 
     Args:
-        text: ``KIND:[FIRST][,KEY=VALUE…]``; FIRST is the address, ``tls.ca=FILE`` a key of the table `tls`; a comma inside
-            a value is written twice.
+        text: ``KIND:[ADDRESS][,KEY=VALUE…]``; ``tls.ca=FILE`` is a key of the table `tls`; a comma inside a value is
+            written twice.
 
     Returns:
         The kind, and the options by name; `function` is among them if it was given.

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vfiouser_oob.bench.measure import (
     BURST,
@@ -20,6 +21,7 @@ from vfiouser_oob.bench.measure import (
     read_latency,
     resident_mb,
 )
+from vfiouser_oob.bench.placement import apart
 from vfiouser_oob.bench.raw import RawClient
 from vfiouser_oob.bench.results import Budget, Result
 from vfiouser_oob.client.guest import ClientMemory
@@ -64,6 +66,18 @@ FULL = Effort()
 QUICK = Effort(rounds=5, reads=400, bursts=6, attaches=1, functions=8, idle_s=1.0)
 
 
+class Peer(NamedTuple):
+    """A process that does nothing but read and answer.
+
+    Args:
+        client: a client of it.
+        child: the process.
+    """
+
+    client: RawClient
+    child: Child
+
+
 @dataclass(frozen=True, slots=True)
 class Bed:
     """What is measured.
@@ -76,8 +90,9 @@ class Bed:
         second_socket: the second one's socket.
         upstream: the daemon with one `vfio-user` function.
         upstream_socket: its socket.
-        echo: a client of the blocking echo.
-        empty_loop: a client of the empty loop.
+        simulator: the process behind that function.
+        echo: the blocking echo and a client of it.
+        empty_loop: the empty loop and a client of it.
     """
 
     directory: Path
@@ -87,8 +102,9 @@ class Bed:
     second_socket: Path
     upstream: Child
     upstream_socket: Path
-    echo: RawClient
-    empty_loop: RawClient
+    simulator: Child
+    echo: Peer
+    empty_loop: Peer
 
 
 async def measure(effort: Effort, progress: Progress) -> list[Result]:
@@ -136,23 +152,27 @@ async def _bed(directory: Path) -> AsyncIterator[Bed]:
         _peer("empty-loop", directory) as empty_loop,
     ):
         children = (model_child, simulator, upstream_child)
-        yield Bed(directory, children, model_child, first, second, upstream_child, upstream, echo, empty_loop)
+        yield Bed(
+            directory, children, model_child, first, second, upstream_child, upstream, simulator, echo, empty_loop
+        )
 
 
 @asynccontextmanager
-async def _peer(kind: str, directory: Path) -> AsyncIterator[RawClient]:
+async def _peer(kind: str, directory: Path) -> AsyncIterator[Peer]:
     """One of the processes that do nothing but read and answer, and a client of it."""
     ours, theirs = socket.socketpair()
     with theirs, RawClient(ours) as client:
         command = [sys.executable, "-m", "vfiouser_oob.bench.peers", kind, str(theirs.fileno())]
-        async with running_command(kind, command, directory, pass_fds=[theirs.fileno()]):
-            yield client
+        async with running_command(kind, command, directory, pass_fds=[theirs.fileno()]) as child:
+            yield Peer(client, child)
 
 
 def _reads(bed: Bed, effort: Effort) -> list[Result]:
     with RawClient.attach(bed.model_socket) as model, RawClient.attach(bed.upstream_socket) as upstream:
-        clients = {"echo": bed.echo, "model": model, "upstream": upstream}
-        samples = read_latency(clients, effort.rounds, effort.reads)
+        clients = {"echo": bed.echo.client, "model": model, "upstream": upstream}
+        servers = [bed.echo.child.pid, bed.model.pid, bed.upstream.pid]
+        with apart(servers, [bed.simulator.pid]):
+            samples = read_latency(clients, effort.rounds, effort.reads)
     echo, own, relayed = (samples[name].percentile_us(50) for name in ("echo", "model", "upstream"))
     return [
         Result("blocking echo", echo, "us", details=samples["echo"].details()),
@@ -171,14 +191,15 @@ def _maps(bed: Bed, effort: Effort) -> list[Result]:
         load.grow(few_client, 0, BURST)
         many_client = stack.enter_context(RawClient.attach(bed.second_socket))
         load.grow(many_client, 0, many)
-        rates = alternate(
-            {
-                "empty": lambda: load.rate(bed.empty_loop, 0, effort.bursts),
-                "few": lambda: load.rate(few_client, BURST, effort.bursts),
-                "many": lambda: load.rate(many_client, many, effort.bursts),
-            },
-            effort.rounds,
-        )
+        with apart([bed.empty_loop.child.pid, bed.model.pid]):
+            rates = alternate(
+                {
+                    "empty": lambda: load.rate(bed.empty_loop.client, 0, effort.bursts),
+                    "few": lambda: load.rate(few_client, BURST, effort.bursts),
+                    "many": lambda: load.rate(many_client, many, effort.bursts),
+                },
+                effort.rounds,
+            )
     empty, few, full = rates["empty"], rates["few"], rates["many"]
     return [
         Result("empty loop", empty, "messages/s"),

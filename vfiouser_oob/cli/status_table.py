@@ -60,6 +60,8 @@ def _notes(function: FunctionStatus) -> Iterator[str]:
     migration = function["migration"]
     if migration is not None:
         yield f"{function['name']}: migration {_migration(migration)}"
+    if function["unavailable"]:
+        yield f"{function['name']}: cannot be used now: {_safe(function['unavailable'])}"
     if function["last_error"]:
         yield f"{function['name']}: last error: {_safe(function['last_error'])}"
 

@@ -61,7 +61,8 @@ class FunctionStatus(TypedDict):
 
     `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
     by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
-    itself. `migration` is None for a function without an agent. `since` is when the phase began (ISO 8601, UTC).
+    itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
+    is when the phase began (ISO 8601, UTC).
     """
 
     name: str
@@ -77,6 +78,7 @@ class FunctionStatus(TypedDict):
     messages: dict[str, int]
     dma: dict[str, int]
     migration: MigrationStatus | None
+    unavailable: str | None
     last_error: str | None
 
 

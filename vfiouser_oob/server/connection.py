@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 #: Messages answered in a row before other tasks get their turn.
 _BURST = 32
+#: What a handler returns when there is nothing to wait for.
+_READY = (bytes, Reply)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
 _MAX_QUEUED = 16384
 _MAX_QUEUED_BYTES = 64 << 20
@@ -121,7 +123,10 @@ class Connection(ClientLink):
             self.phase = "attached"
             self.function.phase_changed()
             nursery.start_soon(self._dispatch_queued)
-            await self._read()
+            try:
+                await self._read()
+            finally:
+                self.stream.uncork()
         except EndOfStream as end:
             return str(end)
         except StreamError as error:
@@ -209,18 +214,23 @@ class Connection(ClientLink):
         while True:
             message = stream.try_receive()
             if message is None:
+                stream.uncork()
                 burst = 0
                 if not stream.spin():
                     await stream.wait_for_data()
                 continue
-            stream.note_message()
+            if burst:
+                # The client sends without waiting for each reply, so replies may go together. The first one of a burst
+                # does not wait: it may be the only one, and its sender a virtual CPU.
+                stream.cork()
             self._take(message, twin=False)
             burst += 1
             if burst >= _BURST:
+                stream.uncork()
                 burst = 0
                 await trio.lowlevel.checkpoint()
-            if stream.congested or self._queue_is_full:
-                await self._make_room()
+                if stream.congested or self._queue_is_full:
+                    await self._make_room()
 
     async def read_twin(self, stream: MessageSocket) -> None:
         """Read the twin socket, which carries replies to our commands only."""
@@ -284,7 +294,7 @@ class Connection(ClientLink):
         """Run a command; answer it, or hand it to the dispatcher."""
         with Contained() as outcome:
             result = self._start(event)
-            if isinstance(result, bytes | Reply):
+            if isinstance(result, _READY):
                 self._answer(event, result)
             else:
                 self._enqueue(event, result)
@@ -322,21 +332,19 @@ class Connection(ClientLink):
     async def _finish(self, event: CommandReceived, queued: _Queued) -> None:
         with Contained() as outcome:
             result = self._start(event) if queued.result is None else queued.result
-            if not isinstance(result, bytes | Reply):
+            if not isinstance(result, _READY):
                 with trio.move_on_at(queued.deadline) as scope:
                     result = await result
                 if scope.cancelled_caught:
                     raise CommandError(
                         f"{Command(event.header.command).name} took longer than {self._budget_s:g} s", errno.ETIMEDOUT
                     )
-            assert isinstance(result, bytes | Reply)
+            assert isinstance(result, _READY)
             self._answer(event, result)
         if outcome.error is not None:
             self._answer_error(event, outcome.error)
 
     def _answer(self, event: CommandReceived, result: bytes | Reply) -> None:
-        if event.header.no_reply:
-            return
         payload, fds = (result, ()) if isinstance(result, bytes) else result
         self.send(self.session.reply(event.header, payload), fds)
 
@@ -346,11 +354,15 @@ class Connection(ClientLink):
         text = f"{name}: {error}"
         self.function.note_error(text)
         self._noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
-        if not event.header.no_reply:
-            self.send(self.session.error_reply(event.header, number))
+        self.send(self.session.error_reply(event.header, number))
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send one message on the main socket; a broken connection is noticed by the reader."""
+        """Send one message on the main socket; nothing, for a command that wants no reply.
+
+        A broken connection is noticed by the reader.
+        """
+        if not data:
+            return
         if self._tracing:
             header = unpack_header(data[:HEADER_SIZE])
             self.log.debug(describe(header, data[HEADER_SIZE:], len(fds), ">"))

@@ -52,8 +52,10 @@ P = TypeVar("P", bound=Payload)
 _READ = int(RegionFlags.READ)
 _WRITE = int(RegionFlags.WRITE)
 NO_PAYLOAD = b""
-#: A plain int: the complement of an IntFlag has known bits only.
-_UNMAP_KNOWN = int(DmaUnmapFlags.GET_DIRTY_BITMAP | DmaUnmapFlags.ALL)
+_UNMAP_BITMAP = int(DmaUnmapFlags.GET_DIRTY_BITMAP)
+_UNMAP_ALL = int(DmaUnmapFlags.ALL)
+_UNMAP_KNOWN = _UNMAP_BITMAP | _UNMAP_ALL
+_MAP_SIZE = 32
 _UNMAP_SIZE = 24
 _INFO_SIZE = 16
 
@@ -243,7 +245,9 @@ class Handlers:
     def dma_map(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_MAP."""
         try:
-            request = self._decode(DmaMap, payload)
+            request = decode(DmaMap, payload)
+            if request.argsz != _MAP_SIZE:  # the rules are asked only about what is not as everybody sends it
+                check_request(request, self._max_transfer)
         except CommandError:
             close_fds(fds)
             raise
@@ -251,15 +255,17 @@ class Handlers:
 
     def dma_unmap(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_UNMAP."""
-        request = self._decode(DmaUnmap, payload)
+        request = decode(DmaUnmap, payload)
         flags = request.flags
+        if flags or request.argsz != _UNMAP_SIZE:
+            check_request(request, self._max_transfer)
         if flags & ~_UNMAP_KNOWN or flags == _UNMAP_KNOWN:
             raise CommandError(f"DMA_UNMAP flags {flags:#x}; allowed are one of GET_DIRTY_BITMAP 0x1 and ALL 0x2")
-        if flags & DmaUnmapFlags.GET_DIRTY_BITMAP:
+        if flags & _UNMAP_BITMAP:
             if self._port is None:
                 raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
             return self._port.unmap_dirty(request)
-        if flags & DmaUnmapFlags.ALL:
+        if flags & _UNMAP_ALL:
             if request.address or request.size:
                 raise CommandError("DMA_UNMAP of everything with an address or size")
             done = self._session.dma_unmap_all()

@@ -31,6 +31,7 @@ def function_status(function: Function) -> FunctionStatus:
         messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
         dma=connection.dma_summary() if connection is not None else {},
         migration=None if function.engine is None else _migration(function.engine),
+        unavailable=function.backend.unavailable,
         last_error=function.last_error,
     )
 

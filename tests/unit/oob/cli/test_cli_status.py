@@ -36,6 +36,7 @@ ATTACHED: FunctionStatus = {
     "messages": {"REGION_READ": 20, "DMA_MAP": 5},
     "dma": {"read_messages": 0},
     "migration": None,
+    "unavailable": None,
     "last_error": None,
 }
 IDLE: FunctionStatus = {
@@ -51,6 +52,7 @@ IDLE: FunctionStatus = {
     "fds": 0,
     "messages": {},
     "migration": None,
+    "unavailable": None,
     "last_error": "upstream refused\nthe version",
 }
 STATUS: Status = {
