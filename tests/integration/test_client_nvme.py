@@ -134,10 +134,13 @@ async def test_refused_commands_leave_the_connection_usable(place: Path) -> None
 
 async def test_simulator_that_dies_ends_the_io(place: Path) -> None:
     """Killing the simulator under the driver's feet is an error, not a hang."""
-    async with simulator(place) as child, driver_expecting_the_end(place / "f0.sock") as nvme:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(read_until_the_end, nvme)
-            child.process.kill()
+    async with (
+        simulator(place) as child,
+        driver_expecting_the_end(place / "f0.sock") as nvme,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(read_until_the_end, nvme)
+        child.process.kill()
 
 
 async def read_until_the_end(nvme: NvmeDriver) -> None:

@@ -1,7 +1,7 @@
 """A function over a real socket: regions, memory, interrupts, and what is left when a client goes.
 
-Every test runs against the model itself and against the same model behind the `vfio-user` backend: a client must not see
-the difference.
+Every test runs against the model itself and against the same model behind the `vfio-user` backend: a client must not
+see the difference.
 """
 
 from __future__ import annotations

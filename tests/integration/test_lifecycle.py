@@ -253,7 +253,7 @@ async def test_upstream_server_dies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("silent_after", ["connect", "version"])
 async def test_upstream_server_never_answers(tmp_path: Path, silent_after: str) -> None:
-    """One deadline holds for a client's message and all that it causes: the client is answered in time, come what may."""
+    """One deadline holds for a client's message and all that it causes: the client is answered in time."""
     listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     await listener.bind(str(tmp_path / "up.sock"))
     listener.listen()

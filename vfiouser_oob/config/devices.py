@@ -17,7 +17,16 @@ from vfiouser_oob.config.schema import (
     UpstreamDevice,
 )
 from vfiouser_oob.config.tables import Key, Place, read_table, suggestion
-from vfiouser_oob.config.values import one_of, read_bdf, read_path, read_size, read_socket_path, read_string, shown
+from vfiouser_oob.config.values import (
+    one_of,
+    read_bdf,
+    read_path,
+    read_size,
+    read_socket_path,
+    read_string,
+    read_switch,
+    shown,
+)
 
 BLOCK_SIZE = 512
 CMB_MIN = 2 << 20
@@ -44,6 +53,7 @@ NVME_KEYS = (
     Key("image", read_path),
     Key("cmb", read_cmb_size),
     Key("doorbells", one_of(Doorbells)),
+    Key("shared", read_switch),
 )
 
 

@@ -39,7 +39,8 @@ def _function_line(function: FunctionConfig) -> str:
     if function.allow_uids is not None:
         access += f", only uids {', '.join(map(str, function.allow_uids))}"
     dma = ", dma by messages" if function.dma is DmaMode.MESSAGES else ""
-    return f"  {function.name}: {function.device.describe()} on {where} ({access}{dma})"
+    agent = f", migrated by {function.agent.describe()}" if function.agent is not None else ""
+    return f"  {function.name}: {function.device.describe()} on {where} ({access}{dma}{agent})"
 
 
 def warnings(config: DaemonConfig) -> list[str]:

@@ -50,6 +50,14 @@ def read_size(value: Any) -> int:
     return int(match["number"]) * _UNITS[match["unit"].upper()]
 
 
+def read_switch(value: Any) -> bool:
+    """True or false, also as a word, which is all that the short form has."""
+    found = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise ValueError(f"must be true or false, got {shown(value)}")
+    return found
+
+
 def read_string(value: Any) -> str:
     """Text that is not empty."""
     if not isinstance(value, str) or not value or "\0" in value:

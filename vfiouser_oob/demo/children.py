@@ -13,10 +13,15 @@ from pathlib import Path
 
 import trio
 
+from vfiouser_oob.client.nursery import background_nursery
+from vfiouser_protocol.errors import VfioUserError
+
 #: A process that was just started imports some hundred modules; on a busy machine that takes seconds.
 READY_TIMEOUT_S = 60.0
 #: How long a process may take to end after SIGTERM before it is killed.
 STOP_TIMEOUT_S = 5.0
+#: How long to wait, after a failure, for the news that one of the processes has died.
+_BLAME_TIMEOUT_S = 1.0
 _READY = b"READY=1"
 #: Variables that systemd gives to one process only; a child must not take them for its own.
 _NOT_INHERITED = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -143,6 +148,35 @@ async def stop(child: Child) -> None:
         if process.poll() is None:
             process.kill()
         await process.wait()
+
+
+@asynccontextmanager
+async def blaming(children: Sequence[Child]) -> AsyncIterator[None]:
+    """Let an error of the block pass, unless one of the processes has died: that is the cause, and tells
+    more.
+
+    Raises:
+        ChildFailed: the block failed, and a process had ended.
+    """
+    try:
+        yield
+    except (VfioUserError, OSError, ChildFailed, ExceptionGroup):
+        with trio.move_on_after(_BLAME_TIMEOUT_S):
+            async with background_nursery() as nursery:
+                for child in children:
+                    nursery.start_soon(watch, child)
+                await trio.sleep_forever()
+        raise
+
+
+async def watch(child: Child) -> None:
+    """Wait until a process ends, which it should not.
+
+    Raises:
+        ChildFailed: it has.
+    """
+    await child.process.wait()
+    raise child.died()
 
 
 class _NotifySocket:

@@ -7,15 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-
 from vfiouser_oob.client.nursery import background_nursery
-from vfiouser_oob.demo.children import Child, running
+from vfiouser_oob.demo.children import Child, blaming, running, watch
 from vfiouser_oob.demo.scenario import FunctionReport, Progress, exercise
-from vfiouser_protocol.errors import VfioUserError
-
-#: How long to wait, after a failure, for the news that one of the processes has died.
-_BLAME_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +62,12 @@ async def show(options: DemoOptions, progress: Progress) -> list[FunctionReport]
 async def _drive(
     names: Sequence[str], directory: Path, seed: int, progress: Progress, children: Sequence[Child]
 ) -> list[FunctionReport]:
-    try:
-        async with background_nursery() as nursery:
-            for child in children:
-                nursery.start_soon(_watch, child)
-            return [await exercise(name, directory / f"{name}.sock", seed, progress) for name in names]
-    except (VfioUserError, OSError, ExceptionGroup):
-        # What one of our processes did is the cause and more useful than the effect, if there is time to see it.
-        with trio.move_on_after(_BLAME_TIMEOUT_S):
-            async with background_nursery() as nursery:
-                for child in children:
-                    nursery.start_soon(_watch, child)
-                await trio.sleep_forever()
-        raise
-
-
-async def _watch(child: Child) -> None:
-    await child.process.wait()
-    raise child.died()
+    reports: list[FunctionReport] = []
+    async with blaming(children), background_nursery() as nursery:
+        for child in children:
+            nursery.start_soon(watch, child)
+        reports += [await exercise(name, directory / f"{name}.sock", seed, progress) for name in names]
+    return reports
 
 
 def _simulator(options: DemoOptions, directory: Path) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 
-from vfiouser_oob.transport.fds import OwnedFd, close_fds
 import trio
+
+from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqSet

@@ -115,6 +115,8 @@ class ModelBackend(DeviceBackend):
 class ModelSession(BackendSession):
     """One client's use of a model."""
 
+    device_seen = True
+
     def __init__(self, backend: ModelBackend, link: ClientLink) -> None:
         self._backend = backend
         self._model = backend.model
@@ -208,6 +210,12 @@ class _BusMasterMemory:
     async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Write guest memory."""
         await self._memory().write(address, data)
+
+    async def quiet(self) -> None:
+        """Wait until no access is under way."""
+        session = self._backend.session
+        if session is not None:
+            await session.memory.quiet()
 
 
 def _region_specs(model: DeviceModel) -> Sequence[RegionSpec]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
+from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 #: Messages answered in a row before other tasks get their turn.
 _BURST = 32
+#: What a handler returns when there is nothing to wait for.
+_READY = (bytes, Reply)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
 _MAX_QUEUED = 16384
 _MAX_QUEUED_BYTES = 64 << 20
@@ -81,6 +84,7 @@ class Connection(ClientLink):
         self.stream = MessageSocket(sock, limits.max_message_size, function.activity)
         self._twin: TwinSocket | None = None
         self.backend: BackendSession | None = None
+        self.port: MigrationPort | None = None
         self._handlers: dict[int, Handler] = {}
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
@@ -119,7 +123,10 @@ class Connection(ClientLink):
             self.phase = "attached"
             self.function.phase_changed()
             nursery.start_soon(self._dispatch_queued)
-            await self._read()
+            try:
+                await self._read()
+            finally:
+                self.stream.uncork()
         except EndOfStream as end:
             return str(end)
         except StreamError as error:
@@ -137,6 +144,13 @@ class Connection(ClientLink):
             self._abandon(queued)
         self._queue.clear()
         try:
+            if self.port is not None:
+                await self.port.detach()
+        finally:
+            await self._close_device()
+
+    async def _close_device(self) -> None:
+        try:
             if self.backend is not None:
                 await self.backend.close()
         finally:
@@ -151,6 +165,7 @@ class Connection(ClientLink):
             queued.result.close()
 
     async def run_sender(self, stream: MessageSocket) -> None:
+        """Send what one of the sockets did not take at once."""
         try:
             await stream.run_sender()
         except EndOfStream:
@@ -162,20 +177,29 @@ class Connection(ClientLink):
         """Take the device that was opened for this client; it is closed with the connection."""
         self.backend = backend
 
-    def start(self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None) -> None:
+    def migrate_by(self, port: MigrationPort) -> None:
+        """Take the client's way into the migration of its function; it is detached with the connection."""
+        self.port = port
+
+    def start(
+        self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None, migration_pgsize: int | None
+    ) -> None:
         """Take what was negotiated.
 
         Args:
             client: what the client can take.
             offer: what we said that we can take.
             twin: the second socket, if it was granted; closed with the connection.
+            migration_pgsize: bytes per bit of v1's dirty bitmaps, if both sides named it.
         """
         assert self.backend is not None
         self.capabilities = client
         self._twin = twin
         channel = self.send if twin is None else self._send_on_twin
         self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
-        self._handlers = Handlers(self.backend, offer.max_data_xfer_size).table
+        if self.port is not None:
+            self.port.negotiated(client, offer, migration_pgsize)
+        self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
 
     def count(self, command: int) -> None:
         """Count a command for `status`."""
@@ -190,18 +214,23 @@ class Connection(ClientLink):
         while True:
             message = stream.try_receive()
             if message is None:
+                stream.uncork()
                 burst = 0
                 if not stream.spin():
                     await stream.wait_for_data()
                 continue
-            stream.note_message()
+            if burst:
+                # The client sends without waiting for each reply, so replies may go together. The first one of a burst
+                # does not wait: it may be the only one, and its sender a virtual CPU.
+                stream.cork()
             self._take(message, twin=False)
             burst += 1
             if burst >= _BURST:
+                stream.uncork()
                 burst = 0
                 await trio.lowlevel.checkpoint()
-            if stream.congested or self._queue_is_full:
-                await self._make_room()
+                if stream.congested or self._queue_is_full:
+                    await self._make_room()
 
     async def read_twin(self, stream: MessageSocket) -> None:
         """Read the twin socket, which carries replies to our commands only."""
@@ -265,7 +294,7 @@ class Connection(ClientLink):
         """Run a command; answer it, or hand it to the dispatcher."""
         with Contained() as outcome:
             result = self._start(event)
-            if isinstance(result, bytes | Reply):
+            if isinstance(result, _READY):
                 self._answer(event, result)
             else:
                 self._enqueue(event, result)
@@ -303,21 +332,19 @@ class Connection(ClientLink):
     async def _finish(self, event: CommandReceived, queued: _Queued) -> None:
         with Contained() as outcome:
             result = self._start(event) if queued.result is None else queued.result
-            if not isinstance(result, bytes | Reply):
+            if not isinstance(result, _READY):
                 with trio.move_on_at(queued.deadline) as scope:
                     result = await result
                 if scope.cancelled_caught:
                     raise CommandError(
                         f"{Command(event.header.command).name} took longer than {self._budget_s:g} s", errno.ETIMEDOUT
                     )
-            assert isinstance(result, bytes | Reply)
+            assert isinstance(result, _READY)
             self._answer(event, result)
         if outcome.error is not None:
             self._answer_error(event, outcome.error)
 
     def _answer(self, event: CommandReceived, result: bytes | Reply) -> None:
-        if event.header.no_reply:
-            return
         payload, fds = (result, ()) if isinstance(result, bytes) else result
         self.send(self.session.reply(event.header, payload), fds)
 
@@ -327,11 +354,15 @@ class Connection(ClientLink):
         text = f"{name}: {error}"
         self.function.note_error(text)
         self._noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
-        if not event.header.no_reply:
-            self.send(self.session.error_reply(event.header, number))
+        self.send(self.session.error_reply(event.header, number))
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send one message on the main socket; a broken connection is noticed by the reader."""
+        """Send one message on the main socket; nothing, for a command that wants no reply.
+
+        A broken connection is noticed by the reader.
+        """
+        if not data:
+            return
         if self._tracing:
             header = unpack_header(data[:HEADER_SIZE])
             self.log.debug(describe(header, data[HEADER_SIZE:], len(fds), ">"))

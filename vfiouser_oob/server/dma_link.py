@@ -15,6 +15,11 @@ from vfiouser_protocol.header import Header
 from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
 from vfiouser_protocol.session import Session
 
+#: Bytes of one DMA_READ, and of all that wait for their replies. QEMU 11.1 loses its place in the stream when a reply
+#: does not fit into its socket's send buffer (208 KiB by default on Linux), although it announces transfers of 1 MiB.
+MAX_READ = 64 << 10
+MAX_READ_OUTSTANDING = 128 << 10
+
 T = TypeVar("T", DmaReadReply, DmaWriteReply)
 #: Commands under way at once. Message ids are 16 bits wide and shared with nobody, so this is about memory only.
 MAX_OUTSTANDING = 256
@@ -43,6 +48,34 @@ class PendingReply:
         self.event.set()
 
 
+class ByteBudget:
+    """Lets so many bytes be under way at once; who wants more waits for its turn.
+
+    Args:
+        limit: bytes; a single request of more is let through alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def take(self, count: int) -> None:
+        """Wait until `count` more bytes may be under way."""
+        if self._waiting:
+            await self._waiting.park()
+        while self._used and self._used + count > self._limit:
+            await self._waiting.park()
+        self._used += count
+        if self._used < self._limit:
+            self._waiting.unpark()
+
+    def give_back(self, count: int) -> None:
+        """Say that `count` bytes have arrived."""
+        self._used -= count
+        self._waiting.unpark()
+
+
 class DmaLink:
     """Sends DMA_READ and DMA_WRITE to the client and waits for the answers.
 
@@ -59,6 +92,7 @@ class DmaLink:
         self._max_transfer = max_transfer
         self._budget_s = budget_s
         self._slots = trio.Semaphore(MAX_OUTSTANDING)
+        self._read_budget = ByteBudget(MAX_READ_OUTSTANDING)
         self._pending: set[PendingReply] = set()
         self._closed = False
         #: Transfers and bytes in each direction, for `status`.
@@ -73,8 +107,12 @@ class DmaLink:
         parts = []
         end = address + count
         while address < end:
-            size = min(self._max_transfer or 1, end - address)
-            payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
+            size = min(self._max_transfer or 1, MAX_READ, end - address)
+            await self._read_budget.take(size)
+            try:
+                payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
+            finally:
+                self._read_budget.give_back(size)
             reply = _decoded(DmaReadReply, payload)
             if (reply.address, reply.count, len(reply.data)) != (address, size, size):
                 raise DmaFault(

@@ -20,8 +20,9 @@ import trio
 
 #: How long to look for the next message. Two to three times what a client needs between a reply and its next request.
 SPIN_NS = 60_000
-#: A gap of up to this between messages counts as back to back; it includes our own wake-up when we did sleep.
-BACK_TO_BACK_NS = 250_000
+#: A gap of up to this between messages counts as back to back. It includes our own wake-up when we did sleep and, when
+#: the client reaches us through another daemon, that one's wake-ups: a limit below them would never let spinning begin.
+BACK_TO_BACK_NS = 1_000_000
 #: After spins in vain up to 2^6 chances to spin are passed over.
 _MAX_BACK_OFF = 6
 
@@ -80,6 +81,8 @@ class Activity(trio.abc.Instrument):
         now = time.perf_counter_ns
         deadline = now() + self._spin_ns
         while now() < deadline:
+            # With fewer processors than spinners, whoever has our answer may need this very one to get on.
+            os.sched_yield()
             ready = poll(0, 2)
             if ready:
                 self._failures = 0

@@ -1,7 +1,8 @@
 """One stream of vfio-user messages over a UNIX socket, with descriptors attached to the right ones.
 
 The framer says how many bytes may be read next, and no more are read: reading ahead would hand the descriptors of one
-message to another, since the kernel glues them to the first byte of the read that crosses them. Each send is one message.
+message to another, since the kernel glues them to the first byte of the read that crosses them. Each send is one
+message.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ class MessageSocket:
         self._fd = sock.fileno()
         self._framer = Framer(max_message_size)
         self._activity = activity
-        self._last_message_ns = 0
         self._back_to_back = False
+        self._corked = False
+        self._held: list[bytes] = []
         self._outbox: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._outbox_bytes = 0
         self._outbox_filled = trio.Event()
@@ -137,20 +139,16 @@ class MessageSocket:
         """
         return self._back_to_back and self._activity is not None and self._activity.spin(self._fd)
 
-    def note_message(self) -> None:
-        """Note that a message arrived, which decides whether spinning is worth while."""
-        now = time.perf_counter_ns()
-        self._back_to_back = now - self._last_message_ns < BACK_TO_BACK_NS
-        self._last_message_ns = now
-
     async def wait_for_data(self) -> None:
-        """Sleep until there is something to read.
+        """Sleep until there is something to read; how long that takes decides whether to spin the next time.
 
         Raises:
             EndOfStream: the socket was closed on our side meanwhile.
         """
+        start = time.perf_counter_ns()
         try:
             await trio.lowlevel.wait_readable(self._fd)
+            self._back_to_back = time.perf_counter_ns() - start < BACK_TO_BACK_NS
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise EndOfStream("the connection was closed on our side", clean=False) from error
 
@@ -166,6 +164,11 @@ class MessageSocket:
         Raises:
             EndOfStream: the peer has gone.
         """
+        if self._corked:
+            if not fds:
+                self._held.append(data)
+                return
+            self.uncork()
         if self._closed:
             raise EndOfStream("the connection was closed on our side", clean=False)
         if self._outbox:
@@ -180,6 +183,21 @@ class MessageSocket:
             raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
         if sent < len(data):
             self._put_off(memoryview(data)[sent:], ())
+
+    def cork(self) -> None:
+        """Hold messages back until `uncork`, to send them in one piece; nothing may be awaited in between."""
+        self._corked = True
+
+    def uncork(self) -> None:
+        """Send what was held back.
+
+        Raises:
+            EndOfStream: the peer has gone.
+        """
+        self._corked = False
+        if self._held:
+            held, self._held = self._held, []
+            self.send(b"".join(held))
 
     @property
     def congested(self) -> bool:

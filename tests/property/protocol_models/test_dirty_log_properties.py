@@ -60,6 +60,7 @@ class DirtyLogMachine(RuleBasedStateMachine):
             ("_CHUNK_PAGES", 16),
             ("_CHUNK_MASK", 15),
             ("_FULL_CHUNK", 0xFFFF),
+            ("_BITMAP_STEP", 3),
         ):
             self.patch.setattr(dirty_module, name, value)
 
@@ -78,6 +79,14 @@ class DirtyLogMachine(RuleBasedStateMachine):
         """The device writes."""
         self.log.mark(iova, length)
         self.naive.mark(iova, length)
+
+    @rule(iova=st.integers(0, ARENA), shift=st.integers(0, 5), bitmap=st.binary(max_size=32))
+    def mark_bitmap(self, iova: int, shift: int, bitmap: bytes) -> None:
+        """Another log, of pages of another size and alignment, reports what it saw."""
+        bitmap = bitmap[: ARENA >> shift >> 3]
+        self.log.mark_bitmap(iova, 1 << shift, bitmap)
+        for bit in set_bits(bitmap):
+            self.naive.mark(iova + (bit << shift), 1 << shift)
 
     @rule(
         iova=st.integers(0, ARENA),
