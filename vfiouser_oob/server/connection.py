@@ -197,7 +197,8 @@ class Connection(ClientLink):
         self.capabilities = client
         self._twin = twin
         channel = self.send if twin is None else self._send_on_twin
-        self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
+        permit = self.backend.memory.map.segments
+        self._dma = DmaLink(self.session, channel, permit, client.max_data_xfer_size, self._budget_s)
         if self.port is not None:
             self.port.negotiated(client, offer, migration_pgsize)
         self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
