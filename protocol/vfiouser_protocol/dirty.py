@@ -26,6 +26,8 @@ _CHUNK_SHIFT = 12
 _CHUNK_PAGES = 1 << _CHUNK_SHIFT
 _CHUNK_MASK = _CHUNK_PAGES - 1
 _FULL_CHUNK = (1 << _CHUNK_PAGES) - 1
+#: Bytes of a foreign bitmap that are looked at in one go.
+_BITMAP_STEP = 512
 
 
 def bitmap_size(length: int, page_size: int) -> int:
@@ -61,6 +63,28 @@ def logging_page_size(wanted: int) -> int:
             f"dirty logging with pages of {wanted} bytes: a power of two is needed; not started", errno.EINVAL
         )
     return min(max(wanted, MIN_PAGE_SIZE), MAX_PAGE_SIZE)
+
+
+def check_report_pages(iova: int, length: int, page_size: int) -> None:
+    """Refuse a report that cannot be made, whatever is mapped or logged.
+
+    Args:
+        iova: first address of the range; any alignment.
+        length: bytes.
+        page_size: bytes per bit.
+
+    Raises:
+        CommandError: EINVAL for a page size that is 0, no power of two or larger than the range, or a range past 2^64.
+
+    Spec: DMA_LOGGING_REPORT, DIRTY_PAGES GET_BITMAP.
+    """
+    what = f"dirty report of {iova:#x}+{length:#x} with pages of {page_size} bytes"
+    if not _is_power_of_two(page_size) or length < page_size:
+        raise CommandError(
+            f"{what}: a power of two that is no larger than the range is needed; nothing reported", errno.EINVAL
+        )
+    if not 0 <= iova <= _ADDRESS_SPACE - length:
+        raise CommandError(f"{what}: the range must end at 2^64; nothing reported", errno.EINVAL)
 
 
 def fold(bitmap: bytes, factor: int) -> bytes:
@@ -156,6 +180,39 @@ class DirtyLog:
             # Full chunks share one integer, so that marking all of a big guest costs next to nothing.
             chunks[number] = bits if bits is _FULL_CHUNK else chunks.get(number, 0) | bits
 
+    def mark_bitmap(self, iova: int, page_size: int, bitmap: bytes) -> None:
+        """Note what another log reported: a logged page is dirty if it shares a byte with a dirty one of the bitmap.
+
+        Args:
+            iova: address of the bitmap's first page; any alignment.
+            page_size: bytes per bit, a power of two.
+            bitmap: bit n is the page at iova + n * page_size. The cost grows with the pages that are set only.
+        """
+        unit = min(page_size, self.page_size)
+        spread = page_size // unit
+        gather = self.page_size // unit
+        first, crooked = divmod(iova, unit)
+        for start in range(0, len(bitmap), _BITMAP_STEP):
+            bits = int.from_bytes(bitmap[start : start + _BITMAP_STEP], "little")
+            if not bits:
+                continue
+            if spread > 1:
+                bits = _replicate_int(bits, spread)
+            if crooked:
+                bits |= bits << 1
+            self._merge(*_gather(bits, first + 8 * start * spread, gather))
+
+    def _merge(self, bits: int, position: int) -> None:
+        """OR bits in, of which the first is the logged page `position`."""
+        number, shift = divmod(position, _CHUNK_PAGES)
+        bits <<= shift
+        while bits:
+            low = bits & _FULL_CHUNK
+            if low:
+                self._chunks[number] = self._chunks.get(number, 0) | low
+            bits >>= _CHUNK_PAGES
+            number += 1
+
     def discard(self, iova: int, length: int) -> None:
         """Forget what is known about pages that lie wholly in a range, as when it is unmapped."""
         self._take(iova, length)
@@ -187,18 +244,12 @@ class DirtyLog:
         Spec: DMA_LOGGING_REPORT, DIRTY_PAGES GET_BITMAP, DMA_UNMAP GET_DIRTY_BITMAP. Ranges need not match
             mappings.
         """
-        what = f"dirty report of {iova:#x}+{length:#x} with pages of {page_size} bytes"
-        if not _is_power_of_two(page_size) or length < page_size:
-            raise CommandError(
-                f"{what}: a power of two that is no larger than the range is needed; nothing reported",
-                errno.EINVAL,
-            )
-        if not 0 <= iova <= _ADDRESS_SPACE - length:
-            raise CommandError(f"{what}: the range must end at 2^64; nothing reported", errno.EINVAL)
+        check_report_pages(iova, length, page_size)
         size = bitmap_size(length, page_size)
         if size > self.max_bitmap_size:
             raise CommandError(
-                f"{what}: a bitmap of {size} bytes, {self.max_bitmap_size} are allowed; nothing reported",
+                f"dirty report of {iova:#x}+{length:#x} with pages of {page_size} bytes: a bitmap of {size} bytes, "
+                f"{self.max_bitmap_size} are allowed; nothing reported",
                 errno.EINVAL,
             )
         bitmap = bytearray(size)

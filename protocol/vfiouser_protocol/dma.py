@@ -97,9 +97,7 @@ class DmaMap:
 
     __slots__ = ("_by_address", "_floors", "_leaves", "max_region_size", "max_regions")
 
-    def __init__(
-        self, max_regions: int = DEFAULT_MAX_DMA_MAPS, max_region_size: int = DEFAULT_MAX_REGION_SIZE
-    ) -> None:
+    def __init__(self, max_regions: int = DEFAULT_MAX_DMA_MAPS, max_region_size: int = DEFAULT_MAX_REGION_SIZE) -> None:
         self.max_regions = max_regions
         self.max_region_size = max_region_size
         self._by_address: dict[int, DmaRegion] = {}
@@ -152,30 +150,14 @@ class DmaMap:
             if known.size == size and known.flags == flags and known.offset == offset and known.file == file:
                 return None
             self._refuse_overlap(address, size, known)
-        leaves = self._leaves
         index = bisect_right(self._floors, address) - 1
-        leaf = leaves[index]
+        leaf = self._leaves[index]
         position = bisect_left(leaf, address)
-        # The neighbours are the only candidates for an overlap, since no two existing regions overlap.
-        if position:
-            before = regions[leaf[position - 1]]
-            if before.end > address:
-                self._refuse_overlap(address, size, before)
-        elif index:
-            before = regions[leaves[index - 1][-1]]
-            if before.end > address:
-                self._refuse_overlap(address, size, before)
-        if position < len(leaf):
-            if leaf[position] < end:
-                self._refuse_overlap(address, size, regions[leaf[position]])
-        elif index + 1 < len(leaves) and leaves[index + 1][0] < end:
-            self._refuse_overlap(address, size, regions[leaves[index + 1][0]])
+        other = self._neighbour_in_the_way(index, position, address, end)
+        if other is not None:
+            self._refuse_overlap(address, size, other)
         if len(regions) >= self.max_regions:
-            raise CommandError(
-                f"DMA_MAP {address:#x}+{size:#x}: {len(regions)} regions are mapped, "
-                f"{self.max_regions} are allowed; not mapped",
-                errno.ENOSPC,
-            )
+            self._refuse_full(address, size)
         region = DmaRegion(address, size, flags, offset, file, owner)
         region._leaf = leaf
         leaf.insert(position, address)
@@ -202,8 +184,7 @@ class DmaMap:
         region = self._by_address.get(address)
         if region is None or region.size != size:
             raise CommandError(
-                f"DMA_UNMAP {address:#x}+{size:#x}: no mapping has exactly this address and size; "
-                f"nothing unmapped",
+                f"DMA_UNMAP {address:#x}+{size:#x}: no mapping has exactly this address and size; nothing unmapped",
                 errno.ENOENT,
             )
         del self._by_address[address]
@@ -300,6 +281,22 @@ class DmaMap:
         regions = self._by_address
         return (regions[address] for leaf in self._leaves for address in leaf)
 
+    def _neighbour_in_the_way(self, index: int, position: int, address: int, end: int) -> DmaRegion | None:
+        """The region that overlaps a new one at this place; only its neighbours can, as no two regions overlap."""
+        regions, leaves = self._by_address, self._leaves
+        leaf = leaves[index]
+        if position or index:
+            before = regions[leaf[position - 1] if position else leaves[index - 1][-1]]
+            if before.end > address:
+                return before
+        if position < len(leaf):
+            after = leaf[position]
+        elif index + 1 < len(leaves):
+            after = leaves[index + 1][0]
+        else:
+            return None
+        return regions[after] if after < end else None
+
     def _starting_after(self, address: int) -> Iterator[DmaRegion]:
         index = max(bisect_right(self._floors, address) - 1, 0)
         position = bisect_right(self._leaves[index], address)
@@ -338,6 +335,12 @@ class DmaMap:
         )
         reason, number = next((reason, number) for applies, reason, number in reasons if applies)
         raise CommandError(f"{what}: {reason}; not mapped", number)
+
+    def _refuse_full(self, address: int, size: int) -> NoReturn:
+        raise CommandError(
+            f"DMA_MAP {address:#x}+{size:#x}: {len(self)} regions are mapped, {self.max_regions} are allowed; refused",
+            errno.ENOSPC,
+        )
 
     def _refuse_overlap(self, address: int, size: int, other: DmaRegion) -> NoReturn:
         raise CommandError(

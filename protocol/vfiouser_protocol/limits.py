@@ -18,8 +18,8 @@ DEFAULT_MAX_DMA_MAPS = 65535
 DEFAULT_PGSIZES = 4096
 #: QEMU's own default for the largest dirty bitmap it takes.
 DEFAULT_MAX_BITMAP_SIZE = 256 << 20
-#: Room for header and fixed part around the largest data transfer. REGION_WRITE has 32 bytes, libvfio-user allows 32 too;
-#: WRITE_MULTI and SET_IRQS with BOOL data stay far below.
+#: Room for header and fixed part around the largest data transfer. REGION_WRITE has 32 bytes, libvfio-user allows 32
+#: too; WRITE_MULTI and SET_IRQS with BOOL data stay far below.
 MESSAGE_OVERHEAD = 64
 #: Largest JSON text in VERSION. QEMU's whole request is 214 bytes.
 MAX_VERSION_DATA = 64 << 10

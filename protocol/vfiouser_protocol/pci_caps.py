@@ -92,9 +92,7 @@ class PowerManagement(Capability):
     def define(self, registers: Registers, base: int) -> None:
         """Version 3, state D0."""
         registers.define(base + PowerControl.CAPABILITIES, 2, 0x0003)
-        registers.define(
-            base + PowerControl.CONTROL, 2, PowerControl.NO_SOFT_RESET, writable=PowerControl.STATE_MASK
-        )
+        registers.define(base + PowerControl.CONTROL, 2, PowerControl.NO_SOFT_RESET, writable=PowerControl.STATE_MASK)
 
 
 class MsiControl(IntEnum):

@@ -146,9 +146,7 @@ def define_rom(registers: Registers, size: int) -> None:
     registers.define(ConfigOffset.ROM, 4, 0, writable=-size & _ROM_ADDRESS | ROM_ENABLE)
 
 
-def define_capabilities(
-    registers: Registers, capabilities: Sequence[Capability]
-) -> tuple[tuple[int, int], ...]:
+def define_capabilities(registers: Registers, capabilities: Sequence[Capability]) -> tuple[tuple[int, int], ...]:
     """Place and link the capability chain; returns (id, offset) of each, ValueError if they do not fit."""
     offsets = []
     position = _FIRST_CAPABILITY

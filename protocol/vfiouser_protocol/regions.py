@@ -232,9 +232,7 @@ def _walk_chain(payload: bytes, position: int, found: _Found) -> None:
         # Each capability must lie behind the one before: that bounds the walk and rules out circles and
         # overlaps.
         if position < end or position + _CAP_HEADER.size > len(payload):
-            raise found.error(
-                f"a capability at {position}, allowed are {end} to {len(payload) - _CAP_HEADER.size}"
-            )
+            raise found.error(f"a capability at {position}, allowed are {end} to {len(payload) - _CAP_HEADER.size}")
         cap_id, _, following = _CAP_HEADER.unpack_from(payload, position)
         body = position + _CAP_HEADER.size
         reader = _READERS.get(cap_id)

@@ -1,7 +1,7 @@
 """A function over a real socket: regions, memory, interrupts, and what is left when a client goes.
 
-Every test runs against the model itself and against the same model behind the `vfio-user` backend: a client must not see
-the difference.
+Every test runs against the model itself and against the same model behind the `vfio-user` backend: a client must not
+see the difference.
 """
 
 from __future__ import annotations
@@ -180,6 +180,14 @@ async def test_interrupts(tmp_path: Path, backend: str) -> None:
         await client.set_irqs(0, 0, 1, flags=0x11)
         with pytest.raises(BlockingIOError):
             os.eventfd_read(events[2])
+        resample = os.eventfd(0)
+        await client.write32(0, 0x14, 1)
+        assert 1 == os.eventfd_read(events[2])
+        await client.set_irqs(0, 0, 1, [resample], flags=0x14)
+        os.eventfd_write(resample, 1)  # KVM unmasks so, when the guest acknowledges the interrupt
+        await trio.lowlevel.wait_readable(events[2])
+        assert 1 == os.eventfd_read(events[2])
+        os.close(resample)
         pipe = os.pipe()
         assert errno.EINVAL == await client.errno(8, struct.pack("<5I", 20, 0x24, 2, 0, 1), pipe[1:])
         for fd in pipe:
@@ -367,3 +375,18 @@ async def test_dma_is_split_to_what_the_client_takes(tmp_path: Path, backend: st
             await client.send(HEADER.pack(request.msg_id, DMA_READ, 16 + len(reply), 1, 0) + reply)
         assert [(0x800, 4096), (0x1800, 4096), (0x2800, 1808)] == seen
         assert DMA_DONE == await dma_outcome(client)
+
+
+async def test_no_dma_message_after_the_reply_to_unmap(tmp_path: Path, backend: str) -> None:
+    """A transfer of several messages ends in a fault when the client takes the memory back in the middle of it."""
+    small = b'{"capabilities":{"max_data_xfer_size":4096}}\0'
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock", small) as client:
+        await client.enable_bus_master()
+        await client.dma_map(0, 1 << 20)
+        await start_dma(client, 0, 16384, 1)
+        request = await client.receive()
+        assert DMA_READ == request.command
+        await client.dma_unmap(0, 1 << 20)
+        reply = request.payload + bytes(4096)
+        await client.send(HEADER.pack(request.msg_id, DMA_READ, 16 + len(reply), 1, 0) + reply)
+        assert DMA_FAULT == await dma_outcome(client)

@@ -17,6 +17,7 @@ from vfiouser_oob.cli.options import (
     count,
     option,
 )
+from vfiouser_oob.config.agents import parse_agent
 from vfiouser_oob.config.devices import parse_device
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.load import check_unique, load_config, read_reply_budget
@@ -38,6 +39,7 @@ _ONE_FUNCTION = {
     "device": "--device",
     "name": "--name",
     "dma": "--dma",
+    "agent": "--agent",
 }
 _FD_MAX = (1 << 31) - 1
 
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--socket-path", metavar="PATH", type=option(read_socket_path), help="serve one function here")
     where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
     parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
+    parser.add_argument(
+        "--agent", metavar="KIND:…", help="what migrates it, e.g. msgpack-rpc:unix:///run/agent.sock,function=f0"
+    )
     parser.add_argument("--name", type=option(read_name), help="its name (default: from the socket's path)")
     parser.add_argument("--dma", choices=[mode.value for mode in DmaMode], help="how the device reaches guest memory")
     parser.add_argument(
@@ -109,6 +114,7 @@ def _one_function(args: argparse.Namespace) -> DaemonConfig:
         socket=args.socket_path,
         fd=args.fd,
         dma=DmaMode(args.dma) if args.dma else DmaMode.FILES,
+        agent=parse_agent(args.agent, "--agent") if args.agent else None,
     )
     return DaemonConfig(functions=(function,), control_socket=default_control_socket())
 

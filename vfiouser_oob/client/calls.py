@@ -96,16 +96,12 @@ class PendingCall:
             raise self._error
         reply, self._reply = self._reply, None
         if reply is None:
-            raise LocalProtocolError(
-                f"the reply to {command_name(self.command)} is not there or was taken already"
-            )
+            raise LocalProtocolError(f"the reply to {command_name(self.command)} is not there or was taken already")
         if reply.header.is_error:
             for fd in reply.fds:
                 fd.close()
             name = command_name(self.command)
-            raise ReplyError(
-                f"the server refused {name}: {errno_text(reply.header.error)}", reply.header.error
-            )
+            raise ReplyError(f"the server refused {name}: {errno_text(reply.header.error)}", reply.header.error)
         return reply
 
     async def wait(self) -> Reply:

@@ -122,9 +122,7 @@ class Client(MigrationCommands):
 
     @classmethod
     @asynccontextmanager
-    async def connect(
-        cls, path: str | os.PathLike[str], **options: Unpack[ClientOptions]
-    ) -> AsyncIterator[Self]:
+    async def connect(cls, path: str | os.PathLike[str], **options: Unpack[ClientOptions]) -> AsyncIterator[Self]:
         """Connect to a server's socket and use the connection, negotiated, in a block.
 
         Args:
@@ -401,9 +399,7 @@ class Client(MigrationCommands):
         flags = int(DmaUnmapFlags.GET_DIRTY_BITMAP)
         request = DmaUnmap(DIRTY_BITMAP_OFFSET + room, flags, address, size, page_size, room)
         reply = await self.request(Command.DMA_UNMAP, encode(request))
-        return checked_bitmap(
-            decode_reply(DmaUnmap, Command.DMA_UNMAP, reply).bitmap, room, Command.DMA_UNMAP
-        )
+        return checked_bitmap(decode_reply(DmaUnmap, Command.DMA_UNMAP, reply).bitmap, room, Command.DMA_UNMAP)
 
     async def dma_unmap_all(self) -> None:
         """Take all memory back (v1 generation and libvfio-user)."""

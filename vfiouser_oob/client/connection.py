@@ -13,7 +13,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self, TypedDict
 
 import trio
@@ -25,10 +25,11 @@ from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, TwinSocket
-from vfiouser_protocol.constants import PROTOCOL_MINOR, Command
+from vfiouser_protocol.codec import describe
+from vfiouser_protocol.constants import HEADER_SIZE, PROTOCOL_MINOR, Command
 from vfiouser_protocol.errors import LocalProtocolError, StreamError, VfioUserError
 from vfiouser_protocol.framing import Message
-from vfiouser_protocol.header import command_name
+from vfiouser_protocol.header import command_name, unpack_header
 from vfiouser_protocol.limits import Limits
 from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
@@ -50,6 +51,7 @@ class ClientOptions(TypedDict, total=False):
     dma_server: DmaServer | None
     serve_dma_when_idle: bool
     activity: Activity | None
+    trace: Callable[[str], None] | None
 
 
 async def connect_socket(path: str | os.PathLike[str]) -> socket.socket:
@@ -81,6 +83,7 @@ class Connection:
         dma_server: serves the server's DMA_READ and DMA_WRITE; None refuses them.
         serve_dma_when_idle: like QEMU, serve them only while no region access of our own is outstanding.
         activity: the process's sockets, for `exchange_now`; None never spins.
+        trace: takes one readable line per message, for debug logs; None: they are not made.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Connection:
         dma_server: DmaServer | None = None,
         serve_dma_when_idle: bool = False,
         activity: Activity | None = None,
+        trace: Callable[[str], None] | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._activity = activity
@@ -101,7 +105,10 @@ class Connection:
         self._twin: MessageSocket | None = None
         self._twin_socket = twin_socket
         self._minor = minor
-        self._dma = DmaService(dma_server or NoMemory(), self._session, self._limits.max_data_xfer_size)
+        self._trace = trace
+        self._dma = DmaService(
+            dma_server or NoMemory(), self._session, self._limits.max_data_xfer_size, self._trace_sent
+        )
         self._serve_dma_when_idle = serve_dma_when_idle
         self._outstanding: set[PendingCall] = set()
         self._round_trip_ns: float = math.inf
@@ -268,7 +275,12 @@ class Connection:
         except (EndOfStream, StreamError) as error:
             self._end(str(error))
 
+    def _trace_sent(self, data: bytes, fds: int = 0) -> None:
+        if self._trace is not None:
+            self._trace(describe(unpack_header(data[:HEADER_SIZE]), data[HEADER_SIZE:], fds, ">"))
+
     def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        self._trace_sent(data, len(fds))
         try:
             self._main.send(data, fds)
         except EndOfStream as error:
@@ -294,6 +306,8 @@ class Connection:
     # Receiving
 
     def _dispatch(self, channel: MessageSocket, message: Message) -> None:
+        if self._trace is not None:
+            self._trace(describe(message.header, message.payload, len(message.fds), "<"))
         event = self._session.receive(message, twin=channel is self._twin)
         if isinstance(event, ReplyReceived):
             self._take_reply(event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import errno
 from collections import deque
+from collections.abc import Callable
 
 import trio
 
@@ -63,9 +64,17 @@ class DmaService:
         server: whose memory it is.
         session: the protocol's rules, shared with the connection.
         max_data_xfer_size: bytes of the largest transfer that we announced.
+        trace: takes every reply that is sent.
     """
 
-    def __init__(self, server: DmaServer, session: Session, max_data_xfer_size: int) -> None:
+    def __init__(
+        self,
+        server: DmaServer,
+        session: Session,
+        max_data_xfer_size: int,
+        trace: Callable[[bytes], None],
+    ) -> None:
+        self._trace = trace
         self._server = server
         self._session = session
         self._max_size = max_data_xfer_size
@@ -106,9 +115,7 @@ class DmaService:
 
     def _put(self, channel: MessageSocket, header: Header | None, payload: bytes) -> None:
         if len(self._waiting) >= _MAX_WAITING:
-            raise StreamError(
-                f"the server sent more than {_MAX_WAITING} commands without waiting; the connection ends"
-            )
+            raise StreamError(f"the server sent more than {_MAX_WAITING} commands without waiting; the connection ends")
         self._waiting.append((channel, header, payload))
         if not self._holds:
             self._work.set()
@@ -124,6 +131,7 @@ class DmaService:
                 channel, header, payload = self._waiting.popleft()
                 reply = payload if header is None else await self._answer(header, payload)
                 if reply:
+                    self._trace(reply)
                     channel.send(reply)
                 if channel.congested:
                     await channel.flushed()

@@ -138,6 +138,4 @@ class MigrationCommands(Connection):
         flags = int(DirtyPagesFlags.GET_BITMAP)
         request = DirtyPages(DIRTY_BITMAP_OFFSET + room, flags, iova, size, page_size, room)
         reply = await self.request(Command.DIRTY_PAGES, encode(request))
-        return checked_bitmap(
-            decode_reply(DirtyPages, Command.DIRTY_PAGES, reply).bitmap, room, Command.DIRTY_PAGES
-        )
+        return checked_bitmap(decode_reply(DirtyPages, Command.DIRTY_PAGES, reply).bitmap, room, Command.DIRTY_PAGES)

@@ -63,9 +63,7 @@ class NvmeDriver:
         bar: BAR 0.
     """
 
-    def __init__(
-        self, client: Client, memory: ClientMemory, function: PciFunction, bar: MappedRegion
-    ) -> None:
+    def __init__(self, client: Client, memory: ClientMemory, function: PciFunction, bar: MappedRegion) -> None:
         self._client = client
         self._memory = memory
         self.function = function
@@ -108,9 +106,7 @@ class NvmeDriver:
         """
         function = await PciFunction.probe(client)
         if function.class_code != _CLASS_NVME:
-            raise NvmeError(
-                f"the function has class {function.class_code:#08x}, an NVMe controller {_CLASS_NVME:#08x}"
-            )
+            raise NvmeError(f"the function has class {function.class_code:#08x}, an NVMe controller {_CLASS_NVME:#08x}")
         bar = await MappedRegion.open(client, 0, use_mapping=use_mapping)
         driver = cls(client, memory, function, bar)
         try:
@@ -125,9 +121,7 @@ class NvmeDriver:
 
     # Start and stop
 
-    async def _start(
-        self, nursery: trio.Nursery, io_queues: int, queue_entries: int, pool_pages: int
-    ) -> None:
+    async def _start(self, nursery: trio.Nursery, io_queues: int, queue_entries: int, pool_pages: int) -> None:
         await self.function.enable()
         await self._enable_vectors(1 + io_queues)
         self.capabilities = ControllerCapabilities.parse(await self.bar.read(CAP, 8))

@@ -1,38 +1,50 @@
 """Configuration: TOML files, the short form of the command line, and the dataclasses that both become."""
 
+from vfiouser_oob.config.agents import parse_agent
 from vfiouser_oob.config.devices import parse_device
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.load import load_config, parse_config
 from vfiouser_oob.config.schema import (
+    AgentConfig,
     DaemonConfig,
     DeviceConfig,
     DmaMode,
     Doorbells,
     FunctionConfig,
+    Generations,
+    KernelVfioDevice,
     LogFormat,
     LogLevel,
+    MigrationConfig,
     ModelDevice,
     NvmeOptions,
+    RegionPolicy,
     UpstreamDevice,
     default_control_socket,
 )
 from vfiouser_oob.config.soc import SocOptions
 
 __all__ = [
+    "AgentConfig",
     "ConfigError",
     "DaemonConfig",
     "DeviceConfig",
     "DmaMode",
     "Doorbells",
     "FunctionConfig",
+    "Generations",
+    "KernelVfioDevice",
     "LogFormat",
     "LogLevel",
+    "MigrationConfig",
     "ModelDevice",
     "NvmeOptions",
+    "RegionPolicy",
     "SocOptions",
     "UpstreamDevice",
     "default_control_socket",
     "load_config",
+    "parse_agent",
     "parse_config",
     "parse_device",
 ]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vfiouser_oob.config.agents import read_agent, read_migration
 from vfiouser_oob.config.devices import read_device
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import (
@@ -53,6 +54,8 @@ FUNCTION_KEYS = (
     Key("socket_group", read_group),
     Key("allow_uids", read_uids),
     Key("dma", one_of(DmaMode)),
+    Key("agent", lambda raw: raw),  # as `device`
+    Key("migration", lambda raw: raw),
 )
 
 TOP_KEYS = (Key("daemon", lambda raw: raw), Key("function", lambda raw: raw))
@@ -168,6 +171,14 @@ def _read_function(raw: Any, index: int, source: str, lines: LineMap) -> Functio
     values = read_table(raw, FUNCTION_KEYS, Place(label, source, partial(lines.line, "function", index)))
     place = Place(f"{label}: device", source, partial(lines.line, "function", index, "device"))
     values["device"] = read_device(values["device"], place)
+    if "agent" in values:
+        place = Place(f"{label}: agent", source, partial(lines.line, "function", index, "agent"))
+        values["agent"] = read_agent(values["agent"], place)
+    if "migration" in values:
+        place = Place(f"{label}: migration", source, partial(lines.line, "function", index, "migration"))
+        if "agent" not in values:
+            place.fail("there is no agent, so the function cannot be migrated")
+        values["migration"] = read_migration(values["migration"], place)
     return FunctionConfig(**values, line=lines.line("function", index))
 
 

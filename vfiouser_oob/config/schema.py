@@ -2,7 +2,7 @@
 
     DaemonConfig
      └── functions: FunctionConfig …
-          └── device: ModelDevice | UpstreamDevice
+          └── device: ModelDevice | UpstreamDevice | KernelVfioDevice
 
 A configuration file (`load`), the short form of the command line (`devices`) and `simulate-soc` (`soc`) all
 end here, so the server sees one shape whichever way it was started.
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from vfiouser_oob.config.values import format_size
 
@@ -39,6 +39,30 @@ class Doorbells(StrEnum):
 
     TRAPPED = "trapped"
     POLLED = "polled"
+
+
+class Generations(StrEnum):
+    """Which generations of migration a client may use."""
+
+    #: v2 always; v1's region only for clients that announce migration.
+    AUTO = "auto"
+    BOTH = "both"
+    V1 = "v1"
+    V2 = "v2"
+    NONE = "none"
+
+
+class RegionPolicy(StrEnum):
+    """By which descriptor a client maps the regions of a real function."""
+
+    #: A dma-buf of the region where the kernel can map one, else the device.
+    AUTO = "auto"
+    #: The device itself: works on every kernel, and gives the client the whole device.
+    DEVICE_FD = "device-fd"
+    #: A dma-buf, or nothing.
+    DMABUF = "dmabuf"
+    #: Nothing: every access is a message.
+    TRAP = "trap"
 
 
 class LogFormat(StrEnum):
@@ -70,12 +94,14 @@ class NvmeOptions:
         image: file that holds the namespace; None = RAM.
         cmb: bytes of controller memory buffer in a mappable BAR of its own; 0 = none.
         doorbells: trapped as messages, or in a mapped page that the model polls.
+        shared: other simulators may use `image` too; only one of them runs the function at any time.
     """
 
     size: int | None = None
     image: Path | None = None
     cmb: int = 0
     doorbells: Doorbells = Doorbells.TRAPPED
+    shared: bool = False
 
     def describe(self) -> str:
         """The settings that differ from the defaults, as the short form writes them."""
@@ -88,6 +114,8 @@ class NvmeOptions:
             parts.append(f"cmb={format_size(self.cmb)}")
         if self.doorbells is not Doorbells.TRAPPED:
             parts.append(f"doorbells={self.doorbells.value}")
+        if self.shared:
+            parts.append("shared=true")
         return ",".join(parts)
 
 
@@ -128,7 +156,74 @@ class UpstreamDevice:
         return f"{self.kind}:{_doubled_commas(self.socket)}"
 
 
-DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelVfioDevice:
+    """A PCI function of this machine, bound to the kernel's vfio-pci driver.
+
+    Args:
+        bdf: its address, such as ``0000:3b:00.2``.
+        region_policy: how a client may map its regions.
+    """
+
+    kind: ClassVar[str] = "kernel-vfio"
+
+    bdf: str
+    region_policy: RegionPolicy = RegionPolicy.AUTO
+
+    def describe(self) -> str:
+        """The device as ``--device`` takes it."""
+        policy = "" if self.region_policy is RegionPolicy.AUTO else f",region_policy={self.region_policy.value}"
+        return f"{self.kind}:{self.bdf}{policy}"
+
+
+DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """The service that stops, saves, loads and resumes a function.
+
+    Args:
+        kind: which adapter speaks to it.
+        function: the agent's own name for the function.
+        options: what the adapter needs: address, credentials …
+    """
+
+    kind: str
+    function: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The agent in a few words."""
+        address = self.options.get("address")
+        return f"{self.kind}:{address or ''} function {self.function}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationConfig:
+    """How a function with an agent is migrated.
+
+    Args:
+        generations: which generations a client may use.
+        precopy: whether the state PRE_COPY is offered.
+        pad_reads: whether replies to MIG_DATA_READ have the size that was asked for, for clients that insist.
+        chunk_size: bytes of state asked of the agent at once; about two chunks are in memory.
+        v1_data_size: bytes of the data section of the v1 region.
+        call_s: seconds that the agent may take for a call without much work.
+        stop_s: seconds for a call that drains, starts or resets the function.
+        data_s: seconds for a chunk of state, and for applying it.
+        retry_s: seconds before the first repetition; they double with each.
+    """
+
+    generations: Generations = Generations.AUTO
+    precopy: bool = True
+    pad_reads: bool = False
+    chunk_size: int = 1 << 20
+    v1_data_size: int = 1 << 20
+    call_s: float = 2.0
+    stop_s: float = 5.0
+    data_s: float = 30.0
+    retry_s: float = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +239,8 @@ class FunctionConfig:
         socket_group: group of that file; None = `kvm` if we are root and there is such a group.
         allow_uids: user ids that may connect; None = whoever the file's permissions let in.
         dma: how the device reaches the client's memory.
+        agent: what migrates it; None = it cannot be migrated.
+        migration: how it is migrated.
         line: where the function stands in its configuration file, for messages.
     """
 
@@ -155,6 +252,8 @@ class FunctionConfig:
     socket_group: str | None = None
     allow_uids: tuple[int, ...] | None = None
     dma: DmaMode = DmaMode.FILES
+    agent: AgentConfig | None = None
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
     line: int | None = None
 
 

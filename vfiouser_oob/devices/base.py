@@ -1,9 +1,9 @@
 """What the server asks of a device backend.
 
 A backend belongs to one function and lives as long as it. A session belongs to one client connection: it is opened
-before VERSION is answered and closed when the client has gone. Each request is answered at once, or by an awaitable when
-the device really has to be waited for; the connection then answers later commands only after it, and cancels it at the
-command's deadline. Nothing here may wait for DMA: a client may serve DMA only when its own access was answered.
+before VERSION is answered and closed when the client has gone. Each request is answered at once, or by an awaitable
+when the device really has to be waited for; the connection then answers later commands only after it, and cancels it at
+the command's deadline. Nothing here may wait for DMA: a client may serve DMA only when its own access was answered.
 """
 
 from __future__ import annotations
@@ -126,6 +126,13 @@ class BackendSession(abc.ABC):
     def reset(self) -> Answer[None]:
         """DEVICE_RESET."""
 
+    #: Whether every write of the device to client memory goes through this process, which so knows what is dirty.
+    device_seen: bool = False
+
+    def flush(self) -> Answer[None]:
+        """Wait until every access so far is at the device; nothing to do where accesses are answered at once."""
+        return None
+
     def irq_summary(self) -> dict[str, int]:
         """How many vectors have an eventfd, by IRQ index name, for `status`."""
         return {}
@@ -140,6 +147,11 @@ class DeviceBackend(abc.ABC):
 
     #: One line for logs and `status`.
     summary: str
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why no client can be served now, as far as is known; None when one can."""
+        return None
 
     @abc.abstractmethod
     async def open(self, link: ClientLink) -> BackendSession:

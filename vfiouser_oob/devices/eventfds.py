@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 
+import trio
+
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
-from vfiouser_protocol.constants import IrqIndex
+from vfiouser_protocol.constants import IrqIndex, IrqSetFlags
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import SetIrqs
@@ -21,6 +23,7 @@ class Eventfds:
 
     def __init__(self, irqs: IrqSet) -> None:
         self._irqs = irqs
+        self._nursery: trio.Nursery | None = None
         #: Interrupts delivered, for `status`.
         self.delivered = 0
 
@@ -42,11 +45,39 @@ class Eventfds:
         except BaseException:
             close_fds(fds)
             raise
-        effect = self._irqs.apply(request, [OwnedFd(fd) for fd in fds])
+        handles = [OwnedFd(fd) for fd in fds]
+        effect = self._irqs.apply(request, handles)
         for handle in effect.signal:
             self._signal(handle)
         for handle in effect.dropped:
-            handle.close()
+            _drop(handle)
+        if effect.watch and self._nursery is not None:
+            for position, handle in enumerate(handles):
+                self._nursery.start_soon(self._follow, request, request.start + position, handle)
+
+    async def watch(self) -> None:
+        """Follow the eventfds by which a client masks and unmasks (KVM's INTx resampling), until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await trio.sleep_forever()
+
+    async def _follow(self, request: SetIrqs, vector: int, handle: OwnedFd) -> None:
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(handle.fileno())
+                os.eventfd_read(handle.fileno())
+            except BlockingIOError:
+                continue
+            except (trio.ClosedResourceError, ValueError):  # replaced, or the client has gone
+                return
+            if request.flags & IrqSetFlags.ACTION_MASK:
+                self._irqs.mask(request.index, vector)
+            elif (waiting := self._irqs.unmask(request.index, vector)) is not None:
+                self._signal(waiting)
+
+    def forget_latched(self, index: IrqIndex) -> None:
+        """Forget interrupts that wait for an eventfd: the guest has switched this kind off."""
+        self._irqs.discard_pending(index)
 
     def trigger(self, index: IrqIndex, vector: int) -> None:
         """Raise an edge on a vector; without an eventfd it is dropped."""
@@ -74,7 +105,13 @@ class Eventfds:
     def clear(self) -> None:
         """Drop every eventfd."""
         for handle in self._irqs.clear():
-            handle.close()
+            _drop(handle)
+
+
+def _drop(handle: OwnedFd) -> None:
+    """Close an eventfd that a task may be waiting for."""
+    trio.lowlevel.notify_closing(handle.fileno())
+    handle.close()
 
 
 def _check_eventfd(fd: int) -> None:

@@ -12,7 +12,7 @@ from vfiouser_oob.transport.fds import OwnedFd
 class SharedMemory:
     """A memfd of fixed size, mapped here and by whoever receives the descriptor.
 
-    It is sealed against shrinking and growing, so a client that holds the descriptor cannot make an access of ours fault.
+    It is sealed against shrinking and growing, so a client that holds the descriptor cannot make our accesses fault.
 
     Args:
         name: shown in /proc/PID/maps of every process that maps it.

@@ -47,6 +47,7 @@ class ModelBackend(DeviceBackend):
             _region_specs(model), model.irqs, DeviceInfoFlags.PCI | DeviceInfoFlags.RESET
         )
         self.session: ModelSession | None = None
+        self._intx = False
         self._memory = _BusMasterMemory(self)
         model.attach(self)
 
@@ -63,7 +64,13 @@ class ModelBackend(DeviceBackend):
 
     def set_intx(self, asserted: bool) -> None:
         """Drive the INTx line."""
-        self.irqs.set_level(asserted and not self.model.config.intx_disabled)
+        self._intx = asserted
+        self.model.config.set_interrupt_status(asserted)
+        self.drive_intx()
+
+    def drive_intx(self) -> None:
+        """Show the line's level to the client, unless the guest has disabled INTx."""
+        self.irqs.set_level(self._intx and not self.model.config.intx_disabled)
 
     # What the server asks of a backend
 
@@ -75,7 +82,10 @@ class ModelBackend(DeviceBackend):
 
     async def run(self) -> None:
         """Run the model's tasks."""
-        await self.model.run()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.irqs.watch)
+            await self.model.run()
+            await trio.sleep_forever()
 
     def close(self) -> None:
         """Close the model."""
@@ -86,11 +96,14 @@ class ModelBackend(DeviceBackend):
         """Do what the table says for a reset."""
         effect = RESETS[kind]
         if effect.intx_deasserted:
-            self.irqs.set_level(False)
+            self.set_intx(False)
         if effect.eventfds_dropped:
             self.irqs.clear()
         if effect.config_space:
-            self.model.config.reset()
+            # QEMU answers BAR reads itself, so after an FLR a guest sees its addresses unchanged and restores none.
+            self.model.config.reset(keep_addresses=kind is ResetKind.FUNCTION_LEVEL)
+            for index in (IrqIndex.MSI, IrqIndex.MSIX):
+                self.irqs.forget_latched(index)
         elif effect.bus_master_off:
             self.model.config.clear_bus_master()
         if effect.maps_dropped and self.session is not None:
@@ -101,6 +114,8 @@ class ModelBackend(DeviceBackend):
 
 class ModelSession(BackendSession):
     """One client's use of a model."""
+
+    device_seen = True
 
     def __init__(self, backend: ModelBackend, link: ClientLink) -> None:
         self._backend = backend
@@ -130,7 +145,14 @@ class ModelSession(BackendSession):
     def _apply(self, effects: ConfigEffects) -> None:
         if effects.flr:
             self._backend.reset(ResetKind.FUNCTION_LEVEL)
-        else:
+            return
+        if effects.intx_disable_changed:
+            self._backend.drive_intx()
+        if effects.msi_changed and not self._config.msi_enabled:
+            self._backend.irqs.forget_latched(IrqIndex.MSI)
+        if effects.msix_changed and not self._config.msix_enabled:
+            self._backend.irqs.forget_latched(IrqIndex.MSIX)
+        if effects:
             self._model.config_changed(effects)
 
     def set_irqs(self, request: SetIrqs, fds: list[int]) -> None:
@@ -188,6 +210,12 @@ class _BusMasterMemory:
     async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Write guest memory."""
         await self._memory().write(address, data)
+
+    async def quiet(self) -> None:
+        """Wait until no access is under way."""
+        session = self._backend.session
+        if session is not None:
+            await session.memory.quiet()
 
 
 def _region_specs(model: DeviceModel) -> Sequence[RegionSpec]:

@@ -173,6 +173,10 @@ class UpstreamSession(BackendSession):
             return None
         return self._client.region_write_now(region, offset, data)
 
+    async def flush(self) -> None:
+        """Read a register: its answer comes after everything that was sent before."""
+        await self._client.region_read(RegionIndex.CONFIG, 0, 2)
+
     def reset(self) -> Awaitable[None]:
         """Forward DEVICE_RESET."""
         if not self.description.flags & DeviceInfoFlags.RESET:
@@ -298,7 +302,8 @@ async def _describe(client: Client, regions: list[ClientRegion]) -> DeviceDescri
     if not PCI_NUM_REGIONS <= info.num_regions <= _MAX_REGIONS or info.num_irqs > _MAX_IRQS:
         raise CommandError(f"it claims {info.num_regions} regions and {info.num_irqs} IRQ indices")
     for index in range(info.num_regions):
-        regions.append(await _region(client, index))
+        # One by one: what was received so far is closed by the caller when a later one fails.
+        regions.append(await _region(client, index))  # noqa: PERF401
     specs = [_spec(index, region.description) for index, region in enumerate(regions)]
     while len(specs) > PCI_NUM_REGIONS and not specs[-1].size:
         specs.pop()

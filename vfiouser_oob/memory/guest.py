@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import trio
@@ -43,7 +43,10 @@ class GuestMemory:
 
     def __init__(self, messages: DmaMessages, max_maps: int, *, by_message: bool, check_files: bool) -> None:
         self._messages = messages
-        self._by_message = by_message
+        #: Whether even ranges with a file are reached by messages.
+        self.by_message = by_message
+        #: Told of every write that went through a file here: address and bytes.
+        self.on_write: Callable[[int, int], None] | None = None
         self._check_files = check_files
         self._in_flight = 0
         self._quiet = trio.Event()
@@ -73,7 +76,7 @@ class GuestMemory:
                     flags=request.flags,
                     offset=request.offset,
                     size=request.size,
-                    check=self._check_files and not self._by_message,
+                    check=self._check_files and not self.by_message,
                 )
             region = self.map.map(
                 request.address,
@@ -148,7 +151,7 @@ class GuestMemory:
         parts = []
         for region, offset, length in self.map.segments(address, count, False):
             file: GuestFile | None = region.owner
-            if file is None or self._by_message:
+            if file is None or self.by_message:
                 parts.append(await self._messages.dma_read(region.address + offset, length))
             elif file.in_memory:
                 parts.append(file.read(region.offset + offset, length))
@@ -171,13 +174,25 @@ class GuestMemory:
         for region, offset, length in self.map.segments(address, len(view), True):
             part = view[done : done + length]
             file: GuestFile | None = region.owner
-            if file is None or self._by_message:
+            if file is None or self.by_message:
                 await self._messages.dma_write(region.address + offset, bytes(part))
-            elif file.in_memory:
-                file.write(region.offset + offset, part)
             else:
-                await self._in_thread(file, region.offset + offset, bytes(part))
+                if file.in_memory:
+                    file.write(region.offset + offset, part)
+                else:
+                    await self._write_in_thread(region.address + offset, file, region.offset + offset, bytes(part))
+                if self.on_write is not None:
+                    self.on_write(region.address + offset, length)
             done += length
+
+    async def _write_in_thread(self, address: int, file: GuestFile, offset: int, part: bytes) -> None:
+        try:
+            await self._in_thread(file, offset, part)
+        except trio.Cancelled:
+            # The thread goes on without us, so the pages may be written at any moment from now on.
+            if self.on_write is not None:
+                self.on_write(address, len(part))
+            raise
 
     async def _in_thread(self, file: GuestFile, offset: int, what: int | bytes) -> bytes:
         """Access a file that may block, on a descriptor of its own, so that the connection can end without it."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
+from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
@@ -41,8 +42,11 @@ from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, R
 if TYPE_CHECKING:
     from vfiouser_oob.server.function import Function
 
-#: Messages answered in a row before other tasks get their turn.
-_BURST = 32
+#: Messages answered in a row before other tasks get their turn, however they came: a client that asks again at once can
+#: keep us from ever sleeping.
+_TURN = 32
+#: What a handler returns when there is nothing to wait for.
+_READY = (bytes, Reply)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
 _MAX_QUEUED = 16384
 _MAX_QUEUED_BYTES = 64 << 20
@@ -74,12 +78,14 @@ class Connection(ClientLink):
         self.capabilities = Capabilities()
         self.phase = "negotiating"
         self.log = log
+        self._tracing = log.debug_enabled
         self._noise = RateLimited(log)
         self._budget_s = function.reply_budget_s
         self.session = Session(Role.SERVER, limits)
         self.stream = MessageSocket(sock, limits.max_message_size, function.activity)
         self._twin: TwinSocket | None = None
         self.backend: BackendSession | None = None
+        self.port: MigrationPort | None = None
         self._handlers: dict[int, Handler] = {}
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
@@ -118,7 +124,10 @@ class Connection(ClientLink):
             self.phase = "attached"
             self.function.phase_changed()
             nursery.start_soon(self._dispatch_queued)
-            await self._read()
+            try:
+                await self._read()
+            finally:
+                self.stream.uncork()
         except EndOfStream as end:
             return str(end)
         except StreamError as error:
@@ -136,6 +145,13 @@ class Connection(ClientLink):
             self._abandon(queued)
         self._queue.clear()
         try:
+            if self.port is not None:
+                await self.port.detach()
+        finally:
+            await self._close_device()
+
+    async def _close_device(self) -> None:
+        try:
             if self.backend is not None:
                 await self.backend.close()
         finally:
@@ -150,6 +166,7 @@ class Connection(ClientLink):
             queued.result.close()
 
     async def run_sender(self, stream: MessageSocket) -> None:
+        """Send what one of the sockets did not take at once."""
         try:
             await stream.run_sender()
         except EndOfStream:
@@ -161,20 +178,30 @@ class Connection(ClientLink):
         """Take the device that was opened for this client; it is closed with the connection."""
         self.backend = backend
 
-    def start(self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None) -> None:
+    def migrate_by(self, port: MigrationPort) -> None:
+        """Take the client's way into the migration of its function; it is detached with the connection."""
+        self.port = port
+
+    def start(
+        self, client: Capabilities, offer: Capabilities, twin: TwinSocket | None, migration_pgsize: int | None
+    ) -> None:
         """Take what was negotiated.
 
         Args:
             client: what the client can take.
             offer: what we said that we can take.
             twin: the second socket, if it was granted; closed with the connection.
+            migration_pgsize: bytes per bit of v1's dirty bitmaps, if both sides named it.
         """
         assert self.backend is not None
         self.capabilities = client
         self._twin = twin
         channel = self.send if twin is None else self._send_on_twin
-        self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
-        self._handlers = Handlers(self.backend, offer.max_data_xfer_size).table
+        permit = self.backend.memory.map.segments
+        self._dma = DmaLink(self.session, channel, permit, client.max_data_xfer_size, self._budget_s)
+        if self.port is not None:
+            self.port.negotiated(client, offer, migration_pgsize)
+        self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
 
     def count(self, command: int) -> None:
         """Count a command for `status`."""
@@ -185,22 +212,29 @@ class Connection(ClientLink):
     async def _read(self) -> None:
         """Read and answer until the stream ends."""
         stream = self.stream
-        burst = 0
+        burst = turn = 0
         while True:
             message = stream.try_receive()
             if message is None:
+                stream.uncork()
                 burst = 0
                 if not stream.spin():
+                    turn = 0
                     await stream.wait_for_data()
                 continue
-            stream.note_message()
+            if burst:
+                # The client sends without waiting for each reply, so replies may go together. The first one of a burst
+                # does not wait: it may be the only one, and its sender a virtual CPU.
+                stream.cork()
             self._take(message, twin=False)
             burst += 1
-            if burst >= _BURST:
-                burst = 0
+            turn += 1
+            if turn >= _TURN:
+                stream.uncork()
+                burst = turn = 0
                 await trio.lowlevel.checkpoint()
-            if stream.congested or self._queue_is_full:
-                await self._make_room()
+                if stream.congested or self._queue_is_full:
+                    await self._make_room()
 
     async def read_twin(self, stream: MessageSocket) -> None:
         """Read the twin socket, which carries replies to our commands only."""
@@ -225,7 +259,7 @@ class Connection(ClientLink):
             await self._queue_drained.wait()
 
     def _take(self, message: Message, *, twin: bool) -> None:
-        if self.log.debug_enabled:
+        if self._tracing:
             self.trace_received(message)
         event = self.session.receive(message, twin=twin)
         if isinstance(event, CommandReceived):
@@ -246,7 +280,7 @@ class Connection(ClientLink):
 
     def trace_received(self, message: Message) -> None:
         """Log a message at debug level, as one readable line."""
-        if self.log.debug_enabled:
+        if self._tracing:
             self.log.debug(describe(message.header, message.payload, len(message.fds), "<"))
 
     def _refuse(self, event: Refused) -> None:
@@ -264,7 +298,7 @@ class Connection(ClientLink):
         """Run a command; answer it, or hand it to the dispatcher."""
         with Contained() as outcome:
             result = self._start(event)
-            if isinstance(result, bytes | Reply):
+            if isinstance(result, _READY):
                 self._answer(event, result)
             else:
                 self._enqueue(event, result)
@@ -302,21 +336,19 @@ class Connection(ClientLink):
     async def _finish(self, event: CommandReceived, queued: _Queued) -> None:
         with Contained() as outcome:
             result = self._start(event) if queued.result is None else queued.result
-            if not isinstance(result, bytes | Reply):
+            if not isinstance(result, _READY):
                 with trio.move_on_at(queued.deadline) as scope:
                     result = await result
                 if scope.cancelled_caught:
                     raise CommandError(
                         f"{Command(event.header.command).name} took longer than {self._budget_s:g} s", errno.ETIMEDOUT
                     )
-            assert isinstance(result, bytes | Reply)
+            assert isinstance(result, _READY)
             self._answer(event, result)
         if outcome.error is not None:
             self._answer_error(event, outcome.error)
 
     def _answer(self, event: CommandReceived, result: bytes | Reply) -> None:
-        if event.header.no_reply:
-            return
         payload, fds = (result, ()) if isinstance(result, bytes) else result
         self.send(self.session.reply(event.header, payload), fds)
 
@@ -326,12 +358,16 @@ class Connection(ClientLink):
         text = f"{name}: {error}"
         self.function.note_error(text)
         self._noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
-        if not event.header.no_reply:
-            self.send(self.session.error_reply(event.header, number))
+        self.send(self.session.error_reply(event.header, number))
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send one message on the main socket; a broken connection is noticed by the reader."""
-        if self.log.debug_enabled:
+        """Send one message on the main socket; nothing, for a command that wants no reply.
+
+        A broken connection is noticed by the reader.
+        """
+        if not data:
+            return
+        if self._tracing:
             header = unpack_header(data[:HEADER_SIZE])
             self.log.debug(describe(header, data[HEADER_SIZE:], len(fds), ">"))
         try:

@@ -54,3 +54,10 @@ class Contained:
             self.error = value
             return True
         return False
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the first single exception inside nested groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

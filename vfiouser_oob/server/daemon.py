@@ -10,20 +10,25 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import trio
 
+from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
+from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.control.server import ControlServer
 from vfiouser_oob.control.status import DaemonStatus, Status
 from vfiouser_oob.devices.factory import make_backend
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
-from vfiouser_oob.server.function import Function
+from vfiouser_oob.server.function import EngineMaker, Function
 from vfiouser_oob.server.status import function_status, iso_time
 from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
 from vfiouser_oob.systemd.notify import Notifier
@@ -35,11 +40,24 @@ CONTROL_NAME = "control"
 _CONTROL_MODE = 0o660
 
 
-async def run_daemon(config: DaemonConfig, *, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
+#: Starts what belongs to a daemon beside its functions, in a nursery that lasts until they are gone. Returns once it
+#: works, with a few words for the status line.
+Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
+
+
+async def run_daemon(
+    config: DaemonConfig,
+    *,
+    agents: AgentMaker = make_agent,
+    beside: Companion | None = None,
+    task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
+) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
 
     Args:
         config: what to serve.
+        agents: makes agents by kind and options.
+        beside: what else has to be there before we are ready.
         task_status: told when every socket listens.
 
     Raises:
@@ -47,7 +65,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: trio.TaskStatus[Daemo
         ListenError: a socket cannot be listened on.
     """
     with ExitStack() as resources:
-        daemon = Daemon(config, resources)
+        daemon = Daemon(config, resources, agents, beside)
         await daemon.run(task_status)
 
 
@@ -57,10 +75,20 @@ class Daemon:
     Args:
         config: what to serve.
         resources: closes whatever was opened, also when opening the next thing fails.
+        agents: makes agents by kind and options.
+        beside: what else has to be there before we are ready.
     """
 
-    def __init__(self, config: DaemonConfig, resources: ExitStack) -> None:
+    def __init__(
+        self,
+        config: DaemonConfig,
+        resources: ExitStack,
+        agents: AgentMaker = make_agent,
+        beside: Companion | None = None,
+    ) -> None:
         self._config = config
+        self._beside = beside
+        self._agents = AgentPool(agents)
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
         self._started = time.time()
@@ -89,6 +117,7 @@ class Daemon:
             events=self._events,
             log=log.get("function"),
             allow_uids=config.allow_uids,
+            migration=self._engine_maker(config),
         )
         resources.callback(function.close)
         self.functions.append(function)
@@ -99,6 +128,18 @@ class Daemon:
             listener = listen_on_path(config.socket, config.socket_mode, group)
             resources.callback(listener.close)
             self._listeners.append((function, listener))
+
+    def _engine_maker(self, config: FunctionConfig) -> EngineMaker | None:
+        agent = config.agent
+        if agent is None:
+            return None
+        try:
+            connected = self._agents.agent(agent)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
+        return lambda name, events, logger: MigrationEngine(
+            name, connected, agent.function, config.migration, events, logger
+        )
 
     def _adopt(self, function: Function, sock: socket.socket, resources: ExitStack) -> None:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -123,19 +164,25 @@ class Daemon:
 
     async def run(self, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until told to stop."""
-        async with trio.open_nursery() as devices:
+        async with self._agents, trio.open_nursery() as devices:
             for function in self.functions:
                 devices.start_soon(function.run_device)
+                devices.start_soon(function.run_migration)
             if self._control is not None:
                 await devices.start(ControlServer(self).serve, self._control.sock.dup())
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async with trio.open_nursery() as serving:
-                    self._start_serving(serving)
-                    self._announce_ready()
-                    task_status.started(self)
                     serving.start_soon(self._await_signal, signals, serving.cancel_scope)
+                    self._start_serving(serving)
+                    await self._start_beside(devices)
+                    task_status.started(self)
+            await self._bring_back()
             devices.cancel_scope.cancel()
         self._events.close()
+
+    async def _start_beside(self, nursery: trio.Nursery) -> None:
+        text = "" if self._beside is None else f"; {await self._beside(self, nursery)}"
+        self._announce_ready(text)
 
     def _start_serving(self, nursery: trio.Nursery) -> None:
         for function, listener in self._listeners:
@@ -152,6 +199,14 @@ class Daemon:
             self._log.info("the inherited connection ended; nothing is left to serve")
             scope.cancel()
 
+    async def _bring_back(self) -> None:
+        """Give functions that stand still for a migration that ends with us the time to go on."""
+        with trio.CancelScope(shield=True), trio.move_on_after(self._config.reply_budget_s):
+            async with trio.open_nursery() as nursery:
+                for function in self.functions:
+                    if function.engine is not None:
+                        nursery.start_soon(function.engine.settle)
+
     async def _await_signal(self, signals: Any, scope: trio.CancelScope) -> None:
         async for number in signals:
             self._log.info("stopping", signal=signal.Signals(number).name)
@@ -160,14 +215,14 @@ class Daemon:
             scope.cancel()
             return
 
-    def _announce_ready(self) -> None:
+    def _announce_ready(self, more: str) -> None:
         for function, listener in self._listeners:
             function.address = listener.address
             function.log.info("listening", socket=listener.address, device=function.backend.summary)
         count = len(self.functions)
         text = f"{count} function{'s' if count != 1 else ''}"
         self._log.info("ready", version=__version__, pid=os.getpid(), functions=count)
-        self._notifier.ready(f"serving {text}")
+        self._notifier.ready(f"serving {text}{more}")
 
     # For the control socket
 

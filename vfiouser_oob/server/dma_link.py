@@ -15,6 +15,11 @@ from vfiouser_protocol.header import Header
 from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
 from vfiouser_protocol.session import Session
 
+#: Bytes of one DMA_READ, and of all that wait for their replies. QEMU 11.1 loses its place in the stream when a reply
+#: does not fit into its socket's send buffer (208 KiB by default on Linux), although it announces transfers of 1 MiB.
+MAX_READ = 64 << 10
+MAX_READ_OUTSTANDING = 128 << 10
+
 T = TypeVar("T", DmaReadReply, DmaWriteReply)
 #: Commands under way at once. Message ids are 16 bits wide and shared with nobody, so this is about memory only.
 MAX_OUTSTANDING = 256
@@ -43,22 +48,61 @@ class PendingReply:
         self.event.set()
 
 
+class ByteBudget:
+    """Lets so many bytes be under way at once; who wants more waits for its turn.
+
+    Args:
+        limit: bytes; a single request of more is let through alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def take(self, count: int) -> None:
+        """Wait until `count` more bytes may be under way."""
+        if self._waiting:
+            await self._waiting.park()
+        while self._used and self._used + count > self._limit:
+            await self._waiting.park()
+        self._used += count
+        if self._used < self._limit:
+            self._waiting.unpark()
+
+    def give_back(self, count: int) -> None:
+        """Say that `count` bytes have arrived."""
+        self._used -= count
+        self._waiting.unpark()
+
+
 class DmaLink:
     """Sends DMA_READ and DMA_WRITE to the client and waits for the answers.
 
     Args:
         session: protocol state of the connection.
         send: sends one whole message on the channel for our commands (main or twin socket).
+        permit: raises DmaFault unless an address, a count and a direction (write) are mapped. Asked before each message,
+            since a long transfer takes several and the client may unmap in between.
         max_transfer: the client's `max_data_xfer_size`, in bytes.
         budget_s: seconds after which a transfer that was not answered is a DMA fault.
     """
 
-    def __init__(self, session: Session, send: Callable[[bytes], None], max_transfer: int, budget_s: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        send: Callable[[bytes], None],
+        permit: Callable[[int, int, bool], object],
+        max_transfer: int,
+        budget_s: float,
+    ) -> None:
         self._session = session
         self._send = send
+        self._permit = permit
         self._max_transfer = max_transfer
         self._budget_s = budget_s
         self._slots = trio.Semaphore(MAX_OUTSTANDING)
+        self._read_budget = ByteBudget(MAX_READ_OUTSTANDING)
         self._pending: set[PendingReply] = set()
         self._closed = False
         #: Transfers and bytes in each direction, for `status`.
@@ -73,8 +117,13 @@ class DmaLink:
         parts = []
         end = address + count
         while address < end:
-            size = min(self._max_transfer or 1, end - address)
-            payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
+            size = min(self._max_transfer or 1, MAX_READ, end - address)
+            await self._read_budget.take(size)
+            try:
+                self._permit(address, size, False)
+                payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
+            finally:
+                self._read_budget.give_back(size)
             reply = _decoded(DmaReadReply, payload)
             if (reply.address, reply.count, len(reply.data)) != (address, size, size):
                 raise DmaFault(
@@ -97,6 +146,7 @@ class DmaLink:
         for start in range(0, len(data), self._max_transfer or 1):
             part = data[start : start + (self._max_transfer or 1)]
             target = address + start
+            self._permit(target, len(part), True)
             payload = await self._call(Command.DMA_WRITE, encode(DmaWrite(target, len(part), part)))
             if payload:  # older clients send the header alone
                 reply = _decoded(DmaWriteReply, payload)

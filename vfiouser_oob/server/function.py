@@ -5,19 +5,23 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import trio
 
 from vfiouser_oob.control.events import EventHub
-from vfiouser_oob.devices.base import DeviceBackend
+from vfiouser_oob.devices.base import BackendSession, DeviceBackend
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.port import attach
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.connection import Connection
-from vfiouser_oob.server.containment import Contained
+from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.refusal import turn_away
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
+from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.constants import Command
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
@@ -25,6 +29,10 @@ HANDOVER_S = 1.0
 #: Out of descriptors or memory: what to do is to wait until some are given back.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _EXHAUSTED_WAIT_S = 0.1
+
+
+#: Builds a function's migration engine, given its name, where changes are announced, and its logger.
+EngineMaker: TypeAlias = Callable[[str, EventHub, Logger], MigrationEngine]
 
 
 class Function:
@@ -38,6 +46,7 @@ class Function:
         events: where changes are announced.
         log: a logger; the function's name is added.
         allow_uids: user ids that may connect; None allows whoever the socket's permissions let in.
+        migration: builds its migration engine from events and logger; None if it cannot be migrated.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class Function:
         events: EventHub,
         log: Logger,
         allow_uids: tuple[int, ...] | None = None,
+        migration: EngineMaker | None = None,
     ) -> None:
         self.name = name
         self.backend = backend
@@ -66,16 +76,43 @@ class Function:
         self._events = events
         self._allow_uids = allow_uids
         self._vacant = trio.Event()
+        self.engine = None if migration is None else migration(name, events, self.log)
 
     # Serving
+
+    async def run_migration(self) -> None:
+        """Run the migration's own tasks, if the function can be migrated."""
+        if self.engine is not None:
+            with Contained() as outcome:
+                await self.engine.run()
+            if outcome.error is not None:
+                self.failed = f"its migration died: {outcome.error}"
+                self.log.exception("bug: a migration failed unexpectedly", outcome.error)
+                self.note_error(self.failed)
+                if self.connection is not None:
+                    self.connection.fail(self.failed)
+
+    async def attach_migration(self, connection: Connection, backend: BackendSession, client: Capabilities) -> None:
+        """Connect a client to the function's migration, if it has any.
+
+        Args:
+            connection: the client.
+            backend: the device as opened for it.
+            client: what it announced.
+
+        Raises:
+            BackendUnavailable: the function must not run now.
+        """
+        if self.engine is not None:
+            connection.migrate_by(await attach(self.engine, backend, self.name, client))
 
     async def run_device(self) -> None:
         """Run the device's own tasks; a device that dies takes its function out of service, and nothing else."""
         with Contained() as outcome:
             await self.backend.run()
         if outcome.error is not None:
-            self.failed = f"the device's task died: {outcome.error}"
-            self.log.exception("device failed; its function is out of service", outcome.error)
+            self.failed = f"the device's task died: {root_cause(outcome.error)}"
+            self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
             self.note_error(self.failed)
             if self.connection is not None:
                 self.connection.fail(self.failed)
@@ -147,11 +184,12 @@ class Function:
         self.clients_served += 1
         self._announce("client-connected", client=str(peer))
         task_status.started()
-        reason = "an error of ours"
+        reason = "the daemon is stopping"
         try:
             with Contained() as outcome:
                 reason = await connection.run()
             if outcome.error is not None:
+                reason = "an error of ours"
                 self.log.exception("bug: a connection failed unexpectedly", outcome.error)
                 self.note_error(f"connection failed: {outcome.error}")
         finally:

@@ -12,12 +12,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from vfiouser_oob.devices.base import Answer, BackendSession
+from vfiouser_oob.migration.port import MigrationPort
+from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.fds import close_fds
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
     DmaUnmapFlags,
     RegionFlags,
+    RegionIndex,
 )
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.messages import (
@@ -45,9 +48,14 @@ from vfiouser_protocol.rules import check_request, region_io_fds_reply
 
 P = TypeVar("P", bound=Payload)
 
+#: Plain numbers: an IntFlag costs a microsecond per operation, which a register access would pay.
+_READ = int(RegionFlags.READ)
+_WRITE = int(RegionFlags.WRITE)
 NO_PAYLOAD = b""
-#: A plain int: the complement of an IntFlag has known bits only.
-_UNMAP_KNOWN = int(DmaUnmapFlags.GET_DIRTY_BITMAP | DmaUnmapFlags.ALL)
+_UNMAP_BITMAP = int(DmaUnmapFlags.GET_DIRTY_BITMAP)
+_UNMAP_ALL = int(DmaUnmapFlags.ALL)
+_UNMAP_KNOWN = _UNMAP_BITMAP | _UNMAP_ALL
+_MAP_SIZE = 32
 _UNMAP_SIZE = 24
 _INFO_SIZE = 16
 
@@ -75,13 +83,22 @@ class Handlers:
     Args:
         session: the device, as opened for this client.
         max_transfer: largest `count` that we take, in bytes.
+        port: the function's migration, as far as this client may use it; None for a function without an agent.
     """
 
-    def __init__(self, session: BackendSession, max_transfer: int) -> None:
+    def __init__(self, session: BackendSession, max_transfer: int, port: MigrationPort | None = None) -> None:
         self._session = session
-        self._regions = session.description.regions
+        self._port = port
+        self._v1 = None if port is None else port.v1
+        self._regions = _with_migration(session.description.regions, self._v1)
+        #: Index of the migration region; no region has the number that stands for none.
+        self._v1_index = -1 if self._v1 is None else self._v1.index
+        #: Accesses to config space are noted for the migration only where there is one.
+        self._config_index = -1 if port is None else int(RegionIndex.CONFIG)
         self._irqs = session.description.irqs
         self._max_transfer = max_transfer
+        #: Size and access of each region as plain numbers, for the hot path.
+        self._bounds = [(region.size, int(region.flags)) for region in self._regions]
         named: dict[Command, Handler] = {
             Command.DMA_MAP: self.dma_map,
             Command.DMA_UNMAP: self.dma_unmap,
@@ -115,6 +132,8 @@ class Handlers:
         request = self._decode(RegionInfo, payload)
         spec = self._region(request.index)
         reply, attach = region_info_reply(spec, request.argsz)
+        if attach and self._v1 is not None and request.index == self._v1_index:
+            return Reply(reply, (self._v1.fileno(),))
         fd = self._session.region_fd(request.index) if attach else None
         return reply if fd is None else Reply(reply, (fd,))
 
@@ -146,15 +165,19 @@ class Handlers:
 
     def reset(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_RESET."""
-        return _empty(self._session.reset())
+        return _empty(self._session.reset() if self._port is None else self._port.engine.reset())
 
     # Registers
 
     def region_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_READ."""
         offset, region, count = decode(RegionRead, payload)
-        self._check_access(region, offset, count, RegionFlags.READ)
-        data = self._session.region_read(region, offset, count) if count else b""
+        self._check_access(region, offset, count, _READ)
+        data: Answer[bytes]
+        if region == self._v1_index and self._v1 is not None and count:
+            data = self._v1.read(offset, count)
+        else:
+            data = self._session.region_read(region, offset, count) if count else b""
         if isinstance(data, bytes):
             return encode(RegionReadReply(offset, region, count, data))
         return _read_later(data, offset, region, count)
@@ -162,8 +185,8 @@ class Handlers:
     def region_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """REGION_WRITE."""
         offset, region, count, data = decode(RegionWrite, payload)
-        self._check_access(region, offset, count, RegionFlags.WRITE)
-        done = self._session.region_write(region, offset, data, posted=no_reply) if count else None
+        self._check_access(region, offset, count, _WRITE)
+        done = self._write(region, offset, data, no_reply) if count else None
         reply = encode(RegionWriteReply(offset, region, count))
         return reply if done is None else _then(done, reply)
 
@@ -175,8 +198,8 @@ class Handlers:
         done = 0
         try:
             for offset, region, count, data in writes:
-                self._check_access(region, offset, count, RegionFlags.WRITE)
-                result = self._session.region_write(region, offset, data, posted=posted)
+                self._check_access(region, offset, count, _WRITE)
+                result = self._write(region, offset, data, posted)
                 if result is not None:
                     await result
                 done += 1
@@ -185,18 +208,36 @@ class Handlers:
                 raise
         return encode(RegionWriteMultiReply(done))
 
+    def _write(self, region: int, offset: int, data: bytes, posted: bool) -> Answer[None]:
+        if region == self._v1_index and self._v1 is not None:
+            return self._v1.write(offset, data)
+        if region == self._config_index and self._port is not None and self._port.config_written(offset, data):
+            return self._function_reset(offset, data)
+        return self._session.region_write(region, offset, data, posted=posted)
+
+    async def _function_reset(self, offset: int, data: bytes) -> None:
+        """The guest resets the function: the device first, then what its migration makes of it."""
+        assert self._port is not None
+        done = self._session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
+        if done is not None:
+            await done
+        await self._port.engine.function_reset()
+
     def _region(self, index: int) -> RegionSpec:
         if index >= len(self._regions):
             raise CommandError(f"region {index} of {len(self._regions)}")
         return self._regions[index]
 
     def _check_access(self, region: int, offset: int, count: int, access: int) -> None:
-        spec = self._region(region)
+        """Refuse an access outside its region, too long, or of a kind that the region does not allow."""
+        if region >= len(self._bounds):
+            raise CommandError(f"region {region} of {len(self._bounds)}")
+        size, allowed = self._bounds[region]
         if count > self._max_transfer:
             raise CommandError(f"an access of {count} bytes, of at most {self._max_transfer}")
-        if offset + count > spec.size:
-            raise CommandError(f"an access of {offset:#x}+{count:#x} in region {region} of {spec.size:#x} bytes")
-        if not spec.flags & access and count:
+        if offset + count > size:
+            raise CommandError(f"an access of {offset:#x}+{count:#x} in region {region} of {size:#x} bytes")
+        if not allowed & access and count:
             raise CommandError(f"region {region} does not allow {RegionFlags(access).name}")
 
     # Client memory
@@ -204,7 +245,9 @@ class Handlers:
     def dma_map(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_MAP."""
         try:
-            request = self._decode(DmaMap, payload)
+            request = decode(DmaMap, payload)
+            if request.argsz != _MAP_SIZE:  # the rules are asked only about what is not as everybody sends it
+                check_request(request, self._max_transfer)
         except CommandError:
             close_fds(fds)
             raise
@@ -212,18 +255,24 @@ class Handlers:
 
     def dma_unmap(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DMA_UNMAP."""
-        request = self._decode(DmaUnmap, payload)
+        request = decode(DmaUnmap, payload)
         flags = request.flags
+        if flags or request.argsz != _UNMAP_SIZE:
+            check_request(request, self._max_transfer)
         if flags & ~_UNMAP_KNOWN or flags == _UNMAP_KNOWN:
             raise CommandError(f"DMA_UNMAP flags {flags:#x}; allowed are one of GET_DIRTY_BITMAP 0x1 and ALL 0x2")
-        if flags & DmaUnmapFlags.GET_DIRTY_BITMAP:
-            raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
-        if flags & DmaUnmapFlags.ALL:
+        if flags & _UNMAP_BITMAP:
+            if self._port is None:
+                raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
+            return self._port.unmap_dirty(request)
+        if flags & _UNMAP_ALL:
             if request.address or request.size:
                 raise CommandError("DMA_UNMAP of everything with an address or size")
             done = self._session.dma_unmap_all()
         else:
             done = self._session.dma_unmap(request)
+            if self._port is not None:
+                self._port.dirty.unmapped(request.address, request.size)
         reply = payload[:_UNMAP_SIZE]
         return reply if done is None else _then(done, reply)
 
@@ -231,21 +280,29 @@ class Handlers:
 
     def dirty_pages(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DIRTY_PAGES."""
+        if self._port is not None:
+            return self._port.dirty_pages(payload)
         self._decode(DirtyPages, payload)
         raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
 
     def device_feature(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DEVICE_FEATURE."""
+        if self._port is not None:
+            return self._port.device_feature(payload, posted=no_reply)
         request = decode(DeviceFeature, payload)
         raise CommandError(f"feature {request.index} on a function that cannot be migrated")
 
     def mig_data_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """MIG_DATA_READ."""
+        if self._port is not None:
+            return self._port.mig_data_read(payload)
         decode(MigDataRead, payload)
         raise CommandError("MIG_DATA_READ on a function that cannot be migrated")
 
     def mig_data_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """MIG_DATA_WRITE."""
+        if self._port is not None:
+            return self._port.mig_data_write(payload)
         decode(MigDataWrite, payload)
         raise CommandError("MIG_DATA_WRITE on a function that cannot be migrated")
 
@@ -254,6 +311,14 @@ class Handlers:
         request = decode(kind, payload)
         check_request(request, self._max_transfer)
         return request
+
+
+def _with_migration(regions: Sequence[RegionSpec], view: V1View | None) -> Sequence[RegionSpec]:
+    """The device's regions, and behind them the migration region."""
+    if view is None:
+        return regions
+    absent = [RegionSpec.absent(index) for index in range(len(regions), view.index)]
+    return [*regions, *absent, view.spec]
 
 
 def _empty(done: Answer[None]) -> Result:

@@ -14,7 +14,7 @@ import trio
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import MessageSocket
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import Capabilities, MigrationCapability
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS
 from vfiouser_protocol.session import CommandReceived, Refused
@@ -95,7 +95,18 @@ async def _answer_version(connection: Connection, event: CommandReceived, nurser
         return False
     # From here on the connection closes the device, whatever happens.
     connection.adopt(backend)
+    try:
+        with trio.fail_after(connection.function.reply_budget_s):
+            await connection.function.attach_migration(connection, backend, proposed)
+    except (BackendUnavailable, trio.TooSlowError) as error:
+        reason = str(error) or "the agent did not answer in time"
+        connection.function.note_error(reason)
+        connection.log.error("client turned away", client=connection.peer, reason=reason)
+        connection.send(session.error_reply(header, errno.ENODEV))
+        return False
     offer = _within(OFFER, backend.limits)
+    if connection.port is not None and connection.port.migratable:
+        offer = offer._replace(migration=MigrationCapability())
     twin = _make_twin(connection) if proposed.twin_socket is not None and proposed.twin_socket.supported else None
     reply = session.accept(header, offer, grant_twin=twin is not None)
     agreed = session.negotiated
@@ -103,7 +114,7 @@ async def _answer_version(connection: Connection, event: CommandReceived, nurser
     if twin is not None and not agreed.twin:
         twin.close()
         twin = None
-    connection.start(agreed.client, offer, twin)
+    connection.start(agreed.client, offer, twin, agreed.migration_pgsize)
     if twin is None:
         connection.send(reply)
     else:

@@ -4,13 +4,15 @@ A guest that polls a register sends its next request some 20 µs after our reply
 scheduler wake-ups, which is most of the round trip. So a reader may look for the next request for a moment before it
 sleeps, under three rules:
 
-Rule 1: it spins only while requests have been coming back to back; one pause ends it.
+Rule 1: it spins only while requests have been coming back to back, and less and less often while that does not pay
+        (another process may need the processor that we spin on).
 Rule 2: it spins at most `SPIN_NS`, and not at all while any other task of the daemon is ready to run.
 Rule 3: it watches every socket of the daemon while it spins, and stops as soon as another one has work.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import time
 
@@ -18,11 +20,14 @@ import trio
 
 #: How long to look for the next message. Two to three times what a client needs between a reply and its next request.
 SPIN_NS = 60_000
-#: A gap of up to this between messages counts as back to back; it includes our own wake-up when we did sleep.
-BACK_TO_BACK_NS = 250_000
+#: A gap of up to this between messages counts as back to back. It includes our own wake-up when we did sleep and, when
+#: the client reaches us through another daemon, that one's wake-ups: a limit below them would never let spinning begin.
+BACK_TO_BACK_NS = 1_000_000
+#: After spins in vain up to 2^6 chances to spin are passed over.
+_MAX_BACK_OFF = 6
 
 
-class Activity:
+class Activity(trio.abc.Instrument):
     """All sockets of one daemon, watched together while one of its readers spins.
 
     Args:
@@ -31,7 +36,24 @@ class Activity:
 
     def __init__(self, spin_ns: int = SPIN_NS) -> None:
         self._epoll = select.epoll()
-        self._spin_ns = spin_ns
+        # With a single processor the peer could not even run while we look for its message.
+        self._spin_ns = spin_ns if len(os.sched_getaffinity(0)) > 1 else 0
+        self._ready_tasks = 0
+        self._pass_over = 0
+        self._failures = 0
+        if self._spin_ns:
+            trio.lowlevel.add_instrument(self)
+
+    # Counting the tasks that are ready to run: asking trio for it costs more than the rest of the hot path.
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        """Count a task that becomes ready (called by trio)."""
+        self._ready_tasks += 1
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Count a ready task that gets its turn (called by trio)."""
+        if self._ready_tasks:
+            self._ready_tasks -= 1
 
     def register(self, fd: int) -> None:
         """Watch a socket from now on."""
@@ -50,15 +72,23 @@ class Activity:
         Returns:
             True when there is data to read; False when the moment passed or somebody else has work.
         """
-        if not self._spin_ns or trio.lowlevel.current_statistics().tasks_runnable:
+        if not self._spin_ns or self._ready_tasks:
+            return False
+        if self._pass_over:
+            self._pass_over -= 1
             return False
         poll = self._epoll.poll
         now = time.perf_counter_ns
         deadline = now() + self._spin_ns
         while now() < deadline:
+            # With fewer processors than spinners, whoever has our answer may need this very one to get on.
+            os.sched_yield()
             ready = poll(0, 2)
             if ready:
+                self._failures = 0
                 return len(ready) == 1 and ready[0][0] == fd
+        self._pass_over = 1 << min(self._failures, _MAX_BACK_OFF)
+        self._failures += 1
         return False
 
     def close(self) -> None:

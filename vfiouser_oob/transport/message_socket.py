@@ -1,7 +1,8 @@
 """One stream of vfio-user messages over a UNIX socket, with descriptors attached to the right ones.
 
 The framer says how many bytes may be read next, and no more are read: reading ahead would hand the descriptors of one
-message to another, since the kernel glues them to the first byte of the read that crosses them. Each send is one message.
+message to another, since the kernel glues them to the first byte of the read that crosses them. Each send is one
+message.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from vfiouser_protocol.framing import Framer, Message
 
 #: The kernel carries at most 253 descriptors per message (SCM_MAX_FD).
 _ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)
+#: Plain numbers: the enumeration's members cost a microsecond per use.
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_NO_SIGNAL = int(socket.MSG_NOSIGNAL)
 #: Unsent bytes above which the side that produces them has to wait.
 HIGH_WATER = 4 << 20
 
@@ -53,8 +58,9 @@ class MessageSocket:
         self._fd = sock.fileno()
         self._framer = Framer(max_message_size)
         self._activity = activity
-        self._last_message_ns = 0
         self._back_to_back = False
+        self._corked = False
+        self._held: list[bytes] = []
         self._outbox: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._outbox_bytes = 0
         self._outbox_filled = trio.Event()
@@ -94,9 +100,9 @@ class MessageSocket:
                     data = sock.recv(wanted)
                     message = framer.feed(data) if data else None
                 else:
-                    data, ancillary, flags, _ = sock.recvmsg(wanted, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+                    data, ancillary, flags, _ = sock.recvmsg(wanted, _ANCILLARY_SIZE, _CLOEXEC)
                     fds = _descriptors(ancillary) if ancillary else ()
-                    if flags & socket.MSG_CTRUNC:
+                    if flags & _TRUNCATED:
                         close_fds(fds)
                         raise StreamError("descriptors of a message were lost (control data truncated)")
                     message = framer.feed(data, fds) if data else None
@@ -133,20 +139,16 @@ class MessageSocket:
         """
         return self._back_to_back and self._activity is not None and self._activity.spin(self._fd)
 
-    def note_message(self) -> None:
-        """Note that a message arrived, which decides whether spinning is worth while."""
-        now = time.perf_counter_ns()
-        self._back_to_back = now - self._last_message_ns < BACK_TO_BACK_NS
-        self._last_message_ns = now
-
     async def wait_for_data(self) -> None:
-        """Sleep until there is something to read.
+        """Sleep until there is something to read; how long that takes decides whether to spin the next time.
 
         Raises:
             EndOfStream: the socket was closed on our side meanwhile.
         """
+        start = time.perf_counter_ns()
         try:
             await trio.lowlevel.wait_readable(self._fd)
+            self._back_to_back = time.perf_counter_ns() - start < BACK_TO_BACK_NS
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise EndOfStream("the connection was closed on our side", clean=False) from error
 
@@ -162,6 +164,11 @@ class MessageSocket:
         Raises:
             EndOfStream: the peer has gone.
         """
+        if self._corked:
+            if not fds:
+                self._held.append(data)
+                return
+            self.uncork()
         if self._closed:
             raise EndOfStream("the connection was closed on our side", clean=False)
         if self._outbox:
@@ -176,6 +183,21 @@ class MessageSocket:
             raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
         if sent < len(data):
             self._put_off(memoryview(data)[sent:], ())
+
+    def cork(self) -> None:
+        """Hold messages back until `uncork`, to send them in one piece; nothing may be awaited in between."""
+        self._corked = True
+
+    def uncork(self) -> None:
+        """Send what was held back.
+
+        Raises:
+            EndOfStream: the peer has gone.
+        """
+        self._corked = False
+        if self._held:
+            held, self._held = self._held, []
+            self.send(b"".join(held))
 
     @property
     def congested(self) -> bool:
@@ -211,8 +233,8 @@ class MessageSocket:
 
     def _send_some(self, data: bytes | memoryview, fds: Sequence[int]) -> int:
         if fds:
-            return socket.send_fds(self._sock, [data], list(fds), socket.MSG_NOSIGNAL)
-        return self._sock.send(data, socket.MSG_NOSIGNAL)
+            return socket.send_fds(self._sock, [data], list(fds), _NO_SIGNAL)
+        return self._sock.send(data, _NO_SIGNAL)
 
     def _put_off(self, data: memoryview, fds: Sequence[int]) -> None:
         if not self._outbox:

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from vfiouser_protocol import dirty as dirty_module
 from vfiouser_protocol.dirty import DirtyLog, bitmap_size, fold, replicate
 
-ARENA = 1 << 12
+ARENA = 1 << 8
 
 
 class NaiveLog:
@@ -60,6 +60,7 @@ class DirtyLogMachine(RuleBasedStateMachine):
             ("_CHUNK_PAGES", 16),
             ("_CHUNK_MASK", 15),
             ("_FULL_CHUNK", 0xFFFF),
+            ("_BITMAP_STEP", 3),
         ):
             self.patch.setattr(dirty_module, name, value)
 
@@ -79,10 +80,18 @@ class DirtyLogMachine(RuleBasedStateMachine):
         self.log.mark(iova, length)
         self.naive.mark(iova, length)
 
+    @rule(iova=st.integers(0, ARENA), shift=st.integers(0, 5), bitmap=st.binary(max_size=32))
+    def mark_bitmap(self, iova: int, shift: int, bitmap: bytes) -> None:
+        """Another log, of pages of another size and alignment, reports what it saw."""
+        bitmap = bitmap[: ARENA >> shift >> 3]
+        self.log.mark_bitmap(iova, 1 << shift, bitmap)
+        for bit in set_bits(bitmap):
+            self.naive.mark(iova + (bit << shift), 1 << shift)
+
     @rule(
         iova=st.integers(0, ARENA),
-        length=st.integers(1, 64) | st.integers(1, 2 * ARENA),
-        shift=st.integers(0, 13),
+        length=st.integers(1, 2 * ARENA),
+        shift=st.integers(0, 9),
         delivered=st.sampled_from([True, True, False]),
     )
     def report(self, iova: int, length: int, shift: int, delivered: bool) -> None:
@@ -114,11 +123,33 @@ class DirtyLogMachine(RuleBasedStateMachine):
         assert not self.log
 
 
-DirtyLogMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+DirtyLogMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
 TestDirtyLogAgainstNaive = DirtyLogMachine.TestCase
 
 
+@given(
+    logged=st.integers(0, 6),
+    marks=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 20)), min_size=1, max_size=8),
+    iova=st.integers(0, 300),
+    length=st.integers(1, 500),
+    reported=st.integers(0, 8),
+)
+@settings(max_examples=300, deadline=None)
+def test_one_report_of_anything(
+    logged: int, marks: list[tuple[int, int]], iova: int, length: int, reported: int
+) -> None:
+    """Any combination of page sizes and alignments gives exactly the naive bits."""
+    log, naive = DirtyLog(1 << logged), NaiveLog(1 << logged)
+    for start, count in marks:
+        log.mark(start, count)
+        naive.mark(start, count)
+    page_size = min(1 << reported, 1 << length.bit_length() - 1)
+    assert naive.report(iova, length, page_size) == set_bits(log.report(iova, length, page_size))
+    assert naive.report(0, 1 << 10, 1) == set_bits(log.report(0, 1 << 10, 1))
+
+
 @given(bitmap=st.binary(max_size=40), shift=st.integers(0, 6))
+@settings(deadline=None)
 def test_fold_and_replicate_bit_by_bit(bitmap: bytes, shift: int) -> None:
     """Folding ORs groups of bits, replicating repeats each."""
     factor = 1 << shift

@@ -78,7 +78,7 @@ class DmaMapMachine(RuleBasedStateMachine):
         """Give the module its leaf size back."""
         self.patch.undo()
 
-    @initialize(step=st.sampled_from([0x8, 0x10]), count=st.integers(0, 20))
+    @initialize(step=st.sampled_from([0x8, 0x10]), count=st.integers(0, 24))
     def fill(self, step: int, count: int) -> None:
         """Begin with a row of adjacent regions."""
         for i in range(count):
@@ -89,9 +89,7 @@ class DmaMapMachine(RuleBasedStateMachine):
         """Map anything; result and errno must be the naive ones."""
         new = (address, size, flags, offset, file)
         expected = self.naive.map_result(new)
-        failure, region = attempt(
-            lambda: self.dma.map(address, size, flags, offset=offset, file=file, owner=new)
-        )
+        failure, region = attempt(lambda: self.dma.map(address, size, flags, offset=offset, file=file, owner=new))
         assert (expected or 0) == failure
         if expected == 0:
             assert region is not None
@@ -121,6 +119,12 @@ class DmaMapMachine(RuleBasedStateMachine):
         """Unmap a region that is there."""
         if self.naive.entries:
             entry = data.draw(st.sampled_from(self.naive.entries))
+            self.unmap_anything(entry[0], entry[1])
+
+    @rule(start=st.integers(0, 23), count=st.integers(2, 12))
+    def unmap_run(self, start: int, count: int) -> None:
+        """Unmap neighbours, as when memory is unplugged: whole leaves go away."""
+        for entry in sorted(self.naive.entries)[start : start + count]:
             self.unmap_anything(entry[0], entry[1])
 
     @rule()
@@ -173,5 +177,5 @@ class DmaMapMachine(RuleBasedStateMachine):
         assert len(self.naive.entries) == len(self.dma)
 
 
-DmaMapMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+DmaMapMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestDmaMapAgainstNaive = DmaMapMachine.TestCase

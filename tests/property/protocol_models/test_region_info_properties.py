@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import struct
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfiouser_protocol.constants import RegionFlags
@@ -33,6 +35,7 @@ def specs(draw: st.DrawFn) -> RegionSpec:
 
 
 @given(spec=specs(), argsz=st.integers(32, 256))
+@settings(deadline=None)
 def test_client_that_retries_learns_everything(spec: RegionSpec, argsz: int) -> None:
     """Whatever argsz a client starts with: at most two requests, no reply over argsz, one descriptor, all
     facts."""
@@ -57,6 +60,7 @@ def test_client_that_retries_learns_everything(spec: RegionSpec, argsz: int) -> 
 
 
 @given(payload=st.binary(max_size=200))
+@settings(deadline=None)
 def test_garbage_is_read_or_refused(payload: bytes) -> None:
     """Random bytes give a description or RemoteProtocolError, nothing else."""
     check_hostile(payload)
@@ -67,12 +71,27 @@ def test_garbage_is_read_or_refused(payload: bytes) -> None:
     changes=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), min_size=1, max_size=8),
     cut=st.integers(0, 300),
 )
+@settings(deadline=None)
 def test_damaged_reply_is_read_or_refused(spec: RegionSpec, changes: list[tuple[int, int]], cut: int) -> None:
     """A real reply with bytes changed and its end cut off never yields an area outside the region."""
     payload = bytearray(region_info_reply(spec, 1 << 20)[0])
     for position, value in changes:
         payload[position % len(payload)] = value
     check_hostile(bytes(payload[: max(cut, 32)]))
+
+
+@given(
+    size=st.integers(0, 0x10000),
+    cap_offset=st.integers(0, 20).map(lambda n: 8 * n),
+    words=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(0, 20).map(lambda n: 8 * n), st.integers(0, 3)), max_size=12
+    ),
+)
+@settings(deadline=None)
+def test_any_chain_ends(size: int, cap_offset: int, words: list[tuple[int, int, int]]) -> None:
+    """Capabilities that point anywhere, backwards and at themselves too, are read or refused in finite time."""
+    chain = b"".join(struct.pack("<HHIII", cap, 1, following, count, 0) for cap, following, count in words)
+    check_hostile(struct.pack("<IIIIQQ", 32 + len(chain), 0xF, 0, cap_offset, size, 0) + chain)
 
 
 def check_hostile(payload: bytes) -> None:

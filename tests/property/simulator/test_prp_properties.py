@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vfiouser_oob.simulator.nvme.prp import walk_prps
 from vfiouser_oob.simulator.nvme.spec import NvmeError, Status
 
@@ -83,13 +85,11 @@ def test_walker_agrees_with_the_naive_one(case: tuple[dict[int, int], int, int, 
     """The segments are exactly the bytes of the naive walk in its order, and adjacent ones are merged."""
     segments = walk(*case)
     assert naive(*case) == [address for start, count in segments for address in range(start, start + count)]
-    assert all(start + count != following for (start, count), (following, _) in zip(segments, segments[1:], strict=False))
+    assert all(start + count != following for (start, count), (following, _) in pairwise(segments))
 
 
 @given(transfers(), st.data())
-def test_misaligned_entries_are_refused(
-    case: tuple[dict[int, int], int, int, int, int], data: st.DataObject
-) -> None:
+def test_misaligned_entries_are_refused(case: tuple[dict[int, int], int, int, int, int], data: st.DataObject) -> None:
     """Any list entry with an offset in its page is an invalid PRP offset."""
     memory, prp1, prp2, length, page = case
     if not memory:

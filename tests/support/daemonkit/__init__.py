@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
-from vfiouser_oob.config.schema import DaemonConfig, DeviceConfig, DmaMode, FunctionConfig, ModelDevice
+from vfiouser_agents.api import Agent
+from vfiouser_oob.config.schema import (
+    AgentConfig,
+    DaemonConfig,
+    DeviceConfig,
+    DmaMode,
+    FunctionConfig,
+    MigrationConfig,
+    ModelDevice,
+)
 from vfiouser_oob.server.daemon import Daemon, run_daemon
 
 TEST_DEVICE = ModelDevice(model="test")
@@ -23,6 +34,8 @@ def function(
     dma: DmaMode = DmaMode.FILES,
     allow_uids: tuple[int, ...] | None = None,
     socket_mode: int = 0o660,
+    agent: AgentConfig | None = None,
+    migration: MigrationConfig | None = None,
 ) -> FunctionConfig:
     """A function whose socket is NAME.sock in the directory."""
     return FunctionConfig(
@@ -32,17 +45,27 @@ def function(
         dma=dma,
         allow_uids=allow_uids,
         socket_mode=socket_mode,
+        agent=agent,
+        migration=migration or MigrationConfig(),
     )
 
 
 @asynccontextmanager
 async def serving(
-    *functions: FunctionConfig, reply_budget_s: float = 4.0, control_socket: Path | None = None
+    *functions: FunctionConfig,
+    reply_budget_s: float = 4.0,
+    control_socket: Path | None = None,
+    agents: Mapping[str, Agent] | None = None,
 ) -> AsyncIterator[Daemon]:
-    """Run a daemon until the block ends."""
+    """Run a daemon until the block ends; `agents` are the agents that there are, by kind."""
+
+    def make(kind: str, options: Mapping[str, Any]) -> Agent:
+        assert agents is not None, f"no agent of kind {kind} was given"
+        return agents[kind]
+
     config = DaemonConfig(functions=functions, reply_budget_s=reply_budget_s, control_socket=control_socket)
     async with trio.open_nursery() as nursery:
-        daemon = await nursery.start(run_daemon, config)
+        daemon = await nursery.start(partial(run_daemon, config, agents=make))
         yield daemon
         nursery.cancel_scope.cancel()
 

@@ -168,3 +168,22 @@ async def test_flood_without_waiting_ends_the_connection() -> None:
         for _ in range(5000):
             server.submit(Command.DMA_WRITE, encode(DmaWrite(0, 1, b"x")))
         assert "commands" in await client.wait_gone()
+
+
+async def test_every_message_can_be_traced() -> None:
+    """Commands and replies of both sides appear as one readable line each, in order, without their data."""
+    lines: list[str] = []
+    with ClientMemory(4096) as memory:
+        async with connected(dma_server=memory, trace=lines.append) as (client, server):
+            await client.region_write(0, 0, b"secret!!")
+            await server.dma_write(0, b"secret!!")
+    marks = [(line.split()[0], line.split()[1], "reply" in line.split()) for line in lines]
+    assert [
+        (">", "VERSION", False),
+        ("<", "VERSION", True),
+        (">", "REGION_WRITE", False),
+        ("<", "REGION_WRITE", True),
+        ("<", "DMA_WRITE", False),
+        (">", "DMA_WRITE", True),
+    ] == marks
+    assert not any("secret" in line for line in lines)

@@ -74,10 +74,17 @@ def thread_server(talk: Talk) -> Iterator[socket.socket]:
     thread.join()
 
 
+def patient() -> Activity:
+    """Spinning that outlasts every answer, also where a single processor would switch it off."""
+    activity = Activity()
+    activity._spin_ns = PATIENT_NS
+    return activity
+
+
 @asynccontextmanager
 async def spinning_client(talk: Talk, **options: object) -> AsyncIterator[Client]:
     """A client that has seen a quick reply, so that it thinks looking is worth while."""
-    activity = Activity(spin_ns=PATIENT_NS)
+    activity = patient()
     with thread_server(talk) as sock:
         async with Client.from_socket(sock, activity=activity, **options) as client:
             # However slow this machine is, the last round trip counts as quick.
@@ -172,7 +179,7 @@ async def test_late_reply_is_waited_for() -> None:
 
 async def test_nobody_looks_while_others_have_work() -> None:
     """With another socket readable or another task ready the call does not spin at all."""
-    activity = Activity(spin_ns=PATIENT_NS)
+    activity = patient()
     busy, peer = socket.socketpair()
     with busy, peer:
         activity.register(busy.fileno())
@@ -189,7 +196,7 @@ async def test_nobody_looks_while_others_have_work() -> None:
 
 async def test_slow_servers_are_not_looked_for() -> None:
     """After a slow reply the client does not spin, since it would be in vain."""
-    activity = Activity(spin_ns=PATIENT_NS)
+    activity = patient()
     async with connected(activity=activity) as (client, _):
         client._round_trip_ns = 1_000_000
         with trio.fail_after(1):

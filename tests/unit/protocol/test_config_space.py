@@ -160,9 +160,7 @@ def test_widths_agree() -> None:
     assert b"" == config.read(4096, 0)
 
 
-@pytest.mark.parametrize(
-    ("offset", "count"), [(0x100, 1), (0xFF, 2), (0, 257), ((1 << 64) - 1, 4), (257, 0), (-1, 1)]
-)
+@pytest.mark.parametrize(("offset", "count"), [(0x100, 1), (0xFF, 2), (0, 257), ((1 << 64) - 1, 4), (257, 0), (-1, 1)])
 def test_accesses_outside_are_refused(offset: int, count: int) -> None:
     """Reads and writes past the end are EINVAL and write nothing."""
     config = make(size=256)
@@ -230,6 +228,13 @@ def test_status_register() -> None:
     put(config, 0x06, 2, 0xFFFF)
     assert 0x0018 == get(config, 0x06, 2)
     config.set_interrupt_status(False)
+    assert 0x0010 == get(config, 0x06, 2)
+    with_errors = bytearray(config.snapshot().values)
+    with_errors[0x06:0x08] = b"\x10\xf9"
+    config.restore(config.snapshot()._replace(values=bytes(with_errors)))
+    put(config, 0x06, 2, 0x8100)
+    assert 0x7810 == get(config, 0x06, 2)
+    put(config, 0x04, 4, 0xFFFF0000)
     assert 0x0010 == get(config, 0x06, 2)
 
 

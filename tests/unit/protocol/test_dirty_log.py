@@ -41,9 +41,7 @@ def test_bitmap_size(length: int, page_size: int, expected: int) -> None:
     assert expected == bitmap_size(length, page_size)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "expected"), [(1, PAGE), (PAGE, PAGE), (65536, 65536), (1 << 40, MAX_PAGE_SIZE)]
-)
+@pytest.mark.parametrize(("wanted", "expected"), [(1, PAGE), (PAGE, PAGE), (65536, 65536), (1 << 40, MAX_PAGE_SIZE)])
 def test_page_size_is_a_hint(wanted: int, expected: int) -> None:
     """Powers of two are granted within what can be logged sensibly."""
     assert expected == logging_page_size(wanted)

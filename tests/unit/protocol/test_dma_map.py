@@ -56,9 +56,7 @@ def test_region_keeps_what_the_client_sent() -> None:
         pytest.param(0x1000, 0x1000, 0x10, None, 0, errno.EINVAL, id="unknown flag"),
         pytest.param(0x1000, 0x1000, RW | 1 << 31, FILE, 0, errno.EINVAL, id="unknown high flag"),
         pytest.param(0x1000, 0x1000, RW | DmaMapFlags.MMAP, None, 0, errno.EINVAL, id="MMAP without file"),
-        pytest.param(
-            0x1000, 0x1000, RW | DmaMapFlags.FILE_IO, None, 0, errno.EINVAL, id="FILE_IO without file"
-        ),
+        pytest.param(0x1000, 0x1000, RW | DmaMapFlags.FILE_IO, None, 0, errno.EINVAL, id="FILE_IO without file"),
         pytest.param(0, (1 << 43) + 1, RW, None, 0, errno.ENOSPC, id="above 8 TiB"),
         pytest.param(0, 0x1000, RW, FILE, (1 << 63) - 0xFFF, errno.EINVAL, id="offset no file has"),
     ],
@@ -243,3 +241,21 @@ def test_ordered_beyond_one_leaf() -> None:
     for i in left:
         dma.unmap(i * 0x1000, 0x1000)
     assert dma.map(0, TOP >> 22, RW) is not None
+
+
+def test_overlaps_across_leaf_boundaries() -> None:
+    """At every gap between 400 regions, a mapping that runs into the next one, or over its old place, is refused."""
+    dma = DmaMap()
+    starts = [i * 0x2000 for i in range(1, 401)]
+    for start in starts:
+        dma.map(start, 0x1000, RW)
+    for start in starts[:-1]:
+        assert errno.EEXIST == refused(dma, start + 0x1800, 0x801, RW)
+    for start in starts:
+        # A region that begins below an address that used to be a start, and covers it.
+        dma.unmap(start, 0x1000)
+        across = dma.map(start - 0x800, 0x1000, RW)
+        assert [None, across, across, None] == [dma.find(start + delta) for delta in (-0x801, -1, 0x7FF, 0x800)]
+        assert errno.EEXIST == refused(dma, start + 0x400, 0x100, RW)
+        dma.unmap(start - 0x800, 0x1000)
+        assert dma.map(start, 0x1000, RW) is not None

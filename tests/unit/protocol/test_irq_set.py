@@ -96,9 +96,7 @@ def test_refusals(flags: int, index: int, start: int, count: int, data: bytes, a
         (0x61, 2, b"", 0, IrqOperation.LOOPBACK),
     ],
 )
-def test_every_row_of_the_table(
-    flags: int, count: int, data: bytes, nfds: int, expected: IrqOperation
-) -> None:
+def test_every_row_of_the_table(flags: int, count: int, data: bytes, nfds: int, expected: IrqOperation) -> None:
     """Each DATA x ACTION combination is told apart; flag bit 6 is ignored."""
     assert expected == make().check(request(flags, MSIX, 0, count, data), nfds)
 

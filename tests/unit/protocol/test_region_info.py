@@ -12,9 +12,7 @@ from vfiouser_protocol.errors import CommandError, RemoteProtocolError
 from vfiouser_protocol.regions import RegionSpec, RegionType, SparseArea, parse_region_info, region_info_reply
 
 R, W, MMAP, CAPS = 1, 2, 4, 8
-TWO_AREAS = RegionSpec(
-    2, 0x4000, areas=(SparseArea(0x1000, 0x1000), SparseArea(0x2000, 0x1000)), mappable=True
-)
+TWO_AREAS = RegionSpec(2, 0x4000, areas=(SparseArea(0x1000, 0x1000), SparseArea(0x2000, 0x1000)), mappable=True)
 MIGRATION = RegionSpec(9, 0x10000, type=(3, 1), areas=(SparseArea(0x1000, 0xF000),), mappable=True)
 
 
@@ -125,9 +123,7 @@ def test_parse_full_reply() -> None:
     assert (SparseArea(0x1000, 0xF000),) == description.areas == description.mappable_areas
 
 
-@pytest.mark.parametrize(
-    ("flags", "cap_offset"), [(R | MMAP, 0), (R | MMAP | CAPS, 0), (R | MMAP | CAPS, 32)]
-)
+@pytest.mark.parametrize(("flags", "cap_offset"), [(R | MMAP, 0), (R | MMAP | CAPS, 0), (R | MMAP | CAPS, 32)])
 def test_parse_short_forms_of_everybody(flags: int, cap_offset: int) -> None:
     """libvfio-user's, the kernel's and rust-vmm's short reply all mean: ask again with argsz."""
     description = parse_region_info(struct.pack("<IIIIQQ", 80, flags, 0, cap_offset, 0x4000, 0))
@@ -158,6 +154,7 @@ def test_parse_passes_over_what_it_does_not_know() -> None:
         pytest.param(bytes(31), id="31 bytes"),
         pytest.param(reply(sparse(32, (0, 0x1000))), id="points at itself"),
         pytest.param(reply(struct.pack("<HHIQ", 77, 1, 48, 0) + sparse(32, (0, 1))), id="circle"),
+        pytest.param(reply(struct.pack("<HHIQ", 77, 1, 32, 0)), id="unknown one points at itself"),
         pytest.param(reply(sparse(4096, (0, 0x1000))), id="next outside"),
         pytest.param(reply(sparse(40, (0, 0x1000))), id="next inside its own body"),
         pytest.param(reply(sparse(0xFFFFFFFF)), id="next 2^32-1"),

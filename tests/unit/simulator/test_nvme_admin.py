@@ -6,6 +6,7 @@ import struct
 import uuid
 
 import pytest
+
 from nvmebed import CommandFailed, Machine, machine, make_function
 from vfiouser_oob.simulator.nvme.config import ControllerLimits
 from vfiouser_oob.simulator.nvme.stores import MemoryStore
@@ -71,7 +72,7 @@ async def test_namespace_lists_and_descriptors() -> None:
         assert {1: namespace[120:128], 2: namespace[104:120]} == {1: found[1], 2: found[2]}
         assert 16 == len(found[3])
         other = await m.driver.identify(3, nsid=1)
-        assert other[: at] != data[:at]
+        assert other[:at] != data[:at]
 
 
 async def test_controller_lists() -> None:
@@ -234,9 +235,10 @@ async def test_command_id_in_use() -> None:
         buffer = driver.alloc(4096)
         gate = m.host.memory.hold(buffer, 4096)
         driver.submit(m.io, 2, nsid=1, prp1=buffer, cid=9)
-        driver.submit(m.io, 0, nsid=1, cid=9)
-        with pytest.raises(CommandFailed) as caught:
-            await driver.wait(m.io, 9)
-        assert 0x03 == caught.value.status
+        for _ in range(2):
+            driver.submit(m.io, 0, nsid=1, cid=9)
+            with pytest.raises(CommandFailed) as caught:
+                await driver.wait(m.io, 9)
+            assert 0x03 == caught.value.status
         gate.set()
         assert 0 == await driver.wait(m.io, 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+
 from nvmebed import CommandFailed, Machine, machine, make_function
 from vfiouser_oob.simulator.nvme.config import ControllerLimits
 
@@ -147,9 +148,7 @@ async def test_error_log_has_the_newest_first() -> None:
             await m.driver.io(2, nsid=1, prp1=m.driver.alloc(4096), cdw10=0x9999_9999, cid=0x456)
         log = await m.driver.log_page(ERROR_LOG, 64 * 64)
         first, second = (struct.unpack_from("<QHHHHQI", log, at) for at in (0, 64))
-        assert (2, 1, 0x456, 0x80, 0x9999_9999, 1) == (
-            *first[:3], first[3] >> 1 & 0x7FF, first[5], first[6]
-        )
+        assert (2, 1, 0x456, 0x80, 0x9999_9999, 1) == (*first[:3], first[3] >> 1 & 0x7FF, first[5], first[6])
         assert (1, 0, 0x123, 0x01, 0) == (*second[:3], second[3] >> 1 & 0x7FF, second[4])
         assert bytes(62 * 64) == log[128:]
 

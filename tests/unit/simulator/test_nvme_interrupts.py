@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import trio
+
 from nvmebed import Machine, machine
 
 FLUSH = 0
@@ -79,10 +80,12 @@ async def test_pin_is_asserted_while_entries_are_unacknowledged() -> None:
         await flush(m)
         await flush(m)
         assert m.host.intx
+        assert 1 << 3 == m.function.config.read(6, 2)[0] & 1 << 3  # PCI status
         m.driver.doorbell(3, 1)
         assert m.host.intx
         m.driver.doorbell(3, 2)
         assert not m.host.intx
+        assert 0 == m.function.config.read(6, 2)[0] & 1 << 3
 
 
 async def test_pin_obeys_the_mask_registers() -> None:

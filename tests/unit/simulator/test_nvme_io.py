@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import trio
+
 from nvmebed import CommandFailed, Machine, machine, make_function
 from vfiouser_oob.simulator.nvme.config import ControllerLimits
 from vfiouser_oob.simulator.nvme.stores import BackingStore, MemoryStore
@@ -40,18 +41,22 @@ class Recorder(MemoryStore):
             raise OSError(self.error, "broken on purpose")
 
     async def read(self, offset: int, count: int) -> bytes:
+        """Read, unless broken."""
         self._fail()
         return await super().read(offset, count)
 
     async def write(self, offset: int, data: bytes) -> None:
+        """Write, unless broken."""
         self._fail()
         await super().write(offset, data)
 
     async def discard(self, offset: int, count: int) -> None:
+        """Discard, unless broken."""
         self._fail()
         await super().discard(offset, count)
 
     async def flush(self) -> None:
+        """Count, unless broken."""
         self._fail()
         self.flushes += 1
 
@@ -203,9 +208,7 @@ async def test_flush_and_forced_unit_access() -> None:
         assert 4 == store.flushes
 
 
-@pytest.mark.parametrize(
-    ("error", "statuses"), [(errno.EIO, (0x281, 0x280)), (errno.ENOSPC, (0x81, 0x81))]
-)
+@pytest.mark.parametrize(("error", "statuses"), [(errno.EIO, (0x281, 0x280)), (errno.ENOSPC, (0x81, 0x81))])
 async def test_broken_medium(error: int, statuses: tuple[int, int]) -> None:
     """Errors of the store become media errors of the command; the controller lives on."""
     store = Recorder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+
 from nvmebed import CommandFailed, Driver, Host, machine, make_function
 from vfiouser_oob.devices.model import ResetKind
 from vfiouser_protocol.errors import CommandError
@@ -47,7 +48,7 @@ def test_read_only_registers_keep_their_value(register: int) -> None:
 
 @pytest.mark.parametrize("widths", [(8,), (4, 4), (2, 2, 2, 2), (1,) * 8])
 def test_wide_registers_take_any_access_width(widths: tuple[int, ...]) -> None:
-    """ASQ is the same whether it is written at once or piecemeal, low or high part first; low bits are fixed."""
+    """ASQ is the same written at once or piecemeal, low or high part first; low bits are fixed."""
     value = 0x1234_5678_9ABC_DEF0.to_bytes(8, "little")
     for order in (1, -1):
         driver = idle_driver()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+
 from nvmebed import Machine, machine, make_function
 from vfiouser_oob.devices.model import ResetKind
 from vfiouser_oob.simulator.nvme.stores import FileStore
@@ -54,7 +55,7 @@ async def restart(m: Machine) -> None:
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("held", ["fetch", "data", "completion"])
 async def test_nothing_touches_memory_after_a_reset(reset, held: str) -> None:
-    """Commands are stopped wherever they wait; memory, bus mastering on again, stays as it is; I/O works afterwards."""
+    """Commands are stopped wherever they wait; memory stays as it is; I/O works after a new set-up."""
     async with machine() as m:
         driver = m.driver
         page = driver.alloc(4096)
@@ -79,15 +80,15 @@ async def test_nothing_touches_memory_after_a_reset(reset, held: str) -> None:
 
 
 async def test_reset_between_the_pieces_of_a_transfer() -> None:
-    """A task that never waits in trio is stopped at its next access, even in the middle of a transfer."""
+    """A task that cannot be cancelled at once is stopped at its next access, amid a transfer."""
     async with machine() as m:
         driver = m.driver
         prp1, prp2, pieces = driver.prps(8 * 4096)
-        original_gate = m.host.memory.hold_confirmation(pieces[3][0], 4096)
+        confirm = m.host.memory.hold_confirmation(pieces[3][0], 4096)
         driver.submit(m.io, READ, nsid=1, prp1=prp1, prp2=prp2, cdw12=63)
         await trio.testing.wait_all_tasks_blocked()
         controller_reset(m)
-        original_gate.set()
+        confirm.set()
         await driver.status(RDY, 0)
         written = [address for kind, address, _ in m.host.memory.accesses if kind == "write"]
         assert [address for address, _ in pieces[:4]] == written[-4:]
@@ -118,7 +119,7 @@ async def test_ready_falls_only_when_the_last_write_to_the_image_is_done(tmp_pat
 
 
 async def test_old_queues_are_never_used_with_new_memory() -> None:
-    """After a disconnect, doorbells and bus mastering alone start nothing: the controller must be enabled anew."""
+    """After a disconnect, doorbells and bus mastering alone start nothing; enabling anew does."""
     async with machine() as m:
         driver = m.driver
         before = [m.function.region_read(0, offset, 8) for offset in (0x24, 0x28, 0x30)]
@@ -160,7 +161,7 @@ async def test_data_survives_every_reset() -> None:
 
 
 async def test_deleting_a_queue_waits_for_its_commands() -> None:
-    """Delete completes after the last command of the queue; unfetched ones are dropped, and then nothing is written."""
+    """Delete completes after the last command of the queue; unfetched ones are dropped."""
     async with machine() as m:
         driver = m.driver
         page = driver.alloc(4096)

@@ -7,11 +7,13 @@ import struct
 
 import pytest
 import trio
+
 from nvmebed import CommandFailed, Machine, machine, make_function
+from vfiouser_oob.devices.memfd import SharedMemory
+from vfiouser_oob.devices.model import ResetKind
 from vfiouser_oob.simulator.nvme.config import ControllerIdentity
 from vfiouser_oob.simulator.nvme.doorbells import PolledDoorbells, PollTimes
 from vfiouser_oob.simulator.nvme.function import NvmeSettings
-from vfiouser_oob.devices.memfd import SharedMemory
 
 READ, WRITE, FLUSH = 2, 1, 0
 CMBLOC, CMBSZ, CMBMSC, CMBSTS = 0x38, 0x3C, 0x50, 0x58
@@ -50,7 +52,7 @@ async def test_trapped_writes_work_beside_polling() -> None:
 
 
 async def test_doorbells_are_cleared_with_their_queues() -> None:
-    """Creating a queue and enabling the controller zero the shared doorbells, so that nothing old is taken for new."""
+    """Creating a queue and enabling the controller zero the shared doorbells: nothing old counts."""
     async with machine(make_function(polled=True)) as m:
         for _ in range(3):
             await m.driver.io(FLUSH)
@@ -154,7 +156,7 @@ async def test_queues_lists_and_data_in_the_buffer() -> None:
 
 
 async def test_buffer_is_found_at_its_bar_address() -> None:
-    """Even without CMBMSC, addresses of the BAR as the guest placed it are the buffer's, while memory decodes."""
+    """Without CMBMSC too, addresses of the BAR are the buffer's, while memory decoding is on."""
     async with machine(make_function(cmb_size=CMB)) as m:
         m.function.config.write(0x18, struct.pack("<Q", BASE))
         m.host.memory.accesses.clear()
@@ -196,8 +198,6 @@ async def test_bar_of_the_buffer_is_ordinary_memory() -> None:
         with map_region(m, 2, 4 << 20) as cmb:
             m.function.region_write(2, 0x1234, b"hello")
             assert b"hello" == cmb[0x1234:0x1239] == m.function.region_read(2, 0x1234, 5)
-            from vfiouser_oob.devices.model import ResetKind
-
             m.function.reset(ResetKind.DEVICE)
             assert bytes(5) == cmb[0x1234:0x1239]
 

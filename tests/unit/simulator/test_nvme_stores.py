@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import trio
-from nvmebed import machine
+
+from nvmebed import machine, make_function
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import Doorbells, NvmeOptions
 from vfiouser_oob.simulator.nvme.build import build
@@ -62,7 +64,7 @@ async def test_truncated_image_is_an_error(tmp_path: Path) -> None:
 
 
 def test_unusable_images(tmp_path: Path) -> None:
-    """Missing, empty, foreign-sized, locked, or no file at all: one clear sentence each, and nothing is changed."""
+    """Missing, empty, foreign-sized, locked, or no file: one clear sentence each; nothing is changed."""
     missing = tmp_path / "missing"
     with pytest.raises(StoreError, match="give a size"):
         FileStore(missing)
@@ -100,7 +102,8 @@ async def test_functions_have_names_of_their_own() -> None:
 
 def test_build_follows_the_options(tmp_path: Path) -> None:
     """Size, image, doorbells and buffer of the configuration are those of the function."""
-    function = build("a" * 40, NvmeOptions(image=tmp_path / "disk", size=SIZE, cmb=2 << 20, doorbells=Doorbells.POLLED))
+    options = NvmeOptions(image=tmp_path / "disk", size=SIZE, cmb=2 << 20, doorbells=Doorbells.POLLED)
+    function = build("a" * 40, options)
     assert SIZE == (tmp_path / "disk").stat().st_size
     assert {0, 2} == set(function.regions)
     assert function.regions[0].memory is not None
@@ -118,24 +121,18 @@ def test_closing_gives_everything_back(tmp_path: Path) -> None:
     """No descriptor stays open."""
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        build(
-            "f", NvmeOptions(image=tmp_path / "disk", size=SIZE, cmb=2 << 20, doorbells=Doorbells.POLLED)
-        ).close()
+        build("f", NvmeOptions(image=tmp_path / "disk", size=SIZE, cmb=2 << 20, doorbells=Doorbells.POLLED)).close()
     assert before == set(os.listdir("/proc/self/fd"))
 
 
 async def test_io_on_an_image_does_not_block_the_event_loop(tmp_path: Path) -> None:
     """While the medium does not answer, other functions' commands complete."""
-    import threading
-
     go = threading.Event()
 
     class Stuck(FileStore):
         def _pread(self, offset: int, count: int) -> bytes:
             assert go.wait(10)
             return super()._pread(offset, count)
-
-    from nvmebed import make_function
 
     async with machine(make_function(Stuck(tmp_path / "image", SIZE))) as slow, machine() as fast:
         cid = slow.driver.submit(slow.io, 2, nsid=1, prp1=slow.driver.alloc(4096))

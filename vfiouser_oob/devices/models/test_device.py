@@ -9,16 +9,17 @@ BAR0, 4 KiB, trapped, little-endian registers of their natural size:
     0x14  u32  rw  INTx line: 1 asserted, 0 not
     0x18  u64  rw  DMA address
     0x20  u32  rw  DMA count in bytes, at most the size of BAR1
-    0x24  u32  wo  DMA start: 1 client memory to BAR1, 2 BAR1 to client memory; with 0x100 added MSI-X vector 0 is raised
-                   at the end
+    0x24  u32  wo  DMA start: 1 client memory to BAR1, 2 BAR1 to client memory; with 0x100 added MSI-X vector 0 is
+                   raised at the end
     0x28  u32  ro  DMA status: 0 idle, 1 busy, 2 done, 3 fault
     0x2c  u32  ro  error number of the last fault
     0x30  u32  rw  written: error number E, then every access to 0x34 fails with E
     0x34  u32  rw  see 0x30
     0x38  u32  ro  resets since the function was made
 
-BAR1, 1 MiB, trapped memory. BAR2, 64 KiB, shared memory: the first half may be mapped, the rest is trapped. Config space
-has 4096 bytes with MSI (4 vectors), MSI-X (16 vectors, table at 0x800 and PBA at 0xc00 of BAR0) and PCI Express with FLR.
+BAR1, 1 MiB, trapped memory. BAR2, 64 KiB, shared memory: the first half may be mapped, the rest is trapped. Config
+space has 4096 bytes with MSI (4 vectors), MSI-X (16 vectors, table at 0x800 and PBA at 0xc00 of BAR0) and PCI Express
+with FLR.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Spec: NVMe 1.4, chapter 5.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from vfiouser_oob.simulator.nvme.command import Command
@@ -127,9 +127,7 @@ class AdminCommands:
         if not 1 <= cqid <= self._features.io_queue_limits[1]:
             raise NvmeError(Status.INVALID_QUEUE_ID, f"completion queue {cqid}", location=46)
         if cqid not in self._state.completion_queues:
-            raise NvmeError(
-                Status.COMPLETION_QUEUE_INVALID, f"completion queue {cqid} does not exist", location=46
-            )
+            raise NvmeError(Status.COMPLETION_QUEUE_INVALID, f"completion queue {cqid} does not exist", location=46)
         self._check_queue_memory(command, size)
         priority = command.cdw11 >> 1 & 3
         self._owner.add_submission_queue(SubmissionQueue(qid, command.prp1, size, cqid, priority))
@@ -148,15 +146,14 @@ class AdminCommands:
                 location=42,
             )
         if not command.cdw11 & _PHYSICALLY_CONTIGUOUS:
-            raise NvmeError(
-                Status.INVALID_FIELD, "queues must be physically contiguous (CAP.CQR)", location=44
-            )
+            raise NvmeError(Status.INVALID_FIELD, "queues must be physically contiguous (CAP.CQR)", location=44)
         if command.prp1 & (self._dma.page_size - 1):
             raise NvmeError(Status.INVALID_PRP_OFFSET, f"queue at {command.prp1:#x}", location=24)
 
     async def _delete_sq(self, command: Command) -> int:
         qid = command.cdw10 & 0xFFFF
-        if qid == 0 or qid not in self._state.submission_queues:
+        queue = self._state.submission_queues.get(qid)
+        if qid == 0 or queue is None or queue.deleting:
             raise NvmeError(Status.INVALID_QUEUE_ID, f"submission queue {qid} does not exist", location=40)
         await self._owner.remove_submission_queue(qid)
         return 0
@@ -165,7 +162,7 @@ class AdminCommands:
         qid = command.cdw10 & 0xFFFF
         if qid == 0 or qid not in self._state.completion_queues:
             raise NvmeError(Status.INVALID_QUEUE_ID, f"completion queue {qid} does not exist", location=40)
-        users = [queue.qid for queue in self._state.submission_queues.values() if queue.cqid == qid]
+        users = [queue.qid for queue in self._live_queues() if queue.cqid == qid]
         if users:
             raise NvmeError(
                 Status.INVALID_QUEUE_DELETION,
@@ -174,6 +171,9 @@ class AdminCommands:
             )
         self._owner.remove_completion_queue(qid)
         return 0
+
+    def _live_queues(self) -> Iterable[SubmissionQueue]:
+        return (queue for queue in self._state.submission_queues.values() if not queue.deleting)
 
     async def _abort(self, command: Command) -> int:
         sqid, cid = command.cdw10 & 0xFFFF, command.cdw10 >> 16
@@ -192,9 +192,7 @@ class AdminCommands:
         offset = command.cdw12 | command.cdw13 << 32
         page = self._logs.page(number)
         if offset & 3 or offset > len(page):
-            raise NvmeError(
-                Status.INVALID_FIELD, f"offset {offset} into a log page of {len(page)} bytes", location=48
-            )
+            raise NvmeError(Status.INVALID_FIELD, f"offset {offset} into a log page of {len(page)} bytes", location=48)
         if count > self._limits.max_transfer:
             raise NvmeError(Status.INVALID_FIELD, f"{count} bytes of a log page", location=42)
         # Beyond the end of the page the host receives zeros.

@@ -40,9 +40,7 @@ class ControllerMemoryBuffer:
         bar_address: returns the address the host gave the BAR, or None while it does not decode.
     """
 
-    def __init__(
-        self, memory: SharedMemory, size: int, bar: int, bar_address: Callable[[], int | None]
-    ) -> None:
+    def __init__(self, memory: SharedMemory, size: int, bar: int, bar_address: Callable[[], int | None]) -> None:
         self.memory = memory
         self._size = size
         self.bar = bar

@@ -99,9 +99,7 @@ class Features:
         """
         key = (int(feature), selector, nsid)
         current = self._values.current.get(key)
-        return (
-            current if current is not None else self._values.saved.get(key, self._default(feature, selector))
-        )
+        return current if current is not None else self._values.saved.get(key, self._default(feature, selector))
 
     @property
     def io_queue_limits(self) -> tuple[int, int]:
@@ -140,11 +138,22 @@ class Features:
 
     def timestamp(self) -> bytes:
         """Make the timestamp data structure: 48 bits of milliseconds and where they come from."""
-        if self._values.timestamp is None:
+        now = self.timestamp_ms
+        if now is None:
             return bytes(TIMESTAMP_SIZE)
-        base, at = self._values.timestamp
-        now = base + round((self._clock() - at) * 1000) & (1 << 48) - 1
         return now.to_bytes(6, "little") + bytes((_TIMESTAMP_BY_HOST, 0))
+
+    @property
+    def timestamp_ms(self) -> int | None:
+        """The timestamp now; None unless the host has set one since the last reset."""
+        if self._values.timestamp is None:
+            return None
+        base, at = self._values.timestamp
+        return base + round((self._clock() - at) * 1000) & (1 << 48) - 1
+
+    @timestamp_ms.setter
+    def timestamp_ms(self, now: int | None) -> None:
+        self._values.timestamp = None if now is None else (now, self._clock())
 
     # Set Features
 
@@ -176,7 +185,7 @@ class Features:
 
     def set_timestamp(self, data: bytes) -> None:
         """Take the timestamp data structure of the host."""
-        self._values.timestamp = (int.from_bytes(data[:6], "little"), self._clock())
+        self.timestamp_ms = int.from_bytes(data[:6], "little")
 
     def temperature_exceeded(self) -> bool:
         """Whether the measured temperature is beyond a threshold that the host has set."""
@@ -186,9 +195,7 @@ class Features:
 
     def temperature_event_due(self) -> bool:
         """Whether the host wants to hear of a temperature beyond its thresholds, and there is one."""
-        return self.temperature_exceeded() and bool(
-            self.value(Feature.ASYNC_EVENT_CONFIG) & _NOTIFY_TEMPERATURE
-        )
+        return self.temperature_exceeded() and bool(self.value(Feature.ASYNC_EVENT_CONFIG) & _NOTIFY_TEMPERATURE)
 
     def _default(self, feature: Feature, selector: int) -> int:
         if feature is Feature.NUMBER_OF_QUEUES:
@@ -209,9 +216,7 @@ class Features:
         if feature is Feature.INTERRUPT_VECTOR:
             vector = cdw11 & 0xFFFF
             if vector >= self._limits.vectors:
-                raise NvmeError(
-                    Status.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44
-                )
+                raise NvmeError(Status.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44)
             return vector
         if feature is Feature.TEMPERATURE_THRESHOLD:
             sensor, kind = cdw11 >> 16 & 0xF, cdw11 >> 20 & 3
@@ -242,9 +247,7 @@ class Features:
 
     def _check_error_recovery(self, value: int) -> int:
         if value & 1 << 16:
-            raise NvmeError(
-                Status.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46
-            )
+            raise NvmeError(Status.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46)
         return value
 
     def _grant_queues(self, value: int) -> int:

@@ -76,9 +76,7 @@ class IoCommands:
     def _length(self, namespace: Namespace, count: int) -> int:
         length = count << namespace.lba_shift
         if length > self._max_transfer:
-            raise NvmeError(
-                Status.INVALID_FIELD, f"{length} bytes; {self._max_transfer} is the most", location=48
-            )
+            raise NvmeError(Status.INVALID_FIELD, f"{length} bytes; {self._max_transfer} is the most", location=48)
         return length
 
     def _durable(self, command: Command) -> bool:

@@ -38,9 +38,7 @@ class Namespace:
         lba_shift: log2 of the block size in bytes: 9 or 12.
     """
 
-    def __init__(
-        self, nsid: int, store: BackingStore, identity: NamespaceIdentity, lba_shift: int = 9
-    ) -> None:
+    def __init__(self, nsid: int, store: BackingStore, identity: NamespaceIdentity, lba_shift: int = 9) -> None:
         self.nsid = nsid
         self.store = store
         self.identity = identity

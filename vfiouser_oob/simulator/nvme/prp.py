@@ -68,9 +68,7 @@ async def _read_list(
             raise _offset_error(pointer, "page aligned")
 
 
-def _merge(
-    start: int, count: int, pages: tuple[int, ...] | list[int], remaining: int, page_size: int
-) -> list[Segment]:
+def _merge(start: int, count: int, pages: tuple[int, ...] | list[int], remaining: int, page_size: int) -> list[Segment]:
     """Join the first piece and whole pages into as few segments as possible."""
     segments: list[Segment] = []
     mask = page_size - 1

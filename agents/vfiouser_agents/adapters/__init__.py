@@ -1,0 +1,1 @@
+"""Adapters: clients of agents, one module per protocol."""

@@ -1,0 +1,334 @@
+"""The client of the reference protocol over msgpack-RPC (docs/reference/agent-protocol.md).
+
+One connection carries the sessions of all functions. It is made by the first call that needs it. When it is lost, the
+calls under way fail with `TransportLost`; the next call connects again, opens its session anew and asks `status` before
+anything else, and takes its migration over by repeating `begin`. While a session is in a migration or is watched that
+happens by itself, with growing pauses. There is a keepalive only while a migration is begun or an answer is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+
+from vfiouser_agents.api import Agent, AgentInfo, Event, FunctionInfo
+from vfiouser_agents.errors import AgentError, AuthError, ConnectError, ProtocolError, TransportLost, Unsupported
+from vfiouser_agents.options import OptionError, number, read_options, seconds, switch, text
+from vfiouser_agents.rpc.core import NoRequests, RpcConnection
+from vfiouser_agents.rpc.endpoint import (
+    Address,
+    TlsOptions,
+    check_plaintext,
+    client_context,
+    connect,
+    parse_address,
+    read_tls,
+)
+from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE
+from vfiouser_agents.rpc.methods import EVENT, FUNCTIONS, HELLO, PING, PROTOCOL, VERSIONS
+from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
+from vfiouser_agents.rpc.wire import WireError, from_wire
+
+from .msgpack_rpc_session import RpcSession, parse
+
+_log = logging.getLogger(__name__)
+DEFAULT_KEEPALIVE = 5.0
+DEFAULT_CONNECT_TIMEOUT = 5.0
+DEFAULT_CHUNK = 1 << 20
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+
+_READERS = {
+    "address": lambda _, value: parse_address(text("address", value)),
+    "tls": lambda _, value: read_tls(value),
+    "allow_plaintext": switch,
+    "keepalive_s": seconds(0.01, 3600),
+    "connect_timeout_s": seconds(0.01, 600),
+    "chunk_size": number(4096, 8 << 20),
+}
+
+
+class Link(NoRequests):
+    """One connection of an agent, with what the agent said in greeting; it takes the agent's events.
+
+    Args:
+        agent: whose connection it is.
+        stream: the bytes.
+    """
+
+    def __init__(self, agent: MsgpackRpcAgent, stream: trio.abc.Stream) -> None:
+        self._agent = agent
+        self.connection = RpcConnection(stream, MsgpackCodec(), self)
+        self.info = AgentInfo("", "")
+        #: Set when there may be something to keep alive.
+        self.wake = trio.Event()
+
+    @property
+    def usable(self) -> bool:
+        """It is not lost."""
+        return self.connection.lost is None
+
+    @property
+    def idle(self) -> bool:
+        """Nobody waits for anything, so nothing needs to be kept alive."""
+        return not self.connection.unanswered and not self._agent.migrating
+
+    async def call(self, method: str, params: dict[str, Any], on_late: Callable[[Any], None] | None = None) -> Any:
+        """Call the agent; see `RpcConnection.call`."""
+        self.wake.set()
+        return await self.connection.call(method, params, on_late)
+
+    def notification(self, method: str, params: dict[str, Any]) -> None:
+        """An event for one of the sessions; what is not understood is from a newer agent, and left alone."""
+        if method != EVENT:
+            return
+        try:
+            event = from_wire(Event, params, "event")
+        except WireError as error:
+            _log.warning("event from agent %s was ignored: %s", self._agent.address, error)
+            return
+        for session in self._agent.sessions:
+            if session.is_number(self, params.get("session")):
+                session.feed.put(event)
+
+
+class _Attempt:
+    """One attempt to connect, which several callers may wait for."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.link: Link | None = None
+        self.error: AgentError | None = None
+
+
+class MsgpackRpcAgent(Agent):
+    """An agent that speaks the reference protocol.
+
+    Args:
+        address: where it is.
+        tls: for `tls` addresses.
+        allow_plaintext: `tcp` addresses may be other hosts.
+        keepalive_s: silence in seconds after which the agent is asked whether it is there, and again that long until
+            the connection is given up.
+        connect_timeout_s: seconds for connection, TLS and greeting together.
+        chunk_size: bytes of state in one message at most.
+
+    Raises:
+        OptionError: plain text is refused, or the TLS files cannot be used.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        tls: TlsOptions | None = None,
+        allow_plaintext: bool = False,
+        keepalive_s: float = DEFAULT_KEEPALIVE,
+        connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
+        chunk_size: int = DEFAULT_CHUNK,
+    ) -> None:
+        check_plaintext(address, allowed=allow_plaintext)
+        if tls is not None and address.scheme != "tls":
+            raise OptionError(f"tls is of no use with {address}; the address must begin with tls://")
+        self.address = address
+        self.chunk_size = chunk_size
+        self.sessions: list[RpcSession] = []
+        self._tls = tls or TlsOptions()
+        self._context: ssl.SSLContext | None = client_context(self._tls) if address.scheme == "tls" else None
+        self._allow_plaintext = allow_plaintext
+        self._keepalive_s = keepalive_s
+        self._connect_timeout_s = connect_timeout_s
+        self._stack = AsyncExitStack()
+        self._nursery: trio.Nursery | None = None
+        self._link: Link | None = None
+        self._attempt: _Attempt | None = None
+        self._restoring = False
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> MsgpackRpcAgent:
+        """Make one out of options.
+
+        Args:
+            options: `address`, and optionally `tls`, `allow_plaintext`, `keepalive_s`, `connect_timeout_s`,
+                `chunk_size`.
+
+        Raises:
+            OptionError: an option cannot be used.
+        """
+        if "address" not in options:
+            raise OptionError("option 'address' is missing, such as tls://soc:7711 or unix:///run/agent.sock")
+        return cls(**read_options(options, _READERS))
+
+    async def __aenter__(self) -> Self:
+        self._nursery = await self._stack.enter_async_context(trio.open_nursery())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+        await self._stack.__aexit__(None, None, None)
+
+    @property
+    def migrating(self) -> bool:
+        """A session is in a migration."""
+        return any(session.migration is not None for session in self.sessions)
+
+    async def connect(self) -> AgentInfo:
+        """Reach the agent and agree on a version."""
+        return (await self.link()).info
+
+    async def aclose(self) -> None:
+        """Close the connection; functions stay as they are."""
+        self.sessions.clear()
+        if self._link is not None:
+            self._link.connection.close(TransportLost("the agent was closed on this side"))
+        await trio.lowlevel.checkpoint()
+
+    async def functions(self) -> Sequence[FunctionInfo]:
+        """Ask for all functions."""
+        raw = await (await self.link()).call(FUNCTIONS, {})
+        listed = raw.get("functions") if isinstance(raw, dict) else raw
+        found: tuple[FunctionInfo, ...] = parse(tuple[FunctionInfo, ...], listed, FUNCTIONS)
+        return found
+
+    async def open(self, function_id: str) -> RpcSession:
+        """A session for a function."""
+        session = RpcSession(self, function_id)
+        await session.attached(adopt=False)
+        self.sessions.append(session)
+        return session
+
+    def background(self, work: Callable[[], Awaitable[Any]]) -> None:
+        """Do something that nobody waits for; a lost connection is no reason for trouble."""
+
+        async def run() -> None:
+            try:
+                await work()
+            except AgentError as error:
+                _log.debug("agent %s: %s", self.address, error)
+
+        if self._nursery is not None:
+            self._nursery.start_soon(run)
+
+    async def link(self) -> Link:
+        """The connection, made if there is none. A caller that is cancelled does not disturb others that wait.
+
+        Raises:
+            ConnectError: it cannot be made in time.
+            AuthError: one side does not trust the other.
+            ProtocolError: the agent speaks something else.
+        """
+        if self._link is not None and self._link.usable:
+            return self._link
+        if self._nursery is None:
+            raise RuntimeError("an agent is used inside `async with`")
+        attempt = self._attempt
+        if attempt is None or attempt.done.is_set():
+            attempt = self._attempt = _Attempt()
+            self._nursery.start_soon(self._try, attempt)
+        await attempt.done.wait()
+        if attempt.link is None:
+            error = attempt.error or ConnectError("the attempt was given up")
+            raise type(error)(error.message)
+        return attempt.link
+
+    async def _try(self, attempt: _Attempt) -> None:
+        try:
+            with trio.fail_after(self._connect_timeout_s):
+                self._link = attempt.link = await self._greeted()
+        except trio.TooSlowError:
+            attempt.error = ConnectError(f"agent {self.address} did not answer within {self._connect_timeout_s:g} s")
+        except AgentError as error:
+            attempt.error = error
+        finally:
+            attempt.done.set()
+
+    async def _greeted(self) -> Link:
+        stream = await connect(self.address, self._tls, self._context, allow_plaintext=self._allow_plaintext)
+        link = Link(self, stream)
+        assert self._nursery is not None
+        self._nursery.start_soon(self._run, link)
+        try:
+            link.info = await self._hello(link)
+        except BaseException:
+            link.connection.close(TransportLost("the greeting failed"))
+            raise
+        link.connection.max_outgoing = link.info.max_message
+        return link
+
+    async def _hello(self, link: Link) -> AgentInfo:
+        params = {
+            "protocol": PROTOCOL,
+            "versions": list(VERSIONS),
+            "client": "vfiouser-oob",
+            "max_message": DEFAULT_MAX_MESSAGE,
+        }
+        try:
+            info: AgentInfo = parse(AgentInfo, await link.connection.call(HELLO, params), HELLO)
+        except TransportLost as error:
+            hint = "; it may not accept our certificate" if self._context is not None else ""
+            raise ConnectError(f"agent {self.address} ended the connection at the greeting{hint}: {error}") from error
+        except AuthError as error:
+            raise AuthError(f"agent {self.address}: {error.message}") from error
+        except Unsupported as error:
+            raise ProtocolError(f"agent {self.address} does not speak our versions: {error}") from error
+        if info.protocol != PROTOCOL or info.protocol_version not in VERSIONS:
+            raise ProtocolError(
+                f"agent {self.address} answered with {info.protocol!r} version {info.protocol_version}; "
+                f"allowed: {PROTOCOL!r} in {list(VERSIONS)}"
+            )
+        return info
+
+    async def _run(self, link: Link) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_alive, link)
+            await link.connection.run()
+            nursery.cancel_scope.cancel()
+        _log.info("connection to agent %s ended: %s", self.address, link.connection.lost)
+        for session in self.sessions:
+            session.on_loss(link, str(link.connection.lost))
+        if any(session.wants_connection for session in self.sessions) and not self._restoring:
+            self.background(self._restore)
+
+    async def _restore(self) -> None:
+        self._restoring = True
+        pause = _FIRST_PAUSE
+        try:
+            while wanting := [session for session in self.sessions if session.wants_connection and session.detached]:
+                try:
+                    for session in wanting:
+                        await session.attached(adopt=False)
+                except AgentError as error:
+                    _log.info("agent %s: %s; next attempt in %g s", self.address, error, pause)
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+        finally:
+            self._restoring = False
+
+    async def _keep_alive(self, link: Link) -> None:
+        while True:
+            if link.idle:
+                link.wake = trio.Event()
+                await link.wake.wait()
+            before = link.connection.received
+            await trio.sleep(self._keepalive_s)
+            if link.connection.received != before or link.idle:
+                continue
+            with trio.move_on_after(self._keepalive_s) as scope:
+                await self._ping(link)
+            if scope.cancelled_caught:
+                link.connection.close(TransportLost(f"the agent was silent for {2 * self._keepalive_s:g} s"))
+
+    async def _ping(self, link: Link) -> None:
+        try:
+            await link.connection.call(PING, {})
+        except AgentError as error:
+            _log.debug("ping of %s: %s", self.address, error)

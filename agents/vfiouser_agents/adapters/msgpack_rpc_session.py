@@ -1,0 +1,340 @@
+"""A session of the reference protocol, as its client sees it; it outlives connections."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from vfiouser_agents.api import (
+    Capabilities,
+    Chunk,
+    Descriptor,
+    DirtyReport,
+    Estimate,
+    Event,
+    EventKind,
+    Outcome,
+    Phase,
+    Range,
+    Role,
+    Session,
+    Status,
+)
+from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, ProtocolError, Unsupported
+from vfiouser_agents.events import EventFeed
+from vfiouser_agents.rpc.methods import BY_OP, CLOSE, OPEN, OVERHEAD, WATCH
+from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
+
+if TYPE_CHECKING:
+    from .msgpack_rpc import Link, MsgpackRpcAgent
+
+#: Calls that make no sense once the agent has forgotten the migration.
+_NEEDS_MIGRATION = frozenset({"save", "load_begin", "load", "load_commit"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The answer to `session.open`."""
+
+    session: int
+    capabilities: Capabilities
+
+
+class RpcSession(Session):
+    """A session for a function behind an `MsgpackRpcAgent`; `MsgpackRpcAgent.open` makes it.
+
+    Args:
+        agent: whose connection is used.
+        function_id: the function's name.
+    """
+
+    def __init__(self, agent: MsgpackRpcAgent, function_id: str) -> None:
+        self._agent = agent
+        self._function_id = function_id
+        self._caps = Capabilities()
+        self._number = 0
+        self._link: Link | None = None
+        self._instance = ""
+        #: The migration that was begun and not ended.
+        self.migration: tuple[Role, str] | None = None
+        self._adopted = True
+        self._reopening = trio.Lock()
+        self._adopting = trio.Lock()
+        self._page_size = 4096
+        self._watchers = 0
+        self.feed = EventFeed()
+
+    @property
+    def function_id(self) -> str:
+        """The function's name."""
+        return self._function_id
+
+    @property
+    def caps(self) -> Capabilities:
+        """What can be done with it, as the agent said when the session was opened last."""
+        return self._caps
+
+    @property
+    def wants_connection(self) -> bool:
+        """A lost connection is to be made again even if nobody calls."""
+        return self.migration is not None or self._watchers > 0
+
+    @property
+    def detached(self) -> bool:
+        """It is not open at the agent."""
+        return self._link is None or not self._link.usable
+
+    def is_number(self, link: Link, number: object) -> bool:
+        """It is the session that the agent knows by this number on this connection."""
+        return self._link is link and self._number == number
+
+    def on_loss(self, link: Link, reason: str) -> None:
+        """Its connection is gone."""
+        if self._link is link:
+            self._link = None
+            self.feed.put(Event(EventKind.CONNECTION_LOST, reason))
+
+    async def attached(self, *, adopt: bool) -> Link:
+        """The connection, with this session open on it.
+
+        Args:
+            adopt: the migration is to be taken over, too, if the connection is a new one.
+        """
+        link = await self._agent.link()
+        if self._link is not link:
+            async with self._reopening:
+                if self._link is not link:
+                    await self._reopen(link)
+        if adopt and not self._adopted:
+            async with self._adopting:
+                if not self._adopted:
+                    await self._adopt(link)
+        return link
+
+    async def _reopen(self, link: Link) -> None:
+        def close_late(raw: Any) -> None:
+            if isinstance(raw, dict):
+                self._agent.background(partial(link.call, CLOSE, {"session": raw.get("session")}))
+
+        raw = await link.call(OPEN, {"function": self._function_id}, close_late)
+        opened: _Opened = parse(_Opened, raw, OPEN)
+        try:
+            status = await self._status(link, opened.session)
+            if self._watchers:
+                await self._watch_at(link, opened.session)
+        except BaseException:
+            close_late(raw)
+            raise
+        restarted = self._instance not in ("", link.info.instance)
+        again = self._instance != ""
+        self._number, self._instance, self._link = opened.session, link.info.instance, link
+        most = min(self._agent.chunk_size, link.info.max_message - OVERHEAD)
+        self._caps = replace(opened.capabilities, max_chunk=min(opened.capabilities.max_chunk, most))
+        self._adopted = self.migration is None
+        if again:
+            kind = EventKind.AGENT_RESTARTED if restarted else EventKind.RECONNECTED
+            self.feed.put(Event(kind, f"function {self._function_id} is {status.state.value}", status))
+
+    async def _status(self, link: Link, number: int) -> Status:
+        row = BY_OP["status"]
+        return parse(Status, await link.call(row.name, {"session": number}), row.name)  # type: ignore[no-any-return]
+
+    async def _watch_at(self, link: Link, number: int) -> None:
+        try:
+            await link.call(WATCH, {"session": number, "on": True})
+        except Unsupported:
+            pass  # what this side sees of the connection is reported all the same
+
+    async def _adopt(self, link: Link) -> None:
+        status = await self._status(link, self._number)
+        if self.migration is not None and (status.role, status.migration_id) == self.migration:
+            await self._send(link, "begin", *self.migration)
+            self._adopted = True
+
+    async def _send(self, link: Link, op: str, *args: Any) -> Any:
+        row = BY_OP[op]
+        named = {name: to_wire(arg) for name, arg in zip(row.params, args, strict=True)}
+        raw = await link.call(row.name, {"session": self._number, **named})
+        if row.result is None:
+            return None
+        if row.result_key and isinstance(raw, dict):
+            raw = raw.get(row.result_key)
+        return parse(row.result, raw, row.name)
+
+    async def _call(self, op: str, *args: Any) -> Any:
+        row = BY_OP[op]
+        link = await self.attached(adopt=not row.at_once and not row.overtakes and op != "begin")
+        if op in _NEEDS_MIGRATION and not self._adopted:
+            raise InvalidState(
+                f"the agent was connected again and no longer knows migration {self.migration} of function "
+                f"{self._function_id}; {op} was not sent"
+            )
+        return await self._send(link, op, *args)
+
+    async def describe(self) -> Descriptor:
+        """Ask the agent."""
+        return await self._call("describe")  # type: ignore[no-any-return]
+
+    async def check(self, descriptor: Descriptor) -> None:
+        """Ask the agent."""
+        await self._call("check", descriptor)
+
+    async def begin(self, role: Role, migration_id: str) -> None:
+        """Begin; the migration is taken over again after a loss of the connection."""
+        await self._call("begin", role, migration_id)
+        self.migration = (role, migration_id)
+        self._adopted = True
+        if self._link is not None:
+            self._link.wake.set()
+
+    async def status(self) -> Status:
+        """Ask the agent."""
+        return await self._call("status")  # type: ignore[no-any-return]
+
+    async def quiesce(self) -> None:
+        """Tell the agent."""
+        await self._call("quiesce")
+
+    async def stop(self) -> None:
+        """Tell the agent."""
+        await self._call("stop")
+
+    async def resume(self) -> None:
+        """Tell the agent."""
+        await self._call("resume")
+
+    async def estimate(self) -> Estimate:
+        """Ask the agent."""
+        return await self._call("estimate")  # type: ignore[no-any-return]
+
+    async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
+        """Ask the agent.
+
+        Raises:
+            ProtocolError: it gave more than was asked for, or nothing for no reason.
+        """
+        await self.attached(adopt=False)
+        limit = min(limit, self._caps.max_chunk)
+        chunk: Chunk = await self._call("save", offset, limit, phase)
+        if len(chunk.data) > limit:
+            raise ProtocolError(f"the agent gave {len(chunk.data)} bytes of state; {limit} were asked for")
+        if not (chunk.data or chunk.eof or chunk.drained):
+            raise ProtocolError(f"the agent gave no state at {offset}, but says neither eof nor drained")
+        if chunk.eof and phase is not Phase.FINAL:
+            raise ProtocolError("the agent says eof in pre-copy; only drained is allowed there")
+        return chunk
+
+    async def load_begin(self, total: int | None) -> None:
+        """Tell the agent."""
+        await self._call("load_begin", total)
+
+    async def load(self, offset: int, data: bytes) -> None:
+        """Send the agent a piece."""
+        await self.attached(adopt=False)
+        if len(data) > self._caps.max_chunk:
+            raise InvalidArgument(f"load of {len(data)} bytes; at most {self._caps.max_chunk} at once; not sent")
+        await self._call("load", offset, data)
+
+    async def load_commit(self, total: int, sha256: bytes) -> None:
+        """Tell the agent."""
+        await self._call("load_commit", total, sha256)
+
+    async def abort(self) -> None:
+        """Tell the agent."""
+        await self._call("abort")
+
+    async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
+        """Tell the agent.
+
+        Raises:
+            ProtocolError: it chose a page size that is none.
+        """
+        chosen: int = await self._call("dirty_start", ranges, page_size)
+        if chosen <= 0 or chosen & (chosen - 1):
+            raise ProtocolError(f"the agent chose a page size of {chosen}; it must be a power of two")
+        self._page_size = chosen
+        return chosen
+
+    async def dirty_report(self, iova: int, length: int) -> DirtyReport:
+        """Ask the agent.
+
+        Raises:
+            ProtocolError: the report does not cover the range.
+        """
+        report: DirtyReport = await self._call("dirty_report", iova, length)
+        wanted = (length // self._page_size + 7) // 8
+        if report.bitmap is not None and len(report.bitmap) != wanted:
+            raise ProtocolError(f"the agent's dirty bitmap has {len(report.bitmap)} bytes; {wanted} are needed")
+        end = iova + length
+        if any(span.iova < iova or span.iova + span.length > end for span in report.ranges):
+            raise ProtocolError(f"the agent's dirty ranges leave {length} bytes at {iova:#x}")
+        return report
+
+    async def dirty_stop(self) -> None:
+        """Tell the agent."""
+        await self._call("dirty_stop")
+
+    async def reset(self) -> None:
+        """Tell the agent; a migration is over with it."""
+        await self._call("reset")
+        self._forget()
+
+    async def end(self, outcome: Outcome) -> None:
+        """Tell the agent."""
+        await self._call("end", outcome)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.migration = None
+        self._adopted = True
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[AsyncIterator[Event]]:
+        """Events of the agent, and those of its connection."""
+        self._watchers += 1
+        try:
+            async with self.feed.watch() as events:
+                link = await self.attached(adopt=False)
+                if self._watchers == 1:
+                    await self._watch_at(link, self._number)
+                yield events
+        finally:
+            self._watchers -= 1
+            if not self._watchers and not self.detached and self._link is not None:
+                off = {"session": self._number, "on": False}
+                self._agent.background(partial(self._link.call, WATCH, off))
+
+    async def aclose(self) -> None:
+        """Close it at the agent, if there is a connection."""
+        if self in self._agent.sessions:
+            self._agent.sessions.remove(self)
+        link, self._link = self._link, None
+        if link is None or not link.usable:
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await link.call(CLOSE, {"session": self._number})
+        except AgentError:
+            pass  # the connection is gone, and the session with it
+
+
+def parse(hint: Any, raw: Any, method: str) -> Any:
+    """A result as a value of the interface.
+
+    Args:
+        hint: its type.
+        raw: what came.
+        method: whose result it is.
+
+    Raises:
+        ProtocolError: it is something else.
+    """
+    try:
+        return from_wire(hint, raw, "result")
+    except WireError as error:
+        raise ProtocolError(f"the agent's answer to {method} cannot be used: {error}") from None

@@ -1,0 +1,449 @@
+"""An agent in memory: the interface as an executable specification, and a function to test engines with.
+
+The function's state is a number of bytes that make no sense, and a counter of the work that it did. It writes guest
+memory only when a test says so (`MemoryFunction.work`), and only while it runs. Its stream is a sequence of records
+(see `_Outgoing`), so that a state that is applied in another order, or with a byte changed, is not the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+import trio
+
+from .api import (
+    Agent,
+    AgentInfo,
+    AgentState,
+    Capabilities,
+    Chunk,
+    Descriptor,
+    DirtyReport,
+    Estimate,
+    Event,
+    EventKind,
+    FunctionInfo,
+    Outcome,
+    Phase,
+    Range,
+    Role,
+    Session,
+    Status,
+)
+from .dirtylog import PageLog
+from .errors import Busy, DeviceFailed, Incompatible, InvalidArgument, InvalidState, NoResources, NotFound, Unsupported
+from .events import EventFeed
+from .memory_state import Content, Incoming, Outgoing
+
+FORMAT = "memory-agent"
+#: Everything that a function of the in-memory agent can do.
+ALL_CAPABILITIES = Capabilities(
+    p2p=True,
+    precopy=True,
+    dirty=True,
+    formats=(FORMAT,),
+    max_state=4 << 30,
+    page_sizes=(4096, 65536, 2 << 20),
+    max_ranges=1024,
+)
+_STILL = frozenset({AgentState.STOPPED, AgentState.LOADING, AgentState.LOADED})
+
+
+@dataclass
+class MemoryFunction:
+    """One function; lives as long as the agent, whoever is connected.
+
+    Args:
+        function_id: its name.
+        state_size: bytes of its state.
+        seed: what its state is made of at the beginning.
+        churn: bytes that change after each pass of pre-copy while it runs.
+        caps: what its agent shall be able to do.
+        firmware: for the descriptor; another one is incompatible.
+        fingerprint: for the descriptor; anything else is incompatible.
+    """
+
+    function_id: str = "f0"
+    state_size: int = 256 << 10
+    seed: int = 1
+    churn: int = 0
+    caps: Capabilities = ALL_CAPABILITIES
+    firmware: str = "1.0"
+    fingerprint: Mapping[str, str] = field(default_factory=lambda: {"queues": "8"})
+
+    def __post_init__(self) -> None:
+        self.state = AgentState.RUNNING
+        self.role: Role | None = None
+        self.migration_id = ""
+        self.owner: MemorySession | None = None
+        self.content = Content(self.state_size, self.seed)
+        self.counter = 0
+        self.log: PageLog | None = None
+        self.outgoing: Outgoing | None = None
+        self.incoming: Incoming | None = None
+        #: A load was begun and not committed: what the function holds is not to be run.
+        self.spoiled = False
+        #: Names of the calls in the order of their execution.
+        self.calls: list[str] = []
+        self.feed = EventFeed()
+        self._random = random.Random(self.seed)
+
+    @property
+    def running(self) -> bool:
+        """It may write guest memory and change its state."""
+        return self.state is AgentState.RUNNING
+
+    def digest(self) -> bytes:
+        """Of everything that a migration carries; equal on both sides after a good one."""
+        return hashlib.sha256(self.content.digest() + self.counter.to_bytes(8, "little")).digest()
+
+    def work(self, iova: int = 0, length: int = 0, changes: int = 0) -> None:
+        """Do what a guest would have asked for: count, write guest memory, change state.
+
+        Args:
+            iova: beginning of the guest memory written.
+            length: bytes of guest memory written.
+            changes: bytes of state that change.
+
+        Raises:
+            RuntimeError: it does not run; a device that does this anyway loses the guest's data.
+        """
+        if not self.running:
+            raise RuntimeError(f"function {self.function_id} worked while {self.state.value}")
+        self.counter += 1
+        if self.log is not None and length:
+            self.log.mark(iova, length)
+        self._change(changes)
+
+    def fail(self, detail: str = "the device failed") -> None:
+        """Break it, as hardware breaks."""
+        self.move(AgentState.ERROR)
+        self.feed.put(Event(EventKind.DEVICE_ERROR, detail, self.status()))
+
+    def status(self) -> Status:
+        """Where it is."""
+        return Status(self.state, self.role, self.migration_id, self.log is not None)
+
+    def move(self, state: AgentState) -> None:
+        """Go to a state and tell the watchers."""
+        if state is not self.state:
+            self.state = state
+            self.feed.put(Event(EventKind.STATE_CHANGED, f"now {state.value}", self.status()))
+
+    def describe(self) -> Descriptor:
+        """What it is."""
+        return Descriptor(
+            FORMAT, 1, "vfiouser-oob", "memory", "test", self.firmware, self.state_size, dict(self.fingerprint)
+        )
+
+    def after_pass(self) -> None:
+        """A pass of pre-copy is over; a device at work has changed meanwhile."""
+        if self.running:
+            self._change(self.churn)
+
+    def forget_migration(self) -> None:
+        """Leave the migration; what the function does stays."""
+        self.drop_buffers()
+        self.role, self.migration_id, self.owner = None, "", None
+
+    def drop_buffers(self) -> None:
+        """Drop what was being saved or loaded."""
+        self.outgoing = None
+        self.incoming = None
+        if self.state is AgentState.LOADING:
+            self.move(AgentState.STOPPED)
+
+    def reset(self) -> None:
+        """As after a function-level reset."""
+        self.forget_migration()
+        self.log = None
+        self.spoiled = False
+        self.content = Content(self.state_size, self.seed)
+        self.counter = 0
+        self.move(AgentState.RUNNING)
+
+    def _change(self, count: int) -> None:
+        while count > 0:
+            piece = min(count, 4096, self.state_size)
+            offset = self._random.randrange(self.state_size - piece + 1)
+            self.content.write(offset, self._random.randbytes(piece))
+            if self.outgoing is not None:
+                self.outgoing.changed(offset, piece)
+            count -= piece
+
+
+class MemorySession(Session):
+    """A session for a function in memory."""
+
+    def __init__(self, function: MemoryFunction) -> None:
+        self.function = function
+        self.open = True
+
+    @property
+    def function_id(self) -> str:
+        """The function's name."""
+        return self.function.function_id
+
+    @property
+    def caps(self) -> Capabilities:
+        """What can be done with it."""
+        return self.function.caps
+
+    async def describe(self) -> Descriptor:
+        """What the function is."""
+        await self._enter("describe", anybody=True)
+        return self.function.describe()
+
+    async def check(self, descriptor: Descriptor) -> None:
+        """Compare everything; sizes need not be equal, but must fit."""
+        await self._enter("check", anybody=True)
+        here = self.function.describe()
+        pairs = [
+            (name, getattr(descriptor, name), getattr(here, name))
+            for name in ("format_id", "format_version", "vendor", "model", "kind", "firmware")
+        ]
+        names = sorted(set(descriptor.fingerprint) | set(here.fingerprint))
+        pairs += [(name, descriptor.fingerprint.get(name), here.fingerprint.get(name)) for name in names]
+        reasons = [f"{name} is {theirs!r} there and {ours!r} here" for name, theirs, ours in pairs if theirs != ours]
+        if descriptor.state_max > self.function.state_size:
+            reasons.append(f"state of {descriptor.state_max} bytes there, room for {self.function.state_size} here")
+        if reasons:
+            raise Incompatible(reasons)
+
+    async def begin(self, role: Role, migration_id: str) -> None:
+        """Become the owner of the function's migration."""
+        await self._enter("begin", anybody=True)
+        function = self.function
+        if not self.caps.stop_copy:
+            raise Unsupported(f"function {self.function_id} cannot be migrated")
+        if not migration_id:
+            raise InvalidArgument("a migration needs a name")
+        if function.state is AgentState.ERROR:
+            raise DeviceFailed(f"function {self.function_id} has failed; reset it first")
+        if function.role is not None and (role, migration_id) != (function.role, function.migration_id):
+            self._replace()
+        function.role, function.migration_id, function.owner = role, migration_id, self
+
+    def _replace(self) -> None:
+        function = self.function
+        which = f"function {self.function_id} is {function.role and function.role.value} of {function.migration_id!r}"
+        if function.owner is self:
+            raise InvalidState(f"{which}; end that first")
+        if function.owner is not None:
+            raise Busy(f"{which}, in another session")
+        if not function.running:
+            raise InvalidState(f"{which}, whose session is gone, and {function.state.value}; end or reset it first")
+        function.forget_migration()
+
+    async def status(self) -> Status:
+        """Where the function is."""
+        await trio.lowlevel.checkpoint()
+        return self.function.status()
+
+    async def quiesce(self) -> None:
+        """Stop writing guest memory."""
+        await self._enter("quiesce")
+        self._working()
+        if self.function.state is AgentState.RUNNING:
+            self.function.move(AgentState.QUIESCED if self.caps.p2p else AgentState.STOPPED)
+
+    async def stop(self) -> None:
+        """Hold still."""
+        await self._enter("stop")
+        self._working()
+        if self.function.state not in _STILL:
+            self.function.move(AgentState.STOPPED)
+
+    async def resume(self) -> None:
+        """Run."""
+        await self._enter("resume")
+        self._working()
+        if self.function.spoiled:
+            raise InvalidState(f"function {self.function_id} holds a state that was not committed; reset it first")
+        self.function.outgoing = None
+        self.function.move(AgentState.RUNNING)
+
+    async def estimate(self) -> Estimate:
+        """Exact, since nothing changes by itself."""
+        await self._enter("estimate")
+        outgoing = self.function.outgoing or Outgoing(self.function.content)
+        initial, dirty = outgoing.estimate()
+        return Estimate(outgoing.remaining(), initial, dirty, exact=True)
+
+    async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
+        """Give the next piece."""
+        await self._enter("save", Role.SOURCE)
+        function = self.function
+        if limit <= 0 or offset < 0:
+            raise InvalidArgument(f"save of {limit} bytes at {offset}: both must be positive")
+        self._fits(phase)
+        if function.outgoing is None or (offset == 0 and not function.outgoing.repeats(offset)):
+            function.outgoing = Outgoing(function.content)
+        counter = None if phase is Phase.PRECOPY else function.counter
+        chunk = function.outgoing.take(offset, min(limit, self.caps.max_chunk), counter)
+        if chunk.drained:
+            function.after_pass()
+        return chunk
+
+    def _fits(self, phase: Phase) -> None:
+        function = self.function
+        if phase is Phase.PRECOPY and not self.caps.precopy:
+            raise Unsupported(f"function {self.function_id} has no pre-copy")
+        allowed = {
+            Phase.PRECOPY: (AgentState.RUNNING, AgentState.QUIESCED),
+            Phase.FINAL: (AgentState.STOPPED, AgentState.LOADED),
+        }[phase]
+        if function.state not in allowed:
+            names = " or ".join(state.value for state in allowed)
+            raise InvalidState(f"save({phase.value}) needs a function that is {names}, not {function.state.value}")
+        if function.spoiled:
+            raise InvalidState(f"function {self.function_id} holds a state that was not committed; reset it first")
+
+    async def load_begin(self, total: int | None) -> None:
+        """Get ready."""
+        await self._enter("load_begin", Role.DESTINATION)
+        function = self.function
+        if function.state not in _STILL:
+            raise InvalidState(f"load_begin needs a function that is stopped, not {function.state.value}")
+        if total is not None and not 0 <= total <= self.caps.max_state:
+            raise NoResources(f"a state of {total} bytes", {"max_state": self.caps.max_state})
+        function.incoming = Incoming(function.state_size, self.caps.max_state)
+        function.spoiled = True
+        function.move(AgentState.LOADING)
+
+    async def load(self, offset: int, data: bytes) -> None:
+        """Take a piece."""
+        await self._enter("load", Role.DESTINATION)
+        if len(data) > self.caps.max_chunk:
+            raise InvalidArgument(f"load of {len(data)} bytes; at most {self.caps.max_chunk} at once")
+        self._incoming().put(offset, data)
+
+    async def load_commit(self, total: int, sha256: bytes) -> None:
+        """Verify and apply."""
+        await self._enter("load_commit", Role.DESTINATION)
+        if self.function.state is AgentState.LOADED:
+            raise InvalidState("the state is committed already")
+        content, counter = self._incoming().finish(total, sha256, self.function.seed)
+        self.function.content, self.function.counter = content, counter
+        self.function.incoming = None
+        self.function.spoiled = False
+        self.function.move(AgentState.LOADED)
+
+    def _incoming(self) -> Incoming:
+        if self.function.incoming is None:
+            raise InvalidState(f"nothing is being loaded; function {self.function_id} is {self.function.state.value}")
+        return self.function.incoming
+
+    async def abort(self) -> None:
+        """Drop buffers."""
+        await self._enter("abort")
+        self.function.drop_buffers()
+
+    async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
+        """Log."""
+        await self._enter("dirty_start")
+        function = self.function
+        if not self.caps.dirty:
+            raise Unsupported(f"function {self.function_id} has no dirty log")
+        if function.log is not None:
+            raise InvalidState("dirty pages are logged already; stop that first")
+        if len(ranges) > self.caps.max_ranges:
+            raise NoResources(f"{len(ranges)} ranges", {"max_ranges": self.caps.max_ranges})
+        function.log = PageLog(ranges, page_size, self.caps.page_sizes)
+        return function.log.page_size
+
+    async def dirty_report(self, iova: int, length: int) -> DirtyReport:
+        """Report and forget."""
+        await self._enter("dirty_report")
+        if self.function.log is None:
+            raise InvalidState("dirty pages are not being logged")
+        return DirtyReport(self.function.log.take(iova, length), final=self.function.state in _STILL)
+
+    async def dirty_stop(self) -> None:
+        """Forget."""
+        await self._enter("dirty_stop")
+        self.function.log = None
+
+    async def reset(self) -> None:
+        """Begin anew."""
+        await self._enter("reset", anybody=True)
+        if not self.caps.reset:
+            raise Unsupported(f"function {self.function_id} cannot be reset by its agent")
+        self.function.reset()
+
+    async def end(self, outcome: Outcome) -> None:
+        """Leave the migration."""
+        await self._enter("end")
+        self.function.forget_migration()
+
+    def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """What happens to the function."""
+        return self.function.feed.watch()
+
+    async def aclose(self) -> None:
+        """Let go; a migration stays, for whoever takes it over."""
+        self.open = False
+        if self.function.owner is self:
+            self.function.owner = None
+        await trio.lowlevel.checkpoint()
+
+    async def _enter(self, name: str, role: Role | None = None, *, anybody: bool = False) -> None:
+        """What all calls have in common: they are noted, and the migration of another session is in the way."""
+        await trio.lowlevel.checkpoint()
+        function = self.function
+        function.calls.append(name)
+        if not self.open:
+            raise NotFound(f"this session of function {self.function_id} is closed")
+        if not anybody and function.owner not in (None, self):
+            raise Busy(f"function {self.function_id} is in migration {function.migration_id!r} of another session")
+        if role is not None and (function.role is not role or function.owner is not self):
+            had = function.role.value if function.role and function.owner is self else "in no migration"
+            raise InvalidState(f"{name} needs a session that began as {role.value}; this one is {had}")
+
+    def _working(self) -> None:
+        if self.function.state is AgentState.ERROR:
+            raise DeviceFailed(f"function {self.function_id} has failed; reset it first")
+
+
+class MemoryAgent(Agent):
+    """An agent whose functions are objects.
+
+    Args:
+        functions: the functions; one called ``f0`` if left out.
+        info: what `connect` shall answer.
+    """
+
+    def __init__(self, functions: Sequence[MemoryFunction] = (), info: AgentInfo | None = None) -> None:
+        self.by_id = {function.function_id: function for function in functions or (MemoryFunction(),)}
+        self._info = info or AgentInfo("vfiouser-oob", "memory agent", "1.0", instance=f"memory-{id(self):x}")
+        self._sessions: list[MemorySession] = []
+
+    async def connect(self) -> AgentInfo:
+        """Nothing to reach."""
+        await trio.lowlevel.checkpoint()
+        return self._info
+
+    async def aclose(self) -> None:
+        """Close the sessions; the functions stay."""
+        for session in self._sessions:
+            await session.aclose()
+        self._sessions.clear()
+
+    async def open(self, function_id: str) -> MemorySession:
+        """A session for a function."""
+        await trio.lowlevel.checkpoint()
+        if function_id not in self.by_id:
+            raise NotFound(f"no function {function_id!r} (there are: {', '.join(self.by_id)})")
+        self._sessions = [session for session in self._sessions if session.open]
+        session = MemorySession(self.by_id[function_id])
+        self._sessions.append(session)
+        return session
+
+    async def functions(self) -> Sequence[FunctionInfo]:
+        """All functions."""
+        await trio.lowlevel.checkpoint()
+        return [FunctionInfo(name, "test") for name in self.by_id]

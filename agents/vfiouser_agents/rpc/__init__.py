@@ -1,0 +1,1 @@
+"""Remote procedure calls over byte streams: one core, a codec per protocol, and a server for agents."""

@@ -1,0 +1,307 @@
+"""The other end of the reference protocol: an agent is written by implementing `Agent` and `Session`.
+
+    async with MyAgent() as agent:
+        await serve_agent(agent, await open_listeners(parse_address("unix:///run/agent.sock")))
+
+This module does what all agents have in common: handshake, sessions of each connection, the order of the calls of one
+function across all connections, events, limits. It never asks what a function's state is; that belongs to the agent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import trio
+
+from vfiouser_agents.api import Agent, AgentInfo, Session, Status
+from vfiouser_agents.errors import (
+    AgentError,
+    InvalidArgument,
+    InvalidState,
+    NoResources,
+    NotFound,
+    TransportLost,
+    Unsupported,
+)
+from vfiouser_agents.ordering import CallQueue
+
+from .core import Answer, RpcConnection, broken
+from .messages import DEFAULT_MAX_MESSAGE
+from .methods import BY_NAME, CLOSE, EVENT, FUNCTIONS, HELLO, OPEN, PING, PROTOCOL, VERSIONS, WATCH, SessionMethod
+from .msgpack_codec import MsgpackCodec
+from .wire import WireError, from_wire, to_wire
+
+_log = logging.getLogger(__name__)
+#: Connections at a time.
+MAX_CONNECTIONS = 64
+#: Sessions of one connection, unless the agent's own limit is lower.
+MAX_SESSIONS = 1024
+#: Seconds in which a new connection must have said who it is.
+HELLO_TIMEOUT = 10.0
+#: Smallest `max_message` that a client may ask for.
+MIN_MESSAGE = 64 << 10
+
+
+async def serve_agent(
+    agent: Agent,
+    listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
+    *,
+    max_message: int = DEFAULT_MAX_MESSAGE,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled. The calls under way are cancelled with it.
+
+    Args:
+        agent: the agent, entered.
+        listeners: where clients come in.
+        max_message: bytes of the longest message taken.
+        task_status: told when clients may come.
+    """
+    async with trio.open_nursery() as nursery:
+        server = _Server(agent, await agent.connect(), nursery, max_message)
+        await nursery.start(partial(trio.serve_listeners, server.serve, list(listeners), handler_nursery=nursery))
+        task_status.started()
+
+
+class _Server:
+    def __init__(self, agent: Agent, info: AgentInfo, nursery: trio.Nursery, max_message: int) -> None:
+        self.agent = agent
+        self.info = replace(
+            info,
+            protocol=PROTOCOL,
+            protocol_version=VERSIONS[0],
+            max_sessions=min(info.max_sessions, MAX_SESSIONS),
+            max_message=max_message,
+        )
+        self.nursery = nursery
+        self._queues: dict[str, CallQueue] = {}
+        self._connections = 0
+
+    def queue(self, function_id: str) -> CallQueue:
+        """The calls of a function, whichever connection they come from."""
+        return self._queues.setdefault(function_id, CallQueue(self.nursery))
+
+    async def serve(self, stream: trio.abc.Stream) -> None:
+        """One connection, from the first byte to the last."""
+        if self._connections >= MAX_CONNECTIONS:
+            _log.warning("connection refused: %d are open already", self._connections)
+            await trio.aclose_forcefully(stream)
+            return
+        self._connections += 1
+        try:
+            if await _handshake(stream):
+                await self._serve(stream)
+        finally:
+            self._connections -= 1
+
+    async def _serve(self, stream: trio.abc.Stream) -> None:
+        client = _Client(self)
+        connection = RpcConnection(stream, MsgpackCodec(self.info.max_message), client)
+        try:
+            async with trio.open_nursery() as nursery:
+                client.start(connection, nursery)
+                await connection.run()
+                nursery.cancel_scope.cancel()
+            _log.info("connection ended: %s", connection.lost)
+        finally:
+            with trio.CancelScope(shield=True) as scope:
+                scope.deadline = trio.current_time() + HELLO_TIMEOUT
+                await client.close_sessions()
+
+
+async def _handshake(stream: trio.abc.Stream) -> bool:
+    if not isinstance(stream, trio.SSLStream):
+        return True
+    with trio.move_on_after(HELLO_TIMEOUT):
+        try:
+            await stream.do_handshake()
+        except (trio.BrokenResourceError, OSError) as error:
+            # trio does not send the alert that TLS has made, so this is the only place where the reason is known.
+            _log.warning("a client was refused: %s", broken(error))
+        else:
+            return True
+    await trio.aclose_forcefully(stream)
+    return False
+
+
+class _Handle:
+    """A session as one connection sees it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.watching: trio.CancelScope | None = None
+
+
+class _Client:
+    """The handler of one connection's requests."""
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._greeted = trio.Event()
+        self._handles: dict[int, _Handle] = {}
+        self._next = 1
+        self._opening = 0
+        self._closed = False
+        self._agent_methods = {
+            HELLO: self._hello,
+            PING: self._ping,
+            FUNCTIONS: self._functions,
+            OPEN: self._open,
+            CLOSE: self._close,
+            WATCH: self._watch,
+        }
+
+    def start(self, connection: RpcConnection, nursery: trio.Nursery) -> None:
+        """Begin to expect a greeting."""
+        self._connection = connection
+        self._nursery = nursery
+        nursery.start_soon(self._expect_hello)
+
+    async def _expect_hello(self) -> None:
+        with trio.move_on_after(HELLO_TIMEOUT):
+            await self._greeted.wait()
+        if not self._greeted.is_set():
+            self._connection.close(TransportLost(f"the client did not say {HELLO} within {HELLO_TIMEOUT:.0f} s"))
+
+    async def close_sessions(self) -> None:
+        """Let go of everything that the connection had open."""
+        self._closed = True
+        handles, self._handles = self._handles, {}
+        for handle in handles.values():
+            try:
+                await handle.session.aclose()
+            except AgentError as error:
+                _log.warning("closing a session of %s: %s", handle.session.function_id, error)
+
+    def notification(self, method: str, params: dict[str, Any]) -> None:
+        """There is none yet that a client sends; a newer one may."""
+
+    def request(self, method: str, params: dict[str, Any]) -> Answer:
+        """Begin a request; its place in the order of its function is taken at once."""
+        if method != HELLO and not self._greeted.is_set():
+            raise InvalidState(f"the first call must be {HELLO}, not {method}")
+        if method in self._agent_methods:
+            return partial(self._agent_methods[method], params)
+        row = BY_NAME.get(method)
+        if row is None:
+            raise Unsupported(f"there is no method {method[:100]!r} in version {VERSIONS[0]} of {PROTOCOL}")
+        session = self._handle(params).session
+        try:
+            arguments = [from_wire(hint, params.get(name), name) for name, hint in row.params.items()]
+        except WireError as error:
+            raise InvalidArgument(f"{method}: {error}") from None
+        return self._session_call(session, row, arguments)
+
+    def _session_call(self, session: Session, row: SessionMethod, arguments: list[Any]) -> Answer:
+        async def work() -> Any:
+            return await getattr(session, row.op)(*arguments)
+
+        queue = self._server.queue(session.function_id)
+        wait: Answer = work if row.at_once else queue.enter(row.op, work, overtakes=row.overtakes)
+
+        async def answer() -> Any:
+            result = await wait()
+            if isinstance(result, Status) and not result.pending:
+                result = replace(result, pending=queue.pending)
+            if row.result is None:
+                return None
+            return {row.result_key: result} if row.result_key else to_wire(result)
+
+        return answer
+
+    def _handle(self, params: dict[str, Any]) -> _Handle:
+        handle = self._handles.get(_param(params, "session", int))
+        if handle is None:
+            raise NotFound(f"there is no session {params['session']} on this connection")
+        return handle
+
+    async def _hello(self, params: dict[str, Any]) -> Any:
+        versions = _param(params, "versions", tuple[int, ...])
+        if params.get("protocol") != PROTOCOL or not set(versions) & set(VERSIONS):
+            raise Unsupported(
+                f"protocol {str(params.get('protocol'))[:100]!r} in versions {list(versions)[:16]} is not spoken here; "
+                f"allowed: {PROTOCOL!r} in {list(VERSIONS)}"
+            )
+        max_message = _param(params, "max_message", int)
+        if max_message < MIN_MESSAGE:
+            raise InvalidArgument(f"max_message is {max_message}; at least {MIN_MESSAGE} is needed")
+        self._connection.max_outgoing = max_message
+        self._greeted.set()
+        _log.info("client %s", str(params.get("client", "without a name"))[:100])
+        return to_wire(self._server.info)
+
+    async def _ping(self, params: dict[str, Any]) -> Any:
+        return None
+
+    async def _functions(self, params: dict[str, Any]) -> Any:
+        return {"functions": to_wire(list(await self._server.agent.functions()))}
+
+    async def _open(self, params: dict[str, Any]) -> Any:
+        function_id = _param(params, "function", str)
+        limit = self._server.info.max_sessions
+        if len(self._handles) + self._opening >= limit:
+            raise NoResources(f"{limit} sessions are open on this connection", {"max_sessions": limit})
+        self._opening += 1
+        try:
+            session = await self._server.agent.open(function_id)
+        finally:
+            self._opening -= 1
+        if self._closed:
+            # The connection ended meanwhile.
+            await session.aclose()
+            raise TransportLost("the connection was closed")
+        number, self._next = self._next, self._next + 1
+        self._handles[number] = _Handle(session)
+        return {"session": number, "capabilities": to_wire(session.caps)}
+
+    async def _close(self, params: dict[str, Any]) -> Any:
+        number = _param(params, "session", int)
+        handle = self._handles.pop(number, None)
+        if handle is not None:
+            if handle.watching is not None:
+                handle.watching.cancel()
+            await handle.session.aclose()
+
+    async def _watch(self, params: dict[str, Any]) -> Any:
+        handle = self._handle(params)
+        if _param(params, "on", bool):
+            if handle.watching is None:
+                handle.watching = trio.CancelScope()
+                await self._nursery.start(self._report_events, params["session"], handle, handle.watching)
+        elif handle.watching is not None:
+            handle.watching.cancel()
+            handle.watching = None
+
+    async def _report_events(
+        self,
+        number: int,
+        handle: _Handle,
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        started = False
+        try:
+            with scope:
+                async with handle.session.watch() as events:
+                    started = True
+                    task_status.started()
+                    async for event in events:
+                        await self._connection.notify(EVENT, {"session": number, **to_wire(event)})
+        except AgentError as error:
+            handle.watching = None
+            if not started:
+                raise
+            if self._connection.lost is None:
+                _log.warning("events of %s end: %s", handle.session.function_id, error)
+
+
+def _param(params: dict[str, Any], name: str, hint: Any) -> Any:
+    try:
+        return from_wire(hint, params.get(name), name)
+    except WireError as error:
+        raise InvalidArgument(str(error)) from None

@@ -1,0 +1,324 @@
+"""Migration of the v2 generation: states, the arcs between them, and what a DEVICE_FEATURE request means.
+
+Nine arcs and two rules say everything about states: a request goes along the shortest path of arcs, no state in
+which data is saved lies in the middle of one, and PRE_COPY cannot be reached from STOP_COPY. What is in between is
+found by searching, so nothing is written down twice.
+
+The P2P states never appear on the vfio-user wire; they are unknown here, like every other number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple
+
+from vfiouser_protocol.codec import decode, encode
+from vfiouser_protocol.constants import DeviceState, Feature, FeatureFlags, MigrationFlags
+from vfiouser_protocol.dirty import bitmap_size, check_report_pages
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.messages import (
+    DeviceFeature,
+    FeatureDeviceState,
+    FeatureLoggingReport,
+    FeatureLoggingStart,
+    FeatureMigration,
+)
+from vfiouser_protocol.rules import require_argsz
+
+# --- States ---
+
+
+class ArcMeaning(Enum):
+    """What an arc does to the device and to its data session."""
+
+    STOP = "stop"
+    RUN = "run"
+    BEGIN_PRECOPY = "begin_precopy"
+    CANCEL_PRECOPY = "cancel_precopy"
+    FINISH_PRECOPY = "finish_precopy"
+    BEGIN_SAVE = "begin_save"
+    END_SAVE = "end_save"
+    BEGIN_LOAD = "begin_load"
+    COMMIT_LOAD = "commit_load"
+
+
+class Arc(NamedTuple):
+    """One step that a device can make.
+
+    Args:
+        source: where it begins.
+        target: where it ends.
+        meaning: what happens.
+    """
+
+    source: DeviceState
+    target: DeviceState
+    meaning: ArcMeaning
+
+
+_S = DeviceState
+#: Spec: linux/vfio.h, enum vfio_device_mig_state, without the P2P states.
+ARCS: tuple[Arc, ...] = (
+    Arc(_S.RUNNING, _S.STOP, ArcMeaning.STOP),
+    Arc(_S.STOP, _S.RUNNING, ArcMeaning.RUN),
+    Arc(_S.RUNNING, _S.PRE_COPY, ArcMeaning.BEGIN_PRECOPY),
+    Arc(_S.PRE_COPY, _S.RUNNING, ArcMeaning.CANCEL_PRECOPY),
+    Arc(_S.PRE_COPY, _S.STOP_COPY, ArcMeaning.FINISH_PRECOPY),
+    Arc(_S.STOP, _S.STOP_COPY, ArcMeaning.BEGIN_SAVE),
+    Arc(_S.STOP_COPY, _S.STOP, ArcMeaning.END_SAVE),
+    Arc(_S.STOP, _S.RESUMING, ArcMeaning.BEGIN_LOAD),
+    Arc(_S.RESUMING, _S.STOP, ArcMeaning.COMMIT_LOAD),
+)
+#: States in which data is saved: only where a path begins or ends.
+SAVING = frozenset({_S.PRE_COPY, _S.STOP_COPY})
+#: States in which MIG_DATA_READ and MIG_DATA_WRITE are legal.
+READABLE = SAVING
+WRITABLE = frozenset({_S.RESUMING})
+#: States in which the guest may use the device.
+RUNS = frozenset({_S.RUNNING, _S.PRE_COPY})
+#: Requests that no path serves, though arcs would lead there: data that was saved after the stop would be worthless.
+FORBIDDEN = frozenset({(_S.STOP_COPY, _S.PRE_COPY)})
+
+_BY_ENDS = MappingProxyType({(arc.source, arc.target): arc for arc in ARCS})
+
+
+def _search(current: DeviceState, target: DeviceState, arcs: Collection[Arc]) -> tuple[Arc, ...] | None:
+    """The shortest path; the arcs leave no two of the same length, which a test proves."""
+    paths: list[tuple[Arc, ...]] = [(arc,) for arc in arcs if arc.source is current]
+    seen = {current}
+    while paths:
+        for path in paths:
+            if path[-1].target is target:
+                return path
+        open_ends = [path for path in paths if path[-1].target not in SAVING | seen]
+        seen |= {path[-1].target for path in open_ends}
+        paths = [(*path, arc) for path in open_ends for arc in arcs if arc.source is path[-1].target]
+    return None
+
+
+def _paths(precopy: bool) -> Mapping[tuple[int, int], tuple[Arc, ...]]:
+    arcs = [arc for arc in ARCS if precopy or _S.PRE_COPY not in arc[:2]]
+    states = {arc.source for arc in arcs}
+    found: dict[tuple[int, int], tuple[Arc, ...]] = {}
+    for current in states:
+        for target in states:
+            path = () if current is target else _search(current, target, arcs)
+            if path is not None and (current, target) not in FORBIDDEN:
+                found[current, target] = path
+    return MappingProxyType(found)
+
+
+_PATHS = {precopy: _paths(precopy) for precopy in (False, True)}
+
+
+def path_arcs(current: DeviceState, target: int, *, precopy: bool = True) -> tuple[Arc, ...] | None:
+    """Return the arcs that lead from one state to another.
+
+    Args:
+        current: where the device is.
+        target: what was asked for, any number.
+        precopy: whether the device has PRE_COPY.
+
+    Returns:
+        The arcs in order, none if the device is there already; None if the request is illegal (EINVAL).
+
+    Spec: linux/vfio.h, combination transitions; vfio-user, VFIO_USER_DEVICE_FEATURE, MIG_DEVICE_STATE.
+    """
+    return _PATHS[precopy].get((current, target))
+
+
+def shortest_path(current: DeviceState, target: int, *, precopy: bool = True) -> list[DeviceState] | None:
+    """Return the states that a request enters, in order; see `path_arcs`.
+
+    Args:
+        current: where the device is.
+        target: what was asked for, any number.
+        precopy: whether the device has PRE_COPY.
+
+    Returns:
+        The states without the current one, none if the device is there already; None if the request is illegal.
+    """
+    arcs = path_arcs(current, target, precopy=precopy)
+    return None if arcs is None else [arc.target for arc in arcs]
+
+
+def require_path(current: DeviceState, target: int, *, precopy: bool = True) -> tuple[Arc, ...]:
+    """Return the arcs of a legal request, refuse any other; see `path_arcs`.
+
+    Args:
+        current: where the device is.
+        target: what was asked for, any number.
+        precopy: whether the device has PRE_COPY.
+
+    Returns:
+        The arcs in order.
+
+    Raises:
+        CommandError: EINVAL; the device stays where it is.
+    """
+    arcs = path_arcs(current, target, precopy=precopy)
+    if arcs is None:
+        legal = [state.name for state in DeviceState if path_arcs(current, state, precopy=precopy) is not None]
+        wanted = next((state.name for state in DeviceState if state == target), str(target))
+        allowed = f"from there lead ways to {', '.join(legal)}" if legal else "only a reset leads out"
+        raise CommandError(f"state {wanted} was asked for in {current.name}; {allowed}; nothing changes")
+    return arcs
+
+
+def arc_between(source: DeviceState, target: DeviceState) -> Arc | None:
+    """Return the direct arc from one state to another, None if there is none."""
+    return _BY_ENDS.get((source, target))
+
+
+# --- Features ---
+
+
+class FeatureAction(Enum):
+    """What a legal DEVICE_FEATURE request asks to be done."""
+
+    PROBED = "probed"
+    GET_MIGRATION = "get_migration"
+    GET_STATE = "get_state"
+    SET_STATE = "set_state"
+    START_LOGGING = "start_logging"
+    STOP_LOGGING = "stop_logging"
+    REPORT = "report"
+
+
+class FeatureMethod(NamedTuple):
+    """One method of a feature.
+
+    Args:
+        action: what it does.
+        data: what the request's data has to begin with; None if any is ignored. Bytes behind it are ignored too.
+        reply: bytes of reply payload that are known without the device; a report's bitmap comes on top.
+            None: the reply repeats the request.
+    """
+
+    action: FeatureAction
+    data: type[FeatureDeviceState | FeatureLoggingStart | FeatureLoggingReport] | None
+    reply: int | None
+
+
+_GET = int(FeatureFlags.GET)
+_SET = int(FeatureFlags.SET)
+_PROBE = int(FeatureFlags.PROBE)
+_KNOWN_FLAGS = int(FeatureFlags.INDEX_MASK) | _GET | _SET | _PROBE
+_FIXED = 8
+
+#: Spec: vfio-user, VFIO_USER_DEVICE_FEATURE. The kernel's other features have no meaning on the wire.
+FEATURES: Mapping[int, Mapping[int, FeatureMethod]] = MappingProxyType(
+    {
+        Feature.MIGRATION: {_GET: FeatureMethod(FeatureAction.GET_MIGRATION, None, 16)},
+        Feature.MIG_DEVICE_STATE: {
+            _GET: FeatureMethod(FeatureAction.GET_STATE, None, 16),
+            _SET: FeatureMethod(FeatureAction.SET_STATE, FeatureDeviceState, None),
+        },
+        Feature.DMA_LOGGING_START: {_SET: FeatureMethod(FeatureAction.START_LOGGING, FeatureLoggingStart, None)},
+        Feature.DMA_LOGGING_STOP: {_SET: FeatureMethod(FeatureAction.STOP_LOGGING, None, None)},
+        Feature.DMA_LOGGING_REPORT: {_GET: FeatureMethod(FeatureAction.REPORT, FeatureLoggingReport, 32)},
+    }
+)
+ALL_FEATURES = frozenset(Feature)
+
+
+class FeatureCall(NamedTuple):
+    """A DEVICE_FEATURE request that is in order.
+
+    Args:
+        action: what is to be done.
+        request: the request.
+        payload: the request's payload as it came.
+        data: the decoded data that the action needs, None if it needs none.
+    """
+
+    action: FeatureAction
+    request: DeviceFeature
+    payload: bytes
+    data: FeatureDeviceState | FeatureLoggingStart | FeatureLoggingReport | None
+
+    def echo(self) -> bytes:
+        """Return the reply to a PROBE, or to a SET that was done: the request's own payload."""
+        return self.payload
+
+    def started(self, page_size: int) -> bytes:
+        """Return the reply to DMA_LOGGING_START: the request with the page size that is used.
+
+        Args:
+            page_size: bytes per logged page.
+        """
+        return self.payload[:_FIXED] + page_size.to_bytes(8, "little") + self.payload[_FIXED + 8 :]
+
+    def flags(self, *, precopy: bool) -> bytes:
+        """Return the reply to a GET of MIGRATION.
+
+        Args:
+            precopy: whether the device has PRE_COPY.
+        """
+        flags = MigrationFlags.STOP_COPY | (MigrationFlags.PRE_COPY if precopy else 0)
+        return self._got(encode(FeatureMigration(int(flags))))
+
+    def state(self, state: DeviceState) -> bytes:
+        """Return the reply to a GET of MIG_DEVICE_STATE.
+
+        Args:
+            state: where the device is.
+        """
+        return self._got(encode(FeatureDeviceState(int(state))))
+
+    def report(self, bitmap: bytes) -> bytes:
+        """Return the reply to a GET of DMA_LOGGING_REPORT.
+
+        Args:
+            bitmap: the dirty pages of the range that was asked about.
+        """
+        return self._got(self.payload[_FIXED:32] + bitmap)
+
+    def _got(self, data: bytes) -> bytes:
+        return encode(DeviceFeature(_FIXED + len(data), self.request.flags, data))
+
+
+def interpret_feature(payload: bytes, supported: Collection[int] = ALL_FEATURES) -> FeatureCall:
+    """Check a DEVICE_FEATURE request and say what it asks for.
+
+    Args:
+        payload: the bytes behind the request's header.
+        supported: the features that this function has; none if it cannot be migrated.
+
+    Returns:
+        The call; its methods make the reply.
+
+    Raises:
+        CommandError: EINVAL: too short for what it says, unknown flags, a feature or method that is not supported,
+            methods that exclude each other, an argsz that the reply does not fit in, or a report of impossible pages.
+
+    Spec: vfio-user, VFIO_USER_DEVICE_FEATURE. libvfio-user does not check whether the data is all there.
+    """
+    request = decode(DeviceFeature, payload)
+    what = f"DEVICE_FEATURE {request.index} with flags {request.flags:#x}"
+    if request.flags & ~_KNOWN_FLAGS:
+        raise CommandError(f"{what}: known flags are {_KNOWN_FLAGS:#x}; refused")
+    methods = FEATURES.get(request.index) if request.index in supported else None
+    if methods is None:
+        raise CommandError(f"{what}: this function has features {sorted(map(int, supported))}; refused")
+    wanted = [bit for bit in (_GET, _SET) if request.flags & bit]
+    if not all(bit in methods for bit in wanted):
+        raise CommandError(f"{what}: methods of the feature are {_names(methods)}; refused")
+    if request.probe:
+        require_argsz(request.argsz, len(payload))
+        return FeatureCall(FeatureAction.PROBED, request, payload, None)
+    if len(wanted) != 1:
+        raise CommandError(f"{what}: without PROBE exactly one of GET and SET is allowed; refused")
+    method = methods[wanted[0]]
+    require_argsz(request.argsz, len(payload) if method.reply is None else method.reply)
+    data = None if method.data is None else decode(method.data, request.data)
+    if isinstance(data, FeatureLoggingReport):
+        check_report_pages(data.iova, data.length, data.page_size)
+        require_argsz(request.argsz, 32 + bitmap_size(data.length, data.page_size))
+    return FeatureCall(method.action, request, payload, data)
+
+
+def _names(methods: Collection[int]) -> str:
+    return " and ".join(name for name, bit in (("GET", _GET), ("SET", _SET)) if bit in methods)

@@ -1,0 +1,36 @@
+"""`bench` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+
+@pytest.mark.slow
+def test_quick_benchmark_measures_everything() -> None:
+    """Every figure of the report is measured on real processes and compared with its baseline; nothing is
+    left behind.
+    """
+    with tempfile.TemporaryDirectory(prefix="vt-") as place:
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "TMPDIR": place,
+        }
+        command = [sys.executable, "-m", "vfiouser_oob", "bench", "--quick", "--json"]
+        bench = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+        assert 0 == bench.returncode, bench.stderr
+        assert [] == os.listdir(place)
+    document = json.loads(bench.stdout)
+    results = {result["name"]: result for result in document["results"]}
+    for name in ("trapped read, model", "DMA_MAP/UNMAP, 64 ranges", "DMA_MAP/UNMAP, 65535 ranges"):
+        assert results[name]["value"] / results[name]["baseline"] == results[name]["ratio"]
+    assert {"p50", "p90", "p99"} == results["trapped read, vfio-user"]["details"].keys()
+    # Noise makes no process smaller or an idle one busy; these two hold on any machine.
+    assert results["memory, one function"]["ok"]
+    assert results["idle wake-ups, model, one client"]["ok"]
+    assert document["ok"] == all(result["ok"] for result in results.values())

@@ -1,0 +1,159 @@
+"""The state stream under every cut, flip and exchange that hypothesis thinks of."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from construct import Container
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamkit import portions, read_stream, whole_records
+from vfiouser_oob.migration.stream import RecordQueue, StreamReader, StreamRefused, StreamWriter
+from vfiouser_oob.migration.stream_format import (
+    CRC_AT,
+    HEADER_LAYOUT,
+    MAGIC,
+    RECORD_LAYOUT,
+    RECORDS,
+    TRAILER_LAYOUT,
+    VERSION,
+    pack_head,
+    pack_header,
+)
+
+u32 = st.integers(0, (1 << 32) - 1)
+u64 = st.integers(0, (1 << 64) - 1)
+pieces = st.lists(st.binary(min_size=1, max_size=200), max_size=5)
+SMALL = b"".join(whole_records([b"some state", b"more"]))
+
+
+@given(u32)
+def test_header_twin(generation: int) -> None:
+    """Proves that the packed header is the declared one."""
+    packed = pack_header(generation)
+    parsed = HEADER_LAYOUT.parse(packed)
+    assert (MAGIC, VERSION, generation) == (parsed.magic, parsed.version, parsed.generation)
+    values = Container(version=VERSION, generation=generation, head_crc=parsed.head_crc)
+    assert packed == HEADER_LAYOUT.build(values)
+
+
+@given(st.sampled_from(sorted(RECORDS)), u32, u32, u32, u64, u32)
+def test_head_twin(tag: bytes, generation: int, sequence: int, length: int, offset: int, crc: int) -> None:
+    """Proves that a packed head is the declared one."""
+    packed = pack_head(tag, generation, sequence, length, offset, crc)
+    values = {"tag": tag, "generation": generation, "sequence": sequence, "length": length, "offset": offset}
+    head_crc = int.from_bytes(packed[CRC_AT:], "little")
+    assert packed == RECORD_LAYOUT.build({**values, "payload_crc": crc, "head_crc": head_crc})
+
+
+@given(pieces)
+def test_trailer_twin(parts: list[bytes]) -> None:
+    """Proves that the trailer's payload is the declared one."""
+    payload = whole_records(parts)[-1][32:]
+    state = b"".join(parts)
+    parsed = TRAILER_LAYOUT.parse(payload)
+    assert (len(state), hashlib.sha256(state).digest()) == (parsed.total, parsed.sha256)
+    assert payload == TRAILER_LAYOUT.build({"total": len(state), "sha256": parsed.sha256, "seal": parsed.seal})
+
+
+@given(pieces, st.data())
+def test_any_chunking(parts: list[bytes], data: st.DataObject) -> None:
+    """Proves that where a stream is cut means nothing: not where it is taken, not where it is fed."""
+    queue = RecordQueue()
+    for record in whole_records(parts):
+        queue.put((record[:32], record[32:]))
+    sizes = st.integers(1, 90)
+    taken = []
+    while len(queue):
+        taken.append(b"".join(queue.take(data.draw(sizes))))
+    assert b"".join(whole_records(parts)) == b"".join(taken)
+    assert b"".join(parts) == read_stream(taken)[1]
+
+
+@pytest.mark.parametrize("size", [1, 33, len(SMALL)])
+def test_every_single_bit_flip(size: int) -> None:
+    """Proves that there is no bit in a stream that may be another one."""
+    for bit in range(8 * len(SMALL)):
+        flipped = bytearray(SMALL)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(StreamRefused):
+            read_stream(portions(bytes(flipped), size))
+
+
+@given(pieces, st.data())
+def test_any_flip_of_any_stream(parts: list[bytes], data: st.DataObject) -> None:
+    """Proves the same for random streams, and that a prefix that was let through was the true one."""
+    stream = bytearray(b"".join(whole_records(parts)))
+    bit = data.draw(st.integers(0, 8 * len(stream) - 1))
+    stream[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(StreamRefused):
+        read_stream(portions(bytes(stream), data.draw(st.integers(1, 300))))
+
+
+@given(pieces, st.data())
+def test_any_truncation(parts: list[bytes], data: st.DataObject) -> None:
+    """Proves that a stream cut anywhere never finishes."""
+    stream = b"".join(whole_records(parts))
+    cut = data.draw(st.integers(0, len(stream) - 1))
+    with pytest.raises(StreamRefused):
+        read_stream(portions(stream[:cut], data.draw(st.integers(1, 300))))
+
+
+@given(pieces, st.data())
+def test_any_loss_repetition_or_exchange(parts: list[bytes], data: st.DataObject) -> None:
+    """Proves that records come in the order in which they were written, each once."""
+    records = whole_records(parts)
+    places = st.integers(0, len(records) - 1)
+    first, second = data.draw(places), data.draw(places)
+    changed = list(records)
+    match data.draw(st.sampled_from(["lose", "repeat", "move", "exchange"])):
+        case "lose":
+            del changed[first]
+        case "repeat":
+            changed.insert(second, records[first])
+        case "move":
+            changed.insert(second, changed.pop(first))
+        case "exchange":
+            changed[first], changed[second] = changed[second], changed[first]
+    if changed == records:
+        assert b"".join(parts) == read_stream(changed)[1]
+        return
+    with pytest.raises(StreamRefused):
+        read_stream(changed)
+
+
+@given(pieces, pieces, st.data())
+def test_restart_after_any_delivery(old: list[bytes], new: list[bytes], data: st.DataObject) -> None:
+    """Proves that whatever part of a generation was taken, the next one is read whole."""
+    writer = StreamWriter()
+    queue = RecordQueue()
+    queue.put(writer.header())
+    queue.put(writer.descriptor(b"old"))
+    for piece in old:
+        queue.put(writer.data(writer.total, piece))
+    taken = [b"".join(queue.take(data.draw(st.integers(0, len(queue)))))]
+    queue.drop_untouched()
+    queue.put(writer.header())
+    queue.put(writer.descriptor(b"new"))
+    for piece in new:
+        queue.put(writer.data(writer.total, piece))
+    queue.put(writer.pci(b"config"))
+    queue.put(writer.trailer(hashlib.sha256(b"".join(new)).digest()))
+    while len(queue):
+        taken.append(b"".join(queue.take(data.draw(st.integers(1, 200)))))
+    assert b"".join(new) == read_stream(taken)[1]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.binary(max_size=80), max_size=6), st.integers(0, len(SMALL)))
+def test_garbage_raises_nothing_else(chunks: list[bytes], good: int) -> None:
+    """Proves that a reader refuses, waits or reads, whatever comes behind a good beginning."""
+    reader = StreamReader()
+    try:
+        for chunk in (SMALL[:good], *chunks):
+            reader.feed(chunk)
+    except StreamRefused:
+        return
+    assert reader.consumed == good + sum(map(len, chunks))

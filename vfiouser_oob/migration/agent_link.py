@@ -1,0 +1,160 @@
+"""One function's way to its agent: a session that is opened when needed, and calls that end at a deadline.
+
+Rule 1: every call has a deadline. One that did not answer in time has an unknown effect, which is what
+        `DeadlineExceeded` says; so has one whose connection was lost.
+Rule 2: a lost session is opened again by the next call, and a migration that was begun is taken over by its id.
+Rule 3: while nothing is to be done no session is open, so an idle function costs the agent nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from vfiouser_agents.api import Agent, Capabilities, Outcome, Role, Session, Status
+from vfiouser_agents.errors import (
+    AgentError,
+    ConnectError,
+    DeadlineExceeded,
+    InvalidState,
+    NotFound,
+    ProtocolError,
+    TransportLost,
+)
+from vfiouser_oob.migration.trace import Tracer
+
+T = TypeVar("T")
+#: Calls that any session may make, whoever is in the migration.
+_ANYBODY = frozenset({"status", "reset", "describe", "check", "begin"})
+#: After these the session is of no use; the next call opens another.
+_SESSION_LOST = (TransportLost, ProtocolError, NotFound)
+
+
+class AgentLink:
+    """Calls to the agent of one function.
+
+    Args:
+        agent: the agent; shared with other functions.
+        function_id: the agent's name for the function.
+        tracer: where steps are traced.
+    """
+
+    def __init__(self, agent: Agent, function_id: str, tracer: Tracer) -> None:
+        self.function_id = function_id
+        #: What the agent said last that it can do; None before it was reached.
+        self.caps: Capabilities | None = None
+        #: The migration that was begun, for taking it over.
+        self.begun: tuple[Role, str] | None = None
+        self._agent = agent
+        self._tracer = tracer
+        self._session: Session | None = None
+        self._opening = trio.Lock()
+        self._in_use = 0
+        #: Whether the open session is the one that the migration belongs to.
+        self._taken_over = True
+        #: Whether the agent logs dirty pages for us, so that it will be asked for them.
+        self.logging = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a session is open."""
+        return self._session is not None
+
+    async def call(
+        self, name: str, work: Callable[[Session], Awaitable[T]], deadline: float, *, quiet: bool = False
+    ) -> T:
+        """Make one call.
+
+        Args:
+            name: the call's name, for traces and errors.
+            work: makes the call on a session.
+            deadline: when to give up, as trio's clock has it.
+            quiet: trace only failures.
+
+        Raises:
+            AgentError: of whatever kind; `DeadlineExceeded` for our own deadline.
+        """
+        with self._tracer.step(name, quiet=quiet):
+            used: Session | None = None
+            self._in_use += 1
+            try:
+                with trio.move_on_at(deadline) as scope:
+                    used = await self._opened(name)
+                    return await work(used)
+                assert scope.cancelled_caught
+                raise DeadlineExceeded(f"the agent did not answer {name} in time; its effect is not known")
+            except _SESSION_LOST:
+                self._forget(used)
+                raise
+            except OSError as error:
+                self._forget(used)
+                raise ConnectError(f"the agent cannot be reached: {error.strerror or error}") from error
+            finally:
+                self._in_use -= 1
+
+    def _forget(self, used: Session | None) -> None:
+        if self._session is used:
+            self._session = None
+
+    async def _opened(self, name: str) -> Session:
+        if self._session is not None and (self._taken_over or name in _ANYBODY):
+            return self._session
+        async with self._opening:
+            if self._session is None:
+                await self._agent.connect()
+                session = await self._agent.open(self.function_id)
+                self.caps = session.caps
+                self._session = session
+                self._taken_over = self.begun is None
+            if name not in _ANYBODY and not self._taken_over:
+                if self.begun is not None:
+                    await self._session.begin(*self.begun)
+                self._taken_over = True
+            return self._session
+
+    async def status(self, deadline: float) -> Status:
+        """Ask where the function is."""
+        return await self.call("status", lambda session: session.status(), deadline)
+
+    async def begin(self, role: Role, migration_id: str, deadline: float) -> None:
+        """Begin a migration; one that an earlier life of ours has left behind is ended first."""
+        self.begun = (role, migration_id)
+        try:
+            await self.call("begin", lambda session: session.begin(role, migration_id), deadline)
+        except InvalidState:
+            await self.call("end", lambda session: session.end(Outcome.FAILED), deadline)
+            await self.call("begin", lambda session: session.begin(role, migration_id), deadline)
+
+    async def leave(self, outcome: Outcome, deadline: float, *, abort: bool) -> None:
+        """End the migration, if one was begun; when that fails, it still counts as begun.
+
+        Args:
+            outcome: how it ended.
+            deadline: when to give up.
+            abort: drop what was being saved or loaded first.
+
+        Raises:
+            AgentError: it could not be ended.
+        """
+        if self.begun is not None:
+            if abort:
+                await self.call("abort", lambda session: session.abort(), deadline)
+            await self.call("end", lambda session: session.end(outcome), deadline)
+            self.begun = None
+
+    async def close(self, *, force: bool = False) -> None:
+        """Let go of the session; nothing changes for the function.
+
+        Args:
+            force: also while something still uses it.
+        """
+        if (self._in_use or self.logging) and not force:
+            return
+        session, self._session = self._session, None
+        if session is not None:
+            try:
+                await session.aclose()
+            except AgentError:  # gone already
+                pass

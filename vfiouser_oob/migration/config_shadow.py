@@ -1,0 +1,151 @@
+"""Configuration space as the client last wrote it, for the stream's `pci` record and to notice function-level resets.
+
+Values read back are no good for that: they have status bits, hidden bits and bits that mean something else when
+written. So what is carried is what was written, and the destination writes it again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from vfiouser_protocol.pci_caps import ExpressControl
+
+_SIZE = 4096
+_VERSION = 1
+_COUNT = struct.Struct("<BxH")
+_RUN = struct.Struct("<HH")
+_COMMAND = 4
+_STATUS = 6
+_CAPABILITIES = 0x34
+_CAP_LIST = 0x10
+_CAP_EXPRESS = 0x10
+_CAP_AF = 0x13
+_AF_CONTROL = 4
+_AF_FLR = 0x01
+#: PCI capabilities are dwords in 256 bytes: more links than this are a circle.
+_MAX_CAPS = 48
+
+
+class ConfigShadow:
+    """What the client wrote to region 7 since the last reset."""
+
+    def __init__(self) -> None:
+        self._values = bytearray(_SIZE)
+        self._written = bytearray(_SIZE)
+        #: Bytes that ask for a function-level reset: offset and mask.
+        self._flr: dict[int, int] = {}
+
+    def learn(self, head: bytes) -> None:
+        """Find the registers that reset the function.
+
+        Args:
+            head: the first 256 bytes of configuration space, as read.
+
+        Spec: PCI Express, Device Control bit 15; PCI Advanced Features, AF Control bit 0.
+        """
+        if len(head) < 256 or not head[_STATUS] & _CAP_LIST:
+            return
+        position = head[_CAPABILITIES] & ~3
+        for _ in range(_MAX_CAPS):
+            if position < 0x40 or position > 0xFC:
+                return
+            if head[position] == _CAP_EXPRESS:
+                self._flr[position + ExpressControl.DEVICE_CONTROL + 1] = ExpressControl.INITIATE_FLR >> 8
+            elif head[position] == _CAP_AF:
+                self._flr[position + _AF_CONTROL] = _AF_FLR
+            position = head[position + 1] & ~3
+
+    def note(self, offset: int, data: bytes) -> bool:
+        """Note a write.
+
+        Args:
+            offset: in region 7.
+            data: what is written.
+
+        Returns:
+            Whether it asks for a function-level reset; the shadow is to be cleared once that was done.
+        """
+        end = min(offset + len(data), _SIZE)
+        data = data[: max(0, end - offset)]
+        self._values[offset:end] = data
+        self._written[offset:end] = b"\1" * len(data)
+        reset = False
+        for position, mask in self._flr.items():
+            if offset <= position < end and self._values[position] & mask:
+                self._values[position] &= ~mask
+                reset = True
+        return reset
+
+    def clear(self) -> None:
+        """Forget what was written, as a reset does."""
+        self._values = bytearray(_SIZE)
+        self._written = bytearray(_SIZE)
+
+    def copy(self) -> ConfigShadow:
+        """Return a shadow of its own with the same content."""
+        other = ConfigShadow()
+        other._values[:] = self._values
+        other._written[:] = self._written
+        other._flr.update(self._flr)
+        return other
+
+    def encode(self) -> bytes:
+        """Return the payload of a `pci` record: runs of bytes as last written."""
+        runs = list(self._runs())
+        body = b"".join(_RUN.pack(start, end - start) + self._values[start:end] for start, end in runs)
+        return _COUNT.pack(_VERSION, len(runs)) + body
+
+    def decode_under(self, payload: bytes) -> None:
+        """Take a `pci` record for all that was not written here: what this side's client wrote wins.
+
+        Args:
+            payload: the record's payload.
+
+        Raises:
+            ValueError: it is damaged or of another version.
+        """
+        if len(payload) < _COUNT.size:
+            raise ValueError(f"a pci record of {len(payload)} bytes")
+        version, count = _COUNT.unpack_from(payload)
+        if version != _VERSION:
+            raise ValueError(f"a pci record of version {version}, this daemon reads {_VERSION}")
+        position = _COUNT.size
+        for _ in range(count):
+            if position + _RUN.size > len(payload):
+                raise ValueError("a pci record that is cut off")
+            start, length = _RUN.unpack_from(payload, position)
+            position += _RUN.size
+            if position + length > len(payload) or start + length > _SIZE:
+                raise ValueError(f"a pci record whose run {start:#x}+{length:#x} leaves it")
+            for index in range(length):
+                if not self._written[start + index]:
+                    self._values[start + index] = payload[position + index]
+                    self._written[start + index] = 1
+            position += length
+
+    def writes(self) -> Iterator[tuple[int, bytes]]:
+        """The writes that bring a function to this state: naturally aligned, the command register last."""
+        last: list[tuple[int, bytes]] = []
+        for start, end in self._runs():
+            position = start
+            while position < end:
+                size = next(size for size in (4, 2, 1) if position % size == 0 and position + size <= end)
+                if position == _COMMAND and size == 4:
+                    size = 2
+                piece = (position, bytes(self._values[position : position + size]))
+                if position >> 2 == _COMMAND >> 2:
+                    if position < _STATUS:
+                        last.append(piece)
+                else:
+                    yield piece
+                position += size
+        yield from last
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        position = self._written.find(1)
+        while position >= 0:
+            end = self._written.find(0, position)
+            end = _SIZE if end < 0 else end
+            yield position, end
+            position = self._written.find(1, end)

@@ -1,0 +1,184 @@
+"""The destination's pipeline: client → checks → agent, one piece behind it.
+
+Every byte was copied out of the client's reach before it comes here. A record is checked before anything of it is
+forwarded, the descriptor before any state; one piece is at the agent while the client sends the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from vfiouser_agents.errors import AgentError
+from vfiouser_oob.migration.agent_link import AgentLink
+from vfiouser_oob.migration.hashing import Hasher
+from vfiouser_oob.migration.stream import Data, Descriptor, Header, PciConfig, StreamReader, Trailer
+from vfiouser_oob.migration.trace import Tracer
+from vfiouser_protocol.errors import CommandError
+
+#: Judges a source's encoded descriptor by a deadline.
+Check = Callable[[bytes, float], Awaitable[None]]
+
+
+class DestinationPipeline:
+    """The state of a function on its way to the agent.
+
+    Args:
+        link: the agent, which was told that a load begins.
+        tracer: where progress is told.
+        nursery: where pieces are forwarded.
+        check: judges the source's descriptor.
+        data_s: seconds within which the agent has to take a piece.
+        retry_s: seconds before the first repetition of what may be repeated.
+        device_failed: told why, when the agent says that the function is broken.
+    """
+
+    def __init__(
+        self,
+        link: AgentLink,
+        tracer: Tracer,
+        nursery: trio.Nursery,
+        *,
+        check: Check,
+        data_s: float,
+        retry_s: float,
+        device_failed: Callable[[str], None],
+    ) -> None:
+        self._link = link
+        self._tracer = tracer
+        self._nursery = nursery
+        self._check = check
+        self._data_s = data_s
+        self._retry_s = retry_s
+        self._device_failed = device_failed
+        self._reader = StreamReader()
+        self._hasher = Hasher(nursery)
+        self._scope = trio.CancelScope()
+        self._landed = trio.Event()
+        self._landed.set()
+        self._error: AgentError | None = None
+        #: Bytes of the stream that the client gave.
+        self.written = 0
+        #: Bytes of state that went to the agent.
+        self.loaded = 0
+        #: Payload of the `pci` record, once it came.
+        self.pci: bytes | None = None
+        #: Why the load cannot succeed any more.
+        self.failure: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the trailer came."""
+        return self._reader.complete
+
+    async def write(self, data: bytes, deadline: float) -> None:
+        """Take the next bytes of the stream.
+
+        Args:
+            data: the bytes; nobody changes them any more.
+            deadline: when the message has to be answered.
+
+        Raises:
+            CommandError: the stream is refused, or the agent refused a piece; the load is lost.
+        """
+        if self.failure is not None:
+            raise CommandError(f"the load has failed ({self.failure}); only a reset leads out")
+        self.written += len(data)
+        whole = False
+        try:
+            for record in self._reader.feed(data):
+                if isinstance(record, Data):
+                    await self._take_data(record, deadline)
+                elif isinstance(record, Descriptor):
+                    await self._check(record.payload, deadline)
+                elif isinstance(record, PciConfig):
+                    self.pci = record.payload
+                elif isinstance(record, Header) and record.restart:
+                    await self._restart(deadline)
+                else:
+                    assert isinstance(record, Header | Trailer)
+            whole = True
+        except AgentError as error:
+            self.failure = str(error)
+            raise CommandError(f"the state was refused: {error}", error.errno) from error
+        except CommandError as error:
+            self.failure = str(error)
+            raise
+        finally:
+            if not whole and self.failure is None:
+                self.failure = "a write was given up half-way"
+
+    async def _restart(self, deadline: float) -> None:
+        """The source's function was reset: what came before is void."""
+        await self._wait_landed()
+        self._hasher = Hasher(self._nursery)
+        self.pci = None
+        self.loaded = 0
+        await self._link.call("abort", lambda session: session.abort(), deadline)
+        await self._link.call("load_begin", lambda session: session.load_begin(None), deadline)
+
+    async def _take_data(self, record: Data, deadline: float) -> None:
+        caps = self._link.caps
+        assert caps is not None
+        end = record.offset + len(record.data)
+        if end > caps.max_state:
+            raise CommandError(f"the state has {end} bytes or more, this function takes {caps.max_state}")
+        await self._hasher.update(record.data)
+        for start in range(0, len(record.data), caps.max_chunk):
+            await self._wait_landed()
+            self._landed = trio.Event()
+            piece = record.data[start : start + caps.max_chunk]
+            self._nursery.start_soon(self._forward, record.offset + start, bytes(piece))
+
+    async def _wait_landed(self) -> None:
+        await self._landed.wait()
+        if self._error is not None:
+            raise self._error
+
+    async def _forward(self, offset: int, data: bytes) -> None:
+        try:
+            with trio.CancelScope() as self._scope:
+                await self._load(offset, data)
+                self.loaded = offset + len(data)
+                self._tracer.progress("resuming", self.loaded, 0)
+        except AgentError as error:
+            self._error = error
+            if error.fatal:
+                self._device_failed(str(error))
+        finally:
+            self._landed.set()
+
+    async def _load(self, offset: int, data: bytes) -> None:
+        deadline = trio.current_time() + self._data_s
+        pause = self._retry_s
+        while True:
+            try:
+                return await self._link.call("load", lambda session: session.load(offset, data), deadline, quiet=True)
+            except AgentError as error:
+                if not error.retryable or trio.current_time() + pause >= deadline:
+                    raise
+            await trio.sleep(pause)
+            pause *= 2
+
+    async def finish(self, deadline: float) -> None:
+        """Verify what came and let the agent apply it.
+
+        Args:
+            deadline: when the message has to be answered.
+
+        Raises:
+            CommandError: the stream is not whole.
+            AgentError: the agent does not apply it.
+        """
+        if self.failure is not None:
+            raise CommandError(f"the load has failed ({self.failure}); only a reset leads out")
+        await self._wait_landed()
+        trailer = self._reader.finish(await self._hasher.digest())
+        await self._link.call(
+            "load_commit", lambda session: session.load_commit(trailer.total, trailer.sha256), deadline
+        )
+
+    def halt(self) -> None:
+        """Drop everything."""
+        self._scope.cancel()

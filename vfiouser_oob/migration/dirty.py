@@ -1,0 +1,241 @@
+"""Dirty pages of one client: what the device wrote, from whoever saw it.
+
+Three sources, one log. The agent reports what the function wrote by itself. The daemon notes what a `model` device
+wrote through its own hands. What went by messages was written by the client, so nobody needs to tell it.
+
+A report that fails, or whose answer is lost, makes its range dirty as a whole: pages that are copied once too often
+are slow, pages that are not copied are lost data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import trio
+
+from vfiouser_agents.api import DirtyReport, Range
+from vfiouser_agents.errors import AgentError
+from vfiouser_oob.migration.agent_link import AgentLink
+from vfiouser_oob.migration.trace import Tracer
+from vfiouser_protocol.dma import ADDRESS_SPACE, DmaMap, DmaRegion
+from vfiouser_protocol.dma_logging import DmaLogging
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.messages import LoggingRange
+
+#: Bytes that the agent is asked about at once: a bitmap of 256 KiB.
+_SPAN = 8 << 30
+#: Answers in a row that say that there is more; an agent that never ends is not believed.
+_MAX_ANSWERS = 4096
+
+
+class DirtyTracker:
+    """The dirty log of one connection.
+
+    Args:
+        link: the function's agent.
+        tracer: where failures are told.
+        memory: the client's mappings.
+        device_seen: whether every write of the device goes through this process.
+        by_message: whether every write of the device goes through the client.
+        max_bitmap_size: bytes of the largest bitmap that the client takes.
+        call_s: seconds that one call to the agent may take.
+    """
+
+    def __init__(
+        self,
+        link: AgentLink,
+        tracer: Tracer,
+        memory: DmaMap,
+        *,
+        device_seen: bool,
+        by_message: bool,
+        max_bitmap_size: int,
+        call_s: float,
+    ) -> None:
+        self._link = link
+        self._tracer = tracer
+        self._memory = memory
+        self._device_seen = device_seen
+        self._by_message = by_message
+        self._call_s = call_s
+        self.log = DmaLogging(max_bitmap_size)
+        #: Bytes per page that the agent uses; 0 while it does not log.
+        self._agent_page = 0
+        self._blind = False
+
+    # Start and stop
+
+    async def start(self, page_size: int, ranges: tuple[LoggingRange, ...], deadline: float) -> int:
+        """Begin to log.
+
+        Args:
+            page_size: wished for, bytes.
+            ranges: what to log; nothing means everything.
+            deadline: when the message has to be answered.
+
+        Returns:
+            The page size that is used, bytes.
+
+        Raises:
+            CommandError: the request is impossible, or the agent cannot be told.
+        """
+        chosen, wanted = self.log.plan(page_size, ranges)
+        if self.log.active:
+            return chosen
+        seen = self._device_seen or self._by_message
+        if not seen or (self._link.caps is not None and self._link.caps.dirty):
+            try:
+                await self._start_agent(chosen, wanted, deadline)
+            except AgentError as error:
+                if not seen:
+                    raise CommandError(f"the agent does not log dirty pages: {error}", error.errno) from error
+        return self.log.start(page_size, ranges)
+
+    async def _start_agent(self, page_size: int, ranges: tuple[LoggingRange, ...], deadline: float) -> None:
+        if self._link.caps is None:
+            await self._link.status(min(deadline, trio.current_time() + self._call_s))
+        caps = self._link.caps
+        assert caps is not None
+        if not caps.dirty:
+            self._blind = True
+            self._tracer.note("the agent logs no dirty pages: everything is reported dirty every time")
+            return
+        wanted = [Range(item.iova, min(item.length, ADDRESS_SPACE - page_size)) for item in ranges]
+        if caps.max_ranges and len(wanted) > caps.max_ranges:
+            end = wanted[-1].iova + wanted[-1].length
+            wanted = [Range(wanted[0].iova, end - wanted[0].iova)]
+        # One that an earlier life of ours has left behind is ended first.
+        await self._link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
+        self._agent_page = await self._link.call(
+            "dirty_start", lambda session: session.dirty_start(wanted, page_size), deadline
+        )
+        self._link.logging = True
+
+    async def stop(self, deadline: float) -> None:
+        """End logging; legal at any time."""
+        self.log.stop()
+        self._blind = False
+        if self._agent_page:
+            self._agent_page = 0
+            self._link.logging = False
+            try:
+                await self._link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
+            except AgentError:  # traced; a log that nobody reads does no harm
+                pass
+
+    def forget(self) -> bool:
+        """The client has gone, and with it its memory; returns whether the agent has to be told."""
+        self.log.stop()
+        self._link.logging = False
+        logged, self._agent_page = bool(self._agent_page), 0
+        return logged
+
+    async def rearm(self, deadline: float) -> None:
+        """The agent's log has ended with a reset: begin anew, and take everything for dirty.
+
+        Args:
+            deadline: when the message has to be answered.
+        """
+        if not self.log.active or not self._agent_page:
+            return
+        page_size, ranges = self.log.page_size, self.log.ranges
+        self._agent_page = 0
+        self._link.logging = False
+        try:
+            await self._start_agent(page_size, ranges, deadline)
+        except AgentError:
+            self._blind = True
+        for region in self._memory:
+            self._mark(region.address, region.end)
+
+    # Reports
+
+    def wrote(self, iova: int, length: int) -> None:
+        """The daemon itself wrote client memory through a file."""
+        self.log.mark(iova, length)
+
+    def unmapped(self, iova: int, length: int) -> None:
+        """A mapping went away."""
+        self.log.unmapped(iova, length)
+
+    async def report(
+        self, iova: int, length: int, page_size: int, deadline: float, regions: list[DmaRegion] | None = None
+    ) -> bytes:
+        """Read and clear the dirty pages of a range.
+
+        Args:
+            iova: first address.
+            length: bytes.
+            page_size: bytes per bit.
+            deadline: when the message has to be answered.
+            regions: what was mapped there until now; None = what is mapped.
+
+        Raises:
+            CommandError: nothing is mapped there, nothing is logged, or the request is impossible.
+        """
+        if regions is None:
+            regions = list(self._memory.overlapping(iova, length))
+        self.log.require_report(iova, length, mapped=bool(regions))
+        for start, end in self._spans(iova, iova + length, regions):
+            if self._blind:
+                self._mark(start, end)
+            elif self._agent_page:
+                await self._ask(start, end, deadline)
+        return self.log.report(iova, length, page_size)
+
+    def by_file(self, iova: int, length: int) -> bool:
+        """Whether any of a range came with a file, so that the device may write it unseen by the client."""
+        return any(region.file is not None for region in self._memory.overlapping(iova, length))
+
+    def _spans(self, first: int, last: int, regions: list[DmaRegion]) -> Iterator[tuple[int, int]]:
+        """The parts of a range that the device writes by itself: joined where they touch, cut to a bearable size."""
+        start = end = first
+        for region in regions:
+            if region.file is None or self._by_message:
+                continue
+            low, high = max(first, region.address), min(last, region.end)
+            if low != end or high - start > _SPAN:
+                yield from _cut(start, end)
+                start = low
+            end = high
+        yield from _cut(start, end)
+
+    async def _ask(self, start: int, end: int, deadline: float) -> None:
+        page = self._agent_page
+        low, high = start // page * page, min(-(-end // page) * page, ADDRESS_SPACE - page)
+        known = False
+        try:
+            for _ in range(_MAX_ANSWERS):
+                report = await self._link.call(
+                    "dirty_report",
+                    lambda session: session.dirty_report(low, high - low),
+                    min(deadline, trio.current_time() + self._call_s),
+                    quiet=True,
+                )
+                self._take(report, low, start, end)
+                if not report.more:
+                    known = True
+                    return
+        except AgentError:  # traced
+            pass
+        finally:
+            if not known:
+                self._mark(start, end)
+
+    def _take(self, report: DirtyReport, low: int, start: int, end: int) -> None:
+        if report.bitmap is not None:
+            pages = -(-(end - low) // self._agent_page)
+            self.log.mark_bitmap(low, self._agent_page, report.bitmap[: -(-pages // 8)])
+        for item in report.ranges:
+            first, last = max(start, item.iova), min(end, item.iova + item.length)
+            self._mark(first, last)
+
+    def _mark(self, start: int, end: int) -> None:
+        if start < end:
+            self.log.mark(start, end - start)
+
+
+def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
+    while start < end:
+        yield start, min(end, start + _SPAN)
+        start += _SPAN

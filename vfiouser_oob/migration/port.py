@@ -1,0 +1,192 @@
+"""One connection's way into the migration of its function: both generations, the dirty log, the shadow of config space.
+
+`server.handlers` asks the port; what a client may use depends on the configuration and on what the client announced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TypeAlias
+
+from vfiouser_oob.config.schema import Generations, MigrationConfig
+from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
+from vfiouser_oob.migration.actions import Device
+from vfiouser_oob.migration.config_shadow import ConfigShadow
+from vfiouser_oob.migration.dirty import DirtyTracker
+from vfiouser_oob.migration.engine import MigrationEngine, message_deadline
+from vfiouser_oob.migration.v1_view import V1View
+from vfiouser_oob.migration.v2_view import V2View
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.codec import encode
+from vfiouser_protocol.constants import RegionIndex
+from vfiouser_protocol.dirty import bitmap_size, check_report_pages
+from vfiouser_protocol.dirty_pages import GetDirty, StartDirty, interpret_dirty_pages, require_dirty_range
+from vfiouser_protocol.errors import CommandError, VfioUserError
+from vfiouser_protocol.limits import DEFAULT_MAX_BITMAP_SIZE
+from vfiouser_protocol.messages import DmaUnmap
+
+Answer: TypeAlias = "bytes | Awaitable[bytes]"
+#: What is needed of configuration space to find the registers that reset the function.
+_CONFIG_HEAD = 256
+
+
+class MigrationPort:
+    """What a connection asks of the migration engine; made by `attach`.
+
+    Args:
+        engine: the function's engine.
+        device: the device as opened for this client.
+        name: the function's name.
+        client: what the client announced.
+    """
+
+    def __init__(self, engine: MigrationEngine, device: Device, name: str, client: Capabilities) -> None:
+        session = device.session
+        announced = client.migration is not None
+        caps = engine.link.caps
+        #: Whether the function can be migrated, as far as is known: what the agent said last, else the configuration.
+        self.migratable = caps is None or caps.stop_copy
+        self.engine = engine
+        self.shadow = device.shadow
+        self._device = device
+        self._page_size = 4096
+        bitmap = client.migration.max_bitmap_size if client.migration is not None else DEFAULT_MAX_BITMAP_SIZE
+        self.dirty = DirtyTracker(
+            engine.link,
+            engine.tracer,
+            session.memory.map,
+            device_seen=session.device_seen,
+            by_message=session.memory.by_message,
+            max_bitmap_size=bitmap,
+            call_s=engine.config.call_s,
+        )
+        use_v1, use_v2 = _generations(engine.config, announced) if self.migratable else (False, False)
+        index = max(RegionIndex.MIGRATION, len(session.description.regions))
+        self.v1 = V1View(engine, name, index, engine.config.v1_data_size) if use_v1 else None
+        self._use_v2 = use_v2
+        self.v2: V2View | None = None
+
+    def negotiated(self, client: Capabilities, offer: Capabilities, page_size: int | None) -> None:
+        """Take what VERSION settled.
+
+        Args:
+            client: what the client takes.
+            offer: what we take.
+            page_size: bytes per bit of v1's dirty bitmaps, if both sides named it.
+        """
+        self._page_size = page_size or self._page_size
+        if self._use_v2:
+            self.v2 = V2View(self.engine, self.dirty, client.max_data_xfer_size, offer.max_data_xfer_size)
+        self._device.session.memory.on_write = self.dirty.wrote
+        self.engine.after_agent_reset = self.dirty.rearm
+
+    # Commands
+
+    def device_feature(self, payload: bytes, *, posted: bool) -> Answer:
+        """DEVICE_FEATURE."""
+        return self._v2("DEVICE_FEATURE").device_feature(payload, posted=posted)
+
+    def mig_data_read(self, payload: bytes) -> Awaitable[bytes]:
+        """MIG_DATA_READ."""
+        return self._v2("MIG_DATA_READ").data_read(payload)
+
+    def mig_data_write(self, payload: bytes) -> Awaitable[bytes]:
+        """MIG_DATA_WRITE."""
+        return self._v2("MIG_DATA_WRITE").data_write(payload)
+
+    def _v2(self, what: str) -> V2View:
+        if self.v2 is None:
+            raise CommandError(f"{what} on a function that does not offer generation v2 of migration")
+        return self.v2
+
+    async def dirty_pages(self, payload: bytes) -> bytes:
+        """DIRTY_PAGES."""
+        deadline = message_deadline()
+        call = interpret_dirty_pages(payload, self.dirty.log, migratable=self.v1 is not None)
+        if isinstance(call, StartDirty):
+            await self.dirty.start(self._page_size, (), deadline)
+            return b""
+        if not isinstance(call, GetDirty):
+            await self.dirty.stop(deadline)
+            return b""
+        iova, length = call.iova, call.length
+        mapped = any(True for _ in self._device.session.memory.map.overlapping(iova, length))
+        require_dirty_range(call, mapped=mapped, by_file=self.dirty.by_file(iova, length))
+        if call.short is not None:
+            return call.short
+        return call.reply(await self.dirty.report(iova, length, call.page_size, deadline))
+
+    async def unmap_dirty(self, request: DmaUnmap) -> bytes:
+        """DMA_UNMAP with GET_DIRTY_BITMAP: what is dirty is told with the reply, then forgotten.
+
+        Args:
+            request: the decoded command.
+
+        Raises:
+            CommandError: nothing is logged, or the range is not mapped so.
+        """
+        if not self.dirty.log.active:
+            raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
+        session = self._device.session
+        session.memory.require(request)
+        page_size = request.bitmap_pgsize or 0
+        check_report_pages(request.address, request.size, page_size)
+        needed = bitmap_size(request.size, page_size)
+        if request.bitmap_size != needed:
+            raise CommandError(
+                f"DMA_UNMAP has room for {request.bitmap_size} bytes of bitmap, the range needs {needed}"
+            )
+        # Unmapped first: what the device writes until then is in the report.
+        regions = list(session.memory.map.overlapping(request.address, request.size))
+        done = session.dma_unmap(request)
+        if done is not None:
+            await done
+        bitmap = await self.dirty.report(request.address, request.size, page_size, message_deadline(), regions)
+        self.dirty.unmapped(request.address, request.size)
+        return encode(request._replace(bitmap=bitmap))
+
+    # What the connection tells
+
+    def config_written(self, offset: int, data: bytes) -> bool:
+        """Note a write to configuration space; returns whether it resets the function."""
+        return self.shadow.note(offset, data)
+
+    async def detach(self) -> None:
+        """The client has gone."""
+        self._device.session.memory.on_write = None
+        await self.engine.detach(logged=self.dirty.forget())
+        if self.v1 is not None:
+            self.v1.close()
+
+
+def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:
+    """Whether v1 and v2 are offered to a client."""
+    return {
+        Generations.AUTO: (announced, True),
+        Generations.BOTH: (True, True),
+        Generations.V1: (True, False),
+        Generations.V2: (False, True),
+        Generations.NONE: (False, False),
+    }[config.generations]
+
+
+async def attach(engine: MigrationEngine, session: BackendSession, name: str, client: Capabilities) -> MigrationPort:
+    """Connect a client to the migration of its function.
+
+    Args:
+        engine: the function's engine.
+        session: the device as opened for the client.
+        name: the function's name.
+        client: what the client announced.
+
+    Raises:
+        BackendUnavailable: the function must not run before it was reset, and that cannot be done now.
+    """
+    device = Device(session, ConfigShadow())
+    try:
+        head = session.region_read(RegionIndex.CONFIG, 0, _CONFIG_HEAD)
+        device.shadow.learn(head if isinstance(head, bytes) else await head)
+    except (VfioUserError, OSError) as error:
+        raise BackendUnavailable(f"the device's configuration space cannot be read: {error}") from error
+    await engine.attach(device)
+    return MigrationPort(engine, device, name, client)

@@ -1,0 +1,242 @@
+"""The format of the state stream: layouts, records, and which may follow which.
+
+    header, descriptor, then data and pci records in any order (pci at least once, the last one counts), trailer
+
+Everything is little-endian and every bit is covered: by the CRC-32 of a record's head, by that of its payload, by
+sequence and generation numbers in the head against lost, repeated and exchanged records, by `seal` (a CRC-32 over all
+heads of the generation without their own checksums) against records of another stream, and by the SHA-256 over the
+state itself. A header with a higher generation may stand wherever a record may: all that came before is void then.
+
+The layouts are declared with construct; the packed twins are what runs, and a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
+from zlib import crc32
+
+from construct import Bytes, Const, Int32ul, Int64ul, Padding
+from construct import Struct as Layout
+
+from vfiouser_protocol.errors import CommandError
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+MAGIC = b"VFUOOBST"
+VERSION = 1
+#: Of the header and of every record's head, bytes.
+HEAD_SIZE = 32
+SHA256_SIZE = 32
+#: Largest piece of state in one record, bytes: what a reader has to hold before it can check it.
+MAX_DATA = 16 << 20
+
+HEADER_LAYOUT = Layout(
+    "magic" / Const(MAGIC),
+    "version" / Int32ul,
+    "generation" / Int32ul,
+    Padding(12),
+    "head_crc" / Int32ul,
+)
+RECORD_LAYOUT = Layout(
+    "tag" / Bytes(4),
+    "generation" / Int32ul,
+    "sequence" / Int32ul,
+    "length" / Int32ul,
+    "offset" / Int64ul,
+    "payload_crc" / Int32ul,
+    "head_crc" / Int32ul,
+)
+TRAILER_LAYOUT = Layout("total" / Int64ul, "sha256" / Bytes(SHA256_SIZE), "seal" / Int32ul, Padding(4))
+
+#: The packed twins: everything in front of `head_crc`, the checksum itself, and the trailer's payload.
+HEADER = struct.Struct("<8sII12s")
+HEAD = struct.Struct("<4sIIIQI")
+CRC = struct.Struct("<I")
+TRAILER_BODY = struct.Struct("<Q32sI4s")
+NO_PADDING = bytes(12)
+CRC_AT = HEAD_SIZE - CRC.size
+
+
+class Refusal(Enum):
+    """Why a stream is refused."""
+
+    FOREIGN = "foreign"
+    VERSION = "version"
+    CORRUPT = "corrupt"
+    ORDER = "order"
+    TRUNCATED = "truncated"
+
+
+#: What the client is told with the sentence that only logs and status carry.
+_ERRNO = {
+    Refusal.FOREIGN: errno.EINVAL,
+    Refusal.VERSION: errno.EINVAL,
+    Refusal.CORRUPT: errno.EILSEQ,
+    Refusal.ORDER: errno.EILSEQ,
+    Refusal.TRUNCATED: errno.EILSEQ,
+}
+
+
+class StreamRefused(CommandError):
+    """A state stream is refused; nothing of it may be applied.
+
+    Args:
+        reason: the kind of refusal.
+        message: what came, what was allowed.
+    """
+
+    def __init__(self, reason: Refusal, message: str) -> None:
+        super().__init__(f"{message}; the state is refused and nothing of it applied", _ERRNO[reason])
+        self.reason = reason
+
+
+class Header(NamedTuple):
+    """The stream begins, or begins anew.
+
+    Args:
+        generation: counts the beginnings.
+        restart: True if records of an earlier generation came before: they are void.
+    """
+
+    generation: int
+    restart: bool
+
+
+class Descriptor(NamedTuple):
+    """What the state is of: opaque here, checked by the engine and the agent.
+
+    Args:
+        payload: the encoded descriptor.
+    """
+
+    payload: bytes
+
+
+class PciConfig(NamedTuple):
+    """Configuration space as last written.
+
+    Args:
+        payload: opaque here.
+    """
+
+    payload: bytes
+
+
+class Data(NamedTuple):
+    """A piece of the agent's state.
+
+    Args:
+        offset: where it belongs, bytes; pieces follow each other without a gap.
+        data: the bytes, read-only.
+    """
+
+    offset: int
+    data: memoryview
+
+
+class Trailer(NamedTuple):
+    """The end of the stream.
+
+    Args:
+        total: bytes of all `Data`.
+        sha256: of all `Data`; `StreamReader.finish` compares it.
+    """
+
+    total: int
+    sha256: bytes
+
+
+Record: TypeAlias = Header | Descriptor | PciConfig | Data | Trailer
+
+
+class RecordRule(NamedTuple):
+    """What a kind of record may be like.
+
+    Args:
+        least: bytes of payload.
+        most: bytes of payload.
+    """
+
+    least: int
+    most: int
+
+
+DESCRIPTOR = b"desc"
+PCI = b"pci "
+DATA = b"data"
+TRAILER = b"end "
+
+RECORDS: Mapping[bytes, RecordRule] = MappingProxyType(
+    {
+        DESCRIPTOR: RecordRule(1, 1 << 20),
+        PCI: RecordRule(1, 1 << 16),
+        DATA: RecordRule(1, MAX_DATA),
+        TRAILER: RecordRule(TRAILER_BODY.size, TRAILER_BODY.size),
+    }
+)
+
+
+class Place(Enum):
+    """How far a stream has come."""
+
+    START = "the start"
+    OPENED = "the header"
+    DESCRIBED = "the descriptor"
+    CONFIGURED = "a pci record"
+    COMPLETE = "the trailer"
+
+
+#: Which record may follow, and where it leads; the header of a new generation may come anywhere but after the trailer.
+ORDER: Mapping[Place, Mapping[bytes, Place]] = MappingProxyType(
+    {
+        Place.START: {MAGIC: Place.OPENED},
+        Place.OPENED: {MAGIC: Place.OPENED, DESCRIPTOR: Place.DESCRIBED},
+        Place.DESCRIBED: {MAGIC: Place.OPENED, DATA: Place.DESCRIBED, PCI: Place.CONFIGURED},
+        Place.CONFIGURED: {
+            MAGIC: Place.OPENED,
+            DATA: Place.CONFIGURED,
+            PCI: Place.CONFIGURED,
+            TRAILER: Place.COMPLETE,
+        },
+        Place.COMPLETE: {},
+    }
+)
+
+
+def pack_header(generation: int) -> bytes:
+    """Return the bytes of a header.
+
+    Args:
+        generation: counts the beginnings of a stream.
+    """
+    body = HEADER.pack(MAGIC, VERSION, generation, NO_PADDING)
+    return body + CRC.pack(crc32(body))
+
+
+def pack_head(tag: bytes, generation: int, sequence: int, length: int, offset: int, payload_crc: int) -> bytes:
+    """Return the bytes in front of a record's payload.
+
+    Args:
+        tag: one of `RECORDS`.
+        generation: of the stream.
+        sequence: number of the record in its generation; that of the descriptor is 0.
+        length: of the payload, bytes.
+        offset: bytes of state in front of this record.
+        payload_crc: CRC-32 of the payload.
+    """
+    body = HEAD.pack(tag, generation, sequence, length, offset, payload_crc)
+    return body + CRC.pack(crc32(body))
+
+
+def record_name(tag: bytes) -> str:
+    """Return a tag for people.
+
+    Args:
+        tag: four bytes, of whatever kind.
+    """
+    return f"record {tag.decode('ascii', 'backslashreplace').strip()!r}"

@@ -1,0 +1,111 @@
+"""What a migration does, as events: each step started, then complete or failed, with its bytes and its duration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vfiouser_oob.control.events import EventHub
+from vfiouser_oob.observability.log import Logger
+
+#: Seconds between two progress events of one function; data moves in thousands of chunks, and a watcher has a life.
+PROGRESS_S = 0.25
+
+
+@dataclass(slots=True)
+class Span:
+    """One step under way.
+
+    Args:
+        bytes: what it has moved; set by who runs the step.
+    """
+
+    bytes: int = 0
+
+
+class Tracer:
+    """Tells log, watchers and `status` what the migration of one function does.
+
+    Args:
+        function: its name.
+        events: where watchers listen.
+        log: a logger with the function's fields.
+    """
+
+    def __init__(self, function: str, events: EventHub, log: Logger) -> None:
+        self._function = function
+        self._events = events
+        self._log = log
+        self._arc = ""
+        self._progress_due = 0.0
+        self.steps = 0
+        self.failures = 0
+        self.last_failure: str | None = None
+
+    @contextmanager
+    def step(self, name: str, *, arc: str | None = None, quiet: bool = False) -> Iterator[Span]:
+        """Trace a step; an exception, cancellation included, makes it a failed one.
+
+        Args:
+            name: what is done, for example `stop`.
+            arc: the state change that it belongs to; None = the one that is under way.
+            quiet: tell only of failures, for what happens with every chunk.
+        """
+        outer = self._arc
+        if arc is not None:
+            self._arc = arc
+        begun = trio.current_time()
+        span = Span()
+        self.steps += 1
+        if not quiet:
+            self._tell("started", name)
+        try:
+            yield span
+        except BaseException as error:
+            reason = str(error) if isinstance(error, Exception) else "given up"
+            self.failures += 1
+            self.last_failure = f"{name}: {reason or type(error).__name__}"
+            duration = trio.current_time() - begun
+            self._tell("failed", name, bytes=span.bytes, duration_s=round(duration, 6), error=reason)
+            raise
+        else:
+            if not quiet:
+                duration = trio.current_time() - begun
+                self._tell("complete", name, bytes=span.bytes, duration_s=round(duration, 6))
+        finally:
+            self._arc = outer
+
+    def progress(self, phase: str, moved: int, remaining: int) -> None:
+        """Tell how far the data is, now and then.
+
+        Args:
+            phase: the migration state.
+            moved: bytes of the stream so far.
+            remaining: bytes that are estimated to come.
+        """
+        now = trio.current_time()
+        if now >= self._progress_due:
+            self._progress_due = now + PROGRESS_S
+            self._events.publish(
+                "migration-progress", function=self._function, phase=phase, bytes=moved, remaining=remaining
+            )
+
+    def state(self, old: str, new: str, why: str) -> None:
+        """Tell that the migration state has changed."""
+        self._events.publish("migration-state", function=self._function, old=old, state=new, reason=why)
+        self._log.info("migration state", old=old, state=new, reason=why)
+
+    def note(self, text: str, **fields: Any) -> None:
+        """Log something that went wrong and was dealt with."""
+        self._log.warning(text, **fields)
+
+    def _tell(self, phase: str, name: str, **fields: Any) -> None:
+        self._events.publish("migration", function=self._function, step=name, arc=self._arc, phase=phase, **fields)
+        if phase == "failed":
+            self._log.warning("migration step failed", step=name, arc=self._arc, **fields)
+        else:
+            self._log.debug(f"migration step {phase}", step=name, arc=self._arc, **fields)

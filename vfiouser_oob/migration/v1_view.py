@@ -1,0 +1,190 @@
+"""The v1 generation's face: the migration region.
+
+The register page is trapped; the data section behind it is a memfd that the client may map, and accepts trapped
+accesses as well, for every chunk.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
+
+from vfiouser_oob.devices.memfd import SharedMemory
+from vfiouser_oob.migration.engine import MigrationEngine, Owner, message_deadline
+from vfiouser_protocol.constants import DeviceState
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.migration_v1 import (
+    FROM_V2,
+    STATE_MASK,
+    DataAccess,
+    Iteration,
+    RegionLayout,
+    Register,
+    pack_register,
+    require_transition,
+    require_writable,
+    unpack_register,
+)
+from vfiouser_protocol.regions import RegionSpec
+
+ReadAnswer: TypeAlias = "bytes | Awaitable[bytes]"
+#: What pending_bytes says at least until the end was taken: the size of a record's head.
+_SOMETHING = 32
+
+
+class V1View:
+    """The migration region of one connection.
+
+    Args:
+        engine: the function's engine.
+        name: the function's name, for the shared memory.
+        index: of the region.
+        data_size: bytes of the data section, whole pages.
+    """
+
+    def __init__(self, engine: MigrationEngine, name: str, index: int, data_size: int) -> None:
+        self._engine = engine
+        self._name = name
+        self._layout = RegionLayout(mmap.PAGESIZE, data_size)
+        self._iteration = Iteration(self._layout)
+        self._memory: SharedMemory | None = None
+        self._reserved = 0
+        self.index = index
+        self._readers: Mapping[Register, Callable[[], ReadAnswer]] = {
+            Register.DEVICE_STATE: self._read_state,
+            Register.RESERVED: lambda: pack_register(Register.RESERVED, 0),
+            Register.PENDING_BYTES: self._read_pending,
+            Register.DATA_OFFSET: self._read_offset,
+            Register.DATA_SIZE: self._read_size,
+        }
+
+    @property
+    def spec(self) -> RegionSpec:
+        """What the region says about itself."""
+        spec = self._layout.spec()
+        return RegionSpec(self.index, spec.size, spec.flags, spec.areas, type=spec.type, mappable=True)
+
+    @property
+    def memory(self) -> SharedMemory:
+        """The whole region's memory; made when it is first needed."""
+        if self._memory is None:
+            self._memory = SharedMemory(f"vfiouser-{self._name}-migration", self._layout.size)
+        return self._memory
+
+    def fileno(self) -> int:
+        """Return the descriptor that maps the data section; it stays ours."""
+        return self.memory.fileno()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    def read(self, offset: int, count: int) -> ReadAnswer:
+        """Read a register or a part of the data section.
+
+        Args:
+            offset: in the region, bytes.
+            count: bytes, at least 1.
+
+        Raises:
+            CommandError: EINVAL for what is no such access, or out of sequence.
+        """
+        place = self._layout.locate(offset, count)
+        self._follow()
+        if isinstance(place, DataAccess):
+            start = self._layout.data_start
+            return bytes(self.memory.view[start + place.start : start + place.end])
+        return self._readers[place]()
+
+    def write(self, offset: int, data: bytes) -> Awaitable[None] | None:
+        """Write a register or a part of the data section.
+
+        Args:
+            offset: in the region, bytes.
+            data: what is written, at least one byte.
+
+        Raises:
+            CommandError: EINVAL as for `read`, EBUSY while the other generation migrates.
+        """
+        place = self._layout.locate(offset, len(data))
+        self._engine.require_owner(Owner.V1, "a write to the migration region")
+        self._follow()
+        if isinstance(place, DataAccess):
+            self._iteration.require_data_access(write=True)
+            start = self._layout.data_start
+            self.memory.view[start + place.start : start + place.end] = data
+            return None
+        require_writable(place, self._iteration.state)
+        if place is Register.DEVICE_STATE:
+            return self._write_state(unpack_register(data))
+        if place is Register.DATA_SIZE:
+            return self._consume(self._iteration.write_size(unpack_register(data)))
+        return None
+
+    def _follow(self) -> None:
+        """Let the iteration follow the engine; while the other generation migrates, there is nothing to iterate."""
+        mine = self._engine.owner in (None, Owner.V1)
+        self._iteration.enter(self._engine.state_shown if mine else DeviceState.RUNNING)
+
+    # Registers
+
+    def _read_state(self) -> bytes:
+        value = FROM_V2[self._engine.state_shown] | self._reserved
+        return pack_register(Register.DEVICE_STATE, value)
+
+    async def _write_state(self, value: int) -> None:
+        await self._engine.request(lambda current: require_transition(current, value), Owner.V1)
+        self._reserved = value & ~STATE_MASK & 0xFFFF_FFFF
+        self._follow()
+
+    async def _read_pending(self) -> bytes:
+        self._iteration.begin_pending()
+        source = self._engine.work.source
+        amount = 0
+        if source is not None and self._iteration.state in (DeviceState.PRE_COPY, DeviceState.STOP_COPY):
+            amount = await self._amount()
+        return pack_register(Register.PENDING_BYTES, self._iteration.pending(amount))
+
+    async def _amount(self) -> int:
+        """Bytes that are there or expected; before the stop 0 if the agent has nothing now."""
+        source = self._engine.work.source
+        assert source is not None
+        if not source.final and not source.buffered and not self._iteration.chunk:
+            await source.prepare(1, message_deadline())
+            if not source.buffered:
+                return 0
+        if source.exhausted:
+            return self._iteration.chunk
+        return max(_SOMETHING, self._iteration.chunk + source.buffered + source.remaining)
+
+    async def _read_offset(self) -> bytes:
+        if self._iteration.offset():
+            source = self._engine.work.source
+            if source is None:
+                raise CommandError("data_offset was read while no state is being saved")
+            await source.prepare(self._layout.data_size, message_deadline())
+            data = source.take(self._layout.data_size)
+            start = self._layout.data_start
+            self.memory.view[start : start + len(data)] = data
+            self._iteration.prepared(len(data))
+        return pack_register(Register.DATA_OFFSET, self._layout.data_start)
+
+    def _read_size(self) -> bytes:
+        size = self._iteration.size()
+        source = self._engine.work.source
+        if source is not None and source.exhausted:
+            # The client knows now how much of the last chunk there is, and has it: this is the point of no return.
+            self._engine.work.trailer_handed = True
+        return pack_register(Register.DATA_SIZE, size)
+
+    async def _consume(self, size: int) -> None:
+        destination = self._engine.work.destination
+        if destination is None:
+            raise CommandError("data_size was written while no state is being loaded")
+        if size:
+            start = self._layout.data_start
+            # Copied once: the client can still write the original.
+            await destination.write(bytes(self.memory.view[start : start + size]), message_deadline())

@@ -1,0 +1,150 @@
+"""The v2 generation's face: DEVICE_FEATURE, MIG_DATA_READ and MIG_DATA_WRITE."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
+
+from vfiouser_oob.migration.dirty import DirtyTracker
+from vfiouser_oob.migration.engine import MigrationEngine, Owner, Truth, message_deadline
+from vfiouser_protocol.codec import decode, encode
+from vfiouser_protocol.constants import DeviceState
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.messages import (
+    FeatureDeviceState,
+    FeatureLoggingReport,
+    FeatureLoggingStart,
+    MigDataRead,
+    MigDataReadReply,
+    MigDataWrite,
+)
+from vfiouser_protocol.migration_v2 import READABLE, WRITABLE, FeatureAction, FeatureCall, interpret_feature
+from vfiouser_protocol.rules import check_request
+
+Answer: TypeAlias = "bytes | Awaitable[bytes]"
+_MIG_DATA_FIXED = 8
+
+
+class V2View:
+    """The v2 commands of one connection.
+
+    Args:
+        engine: the function's engine.
+        dirty: the connection's dirty log.
+        max_read: bytes that the client takes per MIG_DATA_READ.
+        max_write: bytes that we take per MIG_DATA_WRITE.
+    """
+
+    def __init__(self, engine: MigrationEngine, dirty: DirtyTracker, max_read: int, max_write: int) -> None:
+        self._engine = engine
+        self._dirty = dirty
+        self._max_read = max_read
+        self._max_write = max_write
+        self._actions: Mapping[FeatureAction, Callable[[FeatureCall], Answer]] = {
+            FeatureAction.PROBED: lambda call: call.echo(),
+            FeatureAction.GET_MIGRATION: lambda call: call.flags(precopy=engine.config.precopy),
+            FeatureAction.GET_STATE: self._get_state,
+            FeatureAction.SET_STATE: self._set_state,
+            FeatureAction.START_LOGGING: self._start_logging,
+            FeatureAction.STOP_LOGGING: self._stop_logging,
+            FeatureAction.REPORT: self._report,
+        }
+
+    def device_feature(self, payload: bytes, *, posted: bool) -> Answer:
+        """DEVICE_FEATURE.
+
+        Args:
+            payload: behind the request's header.
+            posted: nobody waits for the reply.
+
+        Raises:
+            CommandError: refused.
+        """
+        call = interpret_feature(payload)
+        answer = self._actions[call.action](call)
+        if posted and call.action is FeatureAction.REPORT and not isinstance(answer, bytes):
+            return self._unheard(answer)
+        return answer
+
+    async def _unheard(self, answer: Awaitable[bytes]) -> bytes:
+        """A report that is not sent has told nobody anything."""
+        reply = await answer
+        self._dirty.log.undo_report()
+        return reply
+
+    def _get_state(self, call: FeatureCall) -> Answer:
+        if self._engine.truth is Truth.UNKNOWN:
+            return self._get_state_later(call)
+        return call.state(self._engine.state_shown)
+
+    async def _get_state_later(self, call: FeatureCall) -> bytes:
+        return call.state(await self._engine.state_now())
+
+    async def _set_state(self, call: FeatureCall) -> bytes:
+        assert isinstance(call.data, FeatureDeviceState)
+        await self._engine.request(self._engine.plan_for(call.data.device_state), Owner.V2)
+        return call.echo()
+
+    async def _start_logging(self, call: FeatureCall) -> bytes:
+        assert isinstance(call.data, FeatureLoggingStart)
+        return call.started(await self._dirty.start(call.data.page_size, call.data.ranges, message_deadline()))
+
+    async def _stop_logging(self, call: FeatureCall) -> bytes:
+        await self._dirty.stop(message_deadline())
+        return call.echo()
+
+    async def _report(self, call: FeatureCall) -> bytes:
+        data = call.data
+        assert isinstance(data, FeatureLoggingReport)
+        bitmap = await self._dirty.report(data.iova, data.length, data.page_size, message_deadline())
+        return call.report(bitmap)
+
+    async def data_read(self, payload: bytes) -> bytes:
+        """MIG_DATA_READ: in STOP_COPY short only at the end, in PRE_COPY only when there is no more for now.
+
+        Args:
+            payload: behind the request's header.
+
+        Raises:
+            CommandError: refused, or the agent does not give the state.
+        """
+        request = decode(MigDataRead, payload)
+        check_request(request, self._max_read)
+        self._require(READABLE, "MIG_DATA_READ")
+        source = self._engine.work.source
+        if source is None:
+            raise CommandError("MIG_DATA_READ while no state is being saved")
+        size = request.size
+        data = b""
+        if size:
+            await source.prepare(size, message_deadline())
+            data = source.take(size)
+            self._engine.work.trailer_handed |= source.exhausted
+        padding = bytes(size - len(data)) if self._engine.config.pad_reads else b""
+        return encode(MigDataReadReply(_MIG_DATA_FIXED + len(data), len(data), data)) + padding
+
+    async def data_write(self, payload: bytes) -> bytes:
+        """MIG_DATA_WRITE.
+
+        Args:
+            payload: behind the request's header.
+
+        Raises:
+            CommandError: refused; after that the load has failed, unless nothing of it was taken.
+        """
+        request = decode(MigDataWrite, payload)
+        check_request(request, self._max_write)
+        self._require(WRITABLE, "MIG_DATA_WRITE")
+        destination = self._engine.work.destination
+        if destination is None:
+            raise CommandError("MIG_DATA_WRITE while no state is being loaded")
+        if request.size:
+            await destination.write(request.data, message_deadline())
+        return b""
+
+    def _require(self, states: frozenset[DeviceState], what: str) -> None:
+        self._engine.require_owner(Owner.V2, what)
+        state = self._engine.state_shown
+        if state not in states:
+            allowed = " or ".join(sorted(item.name for item in states))
+            raise CommandError(f"{what} in {state.name}; it is for {allowed}")
