@@ -96,6 +96,8 @@ class Session:
         flags = IRQ_FLAGS[index] if index < len(self.irqs) else 0
         if index == 0 and self.bad("info/intx-no-automask"):
             flags = 3
+        if index == 0 and self.bad("info/intx-flags-plain"):
+            flags = 1
         if self.bad("info/too-many-vectors") and index == 1:
             count = 33
         if self.bad("info/msix-count-off") and index == 2:
