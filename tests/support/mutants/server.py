@@ -430,7 +430,7 @@ class Connection:
             "write_multiple": True,
         }
         found = {name: value for name, value in own.items() if name in proposed}
-        if "migration" in proposed and self.server.variant.migration:
+        if "migration" in proposed and self.server.variant.migration and not bad("v1/no-pgsize"):
             found["migration"] = {"pgsize": min(4096, proposed["migration"].get("pgsize", 4096))}
         self._spoil(found, proposed)
         fds = self._grant_twin(found, proposed)

@@ -295,6 +295,8 @@ def mapping_shows_reads(t: Trial) -> None:
     """
     link = t.attach()
     for region in _mappable(t):
+        if region.index == t.facts.v1_region:
+            continue  # its data can be read while it is saved only
         fd = _ask(link, region.index, region.argsz).fds[0]
         for offset, size in region.areas:
             view = _view(t, region, fd, offset, size)
