@@ -305,7 +305,7 @@ def mapping_shows_reads(t: Trial) -> None:
                 same(read.hex(), view[at : at + 64].hex(), f"bytes of region {region.index} at {offset + at:#x}")
 
 
-@AREA.case(15, MUST, "R097 R098", "region-info/map-is-copy region-info/map-shows-other", effect=Effect.DEVICE)
+@AREA.case(15, MUST, "R097 R098 R396", "region-info/map-is-copy region-info/map-shows-other", effect=Effect.DEVICE)
 def mapping_is_shared(t: Trial) -> None:
     """What is written through the mapping is read by messages, and the other way round.
 
