@@ -40,6 +40,7 @@ SCENARIOS = (
     "resets",
     "unmap_under_io",
     "map_errors",
+    "peer_to_peer",
     "locked_memory_limit",
     "kept_descriptor",
     "second_daemon",

@@ -252,6 +252,24 @@ def unmap_under_io() -> None:
         client(unmap_work, served)
 
 
+async def peer_to_peer_work(path: Path) -> None:
+    """A BAR is mapped for DMA by its descriptor, like memory, and taken back."""
+    async with Client.connect(path) as connected:
+        await connected.region_write(RegionIndex.CONFIG, 4, b"\x06\x00")
+        region = await connected.get_region_info(0)
+        assert region.fd is not None
+        offset = region.description.offset
+        await connected.dma_map(0x2_0000_0000, 0x4000, fd=region.fd.fileno(), offset=offset)
+        region.close()
+        await connected.dma_unmap(0x2_0000_0000, 0x4000)
+
+
+def peer_to_peer() -> None:
+    """A BAR as the target of DMA."""
+    with daemon(NVME) as served:
+        client(peer_to_peer_work, served)
+
+
 async def map_errors_work(path: Path) -> None:
     """Each mapping that cannot be, with its errno; a range without file is accepted."""
     fd = os.memfd_create("client")
@@ -509,6 +527,7 @@ SCENARIOS: Mapping[str, Callable[[], None]] = {
         resets,
         unmap_under_io,
         map_errors,
+        peer_to_peer,
         locked_memory_limit,
         kept_descriptor,
         second_daemon,
