@@ -15,7 +15,7 @@ import trio
 from kvfio import bed
 from kvfio.admin import AdminQueue
 from kvfio.bed import IGB, NOBODY, NVME, SHARED, background_client, client, daemon
-from kvfio.nested import stock_qemu
+from kvfio.nested import stock_linux, stock_qemu
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
@@ -508,6 +508,17 @@ def qemu() -> None:
         print(f"messages={served.status()['messages']}")
 
 
+def linux() -> None:
+    """Linux in nested QEMU uses the function, with verified data."""
+    with daemon(NVME, reply_budget_s=100.0) as served:
+
+        def accesses() -> int:
+            messages = served.status()["messages"]
+            return sum(messages.get(name, 0) for name in ACCESS_COMMANDS)
+
+        client(lambda path: stock_linux(path, accesses), served, uid=0)
+
+
 def bind_nvme() -> None:
     """Bind the function that most scenarios are about, by our command."""
     assert "nvme" == bed.driver_of(NVME)
@@ -537,5 +548,6 @@ SCENARIOS: Mapping[str, Callable[[], None]] = {
         no_permission,
         igb_vf,
         qemu,
+        linux,
     )
 }
