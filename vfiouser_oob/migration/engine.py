@@ -100,6 +100,7 @@ class MigrationEngine:
         #: Whether the agent was asked, since the daemon began or a client left a migration behind.
         self.asked = False
         self.fenced = False
+        self._paused = False
         #: Told after every reset of the function through the agent, which ends its dirty log.
         self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
         self._log = log
@@ -134,11 +135,18 @@ class MigrationEngine:
         if self._probing is not None or self._busy or self.link.begun is not None:
             return
         pause = self.config.retry_s
-        with trio.CancelScope() as self._probing:
+        with trio.CancelScope() as scope:
+            self._probing = scope
             while not await self._ask_in_background():
                 await trio.sleep(pause)
                 pause = min(2 * pause, _PAUSE_MAX_S)
-        self._probing = None
+        if self._probing is scope:
+            self._probing = None
+
+    def _stop_probing(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+            self._probing = None
 
     async def _ask_in_background(self) -> bool:
         """Ask once; returns whether there is no need to ask again."""
@@ -160,6 +168,7 @@ class MigrationEngine:
         self.asked = True
         found = verdict(status)
         self.fenced = found is Verdict.FENCED
+        self._paused = found is Verdict.PAUSED
         if found is Verdict.FREE:
             return
         self.tracer.note("the function does not run", agent_state=status.state.value, verdict=found.value)
@@ -179,6 +188,7 @@ class MigrationEngine:
         await self._running.wait()
         deadline = message_deadline()
         async with self._lock:
+            self._stop_probing()
             self.actions.device = device
             try:
                 await self._free(deadline)
@@ -192,9 +202,9 @@ class MigrationEngine:
 
     async def _free(self, deadline: float) -> None:
         """Ask, if there is any doubt that the function runs, and reset it if it must not go on."""
-        if not (self._busy or self.fenced) and self.asked:
+        if not (self._busy or self.fenced or self._paused) and self.asked:
             return
-        if not self._busy and not self.fenced:
+        if not self._busy and not self.asked:
             with trio.move_on_at(min(deadline, trio.current_time() + self.config.call_s)):
                 await self._ask_first()
             if not self.asked:  # the agent is away; what it stopped stays stopped, and the client gets to know later
@@ -202,6 +212,10 @@ class MigrationEngine:
         if self.truth is Truth.UNKNOWN and not self.fenced:
             with trio.move_on_at(trio.current_time() + (deadline - trio.current_time()) * _FORWARD):
                 await self._settled.wait()
+        if self._paused and not self._busy:
+            await self.actions.resume(deadline)
+            self._paused = False
+            await self.link.close()
         if self.fenced or self._busy:
             self._stop_settling()
             self.work.drop_pipelines()
@@ -221,9 +235,8 @@ class MigrationEngine:
         self.asked = True
         found = verdict(status)
         self.fenced = found is Verdict.FENCED
-        if found is Verdict.PAUSED:
-            await self.actions.resume(trio.current_time() + self.config.stop_s)
-        if not self.fenced:
+        self._paused = found is Verdict.PAUSED
+        if found is Verdict.FREE:
             await self.link.close()
 
     async def detach(self, *, logged: bool) -> None:
@@ -320,8 +333,7 @@ class MigrationEngine:
         deadline = message_deadline()
         async with self._lock:
             await self._require_known(deadline)
-            if self._probing is not None:
-                self._probing.cancel()
+            self._stop_probing()
             self._stop_leaving()
             self.require_owner(owner, "a state change")
             origin = self.state
@@ -576,7 +588,7 @@ class MigrationEngine:
             await self._reset_through_agent(deadline, device=True)
 
     async def _clear_agent(self, deadline: float) -> None:
-        """Reset an agent that still is in a migration of a function that runs; if it cannot, it will be told to leave."""
+        """Reset an agent that has not left the migration of a function that runs; else it is told to later."""
         now = trio.current_time()
         self._stop_leaving()
         try:

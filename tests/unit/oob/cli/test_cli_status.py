@@ -35,6 +35,7 @@ ATTACHED: FunctionStatus = {
     "fds": 4,
     "messages": {"REGION_READ": 20, "DMA_MAP": 5},
     "dma": {"read_messages": 0},
+    "migration": None,
     "unavailable": None,
     "last_error": None,
 }
@@ -50,6 +51,7 @@ IDLE: FunctionStatus = {
     "irqs": {},
     "fds": 0,
     "messages": {},
+    "migration": None,
     "unavailable": None,
     "last_error": "upstream refused\nthe version",
 }
