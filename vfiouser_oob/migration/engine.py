@@ -72,7 +72,7 @@ def message_deadline() -> float:
     """The time by which work for the current message has to be done, as trio's clock has it."""
     deadline = trio.current_effective_deadline()
     left = deadline - trio.current_time()
-    return deadline - min(_MARGIN_S, left * _MARGIN_PART) if left < float("inf") else deadline
+    return deadline - min(_MARGIN_S, left * _MARGIN_PART) if 0 < left < float("inf") else deadline
 
 
 class MigrationEngine:
