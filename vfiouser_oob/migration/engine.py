@@ -100,6 +100,7 @@ class MigrationEngine:
         #: Whether the agent was asked, since the daemon began or a client left a migration behind.
         self.asked = False
         self.fenced = False
+        self._paused = False
         #: Told after every reset of the function through the agent, which ends its dirty log.
         self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
         self._log = log
@@ -109,6 +110,7 @@ class MigrationEngine:
         self._settled = trio.Event()
         self._settled.set()
         self._settling: trio.CancelScope | None = None
+        self._leaving: trio.CancelScope | None = None
         self._probing: trio.CancelScope | None = None
         self.actions.device_failed = self._fail_device
         self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
@@ -130,14 +132,21 @@ class MigrationEngine:
 
     async def _probe(self) -> None:
         """Ask the agent where the function is, in the background; what the client wants goes first."""
-        if self._probing is not None or self._busy:
+        if self._probing is not None or self._busy or self.link.begun is not None:
             return
         pause = self.config.retry_s
-        with trio.CancelScope() as self._probing:
+        with trio.CancelScope() as scope:
+            self._probing = scope
             while not await self._ask_in_background():
                 await trio.sleep(pause)
                 pause = min(2 * pause, _PAUSE_MAX_S)
-        self._probing = None
+        if self._probing is scope:
+            self._probing = None
+
+    def _stop_probing(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+            self._probing = None
 
     async def _ask_in_background(self) -> bool:
         """Ask once; returns whether there is no need to ask again."""
@@ -145,20 +154,21 @@ class MigrationEngine:
             status = await self.link.status(trio.current_time() + self.config.call_s)
         except AgentError:  # traced; it is of interest as long as nobody ever answered
             return self.asked
-        if not self._busy:
+        if not self._busy and self.link.begun is None:
             self._judge(status)
             await self.link.close()
         return True
 
     @property
     def _busy(self) -> bool:
-        return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN or self.link.begun is not None
+        return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN
 
     def _judge(self, status: Status) -> None:
         """Take what the agent says about a function that no migration of ours is about."""
         self.asked = True
         found = verdict(status)
         self.fenced = found is Verdict.FENCED
+        self._paused = found is Verdict.PAUSED
         if found is Verdict.FREE:
             return
         self.tracer.note("the function does not run", agent_state=status.state.value, verdict=found.value)
@@ -178,6 +188,7 @@ class MigrationEngine:
         await self._running.wait()
         deadline = message_deadline()
         async with self._lock:
+            self._stop_probing()
             self.actions.device = device
             try:
                 await self._free(deadline)
@@ -191,9 +202,9 @@ class MigrationEngine:
 
     async def _free(self, deadline: float) -> None:
         """Ask, if there is any doubt that the function runs, and reset it if it must not go on."""
-        if not (self._busy or self.fenced) and self.asked:
+        if not (self._busy or self.fenced or self._paused) and self.asked:
             return
-        if not self._busy and not self.fenced:
+        if not self._busy and not self.asked:
             with trio.move_on_at(min(deadline, trio.current_time() + self.config.call_s)):
                 await self._ask_first()
             if not self.asked:  # the agent is away; what it stopped stays stopped, and the client gets to know later
@@ -201,6 +212,10 @@ class MigrationEngine:
         if self.truth is Truth.UNKNOWN and not self.fenced:
             with trio.move_on_at(trio.current_time() + (deadline - trio.current_time()) * _FORWARD):
                 await self._settled.wait()
+        if self._paused and not self._busy:
+            await self.actions.resume(deadline)
+            self._paused = False
+            await self.link.close()
         if self.fenced or self._busy:
             self._stop_settling()
             self.work.drop_pipelines()
@@ -220,9 +235,8 @@ class MigrationEngine:
         self.asked = True
         found = verdict(status)
         self.fenced = found is Verdict.FENCED
-        if found is Verdict.PAUSED:
-            await self.actions.resume(trio.current_time() + self.config.stop_s)
-        if not self.fenced:
+        self._paused = found is Verdict.PAUSED
+        if found is Verdict.FREE:
             await self.link.close()
 
     async def detach(self, *, logged: bool) -> None:
@@ -249,7 +263,7 @@ class MigrationEngine:
                 self.tracer.note("the function stays stopped until it is reset for its next client")
                 await self.link.close(force=True)
             elif self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN:
-                self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+                self._leave_later()
                 self._now(DeviceState.RUNNING, "the client has gone")
             elif self.truth is Truth.KNOWN:
                 self._settle(Goal.RESUME)
@@ -259,7 +273,7 @@ class MigrationEngine:
         """A function that runs and has no client needs no session."""
         assert self._nursery is not None
         if self.link.begun is not None:
-            self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+            self._leave_later()
         else:
             await self.link.close(force=True)
 
@@ -272,10 +286,33 @@ class MigrationEngine:
         if not self._busy:
             await self.link.close()
 
-    async def _leave(self, outcome: Outcome, abort: bool) -> None:
-        await self.link.leave(outcome, trio.current_time() + self.config.call_s, abort=abort)
-        if not self._busy:
-            await self.link.close()
+    def _leave_later(self, outcome: Outcome = Outcome.CANCELLED) -> None:
+        """End what was begun at the agent, in the background, since the function runs in any case."""
+        assert self._nursery is not None
+        if self.link.begun is not None and self._leaving is None:
+            self._leaving = trio.CancelScope()
+            self._nursery.start_soon(self._leave, outcome, self._leaving)
+
+    async def _leave(self, outcome: Outcome, scope: trio.CancelScope) -> None:
+        pause = self.config.retry_s
+        with scope:
+            while self.link.begun is not None:
+                try:
+                    await self.link.leave(outcome, trio.current_time() + self.config.call_s, abort=True)
+                except AgentError as error:  # traced; the migration is left when the agent is back
+                    if error.fatal:
+                        break
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, _PAUSE_MAX_S)
+            if self.actions.device is None:
+                await self.link.close()
+        if self._leaving is scope:
+            self._leaving = None
+
+    def _stop_leaving(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
 
     async def settle(self) -> None:
         """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
@@ -296,8 +333,8 @@ class MigrationEngine:
         deadline = message_deadline()
         async with self._lock:
             await self._require_known(deadline)
-            if self._probing is not None:
-                self._probing.cancel()
+            self._stop_probing()
+            self._stop_leaving()
             self.require_owner(owner, "a state change")
             origin = self.state
             now = trio.current_time()
@@ -395,12 +432,13 @@ class MigrationEngine:
 
     async def _undo_leave(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         self.work.drop_pipelines()
-        await self.link.leave(Outcome.FAILED, min(deadline, trio.current_time() + self.config.call_s), abort=True)
         if origin in _RUNS and self.state is DeviceState.STOP:
             await self.actions.resume(deadline)
             self._back_to_running(f"brought back: {failure}")
         elif self.state is DeviceState.RUNNING:
             self._back_to_running(str(failure))
+        else:
+            self._leave_later(Outcome.FAILED)
 
     async def _undo_reset(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         self.work.drop_pipelines()
@@ -421,9 +459,7 @@ class MigrationEngine:
     def _back_to_running(self, why: str) -> None:
         self.work.drop_pipelines()
         self._now(DeviceState.RUNNING, why)
-        if self.link.begun is not None:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+        self._leave_later()
 
     def _adopt(self, status: Status) -> None:
         """Make the agent's word the truth."""
@@ -443,6 +479,7 @@ class MigrationEngine:
         self.truth = Truth.KNOWN
         self._settled.set()
         if state is DeviceState.RUNNING:
+            self._leave_later(Outcome.SUCCESS if self.work.committed else Outcome.CANCELLED)
             self.owner = None
             self.fenced = False
             self.asked = True
@@ -543,10 +580,22 @@ class MigrationEngine:
         """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs."""
         deadline = message_deadline()
         if not self._busy:
+            if self.link.begun is not None:
+                await self._clear_agent(deadline)
             await self.actions.reset_device(deadline)
             return
         async with self._lock:
             await self._reset_through_agent(deadline, device=True)
+
+    async def _clear_agent(self, deadline: float) -> None:
+        """Reset an agent that has not left the migration of a function that runs; else it is told to later."""
+        now = trio.current_time()
+        self._stop_leaving()
+        try:
+            await self.actions.reset_agent(now + (deadline - now) * _FORWARD)
+            await self._agent_was_reset(deadline)
+        except AgentError:  # traced
+            self._leave_later()
 
     async def function_reset(self) -> None:
         """The guest has reset the function through configuration space, which the device has done already."""
@@ -568,6 +617,7 @@ class MigrationEngine:
 
     async def _reset_through_agent(self, deadline: float, *, device: bool) -> None:
         self._stop_settling()
+        self._stop_leaving()
         self.work.drop_pipelines()
         try:
             await self.actions.reset_agent(deadline)

@@ -6,15 +6,15 @@ All of this belongs to the function and lives in the device process, so it outli
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
 from vfiouser_agents.api import AgentState, Capabilities, Descriptor, Event, EventKind, FunctionInfo, Role, Status
 from vfiouser_agents.dirtylog import PageLog
 from vfiouser_agents.errors import CorruptState, InvalidState
-from vfiouser_oob.devices.base import ResetKind
 from vfiouser_agents.events import EventFeed
+from vfiouser_oob.devices.base import ResetKind
 from vfiouser_oob.simulator.agent.payload import LoadedParts, SavedParts, StateReader, StateWriter
 from vfiouser_oob.simulator.agent.state_memory import StateMemory, StateMemoryOptions
 from vfiouser_oob.simulator.nvme import snapshot
@@ -55,7 +55,7 @@ class MigrationOptions:
         drain_s: seconds that commands in execution get to finish when it is stopped.
     """
 
-    memory: StateMemoryOptions = StateMemoryOptions()
+    memory: StateMemoryOptions = field(default_factory=StateMemoryOptions)
     firmware: str | None = None
     drain_s: float = DRAIN_S
 

@@ -226,9 +226,7 @@ class _Reader:
             completion_queues=_by_id("completion", completions),
             features=FeatureValues(_features(raw["features"]), _features(raw["saved_features"])),
             event_requests=deque(_numbers("event_requests", raw["event_requests"], _U16)),
-            events=deque(
-                AsyncEvent(*_numbers("events", row, 0xFF, 3)) for row in _rows("events", raw["events"])
-            ),
+            events=deque(AsyncEvent(*_numbers("events", row, 0xFF, 3)) for row in _rows("events", raw["events"])),
             masked_events=set(_numbers("masked_events", raw["masked_events"], 0xFF)),
             changed_namespaces=set(_numbers("changed_namespaces", raw["changed_namespaces"], _U32)),
             errors=deque(
