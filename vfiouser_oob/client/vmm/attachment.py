@@ -6,7 +6,10 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Unpack
+from functools import partial
+from typing import Any, Unpack
+
+import trio
 
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.connection import ClientOptions
@@ -63,6 +66,42 @@ class Attachment:
         self.memory = memory
         self._bar: MappedRegion | None = bar
         self._eventfds: list[OwnedFd] = []
+        self._leave = trio.Event()
+        self._left = trio.Event()
+
+    @classmethod
+    async def start(
+        cls, nursery: trio.Nursery, path: str | os.PathLike[str], memory: ClientMemory, **options: Any
+    ) -> Attachment:
+        """Attach a function and hold it until `detach`, in a task of its own.
+
+        Args:
+            nursery: where the task runs.
+            path: see `open`.
+            memory: see `open`.
+            options: see `open`.
+        """
+        attachment: Attachment = await nursery.start(partial(cls._hold, path, memory, **options))
+        return attachment
+
+    @classmethod
+    async def _hold(
+        cls,
+        path: str | os.PathLike[str],
+        memory: ClientMemory,
+        *,
+        task_status: trio.TaskStatus[Attachment],
+        **options: Any,
+    ) -> None:
+        async with cls.open(path, memory, **options) as attachment:
+            task_status.started(attachment)
+            await attachment._leave.wait()
+        attachment._left.set()
+
+    async def detach(self) -> None:
+        """Let go of what `start` attached: the VMM ends, or gives the function up."""
+        self._leave.set()
+        await self._left.wait()
 
     @classmethod
     @asynccontextmanager

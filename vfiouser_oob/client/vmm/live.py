@@ -64,12 +64,15 @@ class LiveOptions:
         rounds: the most rounds of pre-copy.
         enough_pages: so few dirty pages are left for the time after the stop.
         precopy_s: seconds after which pre-copy ends even if it does not converge.
+        compare: whether both guest memories are compared after the last page was carried; the time for that does not
+            count as downtime.
     """
 
     precopy: bool = True
     rounds: int = 5
     enough_pages: int = 64
     precopy_s: float = 30.0
+    compare: bool = False
 
 
 @dataclass(slots=True)
@@ -84,6 +87,7 @@ class LiveProgress:
         dirty_by_device: pages that the function's log named.
         seconds: duration of each phase that is over.
         downtime_s: how long the processors stood still.
+        memory_equal: whether both guest memories were equal when the destination took over; None: not compared.
     """
 
     phase: MigrationPhase = MigrationPhase.SETUP
@@ -93,6 +97,7 @@ class LiveProgress:
     dirty_by_device: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     downtime_s: float = 0.0
+    memory_equal: bool | None = None
 
     @property
     def total_state(self) -> int:
@@ -221,12 +226,13 @@ class LiveMigration:
         self._logging = False
         self._copy_memory()
         self._memory.log_writes(False)
+        compared_s = self._compare() if self._options.compare else 0.0
         self._enter(MigrationPhase.SWITCH)
         await self._place.restore(config)
         with trio.CancelScope(shield=True):
             await self._commit()
             await self._machine.arrive(self._place)
-        self.progress.downtime_s = time.perf_counter() - stopped_at
+        self.progress.downtime_s = time.perf_counter() - stopped_at - compared_s
         self._enter(MigrationPhase.DONE)
 
     async def _commit(self) -> None:
@@ -280,6 +286,12 @@ class LiveMigration:
         """Learn which pages the function and the processors have written."""
         self.progress.dirty_by_device += self._copier.mark(await self._source.dirty(self._memory))
         self._copier.mark(self._memory.take_written())
+
+    def _compare(self) -> float:
+        """Compare both memories; returns how many seconds that took."""
+        began = time.perf_counter()
+        self.progress.memory_equal = self._copier.equal()
+        return time.perf_counter() - began
 
     def _copy_memory(self) -> None:
         phase = self.progress.phase.value

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory
 
+#: Bytes compared at once.
+_COMPARED = 1 << 20
 _RUN = re.compile("1+")
 
 
@@ -61,6 +63,16 @@ class MemoryCopier:
             done += size
         self._dirty = 0
         return done
+
+    def equal(self) -> bool:
+        """Whether both memories hold the same."""
+        starts = range(self._source.base, self._source.base + self._source.size, _COMPARED)
+        end = self._source.base + self._source.size
+        return all(
+            bytes(self._source.view(start, size)) == bytes(self._destination.view(start, size))
+            for start in starts
+            if (size := min(_COMPARED, end - start))
+        )
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """First page and length of each run of dirty pages."""
