@@ -269,6 +269,11 @@ class NvmeDriver:
         """How many commands wait for their completion."""
         return sum(queue.outstanding for queue in self._queues)
 
+    @property
+    def positions(self) -> list[tuple[int, int, int]]:
+        """Submission tail, completion head and phase bit of each queue."""
+        return [queue.position for queue in self._queues]
+
     async def move(self, client: Client, memory: ClientMemory, bar: MappedRegion, eventfds: list[OwnedFd]) -> None:
         """Find another function behind the same registers; the processors have to be stopped, and go on when this is
         done.

@@ -150,6 +150,11 @@ class QueuePair:
         self._bar = bar
 
     @property
+    def position(self) -> tuple[int, int, int]:
+        """Submission tail, completion head and phase bit."""
+        return self._tail, self._head, self._phase
+
+    @property
     def outstanding(self) -> int:
         """How many commands wait for their completion."""
         return len(self._slots)

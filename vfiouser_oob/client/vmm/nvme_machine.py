@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import trio
+
 from vfiouser_oob.client.nvme_driver import NvmeDriver
 from vfiouser_oob.client.vmm.attachment import Attachment, ConfigState, save_config
 from vfiouser_oob.client.vmm.live import VirtualMachine
+
+#: How often, and after which pause in seconds, a moment with I/O in flight is looked for.
+_TRIES = 5
+_PAUSE_S = 0.0005
 
 
 class NvmeMachine(VirtualMachine):
@@ -18,7 +24,13 @@ class NvmeMachine(VirtualMachine):
         self._driver = driver
 
     async def stop(self) -> None:
-        """Stop the processors."""
+        """Stop the processors; if there is I/O at all, at a moment when some is in flight."""
+        for _ in range(_TRIES):
+            await self._driver.processors.stop()
+            if self._driver.outstanding:
+                return
+            self._driver.processors.go()
+            await trio.sleep(_PAUSE_S)
         await self._driver.processors.stop()
 
     def go(self) -> None:
