@@ -20,7 +20,7 @@ from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_protocol.capabilities import Capabilities
-from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex
+from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, RegionIndex
 from vfiouser_protocol.dma import DmaRegion
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqDescription
@@ -92,6 +92,11 @@ class KernelVfioSession(BackendSession):
         if slow or self._worker.busy:
             return self._in_worker(what, lambda: self._device.write(region, offset, data))
         return explain(what, lambda: self._device.write(region, offset, data))
+
+    def flush(self) -> Answer[None]:
+        """Read a register from the device itself: posted writes reach it first."""
+        data = self.region_read(RegionIndex.CONFIG, 0, 2)
+        return None if isinstance(data, bytes) else _done(data)
 
     def reset(self) -> Answer[None]:
         """Reset the function."""
@@ -195,3 +200,7 @@ class KernelVfioSession(BackendSession):
                 self._log.warning("leaving the device: a step failed", step=what, error=error.strerror)
         self._regions.close()
         self._opened.close()
+
+
+async def _done(answer: Awaitable[bytes]) -> None:
+    await answer
