@@ -77,11 +77,10 @@ class FakeDevice:
         return b""
 
     def reset(self) -> None:
-        """Power-on state; interrupts stay set up."""
+        """Power-on state, but for interrupts and the command register, which the kernel restores."""
         if not self.has_reset:
             raise fail(errno.EINVAL)
         self.resets += 1
-        self.config[4:6] = bytes(2)
         self.config[PCIE + 9] &= 0x7F
         for memory in self.bars.values():
             memory[:] = bytes(len(memory))

@@ -114,10 +114,12 @@ async def test_registers_by_system_calls(kernel: FakeKernel) -> None:
 async def test_resets_are_waited_for_in_a_thread(kernel: FakeKernel) -> None:
     """DEVICE_RESET, and config writes that start a reset, do not hold up the event loop."""
     async with session(kernel) as client:
+        await answer(client.region_write(CONFIG, 4, b"\x06\x00", posted=False))
         reset = client.reset()
         assert reset is not None
         await answer(reset)
         assert 1 == kernel.device.resets
+        assert 2 == kernel.device.command, "bus mastering is still on"
         flr = client.region_write(CONFIG, PCIE + 8, b"\x00\x80", posted=False)
         assert flr is not None
         later = client.region_write(CONFIG, 4, b"\x02\x00", posted=False)  # in order, behind the reset

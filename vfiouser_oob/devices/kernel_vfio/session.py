@@ -102,7 +102,12 @@ class KernelVfioSession(BackendSession):
         """Reset the function."""
         if not self._device.flags & DeviceInfoFlags.RESET:
             raise CommandError("the kernel knows no way to reset this function", errno.EINVAL)
-        return self._in_worker("resetting the function", self._device.reset)
+        return self._in_worker("resetting the function", self._reset)
+
+    def _reset(self) -> None:
+        # The kernel restores config space after it, and a function that was reset must not be a bus master.
+        self._device.clear_bus_master()
+        self._device.reset()
 
     def _in_worker(self, what: str, work: Callable[[], T]) -> Awaitable[T]:
         return self._worker.submit(Job(explained(what, work)))

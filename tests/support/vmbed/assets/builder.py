@@ -18,6 +18,7 @@ from vmbed.assets.apt import Package, PrivateApt, require_tools, unpack
 from vmbed.assets.archive import archive_address
 from vmbed.assets.errors import AssetError
 from vmbed.assets.initramfs import initramfs_recipe, write_initramfs
+from vmbed.assets.python import PYTHON_NEEDS, PYTHON_PACKAGE, lay_out, python_recipe
 from vmbed.assets.recipe import (
     BACKPORTS,
     BUSYBOX_PACKAGE,
@@ -58,6 +59,8 @@ def build(cache: Path, report: Report, *, archive: str | None = None, refresh: b
             manifest = Manifest.load(cache)
             if refresh or manifest is None or manifest.recipe != recipe():
                 manifest = _fetch(cache, report, archive)
+            if manifest.python_recipe != python_recipe() or not (cache / manifest.python).is_dir():
+                manifest = _fetch_python(cache, report, archive, manifest)
             if manifest.initramfs_recipe != initramfs_recipe() or not (cache / manifest.initramfs).is_file():
                 manifest = _pack(cache, report, manifest)
     except OSError as error:
@@ -114,6 +117,26 @@ def _fetch(cache: Path, report: Report, archive: str | None) -> Manifest:
         initramfs="",
         initramfs_recipe="",
     )
+
+
+def _fetch_python(cache: Path, report: Report, archive: str | None, manifest: Manifest) -> Manifest:
+    """Download, unpack and compile Python; returns a manifest that has no initramfs yet, so that it is saved."""
+    require_tools()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
+        work = Path(scratch)
+        apt = PrivateApt(work / "apt", archive or archive_address(), (SUITE,))
+        report(f"fetching the package list of {SUITE}")
+        apt.update()
+        packages = _chosen(apt.closure(PYTHON_PACKAGE, SUITE), PYTHON_NEEDS, "libpython3")
+        report(f"fetching Python for guests: {sum(package.size for package in packages) / 1e6:.0f} MB")
+        apt.download(packages, work / "debs")
+        lay_out(work / "debs", work / "python")
+        version = next(package.version for package in packages if package.name.startswith("libpython3"))
+        name = f"python-{_folder(version)}"
+        _replace_tree(work / "python", cache / name)
+    report(f"Python fetched and compiled in {time.monotonic() - started:.1f} s")
+    return replace(manifest, python=name, python_recipe=python_recipe(), initramfs_recipe="")
 
 
 def _chosen(closure: list[Package], wanted: re.Pattern[str], essential: str) -> list[Package]:
@@ -186,9 +209,9 @@ def _pack(cache: Path, report: Report, manifest: Manifest) -> Manifest:
 
 def _drop_stale(cache: Path, manifest: Manifest) -> None:
     """Remove what an earlier recipe or version left behind; a running QEMU keeps its open files."""
-    current = {manifest.qemu, manifest.kernel, manifest.initramfs}
+    current = {manifest.qemu, manifest.kernel, manifest.python, manifest.initramfs}
     for path in cache.iterdir():
-        if path.name in current or not re.match(r"^(qemu|kernel|initramfs)-|^\.build-", path.name):
+        if path.name in current or not re.match(r"^(qemu|kernel|python|initramfs)-|^\.build-", path.name):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
