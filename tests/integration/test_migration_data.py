@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -104,10 +105,10 @@ async def test_prefetch_is_bounded(tmp_path: Path) -> None:
     """While the client takes chunk n, chunk n+1 is fetched, and no more."""
     async with bed(tmp_path, state_size=4 << 20) as both, both.source.vmm() as src:
         await src.set_state(STOP_COPY)
-        await src.data_read(1)
+        await src.data_read(1000)
         source = both.source.engine.work.source
         assert source is not None
-        await until(lambda: source.buffered > FAST.chunk_size)
+        await until(lambda: source.buffered > FAST.chunk_size + 1000)
         fetched = both.source.device.calls.count("save")
         for _ in range(20):
             await trio.lowlevel.checkpoint()
@@ -163,10 +164,11 @@ async def test_interrupted_chunks_are_asked_for_again(tmp_path: Path) -> None:
 async def test_agents_that_break_the_rules(tmp_path: Path, fault: ChangesResult) -> None:
     """Chunks that are too long, empty or do not fit each other end the save, not the function."""
     async with bed(tmp_path, config=replace(FAST, chunk_size=16 << 10)) as both, both.source.vmm() as src:
-        both.agent.inject("save", fault, after=1)
+        both.agent.inject("save", fault, after=1, count=None)
         await src.set_state(STOP_COPY)
-        while not (error := await src.data_read_errno(1000)):
-            pass
+        with trio.fail_after(5):
+            while not (error := await src.data_read_errno(1000)):
+                pass
         assert error in (errno.EPROTO, errno.EINVAL)
         assert STOP_COPY == await src.state()
         await src.set_state(RUNNING)
@@ -178,8 +180,9 @@ async def test_device_that_fails_while_it_is_saved(tmp_path: Path) -> None:
     async with bed(tmp_path) as both, both.source.vmm() as src:
         both.agent.inject("save", Fails(DeviceFailed("smoke")), after=1)
         await src.set_state(STOP_COPY)
-        while not await src.data_read_errno(50_000):
-            pass
+        with trio.fail_after(5):
+            while not await src.data_read_errno(50_000):
+                pass
         assert (0, 6) == (await src.state(), await src.v1_state())
         await src.succeed(RESET)
         assert RUNNING == await src.state()
@@ -341,7 +344,7 @@ async def test_memory_without_a_file_is_the_clients(tmp_path: Path) -> None:
 
 
 class SlowRelay:
-    """Between two UNIX sockets; what goes up is late, as on a busy bus. Passes no descriptors."""
+    """Between two UNIX sockets; what goes up is late, as on a busy bus."""
 
     def __init__(self, path: Path, upstream: Path, delay_s: float) -> None:
         self.path, self.upstream, self.delay_s = path, upstream, delay_s
@@ -355,30 +358,43 @@ class SlowRelay:
             async with trio.open_nursery() as nursery:
                 while True:
                     sock, _ = await listener.accept()
-                    nursery.start_soon(self._serve, trio.SocketStream(sock))
+                    nursery.start_soon(self._serve, sock)
 
-    async def _serve(self, client: trio.SocketStream) -> None:
-        server = await trio.open_unix_socket(os.fspath(self.upstream))
-        async with client, server, trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[tuple[float, bytes]](10_000)
-            nursery.start_soon(self._collect, client, send)
-            nursery.start_soon(self._forward, receive, server)
-            async for data in server:
-                await client.send_all(data)
-            nursery.cancel_scope.cancel()
+    async def _serve(self, client: trio.socket.SocketType) -> None:
+        with client, trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as server:
+            await server.connect(os.fspath(self.upstream))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._relay, client, server, self.delay_s)
+                await self._relay(server, client, 0)
+                nursery.cancel_scope.cancel()
 
-    async def _collect(self, client: trio.SocketStream, send: trio.MemorySendChannel[tuple[float, bytes]]) -> None:
-        async with send:
-            async for data in client:
-                await send.send((trio.current_time() + self.delay_s, data))
+    async def _relay(self, source: trio.socket.SocketType, target: trio.socket.SocketType, delay_s: float) -> None:
+        send, receive = trio.open_memory_channel[tuple[float, bytes, list[int]]](10_000)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._collect, source, send, delay_s)
+            async for due, data, fds in receive:
+                await trio.sleep_until(due)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+                sent = await target.sendmsg([data], rights)
+                while sent < len(data):
+                    sent += await target.send(data[sent:])
+                for fd in fds:
+                    os.close(fd)
+            target.shutdown(socket.SHUT_WR)
 
-    async def _forward(
-        self, receive: trio.MemoryReceiveChannel[tuple[float, bytes]], server: trio.SocketStream
+    async def _collect(
+        self,
+        source: trio.socket.SocketType,
+        send: trio.MemorySendChannel[tuple[float, bytes, list[int]]],
+        delay_s: float,
     ) -> None:
-        async for due, data in receive:
-            await trio.sleep_until(due)
-            await server.send_all(data)
-        await server.send_eof()
+        async with send:
+            while True:
+                data, ancillary, _, _ = await source.recvmsg(65536, socket.CMSG_SPACE(64))
+                if not data:
+                    return
+                fds = [fd for _, _, content in ancillary for fd in struct.unpack(f"{len(content) // 4}i", content)]
+                await send.send((trio.current_time() + delay_s, data, fds))
 
 
 @pytest.mark.parametrize("target", [STOP, STOP_COPY, PRE_COPY])

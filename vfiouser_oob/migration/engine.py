@@ -60,11 +60,14 @@ class MigrationEngine(Standing):
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = self.actions.nursery = nursery
-            self._running.set()
-            nursery.start_soon(self._probe)
-            await trio.sleep_forever()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = self.actions.nursery = nursery
+                self._running.set()
+                nursery.start_soon(self._probe)
+                await trio.sleep_forever()
+        finally:
+            self._nursery = self.actions.nursery = None
 
     # Coming and going of clients
 
@@ -131,8 +134,8 @@ class MigrationEngine(Standing):
                 raise BackendUnavailable(
                     f"the function was stopped for a migration and cannot be reset now: {error}"
                 ) from error
-        assert self._nursery is not None
-        self._nursery.start_soon(self._probe)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._probe)
 
     async def _free(self, deadline: float) -> None:
         """Ask, if there is any doubt that the function runs, and reset it if it must not go on."""
@@ -205,7 +208,6 @@ class MigrationEngine(Standing):
 
     async def _let_go(self) -> None:
         """A function that runs and has no client needs no session."""
-        assert self._nursery is not None
         if self.link.begun is not None:
             self._leave_later()
         else:
