@@ -21,7 +21,8 @@ from vfiouser_agents.api import Agent, AgentState, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
-from vfiouser_oob.devices.base import BackendUnavailable
+from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
+from vfiouser_oob.devices.resets import RESETS, MigrationEffect
 from vfiouser_oob.migration.actions import Device
 from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
 from vfiouser_oob.migration.fence import Verdict, verdict
@@ -371,7 +372,8 @@ class MigrationEngine(Standing):
             return
         async with self._lock:
             source = self.work.source
-            if self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
+            restarts = RESETS[ResetKind.FUNCTION_LEVEL].migration is MigrationEffect.RESTARTS
+            if restarts and self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
                 try:
                     source.restart(await self.actions.describe(deadline))
                 except AgentError as error:

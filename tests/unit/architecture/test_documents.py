@@ -16,7 +16,14 @@ from vfiouser_oob.cli.main import COMMANDS, build_parser
 from vfiouser_oob.config.devices import KINDS, NVME_KEYS
 from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, parse_config
 from vfiouser_oob.control.protocol import ErrorCode
-from vfiouser_oob.control.status import ClientStatus, DaemonStatus, FunctionStatus, MapsStatus, RegionStatus
+from vfiouser_oob.control.status import (
+    ClientStatus,
+    DaemonStatus,
+    FunctionStatus,
+    MapsStatus,
+    MigrationStatus,
+    RegionStatus,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = sorted(
@@ -134,6 +141,7 @@ def test_the_status_document_is_described() -> None:
         (FunctionStatus, function),
         (ClientStatus, function["client"]),
         (MapsStatus, function["maps"]),
+        (MigrationStatus, function["migration"]),
         *((RegionStatus, region) for region in function["regions"]),
     ]
     for declared, shown in pairs:
