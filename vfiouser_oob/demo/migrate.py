@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import trio
@@ -40,11 +41,16 @@ async def show_migration(options: HostOptions, seed: int, progress: Progress, me
     # Paths of sockets are limited to 107 bytes, so a short directory rather than one below a deep TMPDIR.
     with tempfile.TemporaryDirectory(prefix="vfiouser-") as place:
         progress("starting two hosts: SoC simulator with its agent, and daemon, on one shared disk image")
-        async with two_hosts(Path(place), options, progress) as pair, blaming(pair.children):
-            async with background_nursery() as nursery:
-                for child in pair.children:
-                    nursery.start_soon(watch, child)
-                async with trio.open_nursery() as travellers:
-                    for name in options.names:
-                        travellers.start_soon(one, pair, name)
+        async with two_hosts(Path(place), options, progress) as pair:
+            await _travel_all(pair, one, options.names)
     return [reports[name] for name in options.names]
+
+
+async def _travel_all(pair: HostPair, one: Callable[[HostPair, str], Awaitable[None]], names: Sequence[str]) -> None:
+    """Let all functions travel at once, and name the process that dies meanwhile."""
+    async with blaming(pair.children), background_nursery() as nursery:
+        for child in pair.children:
+            nursery.start_soon(watch, child)
+        async with trio.open_nursery() as travellers:
+            for name in names:
+                travellers.start_soon(one, pair, name)

@@ -93,10 +93,14 @@ class Attachment:
         task_status: trio.TaskStatus[Attachment],
         **options: Any,
     ) -> None:
-        async with cls.open(path, memory, **options) as attachment:
-            task_status.started(attachment)
-            await attachment._leave.wait()
-        attachment._left.set()
+        attachment: Attachment | None = None
+        try:
+            async with cls.open(path, memory, **options) as attachment:
+                task_status.started(attachment)
+                await attachment._leave.wait()
+        finally:
+            if attachment is not None:
+                attachment._left.set()
 
     async def detach(self) -> None:
         """Let go of what `start` attached: the VMM ends, or gives the function up."""

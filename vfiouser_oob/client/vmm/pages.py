@@ -47,12 +47,12 @@ class MemoryCopier:
             bitmap: one bit per page, the lowest one for the first page.
 
         Returns:
-            How many pages are dirty that were not before.
+            How many pages it names.
         """
-        before = self.dirty_pages
         bits = bitmap if isinstance(bitmap, int) else int.from_bytes(bitmap, "little")
-        self._dirty |= bits & (1 << self._pages) - 1
-        return self.dirty_pages - before
+        bits &= (1 << self._pages) - 1
+        self._dirty |= bits
+        return bits.bit_count()
 
     def copy(self) -> int:
         """Copy every dirty page; returns how many bytes that were."""

@@ -25,8 +25,9 @@ from vfiouser_protocol.migration_v1 import (
 from vfiouser_protocol.regions import RegionType
 
 _MIGRATION = RegionType(REGION_TYPE_MIGRATION, REGION_SUBTYPE_MIGRATION)
-_U64 = (1 << 64) - 1
-_ITERATING = DeviceStateV1.SAVING | DeviceStateV1.RESUMING
+#: Plain numbers: the complement of a flag would have the named bits only.
+_ITERATING = int(DeviceStateV1.SAVING | DeviceStateV1.RESUMING)
+_RUNNING_BIT = int(DeviceStateV1.RUNNING)
 #: QEMU accesses what it has not mapped in such pieces.
 _NATURAL = (8, 4, 2, 1)
 
@@ -53,7 +54,6 @@ class V1Side(MigrationSide):
         self._size = region.description.size
         self._chunk = chunk_size
         self._natural = natural
-        self._final = False
 
     @classmethod
     async def open(
@@ -114,7 +114,6 @@ class V1Side(MigrationSide):
 
     async def save_setup(self) -> bool:
         """1 → 3."""
-        self._final = False
         await self._enter(PRE_COPY)
         return True
 
@@ -134,7 +133,6 @@ class V1Side(MigrationSide):
         """3 → 2 when the VM stops, and 2 → 2 when the rest is saved, as QEMU does it."""
         await self._enter(STOP_COPY)
         await self._enter(STOP_COPY)
-        self._final = True
 
     async def save_cleanup(self) -> None:
         """2 → 0."""
@@ -142,7 +140,7 @@ class V1Side(MigrationSide):
 
     async def cancel(self) -> None:
         """Clear SAVING and RESUMING, set RUNNING."""
-        await self._change(_U64 & ~_ITERATING, DeviceStateV1.RUNNING)
+        await self._change(~_ITERATING, _RUNNING_BIT)
 
     # Destination
 
