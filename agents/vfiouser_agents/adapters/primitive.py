@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -113,6 +114,9 @@ class Primitive(ABC):
         """As after a function-level reset; only called with `Capabilities.reset`."""
         raise Unsupported("this device cannot be reset by its agent")
 
+    async def release(self) -> None:  # noqa: B027
+        """No call and no migration is under way: others may have the device."""
+
     async def aclose(self) -> None:  # noqa: B027
         """Let go of it."""
 
@@ -156,13 +160,20 @@ class Book:
             overtakes: end the calls before it; without a queue it waits for them.
         """
         if self._queue is not None:
-            return await self._queue.call(name, work, overtakes=overtakes)
+            return await self._queue.call(name, partial(self._work, work), overtakes=overtakes)
         async with self._lock:
             self._pending = name
             try:
-                return await work()
+                return await self._work(work)
             finally:
                 self._pending = ""
+
+    async def _work(self, work: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await work()
+        finally:
+            if self.role is None:
+                await self.primitive.release()
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:

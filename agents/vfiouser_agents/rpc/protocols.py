@@ -14,6 +14,7 @@ from vfiouser_agents.options import OptionError, hint
 
 from .endpoint import Address, TlsOptions, listening_address, open_listeners
 from .json_codec import JsonCodec
+from .legacy_server import serve_legacy
 from .server import serve_agent
 
 
@@ -60,10 +61,25 @@ async def _jsonrpc(
         task_status.started(listening_address(address, listeners[0]))
 
 
+async def _legacy_tcp(
+    agent: Agent,
+    address: Address,
+    tls: TlsOptions | None,
+    *,
+    allow_plaintext: bool,
+    task_status: trio.TaskStatus[Address],
+) -> None:
+    listeners = await open_listeners(address, tls, allow_plaintext=allow_plaintext)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_legacy, agent, listeners)
+        task_status.started(listening_address(address, listeners[0]))
+
+
 #: How each is served: a function, or where to find one that needs more than is always installed.
 PROTOCOLS: Mapping[str, Serve | str] = {
     "msgpack-rpc": _msgpack_rpc,
     "jsonrpc": _jsonrpc,
+    "legacy-tcp": _legacy_tcp,
 }
 
 
