@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mutants import serving
 
+from mutants import serving
 from vfiouser_oob.conformance.case import Case
 from vfiouser_oob.conformance.cases import all_cases
 from vfiouser_oob.conformance.runner import Result, Runner, Verdict

@@ -10,8 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from mutants import serving
 
+from mutants import serving
 from vfiouser_oob.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]

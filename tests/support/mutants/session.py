@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mutants.device import CAPS, CONFIG, IRQ_COUNTS, IRQ_FLAGS, MMAP, READ, WRITE, Crash, Irq, Refused
+from mutants.device import CAPS, CONFIG, IRQ_COUNTS, IRQ_FLAGS, READ, WRITE, Crash, Irq, Refused
 from mutants.dma import Dma
 from mutants.migration import Migration
 
