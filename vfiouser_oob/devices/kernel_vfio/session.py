@@ -20,7 +20,7 @@ from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_protocol.capabilities import Capabilities
-from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex
+from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, RegionIndex
 from vfiouser_protocol.dma import DmaRegion
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqDescription
@@ -30,6 +30,8 @@ from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 T = TypeVar("T")
 #: Accesses up to this many bytes are done in the event loop: a register read takes a microsecond.
 _INLINE_BYTES = 256
+#: Of the registers that every function has, one that the kernel does not keep a copy of.
+_STATUS_REGISTER = 6
 _DEVICE_FLAGS = int(DeviceInfoFlags.PCI | DeviceInfoFlags.RESET)
 
 
@@ -106,6 +108,11 @@ class KernelVfioSession(BackendSession):
 
     def _in_worker(self, what: str, work: Callable[[], T]) -> Awaitable[T]:
         return self._worker.submit(Job(explained(what, work)))
+
+    def flush(self) -> Answer[None]:
+        """Read from the hardware: a read overtakes no write, so all that the client wrote is at the device then."""
+        answer = self.region_read(RegionIndex.CONFIG, _STATUS_REGISTER, 2)
+        return None if isinstance(answer, bytes) else _ignore(answer)
 
     # Interrupts
 
@@ -200,3 +207,7 @@ class KernelVfioSession(BackendSession):
                 self._log.warning("leaving the device: a step failed", step=what, error=error.strerror)
         self._regions.close()
         self._opened.close()
+
+
+async def _ignore(answer: Awaitable[bytes]) -> None:
+    await answer
