@@ -15,7 +15,6 @@ from vfiouser_oob import __version__
 from vfiouser_oob.cli import main as cli
 from vfiouser_oob.cli import serve, simulate_soc
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode, explain
-from vfiouser_oob.config.soc import SocAgentOptions, SocPart
 from vfiouser_oob.config import (
     ConfigError,
     DaemonConfig,
@@ -29,6 +28,7 @@ from vfiouser_oob.config import (
     SocOptions,
     default_control_socket,
 )
+from vfiouser_oob.config.soc import SocAgentOptions, SocPart
 from vfiouser_protocol.errors import CommandError
 
 CONFIG = """\
