@@ -11,12 +11,12 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets clean venv venv-dev
+.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets clean venv venv-demo venv-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: venv ## see it work without a VMM: simulated SoC, daemon, client, verified NVMe I/O
+demo: venv-demo ## see it work without a VMM: NVMe I/O migrates to another host and back, verified
 	$(BIN)/vfiouser-oob demo
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
@@ -50,6 +50,9 @@ clean: ## remove what make made, except the downloads in .cache
 
 venv:
 	@$(BOOTSTRAP)
+
+venv-demo:
+	@$(BOOTSTRAP) --extra demo
 
 venv-dev:
 	@$(BOOTSTRAP) --extra test --extra check

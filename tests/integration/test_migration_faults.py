@@ -34,7 +34,7 @@ from migrationkit import (
 from rawclient import RESET
 from vfiouser_agents.faults import Delay, Drops, Fails, Fault, NeverAnswers, every_error
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.migration.engine import Truth
+from vfiouser_oob.migration.standing import Truth
 
 #: Short, since each hung call costs one of these; long enough for a busy machine.
 QUICK = MigrationConfig(chunk_size=64 << 10, v1_data_size=64 << 10, call_s=0.15, stop_s=0.15, data_s=0.15, retry_s=0.01)

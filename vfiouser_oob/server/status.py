@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 
 from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MapsStatus, MigrationStatus, RegionStatus
 from vfiouser_oob.devices.base import BackendSession
-from vfiouser_oob.migration.engine import MigrationEngine, Truth
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.standing import Truth
 from vfiouser_oob.server.function import Function
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
 
