@@ -33,7 +33,7 @@ check: venv-dev ## lint, formatting, types, import rules
 
 test-vm-long: venv-dev ## run the VM tests that take minutes: Linux in nested QEMU, the oldest kernel
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
-	$(PYTEST) -m long $(PYTEST_ARGS)
+	$(PYTEST) -m long -o faulthandler_timeout=1800 $(PYTEST_ARGS)
 
 conformance: venv-dev ## run the protocol's property tests and the tests against running daemons
 	$(PYTEST) -m "not vm" tests/property tests/integration $(PYTEST_ARGS)
