@@ -61,13 +61,11 @@ async def test_ping_pong(place: Path) -> None:
     ):
         for number in range(50):
             host, generation = "BA"[number % 2], (Generation.V1, Generation.V2)[number // 2 % 2]
-            before = workload.counts.writes
             options = LiveOptions(compare=True, precopy=number % 5 != 4)
             with trio.fail_after(20):
                 progress = await voyage.migrate(pair.socket(host, "f0"), generation, options=options)
                 assert progress.memory_equal
-                while workload.counts.writes == before:
-                    await trio.sleep(0.001)
+                await workload.next_write()
 
 
 class Changed(Exception):
@@ -92,9 +90,7 @@ async def test_cancel_in_each_phase(place: Path, generation: Generation) -> None
             with trio.fail_after(20):
                 with pytest.raises(Changed):
                     await voyage.migrate(pair.socket("B", "f0"), generation, observe=observe)
-                before = workload.counts.writes
-                while workload.counts.writes == before:
-                    await trio.sleep(0.001)
+                await workload.next_write()
         with trio.fail_after(20):
             progress = await voyage.migrate(pair.socket("B", "f0"), generation, options=LiveOptions(compare=True))
         assert progress.memory_equal
