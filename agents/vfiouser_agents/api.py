@@ -21,6 +21,7 @@ thing itself. The rules, which `testing.check_agent` proves:
    and `reset`, which ends what is under way.
 9. A migration belongs to the session that began it. Calls of others that change something raise `Busy`, except
    `reset`; once that session is gone, they may `quiesce`, `stop`, `resume`, `abort`, `end`, or take over by `begin`.
+   Other connections are bound by this, and may take over, only where `takeover` is claimed.
 10. The function's state belongs to the function. Losing a connection, closing a session or restarting the agent changes
     nothing: what was stopped stays stopped.
 """

@@ -17,6 +17,8 @@ from .options import OptionError, hint
 GROUP = "vfiouser_oob.agents"
 #: Our own, found also where the distribution is not installed; the entry points in pyproject.toml are the same.
 BUILT_IN: Mapping[str, str] = {
+    "jsonrpc": "vfiouser_agents.adapters.jsonrpc:JsonRpcAgent",
+    "legacy-tcp": "vfiouser_agents.adapters.legacy_tcp:LegacyTcpAgent",
     "msgpack-rpc": "vfiouser_agents.adapters.msgpack_rpc:MsgpackRpcAgent",
 }
 

@@ -119,6 +119,9 @@ class Capabilities:
         reset: `reset` works.
         status_query: `status` tells the truth rather than what was asked for last.
         random_access_save: `save` takes any offset that was given before.
+        takeover: the agent itself remembers migrations, so that another connection can take one over. Without it they
+            are known to the session's own side only, and a lost one ends them.
+        verifies: the agent notices a state that makes no sense although its digest is right.
         formats: ids of the state formats that can be loaded; the first is what is saved.
         max_state: bytes that a state may have at most.
         max_chunk: bytes of one `save` or `load` at most.
@@ -133,6 +136,8 @@ class Capabilities:
     reset: bool = True
     status_query: bool = True
     random_access_save: bool = False
+    takeover: bool = True
+    verifies: bool = True
     formats: tuple[str, ...] = ()
     max_state: int = 64 << 20
     max_chunk: int = 1 << 20

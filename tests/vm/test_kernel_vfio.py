@@ -5,28 +5,17 @@ One boot serves all scenarios, which the guest runs one after the other; see `te
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-import trio
 
-from vmbed.assets import Assets
-from vmbed.errors import BedError
-from vmbed.guest import Answer
-from vmbed.pythonguest import ENVIRONMENT, PYTHON, write_python_guest
-from vmbed.qemu import QemuConfig, start_qemu
+from vmbed.assets import AssetError, Assets
+from vmbed.vfioguest import Answers, expect_success, run_scenarios
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
-DRIVERS = ("vfio-pci", "vfio_iommu_type1", "pci-pf-stub")
-SUPPORT = ("kvfio", "vmbed")
-SCENARIO_S = 70.0
-#: In the order in which they run; `bind_nvme` comes first, since most others use that function.
+#: In the order in which they run; `bind_nvme` comes before those that use that function.
 SCENARIOS = (
     "not_bound",
     "not_viable",
@@ -40,6 +29,7 @@ SCENARIOS = (
     "resets",
     "unmap_under_io",
     "map_errors",
+    "peer_to_peer",
     "locked_memory_limit",
     "kept_descriptor",
     "second_daemon",
@@ -47,67 +37,44 @@ SCENARIOS = (
     "igb_vf",
     "qemu",
 )
-
-
-def machine(workdir: Path, initramfs: Path) -> QemuConfig:
-    """A machine with an IOMMU: an NVMe controller alone, two in one IOMMU group, and a network card with VFs."""
-    devices = []
-    for name in ("alone", "first", "second"):
-        image = workdir / f"{name}.img"
-        with image.open("wb") as file:
-            file.truncate(16 << 20)
-        devices += ["-drive", f"file={image},format=raw,if=none,id={name}"]
-    devices += ["-device", "nvme,drive=alone,serial=alone,addr=04.0"]
-    devices += ["-device", "nvme,drive=first,serial=first,addr=06.0,multifunction=on"]
-    devices += ["-device", "nvme,drive=second,serial=second,addr=06.1"]
-    devices += ["-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=07.0", "-device", "igb,bus=rp1"]
-    return QemuConfig(
-        [],
-        memory_mib=1536,
-        trace=(),
-        early=["-device", "intel-iommu,intremap=on,aw-bits=48"],
-        initramfs=initramfs,
-        kernel_arguments="intel_iommu=on",
-        extra=devices,
-    )
-
-
-async def run_all(assets: Assets, workdir: Path) -> Mapping[str, Answer | BedError]:
-    """Boot once, run every scenario, and keep what each one said."""
-    initramfs = workdir / "initramfs.cpio"
-    write_python_guest(initramfs, assets, workdir, drivers=DRIVERS, support=SUPPORT, qemu=True)
-    answers: dict[str, Answer | BedError] = {}
-    async with start_qemu(assets, machine(workdir, initramfs), workdir) as qemu:
-        await qemu.guest.ready()
-        await qemu.guest.start(f"sh {ENVIRONMENT} exec {PYTHON} -m kvfio")
-        uptime = await qemu.guest.ready()
-        sys.stdout.write(f"\nguest ready to serve scenarios after {uptime:.0f} s\n")
-        for name in SCENARIOS:
-            try:
-                answers[name] = await qemu.guest.run(name, SCENARIO_S)
-            except BedError as error:
-                answers[name] = error
-                break
-    return answers
+LINUX_S = 600.0
 
 
 @pytest.fixture(scope="module")
-def answers(assets: Assets) -> Iterator[Mapping[str, Answer | BedError]]:
+def answers(assets: Assets) -> Answers:
     """What every scenario said."""
-    workdir = Path(tempfile.mkdtemp(prefix="vmbed-"))
-    try:
-        yield trio.run(run_all, assets, workdir)
-    finally:
-        if "KEEP_VMBED" not in os.environ:
-            shutil.rmtree(workdir)
+    return run_scenarios(assets, SCENARIOS)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_in_the_guest(answers: Mapping[str, Answer | BedError], name: str) -> None:
+def test_in_the_guest(answers: Answers, name: str) -> None:
     """The scenario succeeded; what it proves stands with it."""
-    answer = answers.get(name)
-    assert answer is not None, "the guest was lost in an earlier scenario"
-    if isinstance(answer, BedError):
-        raise answer
-    sys.stdout.write("\n".join(answer.lines))
-    assert 0 == answer.status, "\n".join(answer.lines)
+    sys.stdout.write(expect_success(answers, name))
+
+
+@pytest.fixture(scope="module")
+def oldest(assets: Assets) -> Path:
+    """The oldest supported kernel."""
+    if assets.oldest_kernel is None:
+        raise AssetError("the oldest supported kernel is not in the cache: run `make test-vm-long`")
+    return assets.oldest_kernel
+
+
+@pytest.fixture(scope="module")
+def answers_of_the_oldest(assets: Assets, oldest: Path) -> Answers:
+    """What every scenario said on the oldest supported kernel."""
+    return run_scenarios(assets, SCENARIOS, kernel=oldest)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_on_the_oldest_kernel(answers_of_the_oldest: Answers, name: str) -> None:
+    """The same on a kernel whose MSI-X vectors cannot be added one by one, among other things."""
+    sys.stdout.write(expect_success(answers_of_the_oldest, name))
+
+
+@pytest.mark.long
+def test_linux_in_nested_qemu(assets: Assets) -> None:
+    """Linux in QEMU in the guest does verified I/O on the function, by interrupts and without messages."""
+    answers = run_scenarios(assets, ("bind_nvme", "linux"), seconds=LINUX_S)
+    sys.stdout.write(expect_success(answers, "linux"))

@@ -57,7 +57,7 @@ class Case:
         sent: what is sent.
         expected: what is expected.
         run: the function.
-        mutant: the planted fault of the reference server that makes it fail.
+        mutants: the planted faults of the tests' server, each of which makes it fail.
         effect: what it may do to the device.
         compat: for COMPAT, whose behaviour it rests on.
     """
@@ -70,7 +70,7 @@ class Case:
     sent: str
     expected: str
     run: Body
-    mutant: str
+    mutants: tuple[str, ...]
     effect: Effect
     compat: str = ""
 
@@ -106,7 +106,7 @@ class Area:
             number: the case's number in its area.
             level: how binding it is.
             requirements: ids, separated by blanks.
-            mutant: the planted fault that makes it fail.
+            mutant: the planted faults that make it fail, separated by blanks.
             effect: what it may do to the device; None = as its area.
             compat: for COMPAT, whose behaviour it rests on.
         """
@@ -140,7 +140,7 @@ class Area:
                 sent=text[1],
                 expected=text[2],
                 run=body,
-                mutant=mutant,
+                mutants=tuple(mutant.split()),
                 effect=self.effect if effect is None else effect,
                 compat=compat,
             )

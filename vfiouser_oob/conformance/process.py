@@ -54,8 +54,15 @@ class ServerProcess:
             time.sleep(_POLL_S)
         return f"the server does not listen on {self._path} after {self._start_s:g} s"
 
-    def crashed(self) -> str:
-        """How the server ended, if it ended as it should not: a server may end when its client leaves."""
+    def crashed(self, wait_s: float = 0.0) -> str:
+        """How the server ended, if it ended as it should not: a server may end when its client leaves.
+
+        Args:
+            wait_s: how long to wait for its end, in seconds.
+        """
+        if self._process is not None and wait_s:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(wait_s)
         status = self._process.poll() if self._process is not None else None
         if status is None or status == 0:
             return ""

@@ -22,6 +22,9 @@ _SURPRISES = (CaseFailed, OSError, struct.error, ValueError, IndexError)
 _KEPT = ((0x04, 2), *((0x10 + 4 * bar, 4) for bar in range(6)), (0x30, 4), (0x3C, 1))
 
 
+_END_S = 1.0
+
+
 class Verdict(Enum):
     """What came of a case."""
 
@@ -107,7 +110,24 @@ class Runner:
                 result, gone = self._run_case(case)
             outcome.results.append(result)
             self._progress(result)
+        if not gone:
+            self._release()
         return outcome
+
+    def _release(self) -> None:
+        """Have the device profile put back what it used."""
+        stimulus = self._target.stimulus
+        if stimulus is None or not stimulus.in_use:
+            return
+        trial = Trial(self._target, self.facts)
+        try:
+            link = trial.attach()
+            stimulus.prepare(link)
+            stimulus.release(link)
+        except (*_SURPRISES, NotApplicable) as error:
+            self.facts.problems.append(f"the device profile cannot put back what it used: {_text(error)}")
+        finally:
+            trial.end()
 
     def _run_case(self, case: Case) -> tuple[Result, str]:
         if self._process is not None:
@@ -143,6 +163,8 @@ class Runner:
             verdict, reason = Verdict.FAILED, _text(error)
         try:
             trial.end()
+        except NotApplicable:
+            pass  # what the device cannot do it has not done either
         except _SURPRISES as error:
             if verdict is Verdict.PASSED:
                 verdict, reason = Verdict.FAILED, f"putting the device back as it was: {_text(error)}"
@@ -162,7 +184,8 @@ class Runner:
                 _put_back(trial, link)
             link.alive()
         except _SURPRISES as error:
-            if self._process is not None and (ended := self._process.crashed()):
+            # A process that dies closes its sockets a moment before its end can be seen.
+            if self._process is not None and (ended := self._process.crashed(_END_S)):
                 return ended
             return f"a new client is not served: {_text(error)}"
         finally:

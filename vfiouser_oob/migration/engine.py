@@ -21,7 +21,8 @@ from vfiouser_agents.api import Agent, AgentState, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
-from vfiouser_oob.devices.base import BackendUnavailable
+from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
+from vfiouser_oob.devices.resets import RESETS, MigrationEffect
 from vfiouser_oob.migration.actions import Device
 from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
 from vfiouser_oob.migration.fence import Verdict, verdict
@@ -60,11 +61,14 @@ class MigrationEngine(Standing):
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = self.actions.nursery = nursery
-            self._running.set()
-            nursery.start_soon(self._probe)
-            await trio.sleep_forever()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = self.actions.nursery = nursery
+                self._running.set()
+                nursery.start_soon(self._probe)
+                await trio.sleep_forever()
+        finally:
+            self._nursery = self.actions.nursery = None
 
     # Coming and going of clients
 
@@ -131,8 +135,8 @@ class MigrationEngine(Standing):
                 raise BackendUnavailable(
                     f"the function was stopped for a migration and cannot be reset now: {error}"
                 ) from error
-        assert self._nursery is not None
-        self._nursery.start_soon(self._probe)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._probe)
 
     async def _free(self, deadline: float) -> None:
         """Ask, if there is any doubt that the function runs, and reset it if it must not go on."""
@@ -205,7 +209,6 @@ class MigrationEngine(Standing):
 
     async def _let_go(self) -> None:
         """A function that runs and has no client needs no session."""
-        assert self._nursery is not None
         if self.link.begun is not None:
             self._leave_later()
         else:
@@ -369,7 +372,8 @@ class MigrationEngine(Standing):
             return
         async with self._lock:
             source = self.work.source
-            if self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
+            restarts = RESETS[ResetKind.FUNCTION_LEVEL].migration is MigrationEffect.RESTARTS
+            if restarts and self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
                 try:
                     source.restart(await self.actions.describe(deadline))
                 except AgentError as error:

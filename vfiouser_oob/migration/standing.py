@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 
 import trio
@@ -177,8 +177,7 @@ class Standing:
 
     def _leave_later(self, outcome: Outcome = Outcome.CANCELLED) -> None:
         """End what was begun at the agent, in the background, since the function runs in any case."""
-        assert self._nursery is not None
-        if self.link.begun is not None and self._leaving is None:
+        if self.link.begun is not None and self._leaving is None and self._nursery is not None:
             self._leaving = trio.CancelScope()
             self._nursery.start_soon(self._leave, outcome, self._leaving)
 
@@ -207,9 +206,10 @@ class Standing:
 
     def _settle(self, goal: Goal) -> None:
         """Find out in the background, and work for the goal until it is reached."""
-        assert self._nursery is not None
         self._stop_settling()
         self.truth = Truth.UNKNOWN
+        if self._nursery is None:  # the daemon ends; the next one asks the agent
+            return
         self._settled = trio.Event()
         self._settling = trio.CancelScope()
         self._nursery.start_soon(self._settle_until_done, goal, self._settling, self._settled)

@@ -82,8 +82,8 @@ class DmaLink:
     Args:
         session: protocol state of the connection.
         send: sends one whole message on the channel for our commands (main or twin socket).
-        permit: raises DmaFault unless an address, a count and a direction (write) are mapped. Asked before each message,
-            since a long transfer takes several and the client may unmap in between.
+        permit: raises DmaFault unless an address, a count and a direction (write) are mapped. Asked before each
+            message, since a long transfer takes several and the client may unmap in between.
         max_transfer: the client's `max_data_xfer_size`, in bytes.
         budget_s: seconds after which a transfer that was not answered is a DMA fault.
     """

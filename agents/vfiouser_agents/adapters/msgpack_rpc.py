@@ -30,8 +30,8 @@ from vfiouser_agents.rpc.endpoint import (
     parse_address,
     read_tls,
 )
-from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE
-from vfiouser_agents.rpc.methods import EVENT, FUNCTIONS, HELLO, PING, PROTOCOL, VERSIONS
+from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE, Codec
+from vfiouser_agents.rpc.methods import EVENT, FUNCTIONS, HELLO, OVERHEAD, PING, PROTOCOL, VERSIONS
 from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
 from vfiouser_agents.rpc.wire import WireError, from_wire
 
@@ -63,7 +63,7 @@ class Link(NoRequests):
 
     def __init__(self, agent: MsgpackRpcAgent, stream: trio.abc.Stream) -> None:
         self._agent = agent
-        self.connection = RpcConnection(stream, MsgpackCodec(), self)
+        self.connection = RpcConnection(stream, agent.make_codec(), self)
         self.info = AgentInfo("", "")
         #: Set when there may be something to keep alive.
         self.wake = trio.Event()
@@ -175,6 +175,18 @@ class MsgpackRpcAgent(Agent):
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
         await self._stack.__aexit__(None, None, None)
+
+    def make_codec(self) -> Codec:
+        """How messages are written on a new connection; the protocol is the same with any codec."""
+        return MsgpackCodec()
+
+    def largest_chunk(self, max_message: int) -> int:
+        """Bytes of state that one message can carry.
+
+        Args:
+            max_message: bytes of the longest message that the agent takes.
+        """
+        return min(self.chunk_size, max_message - OVERHEAD)
 
     @property
     def migrating(self) -> bool:

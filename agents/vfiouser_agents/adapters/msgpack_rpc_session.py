@@ -27,7 +27,7 @@ from vfiouser_agents.api import (
 )
 from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, ProtocolError, Unsupported
 from vfiouser_agents.events import EventFeed
-from vfiouser_agents.rpc.methods import BY_OP, CLOSE, OPEN, OVERHEAD, WATCH
+from vfiouser_agents.rpc.methods import BY_OP, CLOSE, OPEN, WATCH
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class RpcSession(Session):
         restarted = self._instance not in ("", link.info.instance)
         again = self._instance != ""
         self._number, self._instance, self._link = opened.session, link.info.instance, link
-        most = min(self._agent.chunk_size, link.info.max_message - OVERHEAD)
+        most = self._agent.largest_chunk(link.info.max_message)
         self._caps = replace(opened.capabilities, max_chunk=min(opened.capabilities.max_chunk, most))
         self._adopted = self.migration is None
         if again:

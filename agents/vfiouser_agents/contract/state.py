@@ -177,7 +177,7 @@ async def _(bench: Bench) -> None:
     await expect_error("load_begin", bench.session.load_begin(bench.caps.max_state + 1), NoResources)
 
 
-async def _must_not_load(bench: Bench, what: str, stream: bytes, total: int, digest: bytes) -> None:
+async def _must_not_load(bench: Bench, what: str, stream: bytes, total: int, digest: bytes, good: bytes) -> None:
     await bench.begin(Role.DESTINATION)
     await bench.push(stream, bench.caps.max_chunk)
     await expect_error(f"commit of {what}", bench.session.load_commit(total, digest), CorruptState)
@@ -185,32 +185,40 @@ async def _must_not_load(bench: Bench, what: str, stream: bytes, total: int, dig
     if bench.caps.reset:
         await bench.session.reset()
         await bench.expect_state(AgentState.RUNNING)
+    else:
+        # Without a reset, another load is the only way out.
+        await bench.push(good, bench.caps.max_chunk)
+        await bench.commit(good)
+        await bench.expect_state(AgentState.LOADED)
 
 
 @CHECKS.add("commit-digest", "a state whose digest differs is refused", "stop_copy")
 async def _(bench: Bench) -> None:
     stream = await bench.whole_state()
-    await _must_not_load(bench, "a wrong digest", stream, len(stream), bytes(32))
+    await _must_not_load(bench, "a wrong digest", stream, len(stream), bytes(32), stream)
 
 
 @CHECKS.add("commit-total", "a state whose length differs is refused", "stop_copy")
 async def _(bench: Bench) -> None:
     stream = await bench.whole_state()
     digest = hashlib.sha256(stream).digest()
-    await _must_not_load(bench, "a wrong total", stream, len(stream) + 1, digest)
+    await _must_not_load(bench, "a wrong total", stream, len(stream) + 1, digest, stream)
 
 
-@CHECKS.add("commit-truncated", "half a state is refused, although its digest is right", "stop_copy")
+@CHECKS.add("commit-truncated", "half a state is refused, although its digest is right", "stop_copy", "verifies")
 async def _(bench: Bench) -> None:
-    half = (await bench.whole_state())[:-1]
-    half = half[: len(half) // 2]
-    await _must_not_load(bench, "half a state", half, len(half), hashlib.sha256(half).digest())
+    stream = await bench.whole_state()
+    half = stream[: (len(stream) - 1) // 2]
+    await _must_not_load(bench, "half a state", half, len(half), hashlib.sha256(half).digest(), stream)
 
 
-@CHECKS.add("commit-garbage", "bytes that are no state are refused, although their digest is right", "stop_copy")
+@CHECKS.add(
+    "commit-garbage", "bytes that are no state are refused, although their digest is right", "stop_copy", "verifies"
+)
 async def _(bench: Bench) -> None:
+    stream = await bench.whole_state()
     garbage = hashlib.sha256(b"garbage").digest() * 8
-    await _must_not_load(bench, "garbage", garbage, len(garbage), hashlib.sha256(garbage).digest())
+    await _must_not_load(bench, "garbage", garbage, len(garbage), hashlib.sha256(garbage).digest(), stream)
 
 
 @CHECKS.add("load-abort", "an aborted load leaves it STOPPED, and it runs only after a reset", "stop_copy")

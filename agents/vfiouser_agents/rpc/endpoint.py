@@ -66,11 +66,12 @@ class TlsOptions:
     server_name: str | None = None
 
 
-def parse_address(text: str) -> Address:
+def parse_address(text: str, default_port: int = DEFAULT_PORT) -> Address:
     """Read an address.
 
     Args:
         text: ``tcp://HOST[:PORT]``, ``tls://HOST[:PORT]`` or ``unix:///PATH``.
+        default_port: of an address that has none.
 
     Raises:
         OptionError: it is something else.
@@ -85,7 +86,7 @@ def parse_address(text: str) -> Address:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/@\s]+))(?::([0-9]{1,5}))?", rest)
     if match is None or int(match[3] or 0) > 65535:
         raise OptionError(f"address {text!r} must be {scheme}://HOST:PORT (an IPv6 address in brackets)")
-    return Address(scheme, match[1] or match[2], DEFAULT_PORT if match[3] is None else int(match[3]))
+    return Address(scheme, match[1] or match[2], default_port if match[3] is None else int(match[3]))
 
 
 def read_tls(raw: Any) -> TlsOptions:

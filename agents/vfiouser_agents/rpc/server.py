@@ -10,7 +10,7 @@ function across all connections, events, limits. It never asks what a function's
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from vfiouser_agents.errors import (
 from vfiouser_agents.ordering import CallQueue
 
 from .core import Answer, RpcConnection, broken
-from .messages import DEFAULT_MAX_MESSAGE
+from .messages import DEFAULT_MAX_MESSAGE, Codec
 from .methods import BY_NAME, CLOSE, EVENT, FUNCTIONS, HELLO, OPEN, PING, PROTOCOL, VERSIONS, WATCH, SessionMethod
 from .msgpack_codec import MsgpackCodec
 from .wire import WireError, from_wire, to_wire
@@ -51,6 +51,7 @@ async def serve_agent(
     listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
     *,
     max_message: int = DEFAULT_MAX_MESSAGE,
+    codec: Callable[[int], Codec] = MsgpackCodec,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled. The calls under way are cancelled with it.
@@ -59,17 +60,21 @@ async def serve_agent(
         agent: the agent, entered.
         listeners: where clients come in.
         max_message: bytes of the longest message taken.
+        codec: makes the codec of a connection out of `max_message`; msgpack-RPC unless said otherwise.
         task_status: told when clients may come.
     """
     async with trio.open_nursery() as nursery:
-        server = _Server(agent, await agent.connect(), nursery, max_message)
+        server = _Server(agent, await agent.connect(), nursery, max_message, codec)
         await nursery.start(partial(trio.serve_listeners, server.serve, list(listeners), handler_nursery=nursery))
         task_status.started()
 
 
 class _Server:
-    def __init__(self, agent: Agent, info: AgentInfo, nursery: trio.Nursery, max_message: int) -> None:
+    def __init__(
+        self, agent: Agent, info: AgentInfo, nursery: trio.Nursery, max_message: int, codec: Callable[[int], Codec]
+    ) -> None:
         self.agent = agent
+        self._codec = codec
         self.info = replace(
             info,
             protocol=PROTOCOL,
@@ -100,7 +105,7 @@ class _Server:
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
         client = _Client(self)
-        connection = RpcConnection(stream, MsgpackCodec(self.info.max_message), client)
+        connection = RpcConnection(stream, self._codec(self.info.max_message), client)
         try:
             async with trio.open_nursery() as nursery:
                 client.start(connection, nursery)

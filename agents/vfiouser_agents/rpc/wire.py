@@ -1,12 +1,13 @@
 """The types of the interface as maps, lists and numbers that any RPC protocol can carry.
 
-A dataclass is a map of its fields, an enum its value, a `Range` the pair [iova, length]. Reading is strict about types
-and sizes; a key that is missing takes the field's default, and keys that are not known are ignored, so that either side
-may be newer.
+A dataclass is a map of its fields, an enum its value, a `Range` the pair [iova, length]. Bytes may come as base64
+where a protocol has no bytes of its own. Reading is strict about types and sizes; a key that is missing takes the
+field's default, and keys that are not known are ignored, so that either side may be newer.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Mapping
 from enum import Enum
@@ -72,11 +73,20 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
         return _enum(hint, value, where)
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, where)
+    if hint is bytes and type(value) is str:
+        return _from_base64(value, where)
     if type(value) is not hint:
         raise _wrong(where, hint.__name__, value)
     if hint is int and not 0 <= value < _U64:
         raise WireError(f"{where} is {value}; allowed are 0 to 2**64 - 1")
     return value
+
+
+def _from_base64(value: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError:
+        raise WireError(f"{where} is text of {len(value)} characters that is no base64") from None
 
 
 def _pair(value: Any, where: str) -> tuple[int, int]:

@@ -11,13 +11,13 @@ from typing import Any
 import trio
 import trustme
 
-from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import Agent, AgentInfo, AgentState, Capabilities, Status
+from vfiouser_agents.registry import make_agent
 from vfiouser_agents.rpc.core import Answer, NoRequests, RpcConnection
-from vfiouser_agents.rpc.endpoint import Address, TlsOptions, listening_address, open_listeners, parse_address
+from vfiouser_agents.rpc.endpoint import Address, TlsOptions, open_listeners, parse_address
 from vfiouser_agents.rpc.methods import HELLO, OPEN, PROTOCOL
 from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
-from vfiouser_agents.rpc.server import serve_agent
+from vfiouser_agents.rpc.protocols import serve_at
 from vfiouser_agents.rpc.wire import to_wire
 
 #: Every way to reach an agent.
@@ -66,12 +66,14 @@ class Served:
         transport: one of `TRANSPORTS`.
         directory: for sockets and certificates.
         nursery: where it runs.
+        protocol: what it speaks; one of `rpc.protocols.PROTOCOLS`, and the kind of its adapter.
     """
 
     agent: Agent
     transport: str
     directory: Path
     nursery: trio.Nursery
+    protocol: str = "msgpack-rpc"
 
     def __post_init__(self) -> None:
         scheme = "tls" if self.transport == "mtls" else self.transport
@@ -87,18 +89,16 @@ class Served:
             tls = self.certificates.server
             if self.transport == "tls":
                 tls = TlsOptions(cert=tls.cert)
-        listeners = await open_listeners(self.address, tls)
-        self.address = listening_address(self.address, listeners[0])
         self._scope, self._ended = trio.CancelScope(), trio.Event()
 
-        async def run(task_status: trio.TaskStatus[None]) -> None:
+        async def run(task_status: trio.TaskStatus[Address]) -> None:
             try:
                 with self._scope:
-                    await serve_agent(self.agent, listeners, task_status=task_status)
+                    await serve_at(self.protocol, self.agent, self.address, tls, task_status=task_status)
             finally:
                 self._ended.set()
 
-        await self.nursery.start(run)
+        self.address = await self.nursery.start(run)
 
     async def stop(self) -> None:
         """End every connection and all calls; the agent and its functions stay."""
@@ -113,23 +113,24 @@ class Served:
             options["tls"] = {name: value for name, value in asdict(tls).items() if value is not None}
         return options
 
-    def client(self, **more: Any) -> MsgpackRpcAgent:
+    def client(self, **more: Any) -> Agent:
         """An adapter that reaches it; not entered yet."""
-        return MsgpackRpcAgent.from_options(self.options(**more))
+        return make_agent(self.protocol, self.options(**more))
 
 
 @asynccontextmanager
-async def served(agent: Agent, transport: str, directory: Path) -> AsyncIterator[Served]:
+async def served(agent: Agent, transport: str, directory: Path, protocol: str = "msgpack-rpc") -> AsyncIterator[Served]:
     """An agent behind a server for the length of the block.
 
     Args:
         agent: the agent; entered and left here.
         transport: one of `TRANSPORTS`.
         directory: for sockets and certificates.
+        protocol: what it speaks.
     """
     directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  a moment, in a test
     async with agent, trio.open_nursery() as nursery:
-        server = Served(agent, transport, directory, nursery)
+        server = Served(agent, transport, directory, nursery, protocol)
         await server.start()
         yield server
         nursery.cancel_scope.cancel()

@@ -75,6 +75,7 @@ def daemon(
     uid: int = 0,
     memlock: int | None = None,
     name: str = "f0",
+    reply_budget_s: float = 4.0,
 ) -> Iterator[Daemon]:
     """Run a daemon that serves one function; it must end with status 0 unless the block has killed it."""
     socket, control, log_file = RUN / f"{name}.sock", RUN / f"{name}.control", RUN / f"{name}.log"
@@ -92,6 +93,7 @@ def daemon(
         ),
         control_socket=control,
         log_level=LogLevel.DEBUG,
+        reply_budget_s=reply_budget_s,
     )
     pid = os.fork()
     if pid == 0:

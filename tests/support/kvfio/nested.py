@@ -11,6 +11,11 @@ from vmbed.nvme import PAGE, NvmeDriver, until
 from vmbed.pci import PciFunction
 from vmbed.qemu import GUEST_QEMU, QemuConfig, VfioUserDevice, start_qemu
 
+KERNEL, INITRAMFS = GUEST_QEMU / "vmlinuz", GUEST_QEMU / "initramfs"
+#: A guest in an emulated guest: its seconds are minutes.
+BOOT_S = 240.0
+COMMAND_S = 240.0
+MSG_TIMEOUT_MS = 120_000
 SLOT = 3
 MESSAGES = 0x10_0000
 VECTOR = 1
@@ -49,3 +54,24 @@ async def stock_qemu(socket: Path, accesses: Callable[[], int]) -> None:
             mapped = qemu.traced("vfio_region_mmap")
             assert mapped, "QEMU mapped no BAR"
             print(f"qemu={qemu.qmp.version} mapped={len(mapped)} messages_before={before}")
+
+
+async def stock_linux(socket: Path, accesses: Callable[[], int]) -> None:
+    """Linux boots in QEMU in this guest; its nvme driver writes and reads back, and no doorbell is a message."""
+    assets = Assets(GUEST_QEMU, "", KERNEL, "", INITRAMFS, GUEST_QEMU)
+    device = VfioUserDevice(socket, slot=SLOT, properties={"x-msg-timeout": MSG_TIMEOUT_MS})
+    config = QemuConfig([device], memory_mib=192, cpus=1, trace=())
+    with tempfile.TemporaryDirectory(dir="/run") as folder:
+        async with start_qemu(assets, config, Path(folder)) as qemu:
+            uptime = await qemu.guest.ready(BOOT_S)
+            ident = (await qemu.guest.check("ident 0", COMMAND_S)).fields()
+            assert "QEMU NVMe Ctrl" == ident["model"], ident
+            assert "live" == ident["state"], ident
+            before, interrupts = accesses(), await qemu.guest.irqs()
+            await qemu.guest.check("write 1 1 0", COMMAND_S)
+            await qemu.guest.check("verify 1 1 0", COMMAND_S)
+            after = await qemu.guest.irqs()
+            fired = sum(after.values()) - sum(interrupts.values())
+            assert fired > 0, "no interrupt arrived"
+            assert before == accesses(), "an access of the BAR was a message"
+            print(f"boot={uptime} interrupts={fired} messages_before={before}")

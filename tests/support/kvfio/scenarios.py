@@ -15,7 +15,7 @@ import trio
 from kvfio import bed
 from kvfio.admin import AdminQueue
 from kvfio.bed import IGB, NOBODY, NVME, SHARED, background_client, client, daemon
-from kvfio.nested import stock_qemu
+from kvfio.nested import stock_linux, stock_qemu
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
@@ -250,6 +250,24 @@ def unmap_under_io() -> None:
     """Mapping and unmapping while the controller is at work."""
     with daemon(NVME) as served:
         client(unmap_work, served)
+
+
+async def peer_to_peer_work(path: Path) -> None:
+    """A BAR is mapped for DMA by its descriptor, like memory, and taken back."""
+    async with Client.connect(path) as connected:
+        await connected.region_write(RegionIndex.CONFIG, 4, b"\x06\x00")
+        region = await connected.get_region_info(0)
+        assert region.fd is not None
+        offset = region.description.offset
+        await connected.dma_map(0x2_0000_0000, 0x4000, fd=region.fd.fileno(), offset=offset)
+        region.close()
+        await connected.dma_unmap(0x2_0000_0000, 0x4000)
+
+
+def peer_to_peer() -> None:
+    """A BAR as the target of DMA."""
+    with daemon(NVME) as served:
+        client(peer_to_peer_work, served)
 
 
 async def map_errors_work(path: Path) -> None:
@@ -490,6 +508,17 @@ def qemu() -> None:
         print(f"messages={served.status()['messages']}")
 
 
+def linux() -> None:
+    """Linux in nested QEMU uses the function, with verified data."""
+    with daemon(NVME, reply_budget_s=100.0) as served:
+
+        def accesses() -> int:
+            messages = served.status()["messages"]
+            return sum(messages.get(name, 0) for name in ACCESS_COMMANDS)
+
+        client(lambda path: stock_linux(path, accesses), served, uid=0)
+
+
 def bind_nvme() -> None:
     """Bind the function that most scenarios are about, by our command."""
     assert "nvme" == bed.driver_of(NVME)
@@ -509,6 +538,7 @@ SCENARIOS: Mapping[str, Callable[[], None]] = {
         resets,
         unmap_under_io,
         map_errors,
+        peer_to_peer,
         locked_memory_limit,
         kept_descriptor,
         second_daemon,
@@ -518,5 +548,6 @@ SCENARIOS: Mapping[str, Callable[[], None]] = {
         no_permission,
         igb_vf,
         qemu,
+        linux,
     )
 }

@@ -38,7 +38,14 @@ QEMU_UNWANTED = ("/gconv/", "/perl")
 
 
 def write_python_guest(
-    out: Path, assets: Assets, scratch: Path, *, drivers: Sequence[str], support: Sequence[str], qemu: bool = False
+    out: Path,
+    assets: Assets,
+    scratch: Path,
+    *,
+    drivers: Sequence[str],
+    support: Sequence[str],
+    kernel: Path | None = None,
+    qemu: bool = False,
 ) -> None:
     """Write the initramfs.
 
@@ -48,7 +55,8 @@ def write_python_guest(
         scratch: a folder for files on their way.
         drivers: kernel modules to load beside those of the bed's own initramfs.
         support: packages of tests/support that the guest runs.
-        qemu: put QEMU into it as well.
+        kernel: the guest's vmlinuz, beside its modules; None: the assets' own.
+        qemu: put QEMU into it as well, with the assets' own kernel and initramfs for its guest.
     """
     site = scratch / SITE
     _gather(site, support)
@@ -56,7 +64,7 @@ def write_python_guest(
     with out.open("wb") as file:
         file.write(assets.initramfs.read_bytes())
         archive = CpioWriter(file)
-        modules = load_order(assets.kernel.parent, [*BASE_DRIVERS, *drivers])
+        modules = load_order((kernel or assets.kernel).parent, [*BASE_DRIVERS, *drivers])
         for name, module in modules:
             archive.file(f"modules/{name}.ko", module)
         archive.file("modules/order", " ".join(name for name, _ in modules).encode())
@@ -66,6 +74,8 @@ def write_python_guest(
         archive.link(PYTHON.lstrip("/"), interpreter(assets.python).name)
         _add_tree(archive, scratch, "", (SITE,), ())
         if qemu:
+            archive.file(f"{GUEST_QEMU.relative_to('/')}/vmlinuz", assets.kernel.read_bytes())
+            archive.file(f"{GUEST_QEMU.relative_to('/')}/initramfs", assets.initramfs.read_bytes())
             _add_tree(archive, assets.qemu_root, str(GUEST_QEMU.relative_to("/")), QEMU_PARTS, QEMU_UNWANTED)
         archive.close()
 

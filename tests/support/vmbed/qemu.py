@@ -64,6 +64,7 @@ class QemuConfig:
         trace: trace events of QEMU to log; names and patterns of `-trace`.
         extra: further arguments.
         early: arguments that come before the devices, such as an IOMMU.
+        kernel: instead of the assets' own.
         initramfs: instead of the assets' own.
         kernel_arguments: for the guest's kernel, beside the bed's own.
     """
@@ -76,6 +77,7 @@ class QemuConfig:
     trace: Sequence[str] = TRACE_EVENTS
     extra: Sequence[str] = ()
     early: Sequence[str] = ()
+    kernel: Path | None = None
     initramfs: Path | None = None
     kernel_arguments: str = ""
 
@@ -167,7 +169,7 @@ def _machine(assets: Assets, config: QemuConfig, qmp: Path) -> list[str]:
 
 def _boot(assets: Assets, config: QemuConfig, console: Path, commands: Path) -> list[str]:
     """The kernel, and two serial ports: the kernel's messages into a file, and the guest's commands."""
-    argv = ["-kernel", str(assets.kernel), "-initrd", str(config.initramfs or assets.initramfs)]
+    argv = ["-kernel", str(config.kernel or assets.kernel), "-initrd", str(config.initramfs or assets.initramfs)]
     argv += ["-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip()]
     argv += ["-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"]
     argv += ["-chardev", f"socket,id=commands,path={commands}", "-serial", "chardev:commands"]

@@ -61,7 +61,7 @@ async def pair(
 
 @pytest.mark.parametrize("polled", [False, True])
 async def test_queues_go_on_where_they_stopped(polled: bool) -> None:
-    """The same driver, queues, heads, tails and phase bits work on the other function, after a wrap of the rings too."""
+    """The same driver, queues, heads, tails and phase bits work on the other function, after a wrap of the rings."""
     async with pair(polled=polled) as bed:
         for block in range(70):  # more than the 64 entries of the queue: the phase has changed
             await bed.driver.write_blocks(block, bytes([block]) * 512)

@@ -330,7 +330,7 @@ def unmap_during_dma(t: Trial) -> None:
     Sends: DMA_UNMAP while a DMA_READ is not answered yet; then the reply, if the unmap waits for it.
     Expects: the unmap succeeds; no DMA message comes after its reply.
     """
-    link = t.attach()
+    link = t.attach_with({"max_msg_fds": 8, "max_data_xfer_size": 4096})
     device = ready(t, link)
     count = min(0x20000, device.largest)
     memory = by_messages(t, link)

@@ -101,7 +101,7 @@ def golden(t: Trial) -> None:
     same("1000000001000100", reply.payload[:8].hex(), "argsz and flags")
 
 
-@AREA.case(7, SHOULD, "R252", "feature/offered-without-migration")
+@AREA.case(7, SHOULD, "R252", "feature/offered-without-migration@no-migration")
 def without_migration(t: Trial) -> None:
     """A device without migration has no migration features.
 

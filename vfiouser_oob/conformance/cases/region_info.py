@@ -286,7 +286,7 @@ def _view(t: Trial, region: Region, fd: int, offset: int, size: int) -> mmap.mma
     return t.map(fd, size, region.offset + offset)
 
 
-@AREA.case(14, MUST, "R097 R098 R127", "region-info/map-shows-other")
+@AREA.case(14, MUST, "R097 R127", "region-info/map-garbage")
 def mapping_shows_reads(t: Trial) -> None:
     """A mapped area shows what REGION_READ gives.
 
@@ -303,7 +303,7 @@ def mapping_shows_reads(t: Trial) -> None:
                 same(read.hex(), view[at : at + 64].hex(), f"bytes of region {region.index} at {offset + at:#x}")
 
 
-@AREA.case(15, MUST, "R097", "region-info/map-is-copy", effect=Effect.DEVICE)
+@AREA.case(15, MUST, "R097 R098", "region-info/map-is-copy region-info/map-shows-other", effect=Effect.DEVICE)
 def mapping_is_shared(t: Trial) -> None:
     """What is written through the mapping is read by messages, and the other way round.
 

@@ -244,7 +244,7 @@ def reset_twice(t: Trial) -> None:
         check(not link.reply(n, Command.DEVICE_RESET).failed, "DEVICE_RESET failed")
 
 
-@AREA.case(14, SHOULD, "R230", "session/reset-unsupported-ok")
+@AREA.case(14, SHOULD, "R230", "session/reset-unsupported-ok@no-reset")
 def reset_unsupported(t: Trial) -> None:
     """A device that cannot be reset says so.
 

@@ -114,7 +114,7 @@ def explanation(case: Case) -> Iterator[str]:
     for number in case.requirements:
         requirement = REQUIREMENTS[number]
         yield f"    {number} {requirement.text} ({requirement.source})"
-    yield f"  a planted fault that it catches: {case.mutant}"
+    yield f"  planted faults that it catches: {', '.join(case.mutants)}"
 
 
 def _by_area(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from vfiouser_oob.conformance.stimulus.base import Stimulus
+from vfiouser_oob.conformance.stimulus.nvme import NvmeProfile
 from vfiouser_oob.conformance.stimulus.test_profile import TestProfile
 
 #: Makers of profiles by the name that --device-profile takes; each takes the time-out in seconds.
-PROFILES: Mapping[str, Callable[[float], Stimulus]] = {"test": TestProfile}
+PROFILES: Mapping[str, Callable[[float], Stimulus]] = {"test": TestProfile, "nvme": NvmeProfile}

@@ -21,8 +21,15 @@ class Stimulus(Protocol):
     #: Largest transfer of one order, in bytes.
     largest: int
 
+    @property
+    def in_use(self) -> bool:
+        """Whether there is something to put back."""
+
     def prepare(self, link: Link) -> None:
         """Bring the device up, with bus mastering on; called once per connection, before anything else."""
+
+    def release(self, link: Link) -> None:
+        """Put back what the profile uses of the device, on a connection that was prepared."""
 
     def start_read(self, link: Link, address: int, count: int) -> None:
         """Make the device read so many bytes of client memory; does not wait for the end."""
@@ -67,6 +74,14 @@ class NoStimulus:
 
     def prepare(self, link: Link) -> None:
         """Nothing to bring up."""
+
+    @property
+    def in_use(self) -> bool:
+        """Nothing to put back."""
+        return False
+
+    def release(self, link: Link) -> None:
+        """Nothing to put back."""
 
     def load(self, link: Link, data: bytes) -> None:
         """Cannot choose what is written."""

@@ -30,6 +30,8 @@ from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 T = TypeVar("T")
 #: Accesses up to this many bytes are done in the event loop: a register read takes a microsecond.
 _INLINE_BYTES = 256
+#: Of the registers that every function has, one that the kernel does not keep a copy of.
+_STATUS_REGISTER = 6
 _DEVICE_FLAGS = int(DeviceInfoFlags.PCI | DeviceInfoFlags.RESET)
 
 
@@ -93,11 +95,6 @@ class KernelVfioSession(BackendSession):
             return self._in_worker(what, lambda: self._device.write(region, offset, data))
         return explain(what, lambda: self._device.write(region, offset, data))
 
-    def flush(self) -> Answer[None]:
-        """Read a register from the device itself: posted writes reach it first."""
-        data = self.region_read(RegionIndex.CONFIG, 0, 2)
-        return None if isinstance(data, bytes) else _done(data)
-
     def reset(self) -> Answer[None]:
         """Reset the function."""
         if not self._device.flags & DeviceInfoFlags.RESET:
@@ -111,6 +108,11 @@ class KernelVfioSession(BackendSession):
 
     def _in_worker(self, what: str, work: Callable[[], T]) -> Awaitable[T]:
         return self._worker.submit(Job(explained(what, work)))
+
+    def flush(self) -> Answer[None]:
+        """Read from the hardware: a read overtakes no write, so all that the client wrote is at the device then."""
+        answer = self.region_read(RegionIndex.CONFIG, _STATUS_REGISTER, 2)
+        return None if isinstance(answer, bytes) else _ignore(answer)
 
     # Interrupts
 
@@ -207,5 +209,5 @@ class KernelVfioSession(BackendSession):
         self._opened.close()
 
 
-async def _done(answer: Awaitable[bytes]) -> None:
+async def _ignore(answer: Awaitable[bytes]) -> None:
     await answer

@@ -25,6 +25,7 @@ from vmbed.assets.recipe import (
     KERNEL_FILES,
     KERNEL_NEEDS,
     KERNEL_PACKAGE,
+    OLDEST_SUITE,
     PRUNE,
     QEMU_MINIMUM,
     QEMU_NEEDS,
@@ -39,7 +40,9 @@ __all__ = ["build"]
 Report = Callable[[str], None]
 
 
-def build(cache: Path, report: Report, *, archive: str | None = None, refresh: bool = False) -> Assets:
+def build(
+    cache: Path, report: Report, *, archive: str | None = None, refresh: bool = False, long: bool = False
+) -> Assets:
     """Make the assets of a cache complete and current; does nothing when they are.
 
     Args:
@@ -47,6 +50,7 @@ def build(cache: Path, report: Report, *, archive: str | None = None, refresh: b
         report: called with one line for each step that takes time.
         archive: base address of the Debian archive, instead of the machine's own.
         refresh: look for newer packages although the cache is complete.
+        long: have what the long tests need, too.
 
     Raises:
         AssetError: with one line that says what is wrong.
@@ -61,6 +65,8 @@ def build(cache: Path, report: Report, *, archive: str | None = None, refresh: b
                 manifest = _fetch(cache, report, archive)
             if manifest.python_recipe != python_recipe() or not (cache / manifest.python).is_dir():
                 manifest = _fetch_python(cache, report, archive, manifest)
+            if long and not (cache / manifest.oldest_kernel / "vmlinuz").is_file():
+                manifest = _fetch_oldest_kernel(cache, report, archive, manifest)
             if manifest.initramfs_recipe != initramfs_recipe() or not (cache / manifest.initramfs).is_file():
                 manifest = _pack(cache, report, manifest)
     except OSError as error:
@@ -139,6 +145,26 @@ def _fetch_python(cache: Path, report: Report, archive: str | None, manifest: Ma
     return replace(manifest, python=name, python_recipe=python_recipe(), initramfs_recipe="")
 
 
+def _fetch_oldest_kernel(cache: Path, report: Report, archive: str | None, manifest: Manifest) -> Manifest:
+    """Download and unpack the oldest supported kernel; returns a manifest that has no initramfs yet."""
+    require_tools()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
+        work = Path(scratch)
+        apt = PrivateApt(work / "apt", archive or archive_address(), (OLDEST_SUITE,))
+        report(f"fetching the package list of {OLDEST_SUITE}")
+        apt.update()
+        kernel = _chosen(apt.closure(KERNEL_PACKAGE, OLDEST_SUITE), KERNEL_NEEDS, "linux-")
+        busybox = _chosen(apt.closure(BUSYBOX_PACKAGE, OLDEST_SUITE), re.compile(f"^{BUSYBOX_PACKAGE}$"), "busybox")
+        packages = [*kernel, *busybox]
+        version = _check_kernel(kernel)
+        report(f"fetching Linux {version}: {sum(package.size for package in packages) / 1e6:.0f} MB")
+        apt.download(packages, work / "debs")
+        _unpack_kernel(work / "debs", work / "kernel")
+        name = f"kernel-{_folder(version)}"
+        _replace_tree(work / "kernel", cache / name)
+    return replace(manifest, oldest_kernel=name, initramfs_recipe="")
+
+
 def _chosen(closure: list[Package], wanted: re.Pattern[str], essential: str) -> list[Package]:
     chosen = [package for package in closure if wanted.match(package.name)]
     if not any(package.name.startswith(essential) for package in chosen):
@@ -209,7 +235,7 @@ def _pack(cache: Path, report: Report, manifest: Manifest) -> Manifest:
 
 def _drop_stale(cache: Path, manifest: Manifest) -> None:
     """Remove what an earlier recipe or version left behind; a running QEMU keeps its open files."""
-    current = {manifest.qemu, manifest.kernel, manifest.python, manifest.initramfs}
+    current = {manifest.qemu, manifest.kernel, manifest.python, manifest.oldest_kernel, manifest.initramfs}
     for path in cache.iterdir():
         if path.name in current or not re.match(r"^(qemu|kernel|python|initramfs)-|^\.build-", path.name):
             continue

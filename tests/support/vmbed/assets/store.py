@@ -37,6 +37,7 @@ class Manifest:
     initramfs_recipe: str
     python: str = ""
     python_recipe: str = ""
+    oldest_kernel: str = ""
 
     def save(self, cache: Path) -> None:
         """Make this the cache's manifest, in one step."""
@@ -65,6 +66,8 @@ class Assets:
     kernel_version: str
     initramfs: Path
     python: Path
+    #: vmlinuz of the oldest supported kernel; only where the long tests' assets were asked for.
+    oldest_kernel: Path | None = None
 
     @property
     def qemu_command(self) -> tuple[str, ...]:
@@ -115,4 +118,10 @@ def locate(cache: Path | None = None) -> Assets:
         kernel_version=manifest.kernel_version,
         initramfs=folder / manifest.initramfs,
         python=folder / manifest.python,
+        oldest_kernel=_oldest(folder, manifest),
     )
+
+
+def _oldest(folder: Path, manifest: Manifest) -> Path | None:
+    kernel = folder / manifest.oldest_kernel / "vmlinuz"
+    return kernel if manifest.oldest_kernel and kernel.is_file() else None

@@ -1,0 +1,224 @@
+"""JSON-RPC 2.0 as SPDK speaks it: the reference protocol in JSON, or a vendor's own methods by a map.
+
+Without a map, methods and rules are those of docs/reference/agent-protocol.md, with bytes as base64. With `methods` or
+`preset`, each operation is a method of the vendor's (see `jsonrpc_map`). There are no sessions and no greeting then,
+and what the vendor has no method for is done on this side or refused (see `primitive`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import trio
+
+from vfiouser_agents.api import Agent, AgentInfo, FunctionInfo
+from vfiouser_agents.errors import AgentError, ConnectError, DeadlineExceeded, NotFound, TransportLost, Unsupported
+from vfiouser_agents.options import OptionError, number, read_options, seconds, switch, text
+from vfiouser_agents.rpc.core import NoRequests, RpcConnection
+from vfiouser_agents.rpc.endpoint import (
+    Address,
+    TlsOptions,
+    check_plaintext,
+    client_context,
+    connect,
+    parse_address,
+    read_tls,
+)
+from vfiouser_agents.rpc.json_codec import JsonCodec
+from vfiouser_agents.rpc.messages import Codec
+from vfiouser_agents.rpc.methods import OVERHEAD
+
+from .jsonrpc_map import MethodMap, read_map
+from .jsonrpc_mapped import MappedFunction, list_functions
+from .msgpack_rpc import DEFAULT_CONNECT_TIMEOUT, DEFAULT_KEEPALIVE, MsgpackRpcAgent
+from .primitive import Primitive, PrimitiveAgent
+
+#: SPDK takes requests of 256 KiB, and base64 makes four bytes out of three.
+MAX_CHUNK = 128 << 10
+#: What SPDK takes.
+MAX_REQUEST = 256 << 10
+#: Seconds that a vendor's method may take; what vendors' own clients wait.
+DEFAULT_CALL_TIMEOUT = 60.0
+
+_COMMON = {
+    "address": lambda _, value: parse_address(text("address", value)),
+    "tls": lambda _, value: read_tls(value),
+    "allow_plaintext": switch,
+    "connect_timeout_s": seconds(0.01, 600),
+}
+_NATIVE = {**_COMMON, "keepalive_s": seconds(0.01, 3600), "chunk_size": number(4096, MAX_CHUNK)}
+_MAP = ("preset", "methods", "functions", "state", "caps", "descriptor")
+_MAPPED = {**_COMMON, "call_timeout_s": seconds(0.01, 3600), "info_method": text}
+
+
+class JsonRpcAgent(MsgpackRpcAgent):
+    """An agent that speaks the reference protocol in JSON; `from_options` also makes one with a method map.
+
+    Args:
+        address: where it is.
+        tls: for `tls` addresses.
+        allow_plaintext: `tcp` addresses may be other hosts.
+        keepalive_s: silence in seconds after which the agent is asked whether it is there.
+        connect_timeout_s: seconds for connection, TLS and greeting together.
+        chunk_size: bytes of state in one message at most.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        tls: TlsOptions | None = None,
+        allow_plaintext: bool = False,
+        keepalive_s: float = DEFAULT_KEEPALIVE,
+        connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
+        chunk_size: int = MAX_CHUNK,
+    ) -> None:
+        super().__init__(
+            address,
+            tls=tls,
+            allow_plaintext=allow_plaintext,
+            keepalive_s=keepalive_s,
+            connect_timeout_s=connect_timeout_s,
+            chunk_size=chunk_size,
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Agent:  # type: ignore[override]
+        """Make one out of options.
+
+        Args:
+            options: `address`, and optionally `tls`, `allow_plaintext`, `connect_timeout_s`; without a map also
+                `keepalive_s` and `chunk_size`; with one `call_timeout_s` and what `jsonrpc_map` describes.
+
+        Raises:
+            OptionError: an option cannot be used.
+        """
+        if "address" not in options:
+            raise OptionError("option 'address' is missing, such as unix:///var/tmp/spdk.sock or tls://soc:7711")
+        if not {"preset", "methods"} & set(options):
+            return cls(**read_options(options, {**_NATIVE, **dict.fromkeys(_MAP, _needs_map)}))
+        methods = read_map({name: value for name, value in options.items() if name in _MAP})
+        rest = {name: value for name, value in options.items() if name not in _MAP}
+        return MappedAgent(methods, **read_options(rest, _MAPPED))
+
+    def make_codec(self) -> Codec:
+        """JSON."""
+        return JsonCodec()
+
+    def largest_chunk(self, max_message: int) -> int:
+        """Bytes of state that one message can carry as base64."""
+        return min(self.chunk_size, (max_message - OVERHEAD) // 4 * 3)
+
+
+def _needs_map(name: str, value: Any) -> Any:
+    raise OptionError(f"{name}: only for a method map, and there is neither 'methods' nor 'preset'")
+
+
+class MappedAgent(PrimitiveAgent):
+    """An agent that speaks a vendor's own methods.
+
+    Args:
+        methods: the map.
+        address: where it is.
+        tls: for `tls` addresses.
+        allow_plaintext: `tcp` addresses may be other hosts.
+        connect_timeout_s: seconds for connection and TLS.
+        call_timeout_s: seconds that one method may take.
+        info_method: a method without parameters whose result says who answers, such as `spdk_get_version`.
+    """
+
+    def __init__(
+        self,
+        methods: MethodMap,
+        address: Address,
+        *,
+        tls: TlsOptions | None = None,
+        allow_plaintext: bool = False,
+        connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
+        call_timeout_s: float = DEFAULT_CALL_TIMEOUT,
+        info_method: str = "",
+    ) -> None:
+        # A device that does not tell what it does must not be left in the middle of a call.
+        super().__init__(detached=True)
+        check_plaintext(address, allowed=allow_plaintext)
+        if tls is not None and address.scheme != "tls":
+            raise OptionError(f"tls is of no use with {address}; the address must begin with tls://")
+        self.address = address
+        self._map = methods
+        self._tls = tls or TlsOptions()
+        self._context = client_context(self._tls) if address.scheme == "tls" else None
+        self._allow_plaintext = allow_plaintext
+        self._connect_timeout_s = connect_timeout_s
+        self._call_timeout_s = call_timeout_s
+        self._info_method = info_method
+        self._connection: RpcConnection | None = None
+        self._connecting = trio.Lock()
+        self._info: AgentInfo | None = None
+
+    async def connect(self) -> AgentInfo:
+        """Reach it, and ask who it is if there is a method for that."""
+        await self._connected()
+        if self._info is None:
+            told = await self.call(self._info_method, {}) if self._info_method else ""
+            version = told.get("version", told) if isinstance(told, dict) else told
+            about = self._map.descriptor
+            self._info = AgentInfo(
+                about.vendor or "a vendor", about.model or "JSON-RPC methods", str(version)[:200], protocol="JSON-RPC"
+            )
+        return self._info
+
+    async def functions(self) -> Sequence[FunctionInfo]:
+        """What is configured, or what the vendor lists."""
+        if not self._map.functions and "functions" not in self._map.methods:
+            raise Unsupported("neither the configuration nor a method of the vendor's tells the functions")
+        return [FunctionInfo(name, self._map.descriptor.kind) for name in await list_functions(self.call, self._map)]
+
+    async def find(self, function_id: str) -> Primitive:
+        """The function, if it is listed, or if its status can be had."""
+        listed = await list_functions(self.call, self._map)
+        if listed and function_id not in listed:
+            raise NotFound(f"no function {function_id!r} (there are: {', '.join(listed)})")
+        function = MappedFunction(function_id, self._map, self.call)
+        if not listed:
+            try:
+                told = await function.state()
+            except AgentError as error:
+                raise NotFound(f"no function {function_id!r}: {error}") from error
+            if told is None:
+                raise NotFound(f"no function {function_id!r} (there are none)")
+        return function
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await super().aclose()
+        if self._connection is not None:
+            self._connection.close(TransportLost("the agent was closed on this side"))
+
+    async def call(self, method: str, params: dict[str, Any]) -> Any:
+        """Call a method of the vendor's.
+
+        Raises:
+            DeadlineExceeded: it took longer than `call_timeout_s`.
+            AgentError: as the vendor answered.
+        """
+        connection = await self._connected()
+        with trio.move_on_after(self._call_timeout_s):
+            return await connection.call(method, params)
+        raise DeadlineExceeded(f"{method} at {self.address} did not answer within {self._call_timeout_s:g} s")
+
+    async def _connected(self) -> RpcConnection:
+        async with self._connecting:
+            if self._connection is None or self._connection.lost is not None:
+                with trio.move_on_after(self._connect_timeout_s) as scope:
+                    stream = await connect(
+                        self.address, self._tls, self._context, allow_plaintext=self._allow_plaintext
+                    )
+                if scope.cancelled_caught:
+                    raise ConnectError(f"agent {self.address} did not answer within {self._connect_timeout_s:g} s")
+                if self.nursery is None:
+                    raise RuntimeError("an agent is used inside `async with`")
+                self._connection = RpcConnection(stream, JsonCodec(), NoRequests())
+                self._connection.max_outgoing = MAX_REQUEST
+                self.nursery.start_soon(self._connection.run)
+            return self._connection

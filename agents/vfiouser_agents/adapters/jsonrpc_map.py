@@ -1,0 +1,367 @@
+"""The method map of the `jsonrpc` adapter: how a vendor's methods are to be called for what the interface asks.
+
+    [function.agent]
+    kind = "jsonrpc"
+    functions = ["blk0"]
+    methods.stop = { method = "suspend", params = { name = "$function", timeout_ms = 500 } }
+    methods.status = { method = "get", params = { name = "$function" }, result = { state = "info.state" },
+                       states = { active = "running", suspended = "stopped" } }
+    state = { path = "/tmp/$function.state", fetch = ["ssh", "dpu", "cat", "$path"], store = [...] }
+    caps = { max_state = "1M" }
+    descriptor = { vendor = "…", model = "…", kind = "virtio-blk", format_id = "…" }
+
+A parameter that begins with ``$`` is one of our variables, ``$$`` is a plain ``$``, and everything else is a constant.
+`result` says where in the vendor's result one of our values is: keys with dots between them, or empty text for the
+whole. Everything is checked when it is read, and errors name the key that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from vfiouser_agents.api import AgentState, Capabilities, Descriptor
+from vfiouser_agents.options import OptionError, hint, number, read_options, switch, text
+
+from .jsonrpc_presets import PRESETS
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One thing that can be mapped.
+
+    Args:
+        variables: what its parameters may name, besides `function`.
+        required: variables that some parameter must carry.
+        results: what is taken from the result; True = must be mapped.
+    """
+
+    variables: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    results: Mapping[str, bool] = field(default_factory=dict)
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    "functions": Operation(results={"list": False, "name": True}),
+    "describe": Operation(results={"descriptor": False}),
+    "check": Operation(("descriptor",), ("descriptor",)),
+    "begin": Operation(("role", "migration_id")),
+    "end": Operation(("outcome",)),
+    "status": Operation(results={"state": True}),
+    "quiesce": Operation(),
+    "stop": Operation(("role",)),
+    "resume": Operation(),
+    "estimate": Operation(results={"bytes": True}),
+    "save": Operation(("offset", "limit", "phase", "path"), results={"data": False, "eof": False, "drained": False}),
+    "load_begin": Operation(("total",)),
+    "load": Operation(("offset", "data", "path")),
+    "load_commit": Operation(("total", "sha256")),
+    "dirty_start": Operation(("ranges", "page_size"), ("ranges",), {"page_size": False}),
+    "dirty_report": Operation(("iova", "length"), ("iova", "length"), {"bitmap": True}),
+    "dirty_stop": Operation(),
+    "reset": Operation(),
+}
+#: Ways that there must be; the others are done without, or refused.
+_NEEDED = ("stop", "resume")
+#: Names that belong together: with one of them, the others are needed.
+_TOGETHER = (("dirty_start", "dirty_report", "dirty_stop"), ("save", "load"))
+#: What a static capability may say: those that the map itself tells cannot be claimed.
+_CAPS = {
+    "precopy": switch,
+    "random_access_save": switch,
+    "verifies": switch,
+    "max_state": number(1, 64 << 30),
+    "max_chunk": number(4096, 128 << 10),
+    "max_ranges": number(1, 1024),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MappedMethod:
+    """How one operation is called.
+
+    Args:
+        method: the vendor's name for it.
+        params: constants, and variables with ``$``.
+        result: where our values are in the result.
+        states: for `status`: the vendor's words for what a function does.
+    """
+
+    method: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, str] = field(default_factory=dict)
+    states: Mapping[str, AgentState] = field(default_factory=dict)
+
+    def arguments(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters with the variables filled in.
+
+        Args:
+            variables: by name, without ``$``.
+        """
+        return _filled(self.params, variables)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """A state that the vendor's methods keep in a file on the SoC.
+
+    Args:
+        path: where, with ``$function``.
+        fetch: command that writes the file to its standard output.
+        store: command that makes the file out of its standard input.
+        remove: command that removes the file, or nothing.
+    """
+
+    path: str
+    fetch: tuple[str, ...]
+    store: tuple[str, ...]
+    remove: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MethodMap:
+    """Everything that the configuration says about a vendor's methods."""
+
+    methods: Mapping[str, MappedMethod]
+    functions: tuple[str, ...]
+    state: StateFile | None
+    caps: Capabilities
+    descriptor: Descriptor
+
+
+def read_map(options: Mapping[str, Any]) -> MethodMap:
+    """Read the options `preset`, `methods`, `functions`, `state`, `caps` and `descriptor`.
+
+    Args:
+        options: those of them that were given; what a preset says is replaced by what stands beside it.
+
+    Raises:
+        OptionError: something cannot be used; the message begins with its key.
+    """
+    preset = PRESETS[_preset(options["preset"])] if "preset" in options else {}
+    methods = _methods({**preset.get("methods", {}), **_table("methods", options.get("methods", {}))})
+    state = _state_file({**preset.get("state", {}), **_table("state", options.get("state", {}))}, methods)
+    _check_methods(methods, state)
+    caps = {**preset.get("caps", {}), **_table("caps", options.get("caps", {}))}
+    descriptor = {**preset.get("descriptor", {}), **_table("descriptor", options.get("descriptor", {}))}
+    functions = _functions(options.get("functions", ()), methods)
+    found = _capabilities(caps, methods, state)
+    described = _descriptor(descriptor, found)
+    if found.stop_copy and "describe" not in methods:
+        _require("descriptor", descriptor, "format_id", "without it a destination cannot tell whether a state fits")
+    formats = (described.format_id,) if found.stop_copy and described.format_id else ()
+    return MethodMap(methods, functions, state, replace(found, formats=formats), described)
+
+
+def _preset(name: Any) -> str:
+    if name not in PRESETS:
+        raise OptionError(f"preset: there is none called {name!r}{hint(str(name), PRESETS)}")
+    return str(name)
+
+
+def _table(key: str, raw: Any) -> Mapping[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise OptionError(f"{key}: must be a table, got {raw!r}")
+    return raw
+
+
+def _require(key: str, table: Mapping[str, Any], name: str, why: str) -> None:
+    if not table.get(name):
+        raise OptionError(f"{key}.{name}: missing; {why}")
+
+
+def _methods(raw: Mapping[str, Any]) -> dict[str, MappedMethod]:
+    found = {}
+    for name, value in raw.items():
+        key = f"methods.{name}"
+        if name not in OPERATIONS:
+            raise OptionError(f"{key}: there is no such operation{hint(name, OPERATIONS)}")
+        if value is False:
+            continue  # what a preset has is not to be used
+        table = {"method": value} if isinstance(value, str) else _table(key, value)
+        found[name] = _method(key, OPERATIONS[name], name, table)
+    return found
+
+
+def _method(key: str, operation: Operation, name: str, raw: Mapping[str, Any]) -> MappedMethod:
+    allowed = {"method", "params", "result", *(["states"] if name == "status" else [])}
+    for part in raw:
+        if part not in allowed:
+            raise OptionError(f"{key}.{part}: there is no such key{hint(part, dict.fromkeys(sorted(allowed)))}")
+    _require(key, raw, "method", "the vendor's name of the method")
+    if not isinstance(raw["method"], str):
+        raise OptionError(f"{key}.method: must be text, got {raw['method']!r}")
+    params = _table(f"{key}.params", raw.get("params", {}))
+    used = _variables(f"{key}.params", params, ("function", *operation.variables))
+    for variable in operation.required:
+        if variable not in used:
+            raise OptionError(f"{key}.params: no parameter carries ${variable}")
+    result = _results(f"{key}.result", operation, raw.get("result", {}))
+    states = _states(f"{key}.states", raw.get("states", {})) if name == "status" else {}
+    return MappedMethod(raw["method"], params, result, states)
+
+
+def _variables(key: str, value: Any, allowed: tuple[str, ...]) -> set[str]:
+    if isinstance(value, Mapping):
+        return {name for part, item in value.items() for name in _variables(f"{key}.{part}", item, allowed)}
+    if isinstance(value, list):
+        return {name for index, item in enumerate(value) for name in _variables(f"{key}[{index}]", item, allowed)}
+    if value is not None and not isinstance(value, str | int | float):
+        raise OptionError(f"{key}: {value!r} cannot be sent as JSON")
+    if not isinstance(value, str) or not value.startswith("$") or value.startswith("$$"):
+        return set()
+    if value[1:] not in allowed:
+        raise OptionError(f"{key}: unknown variable {value!r}{hint(value, {f'${name}': None for name in allowed})}")
+    return {value[1:]}
+
+
+def _results(key: str, operation: Operation, raw: Any) -> dict[str, str]:
+    table = _table(key, raw)
+    for name, path in table.items():
+        if name not in operation.results:
+            raise OptionError(f"{key}.{name}: this operation has no such result{hint(name, operation.results)}")
+        if not isinstance(path, str):
+            raise OptionError(f"{key}.{name}: must be keys with dots between them, or empty text, got {path!r}")
+    for name, needed in operation.results.items():
+        if needed and name not in table:
+            raise OptionError(f"{key}.{name}: missing; it says where in the vendor's result {name} is")
+    return dict(table)
+
+
+def _states(key: str, raw: Any) -> dict[str, AgentState]:
+    words = {state.value: state for state in AgentState}
+    found = {}
+    for word, state in _table(key, raw).items():
+        if state not in words:
+            raise OptionError(f"{key}.{word}: {state!r} is no state{hint(str(state), words)}")
+        found[word] = words[state]
+    return found or words
+
+
+def _state_file(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod]) -> StateFile | None:
+    uses = [name for name in ("save", "load") if name in methods and "$path" in methods[name].params.values()]
+    if not raw and not uses:
+        return None
+    if uses != ["save", "load"]:
+        raise OptionError("state: only for methods.save and methods.load that both have a parameter $path")
+    readers: dict[str, Callable[[str, Any], Any]] = {
+        "path": _path,
+        "fetch": _command,
+        "store": _command,
+        "remove": _command,
+    }
+    for name in raw:
+        if name not in readers:
+            raise OptionError(f"state.{name}: there is no such key{hint(name, readers)}")
+    _require("state", raw, "path", "the file on the SoC, such as /tmp/$function.state")
+    _require("state", raw, "fetch", 'the command that prints the file, such as ["ssh", "soc", "cat", "$path"]')
+    _require("state", raw, "store", 'the command that makes the file out of its input, such as ["ssh", "soc", "dd", …]')
+    return StateFile(**{name: readers[name](f"state.{name}", value) for name, value in raw.items()})
+
+
+def _path(key: str, raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.startswith("/") or "$" in raw.replace("$function", ""):
+        raise OptionError(f"{key}: must be an absolute path with no variable but $function, got {raw!r}")
+    return raw
+
+
+def _command(key: str, raw: Any) -> tuple[str, ...]:
+    if not isinstance(raw, list) or not raw or not all(isinstance(word, str) for word in raw):
+        raise OptionError(f"{key}: must be a list of words, got {raw!r}")
+    if not any("$path" in word for word in raw):
+        raise OptionError(f"{key}: no word has $path in it")
+    return tuple(raw)
+
+
+def _check_methods(methods: Mapping[str, MappedMethod], state: StateFile | None) -> None:
+    for name in _NEEDED:
+        if name not in methods:
+            raise OptionError(f"methods.{name}: missing; a function that cannot be told to {name} is of no use")
+    for group in _TOGETHER:
+        missing = [name for name in group if name not in methods]
+        if missing and len(missing) < len(group):
+            raise OptionError(f"methods.{missing[0]}: missing; the others of {', '.join(group)} are there")
+    if "save" not in methods or state is not None:
+        return
+    for name, variables in (("save", ("limit",)), ("load", ("data",))):
+        for variable in variables:
+            if f"${variable}" not in methods[name].params.values():
+                raise OptionError(f"methods.{name}.params: no parameter carries ${variable}, and none $path")
+    for wanted in ("data", "eof"):
+        if wanted not in methods["save"].result:
+            raise OptionError(f"methods.save.result.{wanted}: missing; it says where in the vendor's result it is")
+
+
+def _functions(raw: Any, methods: Mapping[str, MappedMethod]) -> tuple[str, ...]:
+    if not isinstance(raw, list | tuple) or not all(isinstance(name, str) and name for name in raw):
+        raise OptionError(f"functions: must be a list of names, got {raw!r}")
+    if not raw and not {"functions", "status"} & set(methods):
+        raise OptionError("functions: missing; nothing in methods tells which functions there are")
+    return tuple(raw)
+
+
+def _capabilities(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod], state: StateFile | None) -> Capabilities:
+    told = _read("caps", raw, {**_CAPS, "page_sizes": _page_sizes})
+    if told.get("precopy") and (state is not None or "drained" not in methods.get("save", MappedMethod("")).result):
+        raise OptionError("caps.precopy: needs methods.save in pieces, with result.drained")
+    if "dirty_start" in methods and "max_ranges" not in told:
+        raise OptionError("caps.max_ranges: missing; methods.dirty_start is there")
+    base = Capabilities(
+        stop_copy="save" in methods,
+        p2p="quiesce" in methods,
+        dirty="dirty_start" in methods,
+        reset="reset" in methods,
+        status_query="status" in methods,
+        random_access_save=True,
+        max_chunk=128 << 10,
+        takeover=False,
+        verifies=False,
+    )
+    return replace(base, **told)
+
+
+def _read(key: str, raw: Mapping[str, Any], readers: Mapping[str, Callable[[str, Any], Any]]) -> dict[str, Any]:
+    try:
+        return read_options(raw, readers)
+    except OptionError as error:
+        raise OptionError(f"{key}: {error}") from error
+
+
+def _page_sizes(name: str, raw: Any) -> tuple[int, ...]:
+    good = (
+        isinstance(raw, list) and raw and all(type(size) is int and size > 0 and not size & (size - 1) for size in raw)
+    )
+    if not good or raw != sorted(set(raw)):
+        raise OptionError(f"{name} must be a list of ascending powers of two, got {raw!r}")
+    return tuple(raw)
+
+
+def _descriptor(raw: Mapping[str, Any], caps: Capabilities) -> Descriptor:
+    readers: dict[str, Callable[[str, Any], Any]] = {
+        item.name: text
+        for item in fields(Descriptor)
+        if item.name not in ("format_version", "state_max", "fingerprint")
+    }
+    readers |= {"format_version": number(0, 1 << 31), "state_max": number(1, caps.max_state), "fingerprint": _words}
+    told = _read("descriptor", raw, readers)
+    blank = Descriptor("", 1, "", "", "", "", caps.max_state)
+    return replace(blank, **told)
+
+
+def _words(name: str, raw: Any) -> dict[str, str]:
+    if not isinstance(raw, Mapping) or not all(isinstance(value, str) for value in raw.values()):
+        raise OptionError(f"{name} must be a table of text, got {raw!r}")
+    return dict(raw)
+
+
+def _filled(value: Any, variables: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping):
+        filled = {name: _filled(item, variables) for name, item in value.items()}
+        # A variable without a value, such as a total that nobody knows, is left out.
+        return {name: item for name, item in filled.items() if item is not None or value[name] is None}
+    if isinstance(value, list):
+        return [_filled(item, variables) for item in value]
+    if isinstance(value, str) and value.startswith("$"):
+        return value[1:] if value.startswith("$$") else variables[value[1:]]
+    return value

@@ -1,0 +1,283 @@
+"""What devices with few commands have in common: the whole contract of a session on top of stop, resume, save, load.
+
+Vendors' interfaces have no roles, offsets, digests or names of migrations. This module keeps those on our side, for as
+long as the agent is open, and asks the device only for what it can do:
+
+- A state that is loaded is collected first, verified, and given to the device as a whole by the commit. So a state that
+  is cut or corrupt never reaches a device that could not tell.
+- A state that was saved from a stopped function is kept until the function runs again, since such a device gives it
+  once only. Each of the two takes up to `max_state` bytes of memory.
+- Another connection knows nothing of a migration: `Capabilities.takeover` is not claimed.
+
+`primitive_session` holds the session; adapters derive from `Primitive` and `PrimitiveAgent`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import trio
+
+from vfiouser_agents.api import Agent, AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
+from vfiouser_agents.dirtylog import PageLog
+from vfiouser_agents.errors import Incompatible, Unsupported
+from vfiouser_agents.ordering import CallQueue
+
+from .primitive_state import Loading, SavedStream
+
+if TYPE_CHECKING:
+    from .primitive_session import PrimitiveSession
+
+T = TypeVar("T")
+
+
+class Primitive(ABC):
+    """One function, as its vendor's interface shows it. Calls come one at a time."""
+
+    @property
+    @abstractmethod
+    def caps(self) -> Capabilities:
+        """What can be done with it."""
+
+    @abstractmethod
+    async def describe(self) -> Descriptor:
+        """What it is."""
+
+    async def check(self, descriptor: Descriptor) -> None:
+        """Decide whether the state of such a function could be loaded here; everything must be equal.
+
+        Raises:
+            Incompatible: it could not.
+        """
+        here = await self.describe()
+        names = ("format_id", "format_version", "vendor", "model", "kind", "firmware")
+        pairs = [(name, getattr(descriptor, name), getattr(here, name)) for name in names]
+        keys = sorted({*descriptor.fingerprint, *here.fingerprint})
+        pairs += [(key, descriptor.fingerprint.get(key), here.fingerprint.get(key)) for key in keys]
+        reasons = [f"{name} is {theirs!r} there and {ours!r} here" for name, theirs, ours in pairs if theirs != ours]
+        if descriptor.state_max > self.caps.max_state:
+            reasons.append(f"state of {descriptor.state_max} bytes there, room for {self.caps.max_state} here")
+        if reasons:
+            raise Incompatible(reasons)
+
+    async def state(self) -> AgentState | None:
+        """What the device says that it does; None if it does not tell."""
+        return None
+
+    async def begin(self, role: Role, migration_id: str) -> None:  # noqa: B027
+        """A migration begins; does nothing unless the device wants to know."""
+
+    async def end(self, outcome: Outcome) -> None:  # noqa: B027
+        """A migration is over; does nothing unless the device wants to know."""
+
+    async def quiesce(self) -> None:
+        """Start no DMA any more; only called with `Capabilities.p2p`."""
+        raise Unsupported("this device has no state between running and stopped")
+
+    @abstractmethod
+    async def stop(self, role: Role | None) -> None:
+        """Hold still; not called for a function that does."""
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """Run."""
+
+    async def estimate(self) -> int | None:
+        """Bytes of the state of a stopped source; None if there is no telling."""
+        return None
+
+    @abstractmethod
+    async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
+        """The next piece; offsets only grow, and 0 begins anew."""
+
+    @abstractmethod
+    async def apply(self, state: bytes, sha256: bytes) -> None:
+        """Load a whole state into the stopped device."""
+
+    async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
+        """Log the pages that it writes, and tell the page size; only called with `Capabilities.dirty`."""
+        raise Unsupported("this device has no dirty log")
+
+    async def dirty_report(self, iova: int, length: int) -> bytes:
+        """The bitmap of a range, and forget."""
+        raise Unsupported("this device has no dirty log")
+
+    async def dirty_stop(self) -> None:  # noqa: B027
+        """End logging."""
+
+    async def reset(self) -> None:
+        """As after a function-level reset; only called with `Capabilities.reset`."""
+        raise Unsupported("this device cannot be reset by its agent")
+
+    async def release(self) -> None:  # noqa: B027
+        """No call and no migration is under way: others may have the device."""
+
+    async def aclose(self) -> None:  # noqa: B027
+        """Let go of it."""
+
+
+class Book:
+    """What is known of one function on this side, shared by its sessions.
+
+    Args:
+        primitive: the function.
+        queue: executes calls also when nobody waits for them any more; None = they are cancelled with their caller.
+    """
+
+    def __init__(self, primitive: Primitive, queue: CallQueue | None) -> None:
+        self.primitive = primitive
+        self.state = AgentState.RUNNING
+        #: The last call that changes the state did not end well, so the device may be in another one.
+        self.uncertain = False
+        #: A load was begun and not committed.
+        self.spoiled = False
+        self.role: Role | None = None
+        self.migration_id = ""
+        self.owner: PrimitiveSession | None = None
+        self.stream: SavedStream | None = None
+        self.loading: Loading | None = None
+        self.log: PageLog | None = None
+        self._queue = queue
+        self._lock = trio.Lock()
+        self._pending = ""
+
+    @property
+    def pending(self) -> str:
+        """The call that is being executed, or empty."""
+        return self._queue.pending if self._queue is not None else self._pending
+
+    async def call(self, name: str, work: Callable[[], Awaitable[T]], *, overtakes: bool = False) -> T:
+        """Execute a call after all that came before it.
+
+        Args:
+            name: for `pending`.
+            work: does it.
+            overtakes: end the calls before it; without a queue it waits for them.
+        """
+        if self._queue is not None:
+            return await self._queue.call(name, partial(self._work, work), overtakes=overtakes)
+        async with self._lock:
+            self._pending = name
+            try:
+                return await self._work(work)
+            finally:
+                self._pending = ""
+
+    async def _work(self, work: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await work()
+        finally:
+            if self.role is None:
+                await self.primitive.release()
+
+    @asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """Whatever ends the block early leaves the device in a state that is not known."""
+        before, self.uncertain = self.uncertain, True
+        try:
+            yield
+        except Unsupported:
+            self.uncertain = before
+            raise
+        self.uncertain = False
+
+    async def refresh(self) -> None:
+        """Ask the device what it does, if it tells."""
+        told = await self.primitive.state()
+        if told is None:
+            return
+        self.uncertain = False
+        ours = (AgentState.STOPPED, AgentState.LOADING, AgentState.LOADED)
+        if told in ours and self.state in ours and (self.spoiled or self.state is AgentState.LOADED):
+            return  # the device does not know how far a load is; we do
+        if told is AgentState.LOADING:
+            self.spoiled = True  # by somebody else, and nobody knows how far
+        if told is AgentState.RUNNING:
+            self.forget_states()
+        self.state = told
+
+    def forget_states(self) -> None:
+        """The function runs: whatever was saved or loaded is of the past."""
+        self.stream = None
+        self.loading = None
+        self.spoiled = False
+
+    def forget_migration(self) -> None:
+        """Leave the migration; what the function does stays."""
+        self.role, self.migration_id, self.owner = None, "", None
+        self.drop_buffers()
+
+    def drop_buffers(self) -> None:
+        """Drop what was being saved or loaded, but for a state that could not be had again."""
+        self.loading = None
+        if self.stream is not None and not self.stream.final_only:
+            self.stream = None
+        if self.state is AgentState.LOADING:
+            self.state = AgentState.STOPPED
+
+
+class PrimitiveAgent(Agent):
+    """An agent whose functions are `Primitive`s; derived classes say how to find one.
+
+    Args:
+        detached: calls go on when their caller is cancelled, as a device does that cannot tell how far it came.
+    """
+
+    def __init__(self, *, detached: bool) -> None:
+        self._detached = detached
+        self._stack = AsyncExitStack()
+        self.nursery: trio.Nursery | None = None
+        self.books: dict[str, Book] = {}
+        self._opening = trio.Lock()
+        self._sessions: list[PrimitiveSession] = []
+
+    @abstractmethod
+    async def find(self, function_id: str) -> Primitive:
+        """A function by its name.
+
+        Raises:
+            NotFound: there is no such function.
+        """
+
+    async def __aenter__(self) -> Self:
+        self.nursery = await self._stack.enter_async_context(trio.open_nursery())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.aclose()
+        finally:
+            if self.nursery is not None:
+                self.nursery.cancel_scope.cancel()
+            await self._stack.__aexit__(None, None, None)
+
+    async def aclose(self) -> None:
+        """Let go of everything; functions stay as they are."""
+        for session in list(self._sessions):
+            await session.aclose()
+        books, self.books = self.books, {}
+        for book in books.values():
+            await book.primitive.aclose()
+
+    async def open(self, function_id: str) -> PrimitiveSession:
+        """A session for a function."""
+        from .primitive_session import PrimitiveSession
+
+        if self.nursery is None:
+            raise RuntimeError("an agent is used inside `async with`")
+        async with self._opening:
+            book = self.books.get(function_id)
+            if book is None:
+                primitive = await self.find(function_id)
+                queue = CallQueue(self.nursery) if self._detached else None
+                book = self.books[function_id] = Book(primitive, queue)
+        session = PrimitiveSession(function_id, book, self._sessions.remove)
+        self._sessions.append(session)
+        return session

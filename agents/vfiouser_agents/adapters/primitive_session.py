@@ -1,0 +1,403 @@
+"""The session of a function that is a `Primitive`: roles, order, offsets and digests are kept on this side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import trio
+
+from vfiouser_agents.api import (
+    AgentState,
+    Capabilities,
+    Chunk,
+    Descriptor,
+    DirtyReport,
+    Estimate,
+    Outcome,
+    Phase,
+    Range,
+    Role,
+    Session,
+    Status,
+)
+from vfiouser_agents.dirtylog import PageLog
+from vfiouser_agents.errors import (
+    Busy,
+    CorruptState,
+    DeviceFailed,
+    InvalidArgument,
+    InvalidState,
+    NoResources,
+    NotFound,
+    ProtocolError,
+    Unsupported,
+)
+
+from .primitive import Book
+from .primitive_state import Loading, SavedStream
+
+STILL = frozenset({AgentState.STOPPED, AgentState.LOADING, AgentState.LOADED})
+_SAVES_IN = {
+    Phase.PRECOPY: (AgentState.RUNNING, AgentState.QUIESCED),
+    Phase.FINAL: (AgentState.STOPPED, AgentState.LOADED),
+}
+
+
+class PrimitiveSession(Session):
+    """A session for a `Primitive`; `PrimitiveAgent.open` makes it.
+
+    Args:
+        function_id: the function's name.
+        book: what is known of it.
+        on_close: told when it is closed.
+    """
+
+    def __init__(self, function_id: str, book: Book, on_close: Callable[[PrimitiveSession], None]) -> None:
+        self._function_id = function_id
+        self._book = book
+        self._device = book.primitive
+        self._on_close = on_close
+        self._closed = False
+
+    @property
+    def function_id(self) -> str:
+        """The function's name."""
+        return self._function_id
+
+    @property
+    def caps(self) -> Capabilities:
+        """What can be done with it."""
+        return self._device.caps
+
+    async def describe(self) -> Descriptor:
+        """Ask the device, or tell what was configured."""
+        return await self._book.call("describe", self._device.describe)
+
+    async def check(self, descriptor: Descriptor) -> None:
+        """Ask the device, or compare."""
+
+        async def work() -> None:
+            await self._device.check(descriptor)
+
+        await self._book.call("check", work)
+
+    async def begin(self, role: Role, migration_id: str) -> None:
+        """Become the owner of the function's migration."""
+        if not self.caps.stop_copy:
+            raise Unsupported(f"function {self._function_id} cannot be migrated: its agent gives no state")
+        if not migration_id:
+            raise InvalidArgument("a migration needs a name")
+
+        async def work() -> None:
+            self._enter(anybody=True)
+            book = self._book
+            await book.refresh()
+            self._working()
+            mine = (role, migration_id) == (book.role, book.migration_id)
+            if book.role is not None and not mine:
+                self._replace()
+            if not mine:
+                await self._device.begin(role, migration_id)
+            book.role, book.migration_id, book.owner = role, migration_id, self
+
+        await self._book.call("begin", work)
+
+    def _replace(self) -> None:
+        book = self._book
+        which = f"function {self._function_id} is {book.role and book.role.value} of {book.migration_id!r}"
+        if book.owner is self:
+            raise InvalidState(f"{which}; end that first")
+        if book.owner is not None:
+            raise Busy(f"{which}, in another session")
+        if book.state is not AgentState.RUNNING:
+            raise InvalidState(f"{which}, whose session is gone, and {book.state.value}; end or reset it first")
+        book.forget_migration()
+
+    async def status(self) -> Status:
+        """Ask the device if it tells and nothing is under way; otherwise what it was last known to do."""
+        book = self._book
+        if not book.pending:
+            await book.call("status", book.refresh)
+        await trio.lowlevel.checkpoint()
+        detail = "the last call did not end well; the device may be in another state" if book.uncertain else ""
+        return Status(book.state, book.role, book.migration_id, book.log is not None, book.pending, detail)
+
+    async def quiesce(self) -> None:
+        """Stop DMA, or everything where that is one."""
+        if not self.caps.p2p:
+            await self.stop()
+            return
+
+        async def work() -> None:
+            self._enter()
+            book = self._book
+            await book.refresh()
+            self._working()
+            if book.uncertain or book.state is AgentState.RUNNING:
+                async with book.changing():
+                    await self._device.quiesce()
+                book.state = AgentState.QUIESCED
+
+        await self._book.call("quiesce", work)
+
+    async def stop(self) -> None:
+        """Hold still."""
+
+        async def work() -> None:
+            self._enter()
+            book = self._book
+            await book.refresh()
+            self._working()
+            if book.uncertain or book.state not in STILL:
+                async with book.changing():
+                    await self._device.stop(book.role)
+                book.state = book.state if book.state in STILL else AgentState.STOPPED
+
+        await self._book.call("stop", work)
+
+    async def resume(self) -> None:
+        """Run."""
+
+        async def work() -> None:
+            self._enter()
+            book = self._book
+            await book.refresh()
+            self._working()
+            if book.spoiled:
+                raise InvalidState(self._spoiled())
+            if book.uncertain or book.state is not AgentState.RUNNING:
+                async with book.changing():
+                    await self._device.resume()
+                book.state = AgentState.RUNNING
+            book.forget_states()
+
+        await self._book.call("resume", work)
+
+    async def estimate(self) -> Estimate:
+        """What the device says, or else the most that it may be."""
+
+        async def work() -> Estimate:
+            self._enter()
+            book = self._book
+            if book.stream is not None and book.stream.complete:
+                return Estimate(book.stream.end, exact=True)
+            size = None
+            if book.role is Role.SOURCE and book.state in _SAVES_IN[Phase.FINAL]:
+                size = await self._device.estimate()
+            most = (await self._device.describe()).state_max
+            return Estimate(min(most if size is None else size, self.caps.max_state))
+
+        return await self._book.call("estimate", work)
+
+    async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
+        """Give the next piece, or one that was given before."""
+        if phase is Phase.PRECOPY and not self.caps.precopy:
+            raise Unsupported(f"function {self._function_id} has no pre-copy")
+        if limit <= 0 or offset < 0:
+            raise InvalidArgument(f"save of {limit} bytes at {offset}: both must be positive")
+
+        async def work() -> Chunk:
+            self._enter(Role.SOURCE)
+            book = self._book
+            if book.uncertain or book.stream is None:
+                await book.refresh()
+            self._fits(phase)
+            if book.stream is None or book.stream.restarts(offset):
+                book.stream = SavedStream(self.caps.max_state)
+            if book.stream.wants(offset):
+                await self._fetch(book.stream, offset, min(limit, self.caps.max_chunk), phase)
+            return book.stream.piece(offset, min(limit, self.caps.max_chunk), phase)
+
+        return await self._book.call("save", work)
+
+    async def _fetch(self, stream: SavedStream, offset: int, limit: int, phase: Phase) -> None:
+        arrived = False
+        try:
+            stream.add(await self._device.save(offset, limit, phase), limit, phase)
+            arrived = True
+        finally:
+            if not arrived:
+                # Nobody knows how far the device came, so what follows would not fit to what is here.
+                self._book.stream = None
+
+    def _fits(self, phase: Phase) -> None:
+        book = self._book
+        self._working()
+        if book.state not in _SAVES_IN[phase]:
+            names = " or ".join(state.value for state in _SAVES_IN[phase])
+            raise InvalidState(f"save({phase.value}) needs a function that is {names}, not {book.state.value}")
+        if book.spoiled:
+            raise InvalidState(self._spoiled())
+
+    async def load_begin(self, total: int | None) -> None:
+        """Get ready to collect a state."""
+
+        async def work() -> None:
+            self._enter(Role.DESTINATION)
+            book = self._book
+            await book.refresh()
+            self._working()
+            if book.state not in STILL:
+                raise InvalidState(f"load_begin needs a function that is stopped, not {book.state.value}")
+            if total is not None and not 0 <= total <= self.caps.max_state:
+                raise NoResources(f"a state of {total} bytes", {"max_state": self.caps.max_state})
+            book.stream = None
+            book.loading = Loading(self.caps.max_state)
+            book.spoiled = True
+            book.state = AgentState.LOADING
+
+        await self._book.call("load_begin", work)
+
+    async def load(self, offset: int, data: bytes) -> None:
+        """Collect a piece."""
+
+        async def work() -> None:
+            self._enter(Role.DESTINATION)
+            if len(data) > self.caps.max_chunk:
+                raise InvalidArgument(f"load of {len(data)} bytes; at most {self.caps.max_chunk} at once")
+            await trio.lowlevel.checkpoint()
+            self._loading().put(offset, data)
+
+        await self._book.call("load", work)
+
+    async def load_commit(self, total: int, sha256: bytes) -> None:
+        """Verify the state and give it to the device."""
+
+        async def work() -> None:
+            self._enter(Role.DESTINATION)
+            book = self._book
+            if book.state is AgentState.LOADED:
+                raise InvalidState("the state is committed already")
+            state = self._loading().finish(total, sha256)
+            book.loading = None
+            async with book.changing():
+                try:
+                    await self._device.apply(state, sha256)
+                except InvalidArgument as error:
+                    raise CorruptState(f"the device refuses the state: {error}") from error
+            book.stream = SavedStream.of(state)
+            book.spoiled = False
+            book.state = AgentState.LOADED
+
+        await self._book.call("load_commit", work)
+
+    def _loading(self) -> Loading:
+        if self._book.loading is None:
+            state = self._book.state.value
+            raise InvalidState(f"nothing is being loaded; function {self._function_id} is {state}")
+        return self._book.loading
+
+    async def abort(self) -> None:
+        """Drop buffers."""
+
+        async def work() -> None:
+            self._enter()
+            await trio.lowlevel.checkpoint()
+            self._book.drop_buffers()
+
+        await self._book.call("abort", work)
+
+    async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
+        """Log."""
+        caps = self.caps
+        if not caps.dirty:
+            raise Unsupported(f"function {self._function_id} has no dirty log")
+
+        async def work() -> int:
+            self._enter()
+            if self._book.log is not None:
+                raise InvalidState("dirty pages are logged already; stop that first")
+            if len(ranges) > caps.max_ranges:
+                raise NoResources(f"{len(ranges)} ranges", {"max_ranges": caps.max_ranges})
+            wish = PageLog(ranges, page_size, caps.page_sizes).page_size
+            chosen = await self._device.dirty_start(ranges, wish)
+            if chosen not in caps.page_sizes:
+                await self._device.dirty_stop()
+                raise ProtocolError(f"the device logs pages of {chosen} bytes; allowed are {list(caps.page_sizes)}")
+            self._book.log = PageLog(ranges, chosen, (chosen,))
+            return chosen
+
+        return await self._book.call("dirty_start", work)
+
+    async def dirty_report(self, iova: int, length: int) -> DirtyReport:
+        """Report and forget."""
+
+        async def work() -> DirtyReport:
+            self._enter()
+            log = self._book.log
+            if log is None:
+                raise InvalidState("dirty pages are not being logged")
+            wanted = len(log.take(iova, length))  # its own pages are all clean; this checks the arguments
+            bitmap = await self._device.dirty_report(iova, length)
+            if len(bitmap) != wanted:
+                raise ProtocolError(f"the device's dirty bitmap has {len(bitmap)} bytes; {wanted} are needed")
+            return DirtyReport(bitmap, final=self._book.state in STILL)
+
+        return await self._book.call("dirty_report", work)
+
+    async def dirty_stop(self) -> None:
+        """Forget."""
+
+        async def work() -> None:
+            self._enter()
+            if self._book.log is not None:
+                await self._device.dirty_stop()
+                self._book.log = None
+
+        await self._book.call("dirty_stop", work)
+
+    async def reset(self) -> None:
+        """Begin anew."""
+        if not self.caps.reset:
+            raise Unsupported(f"function {self._function_id} cannot be reset by its agent")
+
+        async def work() -> None:
+            self._enter(anybody=True)
+            book = self._book
+            async with book.changing():
+                await self._device.reset()
+            book.forget_migration()
+            book.forget_states()
+            book.log = None
+            book.state = AgentState.RUNNING
+
+        await self._book.call("reset", work, overtakes=True)
+
+    async def end(self, outcome: Outcome) -> None:
+        """Leave the migration."""
+
+        async def work() -> None:
+            self._enter()
+            if self._book.role is not None:
+                await self._device.end(outcome)
+            self._book.forget_migration()
+
+        await self._book.call("end", work)
+
+    async def aclose(self) -> None:
+        """Let go; a migration stays, for another session of this agent to take over."""
+        if not self._closed:
+            self._closed = True
+            self._on_close(self)
+            if self._book.owner is self:
+                self._book.owner = None
+        await trio.lowlevel.checkpoint()
+
+    def _enter(self, role: Role | None = None, *, anybody: bool = False) -> None:
+        """What all calls have in common: the migration of another session is in the way."""
+        book = self._book
+        if self._closed:
+            raise NotFound(f"this session of function {self._function_id} is closed")
+        if not anybody and book.owner not in (None, self):
+            raise Busy(f"function {self._function_id} is in migration {book.migration_id!r} of another session")
+        if role is not None and (book.role is not role or book.owner is not self):
+            had = book.role.value if book.role and book.owner is self else "in no migration"
+            raise InvalidState(f"this needs a session that began as {role.value}; this one is {had}")
+
+    def _working(self) -> None:
+        if self._book.state is AgentState.ERROR:
+            raise DeviceFailed(f"function {self._function_id} has failed; it must be reset")
+
+    def _spoiled(self) -> str:
+        ways = "reset it, or load another one" if self.caps.reset else "load another one"
+        return f"function {self._function_id} holds a state that was not committed; {ways}"

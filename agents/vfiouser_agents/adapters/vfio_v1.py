@@ -1,0 +1,176 @@
+"""Functions whose interface is that of VFIO's first migration protocol: a state of bits, bytes to save, bytes to load.
+
+Both interfaces of 2022, the plug-in and its example's wire protocol, are of this sort. None of their calls tells what
+became of it except GET_STATE, so every state that is set is read back, and so is the state after each piece that is
+loaded.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from vfiouser_agents.api import AgentState, Capabilities, Chunk, Descriptor, Phase, Role
+from vfiouser_agents.errors import DeviceFailed, InvalidState, ProtocolError
+from vfiouser_agents.options import OptionError, number, read_options, text
+from vfiouser_agents.rpc.legacy_messages import MAX_CHUNK, V1State
+
+from .primitive import Primitive
+
+_STATES: Mapping[int, AgentState] = {
+    V1State.STOPPED: AgentState.STOPPED,
+    V1State.RUNNING: AgentState.RUNNING,
+    V1State.SAVING: AgentState.STOPPED,
+    V1State.SAVING | V1State.RUNNING: AgentState.RUNNING,
+    V1State.RESUMING: AgentState.LOADING,
+    V1State.ERROR: AgentState.ERROR,
+}
+
+
+def v1_caps(max_state: int, chunk_size: int, format_id: str) -> Capabilities:
+    """What such an interface can do: no quiesce, no pre-copy, no dirty log, no reset.
+
+    Args:
+        max_state: bytes that a state may have.
+        chunk_size: bytes of one piece.
+        format_id: name of the state's format.
+    """
+    return Capabilities(
+        reset=False,
+        random_access_save=True,
+        formats=(format_id,),
+        max_state=max_state,
+        max_chunk=min(chunk_size, MAX_CHUNK),
+        takeover=False,
+        verifies=False,
+    )
+
+
+def read_descriptor(raw: Any) -> Descriptor:
+    """Read a `descriptor` table: what must be equal on both sides, since the interface tells nothing.
+
+    Args:
+        raw: a map of text; `fingerprint` is a map of text itself, `format_version` a number.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(raw, Mapping):
+        raise OptionError(f"descriptor must be a table, got {raw!r}")
+    readers: dict[str, Callable[[str, Any], Any]] = {
+        item.name: text
+        for item in fields(Descriptor)
+        if item.name not in ("format_version", "state_max", "fingerprint")
+    }
+    readers |= {"format_version": number(0, 1 << 31), "fingerprint": _words}
+    try:
+        told = read_options(raw, readers)
+    except OptionError as error:
+        raise OptionError(f"descriptor: {error}") from error
+    return replace(Descriptor("", 1, "", "", "", "", 0), **told)
+
+
+def _words(name: str, raw: Any) -> dict[str, str]:
+    if not isinstance(raw, Mapping) or not all(isinstance(value, str) for value in raw.values()):
+        raise OptionError(f"{name} must be a table of text, got {raw!r}")
+    return dict(raw)
+
+
+class V1Function(Primitive):
+    """A function with states of bits; derived classes say how its six operations are called.
+
+    Args:
+        caps: what it can do.
+        descriptor: what it is, as configured.
+    """
+
+    def __init__(self, caps: Capabilities, descriptor: Descriptor) -> None:
+        self._caps = caps
+        self._descriptor = replace(descriptor, state_max=caps.max_state)
+        self._left = 0
+
+    @property
+    def caps(self) -> Capabilities:
+        """What it can do."""
+        return self._caps
+
+    @abstractmethod
+    async def get_state(self) -> int:
+        """Ask for the state's bits."""
+
+    @abstractmethod
+    async def set_state(self, state: int) -> None:
+        """Set the state's bits; whether that worked is not told."""
+
+    @abstractmethod
+    async def pending(self) -> int:
+        """Bytes that are left to save."""
+
+    @abstractmethod
+    async def save_bytes(self, size: int) -> bytes:
+        """Exactly so many bytes of state."""
+
+    @abstractmethod
+    async def load_bytes(self, data: bytes) -> None:
+        """Give bytes of state."""
+
+    async def _move(self, target: V1State) -> None:
+        await self.set_state(target)
+        found = await self.get_state()
+        if found == V1State.ERROR:
+            raise DeviceFailed(f"the device went to state ERROR (6) when it was to go to {int(target)}")
+        if found != target:
+            raise InvalidState(f"the device is in state {found} after it was told to go to {int(target)}")
+
+    async def describe(self) -> Descriptor:
+        """What is configured."""
+        return self._descriptor
+
+    async def state(self) -> AgentState:
+        """Ask."""
+        found = await self.get_state()
+        if found not in _STATES:
+            known = ", ".join(str(int(state)) for state in _STATES)
+            raise ProtocolError(f"the device says that its state is {found}; allowed are {known}")
+        return _STATES[found]
+
+    async def stop(self, role: Role | None) -> None:
+        """State 0; `save` goes on to stop-and-copy from there."""
+        await self._move(V1State.STOPPED)
+
+    async def resume(self) -> None:
+        """State 1; a device that was loaded applies the state now."""
+        await self._move(V1State.RUNNING)
+
+    async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
+        """Enter stop-and-copy at the beginning, and never ask for more than the device says it has."""
+        if offset == 0:
+            if await self.get_state() == V1State.SAVING:
+                # Nobody knows how much of it was read; entering anew makes the device begin anew.
+                await self._move(V1State.STOPPED)
+            await self._move(V1State.SAVING)
+            self._left = await self.pending()
+            if self._left == 0:
+                raise ProtocolError("the device is in stop-and-copy and says that it has 0 bytes of state")
+        data = await self.save_bytes(min(limit, self._left, self._caps.max_chunk))
+        self._left = await self.pending()
+        return Chunk(data, eof=self._left == 0)
+
+    async def estimate(self) -> int | None:
+        """Nothing is known before stop-and-copy."""
+        return None
+
+    async def apply(self, state: bytes, sha256: bytes) -> None:
+        """Load everything; the device stays in RESUMING until it is to run."""
+        if await self.get_state() == V1State.RESUMING:
+            await self._move(V1State.STOPPED)
+        await self._move(V1State.RESUMING)
+        size = self._caps.max_chunk
+        for begin in range(0, len(state), size):
+            await self.load_bytes(state[begin : begin + size])
+            # Says that the peer lives, and that it has come to the end of the piece.
+            found = await self.get_state()
+            if found != V1State.RESUMING:
+                raise DeviceFailed(f"the device went to state {found} after {begin + size} bytes of the state")
