@@ -11,12 +11,12 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check conformance bench vm-assets clean venv venv-dev
+.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets clean venv venv-demo venv-dev
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: venv ## see it work without a VMM: simulated SoC, daemon, client, verified NVMe I/O
+demo: venv-demo ## see it work without a VMM: NVMe I/O migrates to another host and back, verified
 	$(BIN)/vfiouser-oob demo
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
@@ -30,6 +30,10 @@ check: venv-dev ## lint, formatting, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test-vm-long: venv-dev ## run the VM tests that take minutes: Linux in nested QEMU, the oldest kernel
+	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 conformance: venv-dev ## run the protocol's property tests and the tests against running daemons
 	$(PYTEST) -m "not vm" tests/property tests/integration $(PYTEST_ARGS)
@@ -46,6 +50,9 @@ clean: ## remove what make made, except the downloads in .cache
 
 venv:
 	@$(BOOTSTRAP)
+
+venv-demo:
+	@$(BOOTSTRAP) --extra demo
 
 venv-dev:
 	@$(BOOTSTRAP) --extra test --extra check

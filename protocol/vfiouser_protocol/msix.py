@@ -10,6 +10,7 @@ Spec: PCI Local Bus 3.0, 6.8.2.
 from __future__ import annotations
 
 import errno
+from typing import NamedTuple
 
 from .errors import CommandError
 from .pci_caps import MSIX_ENTRY_SIZE, msix_pba_size
@@ -19,6 +20,20 @@ _EMPTY_ENTRY = bytes(12) + b"\1\0\0\0"
 #: What may be written: the message address in units of 4, data, and the mask bit.
 _WRITABLE_ENTRY = b"\xfc" + b"\xff" * 11 + b"\1\0\0\0"
 _CONTROL_OFFSET = 12
+
+
+class MsixSnapshot(NamedTuple):
+    """Table and pending bits at one moment.
+
+    Args:
+        table: the entries.
+        pending: the pending bits.
+        written: whether a client has written the table through the region.
+    """
+
+    table: bytes
+    pending: bytes
+    written: bool
 
 
 class MsixTable:
@@ -114,6 +129,22 @@ class MsixTable:
         self._table[:] = _EMPTY_ENTRY * self.vectors
         self._pending[:] = bytes(len(self._pending))
         self.written = False
+
+    def snapshot(self) -> MsixSnapshot:
+        """Copy the state."""
+        return MsixSnapshot(bytes(self._table), bytes(self._pending), self.written)
+
+    def restore(self, snapshot: MsixSnapshot) -> None:
+        """Take over a state.
+
+        Raises:
+            ValueError: the snapshot is of another size; nothing changed.
+        """
+        if len(snapshot.table) != len(self._table) or len(snapshot.pending) != len(self._pending):
+            raise ValueError(f"snapshot of {len(snapshot.table)} bytes for an MSI-X table of {len(self._table)}")
+        self._table[:] = snapshot.table
+        self._pending[:] = snapshot.pending
+        self.written = snapshot.written
 
     def entry(self, vector: int) -> tuple[int, int, int]:
         """Message address, message data and vector control of an entry."""

@@ -1,4 +1,4 @@
-"""`demo` as a user runs it: real processes, verified data, one clear line when something fails, nothing left
+"""`demo --no-migration` as a user runs it: real processes, verified data, one clear line when something fails, nothing left
 behind.
 """
 
@@ -22,7 +22,7 @@ def start(directory: Path, *options: str) -> subprocess.Popen[str]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "TMPDIR": str(directory),
     }
-    command = [sys.executable, "-m", "vfiouser_oob", "demo", *options]
+    command = [sys.executable, "-m", "vfiouser_oob", "demo", "--no-migration", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

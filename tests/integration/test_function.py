@@ -375,3 +375,18 @@ async def test_dma_is_split_to_what_the_client_takes(tmp_path: Path, backend: st
             await client.send(HEADER.pack(request.msg_id, DMA_READ, 16 + len(reply), 1, 0) + reply)
         assert [(0x800, 4096), (0x1800, 4096), (0x2800, 1808)] == seen
         assert DMA_DONE == await dma_outcome(client)
+
+
+async def test_no_dma_message_after_the_reply_to_unmap(tmp_path: Path, backend: str) -> None:
+    """A transfer of several messages ends in a fault when the client takes the memory back in the middle of it."""
+    small = b'{"capabilities":{"max_data_xfer_size":4096}}\0'
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock", small) as client:
+        await client.enable_bus_master()
+        await client.dma_map(0, 1 << 20)
+        await start_dma(client, 0, 16384, 1)
+        request = await client.receive()
+        assert DMA_READ == request.command
+        await client.dma_unmap(0, 1 << 20)
+        reply = request.payload + bytes(4096)
+        await client.send(HEADER.pack(request.msg_id, DMA_READ, 16 + len(reply), 1, 0) + reply)
+        assert DMA_FAULT == await dma_outcome(client)

@@ -144,6 +144,11 @@ class Victim:
             select.select([], [], [], 0.05)
         return seen[-1]
 
+    def resident_kb(self) -> int:
+        """Memory of the daemon."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
     def stop(self) -> None:
         """End the daemon, which must still do that in good order."""
         self.process.send_signal(signal.SIGTERM)
@@ -268,4 +273,31 @@ def test_mutated_conversation(victim: Victim) -> None:
         if round_ % 20 == 19:
             victim.check_alive(path)
     assert victim.process.poll() is None
+    assert victim.fds == victim.count_fds()
+
+
+def test_memory_stays_flat_over_200_clients(victim: Victim) -> None:
+    """Clients that map memory and assign interrupts, and leave without a word, cost the daemon nothing in the end."""
+    maps = b"".join(
+        HEADER.pack(number, 2, 48, 0, 0) + struct.pack("<IIQQQ", 32, 3, 0, number << 16, 0x8000) for number in range(64)
+    )
+
+    def visit(path: Path) -> None:
+        with victim.connect(path) as sock:
+            sock.sendall(HEADER.pack(0, 1, 16 + len(HELLO), 0, 0) + HELLO)
+            _receive(sock)
+            socket.send_fds(sock, [maps], victim.offers[:1])
+            for _ in range(64):
+                assert 1 == _receive(sock)[3]
+            socket.send_fds(
+                sock, [HEADER.pack(0, 8, 36, 0, 0) + struct.pack("<5I", 20, 0x24, 2, 0, 1)], victim.offers[2:3]
+            )
+            assert 1 == _receive(sock)[3]
+
+    for number in range(100):
+        visit(victim.sockets[number % 2])
+    before = victim.resident_kb()
+    for number in range(200):
+        visit(victim.sockets[number % 2])
+    assert victim.resident_kb() - before < 1024
     assert victim.fds == victim.count_fds()

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,38 @@ async def test_client_that_reads_nothing_does_not_stop_others(tmp_path: Path) ->
                     assert MAGIC == await other.read32(0, 0)
         async with attached(tmp_path / "f0.sock") as client:
             assert MAGIC == await client.read32(0, 0)
+
+
+async def test_client_that_never_pauses_leaves_others_their_turn(tmp_path: Path) -> None:
+    """Spinning for a client that asks again at once must not keep the daemon's other tasks and timers waiting."""
+    stop = threading.Event()
+
+    def hammer() -> int:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(tmp_path / "f0.sock"))
+            hello = struct.pack("<HH", 0, 0) + b"{}\0"
+            sock.sendall(HEADER.pack(0, VERSION, 16 + len(hello), 0, 0) + hello)
+            sock.recv(16, socket.MSG_WAITALL)
+            sock.recv(4096)
+            request = HEADER.pack(1, REGION_READ, 32, 0, 0) + struct.pack("<QII", 0, 0, 4)
+            for number in range(500_000):
+                if stop.is_set():
+                    return number
+                sock.sendall(request)
+                sock.recv(36, socket.MSG_WAITALL)
+        return -1
+
+    async with serving(function(tmp_path)), trio.open_nursery() as nursery:
+        asked: list[int] = []
+
+        async def run_hammer() -> None:
+            asked.append(await trio.to_thread.run_sync(hammer))
+
+        nursery.start_soon(run_hammer)
+        for _ in range(20):
+            await trio.sleep(0.01)
+        stop.set()
+    assert asked[0] > 100
 
 
 async def test_twin_socket_carries_the_servers_commands(tmp_path: Path) -> None:

@@ -8,8 +8,14 @@ from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.options import add_logging_arguments, count, option
 from vfiouser_oob.config.devices import read_cmb_size, read_namespace_size
 from vfiouser_oob.config.schema import Doorbells, LogFormat, LogLevel
-from vfiouser_oob.config.soc import FUNCTIONS_MAX, SocOptions
-from vfiouser_oob.config.values import read_path
+from vfiouser_oob.config.soc import (
+    DEFAULT_AGENT_ADDRESS,
+    FUNCTIONS_MAX,
+    SocAgentOptions,
+    SocOptions,
+    SocPart,
+)
+from vfiouser_oob.config.values import read_path, read_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +59,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Doorbells.TRAPPED.value,
         help="as messages, or in shared memory that the controller polls (default: trapped)",
     )
+    parser.add_argument(
+        "--shared-image",
+        action="store_true",
+        help="other simulators may use the image too, if they say so as well",
+    )
+    _add_agent_arguments(parser)
     add_logging_arguments(parser)
+
+
+def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument(
+        "--device-only",
+        dest="part",
+        action="store_const",
+        const=SocPart.DEVICE,
+        help="play the functions; the agent is another process (--agent-only), if there is one",
+    )
+    parts.add_argument(
+        "--agent-only",
+        dest="part",
+        action="store_const",
+        const=SocPart.AGENT,
+        help="play the agent of the functions that another process plays in the same directory",
+    )
+    parts.add_argument(
+        "--no-agent",
+        dest="part",
+        action="store_const",
+        const=SocPart.NO_AGENT,
+        help="functions that nothing can migrate",
+    )
+    parser.set_defaults(part=SocPart.ALL)
+    parser.add_argument(
+        "--agent-listen",
+        metavar="ADDRESS",
+        action="append",
+        help="tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH; may be repeated; port 0 takes a free one "
+        f"(default: {DEFAULT_AGENT_ADDRESS})",
+    )
+    parser.add_argument("--tls-cert", metavar="FILE", type=option(read_path), help="certificate of the agent")
+    parser.add_argument("--tls-key", metavar="FILE", type=option(read_path), help="its key (default: in --tls-cert)")
+    parser.add_argument(
+        "--tls-ca",
+        metavar="FILE",
+        type=option(read_path),
+        help="certificates of those who sign clients' certificates (default: clients need none)",
+    )
+    parser.add_argument(
+        "--allow-plaintext", action="store_true", help="allow tcp:// addresses that other hosts can reach"
+    )
+    parser.add_argument(
+        "--state-size",
+        metavar="BYTES",
+        type=option(read_size),
+        default=0,
+        help="device memory that each function carries in a migration, up to many gigabytes (default: none)",
+    )
+    parser.add_argument(
+        "--state-churn",
+        metavar="BYTES",
+        type=option(read_size),
+        help="how much of it a running function rewrites per second (default: a 64th)",
+    )
+    parser.add_argument(
+        "--firmware", metavar="VERSION", help="firmware version that the functions claim to run (default: 1.0)"
+    )
 
 
 def options_from(args: argparse.Namespace) -> SocOptions:
@@ -64,7 +136,19 @@ def options_from(args: argparse.Namespace) -> SocOptions:
         size=args.size,
         image=args.image,
         cmb=args.cmb,
+        shared_image=args.shared_image,
         doorbells=Doorbells(args.doorbells),
+        part=args.part,
+        agent=SocAgentOptions(
+            listen=tuple(args.agent_listen or (DEFAULT_AGENT_ADDRESS,)),
+            tls_cert=args.tls_cert,
+            tls_key=args.tls_key,
+            tls_ca=args.tls_ca,
+            allow_plaintext=args.allow_plaintext,
+            state_size=args.state_size,
+            state_churn=args.state_size // 64 if args.state_churn is None else args.state_churn,
+            firmware=args.firmware,
+        ),
         log_level=LogLevel(args.log_level or LogLevel.INFO),
         log_format=LogFormat(args.log_format or LogFormat.HUMAN),
     )

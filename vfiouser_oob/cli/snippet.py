@@ -12,7 +12,7 @@ from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.options import option
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.load import load_config
-from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig
+from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig, KernelVfioDevice
 from vfiouser_oob.config.tables import suggestion
 from vfiouser_oob.config.values import format_size, read_path, read_size
 
@@ -77,9 +77,11 @@ def qemu_arguments(config: DaemonConfig, function: FunctionConfig, memory: int) 
         memory: bytes of guest memory, shared so that the device can reach it without messages.
     """
     size = format_size(memory)
+    # The IOMMU pins all of it at attach: allocated beforehand, that fits into the time of one reply.
+    prealloc = ",prealloc=on" if isinstance(function.device, KernelVfioDevice) else ""
     return [
         ["-m", size],
-        ["-object", f"memory-backend-memfd,id=vfio-user-ram,size={size},share=on"],
+        ["-object", f"memory-backend-memfd,id=vfio-user-ram,size={size},share=on{prealloc}"],
         ["-machine", "q35,memory-backend=vfio-user-ram"],
         ["-device", qemu_device(function, config.reply_budget_s)],
     ]

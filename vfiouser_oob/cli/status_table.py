@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from vfiouser_oob.config.values import format_size
-from vfiouser_oob.control.status import ClientStatus, FunctionStatus, Status
+from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MigrationStatus, Status
 
 _HEADINGS = ("FUNCTION", "PHASE", "SINCE", "CLIENT", "MAPS", "IRQS", "FDS", "MESSAGES", "DEVICE")
 
@@ -57,8 +57,29 @@ def _notes(function: FunctionStatus) -> Iterator[str]:
             for region in function["regions"]
         )
         yield f"{function['name']}: regions {regions}"
+    migration = function["migration"]
+    if migration is not None:
+        yield f"{function['name']}: migration {_migration(migration)}"
+    if function["unavailable"]:
+        yield f"{function['name']}: cannot be used now: {_safe(function['unavailable'])}"
     if function["last_error"]:
         yield f"{function['name']}: last error: {_safe(function['last_error'])}"
+
+
+def _migration(migration: MigrationStatus) -> str:
+    words = [migration["state"] + ("" if migration["known"] else " (not certain)")]
+    if not migration["migratable"]:
+        words.append("not migratable")
+    if migration["owner"] is not None:
+        words.append(f"by {migration['owner']}")
+    if migration["bytes"] or migration["remaining"]:
+        words.append(f"{short_size(migration['bytes'])} moved, about {short_size(migration['remaining'])} to come")
+    if migration["fenced"]:
+        words.append("fenced: the next client gets it reset")
+    words.append(f"agent's function {_safe(migration['agent'])}")
+    if migration["last_failure"]:
+        words.append(f"last failure: {_safe(migration['last_failure'])}")
+    return ", ".join(words)
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -39,6 +39,7 @@ class ClientMemory(DmaServer):
             raise
         self._view = memoryview(self._map)
         self._next = 0
+        self._written: int | None = None
         #: Accesses that the device made by messages.
         self.message_reads = 0
         self.message_writes = 0
@@ -97,6 +98,36 @@ class ClientMemory(DmaServer):
     def pack(self, layout: struct.Struct, address: int, *values: int) -> None:
         """Write a little structure at a DMA address."""
         layout.pack_into(self._view, address - self.base, *values)
+        if self._written is not None:
+            self._note(address, layout.size)
+
+    def store(self, address: int, data: bytes | memoryview) -> None:
+        """Write bytes at a DMA address.
+
+        Raises:
+            DmaFault: they lie outside.
+        """
+        self.view(address, len(data))[:] = data
+        if self._written is not None:
+            self._note(address, len(data))
+
+    # What was written on this side, by the guest's processors or for the device by messages
+
+    def log_writes(self, on: bool = True) -> None:
+        """Begin to note which pages `pack`, `store` and DMA_WRITE change, or stop it."""
+        self._written = 0 if on else None
+
+    def take_written(self) -> int:
+        """Read and clear that log: one bit per page, the lowest one for the first page."""
+        written, self._written = self._written or 0, 0
+        return written
+
+    def _note(self, address: int, count: int) -> None:
+        assert self._written is not None
+        if count:
+            first = (address - self.base) // PAGE_SIZE
+            last = (address - self.base + count - 1) // PAGE_SIZE
+            self._written |= (1 << last + 1) - (1 << first)
 
     async def map(self, client: Client, *, with_fd: bool = True, flags: int | None = None) -> None:
         """Let the client's device use all of it.
@@ -122,7 +153,7 @@ class ClientMemory(DmaServer):
     async def write(self, address: int, data: bytes) -> None:
         """Serve a DMA_WRITE."""
         self.message_writes += 1
-        self.view(address, len(data))[:] = data
+        self.store(address, data)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -42,12 +42,17 @@ from vfiouser_oob.client.nvme_layout import (
 )
 from vfiouser_oob.client.nvme_queue import NvmeCommand, PagePool, QueuePair, list_pages
 from vfiouser_oob.client.pci_function import PciFunction
+from vfiouser_oob.client.processors import Processors
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.constants import IrqIndex
 
 _ADMIN_ENTRIES = 32
 #: The class code of an NVMe I/O controller.
 _CLASS_NVME = 0x010802
+_LOG_SMART = 2
+_SMART_SIZE = 512
+_READ_COMMANDS, _WRITE_COMMANDS = 64, 80
+_ALL_NAMESPACES = 0xFFFF_FFFF
 #: How often a driver looks at CSTS; there is no interrupt for it.
 _POLL_S = 0.001
 _SHUTDOWN_TIMEOUT_S = 5.0
@@ -71,6 +76,11 @@ class NvmeDriver:
         self._eventfds: list[OwnedFd] = []
         self._queues: list[QueuePair] = []
         self._next_queue = 0
+        self._nursery: trio.Nursery | None = None
+        self._serving: trio.CancelScope | None = None
+        self._served = trio.Event()
+        #: What executes this driver; to be stopped before it is moved.
+        self.processors = Processors()
         #: How often each vector fired.
         self.interrupts: list[int] = []
         self.capabilities = ControllerCapabilities(0, 0.0, 0, 0)
@@ -111,17 +121,18 @@ class NvmeDriver:
         driver = cls(client, memory, function, bar)
         try:
             async with background_nursery() as nursery:
-                await driver._start(nursery, io_queues, queue_entries, pool_pages)
+                driver._nursery = nursery
+                await driver._start(io_queues, queue_entries, pool_pages)
                 yield driver
                 await driver._stop()
         finally:
-            bar.close()
+            driver.bar.close()
             for fd in driver._eventfds:
                 fd.close()
 
     # Start and stop
 
-    async def _start(self, nursery: trio.Nursery, io_queues: int, queue_entries: int, pool_pages: int) -> None:
+    async def _start(self, io_queues: int, queue_entries: int, pool_pages: int) -> None:
         await self.function.enable()
         await self._enable_vectors(1 + io_queues)
         self.capabilities = ControllerCapabilities.parse(await self.bar.read(CAP, 8))
@@ -129,9 +140,7 @@ class NvmeDriver:
             raise NvmeError(f"the controller needs pages of {self.capabilities.min_page_size} bytes")
         await self._disable()
         admin = self._make_queue(0, min(_ADMIN_ENTRIES, self.capabilities.max_entries))
-        for vector in range(len(self._eventfds)):
-            nursery.start_soon(self._serve_vector, vector)
-        nursery.start_soon(self._watch_device)
+        await self._serve()
         await self.bar.write(AQA, 4, (admin.entries - 1) << 16 | admin.entries - 1)
         await self.bar.write(ASQ, 8, admin.sq_address)
         await self.bar.write(ACQ, 8, admin.cq_address)
@@ -151,7 +160,7 @@ class NvmeDriver:
         await self._client.set_eventfds(IrqIndex.MSIX, [fd.fileno() for fd in self._eventfds])
 
     def _make_queue(self, queue_id: int, entries: int) -> QueuePair:
-        queue = QueuePair(self._memory, self.bar, queue_id, entries, self.capabilities.doorbell_stride)
+        queue = QueuePair(self._memory, self.bar, queue_id, entries, self.capabilities.doorbell_stride, self.processors)
         self._queues.append(queue)
         return queue
 
@@ -207,17 +216,97 @@ class NvmeDriver:
         await self.function.enable_msix(False)
         await self.function.disable()
 
+    async def _serve(self) -> None:
+        assert self._nursery is not None
+        await self._nursery.start(self._attend)
+
+    async def _attend(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the interrupts of the function that we are attached to, until we are moved."""
+        self._served = trio.Event()
+        with trio.CancelScope() as self._serving:
+            async with trio.open_nursery() as nursery:
+                for vector in range(len(self._eventfds)):
+                    nursery.start_soon(self._serve_vector, vector)
+                nursery.start_soon(self._watch_device)
+                task_status.started()
+        self._served.set()
+
     async def _serve_vector(self, vector: int) -> None:
         fd = self._eventfds[vector].fileno()
         while True:
             await trio.lowlevel.wait_readable(fd)
-            self.interrupts[vector] += os.eventfd_read(fd)
-            # Vector and queue have the same number.
-            if vector < len(self._queues):
-                try:
-                    await self._queues[vector].process()
-                except ServerGone:
-                    return  # whoever waits for a command learns it as well
+            try:
+                async with self.processors.running:
+                    await self._take_interrupt(vector)
+            except ServerGone:
+                return  # whoever waits for a command learns it as well
+
+    async def _take_interrupt(self, vector: int) -> None:
+        self.interrupts[vector] += os.eventfd_read(self._eventfds[vector].fileno())
+        # Vector and queue have the same number.
+        if vector < len(self._queues):
+            await self._queues[vector].process()
+
+    # Moving to another machine
+
+    @property
+    def client(self) -> Client:
+        """The client whose function is driven now."""
+        return self._client
+
+    @property
+    def memory(self) -> ClientMemory:
+        """The memory that is used now."""
+        return self._memory
+
+    @property
+    def vectors(self) -> int:
+        """How many interrupt vectors are in use."""
+        return len(self._eventfds)
+
+    @property
+    def outstanding(self) -> int:
+        """How many commands wait for their completion."""
+        return sum(queue.outstanding for queue in self._queues)
+
+    @property
+    def positions(self) -> list[tuple[int, int, int]]:
+        """Submission tail, completion head and phase bit of each queue."""
+        return [queue.position for queue in self._queues]
+
+    async def move(self, client: Client, memory: ClientMemory, bar: MappedRegion, eventfds: list[OwnedFd]) -> None:
+        """Find another function behind the same registers; the processors have to be stopped, and go on when this is
+        done.
+
+        Queues, phase bits and outstanding commands stay what they are. An interrupt that came before the stop and was
+        not taken yet is taken after the move, as a VM carries those that are pending.
+
+        Args:
+            client: connected to the other function.
+            memory: guest memory there, with the contents of ours.
+            bar: BAR 0 there; owned from now on.
+            eventfds: the vectors there; owned from now on.
+        """
+        assert self._serving is not None
+        self._serving.cancel()
+        await self._served.wait()
+        for old, new in zip(self._eventfds, eventfds, strict=True):
+            # What is pending here is pending there.
+            pending = _drain(old)
+            if pending:
+                os.eventfd_write(new.fileno(), pending)
+            old.close()
+        self._eventfds = eventfds
+        bar.trapped += self.bar.trapped
+        bar.direct += self.bar.direct
+        self.bar.close()
+        self._client, self._memory, self.bar = client, memory, bar
+        self.function.move(client)
+        for queue in self._queues:
+            queue.move(memory, bar)
+        self._pool.move(memory)
+        await self._serve()
+        self.processors.go()
 
     async def _watch_device(self) -> None:
         # No interrupt will end a command of a device that has gone.
@@ -265,8 +354,18 @@ class NvmeDriver:
         if rest or not blocks:
             raise NvmeError(f"{len(data)} bytes are no whole blocks of {self.namespace.block_size} bytes")
         async with self._transfer(len(data)) as (pages, prp1, prp2):
-            self._pool.fill(pages, data)
+            async with self.processors.running:
+                self._pool.fill(pages, data)
             await self._io(IoOpcode.WRITE, lba, blocks, prp1, prp2)
+
+    async def counted_commands(self) -> tuple[int, int]:
+        """Ask the controller how many read and how many write commands it has executed in its life."""
+        async with self._pool.take(1) as pages:
+            dwords = ((_SMART_SIZE // 4 - 1) << 16 | _LOG_SMART,)
+            await self.admin(AdminOpcode.GET_LOG_PAGE, nsid=_ALL_NAMESPACES, prp1=pages[0], dwords=dwords)
+            log = self._pool.collect(pages, _SMART_SIZE)
+        reads, writes = (int.from_bytes(log[at : at + 16], "little") for at in (_READ_COMMANDS, _WRITE_COMMANDS))
+        return reads, writes
 
     async def flush(self) -> None:
         """Make everything that was written durable."""
@@ -287,4 +386,14 @@ class NvmeDriver:
         data_pages = -(-size // PAGE_SIZE)
         async with self._pool.take(data_pages + list_pages(data_pages)) as pages:
             data, lists = pages[:data_pages], pages[data_pages:]
-            yield (data, *self._pool.describe(data, lists))
+            async with self.processors.running:
+                prps = self._pool.describe(data, lists)
+            yield (data, *prps)
+
+
+def _drain(eventfd: OwnedFd) -> int:
+    """Read and clear the count of an eventfd that does not block."""
+    try:
+        return os.eventfd_read(eventfd.fileno())
+    except BlockingIOError:
+        return 0

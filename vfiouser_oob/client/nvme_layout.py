@@ -49,6 +49,7 @@ class AdminOpcode(IntEnum):
 
     DELETE_SQ = 0x00
     CREATE_SQ = 0x01
+    GET_LOG_PAGE = 0x02
     DELETE_CQ = 0x04
     CREATE_CQ = 0x05
     IDENTIFY = 0x06

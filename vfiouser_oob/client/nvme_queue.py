@@ -24,6 +24,7 @@ from vfiouser_oob.client.nvme_layout import (
     SQE_SIZE,
     NvmeError,
 )
+from vfiouser_oob.client.processors import Processors
 
 
 class NvmeCommand(NamedTuple):
@@ -64,11 +65,19 @@ class QueuePair:
         queue_id: id of both queues.
         entries: entries of each.
         doorbell_stride: bytes between two doorbells.
+        processors: what executes the driver.
     """
 
     def __init__(
-        self, memory: ClientMemory, bar: MappedRegion, queue_id: int, entries: int, doorbell_stride: int
+        self,
+        memory: ClientMemory,
+        bar: MappedRegion,
+        queue_id: int,
+        entries: int,
+        doorbell_stride: int,
+        processors: Processors | None = None,
     ) -> None:
+        self._processors = processors or Processors()
         self._memory = memory
         self._bar = bar
         self.queue_id = queue_id
@@ -98,6 +107,18 @@ class QueuePair:
         """
         await self._room.acquire()
         self._check_device()
+        async with self._processors.running:
+            slot = await self._submit(command)
+        await slot.done.wait()
+        self._check_device()
+        if slot.status:
+            raise NvmeError(
+                f"opcode {command.opcode:#04x} on queue {self.queue_id} failed, status {slot.status:#05x}",
+                slot.status,
+            )
+        return slot.result
+
+    async def _submit(self, command: NvmeCommand) -> _Slot:
         command_id = self._free_ids.pop()
         slot = self._slots[command_id] = _Slot()
         dwords = command.dwords + (0,) * (6 - len(command.dwords))
@@ -116,14 +137,27 @@ class QueuePair:
         )
         self._tail = (self._tail + 1) % self.entries
         await self._ring_tail()
-        await slot.done.wait()
-        self._check_device()
-        if slot.status:
-            raise NvmeError(
-                f"opcode {command.opcode:#04x} on queue {self.queue_id} failed, status {slot.status:#05x}",
-                slot.status,
-            )
-        return slot.result
+        return slot
+
+    def move(self, memory: ClientMemory, bar: MappedRegion) -> None:
+        """Go on with other memory and registers: heads, tails, phase and outstanding commands stay.
+
+        Args:
+            memory: holds what the old memory held.
+            bar: where the doorbells are.
+        """
+        self._memory = memory
+        self._bar = bar
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Submission tail, completion head and phase bit."""
+        return self._tail, self._head, self._phase
+
+    @property
+    def outstanding(self) -> int:
+        """How many commands wait for their completion."""
+        return len(self._slots)
 
     def fail(self, reason: str) -> None:
         """The device has gone: every command fails, those under way and later ones."""
@@ -145,7 +179,7 @@ class QueuePair:
                 await self._bar.write(self._sq_doorbell, 4, self._tail)
 
     async def process(self) -> int:
-        """Take every completion that is there; returns how many."""
+        """Take every completion that is there; returns how many. The processors have to run."""
         found = 0
         while True:
             entry = self.cq_address + self._head * CQE_SIZE
@@ -189,6 +223,10 @@ class PagePool:
         self._total = pages
         self._returned = trio.Condition()
 
+    def move(self, memory: ClientMemory) -> None:
+        """Go on with other memory, which holds what the old one held."""
+        self._memory = memory
+
     @asynccontextmanager
     async def take(self, count: int) -> AsyncIterator[list[int]]:
         """Borrow pages, waiting until enough are free.
@@ -219,7 +257,7 @@ class PagePool:
         """Copy data into pages."""
         for number, page in enumerate(pages):
             part = data[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
-            self._memory.view(page, len(part))[:] = part
+            self._memory.store(page, part)
 
     def collect(self, pages: Sequence[int], count: int) -> bytes:
         """Copy `count` bytes out of pages."""

@@ -76,6 +76,10 @@ class PciFunction:
         await function._size_bars()
         return function
 
+    def move(self, client: Client) -> None:
+        """Go on with the same function behind another client, as after a migration."""
+        self._client = client
+
     async def read(self, offset: int, width: int) -> int:
         """Read config space, `width` bytes at `offset`."""
         return int.from_bytes(await self._client.region_read(RegionIndex.CONFIG, offset, width), "little")

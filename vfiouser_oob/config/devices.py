@@ -7,9 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vfiouser_oob.config.schema import DeviceConfig, Doorbells, ModelDevice, NvmeOptions, UpstreamDevice
+from vfiouser_oob.config.schema import (
+    DeviceConfig,
+    Doorbells,
+    KernelVfioDevice,
+    ModelDevice,
+    NvmeOptions,
+    RegionPolicy,
+    UpstreamDevice,
+)
 from vfiouser_oob.config.tables import Key, Place, read_table, suggestion
-from vfiouser_oob.config.values import one_of, read_path, read_size, read_socket_path, read_string, shown
+from vfiouser_oob.config.values import (
+    one_of,
+    read_bdf,
+    read_path,
+    read_size,
+    read_socket_path,
+    read_string,
+    read_switch,
+    shown,
+)
 
 BLOCK_SIZE = 512
 CMB_MIN = 2 << 20
@@ -36,6 +53,7 @@ NVME_KEYS = (
     Key("image", read_path),
     Key("cmb", read_cmb_size),
     Key("doorbells", one_of(Doorbells)),
+    Key("shared", read_switch),
 )
 
 
@@ -53,6 +71,16 @@ def _read_model(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
 
 def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
     return UpstreamDevice(**read_table(raw, (Key("socket", read_socket_path, required=True),), place))
+
+
+KERNEL_VFIO_KEYS = (
+    Key("bdf", read_bdf, required=True),
+    Key("region_policy", one_of(RegionPolicy)),
+)
+
+
+def _read_kernel_vfio(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
+    return KernelVfioDevice(**read_table(raw, KERNEL_VFIO_KEYS, place))
 
 
 #: Models by name, each with the keys that it has; `test` is a function for testing servers and clients.
@@ -76,6 +104,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "model": Kind(_read_model, "model", "model:nvme,size=64M"),
+    "kernel-vfio": Kind(_read_kernel_vfio, "bdf", "kernel-vfio:0000:3b:00.2"),
     "vfio-user": Kind(_read_upstream, "socket", "vfio-user:/run/soc/f0.sock"),
 }
 

@@ -2,7 +2,7 @@
 
     DaemonConfig
      └── functions: FunctionConfig …
-          └── device: ModelDevice | UpstreamDevice
+          └── device: ModelDevice | UpstreamDevice | KernelVfioDevice
 
 A configuration file (`load`), the short form of the command line (`devices`) and `simulate-soc` (`soc`) all
 end here, so the server sees one shape whichever way it was started.
@@ -52,6 +52,19 @@ class Generations(StrEnum):
     NONE = "none"
 
 
+class RegionPolicy(StrEnum):
+    """By which descriptor a client maps the regions of a real function."""
+
+    #: A dma-buf of the region where the kernel can map one, else the device.
+    AUTO = "auto"
+    #: The device itself: works on every kernel, and gives the client the whole device.
+    DEVICE_FD = "device-fd"
+    #: A dma-buf, or nothing.
+    DMABUF = "dmabuf"
+    #: Nothing: every access is a message.
+    TRAP = "trap"
+
+
 class LogFormat(StrEnum):
     """How log records are written."""
 
@@ -81,12 +94,14 @@ class NvmeOptions:
         image: file that holds the namespace; None = RAM.
         cmb: bytes of controller memory buffer in a mappable BAR of its own; 0 = none.
         doorbells: trapped as messages, or in a mapped page that the model polls.
+        shared: other simulators may use `image` too; only one of them runs the function at any time.
     """
 
     size: int | None = None
     image: Path | None = None
     cmb: int = 0
     doorbells: Doorbells = Doorbells.TRAPPED
+    shared: bool = False
 
     def describe(self) -> str:
         """The settings that differ from the defaults, as the short form writes them."""
@@ -99,6 +114,8 @@ class NvmeOptions:
             parts.append(f"cmb={format_size(self.cmb)}")
         if self.doorbells is not Doorbells.TRAPPED:
             parts.append(f"doorbells={self.doorbells.value}")
+        if self.shared:
+            parts.append("shared=true")
         return ",".join(parts)
 
 
@@ -139,7 +156,27 @@ class UpstreamDevice:
         return f"{self.kind}:{_doubled_commas(self.socket)}"
 
 
-DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelVfioDevice:
+    """A PCI function of this machine, bound to the kernel's vfio-pci driver.
+
+    Args:
+        bdf: its address, such as ``0000:3b:00.2``.
+        region_policy: how a client may map its regions.
+    """
+
+    kind: ClassVar[str] = "kernel-vfio"
+
+    bdf: str
+    region_policy: RegionPolicy = RegionPolicy.AUTO
+
+    def describe(self) -> str:
+        """The device as ``--device`` takes it."""
+        policy = "" if self.region_policy is RegionPolicy.AUTO else f",region_policy={self.region_policy.value}"
+        return f"{self.kind}:{self.bdf}{policy}"
+
+
+DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from vfiouser_oob.config.schema import (
     DaemonConfig,
     DmaMode,
     FunctionConfig,
+    KernelVfioDevice,
     ModelDevice,
     UpstreamDevice,
 )
@@ -66,6 +67,8 @@ def _of_function(function: FunctionConfig) -> Iterator[str]:
         yield f"socket_mode {function.socket_mode:04o} lets every user of this machine connect"
     if isinstance(function.device, UpstreamDevice):
         yield from _of_upstream(function.device.socket)
+    elif isinstance(function.device, KernelVfioDevice):
+        yield from _of_kernel_vfio(function.device)
     else:
         yield from _of_model(function.device)
 
@@ -73,6 +76,14 @@ def _of_function(function: FunctionConfig) -> Iterator[str]:
 def _of_upstream(socket: Path) -> Iterator[str]:
     if not socket.is_socket():
         yield f"no vfio-user server's socket is at {socket} yet; clients are refused until there is"
+
+
+def _of_kernel_vfio(device: KernelVfioDevice) -> Iterator[str]:
+    node = Path("/sys/bus/pci/devices") / device.bdf
+    if not node.is_dir():
+        yield f"this machine has no PCI function {device.bdf} now"
+    elif not (node / "driver").exists() or "vfio" not in (node / "driver").resolve().name:
+        yield f"{device.bdf} is not bound to vfio-pci yet: bind it with `vfiouser-oob bind {device.bdf}`"
 
 
 def _of_model(device: ModelDevice) -> Iterator[str]:

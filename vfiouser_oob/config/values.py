@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 _SIZE = re.compile(r"(?P<number>[0-9]+)(?P<unit>[KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_BDF = re.compile(r"(?:(?P<domain>[0-9a-f]{4,8}):)?(?P<rest>[0-9a-f]{2}:[01][0-9a-f]\.[0-7])", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 # struct sockaddr_un has 108 bytes for the path, the last one NUL.
 SOCKET_PATH_MAX = 107
@@ -47,6 +48,14 @@ def read_size(value: Any) -> int:
     if match is None:
         raise ValueError(f"must be a size in bytes such as 4096, 64M or 1G, got {shown(value)}")
     return int(match["number"]) * _UNITS[match["unit"].upper()]
+
+
+def read_switch(value: Any) -> bool:
+    """True or false, also as a word, which is all that the short form has."""
+    found = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise ValueError(f"must be true or false, got {shown(value)}")
+    return found
 
 
 def read_string(value: Any) -> str:
@@ -83,6 +92,14 @@ def read_absolute_socket_path(value: Any) -> Path:
 def read_control_socket(value: Any) -> Path | None:
     """The control socket's path; ``none`` stands for no control socket."""
     return None if value == "none" else read_socket_path(value)
+
+
+def read_bdf(value: Any) -> str:
+    """A PCI function's address with its domain; ``3b:00.2`` is in domain 0000."""
+    match = _BDF.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"must be a PCI address such as 0000:3b:00.2, got {shown(value)}")
+    return f"{match['domain'] or '0000'}:{match['rest']}".lower()
 
 
 def read_name(value: Any) -> str:

@@ -33,12 +33,36 @@ class MapsStatus(TypedDict):
     files: int
 
 
+class MigrationStatus(TypedDict):
+    """The migration of a function.
+
+    `state` is that of the v2 generation, ERROR included; `known` whether it is certain; `owner` the generation that
+    migrates; `fenced` whether the function must be reset before anybody may use it. `bytes` counts what was taken from
+    or given to this side's stream, `buffered` what waits, `remaining` what is estimated to come.
+    """
+
+    agent: str
+    migratable: bool
+    state: str
+    known: bool
+    owner: str | None
+    fenced: bool
+    generation: int
+    bytes: int
+    buffered: int
+    remaining: int
+    steps: int
+    failures: int
+    last_failure: str | None
+
+
 class FunctionStatus(TypedDict):
     """One function.
 
     `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
     by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
-    itself. `since` is when the phase began (ISO 8601, UTC).
+    itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
+    is when the phase began (ISO 8601, UTC).
     """
 
     name: str
@@ -53,6 +77,8 @@ class FunctionStatus(TypedDict):
     fds: int
     messages: dict[str, int]
     dma: dict[str, int]
+    migration: MigrationStatus | None
+    unavailable: str | None
     last_error: str | None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import trio
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.nvme_driver import NvmeDriver
+from vfiouser_oob.demo.progress import Progress
 
 #: Guest memory of the demonstration's "VM".
 _MEMORY_SIZE = 32 << 20
@@ -27,8 +28,6 @@ _IO_QUEUES = 2
 _SAMPLES = 16
 #: A demonstration that makes no progress for so long has failed.
 _STEP_TIMEOUT_S = 60.0
-
-Progress = Callable[[str], None]
 
 
 @dataclass

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from vfiouser_oob.client.nursery import background_nursery
 from vfiouser_oob.demo.children import Child, blaming, running, watch
-from vfiouser_oob.demo.scenario import FunctionReport, Progress, exercise
+from vfiouser_oob.demo.progress import Progress
+from vfiouser_oob.demo.scenario import FunctionReport, exercise
 
 
 @dataclass(frozen=True, slots=True)

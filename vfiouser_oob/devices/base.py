@@ -148,6 +148,11 @@ class DeviceBackend(abc.ABC):
     #: One line for logs and `status`.
     summary: str
 
+    @property
+    def unavailable(self) -> str | None:
+        """Why no client can be served now, as far as is known; None when one can."""
+        return None
+
     @abc.abstractmethod
     async def open(self, link: ClientLink) -> BackendSession:
         """Begin to serve a client, before VERSION is answered.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import DmaMode, FunctionConfig, ModelDevice, UpstreamDevice
+from vfiouser_oob.config.schema import DmaMode, FunctionConfig, KernelVfioDevice, ModelDevice, UpstreamDevice
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.model import DeviceModel
 from vfiouser_oob.devices.model_backend import ModelBackend
@@ -51,7 +51,23 @@ def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     return UpstreamBackend(device.socket, activity, dma_by_message=config.dma is DmaMode.MESSAGES)
 
 
+def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
+    device = config.device
+    assert isinstance(device, KernelVfioDevice)
+    if config.dma is DmaMode.MESSAGES:
+        raise ConfigError(
+            f'function {config.name!r}: dma = "messages" is not possible for a real function, whose DMA goes through '
+            f"the IOMMU into the client's memory files"
+        )
+    # Loaded when it is used: it calls the C library directly.
+    module = import_module("vfiouser_oob.devices.kernel_vfio.backend")
+    kernel = import_module("vfiouser_oob.devices.kernel_vfio.kernel").LinuxKernel()
+    backend: DeviceBackend = module.KernelVfioBackend(kernel, device.bdf, device.region_policy)
+    return backend
+
+
 _BUILDERS: Mapping[str, Callable[[FunctionConfig, Activity], DeviceBackend]] = {
     ModelDevice.kind: _model,
     UpstreamDevice.kind: _upstream,
+    KernelVfioDevice.kind: _kernel_vfio,
 }

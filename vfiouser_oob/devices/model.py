@@ -59,6 +59,10 @@ class ModelMemory(Protocol):
         """
         ...
 
+    async def quiet(self) -> None:
+        """Wait until no access is under way; a cancelled one may still be, in a thread."""
+        ...
+
 
 class ModelHost(Protocol):
     """What the daemon gives a model."""

@@ -211,6 +211,12 @@ class _BusMasterMemory:
         """Write guest memory."""
         await self._memory().write(address, data)
 
+    async def quiet(self) -> None:
+        """Wait until no access is under way."""
+        session = self._backend.session
+        if session is not None:
+            await session.memory.quiet()
+
 
 def _region_specs(model: DeviceModel) -> Sequence[RegionSpec]:
     specs = []

@@ -128,21 +128,20 @@ class AgentLink:
             await self.call("begin", lambda session: session.begin(role, migration_id), deadline)
 
     async def leave(self, outcome: Outcome, deadline: float, *, abort: bool) -> None:
-        """End the migration, if one was begun, and close the session; failures are traced and nothing more.
+        """End the migration, if one was begun; when that fails, it still counts as begun.
 
         Args:
             outcome: how it ended.
             deadline: when to give up.
             abort: drop what was being saved or loaded first.
+
+        Raises:
+            AgentError: it could not be ended.
         """
-        try:
-            if self.begun is not None:
-                if abort:
-                    await self.call("abort", lambda session: session.abort(), deadline)
-                await self.call("end", lambda session: session.end(outcome), deadline)
-        except AgentError:  # traced; the agent drops the session with our connection
-            pass
-        finally:
+        if self.begun is not None:
+            if abort:
+                await self.call("abort", lambda session: session.abort(), deadline)
+            await self.call("end", lambda session: session.end(outcome), deadline)
             self.begun = None
 
     async def close(self, *, force: bool = False) -> None:

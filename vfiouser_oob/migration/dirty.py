@@ -15,6 +15,7 @@ import trio
 
 from vfiouser_agents.api import DirtyReport, Range
 from vfiouser_agents.errors import AgentError
+from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.dma import ADDRESS_SPACE, DmaMap, DmaRegion
@@ -225,6 +226,8 @@ class DirtyTracker:
     def _take(self, report: DirtyReport, low: int, start: int, end: int) -> None:
         if report.bitmap is not None:
             pages = -(-(end - low) // self._agent_page)
+            if 8 * len(report.bitmap) < pages:
+                raise AgentProtocolError(f"the agent gave a bitmap of {len(report.bitmap)} bytes for {pages} pages")
             self.log.mark_bitmap(low, self._agent_page, report.bitmap[: -(-pages // 8)])
         for item in report.ranges:
             first, last = max(start, item.iova), min(end, item.iova + item.length)

@@ -13,8 +13,7 @@ Rule 4: *every client message has one deadline*; what is done for it shares that
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -22,12 +21,12 @@ from vfiouser_agents.api import Agent, AgentState, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
-from vfiouser_oob.devices.base import BackendUnavailable
-from vfiouser_oob.migration.actions import Actions, Device, Work
-from vfiouser_oob.migration.agent_link import AgentLink
-from vfiouser_oob.migration.arcs import ARCS, Bound, StepFailed, Undo, travel
-from vfiouser_oob.migration.fence import AS_STATE, Verdict, verdict
-from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
+from vfiouser_oob.devices.resets import RESETS, MigrationEffect
+from vfiouser_oob.migration.actions import Device
+from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
+from vfiouser_oob.migration.fence import Verdict, verdict
+from vfiouser_oob.migration.standing import PAUSE_MAX_S, Goal, Owner, Standing, Truth, message_deadline
 from vfiouser_oob.observability.log import Logger
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
@@ -35,47 +34,10 @@ from vfiouser_protocol.migration_v2 import Arc, require_path
 
 #: Of the time that a message has: for going forward, the rest is for undoing.
 _FORWARD = 0.6
-#: Kept back of a message's time so that our own answer comes before the connection's.
-_MARGIN_S = 0.05
-_MARGIN_PART = 0.05
-_PAUSE_MAX_S = 5.0
 _RUNS = (DeviceState.RUNNING, DeviceState.PRE_COPY)
 
 
-class Owner(Enum):
-    """Who moves the state."""
-
-    V1 = "v1"
-    V2 = "v2"
-
-
-class Truth(Enum):
-    """Whether the state is what the function really does."""
-
-    KNOWN = "known"
-    #: A call's effect is not known; a task finds out.
-    UNKNOWN = "unknown"
-    #: The agent said that the function is broken; only a reset leads out.
-    FAILED = "failed"
-
-
-class Goal(Enum):
-    """What the task that settles an unknown truth works for."""
-
-    RESUME = "resume"
-    RESET = "reset"
-    #: Find out and touch nothing.
-    LEARN = "learn"
-
-
-def message_deadline() -> float:
-    """The time by which work for the current message has to be done, as trio's clock has it."""
-    deadline = trio.current_effective_deadline()
-    left = deadline - trio.current_time()
-    return deadline - min(_MARGIN_S, left * _MARGIN_PART) if left < float("inf") else deadline
-
-
-class MigrationEngine:
+class MigrationEngine(Standing):
     """The migration of one function; lives as long as the function.
 
     Args:
@@ -90,54 +52,43 @@ class MigrationEngine:
     def __init__(
         self, name: str, agent: Agent, function_id: str, config: MigrationConfig, events: EventHub, log: Logger
     ) -> None:
-        self.config = config
-        self.tracer = Tracer(name, events, log)
-        self.link = AgentLink(agent, function_id, self.tracer)
-        self.actions = Actions(self.link, config, self.tracer)
-        self.state = DeviceState.RUNNING
-        self.owner: Owner | None = None
-        self.truth = Truth.KNOWN
-        #: Whether the agent was asked, since the daemon began or a client left a migration behind.
-        self.asked = False
-        self.fenced = False
-        #: Told after every reset of the function through the agent, which ends its dirty log.
-        self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
-        self._log = log
+        super().__init__(name, agent, function_id, config, events, log)
         self._lock = trio.Lock()
-        self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
-        self._settled = trio.Event()
-        self._settled.set()
-        self._settling: trio.CancelScope | None = None
         self._probing: trio.CancelScope | None = None
-        self.actions.device_failed = self._fail_device
-        self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
-
-    @property
-    def work(self) -> Work:
-        """What the migration under way holds."""
-        return self.actions.work
+        #: Found paused with its VM, by a daemon before us.
+        self._paused = False
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = self.actions.nursery = nursery
-            self._running.set()
-            nursery.start_soon(self._probe)
-            await trio.sleep_forever()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = self.actions.nursery = nursery
+                self._running.set()
+                nursery.start_soon(self._probe)
+                await trio.sleep_forever()
+        finally:
+            self._nursery = self.actions.nursery = None
 
     # Coming and going of clients
 
     async def _probe(self) -> None:
         """Ask the agent where the function is, in the background; what the client wants goes first."""
-        if self._probing is not None or self._busy:
+        if self._probing is not None or self._busy or self.link.begun is not None:
             return
         pause = self.config.retry_s
-        with trio.CancelScope() as self._probing:
+        with trio.CancelScope() as scope:
+            self._probing = scope
             while not await self._ask_in_background():
                 await trio.sleep(pause)
-                pause = min(2 * pause, _PAUSE_MAX_S)
-        self._probing = None
+                pause = min(2 * pause, PAUSE_MAX_S)
+        if self._probing is scope:
+            self._probing = None
+
+    def _stop_probing(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+            self._probing = None
 
     async def _ask_in_background(self) -> bool:
         """Ask once; returns whether there is no need to ask again."""
@@ -145,20 +96,17 @@ class MigrationEngine:
             status = await self.link.status(trio.current_time() + self.config.call_s)
         except AgentError:  # traced; it is of interest as long as nobody ever answered
             return self.asked
-        if not self._busy:
+        if not self._busy and self.link.begun is None:
             self._judge(status)
             await self.link.close()
         return True
-
-    @property
-    def _busy(self) -> bool:
-        return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN or self.link.begun is not None
 
     def _judge(self, status: Status) -> None:
         """Take what the agent says about a function that no migration of ours is about."""
         self.asked = True
         found = verdict(status)
         self.fenced = found is Verdict.FENCED
+        self._paused = found is Verdict.PAUSED
         if found is Verdict.FREE:
             return
         self.tracer.note("the function does not run", agent_state=status.state.value, verdict=found.value)
@@ -178,6 +126,7 @@ class MigrationEngine:
         await self._running.wait()
         deadline = message_deadline()
         async with self._lock:
+            self._stop_probing()
             self.actions.device = device
             try:
                 await self._free(deadline)
@@ -186,14 +135,14 @@ class MigrationEngine:
                 raise BackendUnavailable(
                     f"the function was stopped for a migration and cannot be reset now: {error}"
                 ) from error
-        assert self._nursery is not None
-        self._nursery.start_soon(self._probe)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._probe)
 
     async def _free(self, deadline: float) -> None:
         """Ask, if there is any doubt that the function runs, and reset it if it must not go on."""
-        if not (self._busy or self.fenced) and self.asked:
+        if not (self._busy or self.fenced or self._paused) and self.asked:
             return
-        if not self._busy and not self.fenced:
+        if not self._busy and not self.asked:
             with trio.move_on_at(min(deadline, trio.current_time() + self.config.call_s)):
                 await self._ask_first()
             if not self.asked:  # the agent is away; what it stopped stays stopped, and the client gets to know later
@@ -201,6 +150,10 @@ class MigrationEngine:
         if self.truth is Truth.UNKNOWN and not self.fenced:
             with trio.move_on_at(trio.current_time() + (deadline - trio.current_time()) * _FORWARD):
                 await self._settled.wait()
+        if self._paused and not self._busy:
+            await self.actions.resume(deadline)
+            self._paused = False
+            await self.link.close()
         if self.fenced or self._busy:
             self._stop_settling()
             self.work.drop_pipelines()
@@ -220,9 +173,8 @@ class MigrationEngine:
         self.asked = True
         found = verdict(status)
         self.fenced = found is Verdict.FENCED
-        if found is Verdict.PAUSED:
-            await self.actions.resume(trio.current_time() + self.config.stop_s)
-        if not self.fenced:
+        self._paused = found is Verdict.PAUSED
+        if found is Verdict.FREE:
             await self.link.close()
 
     async def detach(self, *, logged: bool) -> None:
@@ -249,7 +201,7 @@ class MigrationEngine:
                 self.tracer.note("the function stays stopped until it is reset for its next client")
                 await self.link.close(force=True)
             elif self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN:
-                self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+                self._leave_later()
                 self._now(DeviceState.RUNNING, "the client has gone")
             elif self.truth is Truth.KNOWN:
                 self._settle(Goal.RESUME)
@@ -257,9 +209,8 @@ class MigrationEngine:
 
     async def _let_go(self) -> None:
         """A function that runs and has no client needs no session."""
-        assert self._nursery is not None
         if self.link.begun is not None:
-            self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
+            self._leave_later()
         else:
             await self.link.close(force=True)
 
@@ -271,15 +222,6 @@ class MigrationEngine:
             pass
         if not self._busy:
             await self.link.close()
-
-    async def _leave(self, outcome: Outcome, abort: bool) -> None:
-        await self.link.leave(outcome, trio.current_time() + self.config.call_s, abort=abort)
-        if not self._busy:
-            await self.link.close()
-
-    async def settle(self) -> None:
-        """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
-        await self._settled.wait()
 
     # What the client asks for
 
@@ -296,8 +238,8 @@ class MigrationEngine:
         deadline = message_deadline()
         async with self._lock:
             await self._require_known(deadline)
-            if self._probing is not None:
-                self._probing.cancel()
+            self._stop_probing()
+            self._stop_leaving()
             self.require_owner(owner, "a state change")
             origin = self.state
             now = trio.current_time()
@@ -306,22 +248,6 @@ class MigrationEngine:
                 await self._travel(arc, origin, forward, deadline)
                 if self.state is not DeviceState.RUNNING:
                     self.owner = owner
-
-    def require_owner(self, owner: Owner, what: str) -> None:
-        """Refuse a command of the generation that does not own the migration.
-
-        Args:
-            owner: whose command it is.
-            what: the command's name.
-
-        Raises:
-            CommandError: EBUSY.
-        """
-        if self.owner not in (None, owner):
-            assert self.owner is not None
-            raise CommandError(
-                f"{what}: the migration belongs to generation {self.owner.value} until RUNNING or a reset", errno.EBUSY
-            )
 
     async def _require_known(self, deadline: float) -> None:
         if self.truth is Truth.UNKNOWN:
@@ -345,10 +271,6 @@ class MigrationEngine:
             raise
         self._now(arc.target, "as the client asked")
 
-    @property
-    def _shown(self) -> str:
-        return self.state.name if self.truth is Truth.KNOWN else self.truth.value
-
     def _given_up(self, undo: Undo) -> None:
         """The client vanished, or its time was up, in the middle of a step."""
         if undo is Undo.LOAD_FAILED:
@@ -357,12 +279,6 @@ class MigrationEngine:
             self._back_to_running("the client gave up")
         else:
             self._settle(self._goal(undo))
-
-    def _goal(self, undo: Undo) -> Goal:
-        """What to work for in the background; a function whose state may live elsewhere is only asked about."""
-        if undo is Undo.LEARN and not (self.work.trailer_handed or self.work.committed):
-            return Goal.RESUME
-        return _GOALS[undo]
 
     async def _undo(self, undo: Undo, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         """Do what a failed arc leaves to be done, in what is left of the message's time."""
@@ -395,12 +311,13 @@ class MigrationEngine:
 
     async def _undo_leave(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         self.work.drop_pipelines()
-        await self.link.leave(Outcome.FAILED, min(deadline, trio.current_time() + self.config.call_s), abort=True)
         if origin in _RUNS and self.state is DeviceState.STOP:
             await self.actions.resume(deadline)
             self._back_to_running(f"brought back: {failure}")
         elif self.state is DeviceState.RUNNING:
             self._back_to_running(str(failure))
+        else:
+            self._leave_later(Outcome.FAILED)
 
     async def _undo_reset(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         self.work.drop_pipelines()
@@ -418,120 +335,6 @@ class MigrationEngine:
         else:
             self._adopt(status)
 
-    def _back_to_running(self, why: str) -> None:
-        self.work.drop_pipelines()
-        self._now(DeviceState.RUNNING, why)
-        if self.link.begun is not None:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._leave, Outcome.CANCELLED, True)
-
-    def _adopt(self, status: Status) -> None:
-        """Make the agent's word the truth."""
-        state = AS_STATE[status.state]
-        if state is DeviceState.ERROR:
-            self._fail_device(status.detail or "the agent says that the function is in ERROR")
-        elif state is DeviceState.RUNNING:
-            self._back_to_running("the agent says that it runs")
-        elif self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY, DeviceState.RESUMING):
-            self._now(state, "the agent says so")
-        else:
-            self._now(self.state, "the agent says so")
-
-    def _now(self, state: DeviceState, why: str) -> None:
-        """The function is in this state: known."""
-        old, self.state = self.state, state
-        self.truth = Truth.KNOWN
-        self._settled.set()
-        if state is DeviceState.RUNNING:
-            self.owner = None
-            self.fenced = False
-            self.asked = True
-            self.work.trailer_handed = self.work.committed = False
-        if state is not old:
-            self.tracer.state(old.name, state.name, why)
-
-    def _fail_device(self, why: str) -> None:
-        self.work.drop_pipelines()
-        self._stop_settling()
-        self.truth = Truth.FAILED
-        self.tracer.state(self.state.name, "ERROR", why)
-
-    def _fail_load(self, why: str) -> None:
-        """A load that failed stays RESUMING: nothing else is true, and only a reset leads out."""
-        if self.work.destination is not None and self.work.destination.failure is None:
-            self.work.destination.failure = why
-
-    # Finding out
-
-    def _settle(self, goal: Goal) -> None:
-        """Find out in the background, and work for the goal until it is reached."""
-        assert self._nursery is not None
-        self._stop_settling()
-        self.truth = Truth.UNKNOWN
-        self._settled = trio.Event()
-        self._settling = trio.CancelScope()
-        self._nursery.start_soon(self._settle_until_done, goal, self._settling, self._settled)
-
-    def _stop_settling(self) -> None:
-        if self._settling is not None:
-            self._settling.cancel()
-            self._settling = None
-
-    async def _settle_until_done(self, goal: Goal, scope: trio.CancelScope, settled: trio.Event) -> None:
-        pause = self.config.retry_s
-        try:
-            with scope:
-                while not await self._try_settle(goal):
-                    await trio.sleep(pause)
-                    pause = min(2 * pause, _PAUSE_MAX_S)
-        finally:
-            settled.set()
-
-    async def _try_settle(self, goal: Goal) -> bool:
-        """Make one attempt; returns whether the truth is known now."""
-        try:
-            deadline = trio.current_time() + self.config.stop_s
-            if goal is Goal.LEARN:
-                status = await self.link.status(deadline)
-                if status.pending:
-                    return False
-                self._adopt(status)
-            elif goal is Goal.RESUME:
-                await self.actions.resume(deadline)
-                self._back_to_running("brought back")
-            else:
-                await self.actions.reset_agent(deadline)
-                await self.actions.reset_device(deadline)
-                await self._agent_was_reset(deadline)
-                self._back_to_running("reset")
-            if self.actions.device is None and not self._busy:
-                await self.link.close()
-        except AgentError as error:
-            if error.fate is not Fate.FAILED:
-                return False
-            self._fail_device(str(error))
-        except VfioUserError as error:
-            self.tracer.note("the device could not be reset", error=str(error))
-            return False
-        return True
-
-    async def state_now(self) -> DeviceState:
-        """The state for a client that asks by message: the truth, or ERROR if not even `status` tells it."""
-        if self.truth is Truth.FAILED:
-            return DeviceState.ERROR
-        if self.truth is Truth.KNOWN:
-            return self.state
-        try:
-            status = await self.link.status(message_deadline())
-        except AgentError:
-            return self.state_shown if self._settled.is_set() else DeviceState.ERROR
-        return self.state_shown if self._settled.is_set() else AS_STATE[status.state]
-
-    @property
-    def state_shown(self) -> DeviceState:
-        """The state for a client that must never see an error that may pass: the old one while the truth is unknown."""
-        return DeviceState.ERROR if self.truth is Truth.FAILED else self.state
-
     def plan_for(self, target: int) -> Callable[[DeviceState], Sequence[Arc]]:
         """The arcs to a state of the v2 generation, as `request` takes them."""
 
@@ -543,10 +346,22 @@ class MigrationEngine:
         """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs."""
         deadline = message_deadline()
         if not self._busy:
+            if self.link.begun is not None:
+                await self._clear_agent(deadline)
             await self.actions.reset_device(deadline)
             return
         async with self._lock:
             await self._reset_through_agent(deadline, device=True)
+
+    async def _clear_agent(self, deadline: float) -> None:
+        """Reset an agent that has not left the migration of a function that runs; else it is told to later."""
+        now = trio.current_time()
+        self._stop_leaving()
+        try:
+            await self.actions.reset_agent(now + (deadline - now) * _FORWARD)
+            await self._agent_was_reset(deadline)
+        except AgentError:  # traced
+            self._leave_later()
 
     async def function_reset(self) -> None:
         """The guest has reset the function through configuration space, which the device has done already."""
@@ -557,7 +372,8 @@ class MigrationEngine:
             return
         async with self._lock:
             source = self.work.source
-            if self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
+            restarts = RESETS[ResetKind.FUNCTION_LEVEL].migration is MigrationEffect.RESTARTS
+            if restarts and self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
                 try:
                     source.restart(await self.actions.describe(deadline))
                 except AgentError as error:
@@ -568,6 +384,7 @@ class MigrationEngine:
 
     async def _reset_through_agent(self, deadline: float, *, device: bool) -> None:
         self._stop_settling()
+        self._stop_leaving()
         self.work.drop_pipelines()
         try:
             await self.actions.reset_agent(deadline)
@@ -582,17 +399,7 @@ class MigrationEngine:
         self._now(DeviceState.RUNNING, "reset")
         await self._agent_was_reset(deadline)
 
-    async def _agent_was_reset(self, deadline: float) -> None:
-        if self.after_agent_reset is not None:
-            await self.after_agent_reset(deadline)
 
-
-_GOALS: Mapping[Undo, Goal] = {
-    Undo.RESUME: Goal.RESUME,
-    Undo.RESET: Goal.RESET,
-    Undo.LEARN: Goal.LEARN,
-    Undo.LEAVE: Goal.RESUME,
-}
 _UNDOING = {
     Undo.RESUME: MigrationEngine._undo_resume,
     Undo.LEAVE: MigrationEngine._undo_leave,

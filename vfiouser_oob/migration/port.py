@@ -13,7 +13,8 @@ from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
 from vfiouser_oob.migration.actions import Device
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
-from vfiouser_oob.migration.engine import MigrationEngine, message_deadline
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.standing import message_deadline
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.migration.v2_view import V2View
 from vfiouser_protocol.capabilities import Capabilities

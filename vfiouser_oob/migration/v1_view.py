@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 from vfiouser_oob.devices.memfd import SharedMemory
-from vfiouser_oob.migration.engine import MigrationEngine, Owner, message_deadline
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.standing import Owner, message_deadline
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.migration_v1 import (

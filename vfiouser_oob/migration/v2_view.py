@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 from vfiouser_oob.migration.dirty import DirtyTracker
-from vfiouser_oob.migration.engine import MigrationEngine, Owner, Truth, message_deadline
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.standing import Owner, Truth, message_deadline
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError

@@ -42,8 +42,9 @@ from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, R
 if TYPE_CHECKING:
     from vfiouser_oob.server.function import Function
 
-#: Messages answered in a row before other tasks get their turn.
-_BURST = 32
+#: Messages answered in a row before other tasks get their turn, however they came: a client that asks again at once can
+#: keep us from ever sleeping.
+_TURN = 32
 #: What a handler returns when there is nothing to wait for.
 _READY = (bytes, Reply)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
@@ -196,7 +197,8 @@ class Connection(ClientLink):
         self.capabilities = client
         self._twin = twin
         channel = self.send if twin is None else self._send_on_twin
-        self._dma = DmaLink(self.session, channel, client.max_data_xfer_size, self._budget_s)
+        permit = self.backend.memory.map.segments
+        self._dma = DmaLink(self.session, channel, permit, client.max_data_xfer_size, self._budget_s)
         if self.port is not None:
             self.port.negotiated(client, offer, migration_pgsize)
         self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
@@ -210,13 +212,14 @@ class Connection(ClientLink):
     async def _read(self) -> None:
         """Read and answer until the stream ends."""
         stream = self.stream
-        burst = 0
+        burst = turn = 0
         while True:
             message = stream.try_receive()
             if message is None:
                 stream.uncork()
                 burst = 0
                 if not stream.spin():
+                    turn = 0
                     await stream.wait_for_data()
                 continue
             if burst:
@@ -225,9 +228,10 @@ class Connection(ClientLink):
                 stream.cork()
             self._take(message, twin=False)
             burst += 1
-            if burst >= _BURST:
+            turn += 1
+            if turn >= _TURN:
                 stream.uncork()
-                burst = 0
+                burst = turn = 0
                 await trio.lowlevel.checkpoint()
                 if stream.congested or self._queue_is_full:
                     await self._make_room()

@@ -10,9 +10,10 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import trio
 
@@ -39,10 +40,16 @@ CONTROL_NAME = "control"
 _CONTROL_MODE = 0o660
 
 
+#: Starts what belongs to a daemon beside its functions, in a nursery that lasts until they are gone. Returns once it
+#: works, with a few words for the status line.
+Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
+
+
 async def run_daemon(
     config: DaemonConfig,
     *,
     agents: AgentMaker = make_agent,
+    beside: Companion | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
@@ -50,6 +57,7 @@ async def run_daemon(
     Args:
         config: what to serve.
         agents: makes agents by kind and options.
+        beside: what else has to be there before we are ready.
         task_status: told when every socket listens.
 
     Raises:
@@ -57,7 +65,7 @@ async def run_daemon(
         ListenError: a socket cannot be listened on.
     """
     with ExitStack() as resources:
-        daemon = Daemon(config, resources, agents)
+        daemon = Daemon(config, resources, agents, beside)
         await daemon.run(task_status)
 
 
@@ -68,10 +76,18 @@ class Daemon:
         config: what to serve.
         resources: closes whatever was opened, also when opening the next thing fails.
         agents: makes agents by kind and options.
+        beside: what else has to be there before we are ready.
     """
 
-    def __init__(self, config: DaemonConfig, resources: ExitStack, agents: AgentMaker = make_agent) -> None:
+    def __init__(
+        self,
+        config: DaemonConfig,
+        resources: ExitStack,
+        agents: AgentMaker = make_agent,
+        beside: Companion | None = None,
+    ) -> None:
         self._config = config
+        self._beside = beside
         self._agents = AgentPool(agents)
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
@@ -156,13 +172,17 @@ class Daemon:
                 await devices.start(ControlServer(self).serve, self._control.sock.dup())
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async with trio.open_nursery() as serving:
-                    self._start_serving(serving)
-                    self._announce_ready()
-                    task_status.started(self)
                     serving.start_soon(self._await_signal, signals, serving.cancel_scope)
+                    self._start_serving(serving)
+                    await self._start_beside(devices)
+                    task_status.started(self)
             await self._bring_back()
             devices.cancel_scope.cancel()
         self._events.close()
+
+    async def _start_beside(self, nursery: trio.Nursery) -> None:
+        text = "" if self._beside is None else f"; {await self._beside(self, nursery)}"
+        self._announce_ready(text)
 
     def _start_serving(self, nursery: trio.Nursery) -> None:
         for function, listener in self._listeners:
@@ -195,14 +215,14 @@ class Daemon:
             scope.cancel()
             return
 
-    def _announce_ready(self) -> None:
+    def _announce_ready(self, more: str) -> None:
         for function, listener in self._listeners:
             function.address = listener.address
             function.log.info("listening", socket=listener.address, device=function.backend.summary)
         count = len(self.functions)
         text = f"{count} function{'s' if count != 1 else ''}"
         self._log.info("ready", version=__version__, pid=os.getpid(), functions=count)
-        self._notifier.ready(f"serving {text}")
+        self._notifier.ready(f"serving {text}{more}")
 
     # For the control socket
 

@@ -82,13 +82,23 @@ class DmaLink:
     Args:
         session: protocol state of the connection.
         send: sends one whole message on the channel for our commands (main or twin socket).
+        permit: raises DmaFault unless an address, a count and a direction (write) are mapped. Asked before each
+            message, since a long transfer takes several and the client may unmap in between.
         max_transfer: the client's `max_data_xfer_size`, in bytes.
         budget_s: seconds after which a transfer that was not answered is a DMA fault.
     """
 
-    def __init__(self, session: Session, send: Callable[[bytes], None], max_transfer: int, budget_s: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        send: Callable[[bytes], None],
+        permit: Callable[[int, int, bool], object],
+        max_transfer: int,
+        budget_s: float,
+    ) -> None:
         self._session = session
         self._send = send
+        self._permit = permit
         self._max_transfer = max_transfer
         self._budget_s = budget_s
         self._slots = trio.Semaphore(MAX_OUTSTANDING)
@@ -110,6 +120,7 @@ class DmaLink:
             size = min(self._max_transfer or 1, MAX_READ, end - address)
             await self._read_budget.take(size)
             try:
+                self._permit(address, size, False)
                 payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
             finally:
                 self._read_budget.give_back(size)
@@ -135,6 +146,7 @@ class DmaLink:
         for start in range(0, len(data), self._max_transfer or 1):
             part = data[start : start + (self._max_transfer or 1)]
             target = address + start
+            self._permit(target, len(part), True)
             payload = await self._call(Command.DMA_WRITE, encode(DmaWrite(target, len(part), part)))
             if payload:  # older clients send the header alone
                 reply = _decoded(DmaWriteReply, payload)

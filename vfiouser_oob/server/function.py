@@ -184,11 +184,12 @@ class Function:
         self.clients_served += 1
         self._announce("client-connected", client=str(peer))
         task_status.started()
-        reason = "an error of ours"
+        reason = "the daemon is stopping"
         try:
             with Contained() as outcome:
                 reason = await connection.run()
             if outcome.error is not None:
+                reason = "an error of ours"
                 self.log.exception("bug: a connection failed unexpectedly", outcome.error)
                 self.note_error(f"connection failed: {outcome.error}")
         finally:

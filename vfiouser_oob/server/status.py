@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MapsStatus, RegionStatus
+from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MapsStatus, MigrationStatus, RegionStatus
 from vfiouser_oob.devices.base import BackendSession
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.standing import Truth
 from vfiouser_oob.server.function import Function
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
 
@@ -29,7 +31,31 @@ def function_status(function: Function) -> FunctionStatus:
         fds=sum(irqs.values()) + maps["files"] + (connection.sockets if connection is not None else 0),
         messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
         dma=connection.dma_summary() if connection is not None else {},
+        migration=None if function.engine is None else _migration(function.engine),
+        unavailable=function.backend.unavailable,
         last_error=function.last_error,
+    )
+
+
+def _migration(engine: MigrationEngine) -> MigrationStatus:
+    """Describe a migration."""
+    source, destination = engine.work.source, engine.work.destination
+    caps = engine.link.caps
+    moved = source.taken if source is not None else destination.written if destination is not None else 0
+    return MigrationStatus(
+        agent=engine.link.function_id,
+        migratable=caps is None or caps.stop_copy,
+        state=engine.state_shown.name,
+        known=engine.truth is not Truth.UNKNOWN,
+        owner=None if engine.owner is None else engine.owner.value,
+        fenced=engine.fenced,
+        generation=source.generation if source is not None else 0,
+        bytes=moved,
+        buffered=source.buffered if source is not None else 0,
+        remaining=source.remaining if source is not None else 0,
+        steps=engine.tracer.steps,
+        failures=engine.tracer.failures,
+        last_failure=engine.tracer.last_failure,
     )
 
 

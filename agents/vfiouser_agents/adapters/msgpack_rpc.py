@@ -286,7 +286,8 @@ class MsgpackRpcAgent(Agent):
         try:
             info: AgentInfo = parse(AgentInfo, await link.connection.call(HELLO, params), HELLO)
         except TransportLost as error:
-            raise ConnectError(f"agent {self.address} ended the connection at the greeting: {error}") from error
+            hint = "; it may not accept our certificate" if self._context is not None else ""
+            raise ConnectError(f"agent {self.address} ended the connection at the greeting{hint}: {error}") from error
         except AuthError as error:
             raise AuthError(f"agent {self.address}: {error.message}") from error
         except Unsupported as error:

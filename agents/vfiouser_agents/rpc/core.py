@@ -25,6 +25,8 @@ READ_SIZE = 256 << 10
 MAX_REQUESTS = 512
 #: Answers that were given up and never came; with more, the peer is taken for dead.
 MAX_ABANDONED = 4096
+#: Seconds that a peer which takes nothing more has to say why.
+LAST_WORDS = 0.5
 
 #: Waits for the result of a request.
 Answer = Callable[[], Awaitable[Any]]
@@ -196,6 +198,8 @@ class RpcConnection:
             async for data in self._to_send:
                 await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            # The reader may still find out why, such as that our certificate was refused.
+            await trio.sleep(LAST_WORDS)
             self.close(broken(error))
 
     async def _read(self, nursery: trio.Nursery) -> None:
@@ -300,7 +304,7 @@ def broken(error: BaseException) -> AgentError:
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return AuthError(f"TLS failed: {tls_reason(cause)}")
         cause = cause.__cause__
-    return TransportLost(f"the connection broke: {error or type(error).__name__}")
+    return TransportLost(f"the connection broke: {str(error) or type(error).__name__}")
 
 
 def tls_reason(error: ssl.SSLError) -> str:

@@ -29,7 +29,7 @@ from vfiouser_agents.errors import (
 )
 from vfiouser_agents.ordering import CallQueue
 
-from .core import Answer, RpcConnection
+from .core import Answer, RpcConnection, broken
 from .messages import DEFAULT_MAX_MESSAGE, Codec
 from .methods import BY_NAME, CLOSE, EVENT, FUNCTIONS, HELLO, OPEN, PING, PROTOCOL, VERSIONS, WATCH, SessionMethod
 from .msgpack_codec import MsgpackCodec
@@ -97,6 +97,13 @@ class _Server:
             await trio.aclose_forcefully(stream)
             return
         self._connections += 1
+        try:
+            if await _handshake(stream):
+                await self._serve(stream)
+        finally:
+            self._connections -= 1
+
+    async def _serve(self, stream: trio.abc.Stream) -> None:
         client = _Client(self)
         connection = RpcConnection(stream, self._codec(self.info.max_message), client)
         try:
@@ -106,10 +113,24 @@ class _Server:
                 nursery.cancel_scope.cancel()
             _log.info("connection ended: %s", connection.lost)
         finally:
-            self._connections -= 1
             with trio.CancelScope(shield=True) as scope:
                 scope.deadline = trio.current_time() + HELLO_TIMEOUT
                 await client.close_sessions()
+
+
+async def _handshake(stream: trio.abc.Stream) -> bool:
+    if not isinstance(stream, trio.SSLStream):
+        return True
+    with trio.move_on_after(HELLO_TIMEOUT):
+        try:
+            await stream.do_handshake()
+        except (trio.BrokenResourceError, OSError) as error:
+            # trio does not send the alert that TLS has made, so this is the only place where the reason is known.
+            _log.warning("a client was refused: %s", broken(error))
+        else:
+            return True
+    await trio.aclose_forcefully(stream)
+    return False
 
 
 class _Handle:

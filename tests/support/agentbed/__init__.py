@@ -11,10 +11,14 @@ from typing import Any
 import trio
 import trustme
 
-from vfiouser_agents.api import Agent
+from vfiouser_agents.api import Agent, AgentInfo, AgentState, Capabilities, Status
 from vfiouser_agents.registry import make_agent
-from vfiouser_agents.rpc.endpoint import Address, TlsOptions, parse_address
+from vfiouser_agents.rpc.core import Answer, NoRequests, RpcConnection
+from vfiouser_agents.rpc.endpoint import Address, TlsOptions, open_listeners, parse_address
+from vfiouser_agents.rpc.methods import HELLO, OPEN, PROTOCOL
+from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
 from vfiouser_agents.rpc.protocols import serve_at
+from vfiouser_agents.rpc.wire import to_wire
 
 #: Every way to reach an agent.
 TRANSPORTS = ("unix", "tcp", "tls", "mtls")
@@ -76,7 +80,7 @@ class Served:
         place = str(self.directory / "agent.sock") if scheme == "unix" else "127.0.0.1:0"
         self.address = parse_address(f"{scheme}://{place}")
         self.certificates = make_certificates(self.directory / "tls") if scheme == "tls" else None
-        self._scope = trio.CancelScope()
+        self._scope, self._ended = trio.CancelScope(), trio.Event()
 
     async def start(self) -> None:
         """Serve."""
@@ -85,17 +89,21 @@ class Served:
             tls = self.certificates.server
             if self.transport == "tls":
                 tls = TlsOptions(cert=tls.cert)
-        self._scope = trio.CancelScope()
+        self._scope, self._ended = trio.CancelScope(), trio.Event()
 
         async def run(task_status: trio.TaskStatus[Address]) -> None:
-            with self._scope:
-                await serve_at(self.protocol, self.agent, self.address, tls, task_status=task_status)
+            try:
+                with self._scope:
+                    await serve_at(self.protocol, self.agent, self.address, tls, task_status=task_status)
+            finally:
+                self._ended.set()
 
         self.address = await self.nursery.start(run)
 
-    def stop(self) -> None:
-        """End every connection; the agent and its functions stay."""
+    async def stop(self) -> None:
+        """End every connection and all calls; the agent and its functions stay."""
         self._scope.cancel()
+        await self._ended.wait()
 
     def options(self, **more: Any) -> dict[str, Any]:
         """Options of an adapter that reaches it."""
@@ -125,4 +133,52 @@ async def served(agent: Agent, transport: str, directory: Path, protocol: str = 
         server = Served(agent, transport, directory, nursery, protocol)
         await server.start()
         yield server
+        nursery.cancel_scope.cancel()
+
+
+class SilentAgent(NoRequests):
+    """A peer made of the RPC core alone, which notes what it is asked and can go silent.
+
+    Args:
+        address: where it listens.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.methods: list[str] = []
+        self.answers = True
+
+    def request(self, method: str, params: dict[str, Any]) -> Answer:
+        """Note it, and answer with what the client needs to go on."""
+        self.methods.append(method)
+        results = {
+            HELLO: to_wire(AgentInfo("v", "p", protocol=PROTOCOL)),
+            OPEN: {"session": 1, "capabilities": to_wire(Capabilities(formats=("x",)))},
+            "migration.status": to_wire(Status(AgentState.RUNNING)),
+        }
+
+        async def answer() -> Any:
+            if not self.answers:
+                await trio.sleep_forever()
+            return results.get(method)
+
+        return answer
+
+    async def serve(self, stream: trio.abc.Stream) -> None:
+        """One connection."""
+        await RpcConnection(stream, MsgpackCodec(), self).run()
+
+
+@asynccontextmanager
+async def silent_agent(directory: Path) -> AsyncIterator[SilentAgent]:
+    """A `SilentAgent` on a UNIX socket for the length of the block.
+
+    Args:
+        directory: for the socket.
+    """
+    agent = SilentAgent(parse_address(f"unix://{directory}/silent.sock"))
+    listeners = await open_listeners(agent.address)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, agent.serve, list(listeners))
+        yield agent
         nursery.cancel_scope.cancel()

@@ -253,5 +253,5 @@ def with_caps(function: MemoryFunction, **caps: object) -> None:
 async def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
     """Wait until something is so."""
     with trio.fail_after(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  the condition is about objects that have no event
             await trio.sleep(0.002)

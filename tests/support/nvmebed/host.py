@@ -27,7 +27,7 @@ class Memory:
         #: Accesses inside these ranges wait for their event first, as a client's answer does.
         self.gates: list[tuple[range, trio.Event]] = []
         #: Writes into these ranges take place, but are confirmed to the device only after their event.
-        self.confirmations: list[tuple[range, trio.Event]] = []
+        self.confirmations: list[tuple[range, trio.Event, bool]] = []
         #: Whether every access yields to other tasks first.
         self.yields = False
 
@@ -58,16 +58,23 @@ class Memory:
         offset = self._offset(address, len(data))
         self.accesses.append(("write", address, len(data)))
         self.ram[offset : offset + len(data)] = data
-        for addresses, event in self.confirmations:
+        for addresses, event, answered in self.confirmations:
             if address in addresses:
                 # A message that was sent has to be answered, whatever became of who sent it.
-                with trio.CancelScope(shield=True):
+                with trio.CancelScope(shield=answered):
                     await event.wait()
 
-    def hold_confirmation(self, address: int, count: int) -> trio.Event:
-        """Make writes into a range return only when the event that is returned is set."""
+    async def quiet(self) -> None:
+        """Every access ends with its task."""
+        await trio.lowlevel.checkpoint()
+
+    def hold_confirmation(self, address: int, count: int, *, answered: bool = True) -> trio.Event:
+        """Make writes into a range return only when the event that is returned is set.
+
+        Unless `answered`, the device does not wait for the answer if its task is cancelled.
+        """
         event = trio.Event()
-        self.confirmations.append((range(address, address + count), event))
+        self.confirmations.append((range(address, address + count), event, answered))
         return event
 
     def hold(self, address: int, count: int) -> trio.Event:

@@ -17,8 +17,10 @@ from vmbed.processes import LoggedProcess, logged_process
 from vmbed.qmp import Qmp
 from vmbed.qtest import Qtest
 
-__all__ = ["TRACE_EVENTS", "Qemu", "QemuConfig", "VfioUserDevice", "start_qemu"]
+__all__ = ["GUEST_QEMU", "TRACE_EVENTS", "Qemu", "QemuConfig", "VfioUserDevice", "start_qemu"]
 
+#: Where QEMU itself is in a guest that has it.
+GUEST_QEMU = Path("/qemu")
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
 # Every trapped access, and every mapped area, of a vfio-user region as QEMU sees them: few lines each,
 # and independent of what the server counts.
@@ -61,6 +63,10 @@ class QemuConfig:
         cpus: guest CPUs; the nvme driver makes a queue for each.
         trace: trace events of QEMU to log; names and patterns of `-trace`.
         extra: further arguments.
+        early: arguments that come before the devices, such as an IOMMU.
+        kernel: instead of the assets' own.
+        initramfs: instead of the assets' own.
+        kernel_arguments: for the guest's kernel, beside the bed's own.
     """
 
     devices: Sequence[VfioUserDevice]
@@ -70,6 +76,10 @@ class QemuConfig:
     cpus: int = 2
     trace: Sequence[str] = TRACE_EVENTS
     extra: Sequence[str] = ()
+    early: Sequence[str] = ()
+    kernel: Path | None = None
+    initramfs: Path | None = None
+    kernel_arguments: str = ""
 
 
 class Qemu:
@@ -128,7 +138,7 @@ async def start_qemu(assets: Assets, config: QemuConfig, workdir: Path, *, name:
         console = workdir / f"{name}.console"
         argv = [
             *_machine(assets, config, qmp_listener.path),
-            *(_boot(assets, console, drive_listener.path) if config.accel == "tcg" else ()),
+            *(_boot(assets, config, console, drive_listener.path) if config.accel == "tcg" else ()),
             *(("-qtest", f"unix:{drive_listener.path}") if config.accel == "qtest" else ()),
             *_tracing(config.trace, trace),
             *config.extra,
@@ -151,14 +161,16 @@ def _machine(assets: Assets, config: QemuConfig, qmp: Path) -> list[str]:
     if config.shared_memory:
         argv += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mib}M,share=on"]
         argv += ["-machine", "memory-backend=ram"]
+    argv += config.early
     for device in config.devices:
         argv += ["-device", device.argument()]
     return argv
 
 
-def _boot(assets: Assets, console: Path, commands: Path) -> list[str]:
+def _boot(assets: Assets, config: QemuConfig, console: Path, commands: Path) -> list[str]:
     """The kernel, and two serial ports: the kernel's messages into a file, and the guest's commands."""
-    argv = ["-kernel", str(assets.kernel), "-initrd", str(assets.initramfs), "-append", KERNEL_ARGUMENTS]
+    argv = ["-kernel", str(config.kernel or assets.kernel), "-initrd", str(config.initramfs or assets.initramfs)]
+    argv += ["-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip()]
     argv += ["-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"]
     argv += ["-chardev", f"socket,id=commands,path={commands}", "-serial", "chardev:commands"]
     return argv

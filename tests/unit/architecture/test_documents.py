@@ -13,10 +13,18 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.cli.main import COMMANDS, build_parser
+from vfiouser_oob.config.agents import MIGRATION_KEYS
 from vfiouser_oob.config.devices import KINDS, NVME_KEYS
 from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, parse_config
 from vfiouser_oob.control.protocol import ErrorCode
-from vfiouser_oob.control.status import ClientStatus, DaemonStatus, FunctionStatus, MapsStatus, RegionStatus
+from vfiouser_oob.control.status import (
+    ClientStatus,
+    DaemonStatus,
+    FunctionStatus,
+    MapsStatus,
+    MigrationStatus,
+    RegionStatus,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = sorted(
@@ -112,6 +120,7 @@ def test_every_command_is_described() -> None:
     [
         ("[daemon]", {key.name for key in DAEMON_KEYS}),
         ("[[function]]", {key.name for key in FUNCTION_KEYS}),
+        ("migration", {key.name for key in MIGRATION_KEYS}),
         ('device, kind = "vfio-user"', {KINDS["vfio-user"].first}),
         ('device, kind = "model"', {"model", *(key.name for key in NVME_KEYS)}),
     ],
@@ -121,7 +130,7 @@ def test_every_key_is_described(heading: str, keys: set[str]) -> None:
     text = document("docs/reference/configuration.md")
     section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert section is not None
-    assert keys == set(re.findall(r"^\| `([a-z_]+)` \|", section[1], re.MULTILINE))
+    assert keys == set(re.findall(r"^\| `([a-z0-9_]+)` \|", section[1], re.MULTILINE))
 
 
 def test_the_status_document_is_described() -> None:
@@ -134,6 +143,7 @@ def test_the_status_document_is_described() -> None:
         (FunctionStatus, function),
         (ClientStatus, function["client"]),
         (MapsStatus, function["maps"]),
+        (MigrationStatus, function["migration"]),
         *((RegionStatus, region) for region in function["regions"]),
     ]
     for declared, shown in pairs:
@@ -145,6 +155,8 @@ def test_events_are_described() -> None:
     announced = set()
     for path in (ROOT / "vfiouser_oob" / "server").glob("*.py"):
         announced |= set(re.findall(r"_announce\(\"([a-z-]+)\"", path.read_text()))
+    trace = (ROOT / "vfiouser_oob" / "migration" / "trace.py").read_text()
+    announced |= set(re.findall(r"publish\(\s*\"([a-z-]+)\"", trace))
     described = re.findall(r"^\| `([a-z-]+)` \|.*`function`", document("docs/reference/status.md"), re.MULTILINE)
     assert announced == set(described)
 

@@ -5,7 +5,7 @@ Spec: NVMe 1.4, chapter 5.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from vfiouser_oob.simulator.nvme.command import Command
@@ -152,7 +152,8 @@ class AdminCommands:
 
     async def _delete_sq(self, command: Command) -> int:
         qid = command.cdw10 & 0xFFFF
-        if qid == 0 or qid not in self._state.submission_queues:
+        queue = self._state.submission_queues.get(qid)
+        if qid == 0 or queue is None or queue.deleting:
             raise NvmeError(Status.INVALID_QUEUE_ID, f"submission queue {qid} does not exist", location=40)
         await self._owner.remove_submission_queue(qid)
         return 0
@@ -161,7 +162,7 @@ class AdminCommands:
         qid = command.cdw10 & 0xFFFF
         if qid == 0 or qid not in self._state.completion_queues:
             raise NvmeError(Status.INVALID_QUEUE_ID, f"completion queue {qid} does not exist", location=40)
-        users = [queue.qid for queue in self._state.submission_queues.values() if queue.cqid == qid]
+        users = [queue.qid for queue in self._live_queues() if queue.cqid == qid]
         if users:
             raise NvmeError(
                 Status.INVALID_QUEUE_DELETION,
@@ -170,6 +171,9 @@ class AdminCommands:
             )
         self._owner.remove_completion_queue(qid)
         return 0
+
+    def _live_queues(self) -> Iterable[SubmissionQueue]:
+        return (queue for queue in self._state.submission_queues.values() if not queue.deleting)
 
     async def _abort(self, command: Command) -> int:
         sqid, cid = command.cdw10 & 0xFFFF, command.cdw10 >> 16

@@ -42,7 +42,7 @@ def build(name: str, options: object) -> NvmeFunction:
         cmb_size=options.cmb,
     )
     try:
-        store = open_store(options.image, options.size)
+        store = open_store(options.image, options.size, shared=options.shared)
     except StoreError as error:
         raise ConfigError(f"function {name!r}: {error}") from error
     try:
@@ -54,18 +54,19 @@ def build(name: str, options: object) -> NvmeFunction:
         raise
 
 
-def open_store(image: Path | None, size: int | None) -> BackingStore:
+def open_store(image: Path | None, size: int | None, *, shared: bool = False) -> BackingStore:
     """Open where the blocks are kept.
 
     Args:
         image: a file, or None for memory.
         size: bytes; None for the image's size, or the default without one.
+        shared: others may have the image open too.
 
     Raises:
         StoreError: it cannot be used.
     """
     if image is not None:
-        return FileStore(image, size)
+        return FileStore(image, size, shared=shared)
     return MemoryStore(DEFAULT_SIZE if size is None else size)
 
 

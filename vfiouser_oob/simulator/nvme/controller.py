@@ -48,6 +48,7 @@ from vfiouser_oob.simulator.nvme.spec import (
     status_field,
 )
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
+from vfiouser_oob.simulator.nvme.suspension import Clocks, Suspension, SuspensionEnded
 
 if TYPE_CHECKING:
     from vfiouser_oob.devices.model import ModelHost
@@ -108,23 +109,28 @@ class Controller:
                 Register.CMBMSC: self._cmb_control_written,
             },
         )
-        self._features = Features(
+        self.features = Features(
             self.state.features,
             limits,
             lambda: sorted(namespaces),
             lambda: any(self.state.completion_queues) or any(self.state.submission_queues),
             clock,
         )
-        self._logs = Logs(self.state, identity, clock, self._features.temperature_exceeded)
+        self.logs = Logs(self.state, identity, clock, self.features.temperature_exceeded)
         self._events = AsyncEvents(self.state, limits.event_requests, self._complete_event)
         self._identify = Identify(identity, limits, namespaces)
         self._host: ModelHost | None = None
         #: The epoch that the registers speak of; None while disabled.
         self._engine: QueueEngine | None = None
+        #: Carries out a write that was kept during a suspension: offset into BAR0, bytes.
+        self.replay: Callable[[int, bytes], None] = lambda offset, data: None
         #: The one whose tasks `run` holds, possibly an older one that is being wound up.
         self._running: QueueEngine | None = None
         self._flush_wanted = False
         self._wakeup = trio.Event()
+        self._suspension: Suspension | None = None
+        #: Told (address, bytes) of every write to the client's memory.
+        self.client_memory_written: Callable[[int, int], None] = lambda address, count: None
 
     def attach(self, host: ModelHost) -> None:
         """Take the host, through which memory is reached and interrupts are raised."""
@@ -135,7 +141,10 @@ class Controller:
         """Be the controller, until cancelled."""
         while True:
             engine = self._engine
-            if self._flush_wanted:
+            suspension = self._suspension
+            if suspension is not None and not (engine is not None and engine.epoch.alive):
+                await self._hold_still(suspension)
+            elif self._flush_wanted:
                 self._flush_wanted = False
                 await self._finish_shutdown()
             elif engine is None or not engine.epoch.alive:
@@ -202,7 +211,7 @@ class Controller:
 
     def _enable(self, cc: int) -> None:
         self._set_status(0, clear=Csts.CFS | Csts.SHST)
-        page_shift = _MIN_PAGE_SHIFT + ((cc & Cc.MPS) >> CC_MPS_SHIFT)
+        page_shift = _page_shift(cc)
         aqa = self.registers[Register.AQA]
         asq, acq = self.registers[Register.ASQ], self.registers[Register.ACQ]
         sq_size, cq_size = (aqa & 0xFFF) + 1, (aqa >> 16) + 1
@@ -226,7 +235,9 @@ class Controller:
 
     def _make_engine(self, host: ModelHost, page_size: int) -> QueueEngine:
         epoch = Epoch()
-        dma = DmaPort(epoch, host.memory, page_size, self._cmb)
+        dma = DmaPort(
+            epoch, host.memory, page_size, self._cmb, lambda address, count: self.client_memory_written(address, count)
+        )
         engine = QueueEngine(
             self.state,
             epoch,
@@ -242,12 +253,12 @@ class Controller:
             self.state,
             engine,
             self.limits,
-            features=self._features,
+            features=self.features,
             identify=self._identify,
-            logs=self._logs,
+            logs=self.logs,
             events=self._events,
         )
-        io = IoCommands(dma, self.namespaces, self.limits, self._features, self.state.counters)
+        io = IoCommands(dma, self.namespaces, self.limits, self.features, self.state.counters)
         engine.use(admin.handlers, io.handlers, self._events.abort)
         return engine
 
@@ -264,6 +275,10 @@ class Controller:
             self._set_status(Csts.RDY)
 
     def _drop_epoch(self) -> None:
+        if self._suspension is not None:
+            self._suspension.changed()
+            self._suspension = None
+            self._wakeup.set()
         if self._engine is not None:
             self._engine.epoch.end()
             self._engine = None
@@ -283,8 +298,12 @@ class Controller:
     def freeze(self) -> None:
         """The client has gone: touch no memory until the next client's guest has reset the controller.
 
-        Registers and queues stay as they were, but for CSTS.CFS, which tells a driver that it has to reset.
+        Registers and queues stay as they were, but for CSTS.CFS, which tells a driver that it has to reset. A suspended
+        controller stays as it is until it goes on.
         """
+        if self._suspension is not None:
+            self._suspension.client_lost = True
+            return
         if self._engine is not None:
             self._engine.epoch.end()
             self.state.frozen = True
@@ -321,9 +340,185 @@ class Controller:
                 await namespace.flush()
             except NvmeError as error:
                 _log.error("%s: shutdown without a flush: %s", self.identity.serial, error)
-                self._logs.add_error(error.field, nsid=namespace.nsid)
+                self.logs.add_error(error.field, nsid=namespace.nsid)
         if self.state.shut_down:  # else a reset came first
             self._set_status(Csts.SHST_COMPLETE, clear=Csts.SHST)
+
+    # Suspension
+
+    @property
+    def suspended(self) -> bool:
+        """Whether a suspension is under way or complete: registers answer, but writes to them must not come here."""
+        return self._suspension is not None
+
+    async def suspend(self, drain_s: float) -> None:
+        """Finish what is under way, then hold still: no DMA, no interrupt, no change, until `unsuspend`.
+
+        `run` has to be running. If this is cancelled, the controller stays as it was before.
+
+        Args:
+            drain_s: seconds for the commands in execution; those that take longer are cancelled and begin anew after
+                the suspension.
+
+        Raises:
+            SuspensionEnded: `unsuspend` or a reset came first.
+        """
+        suspension = self._suspension
+        if suspension is None:
+            suspension = self._suspension = Suspension()
+        suspension.release_wanted = False
+        was_still = suspension.still
+        try:
+            await self._drain(suspension, drain_s)
+            while not suspension.still and suspension is self._suspension and not suspension.release_wanted:
+                await suspension.wait()
+            if self._host is not None:
+                await self._host.memory.quiet()
+        except BaseException:
+            if suspension is self._suspension and not was_still:
+                self.unsuspend()
+            raise
+        if suspension is not self._suspension or suspension.release_wanted:
+            raise SuspensionEnded("the suspension was ended by a reset or by a resumption")
+
+    async def _drain(self, suspension: Suspension, drain_s: float) -> None:
+        engine = self._engine
+        if engine is not None and engine.epoch.alive:
+            engine.close()
+            with trio.move_on_after(drain_s) as scope:
+                await engine.drain()
+            if scope.cancelled_caught:
+                _log.info("%s: commands take longer than %g s; they are carried over", self.identity.serial, drain_s)
+            if suspension is not self._suspension or suspension.release_wanted:
+                return
+            engine.epoch.end()
+        self._wakeup.set()
+
+    async def _hold_still(self, suspension: Suspension) -> None:
+        """Be suspended, in `run`: every task has ended."""
+        if not suspension.still:
+            self.state.carry_over()
+            self.interrupts.hold()
+            suspension.clocks = self.clocks
+            suspension.still = True
+            suspension.changed()
+        if suspension.release_wanted:
+            self._go_on()
+            return
+        self._wakeup = trio.Event()
+        await self._wakeup.wait()
+
+    def unsuspend(self) -> None:
+        """Go on; with the queues as they are, at once or as soon as the last task of before has ended."""
+        suspension = self._suspension
+        if suspension is None:
+            return
+        suspension.release_wanted = True
+        suspension.changed()
+        engine = self._engine
+        if suspension.still:
+            self._go_on()
+        elif engine is not None and engine.epoch.alive:
+            self._suspension = None
+            self._replay(suspension)
+            engine.reopen()
+        self._wakeup.set()
+
+    def _go_on(self) -> None:
+        suspension = self._suspension
+        assert suspension is not None
+        self._suspension = None
+        self._set_clocks(suspension.clocks)
+        cc, csts = self.registers[Register.CC], self._status()
+        occurring = csts & Csts.SHST == Csts.SHST_OCCURRING
+        if self._host is not None and cc & Cc.EN and not csts & Csts.CFS:
+            engine = self._engine = self._make_engine(self._host, 1 << _page_shift(cc))
+            engine.serve_existing()
+            if occurring:
+                engine.epoch.start_soon(lambda: self._quiesce(engine))
+            elif self.state.shut_down:
+                engine.halt()
+        elif occurring:
+            self._flush_wanted = True
+        self.interrupts.release_hold()
+        if suspension.client_lost:
+            self.freeze()
+        elif suspension.replaced:
+            for queue in self.state.completion_queues.values():
+                if queue.head != queue.tail:
+                    self.interrupts.notify(queue)
+        self._replay(suspension)
+        self._wakeup.set()
+
+    def write_later(self, offset: int, data: bytes, *, last_counts: bool) -> None:
+        """Keep a write to BAR0 for after the suspension.
+
+        Args:
+            offset: bytes into BAR0.
+            data: what is written.
+            last_counts: an earlier write to the same place need not be remembered.
+
+        Raises:
+            CommandError: EBUSY; too many are kept already.
+        """
+        assert self._suspension is not None
+        self._suspension.keep(offset, data, last_counts=last_counts)
+
+    @property
+    def kept_writes(self) -> list[tuple[int, bytes]]:
+        """Writes to BAR0 that came during the suspension: offset, data."""
+        return [] if self._suspension is None else self._suspension.kept
+
+    @property
+    def client_lost(self) -> bool:
+        """Whether the client that owned the queues went away during the suspension."""
+        return self._suspension is not None and self._suspension.client_lost
+
+    @property
+    def clocks(self) -> Clocks:
+        """What counts time; it stands still during a suspension."""
+        if self._suspension is not None and self._suspension.still:
+            return self._suspension.clocks
+        return Clocks(self.logs.power_on_s, self.features.timestamp_ms)
+
+    def _set_clocks(self, clocks: Clocks) -> None:
+        self.logs.power_on_s, self.features.timestamp_ms = clocks
+
+    def take(
+        self,
+        state: ControllerState,
+        registers: bytes,
+        interrupt_mask: int,
+        kept_writes: list[tuple[int, bytes]],
+        clocks: Clocks,
+    ) -> None:
+        """Replace the whole state of a suspended controller.
+
+        Args:
+            state: queues, features, events and logs.
+            registers: the register page; what says how this controller was built stays.
+            interrupt_mask: INTMS.
+            kept_writes: writes to BAR0 to carry out first when the controller goes on: offset, data.
+            clocks: what counts time.
+        """
+        assert self._suspension is not None
+        assert self._suspension.still
+        self._suspension.client_lost = False
+        self._suspension.kept = kept_writes
+        self._suspension.clocks = clocks
+        self._suspension.replaced = True
+        self._engine = None
+        self._flush_wanted = False
+        self.state.take(state)
+        self.registers.load(registers)
+        self.interrupts.mask = interrupt_mask
+        if self._cmb is not None:
+            control = self.registers[Register.CMBMSC]
+            self._cmb.control(control if control & CmbMsc.CRE else 0)
+
+    def _replay(self, suspension: Suspension) -> None:
+        for offset, data in suspension.kept:
+            self.replay(offset, data)
 
     # Doorbells, events, errors
 
@@ -340,13 +535,13 @@ class Controller:
         self._report_error(problem)
 
     def _report_error(self, event: ErrorEvent) -> None:
-        self._logs.add_error(status_field(Status.INVALID_FIELD))
+        self.logs.add_error(status_field(Status.INVALID_FIELD))
         self._events.report(EventType.ERROR, event, LogPage.ERROR)
 
     def namespace_changed(self, nsid: int) -> None:
         """Tell the host that a namespace is not what it was."""
         self.state.changed_namespaces.add(nsid)
-        if self._features.value(Feature.ASYNC_EVENT_CONFIG) >> _NOTIFY_NAMESPACE & 1:
+        if self.features.value(Feature.ASYNC_EVENT_CONFIG) >> _NOTIFY_NAMESPACE & 1:
             self._events.report(EventType.NOTICE, NoticeEvent.NAMESPACE_CHANGED, LogPage.CHANGED_NAMESPACES)
 
     def _complete_event(self, cid: int, result: int) -> None:
@@ -357,4 +552,8 @@ class Controller:
         location, lba = (0xFFFF, 0) if error is None else (error.location, error.lba)
         if error is not None and error.status in (Status.WRITE_FAULT, Status.UNRECOVERED_READ):
             self.state.counters.media_errors += 1
-        self._logs.add_error(status, sqid=queue.qid, cid=command.cid, location=location, lba=lba, nsid=command.nsid)
+        self.logs.add_error(status, sqid=queue.qid, cid=command.cid, location=location, lba=lba, nsid=command.nsid)
+
+
+def _page_shift(cc: int) -> int:
+    return _MIN_PAGE_SHIFT + ((cc & Cc.MPS) >> CC_MPS_SHIFT)

@@ -91,8 +91,21 @@ class PolledDoorbells(TrappedDoorbells):
 
     def write(self, offset: int, data: bytes) -> None:
         """Take a trapped write, which is noticed at once."""
-        self._page[offset : offset + len(data)] = data
+        self.write_unnoticed(offset, data)
         self.poll()
+
+    def write_unnoticed(self, offset: int, data: bytes) -> None:
+        """Write as a client that maps the page does."""
+        self._page[offset : offset + len(data)] = data
+
+    def state(self) -> tuple[bytes, bytes]:
+        """The page as it is, and as it was when it was last looked at."""
+        return bytes(self._page), self._seen
+
+    def load(self, page: bytes, noticed: bytes) -> None:
+        """Take over a state; the next look finds what changed between the two."""
+        self._page[:] = page
+        self._seen = noticed
 
     def clear(self, number: int | None = None) -> None:
         """Zero one doorbell, as creating its queue does, or all of them, as enabling the controller does."""

@@ -58,6 +58,7 @@ class QueueEngine:
         self._admin: Handlers = {}
         self._io: Handlers = {}
         self._withdraw_event_request: Callable[[int], bool] = lambda cid: False
+        self._closed = False
 
     def use(self, admin: Handlers, io: Handlers, withdraw_event_request: Callable[[int], bool]) -> None:
         """Take the command handlers, which need this engine in turn.
@@ -80,23 +81,40 @@ class QueueEngine:
     def add_completion_queue(self, queue: CompletionQueue) -> None:
         """Begin to serve a completion queue."""
         self._state.completion_queues[queue.qid] = queue
-        self._completion[queue.qid] = CompletionEngine(queue, self.epoch, self.dma, self._notify, self._fatal)
+        self._serve_completion(queue)
         self._clear_doorbell(2 * queue.qid + 1)
+
+    def _serve_completion(self, queue: CompletionQueue) -> None:
+        self._completion[queue.qid] = CompletionEngine(queue, self.epoch, self.dma, self._notify, self._fatal)
 
     def add_submission_queue(self, queue: SubmissionQueue) -> None:
         """Begin to serve a submission queue."""
         self._state.submission_queues[queue.qid] = queue
+        self._serve_submission(queue)
+        self._clear_doorbell(2 * queue.qid)
+
+    def _serve_submission(self, queue: SubmissionQueue) -> None:
         completions = self._completion[queue.cqid]
         engine = SubmissionEngine(queue, completions, self.epoch, self.dma, self._execute, self._fatal)
         self._submission[queue.qid] = completions.sources[queue.qid] = engine
-        self._clear_doorbell(2 * queue.qid)
+        if self._closed:
+            engine.close()
+
+    def serve_existing(self) -> None:
+        """Go on with the queues that the state holds."""
+        for completion in self._state.completion_queues.values():
+            self._serve_completion(completion)
+        for submission in self._state.submission_queues.values():
+            self._serve_submission(submission)
 
     async def remove_submission_queue(self, qid: int) -> None:
         """Finish the commands of a submission queue and forget it."""
-        # Gone from the tables first: a doorbell or a second deletion meanwhile finds nothing.
+        # A doorbell or a second deletion meanwhile finds nothing. The queue itself goes last: if this is cancelled and
+        # begins anew after a migration, it is still there to be deleted.
         engine = self._submission.pop(qid)
-        del self._state.submission_queues[qid]
+        engine.queue.deleting = True
         await engine.stop()
+        del self._state.submission_queues[qid]
         engine.completions.sources.pop(qid, None)
 
     def remove_completion_queue(self, qid: int) -> None:
@@ -109,6 +127,30 @@ class QueueEngine:
         """Fetch nothing more, and wait for every command that has begun."""
         for engine in list(self._submission.values()):
             await engine.stop()
+
+    def halt(self) -> None:
+        """Fetch and begin nothing more; what has not begun is dropped."""
+        for engine in self._submission.values():
+            engine.halt()
+
+    def close(self) -> None:
+        """Fetch nothing more; what was fetched is executed and completed."""
+        self._closed = True
+        for engine in self._submission.values():
+            engine.close()
+
+    def reopen(self) -> None:
+        """Take `close` back."""
+        self._closed = False
+        for engine in self._submission.values():
+            engine.reopen()
+
+    async def drain(self) -> None:
+        """After `close`, wait until every command is executed and every completion entry that fits is written."""
+        for submission in list(self._submission.values()):
+            await submission.drain()
+        for completion in list(self._completion.values()):
+            await completion.drain()
 
     # Doorbells
 

@@ -71,12 +71,21 @@ class DmaPort:
         memory: the client's memory.
         page_size: memory page size that the host chose, in bytes.
         cmb: the controller memory buffer, if there is one.
+        written: told (address, bytes) of every write to the client's memory.
     """
 
-    def __init__(self, epoch: Epoch, memory: ModelMemory, page_size: int, cmb: ControllerMemoryBuffer | None) -> None:
+    def __init__(
+        self,
+        epoch: Epoch,
+        memory: ModelMemory,
+        page_size: int,
+        cmb: ControllerMemoryBuffer | None,
+        written: Callable[[int, int], None] = lambda address, count: None,
+    ) -> None:
         self._epoch = epoch
         self._memory = memory
         self._cmb = cmb
+        self._written = written
         self.page_size = page_size
 
     async def read(self, address: int, count: int) -> bytes:
@@ -106,7 +115,7 @@ class DmaPort:
         if not self._epoch.alive:
             await _stop()
         if self._cmb is None or not self._cmb.touches(address, len(data)):
-            await self._memory.write(address, data)
+            await self._write_client(address, data)
             return
         view = memoryview(data)
         for piece in self._cmb.split(address, len(data)):
@@ -116,7 +125,14 @@ class DmaPort:
             else:
                 if not self._epoch.alive:  # an earlier piece may have waited
                     await _stop()
-                await self._memory.write(piece.start, part)
+                await self._write_client(piece.start, part)
+
+    async def _write_client(self, address: int, data: bytes | memoryview) -> None:
+        # Before, since a write that is cancelled while the client carries it out may still take place; and after, since
+        # a report meanwhile may have taken the mark before the data was there.
+        self._written(address, len(data))
+        await self._memory.write(address, data)
+        self._written(address, len(data))
 
     async def segments(self, command: Command, length: int) -> list[Segment]:
         """Find where the data of a command is.

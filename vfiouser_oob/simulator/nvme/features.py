@@ -138,11 +138,22 @@ class Features:
 
     def timestamp(self) -> bytes:
         """Make the timestamp data structure: 48 bits of milliseconds and where they come from."""
-        if self._values.timestamp is None:
+        now = self.timestamp_ms
+        if now is None:
             return bytes(TIMESTAMP_SIZE)
-        base, at = self._values.timestamp
-        now = base + round((self._clock() - at) * 1000) & (1 << 48) - 1
         return now.to_bytes(6, "little") + bytes((_TIMESTAMP_BY_HOST, 0))
+
+    @property
+    def timestamp_ms(self) -> int | None:
+        """The timestamp now; None unless the host has set one since the last reset."""
+        if self._values.timestamp is None:
+            return None
+        base, at = self._values.timestamp
+        return base + round((self._clock() - at) * 1000) & (1 << 48) - 1
+
+    @timestamp_ms.setter
+    def timestamp_ms(self, now: int | None) -> None:
+        self._values.timestamp = None if now is None else (now, self._clock())
 
     # Set Features
 
@@ -174,7 +185,7 @@ class Features:
 
     def set_timestamp(self, data: bytes) -> None:
         """Take the timestamp data structure of the host."""
-        self._values.timestamp = (int.from_bytes(data[:6], "little"), self._clock())
+        self.timestamp_ms = int.from_bytes(data[:6], "little")
 
     def temperature_exceeded(self) -> bool:
         """Whether the measured temperature is beyond a threshold that the host has set."""

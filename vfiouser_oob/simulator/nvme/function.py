@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -114,6 +114,9 @@ class NvmeFunction(DeviceModel):
             poll_times=settings.poll_times,
             cmb=self._make_cmb(settings.cmb_size),
         )
+        self.controller.replay = lambda offset, data: self.region_write(RegionIndex.BAR0, offset, data)
+        #: Told of every reset to the power-on state.
+        self.was_reset: Callable[[], None] = lambda: None
         self._pages = (
             _Page(self.controller.registers, PAGE),
             _Page(self.controller.doorbells, PAGE),
@@ -131,6 +134,22 @@ class NvmeFunction(DeviceModel):
         self.summary = f"NVMe {settings.identity.serial}: {stores}; doorbells {doorbells}" + (
             f"; {settings.cmb_size >> 20} MiB controller memory buffer" if settings.cmb_size else ""
         )
+
+    @property
+    def polled_doorbells(self) -> PolledDoorbells | None:
+        """The doorbells, if they are in shared memory."""
+        doorbells = self.controller.doorbells
+        return doorbells if isinstance(doorbells, PolledDoorbells) else None
+
+    @property
+    def cmb_memory(self) -> SharedMemory | None:
+        """The controller memory buffer, if there is one."""
+        return self._cmb_memory
+
+    @property
+    def namespaces(self) -> Mapping[int, Namespace]:
+        """The namespaces by id."""
+        return self._namespaces
 
     def _make_regions(self) -> dict[int, ModelRegion]:
         doorbell_page = (SparseArea(DOORBELLS_OFFSET, PAGE),) if self._bar0_memory is not None else ()
@@ -178,10 +197,19 @@ class NvmeFunction(DeviceModel):
         if index == RegionIndex.BAR0:
             view = memoryview(data)
             for page, start, size in _split(offset, len(data)):
-                self._pages[page].window.write(start, bytes(view[:size]))
+                self._write_page(page, start, bytes(view[:size]))
                 view = view[size:]
         else:
             self._cmb_view(index)[offset : offset + len(data)] = data
+
+    def _write_page(self, page: int, start: int, data: bytes) -> None:
+        if not self.controller.suspended or page * PAGE not in (REGISTERS_OFFSET, DOORBELLS_OFFSET):
+            self._pages[page].window.write(start, data)
+        elif page * PAGE == DOORBELLS_OFFSET and self.polled_doorbells is not None:
+            self.polled_doorbells.write_unnoticed(start, data)
+        else:
+            last_counts = page * PAGE == DOORBELLS_OFFSET
+            self.controller.write_later(page * PAGE + start, data, last_counts=last_counts)
 
     def _cmb_view(self, index: int) -> memoryview:
         if index != _CMB_BAR or self._cmb_memory is None:
@@ -200,6 +228,7 @@ class NvmeFunction(DeviceModel):
         else:
             self.controller.reset()
             self.table.reset()
+            self.was_reset()
 
     def disconnected(self) -> None:
         """The client has gone: its queues' addresses mean nothing any more."""
@@ -207,9 +236,8 @@ class NvmeFunction(DeviceModel):
 
     def close(self) -> None:
         """Close stores and shared memory."""
-        doorbells = self.controller.doorbells
-        if isinstance(doorbells, PolledDoorbells):
-            doorbells.close()
+        if self.polled_doorbells is not None:
+            self.polled_doorbells.close()
         for namespace in self._namespaces.values():
             namespace.store.close()
         for memory in (self._bar0_memory, self._cmb_memory):

@@ -43,6 +43,8 @@ class Interrupts:
         self._host: ModelHost | None = None
         #: Bit per vector, set by INTMS and cleared by INTMC.
         self.mask = 0
+        #: The function is suspended: nothing is raised and the pin stays as it is, until `release_hold`.
+        self._held = False
 
     def attach(self, host: ModelHost) -> None:
         """Take the host that delivers interrupts."""
@@ -63,7 +65,7 @@ class Interrupts:
 
     def unmasked(self) -> None:
         """A mask may have been lifted: deliver what was held back."""
-        if self._host is None or self._config.msix_function_masked:
+        if self._host is None or self._held or self._config.msix_function_masked:
             return
         for vector in range(self._table.vectors):
             if self._table.pending(vector) and not self._table.masked(vector):
@@ -75,6 +77,8 @@ class Interrupts:
         self._drive(not self._config.msix_enabled and any(map(self._asserts, self._queues())))
 
     def _drive(self, asserted: bool) -> None:
+        if self._held:
+            return
         self._config.set_interrupt_status(asserted)
         if self._host is not None:
             self._host.set_intx(asserted)
@@ -84,9 +88,20 @@ class Interrupts:
             return False
         return queue.vector >= _PIN_VECTORS or not self.mask >> queue.vector & 1
 
+    def hold(self) -> None:
+        """Raise nothing from now on."""
+        self._held = True
+
+    def release_hold(self) -> None:
+        """Go on, with what was held back first."""
+        self._held = False
+        self.unmasked()
+        self.update_level()
+
     def reset(self) -> None:
         """Forget the masks and release the pin."""
         self.mask = 0
+        self._held = False
         self.release()
 
     def release(self) -> None:

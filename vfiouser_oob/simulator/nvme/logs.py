@@ -57,6 +57,15 @@ class Logs:
             LogPage.COMMANDS_SUPPORTED: self._commands,
         }
 
+    @property
+    def power_on_s(self) -> float:
+        """Seconds for which the controller has been powered, wherever it was."""
+        return self._clock() - self._started
+
+    @power_on_s.setter
+    def power_on_s(self, seconds: float) -> None:
+        self._started = self._clock() - seconds
+
     def page(self, number: int) -> bytes:
         """Make a whole log page.
 
@@ -120,7 +129,7 @@ class Logs:
                 (64, "O", counters.read_commands),
                 (80, "O", counters.write_commands),
                 (112, "O", counters.power_cycles),
-                (128, "O", int(self._clock() - self._started) // 3600),
+                (128, "O", int(self.power_on_s) // 3600),
                 (144, "O", counters.unsafe_shutdowns),
                 (160, "O", counters.media_errors),
                 (176, "O", counters.error_entries),

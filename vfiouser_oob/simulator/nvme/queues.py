@@ -15,7 +15,6 @@ announces.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -61,6 +60,7 @@ class CompletionEngine:
         self._notify = notify
         self._fatal = fatal
         self._active = False
+        self._ended = trio.Event()
 
     def post(self, completion: Completion) -> None:
         """Hand over a finished command."""
@@ -69,14 +69,21 @@ class CompletionEngine:
 
     def kick(self) -> None:
         """Start the writer if there is something to write and room for it."""
-        if not self._active and self.queue.pending and self.queue.room:
+        if not self._active and self.queue.pending and (self.queue.room or self.queue.writing):
             self._active = True
             self._epoch.start_soon(self._write)
+
+    async def drain(self) -> None:
+        """Wait until every entry that fits is written."""
+        while self._active:
+            await self._ended.wait()
 
     async def _write(self) -> None:
         queue = self.queue
         try:
-            while queue.pending and (room := queue.room):
+            # What a cancelled writer was writing is written again first: the host may have consumed it already, so
+            # that there seems to be no room for it.
+            while queue.pending and (room := queue.writing or queue.room):
                 count = min(len(queue.pending), room, queue.size - queue.tail)
                 entries = b"".join(
                     completion.pack(self._head_of(completion.sqid), queue.phase)
@@ -87,10 +94,11 @@ class CompletionEngine:
                 self._advance(count)
                 self._notify(queue)
         except DmaFault as error:
+            queue.writing = 0
             self._fatal(f"completion queue {queue.qid} cannot be written: {error}")
         finally:
-            queue.writing = 0
             self._active = False
+            self._ended = _pulse(self._ended)
 
     def _advance(self, count: int) -> None:
         queue = self.queue
@@ -136,12 +144,12 @@ class SubmissionEngine:
         self._dma = dma
         self._execute = execute
         self._fatal = fatal
-        self._fetched: deque[Command] = deque()
         self._fetching = False
         self._starting = False
-        self._executing = 0
+        self._begun = 0
         self._workers = 0
         self._stopped = False
+        self._closed = False
         self._idle = trio.Event()
 
     def kick(self) -> None:
@@ -166,25 +174,44 @@ class SubmissionEngine:
         Returns:
             Whether there was one; the caller completes it.
         """
-        for command in self._fetched:
+        for command in self.queue.fetched:
             if command.cid == cid:
-                self._fetched.remove(command)
+                self.queue.fetched.remove(command)
                 return True
         return False
 
+    def halt(self) -> None:
+        """Fetch and begin nothing more; what was fetched and not begun is dropped."""
+        self._stopped = True
+        for command in self.queue.fetched:
+            self.queue.inflight.pop(command.cid, None)
+        self.queue.fetched.clear()
+
     async def stop(self) -> None:
         """Fetch and begin nothing more, and wait until every command that was begun has been executed."""
-        self._stopped = True
-        for command in self._fetched:
-            self.queue.inflight.pop(command.cid, None)
-        self._fetched.clear()
-        while self._executing or self._fetching:
-            if self._idle.is_set():
-                self._idle = trio.Event()
+        self.halt()
+        while self.queue.executing or self._fetching:
+            await self._idle.wait()
+
+    def close(self) -> None:
+        """Fetch nothing more; what was fetched is executed."""
+        self._closed = True
+
+    def reopen(self) -> None:
+        """Fetch again."""
+        self._closed = False
+        self.kick()
+
+    async def drain(self) -> None:
+        """Wait until every command that was fetched has been executed, or the epoch ends; `close` comes first."""
+        while self._epoch.alive and (self.queue.executing or self.queue.fetched or self._fetching):
             await self._idle.wait()
 
     def _has_work(self) -> bool:
-        return not self._stopped and bool(self._fetched or (not self._fetching and self._fetchable()))
+        return not self._stopped and bool(self.queue.fetched or self._may_fetch())
+
+    def _may_fetch(self) -> bool:
+        return not self._closed and not self._fetching and bool(self._fetchable())
 
     def _fetchable(self) -> int:
         """Entries to fetch with one access: up to the tail, the end of the ring, or the limit in flight."""
@@ -197,16 +224,16 @@ class SubmissionEngine:
         done = 0
         try:
             while self._has_work():
-                if not self._fetched:
+                if not self.queue.fetched:
                     await self._fetch()
                     continue
-                command = self._fetched.popleft()
+                self._begun += 1
+                serial = self._begun
+                self.queue.executing[serial] = command = self.queue.fetched.popleft()
                 self.kick()
-                self._executing += 1
-                try:
-                    await self._execute(self.queue, command)
-                finally:
-                    self._executing -= 1
+                await self._execute(self.queue, command)
+                # A cancelled command stays where it is, to be executed again if the epoch is only suspended.
+                self.queue.executing.pop(serial, None)
                 done += 1
                 if done % _COMMANDS_PER_SLICE == 0:
                     await trio.lowlevel.checkpoint()
@@ -214,8 +241,7 @@ class SubmissionEngine:
             self._fatal(f"submission queue {self.queue.qid} cannot be read: {error}")
         finally:
             self._workers -= 1
-            if not self._executing and not self._fetching:
-                self._idle.set()
+            self._idle = _pulse(self._idle)
 
     async def _fetch(self) -> None:
         queue = self.queue
@@ -225,11 +251,17 @@ class SubmissionEngine:
             data = await self._dma.read(queue.base + queue.head * SQE_SIZE, count * SQE_SIZE)
         finally:
             self._fetching = False
-        if self._stopped:
+        if self._stopped or self._closed:
             return
         queue.head = (queue.head + count) % queue.size
         for command in parse_commands(data):
             # A command id that is in use stays with its first owner; the second is refused when its turn
             # comes.
             queue.inflight.setdefault(command.cid, command)
-            self._fetched.append(command)
+            queue.fetched.append(command)
+
+
+def _pulse(event: trio.Event) -> trio.Event:
+    """Wake whoever waits to look again; returns what to wait for next."""
+    event.set()
+    return trio.Event()

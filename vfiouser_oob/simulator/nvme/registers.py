@@ -100,6 +100,12 @@ class RegisterFile:
             if not spec.survives_reset:
                 self[register] = 0
 
+    def load(self, image: bytes) -> None:
+        """Take over the page of another controller of the same kind."""
+        self.image[:] = image
+        self[Register.CAP] = self._capabilities
+        self[Register.VS] = VERSION_1_4
+
     def __getitem__(self, register: Register) -> int:
         return int.from_bytes(self.image[register : register + REGISTERS[register].size], "little")
 

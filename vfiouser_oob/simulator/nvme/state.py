@@ -8,7 +8,7 @@ connection, so it can be written down and rebuilt in another process.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from vfiouser_oob.simulator.nvme.command import Command, Completion
@@ -30,6 +30,12 @@ class SubmissionQueue:
     tail: int = 0
     #: Fetched and neither completed nor parked as an asynchronous event request, by command id.
     inflight: dict[int, Command] = field(default_factory=dict)
+    #: Fetched and not begun, oldest first.
+    fetched: deque[Command] = field(default_factory=deque)
+    #: Begun and not ended, by a serial number, oldest first.
+    executing: dict[int, Command] = field(default_factory=dict)
+    #: The host asked for its deletion, which waits for the commands in execution.
+    deleting: bool = False
 
     @property
     def waiting(self) -> int:
@@ -119,6 +125,8 @@ class FeatureValues:
 class ControllerState:
     """Everything that one controller remembers, apart from its registers, MSI-X table and shared memory."""
 
+    # Whoever adds a field here adds it to `snapshot`.
+
     submission_queues: dict[int, SubmissionQueue] = field(default_factory=dict)
     completion_queues: dict[int, CompletionQueue] = field(default_factory=dict)
     features: FeatureValues = field(default_factory=FeatureValues)
@@ -134,6 +142,31 @@ class ControllerState:
     frozen: bool = False
     #: Shutdown was asked for: nothing more is fetched until the next controller reset.
     shut_down: bool = False
+
+    def carry_over(self) -> None:
+        """Make every command that was fetched and not completed one that was not begun.
+
+        For commands whose tasks were cancelled: they are executed again from their beginning, which the host does not
+        notice, since it leaves their data alone until they are completed.
+        """
+        for queue in self.submission_queues.values():
+            queue.fetched = deque((*queue.executing.values(), *queue.fetched))
+            queue.executing.clear()
+            queue.deleting = False
+            queue.inflight.clear()
+            for command in queue.fetched:
+                queue.inflight.setdefault(command.cid, command)
+        lost = [queue.qid for queue in self.submission_queues.values() if queue.cqid not in self.completion_queues]
+        for qid in lost:  # its deletion was under way, and the host did not wait for it
+            del self.submission_queues[qid]
+
+    def take(self, other: ControllerState) -> None:
+        """Become what another one is; parts that others refer to stay the same objects."""
+        self.features.current = other.features.current
+        self.features.saved = other.features.saved
+        for entry in fields(self):
+            if entry.name != "features":
+                setattr(self, entry.name, getattr(other, entry.name))
 
     def drop_queues(self) -> None:
         """Forget queues and requests, as any controller reset does; features return to their saved values."""

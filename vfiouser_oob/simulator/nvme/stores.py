@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import stat
+import uuid
 from pathlib import Path
 
 import trio
@@ -34,6 +35,8 @@ class BackingStore(abc.ABC):
     size: int
     #: One line for logs.
     summary: str
+    #: Equal for two stores only if they hold the same bytes, as far as can be told.
+    identity: str
 
     @abc.abstractmethod
     async def read(self, offset: int, count: int) -> bytes:
@@ -66,6 +69,7 @@ class MemoryStore(BackingStore):
     def __init__(self, size: int) -> None:
         self.size = size
         self.summary = f"{size >> 20} MiB of memory"
+        self.identity = f"memory {uuid.uuid4()}"
         try:
             # Private, since only then MADV_DONTNEED makes pages read as zeros.
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
@@ -99,25 +103,31 @@ class MemoryStore(BackingStore):
 
 
 class FileStore(BackingStore):
-    """A file or block device, used by this process alone.
+    """A file or block device.
+
+    Writes are handed to the kernel before they are reported as done, so another process on the same host that shares
+    the image sees them at once.
 
     Args:
         path: the image.
         size: bytes to create a missing image with; None to use an existing one as it is.
+        shared: other simulators may have it open too, if they all say so; nobody else may.
 
     Raises:
         StoreError: it is missing, of another size, in use or not accessible.
     """
 
-    def __init__(self, path: Path, size: int | None = None) -> None:
+    def __init__(self, path: Path, size: int | None = None, *, shared: bool = False) -> None:
         self._limiter = trio.CapacityLimiter(_FILE_THREADS)
-        self._fd = _open_image(path, size)
+        self._fd = _open_image(path, size, shared=shared)
         try:
             self.size = _image_size(self._fd, path, size)
         except BaseException:
             os.close(self._fd)
             raise
-        self.summary = f"{path} ({self.size >> 20} MiB)"
+        self.summary = f"{path} ({self.size >> 20} MiB{', shared' if shared else ''})"
+        # Another host may know it by another name, so this is left to whoever configures both.
+        self.identity = "image"
 
     async def read(self, offset: int, count: int) -> bytes:
         """Read bytes; a read that is given up may finish unseen."""
@@ -168,7 +178,7 @@ class FileStore(BackingStore):
             offset, count = offset + chunk, count - chunk
 
 
-def _open_image(path: Path, size: int | None) -> int:
+def _open_image(path: Path, size: int | None, *, shared: bool) -> int:
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if size is not None else 0)
     try:
         fd = os.open(path, flags, 0o600)
@@ -176,10 +186,11 @@ def _open_image(path: Path, size: int | None) -> int:
         hint = "; give a size to have it created" if error.errno == errno.ENOENT and size is None else ""
         raise StoreError(f"image {path} cannot be opened: {error.strerror}{hint}") from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        raise StoreError(f"image {path} is in use by another process") from error
+        hint = ", which does not share it" if shared else "; share it on both sides if that is wanted"
+        raise StoreError(f"image {path} is in use by another process{hint}") from error
     return fd
 
 

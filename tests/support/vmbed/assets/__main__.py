@@ -25,11 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, help=f"default: ${CACHE_ENV}, else .cache/vm in the checkout")
     parser.add_argument("--archive", help="base address of a Debian archive; default: this machine's own")
     parser.add_argument("--refresh", action="store_true", help="look for newer packages in a complete cache")
+    parser.add_argument("--long", action="store_true", help="fetch what the long tests need, too")
     args = parser.parse_args(argv)
     started = time.monotonic()
     cache = (args.cache or default_cache()).resolve()
     try:
-        assets = build(cache, _say, archive=args.archive, refresh=args.refresh)
+        assets = build(cache, _say, archive=args.archive, refresh=args.refresh, long=args.long)
     except AssetError as error:
         sys.stderr.write(f"vm-assets: error: {error}\n")
         return 1

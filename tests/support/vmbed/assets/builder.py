@@ -18,12 +18,14 @@ from vmbed.assets.apt import Package, PrivateApt, require_tools, unpack
 from vmbed.assets.archive import archive_address
 from vmbed.assets.errors import AssetError
 from vmbed.assets.initramfs import initramfs_recipe, write_initramfs
+from vmbed.assets.python import PYTHON_NEEDS, PYTHON_PACKAGE, lay_out, python_recipe
 from vmbed.assets.recipe import (
     BACKPORTS,
     BUSYBOX_PACKAGE,
     KERNEL_FILES,
     KERNEL_NEEDS,
     KERNEL_PACKAGE,
+    OLDEST_SUITE,
     PRUNE,
     QEMU_MINIMUM,
     QEMU_NEEDS,
@@ -38,7 +40,9 @@ __all__ = ["build"]
 Report = Callable[[str], None]
 
 
-def build(cache: Path, report: Report, *, archive: str | None = None, refresh: bool = False) -> Assets:
+def build(
+    cache: Path, report: Report, *, archive: str | None = None, refresh: bool = False, long: bool = False
+) -> Assets:
     """Make the assets of a cache complete and current; does nothing when they are.
 
     Args:
@@ -46,6 +50,7 @@ def build(cache: Path, report: Report, *, archive: str | None = None, refresh: b
         report: called with one line for each step that takes time.
         archive: base address of the Debian archive, instead of the machine's own.
         refresh: look for newer packages although the cache is complete.
+        long: have what the long tests need, too.
 
     Raises:
         AssetError: with one line that says what is wrong.
@@ -58,6 +63,10 @@ def build(cache: Path, report: Report, *, archive: str | None = None, refresh: b
             manifest = Manifest.load(cache)
             if refresh or manifest is None or manifest.recipe != recipe():
                 manifest = _fetch(cache, report, archive)
+            if manifest.python_recipe != python_recipe() or not (cache / manifest.python).is_dir():
+                manifest = _fetch_python(cache, report, archive, manifest)
+            if long and not (cache / manifest.oldest_kernel / "vmlinuz").is_file():
+                manifest = _fetch_oldest_kernel(cache, report, archive, manifest)
             if manifest.initramfs_recipe != initramfs_recipe() or not (cache / manifest.initramfs).is_file():
                 manifest = _pack(cache, report, manifest)
     except OSError as error:
@@ -114,6 +123,46 @@ def _fetch(cache: Path, report: Report, archive: str | None) -> Manifest:
         initramfs="",
         initramfs_recipe="",
     )
+
+
+def _fetch_python(cache: Path, report: Report, archive: str | None, manifest: Manifest) -> Manifest:
+    """Download, unpack and compile Python; returns a manifest that has no initramfs yet, so that it is saved."""
+    require_tools()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
+        work = Path(scratch)
+        apt = PrivateApt(work / "apt", archive or archive_address(), (SUITE,))
+        report(f"fetching the package list of {SUITE}")
+        apt.update()
+        packages = _chosen(apt.closure(PYTHON_PACKAGE, SUITE), PYTHON_NEEDS, "libpython3")
+        report(f"fetching Python for guests: {sum(package.size for package in packages) / 1e6:.0f} MB")
+        apt.download(packages, work / "debs")
+        lay_out(work / "debs", work / "python")
+        version = next(package.version for package in packages if package.name.startswith("libpython3"))
+        name = f"python-{_folder(version)}"
+        _replace_tree(work / "python", cache / name)
+    report(f"Python fetched and compiled in {time.monotonic() - started:.1f} s")
+    return replace(manifest, python=name, python_recipe=python_recipe(), initramfs_recipe="")
+
+
+def _fetch_oldest_kernel(cache: Path, report: Report, archive: str | None, manifest: Manifest) -> Manifest:
+    """Download and unpack the oldest supported kernel; returns a manifest that has no initramfs yet."""
+    require_tools()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
+        work = Path(scratch)
+        apt = PrivateApt(work / "apt", archive or archive_address(), (OLDEST_SUITE,))
+        report(f"fetching the package list of {OLDEST_SUITE}")
+        apt.update()
+        kernel = _chosen(apt.closure(KERNEL_PACKAGE, OLDEST_SUITE), KERNEL_NEEDS, "linux-")
+        busybox = _chosen(apt.closure(BUSYBOX_PACKAGE, OLDEST_SUITE), re.compile(f"^{BUSYBOX_PACKAGE}$"), "busybox")
+        packages = [*kernel, *busybox]
+        version = _check_kernel(kernel)
+        report(f"fetching Linux {version}: {sum(package.size for package in packages) / 1e6:.0f} MB")
+        apt.download(packages, work / "debs")
+        _unpack_kernel(work / "debs", work / "kernel")
+        name = f"kernel-{_folder(version)}"
+        _replace_tree(work / "kernel", cache / name)
+    return replace(manifest, oldest_kernel=name, initramfs_recipe="")
 
 
 def _chosen(closure: list[Package], wanted: re.Pattern[str], essential: str) -> list[Package]:
@@ -186,9 +235,9 @@ def _pack(cache: Path, report: Report, manifest: Manifest) -> Manifest:
 
 def _drop_stale(cache: Path, manifest: Manifest) -> None:
     """Remove what an earlier recipe or version left behind; a running QEMU keeps its open files."""
-    current = {manifest.qemu, manifest.kernel, manifest.initramfs}
+    current = {manifest.qemu, manifest.kernel, manifest.python, manifest.oldest_kernel, manifest.initramfs}
     for path in cache.iterdir():
-        if path.name in current or not re.match(r"^(qemu|kernel|initramfs)-|^\.build-", path.name):
+        if path.name in current or not re.match(r"^(qemu|kernel|python|initramfs)-|^\.build-", path.name):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

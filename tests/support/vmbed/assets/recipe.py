@@ -7,6 +7,7 @@
   From the backports suite too, because Debian's older kernels are built without CONFIG_PCI_P2PDMA,
   without which the nvme driver leaves a controller memory buffer alone.
 * busybox, static.
+* for the long tests, the cloud kernel of the oldest suite that is supported.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "KERNEL_FILES",
     "KERNEL_NEEDS",
     "KERNEL_PACKAGE",
+    "OLDEST_SUITE",
     "PRUNE",
     "QEMU_MINIMUM",
     "QEMU_NEEDS",
@@ -34,6 +36,7 @@ QEMU_PACKAGE = "qemu-system-x86"
 QEMU_MINIMUM = (10, 1)
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
+OLDEST_SUITE = "bookworm"
 
 # Of what QEMU depends on, the parts that it loads or opens; the rest (passwd, PAM, network boot ROMs)
 # only serves an installation.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vmbed.assets.errors import AssetError
 from vmbed.assets.initramfs import initramfs_recipe
+from vmbed.assets.python import python_recipe
 from vmbed.assets.recipe import recipe
 
 __all__ = ["CACHE_ENV", "Assets", "Manifest", "default_cache", "locate"]
@@ -34,6 +35,9 @@ class Manifest:
     kernel_version: str
     initramfs: str
     initramfs_recipe: str
+    python: str = ""
+    python_recipe: str = ""
+    oldest_kernel: str = ""
 
     def save(self, cache: Path) -> None:
         """Make this the cache's manifest, in one step."""
@@ -61,6 +65,9 @@ class Assets:
     kernel: Path
     kernel_version: str
     initramfs: Path
+    python: Path
+    #: vmlinuz of the oldest supported kernel; only where the long tests' assets were asked for.
+    oldest_kernel: Path | None = None
 
     @property
     def qemu_command(self) -> tuple[str, ...]:
@@ -99,9 +106,10 @@ def locate(cache: Path | None = None) -> Assets:
     """
     folder = cache or default_cache()
     manifest = Manifest.load(folder)
-    if manifest is None or not (folder / manifest.initramfs).is_file():
+    if manifest is None or not manifest.python or not (folder / manifest.initramfs).is_file():
         raise AssetError(f"the VM test assets are not in {folder}: run `make vm-assets`")
-    if (manifest.recipe, manifest.initramfs_recipe) != (recipe(), initramfs_recipe()):
+    made_by = (manifest.recipe, manifest.initramfs_recipe, manifest.python_recipe)
+    if made_by != (recipe(), initramfs_recipe(), python_recipe()):
         raise AssetError(f"the VM test assets in {folder} are another version's: run `make vm-assets`")
     return Assets(
         qemu_root=folder / manifest.qemu,
@@ -109,4 +117,11 @@ def locate(cache: Path | None = None) -> Assets:
         kernel=folder / manifest.kernel / "vmlinuz",
         kernel_version=manifest.kernel_version,
         initramfs=folder / manifest.initramfs,
+        python=folder / manifest.python,
+        oldest_kernel=_oldest(folder, manifest),
     )
+
+
+def _oldest(folder: Path, manifest: Manifest) -> Path | None:
+    kernel = folder / manifest.oldest_kernel / "vmlinuz"
+    return kernel if manifest.oldest_kernel and kernel.is_file() else None

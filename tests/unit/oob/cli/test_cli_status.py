@@ -35,6 +35,8 @@ ATTACHED: FunctionStatus = {
     "fds": 4,
     "messages": {"REGION_READ": 20, "DMA_MAP": 5},
     "dma": {"read_messages": 0},
+    "migration": None,
+    "unavailable": None,
     "last_error": None,
 }
 IDLE: FunctionStatus = {
@@ -49,6 +51,8 @@ IDLE: FunctionStatus = {
     "irqs": {},
     "fds": 0,
     "messages": {},
+    "migration": None,
+    "unavailable": None,
     "last_error": "upstream refused\nthe version",
 }
 STATUS: Status = {

@@ -12,8 +12,10 @@ from vfiouser_oob.config import (
     ConfigError,
     DeviceConfig,
     Doorbells,
+    KernelVfioDevice,
     ModelDevice,
     NvmeOptions,
+    RegionPolicy,
     SocOptions,
     UpstreamDevice,
     parse_device,
@@ -34,6 +36,12 @@ from vfiouser_oob.config.values import format_size, read_size
         ),
         ("model:test", ModelDevice(model="test")),
         ("vfio-user:/run/up.sock", UpstreamDevice(socket=Path("/run/up.sock"))),
+        ("kernel-vfio:0000:3b:00.2", KernelVfioDevice(bdf="0000:3b:00.2")),
+        ("kernel-vfio:3B:1f.7", KernelVfioDevice(bdf="0000:3b:1f.7")),
+        (
+            "kernel-vfio:10000:01:00.0,region_policy=trap",
+            KernelVfioDevice(bdf="10000:01:00.0", region_policy=RegionPolicy.TRAP),
+        ),
         ("vfio-user:up,,x.sock", UpstreamDevice(socket=Path("up,x.sock"))),
     ],
 )
@@ -56,6 +64,9 @@ def test_short_form(text: str, expected: DeviceConfig) -> None:
         ("model:nvme,size=-1", "size must be a size"),
         ("model:nvme,kind=x", "kind is given twice"),
         ("model:nvme,bogus=1", "unknown key 'bogus'"),
+        ("kernel-vfio:", "bdf is missing; an example"),
+        ("kernel-vfio:0000:3b:20.0", "bdf must be a PCI address"),
+        ("kernel-vfio:3b:00.2,region_policy=fd", "region_policy must be one of"),
         ("vfio-user:/a,b=c", "unknown key 'b'"),
     ],
 )

@@ -145,7 +145,7 @@ def test_defaults() -> None:
         ('socket = "', 'allow_uids = [-1]\nsocket = "', 3, ["user ids", "-1"]),
         ('socket = "', 'socket_group = "no-such-group"\nsocket = "', 3, ["group of this machine"]),
         ('socket = "', 'dma = "magic"\nsocket = "', 3, ['"files", "messages"', "'magic'"]),
-        ('socket = "', 'agent = { kind = "x" }\nsocket = "', 3, ["unknown key 'agent'"]),
+        ('socket = "', 'agent = { kind = "x" }\nsocket = "', 3, ["agent: key 'function' is missing"]),
         ('name = "f0"', 'name = "f0', 2, ["not valid TOML"]),
     ],
 )

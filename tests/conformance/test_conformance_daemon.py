@@ -1,0 +1,130 @@
+"""Our own daemon passes the whole suite, strictly, with each backend that runs here, migration included."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from vfiouser_oob.conformance.cases import all_cases
+from vfiouser_oob.conformance.runner import Outcome, Runner, Verdict
+from vfiouser_oob.conformance.stimulus import PROFILES
+from vfiouser_oob.conformance.trial import Target
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 30.0
+TIMEOUT_S = 5.0
+
+
+@contextlib.contextmanager
+def program(path: Path, *arguments: str) -> Iterator[None]:
+    """Run one of our programs until the block ends; it has begun when there is a socket at the path."""
+    places = [str(ROOT), str(ROOT / "protocol"), str(ROOT / "agents")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    with (path.parent / f"{path.name}.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "vfiouser_oob", *arguments], env=environ, stderr=log)
+        try:
+            deadline = time.monotonic() + START_S
+            while not path.is_socket():
+                assert process.poll() is None, (path.parent / f"{path.name}.log").read_text()
+                assert time.monotonic() < deadline, f"nothing listens on {path}"
+                time.sleep(0.02)
+            yield
+        finally:
+            process.terminate()
+            process.wait(START_S)
+
+
+def model(path: Path) -> contextlib.AbstractContextManager[None]:
+    """The daemon with the test device."""
+    return program(path, "serve", "--socket-path", str(path), "--device", "model:test", "--control-socket", "none")
+
+
+def judge(target: Target) -> Outcome:
+    """Run all cases strictly."""
+    return Runner(target, pinned=True).run(all_cases())
+
+
+def failures(outcome: Outcome) -> dict[str, str]:
+    """What did not pass although it applies."""
+    good = (Verdict.PASSED, Verdict.NOT_APPLICABLE)
+    return {result.case.name: result.reason for result in outcome.results if result.verdict not in good}
+
+
+def passed(outcome: Outcome, prefixes: Sequence[str]) -> dict[str, int]:
+    """How many cases of areas passed."""
+    names = [result.case.name for result in outcome.results if result.verdict is Verdict.PASSED]
+    return {prefix: sum(name.startswith(prefix) for name in names) for prefix in prefixes}
+
+
+def test_a_model(tmp_path: Path) -> None:
+    """The daemon with a model of its own, whose DMA and interrupts the profile `test` drives."""
+    path = tmp_path / "d.sock"
+    with model(path):
+        outcome = judge(Target(str(path), None, TIMEOUT_S, PROFILES["test"](TIMEOUT_S)))
+    assert {} == failures(outcome)
+    assert {"FRAME": 29, "DMA-0": 21, "CLIENT": 11} == passed(outcome, ["FRAME", "DMA-0", "CLIENT"])
+
+
+def test_an_upstream_server(tmp_path: Path) -> None:
+    """The daemon in front of another vfio-user server with the same device."""
+    upstream, path = tmp_path / "u.sock", tmp_path / "d.sock"
+    device = f"vfio-user:{upstream}"
+    arguments = ("serve", "--socket-path", str(path), "--device", device, "--control-socket", "none")
+    with model(upstream), program(path, *arguments):
+        outcome = judge(Target(str(path), None, TIMEOUT_S, PROFILES["test"](TIMEOUT_S)))
+    assert {} == failures(outcome)
+    assert {"FRAME": 29, "DMA-0": 21, "CLIENT": 11} == passed(outcome, ["FRAME", "DMA-0", "CLIENT"])
+
+
+@contextlib.contextmanager
+def host(directory: Path, image: Path) -> Iterator[Path]:
+    """A simulated SoC and a daemon that migrates its function; yields the daemon's socket."""
+    directory.mkdir()
+    agent, path, config = directory / "agent.sock", directory / "d.sock", directory / "d.toml"
+    config.write_text(
+        f"""
+        [daemon]
+        control_socket = "none"
+        [[function]]
+        name = "f0"
+        socket = "{path}"
+        device = {{ kind = "vfio-user", socket = "{directory / "f0.sock"}" }}
+        agent = {{ kind = "msgpack-rpc", address = "unix://{agent}", function = "f0" }}
+        """
+    )
+    soc = ["simulate-soc", "--socket-dir", str(directory), "--image", str(image), "--shared-image"]
+    with program(agent, *soc, "--agent-listen", f"unix://{agent}"), program(path, "serve", "--config", str(config)):
+        yield path
+
+
+def test_migration(tmp_path: Path) -> None:
+    """Two daemons with NVMe functions of two SoCs: everything but DMA, and a state carried from one to the other."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    with host(tmp_path / "a", image) as source, host(tmp_path / "b", image) as destination:
+        outcome = judge(Target(str(source), str(destination), TIMEOUT_S, PROFILES["nvme"](TIMEOUT_S)))
+    assert {} == failures(outcome)
+    found = passed(outcome, ["FEATURE", "MIGRATION", "LOGGING", "V1", "DIRTY"])
+    assert all(count > 12 for count in found.values()), found
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_device_is_left_as_it_was(tmp_path: Path, safe: bool) -> None:
+    """After the cases that touch config space, and after the safe ones, it is as it was found."""
+    from vfiouser_oob.conformance.select_cases import select
+
+    path = tmp_path / "d.sock"
+    with model(path):
+        target = Target(str(path), None, TIMEOUT_S)
+        first = Runner(target).run(select(all_cases(), expression="REGION or WRITE-MULTI or INFO", safe=safe)).facts
+        second = Runner(target).run([]).facts
+    assert first.config == second.config
+    assert first.regions == second.regions

@@ -1,0 +1,54 @@
+"""The suite bites: it passes a server without faults, and each case fails one with the fault that the case names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mutants import serving
+from vfiouser_oob.conformance.case import Case
+from vfiouser_oob.conformance.cases import all_cases
+from vfiouser_oob.conformance.runner import Result, Runner, Verdict
+from vfiouser_oob.conformance.stimulus import PROFILES
+from vfiouser_oob.conformance.trial import Target
+
+#: Shorter than what a slow mutant takes, longer than anything else, in seconds.
+TIMEOUT_S = 1.0
+CASES = all_cases()
+
+
+def run(case: Case, path: Path, fault: str) -> Result:
+    """Run one case against two servers with this fault."""
+    variant = case.mutants[0].partition("@")[2]
+    fault = fault if "@" in fault else f"{fault}@{variant}"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(serving(str(path / "a.sock"), fault))
+        stack.enter_context(serving(str(path / "b.sock"), fault))
+        target = Target(str(path / "a.sock"), str(path / "b.sock"), TIMEOUT_S, PROFILES["test"](TIMEOUT_S))
+        return Runner(target).run([case]).results[0]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """Where the sockets are."""
+    yield tmp_path
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_good_server_passes(case: Case, directory: Path) -> None:
+    """The server without faults passes every case, and no case is not applicable to it."""
+    result = run(case, directory, "")
+    assert (Verdict.PASSED, "") == (result.verdict, result.reason)
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [pytest.param(case, fault, id=f"{case.name}-{fault}") for case in CASES for fault in case.mutants],
+)
+def test_a_mutant_is_caught(case: Case, fault: str, directory: Path) -> None:
+    """The server with a fault that the case names fails the case."""
+    result = run(case, directory, fault)
+    assert Verdict.FAILED is result.verdict, f"{fault} was not caught: {result.verdict} {result.reason}"

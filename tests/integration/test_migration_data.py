@@ -1,0 +1,430 @@
+"""The way of the data: bad streams, bounded buffers, deadlines, dirty pages, and a device link with a long delay."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from daemonkit import function
+from migrationkit import FAST, PRE_COPY, RESUMING, RUNNING, STOP, STOP_COPY, Side, bed, until, with_caps
+from rawclient import DIRTY_PAGES, FEATURE, REGION_WRITE, RESET, memfd
+from vfiouser_agents.api import AgentState, Chunk
+from vfiouser_agents.errors import Busy, DeviceFailed, TransportLost
+from vfiouser_agents.faults import (
+    ChangesResult,
+    Delay,
+    Drops,
+    Fails,
+    NeverAnswers,
+    duplicated_save,
+    short_report,
+    short_save,
+    wrong_descriptor,
+)
+from vfiouser_oob.config.schema import UpstreamDevice
+
+# Streams that must not be loaded
+
+
+async def stream_of(side: Side) -> bytes:
+    """A whole stream; the source goes on afterwards."""
+    async with side.vmm() as src:
+        await src.set_state(STOP_COPY)
+        stream = await src.read_stream()
+        await src.set_state(RUNNING)
+    return stream
+
+
+async def refuse(side: Side, stream: bytes, chunk: int = 30_000) -> int:
+    """Load something bad: it fails at some write or at the end, nothing is applied, and only a reset leads out."""
+    before = side.device.digest()
+    async with side.vmm() as dst:
+        await dst.set_state(RESUMING)
+        error = 0
+        for start in range(0, len(stream), chunk):
+            error = error or await dst.data_write_errno(stream[start : start + chunk])
+        late = await dst.set_state_errno(RUNNING)
+        assert late
+        assert RESUMING == await dst.state()
+        assert not side.runs
+        assert before == side.device.digest()
+        await dst.succeed(RESET)
+        assert side.runs
+    return error or late
+
+
+async def test_truncated_streams(tmp_path: Path) -> None:
+    """A stream without its end is refused wherever it ends."""
+    async with bed(tmp_path, state_size=8 << 10) as both:
+        stream = await stream_of(both.source)
+        for length in (1, 31, 32, 33, 64, 200, len(stream) // 2, len(stream) - 64, len(stream) - 1):
+            assert errno.EILSEQ == await refuse(both.destination, stream[:length])
+
+
+async def test_flipped_bits(tmp_path: Path) -> None:
+    """A stream with any bit wrong is refused."""
+    rng = random.Random(1)
+    async with bed(tmp_path, state_size=8 << 10) as both:
+        stream = await stream_of(both.source)
+        places = {0, 9, 13, 20, len(stream) - 1, *(rng.randrange(len(stream)) for _ in range(40))}
+        for place in places:
+            bad = bytearray(stream)
+            bad[place] ^= 1 << rng.randrange(8)
+            assert await refuse(both.destination, bytes(bad)) in (errno.EINVAL, errno.EILSEQ)
+
+
+async def test_foreign_streams(tmp_path: Path) -> None:
+    """Another function's, another version's and nobody's stream are refused before any state is loaded."""
+    async with bed(tmp_path, state_size=8 << 10) as both:
+        stream = await stream_of(both.source)
+        await refuse(both.destination, b"QEVM" + bytes(1000))
+        await refuse(both.destination, stream[:8] + struct.pack("<I", 0) + stream[12:])
+        await refuse(both.destination, stream + b"x")
+        for change in ({"kind": "virtio-net"}, {"vendor": "other"}, {"format_id": "x"}, {"firmware": "9"}):
+            both.agent.inject("describe", wrong_descriptor(**change), function_id="src")
+            foreign = await stream_of(both.source)
+            both.destination.device.calls.clear()
+            assert errno.EINVAL == await refuse(both.destination, foreign)
+            assert "load" not in both.destination.device.calls
+            reason = both.destination.engine.tracer.last_failure or ""
+            assert change.popitem()[1] in reason or "load has failed" in reason
+
+
+# Buffers
+
+
+async def test_prefetch_is_bounded(tmp_path: Path) -> None:
+    """While the client takes chunk n, chunk n+1 is fetched, and no more."""
+    async with bed(tmp_path, state_size=4 << 20) as both, both.source.vmm() as src:
+        await src.set_state(STOP_COPY)
+        await src.data_read(1000)
+        source = both.source.engine.work.source
+        assert source is not None
+        await until(lambda: source.buffered > FAST.chunk_size + 1000)
+        fetched = both.source.device.calls.count("save")
+        for _ in range(20):
+            await trio.lowlevel.checkpoint()
+        assert fetched == both.source.device.calls.count("save") == 2
+        await src.read_stream(8192)
+        assert source.peak <= 2 * FAST.chunk_size + 4096
+
+
+async def test_destination_holds_one_piece(tmp_path: Path) -> None:
+    """The client's next write is answered only when the agent has the piece before the last one."""
+    async with bed(tmp_path, state_size=1 << 20) as both, both.destination.vmm() as dst:
+        stream = await stream_of(both.source)
+        await dst.set_state(RESUMING)
+        both.agent.inject("load", Delay(0.2), function_id="dst")
+        begun = trio.current_time()
+        await dst.data_write(stream[: 80 << 10])
+        assert trio.current_time() - begun < 0.15
+        await dst.write_stream(stream[80 << 10 :])
+        assert trio.current_time() - begun >= 0.2
+        await dst.set_state(RUNNING)
+        assert both.migrated()
+
+
+async def test_prefetched_chunk_survives_the_stop(tmp_path: Path) -> None:
+    """What was fetched in PRE_COPY comes first in STOP_COPY; a chunk that was under way is not lost either."""
+    async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
+        both.agent.inject("save", Delay(0.05, after=True), after=1, function_id="src")
+        await src.set_state(PRE_COPY)
+        head = await src.data_read(10)
+        await src.set_state(STOP_COPY)
+        await dst.set_state(RESUMING)
+        await dst.write_stream(head + await src.read_stream())
+        await dst.set_state(RUNNING)
+        assert both.migrated()
+
+
+async def test_interrupted_chunks_are_asked_for_again(tmp_path: Path) -> None:
+    """A lost connection or a busy agent in the middle of the data costs nothing but time."""
+    async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
+        for op, side in (("save", "src"), ("load", "dst")):
+            for number, fault in enumerate((Drops(), Drops(executed=True), Fails(Busy("later")))):
+                both.agent.inject(op, fault, after=number, function_id=side)
+        await src.set_state(PRE_COPY)
+        stream = await src.data_read(1 << 20)
+        await src.set_state(STOP_COPY)
+        await dst.set_state(RESUMING)
+        await dst.write_stream(stream + await src.read_stream())
+        await dst.set_state(RUNNING)
+        assert both.migrated()
+
+
+@pytest.mark.parametrize("fault", [short_save(), duplicated_save(), ChangesResult(lambda chunk: Chunk(b""))])
+async def test_agents_that_break_the_rules(tmp_path: Path, fault: ChangesResult) -> None:
+    """Chunks that are too long, empty or do not fit each other end the save, not the function."""
+    async with bed(tmp_path, config=replace(FAST, chunk_size=16 << 10)) as both, both.source.vmm() as src:
+        both.agent.inject("save", fault, after=1, count=None)
+        await src.set_state(STOP_COPY)
+        with trio.fail_after(5):
+            while not (error := await src.data_read_errno(1000)):
+                pass
+        assert error in (errno.EPROTO, errno.EINVAL)
+        assert STOP_COPY == await src.state()
+        await src.set_state(RUNNING)
+        assert both.source.runs
+
+
+async def test_device_that_fails_while_it_is_saved(tmp_path: Path) -> None:
+    """The agent's word that the function is broken is an error state, and a reset leads out."""
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        both.agent.inject("save", Fails(DeviceFailed("smoke")), after=1)
+        await src.set_state(STOP_COPY)
+        with trio.fail_after(5):
+            while not await src.data_read_errno(50_000):
+                pass
+        assert (0, 6) == (await src.state(), await src.v1_state())
+        await src.succeed(RESET)
+        assert RUNNING == await src.state()
+
+
+async def test_an_agent_without_precopy(tmp_path: Path) -> None:
+    """The client may enter PRE_COPY all the same: it gets the descriptor early, and the state after the stop."""
+    async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
+        with_caps(both.source.device, precopy=False)
+        both.source.engine.link.caps = both.source.device.caps
+        await src.set_state(PRE_COPY)
+        head = await src.data_read(4096)
+        assert b'"kind":"test"' in head
+        await src.set_state(STOP_COPY)
+        await dst.set_state(RESUMING)
+        await dst.write_stream(head + await src.read_stream())
+        await dst.set_state(RUNNING)
+        assert both.migrated()
+
+
+async def test_padded_reads(tmp_path: Path) -> None:
+    """Clients that insist on the size that they asked for can have it."""
+    async with bed(tmp_path, config=replace(FAST, pad_reads=True), state_size=100) as both, both.source.vmm() as src:
+        await src.set_state(STOP_COPY)
+        answer = await src.succeed(17, struct.pack("<II", 8 + 65536, 65536))
+        argsz, size = struct.unpack_from("<II", answer.payload)
+        assert (8 + 65536, 8 + size) == (len(answer.payload), argsz)
+        assert bytes(65536 - size) == answer.payload[8 + size :]
+
+
+# Deadlines
+
+
+@pytest.mark.parametrize("op", ["begin", "describe", "quiesce", "stop", "estimate"])
+async def test_one_deadline(tmp_path: Path, op: str) -> None:
+    """However long the agent's own limits are, the client is answered within its budget."""
+    config = replace(FAST, call_s=60, stop_s=60, data_s=60)
+    async with bed(tmp_path, config=config, reply_budget_s=0.5) as both, both.source.vmm() as src:
+        both.agent.inject(op, NeverAnswers(), count=None)
+        with trio.fail_after(0.7):
+            await src.set_state_errno(STOP_COPY)
+        with trio.fail_after(0.7):
+            await src.state()
+        with trio.fail_after(0.7):
+            await src.command(RESET)
+
+
+async def test_slow_data(tmp_path: Path) -> None:
+    """PRE_COPY is short when time is up; STOP_COPY is an error then, and the next read goes on without loss."""
+    config = replace(FAST, data_s=60)
+    async with (
+        bed(tmp_path, config=config, reply_budget_s=0.4) as both,
+        both.source.vmm() as src,
+        both.destination.vmm() as dst,
+    ):
+        both.agent.inject("save", Delay(0.6), function_id="src")
+        await src.set_state(PRE_COPY)
+        stream = await src.data_read(200_000)
+        assert 0 < len(stream) < 65536
+        both.agent.inject("save", Delay(0.6), after=2, function_id="src")
+        await until(lambda: both.source.engine.work.source.buffered > 65536)  # type: ignore[union-attr]
+        await src.set_state(STOP_COPY)
+        errors = []
+        while len(errors) < 50:
+            answer = await src.command(17, struct.pack("<II", 8 + 60_000, 60_000))
+            errors.append(answer.error)
+            stream += answer.payload[8:]
+            if not answer.error and len(answer.payload) < 60_008:
+                break
+        assert {0, errno.ETIMEDOUT} == set(errors)
+        await dst.set_state(RESUMING)
+        await dst.write_stream(stream)
+        await dst.set_state(RUNNING)
+        assert both.migrated()
+
+
+# Dirty pages
+
+
+async def test_dirty_reports_that_fail(tmp_path: Path) -> None:
+    """A report that does not come makes its range dirty, once; another range is not touched."""
+    fd = memfd(1 << 20)
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.dma_map(0, 1 << 20, fd)
+        assert 4096 == await src.start_logging()
+        for fault in (Fails(TransportLost("gone")), Drops(executed=True), NeverAnswers(executed=False)):
+            both.source.device.work(0x80000, 1)
+            both.agent.inject("dirty_report", fault)
+            assert set(range(16)) == await src.report(0, 0x10000)
+            if isinstance(fault, NeverAnswers):
+                break  # and so does the agent from now on
+            assert {0} == await src.report(0x80000, 0x10000)
+            assert set() == await src.report(0, 1 << 20)
+    os.close(fd)
+
+
+async def test_a_short_report_is_not_believed(tmp_path: Path) -> None:
+    """A bitmap that is too short for its range leaves the range dirty."""
+    fd = memfd(1 << 20)
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.dma_map(0, 1 << 20, fd)
+        await src.start_logging()
+        both.agent.inject("dirty_report", short_report())
+        assert set(range(256)) == await src.report(0, 1 << 20)
+        assert set() == await src.report(0, 1 << 20)
+    os.close(fd)
+
+
+async def test_dirty_log_outlives_a_reset(tmp_path: Path) -> None:
+    """A reset through the agent ends its log: it is begun anew, and everything is dirty once."""
+    fd = memfd(1 << 16)
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.dma_map(0, 1 << 16, fd)
+        await src.start_logging()
+        await src.set_state(STOP)
+        await src.succeed(RESET)
+        assert set(range(16)) == await src.report(0, 1 << 16)
+        both.source.device.work(0x3000, 1)
+        assert {3} == await src.report(0, 1 << 16)
+    os.close(fd)
+
+
+async def test_report_rules(tmp_path: Path) -> None:
+    """Unmapped is ENOENT, not logging is EINVAL; ranges need not be mappings; pages convert; later maps count."""
+    fd = memfd(1 << 20)
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+
+        async def errno_of(iova: int, length: int, page: int) -> int:
+            return (await src.command(FEATURE, struct.pack("<IIQQQ", 1 << 20, 8 | 1 << 16, iova, length, page))).error
+
+        await src.dma_map(0, 0x8000, fd)
+        assert errno.EINVAL == await errno_of(0, 0x8000, 4096)
+        assert errno.ENOENT == await errno_of(0x100000, 0x8000, 4096)
+        await src.start_logging()
+        assert errno.EINVAL == (await src.command(FEATURE, struct.pack("<IIQII", 24, 6 | 1 << 17, 8192, 0, 0))).error
+        await src.dma_map(0x8000, 0x8000, fd, offset=0x8000)
+        both.source.device.work(0x7000, 0x2000)
+        assert {3, 4} == await src.report(0, 0x10000, 8192)
+        both.source.device.work(0x9000, 1)
+        assert {2, 3} == await src.report(0x8000, 0x8000, 2048)
+        assert errno.EINVAL == await errno_of(0, 0x8000, 3000)
+        await src.succeed(FEATURE, struct.pack("<II", 8, 7 | 1 << 17))
+        assert errno.EINVAL == await errno_of(0, 0x8000, 4096)
+        assert both.source.device.log is None
+    os.close(fd)
+
+
+async def test_memory_without_a_file_is_the_clients(tmp_path: Path) -> None:
+    """What goes by messages was written by the client: v2 reports nothing, v1 refuses to."""
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.dma_map(0, 0x8000)
+        await src.start_logging()
+        both.source.device.work(0, 0x8000)
+        assert set() == await src.report(0, 0x8000)
+        assert errno.EINVAL == await src.errno(DIRTY_PAGES, struct.pack("<IIQQQQ", 48, 4, 0, 0x8000, 4096, 8))
+
+
+# The device link
+
+
+class SlowRelay:
+    """Between two UNIX sockets; what goes up is late, as on a busy bus."""
+
+    def __init__(self, path: Path, upstream: Path, delay_s: float) -> None:
+        self.path, self.upstream, self.delay_s = path, upstream, delay_s
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Accept and relay until cancelled."""
+        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as listener:
+            await listener.bind(os.fspath(self.path))
+            listener.listen()
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                while True:
+                    sock, _ = await listener.accept()
+                    nursery.start_soon(self._serve, sock)
+
+    async def _serve(self, client: trio.socket.SocketType) -> None:
+        with client, trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as server:
+            await server.connect(os.fspath(self.upstream))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._relay, client, server, self.delay_s)
+                await self._relay(server, client, 0)
+                nursery.cancel_scope.cancel()
+
+    async def _relay(self, source: trio.socket.SocketType, target: trio.socket.SocketType, delay_s: float) -> None:
+        send, receive = trio.open_memory_channel[tuple[float, bytes, list[int]]](10_000)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._collect, source, send, delay_s)
+            async for due, data, fds in receive:
+                await trio.sleep_until(due)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+                sent = await target.sendmsg([data], rights)
+                while sent < len(data):
+                    sent += await target.send(data[sent:])
+                for fd in fds:
+                    os.close(fd)
+            target.shutdown(socket.SHUT_WR)
+
+    async def _collect(
+        self,
+        source: trio.socket.SocketType,
+        send: trio.MemorySendChannel[tuple[float, bytes, list[int]]],
+        delay_s: float,
+    ) -> None:
+        async with send:
+            while True:
+                data, ancillary, _, _ = await source.recvmsg(65536, socket.CMSG_SPACE(64))
+                if not data:
+                    return
+                fds = [fd for _, _, content in ancillary for fd in struct.unpack(f"{len(content) // 4}i", content)]
+                await send.send((trio.current_time() + delay_s, data, fds))
+
+
+@pytest.mark.parametrize("target", [STOP, STOP_COPY, PRE_COPY])
+async def test_a_doorbell_just_before_the_stop(tmp_path: Path, target: int) -> None:
+    """A posted write is at the device before the agent is told to stop it, however slow the link is."""
+    relay = SlowRelay(tmp_path / "slow.sock", tmp_path / "up.sock", 0.1)
+    async with (
+        trio.open_nursery() as nursery,
+        bed(
+            tmp_path,
+            devices=lambda name: UpstreamDevice(socket=relay.path),
+            also=(function(tmp_path, "up"),),
+        ) as both,
+    ):
+        await nursery.start(relay.run)
+        seen: list[int] = []
+        device = next(item for item in both.daemon.functions if item.name == "up").backend
+        move = both.source.device.move
+
+        def watch(state: AgentState) -> None:
+            if state is AgentState.QUIESCED:
+                seen.append(int.from_bytes(device.model.region_read(0, 4, 4), "little"))  # type: ignore[attr-defined]
+            move(state)
+
+        both.source.device.move = watch  # type: ignore[method-assign]
+        async with both.source.vmm() as src:
+            if target == PRE_COPY:
+                await src.set_state(PRE_COPY)
+            doorbell = struct.pack("<QIII", 4, 0, 4, 4711)
+            await src.send(src.pack(REGION_WRITE, doorbell, flags=0x10))
+            await src.set_state(STOP_COPY if target == PRE_COPY else target)
+        assert [4711] == seen
+        nursery.cancel_scope.cancel()

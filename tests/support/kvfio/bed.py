@@ -1,0 +1,205 @@
+"""Daemons and clients as processes of the guest, and the devices that they are about."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vfiouser_oob.cli.main import main as command
+from vfiouser_oob.config.schema import DaemonConfig, FunctionConfig, KernelVfioDevice, LogLevel, RegionPolicy
+from vfiouser_oob.control.client import ControlClient, ControlError
+from vfiouser_oob.observability import log
+from vfiouser_oob.server.daemon import run_daemon
+
+SYSFS = Path("/sys")
+RUN = Path("/run/kvfio")
+#: The machine's devices, as the test that boots it puts them.
+NVME = "0000:00:04.0"
+SHARED = ("0000:00:06.0", "0000:00:06.1")
+IGB = "0000:01:00.0"
+NOBODY = 65534
+START_S = 20.0
+
+
+def prepare() -> None:
+    """Make the folder of sockets and logs."""
+    RUN.mkdir(parents=True, exist_ok=True)
+    RUN.chmod(0o1777)
+
+
+def collect_children() -> None:
+    """Take the exit status of children that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+@dataclass
+class Daemon:
+    """A running daemon."""
+
+    pid: int
+    socket: Path
+    control: Path
+
+    def status(self) -> dict[str, Any]:
+        """What `status` says of its function."""
+        with ControlClient(self.control) as client:
+            function: dict[str, Any] = dict(client.status()["functions"][0])
+            return function
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+@contextmanager
+def daemon(
+    bdf: str,
+    *,
+    policy: RegionPolicy = RegionPolicy.AUTO,
+    uid: int = 0,
+    memlock: int | None = None,
+    name: str = "f0",
+    reply_budget_s: float = 4.0,
+) -> Iterator[Daemon]:
+    """Run a daemon that serves one function; it must end with status 0 unless the block has killed it."""
+    socket, control, log_file = RUN / f"{name}.sock", RUN / f"{name}.control", RUN / f"{name}.log"
+    for path in (socket, control, log_file):
+        path.unlink(missing_ok=True)
+    config = DaemonConfig(
+        functions=(
+            FunctionConfig(
+                name=name,
+                device=KernelVfioDevice(bdf=bdf, region_policy=policy),
+                socket=socket,
+                socket_mode=0o666,
+                socket_group=None,
+            ),
+        ),
+        control_socket=control,
+        log_level=LogLevel.DEBUG,
+        reply_budget_s=reply_budget_s,
+    )
+    pid = os.fork()
+    if pid == 0:
+        os._exit(_serve(config, log_file, uid, memlock))
+    running = Daemon(pid, socket, control)
+    _wait_for(running)
+    yield running
+    if _is_alive(pid):
+        os.kill(pid, signal.SIGTERM)
+        _, status = os.waitpid(pid, 0)
+        assert 0 == os.waitstatus_to_exitcode(status), "the daemon did not end well"
+
+
+def _serve(config: DaemonConfig, log_file: Path, uid: int, memlock: int | None) -> int:
+    fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 2)
+    if memlock is not None:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, memlock))
+    _become(uid)
+    log.configure(LogLevel.DEBUG)
+    try:
+        trio.run(run_daemon, config)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _become(uid: int) -> None:
+    if uid:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+
+
+def _wait_for(running: Daemon) -> None:
+    until = time.monotonic() + START_S
+    while True:
+        try:
+            running.status()
+            return
+        except ControlError:
+            assert time.monotonic() < until, "the daemon does not answer"
+            assert _is_alive(running.pid), "the daemon ended at once"
+            time.sleep(0.02)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
+
+
+def client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> None:
+    """Run a client in a process of its own, as another user; it must succeed."""
+    with background_client(work, served, uid=uid):
+        pass
+
+
+@contextmanager
+def background_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> Iterator[None]:
+    """Run a client beside the block; it must have succeeded at the end."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        _become(uid)
+        status = 0
+        try:
+            trio.run(work, served.socket)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    yield
+    _, status = os.waitpid(pid, 0)
+    assert 0 == os.waitstatus_to_exitcode(status), "the client failed"
+
+
+def bind(*bdfs: str) -> None:
+    """Bind functions to vfio-pci by our own command."""
+    for bdf in bdfs:
+        assert 0 == command(["bind", bdf]), f"binding {bdf} failed"
+
+
+def unbind(*bdfs: str) -> None:
+    """Give functions back by our own command."""
+    for bdf in bdfs:
+        assert 0 == command(["unbind", bdf]), f"unbinding {bdf} failed"
+
+
+def driver_of(bdf: str) -> str | None:
+    """The driver that a function is bound to."""
+    link = SYSFS / "bus/pci/devices" / bdf / "driver"
+    return os.path.basename(os.readlink(link)) if link.exists() else None
+
+
+def group_node(bdf: str) -> Path:
+    """The node of a function's IOMMU group."""
+    group = os.path.basename(os.readlink(SYSFS / "bus/pci/devices" / bdf / "iommu_group"))
+    return Path("/dev/vfio") / group
+
+
+def command_register(bdf: str) -> int:
+    """The function's command register, as the hardware has it."""
+    with (SYSFS / "bus/pci/devices" / bdf / "config").open("rb") as config:
+        return int.from_bytes(config.read(6)[4:6], "little")

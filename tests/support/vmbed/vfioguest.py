@@ -1,0 +1,102 @@
+"""A guest with an emulated IOMMU and devices, which runs the scenarios of `tests/support/kvfio` one after the other."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import trio
+
+from vmbed.assets import Assets
+from vmbed.errors import BedError
+from vmbed.guest import Answer
+from vmbed.pythonguest import ENVIRONMENT, PYTHON, write_python_guest
+from vmbed.qemu import QemuConfig, start_qemu
+
+__all__ = ["Answers", "expect_success", "run_scenarios"]
+
+#: By scenario, what it said, or how the guest was lost in it.
+Answers = Mapping[str, Answer | BedError]
+DRIVERS = ("vfio-pci", "vfio_iommu_type1", "pci-pf-stub")
+SUPPORT = ("kvfio", "vmbed")
+SCENARIO_S = 70.0
+
+
+def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
+    """A machine with an IOMMU: an NVMe controller alone, two in one IOMMU group, and a network card with VFs."""
+    devices = []
+    for name in ("alone", "first", "second"):
+        image = workdir / f"{name}.img"
+        with image.open("wb") as file:
+            file.truncate(16 << 20)
+        devices += ["-drive", f"file={image},format=raw,if=none,id={name}"]
+    devices += ["-device", "nvme,drive=alone,serial=alone,addr=04.0"]
+    devices += ["-device", "nvme,drive=first,serial=first,addr=06.0,multifunction=on"]
+    devices += ["-device", "nvme,drive=second,serial=second,addr=06.1"]
+    devices += ["-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=07.0", "-device", "igb,bus=rp1"]
+    return QemuConfig(
+        [],
+        memory_mib=2048,
+        trace=(),
+        early=["-device", "intel-iommu,intremap=on,aw-bits=48"],
+        kernel=kernel,
+        initramfs=initramfs,
+        kernel_arguments="intel_iommu=on",
+        extra=devices,
+    )
+
+
+def run_scenarios(
+    assets: Assets, scenarios: Sequence[str], *, kernel: Path | None = None, seconds: float = SCENARIO_S
+) -> Answers:
+    """Boot once, run scenarios in order, and keep what each one said.
+
+    Args:
+        assets: the bed's assets.
+        scenarios: their names.
+        kernel: instead of the assets' own.
+        seconds: that each may take.
+    """
+    workdir = Path(tempfile.mkdtemp(prefix="vmbed-"))
+    try:
+        return trio.run(_run_all, assets, workdir, scenarios, kernel, seconds)
+    finally:
+        shutil.rmtree(workdir)
+
+
+def expect_success(answers: Answers, name: str) -> str:
+    """Return what a scenario printed.
+
+    Raises:
+        BedError: it failed, or the guest was lost before.
+    """
+    answer = answers.get(name)
+    if answer is None:
+        raise BedError("the guest was lost in an earlier scenario")
+    if isinstance(answer, BedError):
+        raise answer
+    text = "\n".join(answer.lines)
+    if answer.status != 0:
+        raise BedError(f"scenario {name} failed:\n{text}")
+    return text
+
+
+async def _run_all(
+    assets: Assets, workdir: Path, scenarios: Sequence[str], kernel: Path | None, seconds: float
+) -> Answers:
+    initramfs = workdir / "initramfs.cpio"
+    write_python_guest(initramfs, assets, workdir, drivers=DRIVERS, support=SUPPORT, kernel=kernel, qemu=True)
+    answers: dict[str, Answer | BedError] = {}
+    async with start_qemu(assets, _machine(workdir, initramfs, kernel), workdir) as qemu:
+        await qemu.guest.ready()
+        await qemu.guest.start(f"sh {ENVIRONMENT} exec {PYTHON} -m kvfio")
+        await qemu.guest.ready()
+        for name in scenarios:
+            try:
+                answers[name] = await qemu.guest.run(name, seconds)
+            except BedError as error:
+                answers[name] = error
+                break
+    return answers

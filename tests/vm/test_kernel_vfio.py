@@ -1,0 +1,80 @@
+"""Real functions under vfio-pci: a guest with an IOMMU runs our daemon on emulated devices, and clients beside it.
+
+One boot serves all scenarios, which the guest runs one after the other; see `tests/support/kvfio/scenarios.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmbed.assets import AssetError, Assets
+from vmbed.vfioguest import Answers, expect_success, run_scenarios
+
+pytestmark = [pytest.mark.vm, pytest.mark.slow]
+
+#: In the order in which they run; `bind_nvme` comes before those that use that function.
+SCENARIOS = (
+    "not_bound",
+    "not_viable",
+    "bind_nvme",
+    "no_permission",
+    "data_path",
+    "trap_policy",
+    "unprivileged_daemon",
+    "intx",
+    "msix",
+    "resets",
+    "unmap_under_io",
+    "map_errors",
+    "peer_to_peer",
+    "locked_memory_limit",
+    "kept_descriptor",
+    "second_daemon",
+    "killed_daemon",
+    "igb_vf",
+    "qemu",
+)
+LINUX_S = 600.0
+
+
+@pytest.fixture(scope="module")
+def answers(assets: Assets) -> Answers:
+    """What every scenario said."""
+    return run_scenarios(assets, SCENARIOS)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_in_the_guest(answers: Answers, name: str) -> None:
+    """The scenario succeeded; what it proves stands with it."""
+    sys.stdout.write(expect_success(answers, name))
+
+
+@pytest.fixture(scope="module")
+def oldest(assets: Assets) -> Path:
+    """The oldest supported kernel."""
+    if assets.oldest_kernel is None:
+        raise AssetError("the oldest supported kernel is not in the cache: run `make test-vm-long`")
+    return assets.oldest_kernel
+
+
+@pytest.fixture(scope="module")
+def answers_of_the_oldest(assets: Assets, oldest: Path) -> Answers:
+    """What every scenario said on the oldest supported kernel."""
+    return run_scenarios(assets, SCENARIOS, kernel=oldest)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_on_the_oldest_kernel(answers_of_the_oldest: Answers, name: str) -> None:
+    """The same on a kernel whose MSI-X vectors cannot be added one by one, among other things."""
+    sys.stdout.write(expect_success(answers_of_the_oldest, name))
+
+
+@pytest.mark.long
+def test_linux_in_nested_qemu(assets: Assets) -> None:
+    """Linux in QEMU in the guest does verified I/O on the function, by interrupts and without messages."""
+    answers = run_scenarios(assets, ("bind_nvme", "linux"), seconds=LINUX_S)
+    sys.stdout.write(expect_success(answers, "linux"))

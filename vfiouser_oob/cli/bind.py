@@ -1,0 +1,47 @@
+"""`bind`: hand a PCI function to vfio-pci."""
+
+from __future__ import annotations
+
+import argparse
+import pwd
+from pathlib import Path
+
+from vfiouser_oob.cli.errors import CommandFailed, ExitCode
+from vfiouser_oob.cli.options import option
+from vfiouser_oob.config.values import read_bdf
+from vfiouser_oob.devices.base import BackendUnavailable
+from vfiouser_oob.devices.kernel_vfio import binding
+
+SYSFS = Path("/sys")
+DEV = Path("/dev")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bind`."""
+    parser.add_argument("bdf", metavar="BDF", type=option(read_bdf), help="the function, e.g. 0000:3b:00.2")
+    parser.add_argument("--owner", metavar="USER", type=_user, help="user that is to own the function's VFIO node")
+
+
+def _user(text: str) -> int:
+    try:
+        return int(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no user {text!r}") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Bind, and tell what a daemon needs to know."""
+    try:
+        node = binding.bind(SYSFS, args.bdf)
+    except BackendUnavailable as error:
+        raise CommandFailed(str(error)) from error
+    path = binding.vfio_node(node, DEV)
+    if path is None:
+        raise CommandFailed(f"{args.bdf} is bound to {node.driver}, but has no IOMMU group: switch the IOMMU on")
+    if args.owner is not None:
+        binding.give(path, args.owner)
+    print(f"{args.bdf} is bound to {node.driver}, IOMMU group {node.iommu_group}, node {path}")
+    others = node.group_obstacles()
+    if others:
+        print(f"not usable yet: other members of its IOMMU group have other drivers: {', '.join(others)}")
+    return ExitCode.DONE

@@ -1,0 +1,115 @@
+"""`conformance`: judge a vfio-user server, ours or anyone's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vfiouser_oob.cli.errors import CommandFailed, ExitCode
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.conformance.case import Case, Level
+from vfiouser_oob.conformance.cases import all_cases
+from vfiouser_oob.conformance.process import ServerProcess
+from vfiouser_oob.conformance.reports.machine import as_json, as_junit
+from vfiouser_oob.conformance.reports.table import TableReport, explanation, failures_of, listing, wants_colours
+from vfiouser_oob.conformance.runner import Outcome, Result, Runner
+from vfiouser_oob.conformance.select_cases import BadExpression, select
+from vfiouser_oob.conformance.stimulus import PROFILES
+from vfiouser_oob.conformance.trial import Target
+
+_DEFAULT_TIMEOUT_S = 5.0
+_TIMEOUT_MAX_S = 600.0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= _TIMEOUT_MAX_S:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {_TIMEOUT_MAX_S:g} seconds")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `conformance`."""
+    parser.add_argument("--socket", metavar="PATH", help="socket of the server under test")
+    parser.add_argument("--destination-socket", metavar="PATH", help="socket of a second server, to migrate to")
+    parser.add_argument("--server-command", metavar="CMD", help="starts the server; {socket} stands for PATH")
+    parser.add_argument("--device-profile", choices=sorted(PROFILES), help="the device is known: make it do things")
+    parser.add_argument("--safe", action="store_true", help="leave out what may disturb a device in use")
+    parser.add_argument("--strict", action="store_true", help="fail on allowed behaviour that is not recommended")
+    parser.add_argument("-k", "--filter", metavar="EXPR", help="cases whose name, area or requirement matches")
+    levels = [level.value.lower() for level in Level]
+    parser.add_argument("--level", action="append", choices=levels, help="only cases of this level; may be repeated")
+    parser.add_argument("--timeout", metavar="S", type=_seconds, default=_DEFAULT_TIMEOUT_S,
+                        help=f"time for every answer (default: {_DEFAULT_TIMEOUT_S:g} s)")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there; - for standard output")
+    parser.add_argument("--junit", metavar="FILE", type=Path, help="write the results there as JUnit XML")
+    parser.add_argument("--list", action="store_true", help="list the cases that would run")
+    parser.add_argument("--explain", metavar="CASE", help="say what a case sends, what it expects and why")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run, list or explain cases.
+
+    Raises:
+        ConfigError: the options cannot be used.
+    """
+    if args.explain:
+        return _explain(args.explain)
+    try:
+        levels = [Level(level.upper()) for level in args.level] if args.level else list(Level)
+        cases = select(all_cases(), expression=args.filter, levels=levels, safe=args.safe)
+    except BadExpression as error:
+        raise ConfigError(str(error)) from None
+    if args.list:
+        print("\n".join(listing(cases)))
+        return ExitCode.DONE
+    if args.socket is None:
+        raise ConfigError("--socket PATH is needed (see vfiouser-oob conformance --help)")
+    if not cases:
+        raise ConfigError("no case matches -k and --level")
+    outcome = _run_cases(args, cases)
+    _write(args, outcome)
+    return ExitCode.FAILED if failures_of(outcome, Level.MUST) else ExitCode.DONE
+
+
+def _explain(name: str) -> int:
+    for case in all_cases():
+        if case.name == name.upper():
+            print("\n".join(explanation(case)))
+            return ExitCode.DONE
+    raise ConfigError(f"there is no case {name} (see vfiouser-oob conformance --list)")
+
+
+def _run_cases(args: argparse.Namespace, cases: list[Case]) -> Outcome:
+    out = sys.stderr if str(args.json) == "-" else sys.stdout
+    report = TableReport(colours=wants_colours(out))
+    profile = PROFILES[args.device_profile](args.timeout) if args.device_profile else None
+    target = Target(args.socket, args.destination_socket, args.timeout, profile)
+    process = ServerProcess(args.server_command, args.socket) if args.server_command else None
+
+    def progress(result: Result) -> None:
+        print(report.line(result), file=out, flush=True)
+
+    try:
+        outcome = Runner(target, process=process, pinned=args.strict, progress=progress).run(cases)
+    finally:
+        if process is not None:
+            process.stop()
+    for line in (*report.failures(outcome), *report.summary(outcome)):
+        print(line, file=out)
+    return outcome
+
+
+def _write(args: argparse.Namespace, outcome: Outcome) -> None:
+    document = json.dumps(as_json(outcome), indent=2) + "\n"
+    try:
+        if str(args.json) == "-":
+            sys.stdout.write(document)
+        elif args.json is not None:
+            args.json.write_text(document)
+        if args.junit is not None:
+            args.junit.write_text(as_junit(outcome))
+    except OSError as error:
+        raise CommandFailed(f"the report cannot be written: {error}") from None

@@ -1,0 +1,140 @@
+"""What `demo` shows while it works, and the tables at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from vfiouser_oob.client.vmm.live import LiveProgress, MigrationPhase
+from vfiouser_oob.demo.journey import JourneyReport, LegReport
+from vfiouser_oob.demo.scenario import FunctionReport
+
+_BAR = 24
+#: A bar is drawn this often at most, seconds.
+_INTERVAL_S = 0.05
+_OVER = (MigrationPhase.DONE, MigrationPhase.CANCELLED)
+
+
+class Display:
+    """Lines for steps, and a bar for each migration: redrawn on a terminal, otherwise one line per phase.
+
+    Args:
+        stream: where it goes.
+        expected: bytes that a migration moves, about.
+        bars: whether bars may be redrawn; only one migration at a time can have one.
+    """
+
+    def __init__(self, stream: TextIO, expected: int, *, bars: bool) -> None:
+        self._stream = stream
+        self._expected = max(1, expected)
+        self._redraw = bars and stream.isatty()
+        self._drawn_at = 0.0
+        self._open = False
+        self._phases: dict[str, MigrationPhase] = {}
+
+    def line(self, text: str) -> None:
+        """Show a step."""
+        self._close()
+        print(text, file=self._stream, flush=True)
+
+    def meter(self, name: str, leg: LegReport, progress: LiveProgress) -> None:
+        """Show how far a migration has come."""
+        key = f"{name} {leg.source}→{leg.destination} {leg.generation}"
+        new_phase = self._phases.get(key) is not progress.phase
+        self._phases[key] = progress.phase
+        now = time.monotonic()
+        if not new_phase and (not self._redraw or now - self._drawn_at < _INTERVAL_S):
+            return
+        self._drawn_at = now
+        text = f"{key}  {self._bar(progress)}  {progress.phase.value:<9}  {_moved(progress)}"
+        if not self._redraw:
+            print(text, file=self._stream, flush=True)
+            return
+        print(f"\r{text}\x1b[K", end="", file=self._stream, flush=True)
+        self._open = True
+        if progress.phase in _OVER:
+            self._close()
+
+    def _bar(self, progress: LiveProgress) -> str:
+        done = progress.total_state + progress.total_memory
+        part = 1.0 if progress.phase is MigrationPhase.DONE else min(done / self._expected, 0.99)
+        filled = int(part * _BAR)
+        return f"[{'#' * filled}{'.' * (_BAR - filled)}] {part:4.0%}"
+
+    def _close(self) -> None:
+        if self._open:
+            print(file=self._stream, flush=True)
+            self._open = False
+
+
+def _moved(progress: LiveProgress) -> str:
+    state, memory = progress.total_state / (1 << 20), progress.total_memory / (1 << 20)
+    text = f"state {state:.1f} MiB, memory {memory:.1f} MiB"
+    if progress.phase is MigrationPhase.DONE:
+        text += f", downtime {progress.downtime_s * 1000:.0f} ms"
+    return text
+
+
+def print_functions(reports: Sequence[FunctionReport]) -> None:
+    """Print what the demonstration without migration found, if that was the one."""
+    if not reports:
+        return
+    heads = ("function", "verified", "write", "read", "interrupts", "messages", "direct", "after reset", "sha256")
+    _print_table([heads, *(_function_row(report) for report in reports)])
+    total = sum(report.verified for report in reports) >> 20
+    if all(report.ok for report in reports):
+        print(f"\nverified: {total} MiB written and read back equal through the daemon")
+
+
+def _function_row(report: FunctionReport) -> tuple[str, ...]:
+    return (
+        report.name,
+        f"{report.verified >> 20}/{report.size >> 20} MiB",
+        f"{report.write_mb_s:.0f} MB/s",
+        f"{report.read_mb_s:.0f} MB/s",
+        str(sum(report.interrupts)),
+        str(report.trapped),
+        str(report.direct),
+        "intact" if report.survived_reset else "WRONG",
+        report.sha256_read[:16],
+    )
+
+
+def print_journeys(reports: Sequence[JourneyReport]) -> None:
+    """Print what the migrating demonstration found, if that was the one."""
+    if not reports:
+        return
+    heads = ("function", "way", "with", "state", "throughput", "memory", "dirty", "in flight", "downtime", "I/O after")
+    rows = [_leg_row(report, leg) for report in reports for leg in report.legs]
+    _print_table([heads, *rows])
+    if not all(report.ok for report in reports):
+        return
+    commands = sum(report.writes + report.reads for report in reports)
+    verified = sum(report.verified for report in reports) / (1 << 20)
+    print(
+        f"\nverified: {commands} I/O commands, each executed exactly once by the controller's own count; "
+        f"{verified:.0f} MiB read back equal; guest memory equal at every switch"
+    )
+
+
+def _leg_row(report: JourneyReport, leg: LegReport) -> tuple[str, ...]:
+    return (
+        report.name,
+        f"{leg.source} → {leg.destination}",
+        leg.generation,
+        f"{sum(leg.state_bytes.values()) / (1 << 20):.1f} MiB",
+        f"{leg.state_mb_s:.0f} MB/s",
+        f"{sum(leg.memory_bytes.values()) / (1 << 20):.1f} MiB",
+        f"{leg.dirty_by_device} pages",
+        f"{leg.in_flight} commands",
+        f"{leg.downtime_s * 1000:.0f} ms",
+        f"{leg.commands_after} commands",
+    )
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print()
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,47 @@
+"""The cases, an area or a part of one per module."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from vfiouser_oob.conformance.case import Area, Case
+
+#: In the order in which they run: what everything else rests on comes first.
+_MODULES = (
+    "framing",
+    "version",
+    "version_refusals",
+    "info",
+    "region_info",
+    "access",
+    "dma_map",
+    "descriptors",
+    "irqs",
+    "irq_refusals",
+    "irq_device",
+    "io_fds",
+    "write_multi",
+    "reset",
+    "dma",
+    "feature",
+    "migrate",
+    "migrate_data",
+    "logging_cases",
+    "clients",
+)
+
+
+def areas() -> Sequence[Area]:
+    """Every area once, in order."""
+    found: list[Area] = []
+    for name in _MODULES:
+        module = importlib.import_module(f"{__name__}.{name}")
+        if module.AREA not in found:
+            found.append(module.AREA)
+    return found
+
+
+def all_cases() -> Sequence[Case]:
+    """Every case, in order."""
+    return tuple(case for area in areas() for case in sorted(area.cases, key=lambda case: case.name))

@@ -1,0 +1,139 @@
+"""The backend of a real function: who may have the device, and when.
+
+The device is held only while a client uses it. A client that maps BARs holds a device descriptor of its own and could
+go on driving the device after its connection ended. So all descriptors of ours are closed then, and opened anew for the
+next client: while the old one has anything left, the kernel answers EBUSY, and the next client is refused.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from vfiouser_oob.config.schema import RegionPolicy
+from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, ClientLink, DeviceBackend
+from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.openers import DeviceBusy, OpenDevice, choose_opener
+from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
+from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker
+from vfiouser_oob.observability import log
+
+#: How long a client that attaches waits for a predecessor whose process is just ending.
+HANDOVER_S = 1.0
+_HANDOVER_STEP_S = 0.05
+#: How often a device that could not be had is looked at again: at first, and at most.
+RETRY_S = 1.0
+_MAX_RETRY_S = 30.0
+
+
+class KernelVfioBackend(DeviceBackend):
+    """A PCI function that is bound to vfio-pci.
+
+    Args:
+        kernel: the operating system.
+        bdf: the function's address, such as ``0000:3b:00.2``.
+        policy: how a client may map its regions.
+        handover_s: seconds that a client waits for a device that is in use.
+        retry_s: seconds after which a device that could not be had is looked at again.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        bdf: str,
+        policy: RegionPolicy = RegionPolicy.AUTO,
+        *,
+        handover_s: float = HANDOVER_S,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self.summary = f"kernel-vfio:{bdf}"
+        self._kernel = kernel
+        self._bdf = bdf
+        self._policy = policy
+        self._handover_s = handover_s
+        self._retry_s = retry_s
+        self._log = log.get("devices.kernel_vfio").bind(device=bdf)
+        self._worker = Worker()
+        self._running = trio.Event()
+        self._unavailable: str | None = None
+        self._trouble = trio.Event()
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why no client can be served now."""
+        return self._unavailable
+
+    async def run(self) -> None:
+        """Do the device's thread work, and watch a device that could not be had."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._worker.run)
+            self._running.set()
+            try:
+                await self._worker.submit(Job(self._probe))
+            except BackendUnavailable as error:
+                self._note(str(error))
+            nursery.start_soon(self._watch)
+
+    async def open(self, link: ClientLink) -> BackendSession:
+        """Open the device for a client."""
+        await self._running.wait()
+        try:
+            opened = await self._open_patiently()
+        except BackendUnavailable as error:
+            self._note(str(error))
+            raise
+        self._note(None)
+        try:
+            return KernelVfioSession(self._kernel, opened, self._policy, self._worker, link, self._log)
+        except BaseException as error:
+            opened.close()
+            if isinstance(error, OSError):
+                raise BackendUnavailable(f"{self._bdf} cannot be described: {error.strerror}") from error
+            raise
+
+    async def _open_patiently(self) -> OpenDevice:
+        until = trio.current_time() + self._handover_s
+        while True:
+            try:
+                return await self._worker.submit(Job(self._open, OpenDevice.close))
+            except DeviceBusy:
+                if trio.current_time() >= until:
+                    raise
+            await trio.sleep(_HANDOVER_STEP_S)
+
+    def _open(self, job: Job[OpenDevice]) -> OpenDevice:
+        return choose_opener(self._kernel, self._bdf).open()
+
+    def _probe(self, job: Job[None]) -> None:
+        choose_opener(self._kernel, self._bdf).probe()
+
+    def _note(self, reason: str | None) -> None:
+        if reason == self._unavailable:
+            return
+        if reason is not None:
+            self._log.warning("the device cannot be used now; it is looked at again", reason=reason)
+            self._trouble.set()
+        else:
+            self._log.info("the device can be used again")
+        self._unavailable = reason
+
+    async def _watch(self) -> None:
+        """Look again, ever less often, until the device can be had; no wake-up while all is well."""
+        while True:
+            await self._trouble.wait()
+            self._trouble = trio.Event()
+            pause = self._retry_s
+            while self._unavailable is not None:
+                await trio.sleep(pause)
+                pause = min(2 * pause, _MAX_RETRY_S)
+                await self._look_again()
+
+    async def _look_again(self) -> None:
+        if self._unavailable is None:  # a client got it meanwhile
+            return
+        try:
+            await self._worker.submit(Job(self._probe))
+        except BackendUnavailable as error:
+            if self._unavailable is not None:
+                self._note(str(error))
+        else:
+            self._note(None)

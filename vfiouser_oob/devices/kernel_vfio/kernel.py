@@ -1,0 +1,115 @@
+"""The system calls of this backend behind one small interface, so that tests can put another kernel in its place."""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import fcntl
+import os
+from pathlib import Path
+
+
+class Kernel(abc.ABC):
+    """What the backend asks of the operating system; every method raises OSError as the system call does.
+
+    Args:
+        sysfs: where sysfs is mounted.
+        dev: where the device nodes are.
+    """
+
+    def __init__(self, sysfs: Path, dev: Path) -> None:
+        self.sysfs = sysfs
+        self.dev = dev
+
+    @abc.abstractmethod
+    def open(self, path: Path) -> int:
+        """Open a device node for reading and writing, close-on-exec."""
+
+    @abc.abstractmethod
+    def close(self, fd: int) -> None:
+        """Close a descriptor that `open` or an ioctl gave."""
+
+    @abc.abstractmethod
+    def ioctl(self, fd: int, request: int, argument: int | bytearray = 0) -> int:
+        """Call ioctl; a bytearray is the structure, which the kernel may change."""
+
+    @abc.abstractmethod
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        """Read from a device's region."""
+
+    @abc.abstractmethod
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """Write into a device's region."""
+
+    @abc.abstractmethod
+    def mmap(self, fd: int, size: int, offset: int, *, writable: bool) -> int:
+        """Map a file, shared; returns the address. Nobody may touch the memory: the file may be truncated."""
+
+    @abc.abstractmethod
+    def munmap(self, address: int, size: int) -> None:
+        """Drop a mapping."""
+
+
+class LinuxKernel(Kernel):
+    """The kernel that this process runs on.
+
+    `mmap.mmap` will not do: it duplicates the descriptor, which keeps a device open, and tells no address.
+    """
+
+    _PROT_READ = 1
+    _PROT_WRITE = 2
+    _MAP_SHARED = 1
+
+    def __init__(self, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> None:
+        super().__init__(sysfs, dev)
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._mmap = libc.mmap
+        self._mmap.restype = ctypes.c_void_p
+        self._mmap.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_long,
+        ]
+        self._munmap = libc.munmap
+        self._munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+    def open(self, path: Path) -> int:
+        """Open a device node."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def ioctl(self, fd: int, request: int, argument: int | bytearray = 0) -> int:
+        """Call ioctl; the interpreter's lock is released meanwhile."""
+        if isinstance(argument, int):
+            return fcntl.ioctl(fd, request, argument)
+        result: int = fcntl.ioctl(fd, request, argument, True)
+        return result
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        """Read from a region."""
+        return os.pread(fd, count, offset)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """Write into a region."""
+        return os.pwrite(fd, data, offset)
+
+    def mmap(self, fd: int, size: int, offset: int, *, writable: bool) -> int:
+        """Map a file."""
+        protection = self._PROT_READ | (self._PROT_WRITE if writable else 0)
+        address = self._mmap(None, size, protection, self._MAP_SHARED, fd, offset)
+        if address is None or address == ctypes.c_void_p(-1).value:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return int(address)
+
+    def munmap(self, address: int, size: int) -> None:
+        """Drop a mapping."""
+        if self._munmap(address, size):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))

@@ -1,0 +1,241 @@
+"""Opening a function: by its IOMMU group and a type 1 container, or by its own node and an iommufd.
+
+Both end in the same two things: a device descriptor and an address space for DMA. Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import abc
+import errno
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from vfiouser_oob.devices.base import BackendUnavailable
+from vfiouser_oob.devices.kernel_vfio import uapi
+from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
+from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace, IommufdSpace, Type1Space
+from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.sysfs import PciFunctionNode
+
+
+class DeviceBusy(BackendUnavailable):
+    """Somebody else holds the device; it may be free in a moment."""
+
+
+class OpenDevice:
+    """A device that this process holds.
+
+    Args:
+        device: the device.
+        space: where the client's memory is mapped.
+        resources: closes every descriptor.
+    """
+
+    def __init__(self, device: VfioDevice, space: DmaSpace, resources: ExitStack) -> None:
+        self.device = device
+        self.space = space
+        self._resources = resources
+
+    def close(self) -> None:
+        """Close device, group and container, or device and iommufd."""
+        self._resources.close()
+
+
+class Opener(abc.ABC):
+    """A way to open a function.
+
+    Args:
+        kernel: the operating system.
+        node: the function.
+    """
+
+    def __init__(self, kernel: Kernel, node: PciFunctionNode) -> None:
+        self._kernel = kernel
+        self._node = node
+
+    @abc.abstractmethod
+    def open(self) -> OpenDevice:
+        """Open the function.
+
+        Raises:
+            DeviceBusy: another process holds it.
+            BackendUnavailable: it cannot be opened.
+        """
+
+    @abc.abstractmethod
+    def probe(self) -> None:
+        """Find out whether `open` could succeed, disturbing as little as possible; raises as `open` does."""
+
+    def _open_node(self, path: Path, resources: ExitStack) -> int:
+        try:
+            fd = self._kernel.open(path)
+        except OSError as error:
+            raise self._unavailable(path, error) from error
+        resources.callback(self._kernel.close, fd)
+        return fd
+
+    def _unavailable(self, path: Path, error: OSError) -> BackendUnavailable:
+        bdf = self._node.bdf
+        if error.errno == errno.EBUSY:
+            return DeviceBusy(
+                f"{path} is in use: another process holds {bdf} or another function of its IOMMU group, such as a VMM "
+                f"that has not ended yet; see `fuser -v {path}`"
+            )
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return BackendUnavailable(
+                f"no permission to open {path}: let the daemon's user or group own it, for example by "
+                f"`vfiouser-oob bind {bdf} --owner USER`"
+            )
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            return BackendUnavailable(
+                f"{path} is not there ({error.strerror}): load the kernel's modules with `modprobe vfio-pci`"
+            )
+        return BackendUnavailable(f"{path} cannot be opened: {error.strerror}")
+
+    def _step(self, what: str, call: Callable[[], int]) -> int:
+        try:
+            return call()
+        except OSError as error:
+            raise BackendUnavailable(f"{self._node.bdf}: {what} failed: {error.strerror}") from error
+
+
+class GroupOpener(Opener):
+    """The way of every kernel: /dev/vfio/GROUP and /dev/vfio/vfio."""
+
+    def open(self) -> OpenDevice:
+        """Open group and container, and the device in them."""
+        with ExitStack() as resources:
+            group = self._open_group(resources)
+            container = self._open_node(self._kernel.dev / "vfio/vfio", resources)
+            self._check_container(container)
+            self._join(group, container)
+            device_fd = self._get_device(group)
+            resources.callback(self._kernel.close, device_fd)
+            try:
+                device = VfioDevice(self._kernel, device_fd)
+                space = Type1Space(self._kernel, container)
+            except OSError as error:
+                raise BackendUnavailable(f"{self._node.bdf} cannot be described: {error.strerror}") from error
+            return OpenDevice(device, space, resources.pop_all())
+        raise AssertionError("unreachable")
+
+    def probe(self) -> None:
+        """Open and close the group's node: only one holder at a time is allowed."""
+        with ExitStack() as resources:
+            self._open_group(resources)
+
+    def _open_group(self, resources: ExitStack) -> int:
+        group = self._open_node(self._kernel.dev / f"vfio/{self._node.iommu_group}", resources)
+        status = bytearray(uapi.GROUP_STATUS.pack(uapi.GROUP_STATUS.size, 0))
+        self._step(
+            "asking for its group's state", lambda: self._kernel.ioctl(group, uapi.VFIO_GROUP_GET_STATUS, status)
+        )
+        if not uapi.GROUP_STATUS.unpack(status)[1] & uapi.VFIO_GROUP_FLAGS_VIABLE:
+            others = ", ".join(self._node.group_obstacles()) or "none that sysfs shows"
+            raise BackendUnavailable(
+                f"IOMMU group {self._node.iommu_group} of {self._node.bdf} is not viable: these members are bound to "
+                f"other drivers: {others}; bind each with `vfiouser-oob bind`"
+            )
+        return group
+
+    def _check_container(self, container: int) -> None:
+        version = self._kernel.ioctl(container, uapi.VFIO_GET_API_VERSION)
+        if version != uapi.VFIO_API_VERSION:
+            raise BackendUnavailable(f"the kernel speaks version {version} of VFIO, this program version 0")
+        if not self._kernel.ioctl(container, uapi.VFIO_CHECK_EXTENSION, uapi.VFIO_TYPE1V2_IOMMU):
+            raise BackendUnavailable(
+                "the kernel has no type 1 IOMMU driver for VFIO: load it with `modprobe vfio_iommu_type1`"
+            )
+
+    def _join(self, group: int, container: int) -> None:
+        argument = bytearray(container.to_bytes(4, "little"))
+        self._step(
+            "putting its group into a container",
+            lambda: self._kernel.ioctl(group, uapi.VFIO_GROUP_SET_CONTAINER, argument),
+        )
+        try:
+            self._kernel.ioctl(container, uapi.VFIO_SET_IOMMU, uapi.VFIO_TYPE1V2_IOMMU)
+        except OSError as error:
+            if error.errno != errno.EPERM:
+                raise BackendUnavailable(f"{self._node.bdf}: the IOMMU cannot be used: {error.strerror}") from error
+            raise BackendUnavailable(
+                f"{self._node.bdf}: the kernel refuses the IOMMU because it cannot remap interrupts; switch interrupt "
+                f"remapping on in the firmware"
+            ) from error
+
+    def _get_device(self, group: int) -> int:
+        name = bytearray(self._node.bdf.encode() + b"\0")
+        try:
+            return self._kernel.ioctl(group, uapi.VFIO_GROUP_GET_DEVICE_FD, name)
+        except OSError as error:
+            if error.errno in (errno.EBUSY, errno.EAGAIN):
+                raise DeviceBusy(f"{self._node.bdf} is in use by another process") from error
+            if error.errno == errno.EACCES:
+                raise BackendUnavailable(
+                    f"{self._node.bdf} is a virtual function whose physical function is bound to vfio-pci too, and "
+                    f"needs that one's token; bind the physical function to its own driver or to pci-pf-stub"
+                ) from error
+            raise BackendUnavailable(f"{self._node.bdf} cannot be opened: {error.strerror}") from error
+
+
+class CdevOpener(Opener):
+    """The way of kernels with iommufd: /dev/vfio/devices/vfioN and /dev/iommu."""
+
+    def open(self) -> OpenDevice:
+        """Open the device's own node, bind it to an iommufd and attach it to a new address space."""
+        with ExitStack() as resources:
+            device_fd, iommufd = self._bind(resources)
+            request = bytearray(uapi.IOAS_ALLOC.pack(uapi.IOAS_ALLOC.size, 0, 0))
+            self._step("making an address space", lambda: self._kernel.ioctl(iommufd, uapi.IOMMU_IOAS_ALLOC, request))
+            ioas: int = uapi.IOAS_ALLOC.unpack(request)[2]
+            attach = bytearray(uapi.ATTACH_IOMMUFD_PT.pack(uapi.ATTACH_IOMMUFD_PT.size, 0, ioas))
+            self._step(
+                "attaching it to its address space",
+                lambda: self._kernel.ioctl(device_fd, uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, attach),
+            )
+            try:
+                device = VfioDevice(self._kernel, device_fd)
+                space = IommufdSpace(self._kernel, iommufd, ioas)
+            except OSError as error:
+                raise BackendUnavailable(f"{self._node.bdf} cannot be described: {error.strerror}") from error
+            return OpenDevice(device, space, resources.pop_all())
+        raise AssertionError("unreachable")
+
+    def probe(self) -> None:
+        """Bind and let go: a node can be opened by many, but bound by one."""
+        with ExitStack() as resources:
+            self._bind(resources)
+
+    def _bind(self, resources: ExitStack) -> tuple[int, int]:
+        # Closed in the opposite order: the device before the iommufd that it is bound to.
+        iommufd = self._open_node(self._kernel.dev / "iommu", resources)
+        device_fd = self._open_node(self._kernel.dev / f"vfio/devices/{self._node.cdev}", resources)
+        request = bytearray(uapi.BIND_IOMMUFD.pack(uapi.BIND_IOMMUFD.size, 0, iommufd, 0))
+        try:
+            self._kernel.ioctl(device_fd, uapi.VFIO_DEVICE_BIND_IOMMUFD, request)
+        except OSError as error:
+            # The kernel's answer to a device that another descriptor has bound is EINVAL.
+            if error.errno in (errno.EINVAL, errno.EBUSY):
+                raise DeviceBusy(
+                    f"{self._node.bdf} is in use: another process has bound it, such as a VMM that has not ended yet"
+                ) from error
+            raise BackendUnavailable(f"{self._node.bdf} cannot be bound to an iommufd: {error.strerror}") from error
+        return device_fd, iommufd
+
+
+def choose_opener(kernel: Kernel, bdf: str) -> Opener:
+    """Return the way to open a function on this machine.
+
+    Args:
+        kernel: the operating system.
+        bdf: the function's address.
+
+    Raises:
+        BackendUnavailable: sysfs says already that it cannot be used.
+    """
+    node = PciFunctionNode(kernel.sysfs, bdf)
+    node.require_usable()
+    if (kernel.dev / "iommu").exists() and node.cdev and (kernel.dev / f"vfio/devices/{node.cdev}").exists():
+        return CdevOpener(kernel, node)
+    return GroupOpener(kernel, node)

@@ -1,0 +1,96 @@
+"""What a client may map of a real function's regions, and by which descriptor.
+
+A device descriptor with the kernel's own offset works on every kernel, and gives its holder the whole device except DMA
+mapping (docs/explanation/trust.md). A dma-buf gives one region and nothing else, where the kernel can map it. Trapping
+gives nothing, and each access is a message.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vfiouser_oob.config.schema import RegionPolicy
+from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
+from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.observability.log import Logger
+from vfiouser_protocol.constants import REGION_TYPE_MIGRATION, RegionFlags
+from vfiouser_protocol.regions import RegionDescription, RegionSpec
+
+_ACCESS = int(RegionFlags.READ | RegionFlags.WRITE)
+
+
+class RegionTable:
+    """The regions as the client sees them, and their descriptors.
+
+    Args:
+        kernel: the operating system.
+        device: the open device.
+        policy: how regions may be mapped.
+        log: where a policy that cannot be had is reported.
+    """
+
+    def __init__(self, kernel: Kernel, device: VfioDevice, policy: RegionPolicy, log: Logger) -> None:
+        self._kernel = kernel
+        self._device = device
+        self._dma_bufs: dict[int, int] = {}
+        self.specs: Sequence[RegionSpec] = ()
+        try:
+            self.specs = [self._spec(region, policy, log) for region in device.regions]
+        except BaseException:
+            self.close()
+            raise
+
+    def fd(self, index: int) -> int | None:
+        """Return the descriptor that maps a region; it stays this table's or the device's."""
+        if not self.specs[index].mappable:
+            return None
+        return self._dma_bufs.get(index, self._device.fd)
+
+    def _spec(self, region: RegionDescription, policy: RegionPolicy, log: Logger) -> RegionSpec:
+        if region.type is not None and region.type.type == REGION_TYPE_MIGRATION:
+            return RegionSpec.absent(region.index)  # migration is ours to offer
+        mappable = bool(region.mappable_areas) and policy is not RegionPolicy.TRAP
+        offset = region.offset
+        if mappable and policy in (RegionPolicy.AUTO, RegionPolicy.DMABUF):
+            if self._export(region):
+                offset = 0
+            elif policy is RegionPolicy.DMABUF:
+                mappable = False
+                log.warning(
+                    "this kernel cannot map a dma-buf of a region; every access is a message", region=region.index
+                )
+        return RegionSpec(
+            region.index,
+            region.size,
+            region.flags & _ACCESS,
+            region.areas or (),
+            offset=offset,
+            type=region.type,
+            msix_mappable=region.msix_mappable,
+            mappable=mappable,
+        )
+
+    def _export(self, region: RegionDescription) -> bool:
+        """Make a dma-buf of a region; whether there is one that can be mapped."""
+        if region.areas is not None and region.mappable_areas != ((0, region.size),):
+            return False  # a dma-buf of several parts numbers its bytes otherwise than the region
+        access = os.O_RDWR if region.flags & RegionFlags.WRITE else os.O_RDONLY
+        try:
+            fd = self._device.export_dma_buf(region.index, region.size, access | os.O_CLOEXEC)
+        except OSError:  # the feature is younger than most kernels
+            return False
+        try:
+            # Mapped once and never touched: exporting has been there longer than mapping.
+            self._kernel.munmap(self._kernel.mmap(fd, region.size, 0, writable=access == os.O_RDWR), region.size)
+        except OSError:
+            self._kernel.close(fd)
+            return False
+        self._dma_bufs[region.index] = fd
+        return True
+
+    def close(self) -> None:
+        """Close the dma-bufs."""
+        fds, self._dma_bufs = list(self._dma_bufs.values()), {}
+        for fd in fds:
+            self._kernel.close(fd)

@@ -1,0 +1,213 @@
+"""One client's use of a real function."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+from vfiouser_oob.config.schema import RegionPolicy
+from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, DeviceDescription
+from vfiouser_oob.devices.kernel_vfio.irqs import KernelIrqs
+from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.maps import IommuMaps
+from vfiouser_oob.devices.kernel_vfio.openers import OpenDevice
+from vfiouser_oob.devices.kernel_vfio.regions import RegionTable
+from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker, explain, explained
+from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.transport.fds import OwnedFd, close_fds
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, RegionIndex
+from vfiouser_protocol.dma import DmaRegion
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.irq import IrqDescription
+from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
+
+T = TypeVar("T")
+#: Accesses up to this many bytes are done in the event loop: a register read takes a microsecond.
+_INLINE_BYTES = 256
+#: Of the registers that every function has, one that the kernel does not keep a copy of.
+_STATUS_REGISTER = 6
+_DEVICE_FLAGS = int(DeviceInfoFlags.PCI | DeviceInfoFlags.RESET)
+
+
+class KernelVfioSession(BackendSession):
+    """A client and the device that was opened for it.
+
+    Args:
+        kernel: the operating system.
+        opened: the device; shut down by `close`.
+        policy: how regions may be mapped.
+        worker: the function's worker.
+        link: the client.
+        log: logger with the device's address.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        opened: OpenDevice,
+        policy: RegionPolicy,
+        worker: Worker,
+        link: ClientLink,
+        log: Logger,
+    ) -> None:
+        self._opened = opened
+        self._device = opened.device
+        self._worker = worker
+        self._log = log
+        self._regions = RegionTable(kernel, opened.device, policy, log)
+        irqs = list(opened.device.irqs)
+        irqs += [IrqDescription(0)] * (len(IrqIndex) - len(irqs))
+        self.description = DeviceDescription(self._regions.specs, irqs, opened.device.flags & _DEVICE_FLAGS)
+        self._irqs = KernelIrqs(opened.device, irqs)
+        self._maps = IommuMaps(opened.space, worker, log)
+        self._max_maps = min(DEFAULT_MAX_DMA_MAPS, opened.space.max_maps or DEFAULT_MAX_DMA_MAPS)
+        self.memory = GuestMemory(link, self._max_maps, by_message=False, check_files=False)
+
+    @property
+    def limits(self) -> Capabilities:
+        """How many ranges the IOMMU takes, and of which pages."""
+        return Capabilities(max_dma_maps=self._max_maps, pgsizes=self._opened.space.page_size)
+
+    def region_fd(self, index: int) -> int | None:
+        """Return the descriptor of a region: a dma-buf, or the device itself."""
+        return self._regions.fd(index)
+
+    # Registers
+
+    def region_read(self, region: int, offset: int, count: int) -> Answer[bytes]:
+        """Read by a system call: it fails where a load from a mapping would kill the process."""
+        what = f"reading {count} bytes at {offset:#x} of region {region}"
+        if count > _INLINE_BYTES or self._worker.busy:
+            return self._in_worker(what, lambda: self._device.read(region, offset, count))
+        return explain(what, lambda: self._device.read(region, offset, count))
+
+    def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> Answer[None]:
+        """Write by a system call."""
+        what = f"writing {len(data)} bytes at {offset:#x} of region {region}"
+        slow = len(data) > _INLINE_BYTES or self._device.write_may_sleep(region, offset, len(data))
+        if slow or self._worker.busy:
+            return self._in_worker(what, lambda: self._device.write(region, offset, data))
+        return explain(what, lambda: self._device.write(region, offset, data))
+
+    def reset(self) -> Answer[None]:
+        """Reset the function."""
+        if not self._device.flags & DeviceInfoFlags.RESET:
+            raise CommandError("the kernel knows no way to reset this function", errno.EINVAL)
+        return self._in_worker("resetting the function", self._reset)
+
+    def _reset(self) -> None:
+        # The kernel restores config space after it, and a function that was reset must not be a bus master.
+        self._device.clear_bus_master()
+        self._device.reset()
+
+    def _in_worker(self, what: str, work: Callable[[], T]) -> Awaitable[T]:
+        return self._worker.submit(Job(explained(what, work)))
+
+    def flush(self) -> Answer[None]:
+        """Read from the hardware: a read overtakes no write, so all that the client wrote is at the device then."""
+        answer = self.region_read(RegionIndex.CONFIG, _STATUS_REGISTER, 2)
+        return None if isinstance(answer, bytes) else _ignore(answer)
+
+    # Interrupts
+
+    def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:
+        """Hand the eventfds to the kernel; our own copies are closed at once."""
+        if self._worker.busy:
+            return self._worker.submit(Job(partial(self._set_irqs, request, fds), finish=partial(close_fds, fds)))
+        try:
+            self._irqs.set_irqs(request, fds)
+        finally:
+            close_fds(fds)
+        return None
+
+    def _set_irqs(self, request: SetIrqs, fds: list[int], job: Job[None]) -> None:
+        self._irqs.set_irqs(request, fds)
+
+    def irq_summary(self) -> dict[str, int]:
+        """Vectors with an eventfd."""
+        return self._irqs.summary()
+
+    # Memory
+
+    def dma_map(self, request: DmaMap, fds: list[int]) -> Answer[None]:
+        """Map client memory for the device, at the client's addresses."""
+        # A copy of its own: of descriptors that share an inode, as those of devices do, the file table keeps one.
+        fd = OwnedFd(os.dup(fds[0])) if fds else None
+        region: DmaRegion | None = None
+        try:
+            region = self.memory.add(request, fds)
+            if region is None or fd is None:
+                self._note_unmapped(request, fd)
+                return None
+            self._maps.check(region)
+            owned, fd = fd, None
+        except CommandError:
+            if region is not None:
+                self.memory.discard(region)
+            raise
+        finally:
+            if fd is not None:
+                fd.close()
+        return self._maps.map(region, owned, partial(self._forget, region))
+
+    def _forget(self, region: DmaRegion) -> None:
+        # Closing the session drops all of them, also those that are still under way.
+        if self.memory.map.find(region.address) is region:
+            self.memory.discard(region)
+
+    def _note_unmapped(self, request: DmaMap, fd: OwnedFd | None) -> None:
+        # QEMU maps ROMs and the function's own BARs like this. No function does DMA to them.
+        if fd is None:
+            self._log.debug(
+                "memory without a descriptor is not mapped", address=f"{request.address:#x}", size=request.size
+            )
+
+    def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
+        """Unmap one range; while the device may use it, it counts as mapped."""
+        self.memory.require(request)
+        region = self.memory.map.find(request.address)
+        if region is None or region.owner is None:
+            self.memory.remove(request)
+            return None
+        return self._maps.unmap(region, partial(self._forget, region))
+
+    def dma_unmap_all(self) -> Answer[None]:
+        """Unmap everything."""
+        return self._maps.unmap_all(self.memory.remove_all)
+
+    # The end
+
+    async def close(self) -> None:
+        """Leave the device quiet and reset, and give it back to the system, so that the next client can have it."""
+        active = self._irqs.active
+        self._irqs.close()
+        self.memory.close()
+        await self._worker.submit(Job(partial(self._shut_down, active), always=True))
+
+    def _shut_down(self, active: list[int], job: Job[None]) -> None:
+        """Each step on its own: a device that has gone fails all of them, and is closed all the same."""
+        device = self._device
+        steps: list[tuple[str, Callable[[], object]]] = [
+            *((f"switching interrupts {index} off", partial(device.disable_irqs, index)) for index in active),
+            ("switching bus mastering off", device.clear_bus_master),
+            ("unmapping all memory", self._opened.space.unmap_all),
+        ]
+        if device.flags & DeviceInfoFlags.RESET:
+            steps.insert(-1, ("resetting the function", device.reset))
+        for what, step in steps:
+            try:
+                step()
+            except OSError as error:
+                self._log.warning("leaving the device: a step failed", step=what, error=error.strerror)
+        self._regions.close()
+        self._opened.close()
+
+
+async def _ignore(answer: Awaitable[bytes]) -> None:
+    await answer

@@ -1,0 +1,293 @@
+"""What a function does, as far as anybody knows: the state, whether it is certain, and the task that finds out."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable, Mapping
+from enum import Enum
+
+import trio
+
+from vfiouser_agents.api import Agent, Outcome, Status
+from vfiouser_agents.errors import AgentError, Fate
+from vfiouser_oob.config.schema import MigrationConfig
+from vfiouser_oob.control.events import EventHub
+from vfiouser_oob.migration.actions import Actions, Work
+from vfiouser_oob.migration.agent_link import AgentLink
+from vfiouser_oob.migration.arcs import Bound, Undo
+from vfiouser_oob.migration.fence import AS_STATE
+from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.observability.log import Logger
+from vfiouser_protocol.constants import DeviceState
+from vfiouser_protocol.errors import CommandError, VfioUserError
+
+#: Kept back of a message's time so that our own answer comes before the connection's.
+_MARGIN_S = 0.05
+_MARGIN_PART = 0.05
+#: The longest pause between two attempts at something that fails.
+PAUSE_MAX_S = 5.0
+
+
+class Owner(Enum):
+    """Who moves the state."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
+class Truth(Enum):
+    """Whether the state is what the function really does."""
+
+    KNOWN = "known"
+    #: A call's effect is not known; a task finds out.
+    UNKNOWN = "unknown"
+    #: The agent said that the function is broken; only a reset leads out.
+    FAILED = "failed"
+
+
+class Goal(Enum):
+    """What the task that settles an unknown truth works for."""
+
+    RESUME = "resume"
+    RESET = "reset"
+    #: Find out and touch nothing.
+    LEARN = "learn"
+
+
+def message_deadline() -> float:
+    """The time by which work for the current message has to be done, as trio's clock has it."""
+    deadline = trio.current_effective_deadline()
+    left = deadline - trio.current_time()
+    return deadline - min(_MARGIN_S, left * _MARGIN_PART) if 0 < left < float("inf") else deadline
+
+
+class Standing:
+    """Where one function stands in its migration.
+
+    Args:
+        name: the function's name.
+        agent: its agent; entered and left by the caller.
+        function_id: the agent's name for it.
+        config: its migration settings.
+        events: where changes are announced.
+        log: a logger with the function's fields.
+    """
+
+    def __init__(
+        self, name: str, agent: Agent, function_id: str, config: MigrationConfig, events: EventHub, log: Logger
+    ) -> None:
+        self.config = config
+        self.tracer = Tracer(name, events, log)
+        self.link = AgentLink(agent, function_id, self.tracer)
+        self.actions = Actions(self.link, config, self.tracer)
+        self.state = DeviceState.RUNNING
+        self.owner: Owner | None = None
+        self.truth = Truth.KNOWN
+        #: Whether the agent was asked, since the daemon began or a client left a migration behind.
+        self.asked = False
+        self.fenced = False
+        #: Told after every reset of the function through the agent, which ends its dirty log.
+        self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
+        self._nursery: trio.Nursery | None = None
+        self._settled = trio.Event()
+        self._settled.set()
+        self._settling: trio.CancelScope | None = None
+        self._leaving: trio.CancelScope | None = None
+        self.actions.device_failed = self._fail_device
+        self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
+
+    @property
+    def work(self) -> Work:
+        """What the migration under way holds."""
+        return self.actions.work
+
+    @property
+    def _busy(self) -> bool:
+        return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN
+
+    @property
+    def _shown(self) -> str:
+        return self.state.name if self.truth is Truth.KNOWN else self.truth.value
+
+    def require_owner(self, owner: Owner, what: str) -> None:
+        """Refuse a command of the generation that does not own the migration.
+
+        Args:
+            owner: whose command it is.
+            what: the command's name.
+
+        Raises:
+            CommandError: EBUSY.
+        """
+        if self.owner not in (None, owner):
+            assert self.owner is not None
+            raise CommandError(
+                f"{what}: the migration belongs to generation {self.owner.value} until RUNNING or a reset", errno.EBUSY
+            )
+
+    async def settle(self) -> None:
+        """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
+        await self._settled.wait()
+
+    # Changes
+
+    def _back_to_running(self, why: str) -> None:
+        self.work.drop_pipelines()
+        self._now(DeviceState.RUNNING, why)
+        self._leave_later()
+
+    def _adopt(self, status: Status) -> None:
+        """Make the agent's word the truth."""
+        state = AS_STATE[status.state]
+        if state is DeviceState.ERROR:
+            self._fail_device(status.detail or "the agent says that the function is in ERROR")
+        elif state is DeviceState.RUNNING:
+            self._back_to_running("the agent says that it runs")
+        elif self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY, DeviceState.RESUMING):
+            self._now(state, "the agent says so")
+        else:
+            self._now(self.state, "the agent says so")
+
+    def _now(self, state: DeviceState, why: str) -> None:
+        """The function is in this state: known."""
+        old, self.state = self.state, state
+        self.truth = Truth.KNOWN
+        self._settled.set()
+        if state is DeviceState.RUNNING:
+            self._leave_later(Outcome.SUCCESS if self.work.committed else Outcome.CANCELLED)
+            self.owner = None
+            self.fenced = False
+            self.asked = True
+            self.work.trailer_handed = self.work.committed = False
+        if state is not old:
+            self.tracer.state(old.name, state.name, why)
+
+    def _fail_device(self, why: str) -> None:
+        self.work.drop_pipelines()
+        self._stop_settling()
+        self.truth = Truth.FAILED
+        self.tracer.state(self.state.name, "ERROR", why)
+
+    def _fail_load(self, why: str) -> None:
+        """A load that failed stays RESUMING: nothing else is true, and only a reset leads out."""
+        if self.work.destination is not None and self.work.destination.failure is None:
+            self.work.destination.failure = why
+
+    # Leaving a migration at the agent
+
+    def _leave_later(self, outcome: Outcome = Outcome.CANCELLED) -> None:
+        """End what was begun at the agent, in the background, since the function runs in any case."""
+        if self.link.begun is not None and self._leaving is None and self._nursery is not None:
+            self._leaving = trio.CancelScope()
+            self._nursery.start_soon(self._leave, outcome, self._leaving)
+
+    async def _leave(self, outcome: Outcome, scope: trio.CancelScope) -> None:
+        pause = self.config.retry_s
+        with scope:
+            while self.link.begun is not None:
+                try:
+                    await self.link.leave(outcome, trio.current_time() + self.config.call_s, abort=True)
+                except AgentError as error:  # traced; the migration is left when the agent is back
+                    if error.fatal:
+                        break
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, PAUSE_MAX_S)
+            if self.actions.device is None:
+                await self.link.close()
+        if self._leaving is scope:
+            self._leaving = None
+
+    def _stop_leaving(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+
+    # Finding out
+
+    def _settle(self, goal: Goal) -> None:
+        """Find out in the background, and work for the goal until it is reached."""
+        self._stop_settling()
+        self.truth = Truth.UNKNOWN
+        if self._nursery is None:  # the daemon ends; the next one asks the agent
+            return
+        self._settled = trio.Event()
+        self._settling = trio.CancelScope()
+        self._nursery.start_soon(self._settle_until_done, goal, self._settling, self._settled)
+
+    def _stop_settling(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+            self._settling = None
+
+    async def _settle_until_done(self, goal: Goal, scope: trio.CancelScope, settled: trio.Event) -> None:
+        pause = self.config.retry_s
+        try:
+            with scope:
+                while not await self._try_settle(goal):
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, PAUSE_MAX_S)
+        finally:
+            settled.set()
+
+    async def _try_settle(self, goal: Goal) -> bool:
+        """Make one attempt; returns whether the truth is known now."""
+        try:
+            deadline = trio.current_time() + self.config.stop_s
+            if goal is Goal.LEARN:
+                status = await self.link.status(deadline)
+                if status.pending:
+                    return False
+                self._adopt(status)
+            elif goal is Goal.RESUME:
+                await self.actions.resume(deadline)
+                self._back_to_running("brought back")
+            else:
+                await self.actions.reset_agent(deadline)
+                await self.actions.reset_device(deadline)
+                await self._agent_was_reset(deadline)
+                self._back_to_running("reset")
+            if self.actions.device is None and not self._busy:
+                await self.link.close()
+        except AgentError as error:
+            if error.fate is not Fate.FAILED:
+                return False
+            self._fail_device(str(error))
+        except VfioUserError as error:
+            self.tracer.note("the device could not be reset", error=str(error))
+            return False
+        return True
+
+    async def state_now(self) -> DeviceState:
+        """The state for a client that asks by message: the truth, or ERROR if not even `status` tells it."""
+        if self.truth is Truth.FAILED:
+            return DeviceState.ERROR
+        if self.truth is Truth.KNOWN:
+            return self.state
+        try:
+            status = await self.link.status(message_deadline())
+        except AgentError:
+            return self.state_shown if self._settled.is_set() else DeviceState.ERROR
+        return self.state_shown if self._settled.is_set() else AS_STATE[status.state]
+
+    @property
+    def state_shown(self) -> DeviceState:
+        """The state for a client that must never see an error that may pass: the old one while the truth is unknown."""
+        return DeviceState.ERROR if self.truth is Truth.FAILED else self.state
+
+    def _goal(self, undo: Undo) -> Goal:
+        """What to work for in the background; a function whose state may live elsewhere is only asked about."""
+        if undo is Undo.LEARN and not (self.work.trailer_handed or self.work.committed):
+            return Goal.RESUME
+        return _GOALS[undo]
+
+    async def _agent_was_reset(self, deadline: float) -> None:
+        if self.after_agent_reset is not None:
+            await self.after_agent_reset(deadline)
+
+
+_GOALS: Mapping[Undo, Goal] = {
+    Undo.RESUME: Goal.RESUME,
+    Undo.RESET: Goal.RESET,
+    Undo.LEARN: Goal.LEARN,
+    Undo.LEAVE: Goal.RESUME,
+}
