@@ -20,6 +20,7 @@ BUILT_IN: Mapping[str, str] = {
     "jsonrpc": "vfiouser_agents.adapters.jsonrpc:JsonRpcAgent",
     "legacy-tcp": "vfiouser_agents.adapters.legacy_tcp:LegacyTcpAgent",
     "msgpack-rpc": "vfiouser_agents.adapters.msgpack_rpc:MsgpackRpcAgent",
+    "plugin-so": "vfiouser_agents.adapters.plugin_so:PluginSoAgent",
 }
 
 
