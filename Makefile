@@ -25,18 +25,18 @@ test: venv-dev vm-assets ## run all tests, those in virtual machines too
 test-fast: venv-dev ## run all tests but those in virtual machines
 	$(PYTEST) -m "not vm" $(PYTEST_ARGS)
 
+test-vm-long: venv-dev ## run the VM tests that take minutes: Linux in nested QEMU, the oldest kernel
+	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
+	$(PYTEST) -m long $(PYTEST_ARGS)
+
 check: venv-dev ## lint, formatting, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-vm-long: venv-dev ## run the VM tests that take minutes: Linux in nested QEMU, the oldest kernel
-	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
-	$(PYTEST) -m long $(PYTEST_ARGS)
-
-conformance: venv-dev ## run the protocol's property tests and the tests against running daemons
-	$(PYTEST) -m "not vm" tests/property tests/integration $(PYTEST_ARGS)
+conformance: venv-dev ## judge the daemon with the conformance suite, and prove that the suite bites
+	$(PYTEST) tests/conformance $(PYTEST_ARGS)
 
 bench: venv ## measure the daemon on this machine
 	$(BIN)/vfiouser-oob bench

@@ -37,7 +37,7 @@ SCENARIOS = (
     "igb_vf",
     "qemu",
 )
-LINUX_S = 600.0
+LINUX_S = 1600.0
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,17 @@
 """The other end of every comparison: processes that do nothing but read and answer.
 
-Run as ``python -m vfiouser_oob.bench.peers KIND FD``. They read and write as the protocol demands and leave
+Run as ``python -m vfiouser_oob.bench.peers KIND FD…``. They read and write as the protocol demands and leave
 out everything else: no look at the message, no state, blocking calls.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_protocol.constants import HEADER_SIZE, Command
@@ -17,6 +19,9 @@ from vfiouser_protocol.header import pack_header, unpack_header
 
 READ_REQUEST_SIZE = 32
 READ_REPLY_SIZE = 36
+#: What a stream is sent and copied in, at most; and the size of a request for a stream.
+STREAM_PIECE = 1 << 20
+_COUNT_SIZE = 8
 _ANCILLARY_SIZE = socket.CMSG_SPACE(4)
 #: Payload bytes of the replies to what the map benchmark sends.
 _REPLY_PAYLOADS = {Command.DMA_MAP: 0, Command.DMA_UNMAP: 24}
@@ -44,15 +49,37 @@ def empty_loop(sock: socket.socket) -> None:
         sock.send(pack_header(header.msg_id, header.command, size, 1) + payload)
 
 
-KINDS: Mapping[str, Callable[[socket.socket], None]] = {"echo": echo, "empty-loop": empty_loop}
+def stream(sock: socket.socket) -> None:
+    """Send as many bytes as an eight-byte number asks for, again and again."""
+    data = memoryview(random.Random(1).randbytes(STREAM_PIECE))
+    while request := sock.recv(_COUNT_SIZE, socket.MSG_WAITALL):
+        left = int.from_bytes(request, "little")
+        while left:
+            left -= sock.send(data[: min(left, STREAM_PIECE)])
+
+
+def copy(source: socket.socket, sink: socket.socket) -> None:
+    """Pass requests for so many bytes from the sink to the source, and the bytes from the source to the sink."""
+    buffer = memoryview(bytearray(STREAM_PIECE))
+    while request := sink.recv(_COUNT_SIZE, socket.MSG_WAITALL):
+        source.sendall(request)
+        left = int.from_bytes(request, "little")
+        while left:
+            count = source.recv_into(buffer, min(left, STREAM_PIECE))
+            sink.sendall(buffer[:count])
+            left -= count
+
+
+KINDS: Mapping[str, Callable[..., None]] = {"echo": echo, "empty-loop": empty_loop, "stream": stream, "copy": copy}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve one inherited, connected socket until the peer closes it."""
-    kind, fd = arguments
-    with socket.socket(fileno=int(fd)) as sock:
+    """Serve inherited, connected sockets until the peer closes them."""
+    kind, *fds = arguments
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(fileno=int(fd))) for fd in fds]
         Notifier.from_environment().ready()
-        KINDS[kind](sock)
+        KINDS[kind](*sockets)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import array
+import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vfiouser_protocol.capabilities import Capabilities, encode_version
+from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, encode_version
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import HEADER_SIZE, Command, RegionIndex
 from vfiouser_protocol.errors import ReplyError, VfioUserError
@@ -46,13 +47,19 @@ class RawClient:
         self.sock = sock
 
     @classmethod
-    def attach(cls, path: Path) -> RawClient:
-        """Connect to a server and do what a VMM does before its guest runs, as far as every VMM does it."""
+    def attach(cls, path: Path, *, migration: bool = False) -> RawClient:
+        """Connect to a server and do what a VMM does before its guest runs, as far as every VMM does it.
+
+        Args:
+            path: where it listens.
+            migration: whether to announce the v1 generation of migration.
+        """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.connect(str(path))
             client = cls(sock)
-            client.call(Command.VERSION, encode_version(Capabilities(max_msg_fds=16), 0))
+            announced = Capabilities(max_msg_fds=16, migration=MigrationCapability() if migration else None)
+            client.call(Command.VERSION, encode_version(announced, 0))
             client.call(Command.DEVICE_GET_INFO, encode(DeviceInfo(16)))
             for index in (*range(6), RegionIndex.CONFIG):
                 client.call(Command.DEVICE_GET_REGION_INFO, encode(RegionInfo(_REGION_INFO_ROOM, 0, int(index))))
@@ -78,19 +85,29 @@ class RawClient:
             ReplyError: the server refused.
             BenchFailed: it closed the connection.
         """
+        body, fds = self.call_for_fds(command, payload)
+        for fd in fds:
+            os.close(fd)
+        return body
+
+    def call_for_fds(self, command: int, payload: bytes) -> tuple[bytes, list[int]]:
+        """Send a command and return the reply's payload with its descriptors, which are the caller's.
+
+        Raises:
+            ReplyError: the server refused.
+            BenchFailed: it closed the connection.
+        """
         with self._patience():
             self.sock.sendall(message(command, payload))
             data, ancillary, _, _ = self.sock.recvmsg(HEADER_SIZE, _ANCILLARY_SIZE, socket.MSG_WAITALL)
-        for _, _, raw in ancillary:
-            for fd in array.array("i", raw):
-                socket.close(fd)
+        fds = [fd for _, _, raw in ancillary for fd in array.array("i", raw)]
         if len(data) != HEADER_SIZE:
             raise BenchFailed(f"the server closed the connection at {command_name(command)}")
         header = unpack_header(data)
         body = self.sock.recv(header.payload_size, socket.MSG_WAITALL) if header.payload_size else b""
         if header.is_error:
             raise ReplyError(f"the server refused {command_name(command)}", header.error)
-        return body
+        return body, fds
 
     def round_trips(self, request: bytes, reply_size: int, count: int) -> list[int]:
         """Exchange the same message again and again.

@@ -24,6 +24,7 @@ from vfiouser_oob.bench.measure import (
 from vfiouser_oob.bench.placement import apart
 from vfiouser_oob.bench.raw import RawClient
 from vfiouser_oob.bench.results import Budget, Result
+from vfiouser_oob.bench.streams import FULL_STREAMS, QUICK_STREAMS, StreamEffort, measure_streams
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.demo.children import Child, blaming, running, running_command
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
@@ -52,6 +53,7 @@ class Effort:
         attaches: attaches per round.
         functions: functions of the big daemon.
         idle_s: seconds of doing nothing.
+        streams: how much state to move.
     """
 
     rounds: int = 9
@@ -60,10 +62,11 @@ class Effort:
     attaches: int = 3
     functions: int = 32
     idle_s: float = 3.0
+    streams: StreamEffort = FULL_STREAMS
 
 
 FULL = Effort()
-QUICK = Effort(rounds=5, reads=400, bursts=6, attaches=1, functions=8, idle_s=1.0)
+QUICK = Effort(rounds=5, reads=400, bursts=6, attaches=1, functions=8, idle_s=1.0, streams=QUICK_STREAMS)
 
 
 class Peer(NamedTuple):
@@ -132,6 +135,7 @@ async def measure(effort: Effort, progress: Progress) -> list[Result]:
             results += _attaches(bed, effort)
         progress(f"memory: 1 function, then {effort.functions}")
         results += await _memory(Path(place), effort)
+        results += await measure_streams(Path(place), effort.streams, progress)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +50,12 @@ class HostPair:
     Args:
         directory: where everything is.
         children: all processes that were started.
+        agents: the addresses of the agents, by host.
     """
 
     directory: Path
     children: Sequence[Child]
+    agents: Mapping[str, str]
 
     def socket(self, host: str, name: str) -> Path:
         """Where a host's daemon serves a function."""
@@ -62,6 +64,10 @@ class HostPair:
     def daemon(self, host: str) -> Child:
         """A host's daemon."""
         return next(child for child in self.children if child.name == f"serve-{host}")
+
+    def agent_port(self, host: str) -> int:
+        """The TCP port of a host's agent."""
+        return int(self.agents[host].rpartition(":")[2])
 
 
 @asynccontextmanager
@@ -80,6 +86,7 @@ async def two_hosts(directory: Path, options: HostOptions, progress: Progress) -
     certificates = make_certificates(directory / "tls") if options.tls else None
     _make_images(directory, options)
     children: list[Child] = []
+    agents: dict[str, str] = {}
     async with AsyncExitStack() as stack:
         for host in HOSTS:
             place = directory / host
@@ -88,6 +95,7 @@ async def two_hosts(directory: Path, options: HostOptions, progress: Progress) -
                 running(f"simulate-soc-{host}", _simulator(directory, place, options, certificates), directory)
             )
             address = json.loads((place / "soc" / "agent.json").read_text(encoding="utf-8"))["addresses"][0]
+            agents[host] = address
             config = place / "daemon.toml"
             config.write_text(_configuration(place, options, address, certificates), encoding="utf-8")
             serve = ["serve", "--config", str(config)]
@@ -97,7 +105,7 @@ async def two_hosts(directory: Path, options: HostOptions, progress: Progress) -
                 f"host {host}: simulator is ready, pid {simulator.pid}; agent at {address}; "
                 f"daemon is ready, pid {daemon.pid}"
             )
-        yield HostPair(directory, children)
+        yield HostPair(directory, children, agents)
 
 
 def _make_images(directory: Path, options: HostOptions) -> None:

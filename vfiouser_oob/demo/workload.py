@@ -56,6 +56,7 @@ class Workload:
         self._versions: dict[int, int] = {}
         self._stopping = False
         self._finished = trio.Event()
+        self._wrote = trio.Event()
         self.counts = WorkloadCounts()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -85,6 +86,7 @@ class Workload:
                 await self._driver.write(lba, self._data(lba, version))
             self._versions[lba] = version
             self.counts.writes += 1
+            self._wrote.set()
             await self._check(lba)
             turn += 1
 
@@ -96,6 +98,11 @@ class Workload:
             self.counts.bytes_verified += len(data)
         else:
             self.counts.mismatches += 1
+
+    async def next_write(self) -> None:
+        """Wait until one more write was completed."""
+        self._wrote = trio.Event()
+        await self._wrote.wait()
 
     async def verify(self) -> None:
         """Read everything that was written, once more; `counts` says what came of it."""

@@ -13,8 +13,8 @@ from vmbed.qemu import GUEST_QEMU, QemuConfig, VfioUserDevice, start_qemu
 
 KERNEL, INITRAMFS = GUEST_QEMU / "vmlinuz", GUEST_QEMU / "initramfs"
 #: A guest in an emulated guest: its seconds are minutes.
-BOOT_S = 240.0
-COMMAND_S = 240.0
+BOOT_S = 600.0
+COMMAND_S = 300.0
 MSG_TIMEOUT_MS = 120_000
 SLOT = 3
 MESSAGES = 0x10_0000

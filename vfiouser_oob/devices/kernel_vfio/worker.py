@@ -13,11 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
+from vfiouser_agents.errors import AgentError
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_protocol.errors import CommandError, VfioUserError
 
 T = TypeVar("T")
-_FAILURES = (OSError, VfioUserError, BackendUnavailable)
+_FAILURES = (OSError, VfioUserError, AgentError, BackendUnavailable)
 
 
 class Job(Generic[T]):

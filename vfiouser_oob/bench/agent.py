@@ -1,0 +1,91 @@
+"""An agent that costs as little as an agent can: its state is the same megabyte again and again, and is never looked at.
+
+Run as ``python -m vfiouser_oob.bench.agent PORT_FILE FUNCTIONS STATE_SIZE``.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from vfiouser_agents.api import AgentState, Chunk, Estimate, Phase, Session
+from vfiouser_agents.errors import CorruptState, InvalidArgument
+from vfiouser_agents.memory import MemoryAgent, MemoryFunction, MemorySession
+from vfiouser_agents.rpc.endpoint import listening_address, open_listeners, parse_address
+from vfiouser_agents.rpc.server import serve_agent
+from vfiouser_oob.systemd.notify import Notifier
+
+_PATTERN = random.Random(1).randbytes(1 << 20)
+
+
+class StreamSession(MemorySession):
+    """A session whose state is a pattern of a given size, given and taken without being looked at."""
+
+    loaded = 0
+
+    async def estimate(self) -> Estimate:
+        """All of it."""
+        await trio.lowlevel.checkpoint()
+        return Estimate(self.function.state_size, self.function.state_size, 0, exact=True)
+
+    async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
+        """The next piece."""
+        await trio.lowlevel.checkpoint()
+        left = self.function.state_size - offset
+        if phase is Phase.PRECOPY and left <= len(_PATTERN):
+            return Chunk(b"", drained=True)
+        count = min(limit, len(_PATTERN), left)
+        data = _PATTERN if count == len(_PATTERN) else _PATTERN[:count]
+        return Chunk(data, eof=phase is not Phase.PRECOPY and count == left)
+
+    async def load(self, offset: int, data: bytes) -> None:
+        """Count it."""
+        await trio.lowlevel.checkpoint()
+        if offset == 0:
+            self.loaded = 0
+        if offset != self.loaded:
+            raise InvalidArgument(f"load at {offset} where {self.loaded} was due")
+        self.loaded += len(data)
+
+    async def load_commit(self, total: int, sha256: bytes) -> None:
+        """Check the count."""
+        await trio.lowlevel.checkpoint()
+        if total != self.loaded:
+            raise CorruptState(f"{self.loaded} bytes came, {total} were announced")
+        self.function.spoiled = False
+        self.function.move(AgentState.LOADED)
+
+
+class StreamAgent(MemoryAgent):
+    """An agent with such sessions."""
+
+    async def open(self, function_id: str) -> Session:
+        """A session for a function."""
+        await super().open(function_id)
+        return StreamSession(self.by_id[function_id])
+
+
+async def _serve(port_file: Path, functions: int, state_size: int) -> None:
+    agent = StreamAgent([MemoryFunction(f"f{number}", state_size) for number in range(functions)])
+    address = parse_address("tcp://127.0.0.1:0")
+    async with agent, trio.open_nursery() as nursery:
+        listeners = await open_listeners(address)
+        await nursery.start(serve_agent, agent, listeners)
+        port_file.write_text(str(listening_address(address, listeners[0])), encoding="utf-8")
+        Notifier.from_environment().ready()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until killed."""
+    port_file, functions, state_size = arguments
+    gc.freeze()
+    trio.run(_serve, Path(port_file), int(functions), int(state_size))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
