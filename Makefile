@@ -11,7 +11,7 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets clean venv venv-demo venv-dev
+.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets proto clean venv venv-demo venv-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: venv ## measure the daemon on this machine
 
 vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine's Debian archive (cached)
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets
+
+proto: venv-dev ## compile the .proto of the gRPC agents again, after it was changed
+	$(BIN)/python tools/protoc.py
 
 clean: ## remove what make made, except the downloads in .cache
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
