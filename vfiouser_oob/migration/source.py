@@ -302,14 +302,14 @@ class SourcePipeline:
             raise CommandError(f"the state could not be fetched: {self._error}", self._error.errno)
         return self._drained and not self._restarting
 
-    def take(self, size: int) -> bytes:
-        """Return up to so many bytes of what is there.
+    def take(self, size: int) -> list[memoryview]:
+        """Return up to so many bytes of what is there, in the pieces in which it came.
 
         Args:
             size: bytes wanted.
         """
-        data = b"".join(self._queue.take(size))
-        self.taken += len(data)
+        data = self._queue.take(size)
+        self.taken += sum(map(len, data))
         if data:
             self._notify()
         return data
