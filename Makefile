@@ -11,7 +11,7 @@ BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets clean venv venv-demo venv-dev
+.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets proto clean venv venv-demo venv-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,24 +25,27 @@ test: venv-dev vm-assets ## run all tests, those in virtual machines too
 test-fast: venv-dev ## run all tests but those in virtual machines
 	$(PYTEST) -m "not vm" $(PYTEST_ARGS)
 
+test-vm-long: venv-dev ## run the VM tests that take minutes: Linux in nested QEMU, the oldest kernel
+	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
+	$(PYTEST) -m long $(PYTEST_ARGS)
+
 check: venv-dev ## lint, formatting, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-vm-long: venv-dev ## run the VM tests that take minutes: Linux in nested QEMU, the oldest kernel
-	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
-	$(PYTEST) -m long $(PYTEST_ARGS)
-
-conformance: venv-dev ## run the protocol's property tests and the tests against running daemons
-	$(PYTEST) -m "not vm" tests/property tests/integration $(PYTEST_ARGS)
+conformance: venv-dev ## judge the daemon with the conformance suite, and prove that the suite bites
+	$(PYTEST) tests/conformance $(PYTEST_ARGS)
 
 bench: venv ## measure the daemon on this machine
 	$(BIN)/vfiouser-oob bench
 
 vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine's Debian archive (cached)
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets
+
+proto: venv-dev ## compile the .proto of the gRPC agents again, after it was changed
+	$(BIN)/python tools/protoc.py
 
 clean: ## remove what make made, except the downloads in .cache
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

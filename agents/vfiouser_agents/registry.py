@@ -17,10 +17,15 @@ from .options import OptionError, hint
 GROUP = "vfiouser_oob.agents"
 #: Our own, found also where the distribution is not installed; the entry points in pyproject.toml are the same.
 BUILT_IN: Mapping[str, str] = {
+    "grpc": "vfiouser_agents.adapters.grpc_agent:GrpcAgent",
     "jsonrpc": "vfiouser_agents.adapters.jsonrpc:JsonRpcAgent",
     "legacy-tcp": "vfiouser_agents.adapters.legacy_tcp:LegacyTcpAgent",
     "msgpack-rpc": "vfiouser_agents.adapters.msgpack_rpc:MsgpackRpcAgent",
+    "plugin-so": "vfiouser_agents.adapters.plugin_so:PluginSoAgent",
 }
+
+#: The extra that a kind needs, where there is one.
+EXTRAS: Mapping[str, str] = {"grpc": "grpc"}
 
 
 class AgentFactory(Protocol):
@@ -60,7 +65,8 @@ def make_agent(kind: str, options: Mapping[str, Any]) -> Agent:
     try:
         factory = cast("AgentFactory", entry.load())
     except (ImportError, AttributeError) as error:
-        raise OptionError(f"agent kind {kind!r} ({entry.value}) cannot be loaded: {error}") from error
+        extra = f"; it needs vfiouser-oob[{EXTRAS[kind]}]" if kind in EXTRAS else ""
+        raise OptionError(f"agent kind {kind!r} ({entry.value}) cannot be loaded: {error}{extra}") from error
     return factory.from_options(options)
 
 

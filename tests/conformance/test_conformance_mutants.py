@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,16 +30,10 @@ def run(case: Case, path: Path, fault: str) -> Result:
         return Runner(target).run([case]).results[0]
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """Where the sockets are."""
-    yield tmp_path
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_good_server_passes(case: Case, directory: Path) -> None:
+def test_a_good_server_passes(case: Case, tmp_path: Path) -> None:
     """The server without faults passes every case, and no case is not applicable to it."""
-    result = run(case, directory, "")
+    result = run(case, tmp_path, "")
     assert (Verdict.PASSED, "") == (result.verdict, result.reason)
 
 
@@ -48,7 +41,7 @@ def test_a_good_server_passes(case: Case, directory: Path) -> None:
     ("case", "fault"),
     [pytest.param(case, fault, id=f"{case.name}-{fault}") for case in CASES for fault in case.mutants],
 )
-def test_a_mutant_is_caught(case: Case, fault: str, directory: Path) -> None:
+def test_a_mutant_is_caught(case: Case, fault: str, tmp_path: Path) -> None:
     """The server with a fault that the case names fails the case."""
-    result = run(case, directory, fault)
+    result = run(case, tmp_path, fault)
     assert Verdict.FAILED is result.verdict, f"{fault} was not caught: {result.verdict} {result.reason}"

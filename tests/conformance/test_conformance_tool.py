@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_failed_must(socket_path: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "argsz of the reply: expected 16, got 0" in out
     assert "command DEVICE_GET_INFO" in out
     assert "reply DEVICE_GET_INFO" in out
-    assert "0000  " in out
+    assert re.search(r"0000  02 40 04 00 20 00 00 00 .*id 0x4002, msg_size 32, flags 0x0", out)
 
 
 def test_a_failed_should(socket_path: str) -> None:

@@ -173,12 +173,15 @@ async def test_parts_are_killed_apart(place: Path) -> None:
 async def test_device_takes_its_agent_along(place: Path) -> None:
     """A killed device process leaves no agent behind that would hold its address."""
     async with soc(place) as device:
-        device.process.send_signal(signal.SIGKILL)
-        await device.process.wait()
-        with trio.fail_after(10):
-            # The agent is nobody's child any more, so its end announces itself to nobody.
-            while (place / "agent.json").exists():  # noqa: ASYNC110
-                await trio.sleep(0.02)
+        pid = agent_file(place)["pid"]
+        assert isinstance(pid, int)
+        agent = os.pidfd_open(pid)
+        try:
+            device.process.send_signal(signal.SIGKILL)
+            with trio.fail_after(10):
+                await trio.lowlevel.wait_readable(agent)
+        finally:
+            os.close(agent)
 
 
 async def test_no_agent(place: Path) -> None:
@@ -302,7 +305,7 @@ async def test_a_driver_moves_with_io_in_flight(place: Path, options: list[str])
                 for queue in nvme._queues:
                     queue._bar = bars  # type: ignore[assignment]
                 written = 0
-                warm = trio.Event()
+                under_way = trio.Event()
 
                 async def work(first: int) -> None:
                     nonlocal written
@@ -312,7 +315,7 @@ async def test_a_driver_moves_with_io_in_flight(place: Path, options: list[str])
                         assert data == await nvme.read(lba, 1)
                         written += 1
                         if written == 100:
-                            warm.set()
+                            under_way.set()
 
                 async with trio.open_nursery() as nursery:
                     for worker in range(4):
@@ -323,7 +326,7 @@ async def test_a_driver_moves_with_io_in_flight(place: Path, options: list[str])
                     await taker.check(await giver.describe())
                     await giver.dirty_start([Range(MEMORY_BASE, MEMORY_SIZE)], 4096)
                     stream = await save(giver, 0, Phase.PRECOPY)
-                    await warm.wait()
+                    await under_way.wait()
                     bars.running = trio.Event()
                     # A doorbell that is on its way must not be overtaken by the stop.
                     await here.get_info()

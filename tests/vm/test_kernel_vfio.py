@@ -34,10 +34,11 @@ SCENARIOS = (
     "kept_descriptor",
     "second_daemon",
     "killed_daemon",
+    "asked_back",
     "igb_vf",
     "qemu",
 )
-LINUX_S = 600.0
+LINUX_S = 1600.0
 
 
 @pytest.fixture(scope="module")

@@ -108,13 +108,14 @@ def _one_function(args: argparse.Namespace) -> DaemonConfig:
         raise ConfigError("either --config FILE or --device KIND:… is needed (see vfiouser-oob serve --help)")
     if args.socket_path is None and args.fd is None and "LISTEN_FDS" not in os.environ:
         raise ConfigError("--device needs --socket-path PATH or --fd N, or a socket passed by systemd")
+    device = parse_device(args.device, "--device")
     function = FunctionConfig(
         name=args.name or _name_for(args.socket_path, args.fd),
-        device=parse_device(args.device, "--device"),
+        device=device,
         socket=args.socket_path,
         fd=args.fd,
         dma=DmaMode(args.dma) if args.dma else DmaMode.FILES,
-        agent=parse_agent(args.agent, "--agent") if args.agent else None,
+        agent=parse_agent(args.agent, device, "--agent") if args.agent else None,
     )
     return DaemonConfig(functions=(function,), control_socket=default_control_socket())
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vfiouser_oob.config.schema import AgentConfig, Generations, MigrationConfig
+from vfiouser_oob.config.schema import AgentConfig, DeviceConfig, Generations, KernelVfioDevice, MigrationConfig
 from vfiouser_oob.config.tables import Key, Place, read_table
 from vfiouser_oob.config.values import one_of, read_size, read_string, seconds_between, shown
 
+#: The agent that is the device's own kernel driver; it is no service, and so has no options.
+OWN_AGENT = "kernel-vfio"
 _PAGE = 4096
 _CHUNK_MIN, _CHUNK_MAX = 4096, 16 << 20
 _V1_DATA_MAX = 64 << 20
@@ -65,12 +67,13 @@ def read_migration(raw: Any, place: Place) -> MigrationConfig:
     return MigrationConfig(**read_table(raw, MIGRATION_KEYS, place))
 
 
-def read_agent(raw: Any, place: Place) -> AgentConfig:
+def read_agent(raw: Any, place: Place, device: DeviceConfig) -> AgentConfig:
     """Read an `agent` table; the options of a kind are its adapter's to judge, but for what all of them have.
 
     Args:
         raw: what stands in its place.
         place: where it stands.
+        device: the function's device.
 
     Raises:
         ConfigError: it cannot be used.
@@ -78,6 +81,8 @@ def read_agent(raw: Any, place: Place) -> AgentConfig:
     if not isinstance(raw, Mapping):
         place.fail(f'must be a table such as {{kind = "msgpack-rpc", address = …, function = …}}, got {shown(raw)}')
     options = dict(raw)
+    if options.get("kind") == OWN_AGENT:
+        return _own_agent(options, place, device)
     for name in ("kind", "function"):
         if name not in options:
             place.fail(f"key {name!r} is missing")
@@ -97,11 +102,19 @@ def read_agent(raw: Any, place: Place) -> AgentConfig:
     return AgentConfig(kind=kind, function=function, options=options)
 
 
-def parse_agent(text: str, source: str | None = None) -> AgentConfig:
+def _own_agent(options: Mapping[str, Any], place: Place, device: DeviceConfig) -> AgentConfig:
+    read_table(options, (Key("kind", read_string),), place)
+    if not isinstance(device, KernelVfioDevice):
+        place.fail(f"kind {OWN_AGENT!r} is the kernel driver of a device of that kind, and this one is {device.kind!r}")
+    return AgentConfig(kind=OWN_AGENT, function=device.bdf)
+
+
+def parse_agent(text: str, device: DeviceConfig, source: str | None = None) -> AgentConfig:
     """Read the short form of an agent.
 
     Args:
         text: ``KIND:ADDRESS,function=NAME[,KEY=VALUE…]``, as `vfiouser_agents.registry.parse_agent` has it.
+        device: the function's device.
         source: the option that it came from.
 
     Raises:
@@ -111,8 +124,10 @@ def parse_agent(text: str, source: str | None = None) -> AgentConfig:
     from vfiouser_agents.registry import parse_agent as parse
 
     place = Place(f"agent {shown(text)}", source)
+    if text.rstrip(":") == OWN_AGENT:
+        return read_agent({"kind": OWN_AGENT}, place, device)
     try:
         kind, options = parse(text)
     except OptionError as error:
         place.fail(str(error))
-    return read_agent({"kind": kind, **options}, place)
+    return read_agent({"kind": kind, **options}, place, device)

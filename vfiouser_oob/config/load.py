@@ -173,7 +173,7 @@ def _read_function(raw: Any, index: int, source: str, lines: LineMap) -> Functio
     values["device"] = read_device(values["device"], place)
     if "agent" in values:
         place = Place(f"{label}: agent", source, partial(lines.line, "function", index, "agent"))
-        values["agent"] = read_agent(values["agent"], place)
+        values["agent"] = read_agent(values["agent"], place, values["device"])
     if "migration" in values:
         place = Place(f"{label}: migration", source, partial(lines.line, "function", index, "migration"))
         if "agent" not in values:

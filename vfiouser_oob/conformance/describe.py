@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -55,26 +56,31 @@ def transcript(records: Sequence[Record], last: int = 12) -> Iterator[str]:
     if len(records) > last:
         yield f"({len(records) - last} earlier messages)"
     for record in records[-last:]:
-        yield f"{record.direction} {record.at:7.3f} s  connection {record.channel}: {message(record.data, record.fds)}"
-        for line in _dump(record.data, record.size):
-            yield f"    {line}"
+        first, *words = parts(record.data, record.fds)
+        yield f"{record.direction} {record.at:7.3f} s  connection {record.channel}: {first}"
+        for hexadecimal, text in itertools.zip_longest(_dump(record.data, record.size), words, fillvalue=""):
+            yield f"    {hexadecimal:53}  {text}".rstrip()
 
 
 def message(data: bytes, fds: int = 0) -> str:
     """One message in words."""
+    return ", ".join(parts(data, fds))
+
+
+def parts(data: bytes, fds: int = 0) -> Sequence[str]:
+    """One message in words: what it is, then field by field."""
     if len(data) < wire.HEADER_SIZE:
-        return f"{len(data)} bytes of a message"
+        return [f"{len(data)} bytes of a message"]
     msg_id, command, size, flags, error = wire.HEADER.unpack_from(data)
     kind = {0: "command", 1: "reply"}.get(flags & wire.TYPE_MASK, f"type {flags & wire.TYPE_MASK}")
-    parts = [f"{kind} {wire.command_name(command)}", f"id {msg_id:#x}", f"msg_size {size}"]
+    found = [f"{kind} {wire.command_name(command)}", f"id {msg_id:#x}, msg_size {size}, flags {flags:#x}"]
     if flags & wire.NO_REPLY:
-        parts.append("NO_REPLY")
+        found.append("NO_REPLY")
     if flags & wire.ERROR:
-        parts.append(f"ERROR {error}")
+        found.append(f"ERROR {error}")
     if fds:
-        parts.append(f"{fds} descriptors")
-    parts += _fields(command, data[wire.HEADER_SIZE : size])
-    return ", ".join(parts)
+        found.append(f"{fds} descriptors")
+    return [*found, *_fields(command, data[wire.HEADER_SIZE : size])]
 
 
 def _fields(command: int, payload: bytes) -> Iterator[str]:
@@ -84,8 +90,8 @@ def _fields(command: int, payload: bytes) -> Iterator[str]:
     if layout is None or len(payload) < struct.calcsize(layout.format):
         yield f"{len(payload)} bytes of payload"
         return
-    for name, value in zip(layout.names.split(), struct.unpack_from(layout.format, payload), strict=True):
-        yield f"{name} {value:#x}" if name in _HEXADECIMAL else f"{name} {value}"
+    fields = zip(layout.names.split(), struct.unpack_from(layout.format, payload), strict=True)
+    yield ", ".join(f"{name} {value:#x}" if name in _HEXADECIMAL else f"{name} {value}" for name, value in fields)
     rest = payload[struct.calcsize(layout.format) :]
     if rest:
         yield f"{layout.rest} of {len(rest)} bytes" if command != Command.VERSION else repr(rest)

@@ -360,11 +360,10 @@ R401 libvfio-user the sample client's sequence
 NOT_FROM_OUTSIDE: Mapping[str, str] = {
     "R149": "the limit is the server's own, and it need not have one",
     "R217": "what a notified device does is its own business",
-    "R262": "intermediate states are the device's business; only their results can be seen",
+    "R266": "needs a device whose migration can be made to fail",
     "R276": "needs a device whose migration can be made to fail",
     "R310": "a server may log more than it was asked to",
     "R332": "needs a device whose migration can be made to fail",
-    "R392": "needs a guest; tested in virtual machines",
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias, TypeVar
 
+from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.irq import IrqDescription
@@ -151,6 +152,10 @@ class DeviceBackend(abc.ABC):
     @property
     def unavailable(self) -> str | None:
         """Why no client can be served now, as far as is known; None when one can."""
+        return None
+
+    def agent(self) -> Agent | None:
+        """The migration that the device has of its own, without an agent on an SoC; it works while `run` does."""
         return None
 
     @abc.abstractmethod

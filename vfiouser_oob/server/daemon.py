@@ -19,11 +19,13 @@ import trio
 
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
+from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.control.server import ControlServer
 from vfiouser_oob.control.status import DaemonStatus, Status
+from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
@@ -109,15 +111,16 @@ class Daemon:
     # Opening
 
     def _add(self, config: FunctionConfig, inherited: list[int], resources: ExitStack) -> None:
+        backend = make_backend(config, self._activity)
         function = Function(
             config.name,
-            make_backend(config, self._activity),
+            backend,
             reply_budget_s=self._config.reply_budget_s,
             activity=self._activity,
             events=self._events,
             log=log.get("function"),
             allow_uids=config.allow_uids,
-            migration=self._engine_maker(config),
+            migration=self._engine_maker(config, backend),
         )
         resources.callback(function.close)
         self.functions.append(function)
@@ -129,12 +132,14 @@ class Daemon:
             resources.callback(listener.close)
             self._listeners.append((function, listener))
 
-    def _engine_maker(self, config: FunctionConfig) -> EngineMaker | None:
+    def _engine_maker(self, config: FunctionConfig, backend: DeviceBackend) -> EngineMaker | None:
         agent = config.agent
         if agent is None:
             return None
         try:
-            connected = self._agents.agent(agent)
+            # The device's own driver is an agent that belongs to one function; all others may be shared.
+            own = backend.agent() if agent.kind == OWN_AGENT else None
+            connected = own or self._agents.agent(agent)
         except (ValueError, OSError) as error:
             raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
         return lambda name, events, logger: MigrationEngine(

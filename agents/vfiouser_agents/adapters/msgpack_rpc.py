@@ -20,7 +20,7 @@ import trio
 from vfiouser_agents.api import Agent, AgentInfo, Event, FunctionInfo
 from vfiouser_agents.errors import AgentError, AuthError, ConnectError, ProtocolError, TransportLost, Unsupported
 from vfiouser_agents.options import OptionError, number, read_options, seconds, switch, text
-from vfiouser_agents.rpc.core import NoRequests, RpcConnection
+from vfiouser_agents.rpc.core import Connection, Handler, NoRequests, RpcConnection
 from vfiouser_agents.rpc.endpoint import (
     Address,
     TlsOptions,
@@ -58,12 +58,12 @@ class Link(NoRequests):
 
     Args:
         agent: whose connection it is.
-        stream: the bytes.
+        make: makes the connection, for which this is the handler.
     """
 
-    def __init__(self, agent: MsgpackRpcAgent, stream: trio.abc.Stream) -> None:
+    def __init__(self, agent: MsgpackRpcAgent, make: Callable[[Handler], Connection]) -> None:
         self._agent = agent
-        self.connection = RpcConnection(stream, agent.make_codec(), self)
+        self.connection = make(self)
         self.info = AgentInfo("", "")
         #: Set when there may be something to keep alive.
         self.wake = trio.Event()
@@ -138,8 +138,8 @@ class MsgpackRpcAgent(Agent):
         self.address = address
         self.chunk_size = chunk_size
         self.sessions: list[RpcSession] = []
-        self._tls = tls or TlsOptions()
-        self._context: ssl.SSLContext | None = client_context(self._tls) if address.scheme == "tls" else None
+        self.tls = tls or TlsOptions()
+        self._context: ssl.SSLContext | None = client_context(self.tls) if address.scheme == "tls" else None
         self._allow_plaintext = allow_plaintext
         self._keepalive_s = keepalive_s
         self._connect_timeout_s = connect_timeout_s
@@ -171,10 +171,21 @@ class MsgpackRpcAgent(Agent):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.aclose()
-        if self._nursery is not None:
-            self._nursery.cancel_scope.cancel()
-        await self._stack.__aexit__(None, None, None)
+        try:
+            await self.aclose()
+        finally:
+            if self._nursery is not None:
+                self._nursery.cancel_scope.cancel()
+            await self._stack.__aexit__(None, None, None)
+
+    async def reach(self) -> Callable[[Handler], Connection]:
+        """Make what a connection needs.
+
+        Returns:
+            A function that makes the connection for a handler.
+        """
+        stream = await connect(self.address, self.tls, self._context, allow_plaintext=self._allow_plaintext)
+        return lambda handler: RpcConnection(stream, self.make_codec(), handler)
 
     def make_codec(self) -> Codec:
         """How messages are written on a new connection; the protocol is the same with any codec."""
@@ -264,8 +275,7 @@ class MsgpackRpcAgent(Agent):
             attempt.done.set()
 
     async def _greeted(self) -> Link:
-        stream = await connect(self.address, self._tls, self._context, allow_plaintext=self._allow_plaintext)
-        link = Link(self, stream)
+        link = Link(self, await self.reach())
         assert self._nursery is not None
         self._nursery.start_soon(self._run, link)
         try:

@@ -14,6 +14,7 @@ long as the agent is open, and asks the device only for what it can do:
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,7 +26,7 @@ import trio
 
 from vfiouser_agents.api import Agent, AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
 from vfiouser_agents.dirtylog import PageLog
-from vfiouser_agents.errors import Incompatible, Unsupported
+from vfiouser_agents.errors import AgentError, Incompatible, Unsupported
 from vfiouser_agents.ordering import CallQueue
 
 from .primitive_state import Loading, SavedStream
@@ -33,6 +34,7 @@ from .primitive_state import Loading, SavedStream
 if TYPE_CHECKING:
     from .primitive_session import PrimitiveSession
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -173,7 +175,14 @@ class Book:
             return await work()
         finally:
             if self.role is None:
-                await self.primitive.release()
+                await self._release()
+
+    async def _release(self) -> None:
+        try:
+            await self.primitive.release()
+        except AgentError as error:
+            # The call itself is over, and its outcome is what matters.
+            _log.warning("letting go of a device: %s", error)
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:

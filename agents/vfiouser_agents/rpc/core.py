@@ -57,6 +57,30 @@ class NoRequests:
         """Ignore."""
 
 
+class Connection(Protocol):
+    """A connection to an agent, whatever carries the calls; see `RpcConnection`."""
+
+    #: Bytes of the longest message that the peer takes.
+    max_outgoing: int
+    #: Why it is of no use any more; None while it is.
+    lost: AgentError | None
+    #: Counts what arrived.
+    received: int
+
+    @property
+    def unanswered(self) -> int:
+        """Calls that are not answered yet."""
+
+    def close(self, reason: AgentError) -> None:
+        """End it from our side."""
+
+    async def run(self) -> None:
+        """Work until the connection ends."""
+
+    async def call(self, method: str, params: dict[str, Any], on_late: Callable[[Any], None] | None = None) -> Any:
+        """Call the peer."""
+
+
 class _Pending:
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -245,7 +269,7 @@ class RpcConnection:
 
     async def _answer(self, request: Request, answer: Answer | AgentError) -> None:
         try:
-            result, taken = None, _Taken(request.method)
+            result, taken = None, Taken(request.method)
             if isinstance(answer, AgentError):
                 taken.error = answer
             else:
@@ -272,7 +296,7 @@ class RpcConnection:
         return data
 
 
-class _Taken:
+class Taken:
     """Takes what an agent raises, so that a mistake in one call ends that call and nothing else."""
 
     def __init__(self, method: str) -> None:

@@ -254,7 +254,7 @@ async def open_listeners(
 
 
 def _unix_listener(path: str) -> trio.SocketListener:
-    _remove_stale(path)
+    remove_stale_socket(path)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Bound without any rights for others; who else may connect is for the one who made the directory.
@@ -267,7 +267,15 @@ def _unix_listener(path: str) -> trio.SocketListener:
         raise
 
 
-def _remove_stale(path: str) -> None:
+def remove_stale_socket(path: str) -> None:
+    """Remove a UNIX socket that nobody listens at any more.
+
+    Args:
+        path: where it is.
+
+    Raises:
+        OSError: somebody listens there.
+    """
     if not Path(path).is_socket():
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

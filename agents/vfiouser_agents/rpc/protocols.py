@@ -80,6 +80,7 @@ PROTOCOLS: Mapping[str, Serve | str] = {
     "msgpack-rpc": _msgpack_rpc,
     "jsonrpc": _jsonrpc,
     "legacy-tcp": _legacy_tcp,
+    "grpc": "vfiouser_agents.adapters.grpc_server:serve_grpc",
 }
 
 
@@ -114,5 +115,5 @@ async def serve_at(
         try:
             serve = cast("Serve", getattr(import_module(module), name))
         except ImportError as error:
-            raise OptionError(f"protocol {protocol!r} cannot be served: {error}") from error
+            raise OptionError(f"protocol {protocol!r} cannot be served: {error}; is its extra installed?") from error
     await serve(agent, address, tls, allow_plaintext=allow_plaintext, task_status=task_status)

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -64,14 +64,44 @@ async def serve_agent(
         task_status: told when clients may come.
     """
     async with trio.open_nursery() as nursery:
-        server = _Server(agent, await agent.connect(), nursery, max_message, codec)
+        server = ServedAgent(agent, await agent.connect(), nursery, max_message, codec)
         await nursery.start(partial(trio.serve_listeners, server.serve, list(listeners), handler_nursery=nursery))
         task_status.started()
 
 
-class _Server:
+class Peer(Protocol):
+    """What the handler of a client needs of its connection."""
+
+    #: Bytes of the longest message that the client takes.
+    max_outgoing: int
+    #: Why it is of no use any more; None while it is.
+    lost: AgentError | None
+
+    def close(self, reason: AgentError) -> None:
+        """End it from our side."""
+
+    async def notify(self, method: str, params: dict[str, Any]) -> None:
+        """Send an event."""
+
+
+class ServedAgent:
+    """An agent with what all its connections share, whatever carries them.
+
+    Args:
+        agent: the agent, entered.
+        info: what it says of itself.
+        nursery: where calls are executed.
+        max_message: bytes of the longest message taken.
+        codec: makes the codec of a connection.
+    """
+
     def __init__(
-        self, agent: Agent, info: AgentInfo, nursery: trio.Nursery, max_message: int, codec: Callable[[int], Codec]
+        self,
+        agent: Agent,
+        info: AgentInfo,
+        nursery: trio.Nursery,
+        max_message: int,
+        codec: Callable[[int], Codec] = MsgpackCodec,
     ) -> None:
         self.agent = agent
         self._codec = codec
@@ -104,7 +134,7 @@ class _Server:
             self._connections -= 1
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
-        client = _Client(self)
+        client = ClientHandler(self)
         connection = RpcConnection(stream, self._codec(self.info.max_message), client)
         try:
             async with trio.open_nursery() as nursery:
@@ -141,10 +171,10 @@ class _Handle:
         self.watching: trio.CancelScope | None = None
 
 
-class _Client:
+class ClientHandler:
     """The handler of one connection's requests."""
 
-    def __init__(self, server: _Server) -> None:
+    def __init__(self, server: ServedAgent) -> None:
         self._server = server
         self._greeted = trio.Event()
         self._handles: dict[int, _Handle] = {}
@@ -160,7 +190,7 @@ class _Client:
             WATCH: self._watch,
         }
 
-    def start(self, connection: RpcConnection, nursery: trio.Nursery) -> None:
+    def start(self, connection: Peer, nursery: trio.Nursery) -> None:
         """Begin to expect a greeting."""
         self._connection = connection
         self._nursery = nursery

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfiouser_oob.simulator.nvme.prp import walk_prps
@@ -80,6 +80,7 @@ def walk(memory: dict[int, int], prp1: int, prp2: int, length: int, page: int) -
     return trio.run(run)
 
 
+@settings(deadline=None)
 @given(transfers())
 def test_walker_agrees_with_the_naive_one(case: tuple[dict[int, int], int, int, int, int]) -> None:
     """The segments are exactly the bytes of the naive walk in its order, and adjacent ones are merged."""

@@ -9,5 +9,6 @@ from __future__ import annotations
 from fakevfio.device import FakeDevice
 from fakevfio.iommu import FakeIommu
 from fakevfio.kernel import FakeKernel
+from fakevfio.migration import FakeMigration
 
-__all__ = ["FakeDevice", "FakeIommu", "FakeKernel"]
+__all__ = ["FakeDevice", "FakeIommu", "FakeKernel", "FakeMigration"]

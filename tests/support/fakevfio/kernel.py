@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fakevfio.device import FakeDevice
 from fakevfio.iommu import WINDOWS, FakeIommu, View, fail
+from fakevfio.migration import FakeMigration
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 
 BASE = 0x3B64
@@ -40,6 +41,7 @@ class FakeKernel(Kernel):
         held: another process holds the device.
         viable: whether the group is.
         set_iommu_errno: why SET_IOMMU fails, if it does.
+        migration: what its driver can migrate with, if it can.
         dma_buf: `None`, "export" (cannot be mapped) or "mmap".
         gate: calls that map memory wait for it.
     """
@@ -55,6 +57,7 @@ class FakeKernel(Kernel):
         self.get_device_errno: int | None = None
         self.dma_buf: str | None = None
         self.map_file = True
+        self.migration: FakeMigration | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.mapping = threading.Event()
@@ -126,6 +129,8 @@ class FakeKernel(Kernel):
         os.close(fd)
         if node.kind == "device" or (node.kind == "cdev" and node.bound):
             self.device.released()
+            if self.migration is not None:
+                self.migration.reset()
         if node.kind in {"container", "iommufd"}:
             self.iommu.clear()
 
@@ -139,6 +144,18 @@ class FakeKernel(Kernel):
         assert self.nodes[fd].kind in {"device", "cdev"}
         self.device.access(offset >> 40, offset & ((1 << 40) - 1), len(data), data)
         return len(data)
+
+    def read(self, fd: int, count: int) -> bytes:
+        """Read a migration's stream."""
+        assert self.nodes[fd].kind == "data"
+        assert self.migration is not None
+        return self.migration.read(count)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """Write a migration's stream."""
+        assert self.nodes[fd].kind == "data"
+        assert self.migration is not None
+        return self.migration.write(data)
 
     def mmap(self, fd: int, size: int, offset: int, *, writable: bool) -> int:
         """Map a file."""
@@ -174,10 +191,15 @@ class FakeKernel(Kernel):
             return 0
         if node.kind in {"device", "cdev"} and request == BASE + 11:
             self.device.reset()
+            if self.migration is not None:
+                self.migration.reset()
             return 0
         raise fail(errno.ENOTTY)
 
     def _structured(self, node: Node, request: int, buffer: bytearray) -> int:
+        if node.kind == "data" and request == BASE + 21 and self.migration is not None:
+            self.migration.precopy_info(buffer)
+            return 0
         handlers = {
             "group": self._group,
             "container": self._container,
@@ -216,6 +238,16 @@ class FakeKernel(Kernel):
             self.device.irq_info(buffer)
         elif request == BASE + 10:
             self.device.set_irqs(buffer)
+        elif (
+            request == BASE + 17
+            and self.migration is not None
+            and struct.unpack_from("<I", buffer, 4)[0] & 0xFFFF != 11
+        ):
+            body = bytearray(buffer[8:])
+            fresh = self.migration.feature(struct.unpack_from("<I", buffer, 4)[0], body)
+            buffer[8:] = body
+            if fresh:
+                struct.pack_into("<i", buffer, 12, self._new(Node("data")))
         elif request == BASE + 17 and self.dma_buf and struct.unpack_from("<I", buffer, 4)[0] == 1 << 16 | 11:
             return self._new(Node("dma-buf"))
         else:

@@ -14,7 +14,7 @@ from kvfio import bed
 from kvfio.scenarios import SCENARIOS
 
 SCENARIO_S = 60
-LONG_SCENARIO_S = {"linux": 580}
+LONG_SCENARIO_S = {"linux": 1500}
 OUTPUT = Path("/tmp/scenario.out")
 
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mutants.device import PAGE, Refused
+from mutants.device import MIGRATION, PAGE, Refused
+from mutants.region_v1 import RegionV1
 
 if TYPE_CHECKING:
     from mutants.dma import Map
@@ -60,6 +61,9 @@ class Migration:
         self.log: int | None = None
         self.dirty: set[int] = set()
         self.cancelled = False
+        self.region: RegionV1 | None = None
+        if self.variant.migration:
+            self.region = RegionV1(self)
         if self.bad("migration/starts-stopped"):
             self.device.state = STOP
         if self.bad("logging/survives-connection"):
@@ -67,6 +71,8 @@ class Migration:
 
     def end(self) -> None:
         """The client has gone: the device runs again."""
+        if self.region is not None:
+            self.region.end()
         if self.bad("migration/disconnect-keeps-state"):
             self.device.state = ERROR if self.device.state != RUNNING else RUNNING
         else:
@@ -77,22 +83,32 @@ class Migration:
         """DEVICE_RESET."""
         self.device.state = STOP if self.bad("migration/reset-keeps-state") and self.device.state == 3 else RUNNING
         self.stream, self.loaded = b"", bytearray()
+        if self.region is not None:
+            self.region.reset()
 
     def check_access(self, region: int) -> None:
         """Regions may be accessed in every state."""
 
     def region_read(self, region: int, offset: int, count: int) -> bytes:
         """A read that the device answers."""
+        if region == MIGRATION and self.region is not None:
+            return self.region.read(offset, count)
         return self.device.read(region, offset, count)
 
     def region_write(self, region: int, offset: int, data: bytes) -> int | None:
         """A write that the device takes."""
+        if region == MIGRATION and self.region is not None:
+            self.region.write(offset, data)
+            return None
         return self.device.write(region, offset, data)
 
     def dirty_pages(self, command: Command, fds: list[int]) -> bytes:
         """DIRTY_PAGES."""
-        self.need("frame/unoffered-command-ok", False, 95)
-        return b""
+        if self.region is None:
+            offered = self.bad("frame/unoffered-command-ok") or self.bad("dirty/offered-without-migration")
+            self.need("", offered, 95)
+            return b""
+        return self.region.dirty_pages(command)
 
     # DEVICE_FEATURE
 
@@ -291,14 +307,14 @@ class Migration:
         need("logging/report-unmapped-ok", any(old.address < address + length and address < old.end for old in maps), 2)
         if not well:
             return payload
-        bitmap = self._bitmap(address, length, size)
+        bitmap = self.bitmap(address, length, size)
         need("logging/small-argsz-ok", argsz >= 32 + len(bitmap))
         if bad("logging/bitmap-short"):
             bitmap = bitmap[: -(-length // size) // 8 + 1]
         said = 0 if bad("logging/golden-refused") else 32 + len(bitmap)
         return struct.pack("<II", said, GET | 8) + payload[8:32] + bitmap
 
-    def _bitmap(self, address: int, length: int, size: int) -> bytes:
+    def bitmap(self, address: int, length: int, size: int) -> bytes:
         """The bits of a range, which are cleared by it."""
         pages = -(-length // size)
         bitmap = bytearray((pages + 63) // 64 * 8)
@@ -331,7 +347,9 @@ class Migration:
         """The bitmap that DMA_UNMAP gives."""
         self.need("logging/bad-unmap-bitmap-ok", self.log is not None and len(payload) >= 40)
         size, length = struct.unpack_from("<QQ", payload.ljust(40, b"\0"), 24)
-        bitmap = self._bitmap(old.address, old.size, size or PAGE)
+        bitmap = self.bitmap(old.address, old.size, size or PAGE)
         self.need("logging/bad-unmap-bitmap-ok", length == len(bitmap))
         self.need("", argsz >= 40)
+        if self.bad("dirty/unmap-by-argsz") and argsz < 40 + len(bitmap):
+            return bitmap[: argsz - 40]
         return b"" if self.bad("logging/unmap-no-bitmap") else bitmap

@@ -71,6 +71,9 @@ class Server:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._stopping, self._stop = socket.socketpair()
         self._current: socket.socket | None = None
+        #: (command, payload) of everything that clients sent, in order.
+        self.heard: list[tuple[int, bytes]] = []
+        self._hearing = threading.Condition()
         #: Descriptors that a fault keeps; closed with the server.
         self.kept: list[int] = []
 
@@ -82,6 +85,17 @@ class Server:
         """A rule: refuse unless it holds, or unless the fault of this name leaves the check out."""
         if not holds and not (name and self.bad(name)):
             raise Refused(number)
+
+    def note(self, number: int, payload: bytes) -> None:
+        """A client has sent a command."""
+        with self._hearing:
+            self.heard.append((number, payload))
+            self._hearing.notify_all()
+
+    def wait_heard(self, count: int, timeout: float) -> bool:
+        """Wait until so many commands have come; whether they have, in time."""
+        with self._hearing:
+            return self._hearing.wait_for(lambda: len(self.heard) >= count, timeout)
 
     def listen(self) -> None:
         """Begin to listen."""
@@ -233,6 +247,8 @@ class Connection:
         except BaseException:
             self._keep_or_close(fds, "fd/half-message-kept")
             raise
+        if flags & 15 == 0:
+            self.server.note(number, payload)
         return Command(msg_id, number, flags, payload, fds)
 
     def _body(self, sock: socket.socket, size: int, fds: list[int]) -> bytes:
@@ -430,7 +446,7 @@ class Connection:
             "write_multiple": True,
         }
         found = {name: value for name, value in own.items() if name in proposed}
-        if "migration" in proposed and self.server.variant.migration:
+        if "migration" in proposed and self.server.variant.migration and not bad("v1/no-pgsize"):
             found["migration"] = {"pgsize": min(4096, proposed["migration"].get("pgsize", 4096))}
         self._spoil(found, proposed)
         fds = self._grant_twin(found, proposed)

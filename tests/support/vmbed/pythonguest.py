@@ -33,7 +33,13 @@ THIRD_PARTY = ("attr", "attrs", "construct", "idna", "msgpack", "outcome", "snif
 OWN = ("vfiouser_oob", "protocol/vfiouser_protocol", "agents/vfiouser_agents")
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyi", "_tests", "tests", "lib2to3")
 #: Of the QEMU tree, what a machine without CPU and guest opens.
-QEMU_PARTS = ("usr/bin/qemu-system-x86_64", "usr/lib", "usr/share/qemu/bios*", "usr/share/seabios")
+QEMU_PARTS = (
+    "usr/bin/qemu-system-x86_64",
+    "usr/lib",
+    "usr/share/qemu/bios*",
+    "usr/share/qemu/linuxboot*",
+    "usr/share/seabios",
+)
 QEMU_UNWANTED = ("/gconv/", "/perl")
 
 

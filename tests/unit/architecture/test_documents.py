@@ -95,7 +95,9 @@ def options(module: str) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
 
 
-@pytest.mark.parametrize("name", ["serve", "check-config", "status", "snippet", "simulate-soc", "agent-check"])
+@pytest.mark.parametrize(
+    "name", ["serve", "check-config", "status", "snippet", "simulate-soc", "agent-check", "conformance"]
+)
 def test_every_option_is_described(name: str) -> None:
     """The reference has a section for the command that names each of its options, and no others."""
     text = document("docs/reference/cli.md")

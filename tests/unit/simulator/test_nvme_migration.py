@@ -61,7 +61,7 @@ async def pair(
 
 @pytest.mark.parametrize("polled", [False, True])
 async def test_queues_go_on_where_they_stopped(polled: bool) -> None:
-    """The same driver, queues, heads, tails and phase bits work on the other function, after a wrap of the rings."""
+    """The driver, its queues, heads, tails and phase bits work on the other function, even after a wrap."""
     async with pair(polled=polled) as bed:
         for block in range(70):  # more than the 64 entries of the queue: the phase has changed
             await bed.driver.write_blocks(block, bytes([block]) * 512)
@@ -475,3 +475,16 @@ async def test_there_and_back_again() -> None:
             ends.reverse()
         data = await bed.driver.read_blocks(0, 50)
         assert b"".join(bytes([turn]) * 512 for turn in range(50)) == data
+
+
+@pytest.mark.parametrize("polled", [False, True])
+async def test_a_stop_right_after_a_resume_loses_no_doorbell(polled: bool) -> None:
+    """A doorbell kept over the first stop is still there after a second one that leaves no time to notice it."""
+    async with pair(polled=polled) as bed:
+        session = await session_of(bed.source)
+        await session.stop()
+        cid = bed.driver.submit(bed.machine.io, 0x00, nsid=1)
+        await session.resume()
+        await session.stop()
+        await session.resume()
+        await bed.driver.wait(bed.machine.io, cid)

@@ -53,6 +53,23 @@ async def test_file_keeps_its_content(tmp_path: Path) -> None:
     again.close()
 
 
+async def test_shared_image(tmp_path: Path) -> None:
+    """Those who share an image see each other's writes at once; who does not share it is kept out, and keeps out."""
+    path = tmp_path / "image"
+    one, other = FileStore(path, SIZE, shared=True), FileStore(path, shared=True)
+    await one.write(512, b"seen")
+    assert b"seen" == await other.read(512, 4)
+    assert one.identity == other.identity
+    with pytest.raises(StoreError, match="share it on both sides"):
+        FileStore(path)
+    one.close()
+    other.close()
+    alone = FileStore(path)
+    with pytest.raises(StoreError, match="in use by another process, which does not share it"):
+        FileStore(path, shared=True)
+    alone.close()
+
+
 async def test_truncated_image_is_an_error(tmp_path: Path) -> None:
     """An image that someone else shortened gives I/O errors, not zeros and not a crash."""
     path = tmp_path / "image"

@@ -28,6 +28,8 @@ _MODULES = (
     "migrate",
     "migrate_data",
     "logging_cases",
+    "region_v1",
+    "dirty_v1",
     "clients",
 )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vfiouser_oob.conformance import vectors, wire
 from vfiouser_oob.conformance.case import Area, Effect, Level, check, same
 from vfiouser_oob.conformance.cases.dma_map import MAP, UNMAP, unmap
-from vfiouser_oob.conformance.cases.info import capability_counts
+from vfiouser_oob.conformance.cases.info import interrupt_capabilities
 from vfiouser_oob.conformance.cases.irqs import SET, assign, check_signals, fire
 from vfiouser_oob.conformance.facts import parse_capabilities, parse_region, read_region
 from vfiouser_oob.conformance.link import Link
@@ -145,9 +145,14 @@ class Qemu:
                 self.t.read_config(self.link, 0x10 + 4 * bar, 4)
 
     def _interrupts(self) -> None:
-        counts = capability_counts(self.config)
-        if IrqIndex.MSIX in counts:
+        found = interrupt_capabilities(self.config)
+        if IrqIndex.MSIX in found:
+            at = found[IrqIndex.MSIX][0]
+            for offset, width in ((at + 2, 2), (at + 4, 4), (at + 8, 4)):
+                self.t.read_config(self.link, offset, width)
             self.link.ok(Command.DEVICE_GET_IRQ_INFO, wire.info(16, 0, IrqIndex.MSIX))
+        if IrqIndex.MSI in found:
+            self.t.read_config(self.link, found[IrqIndex.MSI][0] + 2, 2)
         self.t.read_config(self.link, 0x3D, 1)
         if self.t.read_config(self.link, 0x3D, 1) != b"\0":
             assign(self.t, self.link, IrqIndex.INTX, 0, 1)

@@ -186,25 +186,25 @@ def counts_match_config(t: Trial) -> None:
     Sends: GET_IRQ_INFO 1 and 2, and a read of config space.
     Expects: the counts of the message control registers.
     """
-    found = capability_counts(t.facts.config)
+    found = interrupt_capabilities(t.facts.config)
     if not found:
         raise NotApplicable("config space has neither an MSI nor an MSI-X capability")
-    for index, count in found.items():
+    for index, (_, count) in found.items():
         same(count, _irq(t, index)[3], f"vectors of IRQ index {index}")
 
 
-def capability_counts(config: bytes) -> dict[int, int]:
-    """Vectors by IRQ index, from the MSI and MSI-X capabilities of config space."""
-    found: dict[int, int] = {}
+def interrupt_capabilities(config: bytes) -> dict[int, tuple[int, int]]:
+    """Offset and number of vectors of the MSI and MSI-X capabilities in config space, by IRQ index."""
+    found: dict[int, tuple[int, int]] = {}
     if len(config) < 256 or not config[6] & 0x10:
         return found
     at, seen = config[0x34] & 0xFC, 0
     while 0x40 <= at <= 0xFC and seen < 48:
         control = struct.unpack_from("<H", config, at + 2)[0] if at <= 0xFC else 0
         if config[at] == 0x05:
-            found[IrqIndex.MSI] = 1 << (control >> 1 & 7)
+            found[IrqIndex.MSI] = (at, 1 << (control >> 1 & 7))
         elif config[at] == 0x11:
-            found[IrqIndex.MSIX] = (control & 0x7FF) + 1
+            found[IrqIndex.MSIX] = (at, (control & 0x7FF) + 1)
         at, seen = config[at + 1] & 0xFC, seen + 1
     return found
 

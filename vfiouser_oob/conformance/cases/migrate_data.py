@@ -139,7 +139,7 @@ def write_needs_resuming(t: Trial) -> None:
         link.refused(WRITE, wire.mig_data(4, b"\0" * 4))
 
 
-def _state_of(t: Trial, link: Link) -> bytes:
+def state_of(t: Trial, link: Link) -> bytes:
     """What identifies the device's state, as far as it can be told."""
     if t.target.stimulus is not None and t.target.stimulus.name == "test":
         return t.target.stimulus.state(link)
@@ -149,7 +149,8 @@ def _state_of(t: Trial, link: Link) -> bytes:
     return b""
 
 
-def _change(t: Trial, link: Link, seed: int) -> None:
+def change_state(t: Trial, link: Link, seed: int) -> None:
+    """Give the device a state that differs from others, as far as that can be done."""
     if t.target.stimulus is not None and t.target.stimulus.name == "test":
         t.target.stimulus.change_state(link, seed)
     if t.facts.scratch is not None:
@@ -165,15 +166,15 @@ def save_and_load(t: Trial) -> None:
     Expects: the state of the time of the save.
     """
     link = begin(t)
-    _change(t, link, 0x21)
-    before = _state_of(t, link)
+    change_state(t, link, 0x21)
+    before = state_of(t, link)
     data = save(t, link)
     to_running(link)
-    _change(t, link, 0x42)
+    change_state(t, link, 0x42)
     go(link, RESUMING)
     write_stream(link, data, t.facts.transfer)
     go(link, RUNNING)
-    same(before.hex(), _state_of(t, link).hex(), "state of the device after it was loaded")
+    same(before.hex(), state_of(t, link).hex(), "state of the device after it was loaded")
 
 
 @AREA.case(38, MUST, "R281", "migration/chunks-matter")
@@ -184,11 +185,11 @@ def cut_anywhere(t: Trial) -> None:
     Expects: success, and the state of the time of the save.
     """
     link = begin(t)
-    _change(t, link, 0x33)
-    before = _state_of(t, link)
+    change_state(t, link, 0x33)
+    before = state_of(t, link)
     data = save(t, link)
     to_running(link)
-    _change(t, link, 0x44)
+    change_state(t, link, 0x44)
     go(link, RESUMING)
     at = 0
     for size in range(1, 40):
@@ -197,7 +198,7 @@ def cut_anywhere(t: Trial) -> None:
     if at < len(data):
         write_stream(link, data[at:], t.facts.transfer)
     go(link, STOP, RUNNING)
-    same(before.hex(), _state_of(t, link).hex(), "state of the device after it was loaded")
+    same(before.hex(), state_of(t, link).hex(), "state of the device after it was loaded")
 
 
 @AREA.case(39, MUST, "R282", "migration/half-stream-ok")
@@ -228,15 +229,15 @@ def to_another_device(t: Trial) -> None:
     t.facts.migratable()
     path = t.destination()
     link = begin(t)
-    _change(t, link, 0x55)
-    before = _state_of(t, link)
+    change_state(t, link, 0x55)
+    before = state_of(t, link)
     data = save(t, link)
     other = t.attach(path=path)
     t.at_end(lambda: to_running(other))
     go(other, RESUMING)
     write_stream(other, data, t.facts.transfer)
     go(other, RUNNING)
-    same(before.hex(), _state_of(t, other).hex(), "state of the second device")
+    same(before.hex(), state_of(t, other).hex(), "state of the second device")
 
 
 @AREA.case(41, MUST, "R287", "migration/second-save-empty")
@@ -266,19 +267,19 @@ def with_pre_copy(t: Trial) -> None:
     """
     pre_copy(t)
     link = begin(t)
-    _change(t, link, 0x66)
+    change_state(t, link, 0x66)
     go(link, PRE_COPY)
     data = read_stream(link, t.facts.transfer)
-    _change(t, link, 0x67)
-    before = _state_of(t, link)
+    change_state(t, link, 0x67)
+    before = state_of(t, link)
     go(link, STOP_COPY)
     data += read_stream(link, t.facts.transfer)
     go(link, STOP, RUNNING)
-    _change(t, link, 0x68)
+    change_state(t, link, 0x68)
     go(link, RESUMING)
     write_stream(link, data, t.facts.transfer)
     go(link, RUNNING)
-    same(before.hex(), _state_of(t, link).hex(), "state of the device after it was loaded")
+    same(before.hex(), state_of(t, link).hex(), "state of the device after it was loaded")
 
 
 @AREA.case(43, SHOULD, "R288", "migration/cancelled-goes-on")

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import trio
 
+from vfiouser_agents.api import Agent
 from vfiouser_oob.config.schema import RegionPolicy
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, ClientLink, DeviceBackend
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.migration_agent import KernelAgent
+from vfiouser_oob.devices.kernel_vfio.migration_device import MigrationDevice
+from vfiouser_oob.devices.kernel_vfio.migration_function import KernelFunction
 from vfiouser_oob.devices.kernel_vfio.openers import DeviceBusy, OpenDevice, choose_opener
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
 from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker
@@ -56,11 +60,24 @@ class KernelVfioBackend(DeviceBackend):
         self._running = trio.Event()
         self._unavailable: str | None = None
         self._trouble = trio.Event()
+        self._function = KernelFunction(bdf)
 
     @property
     def unavailable(self) -> str | None:
         """Why no client can be served now."""
         return self._unavailable
+
+    def agent(self) -> Agent:
+        """The migration that the function's kernel driver has of its own."""
+        return KernelAgent(self._function, self._worker, self._learn)
+
+    def _learn(self) -> None:
+        if self._function.caps is None:
+            opened = choose_opener(self._kernel, self._bdf).open()
+            try:
+                self._function.learn(MigrationDevice(self._kernel, opened.device))
+            finally:
+                opened.close()
 
     async def run(self) -> None:
         """Do the device's thread work, and watch a device that could not be had."""
@@ -83,8 +100,12 @@ class KernelVfioBackend(DeviceBackend):
             raise
         self._note(None)
         try:
-            return KernelVfioSession(self._kernel, opened, self._policy, self._worker, link, self._log)
+            self._function.attach(MigrationDevice(self._kernel, opened.device))
+            return KernelVfioSession(
+                self._kernel, opened, self._policy, self._worker, link, self._log, self._function.detach
+            )
         except BaseException as error:
+            self._function.detach()
             opened.close()
             if isinstance(error, OSError):
                 raise BackendUnavailable(f"{self._bdf} cannot be described: {error.strerror}") from error

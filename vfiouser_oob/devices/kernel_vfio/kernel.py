@@ -42,6 +42,14 @@ class Kernel(abc.ABC):
         """Write into a device's region."""
 
     @abc.abstractmethod
+    def read(self, fd: int, count: int) -> bytes:
+        """Read from a migration's data descriptor."""
+
+    @abc.abstractmethod
+    def write(self, fd: int, data: bytes) -> int:
+        """Write to a migration's data descriptor."""
+
+    @abc.abstractmethod
     def mmap(self, fd: int, size: int, offset: int, *, writable: bool) -> int:
         """Map a file, shared; returns the address. Nobody may touch the memory: the file may be truncated."""
 
@@ -98,6 +106,14 @@ class LinuxKernel(Kernel):
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         """Write into a region."""
         return os.pwrite(fd, data, offset)
+
+    def read(self, fd: int, count: int) -> bytes:
+        """Read state."""
+        return os.read(fd, count)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """Write state."""
+        return os.write(fd, data)
 
     def mmap(self, fd: int, size: int, offset: int, *, writable: bool) -> int:
         """Map a file."""

@@ -45,6 +45,7 @@ class KernelVfioSession(BackendSession):
         worker: the function's worker.
         link: the client.
         log: logger with the device's address.
+        leaving: called in the worker before the device is left.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class KernelVfioSession(BackendSession):
         worker: Worker,
         link: ClientLink,
         log: Logger,
+        leaving: Callable[[], object] = lambda: None,
     ) -> None:
         self._opened = opened
         self._device = opened.device
         self._worker = worker
         self._log = log
+        self._leaving = leaving
         self._regions = RegionTable(kernel, opened.device, policy, log)
         irqs = list(opened.device.irqs)
         irqs += [IrqDescription(0)] * (len(IrqIndex) - len(irqs))
@@ -192,6 +195,7 @@ class KernelVfioSession(BackendSession):
 
     def _shut_down(self, active: list[int], job: Job[None]) -> None:
         """Each step on its own: a device that has gone fails all of them, and is closed all the same."""
+        self._leaving()
         device = self._device
         steps: list[tuple[str, Callable[[], object]]] = [
             *((f"switching interrupts {index} off", partial(device.disable_irqs, index)) for index in active),

@@ -30,7 +30,16 @@ VFIO_DEVICE_RESET = _VFIO_IO + 11
 VFIO_DEVICE_FEATURE = _VFIO_IO + 17
 VFIO_DEVICE_BIND_IOMMUFD = _VFIO_IO + 18
 VFIO_DEVICE_ATTACH_IOMMUFD_PT = _VFIO_IO + 19
+VFIO_MIG_GET_PRECOPY_INFO = _VFIO_IO + 21
 VFIO_DEVICE_FEATURE_GET = 1 << 16
+VFIO_DEVICE_FEATURE_SET = 1 << 17
+VFIO_DEVICE_FEATURE_PROBE = 1 << 18
+VFIO_DEVICE_FEATURE_MIGRATION = 1
+VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE = 2
+VFIO_DEVICE_FEATURE_DMA_LOGGING_START = 6
+VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP = 7
+VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT = 8
+VFIO_DEVICE_FEATURE_MIG_DATA_SIZE = 9
 VFIO_DEVICE_FEATURE_DMA_BUF = 11
 
 # Type 1 IOMMU
@@ -69,6 +78,16 @@ IRQ_SET = struct.Struct("=IIIII")
 DEVICE_FEATURE = struct.Struct("=II")
 #: struct vfio_device_feature_dma_buf with one range: region_index, open_flags, flags, nr_ranges, offset, length.
 FEATURE_DMA_BUF = struct.Struct("=IIIIQQ")
+#: struct vfio_device_feature_migration (flags), and vfio_device_feature_mig_data_size (stop_copy_length).
+FEATURE_U64 = struct.Struct("=Q")
+#: struct vfio_device_feature_mig_state: device_state, data_fd.
+FEATURE_MIG_STATE = struct.Struct("=Ii")
+#: struct vfio_precopy_info: argsz, flags, initial_bytes, dirty_bytes.
+PRECOPY_INFO = struct.Struct("=IIQQ")
+#: struct vfio_device_feature_dma_logging_control: page_size, num_ranges, reserved, ranges.
+FEATURE_DMA_LOGGING_CONTROL = struct.Struct("=QIIQ")
+#: struct vfio_device_feature_dma_logging_report: iova, length, page_size, bitmap.
+FEATURE_DMA_LOGGING_REPORT = struct.Struct("=QQQQ")
 #: struct vfio_device_bind_iommufd: argsz, flags, iommufd, out_devid.
 BIND_IOMMUFD = struct.Struct("=IIiI")
 #: struct vfio_device_attach_iommufd_pt: argsz, flags, pt_id.

@@ -13,11 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
+from vfiouser_agents.errors import AgentError
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_protocol.errors import CommandError, VfioUserError
 
 T = TypeVar("T")
-_FAILURES = (OSError, VfioUserError, BackendUnavailable)
+_FAILURES = (OSError, VfioUserError, AgentError, BackendUnavailable)
 
 
 class Job(Generic[T]):
@@ -83,12 +84,14 @@ class Job(Generic[T]):
         return self._wait().__await__()
 
     async def _wait(self) -> T:
-        try:
-            await self._done.wait()
-        except trio.Cancelled:
-            self.abandoned = True
-            self._fail()
-            raise
+        # A job that is over is not asked for once more: that could be cancelled, with nobody left to undo it.
+        if not self._done.is_set():
+            try:
+                await self._done.wait()
+            except trio.Cancelled:
+                self.abandoned = True
+                self._fail()
+                raise
         if self._error is not None:
             raise self._error
         return self._result[0]

@@ -160,7 +160,7 @@ class AgentFunction:
             InvalidState: a reset or a resumption came first.
         """
         try:
-            await self.nvme.controller.suspend(self._options.drain_s)
+            await self.nvme.controller.suspender.suspend(self._options.drain_s)
         except SuspensionEnded as error:
             raise InvalidState(f"function {self.name}: {error}; it is {self.state.value}") from error
         self._stopped_config = self.nvme.config.snapshot()
@@ -171,7 +171,7 @@ class AgentFunction:
         """Go to RUNNING."""
         self._set_outgoing(None)
         self.memory.start()
-        self.nvme.controller.unsuspend()
+        self.nvme.controller.suspender.unsuspend()
         self.move(AgentState.RUNNING)
 
     def move(self, state: AgentState) -> None:
@@ -234,7 +234,7 @@ class AgentFunction:
 
     def _controller_bytes(self) -> bytes:
         # The end of a connection clears bus mastering, which is not the guest's doing.
-        config = self._stopped_config if self.nvme.controller.client_lost else None
+        config = self._stopped_config if self.nvme.controller.suspender.client_lost else None
         return snapshot.pack(snapshot.capture(self.nvme, config))
 
     def begin_loading(self) -> None:

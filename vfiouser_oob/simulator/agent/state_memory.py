@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 _BLOCK_SIZE = 256 << 10
 _PATTERN_SIZE = 1 << 20
+_PAGE = 4096
 #: The working set is this part of the memory.
 _WORKING_SET_PART = 16
 #: What a block begins with: its index and its version.
@@ -28,7 +29,7 @@ class StateMemoryOptions:
     """What kind of state memory to have.
 
     Args:
-        size: bytes.
+        size: bytes; rounded up to whole pages, so that every block has room for its label.
         churn: bytes per second that are rewritten while the function runs.
     """
 
@@ -46,7 +47,7 @@ class StateMemory:
     """
 
     def __init__(self, options: StateMemoryOptions, name: str, clock: Callable[[], float]) -> None:
-        self.size = options.size
+        self.size = -(-options.size // _PAGE) * _PAGE
         self._churn = options.churn
         self._clock = clock
         self._seed = name
@@ -122,8 +123,7 @@ class StateMemory:
         """
         if not 0 <= index < self.blocks or len(data) != self.length(index):
             raise ValueError(f"block {index} with {len(data)} bytes; there are {self.blocks} blocks")
-        label = data[: _LABEL.size].ljust(_LABEL.size, b"\0")
-        version: int = _LABEL.unpack(label)[1]
+        version: int = _LABEL.unpack_from(data)[1]
         if not version or data != self._contents(index, version):
             raise ValueError(f"block {index} does not hold what the function can have written there")
         return version
@@ -141,7 +141,7 @@ class StateMemory:
         length = self.length(index)
         start = (index * 40503 + version * 2654435761) % _PATTERN_SIZE
         pattern = self._pattern or self._make_pattern()
-        return (_LABEL.pack(index, version) + pattern[start : start + max(0, length - _LABEL.size)])[:length]
+        return _LABEL.pack(index, version) + pattern[start : start + length - _LABEL.size]
 
     def _make_pattern(self) -> bytes:
         self._pattern = random.Random(self._seed).randbytes(_PATTERN_SIZE + _BLOCK_SIZE)

@@ -48,7 +48,7 @@ from vfiouser_oob.simulator.nvme.spec import (
     status_field,
 )
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
-from vfiouser_oob.simulator.nvme.suspension import Clocks, Suspension, SuspensionEnded
+from vfiouser_oob.simulator.nvme.suspension import Clocks, Suspender, Suspension
 
 if TYPE_CHECKING:
     from vfiouser_oob.devices.model import ModelHost
@@ -128,7 +128,7 @@ class Controller:
         self._running: QueueEngine | None = None
         self._flush_wanted = False
         self._wakeup = trio.Event()
-        self._suspension: Suspension | None = None
+        self.suspender = Suspender(self, identity.serial)
         #: Told (address, bytes) of every write to the client's memory.
         self.client_memory_written: Callable[[int, int], None] = lambda address, count: None
 
@@ -141,17 +141,20 @@ class Controller:
         """Be the controller, until cancelled."""
         while True:
             engine = self._engine
-            suspension = self._suspension
-            if suspension is not None and not (engine is not None and engine.epoch.alive):
-                await self._hold_still(suspension)
+            if self.suspender.suspended and self.live_engine is None:
+                if self.suspender.every_task_has_ended():
+                    await self._woken()
             elif self._flush_wanted:
                 self._flush_wanted = False
                 await self._finish_shutdown()
             elif engine is None or not engine.epoch.alive:
-                self._wakeup = trio.Event()
-                await self._wakeup.wait()
+                await self._woken()
             else:
                 await self._run_epoch(engine)
+
+    async def _woken(self) -> None:
+        self._wakeup = trio.Event()
+        await self._wakeup.wait()
 
     async def _run_epoch(self, engine: QueueEngine) -> None:
         def opened() -> None:
@@ -275,10 +278,7 @@ class Controller:
             self._set_status(Csts.RDY)
 
     def _drop_epoch(self) -> None:
-        if self._suspension is not None:
-            self._suspension.changed()
-            self._suspension = None
-            self._wakeup.set()
+        self.suspender.end()
         if self._engine is not None:
             self._engine.epoch.end()
             self._engine = None
@@ -301,8 +301,8 @@ class Controller:
         Registers and queues stay as they were, but for CSTS.CFS, which tells a driver that it has to reset. A suspended
         controller stays as it is until it goes on.
         """
-        if self._suspension is not None:
-            self._suspension.client_lost = True
+        if self.suspender.suspended:
+            self.suspender.note_client_lost()
             return
         if self._engine is not None:
             self._engine.epoch.end()
@@ -344,91 +344,32 @@ class Controller:
         if self.state.shut_down:  # else a reset came first
             self._set_status(Csts.SHST_COMPLETE, clear=Csts.SHST)
 
-    # Suspension
+    # Suspension: what `Suspender` asks of its owner
 
     @property
-    def suspended(self) -> bool:
-        """Whether a suspension is under way or complete: registers answer, but writes to them must not come here."""
-        return self._suspension is not None
-
-    async def suspend(self, drain_s: float) -> None:
-        """Finish what is under way, then hold still: no DMA, no interrupt, no change, until `unsuspend`.
-
-        `run` has to be running. If this is cancelled, the controller stays as it was before.
-
-        Args:
-            drain_s: seconds for the commands in execution; those that take longer are cancelled and begin anew after
-                the suspension.
-
-        Raises:
-            SuspensionEnded: `unsuspend` or a reset came first.
-        """
-        suspension = self._suspension
-        if suspension is None:
-            suspension = self._suspension = Suspension()
-        suspension.release_wanted = False
-        was_still = suspension.still
-        try:
-            await self._drain(suspension, drain_s)
-            while not suspension.still and suspension is self._suspension and not suspension.release_wanted:
-                await suspension.wait()
-            if self._host is not None:
-                await self._host.memory.quiet()
-        except BaseException:
-            if suspension is self._suspension and not was_still:
-                self.unsuspend()
-            raise
-        if suspension is not self._suspension or suspension.release_wanted:
-            raise SuspensionEnded("the suspension was ended by a reset or by a resumption")
-
-    async def _drain(self, suspension: Suspension, drain_s: float) -> None:
+    def live_engine(self) -> QueueEngine | None:
+        """The queues, if anything may happen in them."""
         engine = self._engine
-        if engine is not None and engine.epoch.alive:
-            engine.close()
-            with trio.move_on_after(drain_s) as scope:
-                await engine.drain()
-            if scope.cancelled_caught:
-                _log.info("%s: commands take longer than %g s; they are carried over", self.identity.serial, drain_s)
-            if suspension is not self._suspension or suspension.release_wanted:
-                return
-            engine.epoch.end()
+        return engine if engine is not None and engine.epoch.alive else None
+
+    def wake(self) -> None:
+        """Have `run` look at what there is to do."""
         self._wakeup.set()
 
-    async def _hold_still(self, suspension: Suspension) -> None:
-        """Be suspended, in `run`: every task has ended."""
-        if not suspension.still:
-            self.state.carry_over()
-            self.interrupts.hold()
-            suspension.clocks = self.clocks
-            suspension.still = True
-            suspension.changed()
-        if suspension.release_wanted:
-            self._go_on()
-            return
-        self._wakeup = trio.Event()
-        await self._wakeup.wait()
+    async def quiet(self) -> None:
+        """Wait for accesses to the client's memory that outlive their tasks."""
+        if self._host is not None:
+            await self._host.memory.quiet()
 
-    def unsuspend(self) -> None:
-        """Go on; with the queues as they are, at once or as soon as the last task of before has ended."""
-        suspension = self._suspension
-        if suspension is None:
-            return
-        suspension.release_wanted = True
-        suspension.changed()
-        engine = self._engine
-        if suspension.still:
-            self._go_on()
-        elif engine is not None and engine.epoch.alive:
-            self._suspension = None
-            self._replay(suspension)
-            engine.reopen()
-        self._wakeup.set()
+    def hold_still(self) -> Clocks:
+        """Every task has ended: prepare the state for being saved, and raise nothing any more."""
+        self.state.carry_over()
+        self.interrupts.hold()
+        return Clocks(self.logs.power_on_s, self.features.timestamp_ms)
 
-    def _go_on(self) -> None:
-        suspension = self._suspension
-        assert suspension is not None
-        self._suspension = None
-        self._set_clocks(suspension.clocks)
+    def go_on(self, suspension: Suspension) -> None:
+        """Go on after a suspension, with the queues that the state holds."""
+        self.logs.power_on_s, self.features.timestamp_ms = suspension.clocks
         cc, csts = self.registers[Register.CC], self._status()
         occurring = csts & Csts.SHST == Csts.SHST_OCCURRING
         if self._host is not None and cc & Cc.EN and not csts & Csts.CFS:
@@ -441,48 +382,15 @@ class Controller:
         elif occurring:
             self._flush_wanted = True
         self.interrupts.release_hold()
-        if suspension.client_lost:
-            self.freeze()
-        elif suspension.replaced:
+        if suspension.replaced and not suspension.client_lost:
             for queue in self.state.completion_queues.values():
                 if queue.head != queue.tail:
                     self.interrupts.notify(queue)
-        self._replay(suspension)
-        self._wakeup.set()
-
-    def write_later(self, offset: int, data: bytes, *, last_counts: bool) -> None:
-        """Keep a write to BAR0 for after the suspension.
-
-        Args:
-            offset: bytes into BAR0.
-            data: what is written.
-            last_counts: an earlier write to the same place need not be remembered.
-
-        Raises:
-            CommandError: EBUSY; too many are kept already.
-        """
-        assert self._suspension is not None
-        self._suspension.keep(offset, data, last_counts=last_counts)
-
-    @property
-    def kept_writes(self) -> list[tuple[int, bytes]]:
-        """Writes to BAR0 that came during the suspension: offset, data."""
-        return [] if self._suspension is None else self._suspension.kept
-
-    @property
-    def client_lost(self) -> bool:
-        """Whether the client that owned the queues went away during the suspension."""
-        return self._suspension is not None and self._suspension.client_lost
 
     @property
     def clocks(self) -> Clocks:
         """What counts time; it stands still during a suspension."""
-        if self._suspension is not None and self._suspension.still:
-            return self._suspension.clocks
-        return Clocks(self.logs.power_on_s, self.features.timestamp_ms)
-
-    def _set_clocks(self, clocks: Clocks) -> None:
-        self.logs.power_on_s, self.features.timestamp_ms = clocks
+        return self.suspender.clocks or Clocks(self.logs.power_on_s, self.features.timestamp_ms)
 
     def take(
         self,
@@ -501,12 +409,7 @@ class Controller:
             kept_writes: writes to BAR0 to carry out first when the controller goes on: offset, data.
             clocks: what counts time.
         """
-        assert self._suspension is not None
-        assert self._suspension.still
-        self._suspension.client_lost = False
-        self._suspension.kept = kept_writes
-        self._suspension.clocks = clocks
-        self._suspension.replaced = True
+        self.suspender.replaced(kept_writes, clocks)
         self._engine = None
         self._flush_wanted = False
         self.state.take(state)
@@ -515,10 +418,6 @@ class Controller:
         if self._cmb is not None:
             control = self.registers[Register.CMBMSC]
             self._cmb.control(control if control & CmbMsc.CRE else 0)
-
-    def _replay(self, suspension: Suspension) -> None:
-        for offset, data in suspension.kept:
-            self.replay(offset, data)
 
     # Doorbells, events, errors
 

@@ -143,6 +143,8 @@ class PolledDoorbells(TrappedDoorbells):
         Args:
             is_busy: whether commands are under way, so that new doorbells are likely.
         """
+        # A task that was cancelled before it began runs up to here: whatever it noticed would be lost.
+        await trio.lowlevel.checkpoint()
         pause = self._times.busy_s
         spin_until = trio.current_time() + self._times.spin_s
         while True:

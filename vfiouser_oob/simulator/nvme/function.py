@@ -203,13 +203,13 @@ class NvmeFunction(DeviceModel):
             self._cmb_view(index)[offset : offset + len(data)] = data
 
     def _write_page(self, page: int, start: int, data: bytes) -> None:
-        if not self.controller.suspended or page * PAGE not in (REGISTERS_OFFSET, DOORBELLS_OFFSET):
+        if not self.controller.suspender.suspended or page * PAGE not in (REGISTERS_OFFSET, DOORBELLS_OFFSET):
             self._pages[page].window.write(start, data)
         elif page * PAGE == DOORBELLS_OFFSET and self.polled_doorbells is not None:
             self.polled_doorbells.write_unnoticed(start, data)
         else:
             last_counts = page * PAGE == DOORBELLS_OFFSET
-            self.controller.write_later(page * PAGE + start, data, last_counts=last_counts)
+            self.controller.suspender.write_later(page * PAGE + start, data, last_counts=last_counts)
 
     def _cmb_view(self, index: int) -> memoryview:
         if index != _CMB_BAR or self._cmb_memory is None:

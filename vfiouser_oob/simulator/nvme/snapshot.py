@@ -93,7 +93,7 @@ def capture(function: NvmeFunction, config: ConfigSnapshot | None = None) -> Sna
         msix=function.table.snapshot(),
         state=controller.state,
         clocks=controller.clocks,
-        kept_writes=tuple(controller.kept_writes),
+        kept_writes=tuple(controller.suspender.kept_writes),
         doorbells=function.polled_doorbells.state() if function.polled_doorbells is not None else None,
     )
 

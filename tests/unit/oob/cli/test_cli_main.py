@@ -28,6 +28,7 @@ from vfiouser_oob.config import (
     SocOptions,
     default_control_socket,
 )
+from vfiouser_oob.config.soc import SocAgentOptions, SocPart
 from vfiouser_protocol.errors import CommandError
 
 CONFIG = """\
@@ -239,6 +240,42 @@ def test_simulate_soc_options(tmp_path: Path) -> None:
         log_level=LogLevel.WARNING,
     )
     assert expected == simulate_soc.options_from(args)
+
+
+def test_simulate_soc_agent_options(tmp_path: Path) -> None:
+    """Every option of the simulator's agent arrives; without them it listens on this host alone."""
+    args = parse(
+        *("simulate-soc", "--socket-dir", str(tmp_path), "--image", "/d/x", "--shared-image", "--agent-only"),
+        *("--agent-listen", "tls://0.0.0.0:7", "--agent-listen", "unix:///a", "--tls-cert", "/c", "--tls-key", "/k"),
+        *("--tls-ca", "/ca", "--allow-plaintext", "--state-size", "1G", "--firmware", "2"),
+    )
+    expected = SocOptions(
+        socket_dir=tmp_path,
+        image=Path("/d/x"),
+        shared_image=True,
+        part=SocPart.AGENT,
+        agent=SocAgentOptions(
+            listen=("tls://0.0.0.0:7", "unix:///a"),
+            tls_cert=Path("/c"),
+            tls_key=Path("/k"),
+            tls_ca=Path("/ca"),
+            allow_plaintext=True,
+            state_size=1 << 30,
+            state_churn=16 << 20,
+            firmware="2",
+        ),
+    )
+    assert expected == simulate_soc.options_from(args)
+    plain = simulate_soc.options_from(parse("simulate-soc", "--socket-dir", str(tmp_path), "--state-churn", "1M"))
+    assert SocAgentOptions(listen=("tcp://127.0.0.1:0",), state_churn=1 << 20) == plain.agent
+    assert SocPart.ALL is plain.part
+
+
+@pytest.mark.parametrize(("option", "part"), [("--device-only", "device"), ("--no-agent", "no-agent")])
+def test_simulate_soc_parts(tmp_path: Path, option: str, part: str) -> None:
+    """What one process plays can be chosen."""
+    args = parse("simulate-soc", "--socket-dir", str(tmp_path), option)
+    assert SocPart(part) is simulate_soc.options_from(args).part
 
 
 def test_check_config(capsys: pytest.CaptureFixture[str], config_file: Path) -> None:

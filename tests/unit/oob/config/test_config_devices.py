@@ -29,9 +29,9 @@ from vfiouser_oob.config.values import format_size, read_size
         ("model:nvme", ModelDevice(model="nvme")),
         ("model:nvme,size=64M", ModelDevice(options=NvmeOptions(size=64 << 20))),
         (
-            "model:nvme,image=/a,,b.img,cmb=4M,doorbells=polled",
+            "model:nvme,image=/a,,b.img,cmb=4M,doorbells=polled,shared=true",
             ModelDevice(
-                options=NvmeOptions(image=Path("/a,b.img"), cmb=4 << 20, doorbells=Doorbells.POLLED),
+                options=NvmeOptions(image=Path("/a,b.img"), cmb=4 << 20, doorbells=Doorbells.POLLED, shared=True),
             ),
         ),
         ("model:test", ModelDevice(model="test")),
