@@ -34,6 +34,7 @@ SCENARIOS = (
     "kept_descriptor",
     "second_daemon",
     "killed_daemon",
+    "asked_back",
     "igb_vf",
     "qemu",
 )

@@ -120,8 +120,7 @@ class DmaLink:
             size = min(self._max_transfer or 1, MAX_READ, end - address)
             await self._read_budget.take(size)
             try:
-                self._permit(address, size, False)
-                payload = await self._call(Command.DMA_READ, encode(DmaRead(address, size)))
+                payload = await self._call(Command.DMA_READ, address, size, encode(DmaRead(address, size)))
             finally:
                 self._read_budget.give_back(size)
             reply = _decoded(DmaReadReply, payload)
@@ -146,8 +145,8 @@ class DmaLink:
         for start in range(0, len(data), self._max_transfer or 1):
             part = data[start : start + (self._max_transfer or 1)]
             target = address + start
-            self._permit(target, len(part), True)
-            payload = await self._call(Command.DMA_WRITE, encode(DmaWrite(target, len(part), part)))
+            request = encode(DmaWrite(target, len(part), part))
+            payload = await self._call(Command.DMA_WRITE, target, len(part), request)
             if payload:  # older clients send the header alone
                 reply = _decoded(DmaWriteReply, payload)
                 if (reply.address, reply.count) != (target, len(part)):
@@ -159,13 +158,15 @@ class DmaLink:
         self.writes += 1
         self.written_bytes += len(data)
 
-    async def _call(self, command: Command, payload: bytes) -> bytes:
+    async def _call(self, command: Command, address: int, count: int, payload: bytes) -> bytes:
         if not self._max_transfer:
             raise DmaFault("the client takes no data by messages (max_data_xfer_size 0)", errno.E2BIG)
         pending = PendingReply()
         async with self._slots:
             if self._closed:
                 raise _gone()
+            # Asked when nothing is waited for any more: an unmap that was answered meanwhile must be the last word.
+            self._permit(address, count, command == Command.DMA_WRITE)
             msg_id, message = self._session.command(command, payload, pending)
             self._pending.add(pending)
             answered = False

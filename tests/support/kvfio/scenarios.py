@@ -450,6 +450,24 @@ def no_permission() -> None:
     _refused(NVME, "no permission to open /dev/vfio/", uid=NOBODY)
 
 
+def asked_back() -> None:
+    """When the administrator unbinds a function that is in use, its client is asked for it, and lets go."""
+
+    async def work(path: Path) -> None:
+        async with Client.connect(path) as connected:
+            request = eventfd()
+            await connected.set_eventfds(IrqIndex.REQ, [request])
+            (bed.RUN / "used").touch()
+            assert await fired(request, 20) >= 1, "nobody asked"
+
+    with daemon(NVME) as served, background_client(work, served):
+        _until((bed.RUN / "used").exists)
+        (bed.RUN / "used").unlink()
+        bed.unbind(NVME)  # the kernel waits until the client has gone
+        assert "nvme" == bed.driver_of(NVME)
+    bed.bind(NVME)
+
+
 # A virtual function
 
 
@@ -543,6 +561,7 @@ SCENARIOS: Mapping[str, Callable[[], None]] = {
         kept_descriptor,
         second_daemon,
         killed_daemon,
+        asked_back,
         not_bound,
         not_viable,
         no_permission,

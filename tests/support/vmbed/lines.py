@@ -33,7 +33,7 @@ class LineStream:
         try:
             await self._stream.send_all(line.encode() + b"\n")
         except trio.BrokenResourceError as error:
-            raise self._peer.died(f"sending {line[:60]!r}") from error
+            raise await self._peer.gone(f"sending {line[:60]!r}") from error
 
     async def receive(self) -> str:
         """Return the next line, without its end.
@@ -47,9 +47,9 @@ class LineStream:
             try:
                 chunk = await self._stream.receive_some(CHUNK)
             except trio.BrokenResourceError as error:
-                raise self._peer.died("reading a line") from error
+                raise await self._peer.gone("reading a line") from error
             if not chunk:
-                raise self._peer.died("it closed the connection")
+                raise await self._peer.gone("it closed the connection")
             self._buffer += chunk
         line = self._buffer[:end].decode(errors="replace").rstrip("\r")
         del self._buffer[: end + 1]

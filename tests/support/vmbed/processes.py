@@ -89,6 +89,12 @@ class LoggedProcess:
             self._process.terminate()
         return await self.wait()
 
+    async def gone(self, while_doing: str) -> BedError:
+        """Return the error for a process that closed its connection, which it does a moment before it ends."""
+        with trio.move_on_after(STOP_S):
+            await self._process.wait()
+        return self.died(while_doing)
+
     def died(self, while_doing: str) -> BedError:
         """Return the error for a process that is gone, or is not talking any more."""
         state = "is still running" if self.returncode is None else f"ended with status {self.returncode}"

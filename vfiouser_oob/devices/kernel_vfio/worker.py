@@ -84,12 +84,14 @@ class Job(Generic[T]):
         return self._wait().__await__()
 
     async def _wait(self) -> T:
-        try:
-            await self._done.wait()
-        except trio.Cancelled:
-            self.abandoned = True
-            self._fail()
-            raise
+        # A job that is over is not asked for once more: that could be cancelled, with nobody left to undo it.
+        if not self._done.is_set():
+            try:
+                await self._done.wait()
+            except trio.Cancelled:
+                self.abandoned = True
+                self._fail()
+                raise
         if self._error is not None:
             raise self._error
         return self._result[0]

@@ -1,0 +1,84 @@
+"""Real functions in a configuration: the device, its own driver as agent, and what a VMM is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vfiouser_oob.cli.main import main
+from vfiouser_oob.config import ConfigError, KernelVfioDevice, RegionPolicy, parse_agent, parse_config, parse_device
+from vfiouser_oob.config.schema import AgentConfig, DmaMode, FunctionConfig
+from vfiouser_oob.config.summary import warnings
+from vfiouser_oob.devices.factory import make_backend
+from vfiouser_oob.transport.activity import Activity
+
+TEXT = """\
+[[function]]
+name = "nic0"
+socket = "/run/vfio-user/nic0.sock"
+device = { kind = "kernel-vfio", bdf = "3B:00.2", region_policy = "trap" }
+agent = { kind = "kernel-vfio" }
+"""
+
+
+def test_device_and_agent_of_a_file() -> None:
+    """The address gets its domain, and the agent is the driver of this very function."""
+    (function,) = parse_config(TEXT, Path("/etc/c.toml")).functions
+    assert function.device == KernelVfioDevice(bdf="0000:3b:00.2", region_policy=RegionPolicy.TRAP)
+    assert function.agent == AgentConfig(kind="kernel-vfio", function="0000:3b:00.2")
+
+
+def test_agent_of_the_command_line() -> None:
+    """The short form needs no address."""
+    device = parse_device("kernel-vfio:0000:3b:00.2")
+    assert parse_agent("kernel-vfio:", device) == AgentConfig(kind="kernel-vfio", function="0000:3b:00.2")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            'device = { kind = "kernel-vfio", bdf = "3B:00.2", region_policy = "trap" }',
+            'device = { kind = "model", model = "nvme" }',
+            "this one is 'model'",
+        ),
+        (
+            'agent = { kind = "kernel-vfio" }',
+            'agent = { kind = "kernel-vfio", address = "x" }',
+            "unknown key 'address'",
+        ),
+        ('bdf = "3B:00.2", ', "", "key 'bdf' is missing"),
+        ('"trap"', '"none"', "region_policy must be one of"),
+    ],
+)
+def test_mistakes(old: str, new: str, words: str) -> None:
+    """What does not fit together is refused with the reason."""
+    with pytest.raises(ConfigError, match=words):
+        parse_config(TEXT.replace(old, new), Path("/etc/c.toml"))
+
+
+def test_a_function_that_is_not_there_is_worth_a_warning() -> None:
+    """`check-config` says so, since the machine may be another one or the card not yet plugged in."""
+    config = parse_config(TEXT.replace("3B:00.2", "fffe:3b:00.2"), Path("/etc/c.toml"))
+    assert any("no PCI function fffe:3b:00.2" in text for text in warnings(config))
+
+
+async def test_dma_by_messages_is_refused() -> None:
+    """Hardware writes memory by itself: a configuration that wants it otherwise is a mistake, not a surprise."""
+    device = KernelVfioDevice(bdf="0000:3b:00.2")
+    config = FunctionConfig(name="nic0", device=device, dma=DmaMode.MESSAGES)
+    activity = Activity()
+    with pytest.raises(ConfigError, match="not possible for a real function"):
+        make_backend(config, activity)
+    activity.close()
+
+
+def test_the_snippet_allocates_memory_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The IOMMU pins all of the VM's memory at attach, which must fit into the time of one reply."""
+    path = tmp_path / "c.toml"
+    path.write_text("[daemon]\nreply_budget_s = 30.0\n" + TEXT)
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path)])
+    out = capsys.readouterr().out
+    assert "share=on,prealloc=on" in out
+    assert '"x-msg-timeout": 31000' in out
