@@ -15,7 +15,7 @@ from vfiouser_oob.cli.errors import CommandFailed, ExitCode, explain, leaves
 from vfiouser_oob.cli.options import count, option
 from vfiouser_oob.config.devices import read_namespace_size
 from vfiouser_oob.config.schema import Doorbells
-from vfiouser_oob.config.soc import FUNCTIONS_MAX
+from vfiouser_oob.config.soc import AGENT_PROTOCOLS, DEFAULT_AGENT_PROTOCOL, FUNCTIONS_MAX
 from vfiouser_oob.config.values import read_size
 from vfiouser_oob.demo.certificates import CertificatesUnavailable
 from vfiouser_oob.demo.children import ChildFailed
@@ -66,8 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as messages, or in shared memory that is polled (default: polled)",
     )
     parser.add_argument(
+        "--agent",
+        metavar="KIND[,KIND]",
+        type=option(_read_agents),
+        default=(DEFAULT_AGENT_PROTOCOL, DEFAULT_AGENT_PROTOCOL),
+        help=f"what the agents speak, or that of each host: {', '.join(AGENT_PROTOCOLS)} "
+        f"(default: {DEFAULT_AGENT_PROTOCOL})",
+    )
+    parser.add_argument(
         "--seed", metavar="N", type=count(0, _SEED_MAX), default=1, help="seed of the data (default: 1)"
     )
+
+
+def _read_agents(text: str) -> tuple[str, str]:
+    kinds = text.split(",")
+    if len(kinds) > 2 or not set(kinds) <= set(AGENT_PROTOCOLS):
+        raise ValueError(f"must be one or two of {', '.join(AGENT_PROTOCOLS)}, got {text!r}")
+    if "legacy-tcp" in kinds and len(set(kinds)) > 1:
+        raise ValueError("legacy-tcp cannot tell another kind of agent what the function is; use it for both hosts")
+    return kinds[0], kinds[-1]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +115,13 @@ def _show(args: argparse.Namespace, display: Display) -> Sequence[JourneyReport 
     if args.no_migration:
         options = DemoOptions(args.size, args.functions, args.doorbells, args.seed)
         return trio.run(show, options, display.line)
-    hosts = HostOptions(size=args.size, functions=args.functions, doorbells=args.doorbells, state_size=args.state_size)
+    hosts = HostOptions(
+        size=args.size,
+        functions=args.functions,
+        doorbells=args.doorbells,
+        state_size=args.state_size,
+        agents=args.agent,
+    )
     return trio.run(show_migration, hosts, args.seed, display.line, display.meter)
 
 

@@ -9,7 +9,9 @@ from vfiouser_oob.cli.options import add_logging_arguments, count, option
 from vfiouser_oob.config.devices import read_cmb_size, read_namespace_size
 from vfiouser_oob.config.schema import Doorbells, LogFormat, LogLevel
 from vfiouser_oob.config.soc import (
+    AGENT_PROTOCOLS,
     DEFAULT_AGENT_ADDRESS,
+    DEFAULT_AGENT_PROTOCOL,
     FUNCTIONS_MAX,
     SocAgentOptions,
     SocOptions,
@@ -99,6 +101,12 @@ def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         help="tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH; may be repeated; port 0 takes a free one "
         f"(default: {DEFAULT_AGENT_ADDRESS})",
     )
+    parser.add_argument(
+        "--agent-protocol",
+        choices=AGENT_PROTOCOLS,
+        default=DEFAULT_AGENT_PROTOCOL,
+        help=f"what the agent speaks at its addresses (default: {DEFAULT_AGENT_PROTOCOL})",
+    )
     parser.add_argument("--tls-cert", metavar="FILE", type=option(read_path), help="certificate of the agent")
     parser.add_argument("--tls-key", metavar="FILE", type=option(read_path), help="its key (default: in --tls-cert)")
     parser.add_argument(
@@ -141,6 +149,7 @@ def options_from(args: argparse.Namespace) -> SocOptions:
         part=args.part,
         agent=SocAgentOptions(
             listen=tuple(args.agent_listen or (DEFAULT_AGENT_ADDRESS,)),
+            protocol=args.agent_protocol,
             tls_cert=args.tls_cert,
             tls_key=args.tls_key,
             tls_ca=args.tls_ca,

@@ -22,6 +22,9 @@ DEFAULT_NAMESPACE_SIZE = 64 << 20
 FUNCTIONS_MAX = 256
 #: Where the agent listens unless something else was asked for: any free port, for this host only.
 DEFAULT_AGENT_ADDRESS = "tcp://127.0.0.1:0"
+#: What the agent can speak; `vfiouser_agents.rpc.protocols.PROTOCOLS`, which is not imported to parse a command line.
+AGENT_PROTOCOLS = ("msgpack-rpc", "jsonrpc", "grpc", "legacy-tcp")
+DEFAULT_AGENT_PROTOCOL = "msgpack-rpc"
 #: In the directory of the sockets: through which the agent process reaches the device process, and where it can be
 #: reached itself.
 DEVICE_SOCKET = "device.sock"
@@ -47,6 +50,7 @@ class SocAgentOptions:
 
     Args:
         listen: addresses; a port of 0 is any free one.
+        protocol: what is spoken there; the kind of the adapter that reaches it.
         tls_cert: its certificate, for `tls` addresses.
         tls_key: that certificate's key; None = in the same file.
         tls_ca: whose certificates clients must show; None = they need none.
@@ -57,6 +61,7 @@ class SocAgentOptions:
     """
 
     listen: tuple[str, ...] = (DEFAULT_AGENT_ADDRESS,)
+    protocol: str = DEFAULT_AGENT_PROTOCOL
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vfiouser_oob.config.soc import DEFAULT_AGENT_PROTOCOL
 from vfiouser_oob.demo.certificates import Certificates, make_certificates
 from vfiouser_oob.demo.children import Child, running
 from vfiouser_oob.demo.progress import Progress
@@ -26,6 +27,7 @@ class HostOptions:
         state_size: bytes of device memory that each function carries.
         state_churn: bytes of it that change per second; None: the simulator's default.
         tls: whether daemons and agents talk TLS, each with a certificate.
+        agents: what the agents of the hosts speak, and so the kinds of the daemons' adapters.
         migration: more lines for the `migration` tables of the daemons' configurations.
     """
 
@@ -35,6 +37,7 @@ class HostOptions:
     state_size: int = 0
     state_churn: int | None = None
     tls: bool = True
+    agents: tuple[str, str] = (DEFAULT_AGENT_PROTOCOL, DEFAULT_AGENT_PROTOCOL)
     migration: str = ""
 
     @property
@@ -88,16 +91,16 @@ async def two_hosts(directory: Path, options: HostOptions, progress: Progress) -
     children: list[Child] = []
     agents: dict[str, str] = {}
     async with AsyncExitStack() as stack:
-        for host in HOSTS:
+        for host, kind in zip(HOSTS, options.agents, strict=True):
             place = directory / host
             place.mkdir()
             simulator = await stack.enter_async_context(
-                running(f"simulate-soc-{host}", _simulator(directory, place, options, certificates), directory)
+                running(f"simulate-soc-{host}", _simulator(directory, place, options, kind, certificates), directory)
             )
             address = json.loads((place / "soc" / "agent.json").read_text(encoding="utf-8"))["addresses"][0]
             agents[host] = address
             config = place / "daemon.toml"
-            config.write_text(_configuration(place, options, address, certificates), encoding="utf-8")
+            config.write_text(_configuration(place, options, kind, address, certificates), encoding="utf-8")
             serve = ["serve", "--config", str(config)]
             daemon = await stack.enter_async_context(running(f"serve-{host}", serve, directory))
             children += [simulator, daemon]
@@ -122,7 +125,9 @@ def _image(directory: Path) -> Path:
     return directory / "disk.img"
 
 
-def _simulator(directory: Path, place: Path, options: HostOptions, certificates: Certificates | None) -> list[str]:
+def _simulator(
+    directory: Path, place: Path, options: HostOptions, kind: str, certificates: Certificates | None
+) -> list[str]:
     arguments = [
         "simulate-soc",
         f"--socket-dir={place / 'soc'}",
@@ -131,6 +136,7 @@ def _simulator(directory: Path, place: Path, options: HostOptions, certificates:
         "--shared-image",
         f"--doorbells={options.doorbells}",
         f"--state-size={options.state_size}",
+        f"--agent-protocol={kind}",
     ]
     if options.state_churn is not None:
         arguments.append(f"--state-churn={options.state_churn}")
@@ -143,18 +149,22 @@ def _simulator(directory: Path, place: Path, options: HostOptions, certificates:
     return arguments
 
 
-def _configuration(place: Path, options: HostOptions, address: str, certificates: Certificates | None) -> str:
-    tls = ""
+def _configuration(
+    place: Path, options: HostOptions, kind: str, address: str, certificates: Certificates | None
+) -> str:
+    more = ""
     if certificates is not None:
-        tls = f', tls = {{ ca = "{certificates.authority}", cert = "{certificates.daemon.cert}" }}'
+        more = f', tls = {{ ca = "{certificates.authority}", cert = "{certificates.daemon.cert}" }}'
     lines = ["[daemon]", f'control_socket = "{place / "control.sock"}"']
     for name in options.names:
+        # The protocol of the 2022 example has no names, so the adapter is told what to call its only device.
+        device = f', device = "{name}"' if kind == "legacy-tcp" else ""
         lines += [
             "[[function]]",
             f'name = "{name}"',
             f'socket = "{place / f"{name}.sock"}"',
             f'device = {{ kind = "vfio-user", socket = "{place / "soc" / f"{name}.sock"}" }}',
-            f'agent = {{ kind = "msgpack-rpc", address = "{address}", function = "{name}"{tls} }}',
+            f'agent = {{ kind = "{kind}", address = "{address}", function = "{name}"{device}{more} }}',
         ]
         if options.migration:
             lines.append(f"migration = {{ {options.migration} }}")

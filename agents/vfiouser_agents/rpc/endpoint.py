@@ -267,6 +267,25 @@ def _unix_listener(path: str) -> trio.SocketListener:
         raise
 
 
+async def open_at(
+    address: Address, tls: TlsOptions | None = None, *, allow_plaintext: bool = False
+) -> tuple[Sequence[trio.abc.Listener[trio.abc.Stream]], Address]:
+    """Listen at an address, and tell it with the port that was really taken.
+
+    Args:
+        address: where; port 0 is any, but one only: a name with several addresses would get a port for each, and the
+            first is found by all clients.
+        tls: as for `open_listeners`.
+        allow_plaintext: as for `open_listeners`.
+    """
+    listeners = await open_listeners(address, tls, allow_plaintext=allow_plaintext)
+    if address.port == 0 and address.scheme != "unix":
+        for superfluous in listeners[1:]:
+            await superfluous.aclose()
+        listeners = listeners[:1]
+    return listeners, listening_address(address, listeners[0])
+
+
 def remove_stale_socket(path: str) -> None:
     """Remove a UNIX socket that nobody listens at any more.
 

@@ -12,7 +12,7 @@ import trio
 from vfiouser_agents.api import Agent
 from vfiouser_agents.options import OptionError, hint
 
-from .endpoint import Address, TlsOptions, listening_address, open_listeners
+from .endpoint import Address, TlsOptions, open_at
 from .json_codec import JsonCodec
 from .legacy_server import serve_legacy
 from .server import serve_agent
@@ -41,10 +41,10 @@ async def _msgpack_rpc(
     allow_plaintext: bool,
     task_status: trio.TaskStatus[Address],
 ) -> None:
-    listeners = await open_listeners(address, tls, allow_plaintext=allow_plaintext)
+    listeners, shown = await open_at(address, tls, allow_plaintext=allow_plaintext)
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_agent, agent, listeners)
-        task_status.started(listening_address(address, listeners[0]))
+        task_status.started(shown)
 
 
 async def _jsonrpc(
@@ -55,10 +55,10 @@ async def _jsonrpc(
     allow_plaintext: bool,
     task_status: trio.TaskStatus[Address],
 ) -> None:
-    listeners = await open_listeners(address, tls, allow_plaintext=allow_plaintext)
+    listeners, shown = await open_at(address, tls, allow_plaintext=allow_plaintext)
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(serve_agent, agent, listeners, codec=JsonCodec))
-        task_status.started(listening_address(address, listeners[0]))
+        task_status.started(shown)
 
 
 async def _legacy_tcp(
@@ -69,10 +69,10 @@ async def _legacy_tcp(
     allow_plaintext: bool,
     task_status: trio.TaskStatus[Address],
 ) -> None:
-    listeners = await open_listeners(address, tls, allow_plaintext=allow_plaintext)
+    listeners, shown = await open_at(address, tls, allow_plaintext=allow_plaintext)
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_legacy, agent, listeners)
-        task_status.started(listening_address(address, listeners[0]))
+        task_status.started(shown)
 
 
 #: How each is served: a function, or where to find one that needs more than is always installed.

@@ -14,7 +14,19 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TARGETS = ("help", "demo", "test", "test-fast", "test-vm-long", "check", "conformance", "bench", "vm-assets", "clean")
+TARGETS = (
+    "help",
+    "demo",
+    "test",
+    "test-fast",
+    "test-vm-long",
+    "check",
+    "conformance",
+    "bench",
+    "vm-assets",
+    "proto",
+    "clean",
+)
 README_COMMANDS = ("make demo", "make test")
 
 

@@ -33,12 +33,12 @@ def test_exactly_three_packages(wheel: zipfile.ZipFile) -> None:
 
 
 def test_every_module_is_in_it(wheel: zipfile.ZipFile) -> None:
-    """What is in the source tree is in the wheel, markers for type checkers too."""
+    """What is in the source tree is in the wheel, markers for type checkers and what is published too."""
     expected = set()
     for base in (ROOT, ROOT / "protocol", ROOT / "agents"):
         for package in base.glob("vfiouser_*"):
             for path in package.rglob("*"):
-                if path.suffix == ".py" or path.name == "py.typed":
+                if path.suffix in (".py", ".proto") or path.name == "py.typed":
                     expected.add(path.relative_to(base).as_posix())
     assert expected == {
         name for name in wheel.namelist() if name.startswith(("vfiouser_",)) and ".dist-info" not in name

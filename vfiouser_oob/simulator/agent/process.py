@@ -13,8 +13,8 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -25,12 +25,10 @@ from vfiouser_agents.rpc.endpoint import (
     Address,
     TlsOptions,
     check_plaintext,
-    listening_address,
-    open_listeners,
     parse_address,
     server_context,
 )
-from vfiouser_agents.rpc.server import serve_agent
+from vfiouser_agents.rpc.protocols import serve_at
 from vfiouser_oob._version import __version__
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.soc import SocAgentOptions, SocOptions
@@ -39,7 +37,6 @@ from vfiouser_oob.systemd.notify import Notifier
 
 #: Set for an agent process whose standard input is a socket to its supervisor.
 SUPERVISED = "VFIOUSER_OOB_SUPERVISED"
-Listeners = list[trio.abc.Listener[trio.abc.Stream]]
 
 
 class ProxyAgent(Agent):
@@ -108,36 +105,35 @@ async def run_agent(options: SocOptions, environ: Mapping[str, str] = os.environ
     """
     logger = log.get("agent")
     notifier = Notifier.from_environment()
-    addresses, listeners = await _listen(options.agent)
+    check_addresses(options.agent)
     device = MsgpackRpcAgent(parse_address(f"unix://{options.device_socket.absolute()}"))
-    with _AgentFile(options.agent_file, addresses), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with device, _supervisor(environ) as supervisor, trio.open_nursery() as nursery:
-            await nursery.start(serve_agent, ProxyAgent(device), listeners)
-            logger.info("agent ready", addresses=", ".join(addresses), pid=os.getpid())
-            notifier.ready(f"agent at {', '.join(addresses)}")
-            if supervisor is not None:
-                await supervisor.send_all(json.dumps({"addresses": addresses}).encode() + b"\n")
-                nursery.start_soon(_end_with, supervisor, nursery.cancel_scope)
-            nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope)
+            addresses = [str(address) for address in await _serve(ProxyAgent(device), options.agent, nursery)]
+            with _AgentFile(options.agent_file, addresses):
+                logger.info("agent ready", addresses=", ".join(addresses), pid=os.getpid())
+                notifier.ready(f"agent at {', '.join(addresses)}")
+                if supervisor is not None:
+                    await supervisor.send_all(json.dumps({"addresses": addresses}).encode() + b"\n")
+                    nursery.start_soon(_end_with, supervisor, nursery.cancel_scope)
+                await _end_on_signal(signals)
+            nursery.cancel_scope.cancel()
         logger.info("agent stopped")
 
 
-async def _listen(options: SocAgentOptions) -> tuple[list[str], Listeners]:
-    addresses: list[str] = []
-    listeners: Listeners = []
+async def _serve(agent: Agent, options: SocAgentOptions, nursery: trio.Nursery) -> list[Address]:
+    addresses = []
     for address in check_addresses(options):
+        serve = partial(
+            serve_at, options.protocol, agent, address, _tls(options), allow_plaintext=options.allow_plaintext
+        )
         try:
-            found = await open_listeners(address, _tls(options), allow_plaintext=options.allow_plaintext)
+            addresses.append(await nursery.start(serve))
+        except OptionError as error:
+            raise ConfigError(f"agent: {error}") from error
         except OSError as error:
             raise ConfigError(f"agent: cannot listen at {address}: {error.strerror or error}") from error
-        if address.port == 0 and address.scheme != "unix":
-            # A name with several addresses would get a port for each; the first is found by all clients.
-            for superfluous in found[1:]:
-                await superfluous.aclose()
-            found = found[:1]
-        addresses.append(str(listening_address(address, found[0])))
-        listeners += found
-    return addresses, listeners
+    return addresses
 
 
 class _AgentFile:
@@ -184,7 +180,6 @@ async def _end_with(supervisor: trio.SocketStream, scope: trio.CancelScope) -> N
     scope.cancel()
 
 
-async def _end_on_signal(signals: Any, scope: trio.CancelScope) -> None:
+async def _end_on_signal(signals: AsyncIterator[int]) -> None:
     async for _ in signals:
-        scope.cancel()
         return

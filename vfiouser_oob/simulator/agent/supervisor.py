@@ -116,7 +116,7 @@ def agent_command(options: SocOptions, addresses: Sequence[str]) -> list[str]:
         addresses: where it shall listen.
     """
     command = [sys.executable, "-m", "vfiouser_oob", "simulate-soc", "--agent-only"]
-    command += ["--socket-dir", str(options.socket_dir)]
+    command += ["--socket-dir", str(options.socket_dir), "--agent-protocol", options.agent.protocol]
     for address in addresses:
         command += ["--agent-listen", address]
     agent = options.agent
