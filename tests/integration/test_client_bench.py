@@ -30,6 +30,13 @@ def test_quick_benchmark_measures_everything() -> None:
     for name in ("trapped read, model", "DMA_MAP/UNMAP, 64 ranges", "DMA_MAP/UNMAP, 65535 ranges"):
         assert results[name]["value"] / results[name]["baseline"] == results[name]["ratio"]
     assert {"p50", "p90", "p99"} == results["trapped read, vfio-user"]["details"].keys()
+    for name in ("v2 save", "v2 load", "v1 save", "v1 load"):
+        stream = results[f"state stream, {name}"]
+        assert 0 < stream["value"]
+        assert stream["baseline_name"] in ("copy", "SHA-256")
+    assert results["downtime, through the daemon"]["baseline"] == results["downtime, agent alone"]["value"]
+    crowd = results["16 functions migrating at once"]
+    assert results["one function migrating"]["value"] == crowd["baseline"]
     # Noise makes no process smaller or an idle one busy; these two hold on any machine.
     assert results["memory, one function"]["ok"]
     assert results["idle wake-ups, model, one client"]["ok"]
