@@ -16,12 +16,13 @@ from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import AgentState, Status
 from vfiouser_agents.errors import AgentError
 from vfiouser_agents.rpc.endpoint import parse_address
+from vfiouser_oob.control.client import ControlClient
 
 _READY_S = 60.0
 _STATE_SIZE = 1 << 20
 _CONFIG = """\
 [daemon]
-control_socket = "none"
+control_socket = "{place}/control.sock"
 reply_budget_s = 1.5
 [[function]]
 name = "f0"
@@ -111,6 +112,7 @@ class Host:
         (place / "soc").mkdir(parents=True)
         (place / "daemon.toml").write_text(_CONFIG.format(place=place))
         self._address = f"unix://{place}/agent.sock"
+        self._control = place / "control.sock"
         self.socket = place / "f0.sock"
         soc = ["-m", "vfiouser_oob", "simulate-soc", f"--socket-dir={place / 'soc'}"]
         image = [f"--image={directory / 'disk'}", "--shared-image", "--size=1M"]
@@ -140,3 +142,17 @@ class Host:
                     return seen
                 await trio.sleep(0.02)
         raise AssertionError(f"{state} was awaited; last seen: {seen}; the daemon said: {self.daemon.log}")
+
+    async def until_fenced(self) -> None:
+        """Wait until the daemon has learned that the function must be reset before anybody may use it."""
+
+        def fenced() -> bool:
+            with ControlClient(self._control) as control:
+                migration = control.status()["functions"][0]["migration"]
+            return migration is not None and migration["fenced"]
+
+        with trio.fail_after(10):
+            while True:
+                if await trio.to_thread.run_sync(fenced):
+                    return
+                await trio.sleep(0.02)
