@@ -20,4 +20,5 @@ async def _main(here: str, there: str, generation: str, phase: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(_main, *sys.argv[1:])
+    here, there, generation, phase = sys.argv[1:]
+    trio.run(_main, here, there, generation, phase)
