@@ -283,13 +283,29 @@ class Session:
         Raises:
             LocalProtocolError: it is another command's turn.
         """
+        head = self.reply_head(header, len(payload))
+        return head + payload if head else b""
+
+    def reply_head(self, header: Header, payload_size: int) -> bytes:
+        """Return the header of the success reply to a command, for a payload that follows in pieces.
+
+        Args:
+            header: the command's header, the object that `receive` returned.
+            payload_size: bytes of the reply's payload.
+
+        Returns:
+            The header; nothing if the command asked for no reply, and then no payload may follow.
+
+        Raises:
+            LocalProtocolError: it is another command's turn.
+        """
         msg_id, number, _size, flags, _error = header
         if flags & NO_REPLY and number != _VERSION:
             return b""
         if number == _VERSION:
             raise LocalProtocolError("VERSION is answered by accept() or error_reply(); nothing is sent")
         self._take_turn(header)
-        return pack_header(msg_id, number, HEADER_SIZE + len(payload), REPLY) + payload
+        return pack_header(msg_id, number, HEADER_SIZE + payload_size, REPLY)
 
     def error_reply(self, header: Header, errno: int) -> bytes:
         """Return the error reply to a command; to refuse VERSION with it ends the connection.

@@ -222,7 +222,7 @@ async def test_too_many_connections(tmp_path: Path) -> None:
         ("migration.begin", {"session": 1, "role": "boss", "migration_id": "m"}, "invalid-argument"),
         ("migration.save", {"session": 1, "offset": -1, "limit": 1, "phase": "final"}, "invalid-argument"),
         ("migration.save", {"session": 1, "offset": 1 << 63, "limit": 1, "phase": "final"}, "invalid-state"),
-        ("migration.load", {"session": 1, "offset": 0, "data": "text"}, "invalid-argument"),
+        ("migration.load", {"session": 1, "offset": 0, "data": "no base64!"}, "invalid-argument"),
         ("migration.check", {"session": 1, "descriptor": {"format_id": "x"}}, "invalid-argument"),
         ("dirty.start", {"session": 1, "ranges": [[1]], "page_size": 4096}, "invalid-argument"),
         ("dirty.start", {"session": 1, "ranges": [5], "page_size": 4096}, "invalid-argument"),

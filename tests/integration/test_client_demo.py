@@ -1,5 +1,5 @@
-"""`demo --no-migration` as a user runs it: real processes, verified data, one clear line when something fails, nothing left
-behind.
+"""`demo --no-migration` as a user runs it: real processes, verified data, one clear line when something fails, nothing
+left behind.
 """
 
 from __future__ import annotations

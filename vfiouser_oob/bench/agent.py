@@ -1,4 +1,4 @@
-"""An agent that costs as little as an agent can: its state is the same megabyte again and again, and is never looked at.
+"""An agent that costs as little as it can: its state is one megabyte again and again, and is never looked at.
 
 Run as ``python -m vfiouser_oob.bench.agent PORT_FILE FUNCTIONS STATE_SIZE``.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from vfiouser_agents.api import AgentState, Chunk, Estimate, Phase, Session
+from vfiouser_agents.api import AgentState, Chunk, Estimate, Phase
 from vfiouser_agents.errors import CorruptState, InvalidArgument
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction, MemorySession
 from vfiouser_agents.rpc.endpoint import listening_address, open_listeners, parse_address
@@ -64,7 +64,7 @@ class StreamSession(MemorySession):
 class StreamAgent(MemoryAgent):
     """An agent with such sessions."""
 
-    async def open(self, function_id: str) -> Session:
+    async def open(self, function_id: str) -> MemorySession:
         """A session for a function."""
         await super().open(function_id)
         return StreamSession(self.by_id[function_id])
@@ -76,7 +76,7 @@ async def _serve(port_file: Path, functions: int, state_size: int) -> None:
     async with agent, trio.open_nursery() as nursery:
         listeners = await open_listeners(address)
         await nursery.start(serve_agent, agent, listeners)
-        port_file.write_text(str(listening_address(address, listeners[0])), encoding="utf-8")
+        await trio.Path(port_file).write_text(str(listening_address(address, listeners[0])), encoding="utf-8")
         Notifier.from_environment().ready()
 
 

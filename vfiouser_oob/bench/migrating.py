@@ -108,14 +108,13 @@ class V2Mover:
         """Save several functions at the same time; returns how many bytes they have together."""
         total = 0
         with selectors.DefaultSelector() as selector:
-            for mover in movers:
-                selector.register(mover, selectors.EVENT_READ)
-                mover.client.sock.sendall(message(Command.DEVICE_FEATURE, _set_state(DeviceState.STOP_COPY)))
+            for each in movers:
+                selector.register(each, selectors.EVENT_READ, each)
+                each.client.sock.sendall(message(Command.DEVICE_FEATURE, _set_state(DeviceState.STOP_COPY)))
             reading: set[V2Mover] = set()
             while selector.get_map():
                 for key, _ in selector.select():
-                    mover = key.fileobj
-                    assert isinstance(mover, V2Mover)
+                    mover: V2Mover = key.data
                     if not mover._take():
                         continue
                     count = max(0, mover._have - _READ_HEAD) if mover in reading else PORTION

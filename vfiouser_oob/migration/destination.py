@@ -72,7 +72,7 @@ class DestinationPipeline:
         """Whether the trailer came."""
         return self._reader.complete
 
-    async def write(self, data: bytes, deadline: float) -> None:
+    async def write(self, data: bytes | memoryview, deadline: float) -> None:
         """Take the next bytes of the stream.
 
         Args:
@@ -129,7 +129,7 @@ class DestinationPipeline:
             await self._wait_landed()
             self._landed = trio.Event()
             piece = record.data[start : start + caps.max_chunk]
-            self._nursery.start_soon(self._forward, record.offset + start, bytes(piece))
+            self._nursery.start_soon(self._forward, record.offset + start, _as_bytes(piece))
 
     async def _wait_landed(self) -> None:
         await self._landed.wait()
@@ -182,3 +182,9 @@ class DestinationPipeline:
     def halt(self) -> None:
         """Drop everything."""
         self._scope.cancel()
+
+
+def _as_bytes(piece: memoryview) -> bytes:
+    """The bytes of a view, copied only if they are a part of more."""
+    whole = piece.obj
+    return whole if type(whole) is bytes and len(whole) == len(piece) else bytes(piece)

@@ -17,6 +17,7 @@ from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.standing import message_deadline
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.migration.v2_view import V2View
+from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import RegionIndex
@@ -87,7 +88,7 @@ class MigrationPort:
         """DEVICE_FEATURE."""
         return self._v2("DEVICE_FEATURE").device_feature(payload, posted=posted)
 
-    def mig_data_read(self, payload: bytes) -> Awaitable[bytes]:
+    def mig_data_read(self, payload: bytes) -> Awaitable[Pieces]:
         """MIG_DATA_READ."""
         return self._v2("MIG_DATA_READ").data_read(payload)
 

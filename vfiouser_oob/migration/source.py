@@ -21,6 +21,9 @@ from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.errors import CommandError
 
+#: Turns of the scheduler after which a call's request has been written to the agent's socket.
+_TURNS_TO_SEND = 4
+
 
 class SourcePipeline:
     """The state of one function on its way to the client.
@@ -124,7 +127,9 @@ class SourcePipeline:
     async def _fetch(self, hasher: Hasher) -> None:
         with trio.CancelScope() as self._fetch_scope:
             try:
-                chunk = await self._save()
+                chunk = await self._save(self._offset)
+                while self._may_ask_ahead(chunk):
+                    chunk = await self._save_while_accepting(chunk, hasher)
                 await self._accept(chunk, hasher)
             except AgentError as error:
                 self._error = error
@@ -133,8 +138,38 @@ class SourcePipeline:
         self._fetch_scope = None
         self._notify()
 
-    async def _save(self) -> Chunk:
-        offset, limit, phase = self._offset, self._chunk_size, self._phase
+    def _may_ask_ahead(self, chunk: Chunk) -> bool:
+        """Whether to ask for the next chunk before this one is dealt with: a client waits for this one."""
+        more = not (chunk.eof or chunk.drained)
+        return more and len(self._queue) < self._demand and not (self._held or self._pci_due or self._restarting)
+
+    async def _save_while_accepting(self, chunk: Chunk, hasher: Hasher) -> Chunk:
+        """Let the agent work on the next chunk while this one is checked, hashed and sent.
+
+        Asking for the next one acknowledges this one; that it is accepted cannot be given up, so it is never lost.
+        """
+        answers: list[Chunk | AgentError] = []
+
+        async def ask(offset: int) -> None:
+            try:
+                answers.append(await self._save(offset))
+            except AgentError as error:
+                answers.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, self._offset + len(chunk.data))
+            # Sending a chunk to the client takes long; the request shall be out before.
+            with trio.CancelScope(shield=True):
+                for _ in range(_TURNS_TO_SEND):
+                    await trio.lowlevel.checkpoint()
+                await self._accept(chunk, hasher)
+        (answer,) = answers
+        if isinstance(answer, AgentError):
+            raise answer
+        return answer
+
+    async def _save(self, offset: int) -> Chunk:
+        limit, phase = self._chunk_size, self._phase
         caps = self._link.caps
         if caps is not None:
             limit = min(limit, caps.max_chunk)
@@ -302,14 +337,14 @@ class SourcePipeline:
             raise CommandError(f"the state could not be fetched: {self._error}", self._error.errno)
         return self._drained and not self._restarting
 
-    def take(self, size: int) -> bytes:
-        """Return up to so many bytes of what is there.
+    def take(self, size: int) -> list[memoryview]:
+        """Return up to so many bytes of what is there, in the pieces in which it came.
 
         Args:
             size: bytes wanted.
         """
-        data = b"".join(self._queue.take(size))
-        self.taken += len(data)
+        data = self._queue.take(size)
+        self.taken += sum(map(len, data))
         if data:
             self._notify()
         return data

@@ -62,6 +62,9 @@ __all__ = [
     "Trailer",
 ]
 
+#: Bytes from which a piece of a payload is kept where it is until the payload is whole.
+_KEPT = 16 << 10
+
 
 class _Progress:
     """What writer and reader count alike."""
@@ -182,6 +185,31 @@ class StreamWriter:
         return head, payload
 
 
+class _Gathered:
+    """A payload that comes in pieces. Large ones are kept where they are until all can be joined in one go."""
+
+    def __init__(self) -> None:
+        self._pieces: list[memoryview | bytearray] = []
+        self.size = 0
+
+    def add(self, piece: memoryview) -> None:
+        """Add a piece; it must not change any more."""
+        self.size += len(piece)
+        if len(piece) >= _KEPT:
+            self._pieces.append(piece)
+            return
+        # Many small ones would take up more memory than what they hold.
+        last = self._pieces[-1] if self._pieces else None
+        if not isinstance(last, bytearray):
+            last = bytearray()
+            self._pieces.append(last)
+        last += piece
+
+    def join(self) -> bytes:
+        """All pieces together."""
+        return b"".join(self._pieces)
+
+
 class StreamReader:
     """Reads a stream from chunks of any size, and lets only what was checked through.
 
@@ -191,7 +219,7 @@ class StreamReader:
     def __init__(self) -> None:
         self._progress = _Progress()
         self._head = bytearray()
-        self._payload = bytearray()
+        self._payload = _Gathered()
         self._current: _Head | None = None
         self._trailer: Trailer | None = None
         self._refused: StreamRefused | None = None
@@ -232,8 +260,7 @@ class StreamReader:
         except StreamRefused as refused:
             self._refused = refused
             self._head.clear()
-            # A fresh one: views of the old one may be in the hands of the caller.
-            self._payload = bytearray()
+            self._payload = _Gathered()
             raise
         return records
 
@@ -278,15 +305,15 @@ class StreamReader:
                 head, self._head = bytes(self._head), bytearray()
                 self._open(head, records)
             return end
-        have = len(self._payload)
+        have = self._payload.size
         end = min(len(view), position + current.length - have)
         if not have and end - position == current.length:
             self._close(current, view[position:end].toreadonly(), records)
             return end
-        self._payload += view[position:end]
-        if len(self._payload) == current.length:
-            payload, self._payload = self._payload, bytearray()
-            self._close(current, memoryview(payload).toreadonly(), records)
+        self._payload.add(view[position:end])
+        if self._payload.size == current.length:
+            payload, self._payload = self._payload, _Gathered()
+            self._close(current, memoryview(payload.join()), records)
         return end
 
     def _open(self, packed: bytes, records: list[Record]) -> None:

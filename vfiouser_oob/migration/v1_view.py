@@ -168,9 +168,11 @@ class V1View:
                 raise CommandError("data_offset was read while no state is being saved")
             await source.prepare(self._layout.data_size, message_deadline())
             data = source.take(self._layout.data_size)
-            start = self._layout.data_start
-            self.memory.view[start : start + len(data)] = data
-            self._iteration.prepared(len(data))
+            start = end = self._layout.data_start
+            for piece in data:
+                self.memory.view[end : end + len(piece)] = piece
+                end += len(piece)
+            self._iteration.prepared(end - start)
         return pack_register(Register.DATA_OFFSET, self._layout.data_start)
 
     def _read_size(self) -> bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.standing import Owner, Truth, message_deadline
-from vfiouser_protocol.codec import decode, encode
+from vfiouser_oob.transport.pieces import Pieces
+from vfiouser_protocol.codec import decode
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.messages import (
@@ -16,14 +18,14 @@ from vfiouser_protocol.messages import (
     FeatureLoggingReport,
     FeatureLoggingStart,
     MigDataRead,
-    MigDataReadReply,
     MigDataWrite,
 )
 from vfiouser_protocol.migration_v2 import READABLE, WRITABLE, FeatureAction, FeatureCall, interpret_feature
 from vfiouser_protocol.rules import check_request
 
 Answer: TypeAlias = "bytes | Awaitable[bytes]"
-_MIG_DATA_FIXED = 8
+#: argsz and size of a reply to MIG_DATA_READ. It is not encoded as a whole, since its data lies in several places.
+_DATA_HEAD = struct.Struct("<II")
 
 
 class V2View:
@@ -100,7 +102,7 @@ class V2View:
         bitmap = await self._dirty.report(data.iova, data.length, data.page_size, message_deadline())
         return call.report(bitmap)
 
-    async def data_read(self, payload: bytes) -> bytes:
+    async def data_read(self, payload: bytes) -> Pieces:
         """MIG_DATA_READ: in STOP_COPY short only at the end, in PRE_COPY only when there is no more for now.
 
         Args:
@@ -116,13 +118,14 @@ class V2View:
         if source is None:
             raise CommandError("MIG_DATA_READ while no state is being saved")
         size = request.size
-        data = b""
+        data: list[memoryview] = []
         if size:
             await source.prepare(size, message_deadline())
             data = source.take(size)
             self._engine.work.trailer_handed |= source.exhausted
-        padding = bytes(size - len(data)) if self._engine.config.pad_reads else b""
-        return encode(MigDataReadReply(_MIG_DATA_FIXED + len(data), len(data), data)) + padding
+        count = sum(map(len, data))
+        padding = bytes(size - count) if self._engine.config.pad_reads else b""
+        return Pieces((_DATA_HEAD.pack(_DATA_HEAD.size + count, count), *data, padding))
 
     async def data_write(self, payload: bytes) -> bytes:
         """MIG_DATA_WRITE.
@@ -133,7 +136,8 @@ class V2View:
         Raises:
             CommandError: refused; after that the load has failed, unless nothing of it was taken.
         """
-        request = decode(MigDataWrite, payload)
+        # Decoded as a view of what nobody changes any more: the data is large, and copied when it is put together.
+        request = decode(MigDataWrite, cast("bytes", memoryview(payload)))
         check_request(request, self._max_write)
         self._require(WRITABLE, "MIG_DATA_WRITE")
         destination = self._engine.work.destination

@@ -30,6 +30,7 @@ from vfiouser_oob.server.negotiation import TwinSocket, negotiate_version
 from vfiouser_oob.transport.fds import close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.peer import Peer
+from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, Command
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 #: keep us from ever sleeping.
 _TURN = 32
 #: What a handler returns when there is nothing to wait for.
-_READY = (bytes, Reply)
+_READY = (bytes, Reply, Pieces)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
 _MAX_QUEUED = 16384
 _MAX_QUEUED_BYTES = 64 << 20
@@ -201,6 +202,7 @@ class Connection(ClientLink):
         self._dma = DmaLink(self.session, channel, permit, client.max_data_xfer_size, self._budget_s)
         if self.port is not None:
             self.port.negotiated(client, offer, migration_pgsize)
+            self.stream.make_room()
         self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
 
     def count(self, command: int) -> None:
@@ -348,9 +350,23 @@ class Connection(ClientLink):
         if outcome.error is not None:
             self._answer_error(event, outcome.error)
 
-    def _answer(self, event: CommandReceived, result: bytes | Reply) -> None:
+    def _answer(self, event: CommandReceived, result: bytes | Reply | Pieces) -> None:
+        if isinstance(result, Pieces):
+            self._answer_in_pieces(event, result)
+            return
         payload, fds = (result, ()) if isinstance(result, bytes) else result
         self.send(self.session.reply(event.header, payload), fds)
+
+    def _answer_in_pieces(self, event: CommandReceived, result: Pieces) -> None:
+        head = self.session.reply_head(event.header, result.size)
+        if not head:
+            return
+        if self._tracing:
+            self.log.debug(describe(unpack_header(head), b"".join(result.pieces), 0, ">"))
+        try:
+            self.stream.send_pieces([head, *result.pieces])
+        except EndOfStream:
+            self._scope.cancel()
 
     def _answer_error(self, event: CommandReceived, error: Exception) -> None:
         name = Command(event.header.command).name

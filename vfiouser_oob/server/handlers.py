@@ -15,6 +15,7 @@ from vfiouser_oob.devices.base import Answer, BackendSession
 from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
@@ -72,7 +73,7 @@ class Reply(NamedTuple):
     fds: Sequence[int]
 
 
-Result: TypeAlias = "bytes | Reply | Awaitable[bytes | Reply]"
+Result: TypeAlias = "bytes | Reply | Pieces | Awaitable[bytes | Reply | Pieces]"
 #: Payload, descriptors that mean something to the command (taken over), and whether nobody waits for the result.
 Handler: TypeAlias = Callable[[bytes, Sequence[int], bool], Result]
 

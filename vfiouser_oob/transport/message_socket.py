@@ -12,6 +12,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import trio
 
@@ -26,8 +27,17 @@ _ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
+#: Bytes read of a body at once; room for more than the socket holds would be made in vain each time.
+_PIECE = 256 << 10
+#: Bytes that the socket shall hold of what we send, if the system permits: with less than a portion of state, each
+#: takes several turns with the peer.
+_SEND_BUFFER = 2 << 20
 #: Unsent bytes above which the side that produces them has to wait.
 HIGH_WATER = 4 << 20
+
+
+#: Part of a message.
+Piece: TypeAlias = "bytes | memoryview"
 
 
 class EndOfStream(Exception):
@@ -97,7 +107,7 @@ class MessageSocket:
                 wanted = framer.bytes_wanted
                 if framer.in_body:
                     # Descriptors come with a message's first bytes; what is attached to a body the kernel discards.
-                    data = sock.recv(wanted)
+                    data = sock.recv(wanted if wanted < _PIECE else _PIECE)
                     message = framer.feed(data) if data else None
                 else:
                     data, ancillary, flags, _ = sock.recvmsg(wanted, _ANCILLARY_SIZE, _CLOEXEC)
@@ -183,6 +193,36 @@ class MessageSocket:
             raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
         if sent < len(data):
             self._put_off(memoryview(data)[sent:], ())
+
+    def send_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Send one message that lies in several places, without copying it together; otherwise like `send`.
+
+        Args:
+            pieces: the message; what they lie in must not change any more.
+
+        Raises:
+            EndOfStream: the peer has gone.
+        """
+        if self._corked or self._closed or self._outbox:
+            self.send(b"".join(pieces))
+            return
+        try:
+            sent = self._sock.sendmsg(pieces, (), _NO_SIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
+        for piece in pieces:
+            if sent < len(piece):
+                self._put_off(memoryview(piece)[sent:], ())
+            sent = max(0, sent - len(piece))
+
+    def make_room(self) -> None:
+        """Let the socket hold a whole portion of state."""
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        except OSError:  # then it takes more turns
+            pass
 
     def cork(self) -> None:
         """Hold messages back until `uncork`, to send them in one piece; nothing may be awaited in between."""

@@ -40,6 +40,8 @@ class MsgpackCodec:
 
     def __init__(self, max_message: int = DEFAULT_MAX_MESSAGE) -> None:
         self._max_message = max_message
+        # Kept, so that its buffer need not grow anew for each piece of state.
+        self._packer = msgpack.Packer(use_bin_type=True)
         self._fed = 0
         self._taken = 0
         self._values = 0
@@ -77,8 +79,10 @@ class MsgpackCodec:
             case Notification(method=method, params=params):
                 parts = [_NOTIFICATION, method, [params]]
         try:
-            return msgpack.packb(parts, use_bin_type=True)
+            return self._packer.pack(parts)
         except (ValueError, TypeError, OverflowError) as error:
+            # What it had written before is still in its buffer.
+            self._packer = msgpack.Packer(use_bin_type=True)
             raise ProtocolError(f"message cannot be written as msgpack: {error}; it was not sent") from error
 
     def feed(self, data: bytes) -> Iterator[Message]:
