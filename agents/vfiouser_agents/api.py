@@ -14,7 +14,7 @@ thing itself. The rules, which `testing.check_agent` proves:
    LOADED. Bytes arrive in order. The commit verifies total and digest, applies, and leaves LOADED; `resume` then runs
    the function.
 5. On a source, `resume` is the way back at any time. After a load that was begun and did not commit, also after
-   `abort`, only `reset` or another load leads out.
+   `abort`, only `reset` or another load leads out; where nothing of it has reached the function, `end` may, too.
 6. A dirty report that fails, or whose answer is lost, makes everything in its range dirty.
 7. What is not supported raises `Unsupported`, and `caps` never claims it.
 8. The calls of one function are executed in the order of their arrival, except `status`, which is answered at once,

@@ -10,7 +10,16 @@ T = TypeVar("T")
 
 
 class OptionError(ValueError):
-    """An option of an agent cannot be used; the message says why and what would do."""
+    """An option of an agent cannot be used; the message says why and what would do.
+
+    Args:
+        message: why.
+        key: the key that it is about, with dots between tables; the message begins with it.
+    """
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message if key is None else f"{key}: {message}")
+        self.key = key
 
 
 def read_options(options: Mapping[str, Any], readers: Mapping[str, Callable[[str, Any], Any]]) -> dict[str, Any]:

@@ -221,6 +221,24 @@ async def test_device_fails_while_loading() -> None:
             await session.resume()
 
 
+async def test_a_load_that_never_reached_the_device() -> None:
+    """Bytes that were only collected change nothing: once the migration has ended, the function may run again."""
+    server = LegacyServer()
+    async with vendor(server) as options, make_agent("legacy-tcp", options) as agent:
+        session = await agent.open("device")
+        await session.begin(Role.DESTINATION, "m")
+        await session.stop()
+        await session.load_begin(None)
+        await session.load(0, b"half a state")
+        with pytest.raises(InvalidState):
+            await session.resume()
+        await session.end(Outcome.FAILED)
+        await session.resume()
+        assert AgentState.RUNNING is (await session.status()).state
+    assert [0, RUNNING] == server.states
+    assert LOAD not in server.requests
+
+
 async def test_cancelled_call_ends_the_connection() -> None:
     """What is cancelled leaves no answer behind that the next call would take for its own."""
     server = LegacyServer()

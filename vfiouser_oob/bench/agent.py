@@ -1,6 +1,6 @@
 """An agent that costs as little as it can: its state is one megabyte again and again, and is never looked at.
 
-Run as ``python -m vfiouser_oob.bench.agent PORT_FILE FUNCTIONS STATE_SIZE``.
+Run as ``python -m vfiouser_oob.bench.agent PORT_FILE FUNCTIONS STATE_SIZE [PROTOCOL]``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import trio
 from vfiouser_agents.api import AgentState, Chunk, Estimate, Phase
 from vfiouser_agents.errors import CorruptState, InvalidArgument
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction, MemorySession
-from vfiouser_agents.rpc.endpoint import listening_address, open_listeners, parse_address
-from vfiouser_agents.rpc.server import serve_agent
+from vfiouser_agents.rpc.endpoint import parse_address
+from vfiouser_agents.rpc.protocols import serve_at
 from vfiouser_oob.systemd.notify import Notifier
 
 _PATTERN = random.Random(1).randbytes(1 << 20)
@@ -70,21 +70,20 @@ class StreamAgent(MemoryAgent):
         return StreamSession(self.by_id[function_id])
 
 
-async def _serve(port_file: Path, functions: int, state_size: int) -> None:
+async def _serve(port_file: Path, functions: int, state_size: int, protocol: str) -> None:
     agent = StreamAgent([MemoryFunction(f"f{number}", state_size) for number in range(functions)])
     address = parse_address("tcp://127.0.0.1:0")
     async with agent, trio.open_nursery() as nursery:
-        listeners = await open_listeners(address)
-        await nursery.start(serve_agent, agent, listeners)
-        await trio.Path(port_file).write_text(str(listening_address(address, listeners[0])), encoding="utf-8")
+        address = await nursery.start(serve_at, protocol, agent, address)
+        await trio.Path(port_file).write_text(str(address), encoding="utf-8")
         Notifier.from_environment().ready()
 
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until killed."""
-    port_file, functions, state_size = arguments
+    port_file, functions, state_size, protocol = [*arguments, "msgpack-rpc"][:4]
     gc.freeze()
-    trio.run(_serve, Path(port_file), int(functions), int(state_size))
+    trio.run(_serve, Path(port_file), int(functions), int(state_size), protocol)
 
 
 if __name__ == "__main__":

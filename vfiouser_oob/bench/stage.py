@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from vfiouser_oob.bench.adapters import measure_adapters
 from vfiouser_oob.bench.measure import (
     BURST,
     MapLoad,
@@ -136,6 +137,8 @@ async def measure(effort: Effort, progress: Progress) -> list[Result]:
         progress(f"memory: 1 function, then {effort.functions}")
         results += await _memory(Path(place), effort)
         results += await measure_streams(Path(place), effort.streams, progress)
+        streams = effort.streams
+        results += await measure_adapters(Path(place, "adapters"), streams.adapter_size, streams.rounds, progress)
     return results
 
 

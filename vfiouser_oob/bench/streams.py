@@ -43,6 +43,7 @@ class StreamEffort:
         functions: functions that migrate at once.
         many_size: bytes of the state of each of those.
         downtimes: migrations whose downtime is measured.
+        adapter_size: bytes of the state that each adapter carries.
     """
 
     rounds: int = 5
@@ -50,10 +51,13 @@ class StreamEffort:
     functions: int = 64
     many_size: int = 8 << 20
     downtimes: int = 20
+    adapter_size: int = 64 << 20
 
 
 FULL_STREAMS = StreamEffort()
-QUICK_STREAMS = StreamEffort(rounds=2, state_size=32 << 20, functions=16, many_size=4 << 20, downtimes=5)
+QUICK_STREAMS = StreamEffort(
+    rounds=2, state_size=32 << 20, functions=16, many_size=4 << 20, downtimes=5, adapter_size=16 << 20
+)
 
 
 @dataclass(frozen=True, slots=True)

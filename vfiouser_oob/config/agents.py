@@ -98,7 +98,7 @@ def read_agent(raw: Any, place: Place, device: DeviceConfig) -> AgentConfig:
     try:
         make_agent(kind, options)
     except OptionError as error:
-        place.fail(str(error))
+        place.fail(str(error), error.key)
     return AgentConfig(kind=kind, function=function, options=options)
 
 

@@ -96,8 +96,20 @@ class LineMap:
         return (first, *index, *rest)
 
     def line(self, *location: str | int | None) -> int | None:
-        """Line of a key, or of the nearest thing around it; None for the file as a whole."""
-        words = tuple(word for word in location if word is not None)
+        """Line of a key, also one of tables inside each other, or of the nearest thing around it.
+
+        Args:
+            location: words, which may have dots between them, and numbers of tables in an array.
+
+        Returns:
+            None for the file as a whole.
+        """
+        words = tuple(
+            part
+            for word in location
+            if word is not None
+            for part in (word.split(".") if isinstance(word, str) else (word,))
+        )
         while words:
             if words in self._lines:
                 return self._lines[words]

@@ -156,19 +156,19 @@ def read_map(options: Mapping[str, Any]) -> MethodMap:
 
 def _preset(name: Any) -> str:
     if name not in PRESETS:
-        raise OptionError(f"preset: there is none called {name!r}{hint(str(name), PRESETS)}")
+        raise OptionError(f"there is none called {name!r}{hint(str(name), PRESETS)}", "preset")
     return str(name)
 
 
 def _table(key: str, raw: Any) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
-        raise OptionError(f"{key}: must be a table, got {raw!r}")
+        raise OptionError(f"must be a table, got {raw!r}", key)
     return raw
 
 
 def _require(key: str, table: Mapping[str, Any], name: str, why: str) -> None:
     if not table.get(name):
-        raise OptionError(f"{key}.{name}: missing; {why}")
+        raise OptionError(f"missing; {why}", f"{key}.{name}")
 
 
 def _methods(raw: Mapping[str, Any]) -> dict[str, MappedMethod]:
@@ -176,7 +176,7 @@ def _methods(raw: Mapping[str, Any]) -> dict[str, MappedMethod]:
     for name, value in raw.items():
         key = f"methods.{name}"
         if name not in OPERATIONS:
-            raise OptionError(f"{key}: there is no such operation{hint(name, OPERATIONS)}")
+            raise OptionError(f"there is no such operation{hint(name, OPERATIONS)}", key)
         if value is False:
             continue  # what a preset has is not to be used
         table = {"method": value} if isinstance(value, str) else _table(key, value)
@@ -188,15 +188,15 @@ def _method(key: str, operation: Operation, name: str, raw: Mapping[str, Any]) -
     allowed = {"method", "params", "result", *(["states"] if name == "status" else [])}
     for part in raw:
         if part not in allowed:
-            raise OptionError(f"{key}.{part}: there is no such key{hint(part, dict.fromkeys(sorted(allowed)))}")
+            raise OptionError(f"there is no such key{hint(part, dict.fromkeys(sorted(allowed)))}", f"{key}.{part}")
     _require(key, raw, "method", "the vendor's name of the method")
     if not isinstance(raw["method"], str):
-        raise OptionError(f"{key}.method: must be text, got {raw['method']!r}")
+        raise OptionError(f"must be text, got {raw['method']!r}", f"{key}.method")
     params = _table(f"{key}.params", raw.get("params", {}))
     used = _variables(f"{key}.params", params, ("function", *operation.variables))
     for variable in operation.required:
         if variable not in used:
-            raise OptionError(f"{key}.params: no parameter carries ${variable}")
+            raise OptionError(f"no parameter carries ${variable}", f"{key}.params")
     result = _results(f"{key}.result", operation, raw.get("result", {}))
     states = _states(f"{key}.states", raw.get("states", {})) if name == "status" else {}
     return MappedMethod(raw["method"], params, result, states)
@@ -208,11 +208,11 @@ def _variables(key: str, value: Any, allowed: tuple[str, ...]) -> set[str]:
     if isinstance(value, list):
         return {name for index, item in enumerate(value) for name in _variables(f"{key}[{index}]", item, allowed)}
     if value is not None and not isinstance(value, str | int | float):
-        raise OptionError(f"{key}: {value!r} cannot be sent as JSON")
+        raise OptionError(f"{value!r} cannot be sent as JSON", key)
     if not isinstance(value, str) or not value.startswith("$") or value.startswith("$$"):
         return set()
     if value[1:] not in allowed:
-        raise OptionError(f"{key}: unknown variable {value!r}{hint(value, {f'${name}': None for name in allowed})}")
+        raise OptionError(f"unknown variable {value!r}{hint(value, {f'${name}': None for name in allowed})}", key)
     return {value[1:]}
 
 
@@ -220,12 +220,12 @@ def _results(key: str, operation: Operation, raw: Any) -> dict[str, str]:
     table = _table(key, raw)
     for name, path in table.items():
         if name not in operation.results:
-            raise OptionError(f"{key}.{name}: this operation has no such result{hint(name, operation.results)}")
+            raise OptionError(f"this operation has no such result{hint(name, operation.results)}", f"{key}.{name}")
         if not isinstance(path, str):
-            raise OptionError(f"{key}.{name}: must be keys with dots between them, or empty text, got {path!r}")
+            raise OptionError(f"must be keys with dots between them, or empty text, got {path!r}", f"{key}.{name}")
     for name, needed in operation.results.items():
         if needed and name not in table:
-            raise OptionError(f"{key}.{name}: missing; it says where in the vendor's result {name} is")
+            raise OptionError(f"missing; it says where in the vendor's result {name} is", f"{key}.{name}")
     return dict(table)
 
 
@@ -234,7 +234,7 @@ def _states(key: str, raw: Any) -> dict[str, AgentState]:
     found = {}
     for word, state in _table(key, raw).items():
         if state not in words:
-            raise OptionError(f"{key}.{word}: {state!r} is no state{hint(str(state), words)}")
+            raise OptionError(f"{state!r} is no state{hint(str(state), words)}", f"{key}.{word}")
         found[word] = words[state]
     return found or words
 
@@ -244,7 +244,7 @@ def _state_file(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod]) -> 
     if not raw and not uses:
         return None
     if uses != ["save", "load"]:
-        raise OptionError("state: only for methods.save and methods.load that both have a parameter $path")
+        raise OptionError("only for methods.save and methods.load that both have a parameter $path", "state")
     readers: dict[str, Callable[[str, Any], Any]] = {
         "path": _path,
         "fetch": _command,
@@ -253,7 +253,7 @@ def _state_file(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod]) -> 
     }
     for name in raw:
         if name not in readers:
-            raise OptionError(f"state.{name}: there is no such key{hint(name, readers)}")
+            raise OptionError(f"there is no such key{hint(name, readers)}", f"state.{name}")
     _require("state", raw, "path", "the file on the SoC, such as /tmp/$function.state")
     _require("state", raw, "fetch", 'the command that prints the file, such as ["ssh", "soc", "cat", "$path"]')
     _require("state", raw, "store", 'the command that makes the file out of its input, such as ["ssh", "soc", "dd", …]')
@@ -262,51 +262,51 @@ def _state_file(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod]) -> 
 
 def _path(key: str, raw: Any) -> str:
     if not isinstance(raw, str) or not raw.startswith("/") or "$" in raw.replace("$function", ""):
-        raise OptionError(f"{key}: must be an absolute path with no variable but $function, got {raw!r}")
+        raise OptionError(f"must be an absolute path with no variable but $function, got {raw!r}", key)
     return raw
 
 
 def _command(key: str, raw: Any) -> tuple[str, ...]:
     if not isinstance(raw, list) or not raw or not all(isinstance(word, str) for word in raw):
-        raise OptionError(f"{key}: must be a list of words, got {raw!r}")
+        raise OptionError(f"must be a list of words, got {raw!r}", key)
     if not any("$path" in word for word in raw):
-        raise OptionError(f"{key}: no word has $path in it")
+        raise OptionError("no word has $path in it", key)
     return tuple(raw)
 
 
 def _check_methods(methods: Mapping[str, MappedMethod], state: StateFile | None) -> None:
     for name in _NEEDED:
         if name not in methods:
-            raise OptionError(f"methods.{name}: missing; a function that cannot be told to {name} is of no use")
+            raise OptionError(f"missing; a function that cannot be told to {name} is of no use", f"methods.{name}")
     for group in _TOGETHER:
         missing = [name for name in group if name not in methods]
         if missing and len(missing) < len(group):
-            raise OptionError(f"methods.{missing[0]}: missing; the others of {', '.join(group)} are there")
+            raise OptionError(f"missing; the others of {', '.join(group)} are there", f"methods.{missing[0]}")
     if "save" not in methods or state is not None:
         return
     for name, variables in (("save", ("limit",)), ("load", ("data",))):
         for variable in variables:
             if f"${variable}" not in methods[name].params.values():
-                raise OptionError(f"methods.{name}.params: no parameter carries ${variable}, and none $path")
+                raise OptionError(f"no parameter carries ${variable}, and none $path", f"methods.{name}.params")
     for wanted in ("data", "eof"):
         if wanted not in methods["save"].result:
-            raise OptionError(f"methods.save.result.{wanted}: missing; it says where in the vendor's result it is")
+            raise OptionError("missing; it says where in the vendor's result it is", f"methods.save.result.{wanted}")
 
 
 def _functions(raw: Any, methods: Mapping[str, MappedMethod]) -> tuple[str, ...]:
     if not isinstance(raw, list | tuple) or not all(isinstance(name, str) and name for name in raw):
-        raise OptionError(f"functions: must be a list of names, got {raw!r}")
+        raise OptionError(f"must be a list of names, got {raw!r}", "functions")
     if not raw and not {"functions", "status"} & set(methods):
-        raise OptionError("functions: missing; nothing in methods tells which functions there are")
+        raise OptionError("missing; nothing in methods tells which functions there are", "functions")
     return tuple(raw)
 
 
 def _capabilities(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod], state: StateFile | None) -> Capabilities:
     told = _read("caps", raw, {**_CAPS, "page_sizes": _page_sizes})
     if told.get("precopy") and (state is not None or "drained" not in methods.get("save", MappedMethod("")).result):
-        raise OptionError("caps.precopy: needs methods.save in pieces, with result.drained")
+        raise OptionError("needs methods.save in pieces, with result.drained", "caps.precopy")
     if "dirty_start" in methods and "max_ranges" not in told:
-        raise OptionError("caps.max_ranges: missing; methods.dirty_start is there")
+        raise OptionError("missing; methods.dirty_start is there", "caps.max_ranges")
     base = Capabilities(
         stop_copy="save" in methods,
         p2p="quiesce" in methods,
@@ -325,7 +325,7 @@ def _read(key: str, raw: Mapping[str, Any], readers: Mapping[str, Callable[[str,
     try:
         return read_options(raw, readers)
     except OptionError as error:
-        raise OptionError(f"{key}: {error}") from error
+        raise OptionError(f"{error}", key) from error
 
 
 def _page_sizes(name: str, raw: Any) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ long as the agent is open, and asks the device only for what it can do:
 
 - A state that is loaded is collected first, verified, and given to the device as a whole by the commit. So a state that
   is cut or corrupt never reaches a device that could not tell.
+  A load that ends before that has changed nothing, and the function may run again once its migration has ended.
 - A state that was saved from a stopped function is kept until the function runs again, since such a device gives it
   once only. Each of the two takes up to `max_state` bytes of memory.
 - Another connection knows nothing of a migration: `Capabilities.takeover` is not claimed.
@@ -138,6 +139,8 @@ class Book:
         self.uncertain = False
         #: A load was begun and not committed.
         self.spoiled = False
+        #: Bytes of that load may have reached the device.
+        self.touched = False
         self.role: Role | None = None
         self.migration_id = ""
         self.owner: PrimitiveSession | None = None
@@ -205,7 +208,7 @@ class Book:
         if told in ours and self.state in ours and (self.spoiled or self.state is AgentState.LOADED):
             return  # the device does not know how far a load is; we do
         if told is AgentState.LOADING:
-            self.spoiled = True  # by somebody else, and nobody knows how far
+            self.spoiled = self.touched = True  # by somebody else, and nobody knows how far
         if told is AgentState.RUNNING:
             self.forget_states()
         self.state = told
@@ -215,11 +218,15 @@ class Book:
         self.stream = None
         self.loading = None
         self.spoiled = False
+        self.touched = False
 
     def forget_migration(self) -> None:
         """Leave the migration; what the function does stays."""
         self.role, self.migration_id, self.owner = None, "", None
         self.drop_buffers()
+        if not self.touched:
+            # What was collected never left this side, so the function holds what it held before.
+            self.spoiled = False
 
     def drop_buffers(self) -> None:
         """Drop what was being saved or loaded, but for a state that could not be had again."""

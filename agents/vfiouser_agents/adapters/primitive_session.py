@@ -270,13 +270,14 @@ class PrimitiveSession(Session):
                 raise InvalidState("the state is committed already")
             state = self._loading().finish(total, sha256)
             book.loading = None
+            book.touched = True
             async with book.changing():
                 try:
                     await self._device.apply(state, sha256)
                 except InvalidArgument as error:
                     raise CorruptState(f"the device refuses the state: {error}") from error
             book.stream = SavedStream.of(state)
-            book.spoiled = False
+            book.spoiled = book.touched = False
             book.state = AgentState.LOADED
 
         await self._book.call("load_commit", work)

@@ -7,7 +7,7 @@ field's default, and keys that are not known are ignored, so that either side ma
 
 from __future__ import annotations
 
-import base64
+import binascii
 import dataclasses
 from collections.abc import Mapping
 from enum import Enum
@@ -84,7 +84,7 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
 
 def _from_base64(value: str, where: str) -> bytes:
     try:
-        return base64.b64decode(value, validate=True)
+        return binascii.a2b_base64(value, strict_mode=True)
     except ValueError:
         raise WireError(f"{where} is text of {len(value)} characters that is no base64") from None
 

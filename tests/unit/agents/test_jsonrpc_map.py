@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from vfiouser_agents.adapters.jsonrpc_presets import PRESETS
 from vfiouser_agents.api import AgentState
 from vfiouser_agents.options import OptionError
 from vfiouser_agents.registry import make_agent
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.load import parse_config
 
 STATE = {"path": "/tmp/$function", "fetch": ["cat", "$path"], "store": ["tee", "$path"]}
 GOOD: dict[str, Any] = {
@@ -168,3 +171,34 @@ def test_which_agent_is_made() -> None:
     ]:
         with pytest.raises(OptionError, match=says):
             make_agent("jsonrpc", options)
+
+
+CONFIGURATION = """
+[[function]]
+name = "nvme0"
+socket = "/run/nvme0.sock"
+device = { kind = "vfio-user", socket = "/run/soc/f0.sock" }
+
+[function.agent]
+kind = "jsonrpc"
+address = "unix:///run/agent.sock"
+function = "f0"
+functions = ["f0"]
+
+[function.agent.methods]
+stop = { method = "pause", params = { id = "$funktion" } }
+resume = "run"
+"""
+
+
+def test_errors_name_the_line() -> None:
+    """In a configuration file, the error is at the line of the key that is wrong, or of what is around it."""
+    for text, line in [
+        (CONFIGURATION, 14),
+        (CONFIGURATION.replace("$funktion", "$function").replace('resume = "run"', "resume = 5"), 15),
+        (CONFIGURATION.replace("$funktion", "$function").replace('resume = "run"', ""), 13),
+        (CONFIGURATION.replace("$funktion", "$function").replace('["f0"]', '"f0"'), 11),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            parse_config(text, Path("c.toml"))
+        assert f"c.toml:{line}: " in str(caught.value)

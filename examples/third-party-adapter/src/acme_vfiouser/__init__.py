@@ -1,0 +1,1 @@
+"""Migration of functions behind Acme's agents with vfiouser-oob."""
