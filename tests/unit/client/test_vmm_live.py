@@ -306,6 +306,15 @@ async def test_refusal_of_each_call(side: str, call: str) -> None:
         assert "machine arrives" not in at.notes
 
 
+async def test_refused_read_is_never_lost() -> None:
+    """Whichever task goes first, a refused read ends the migration: the state that came before it is not the whole."""
+    for _ in range(60):
+        async with stage() as at:
+            at.source.fails["read"] = ReplyError("read is refused", 5)
+            with pytest.raises(ReplyError):
+                await at.migration().run()
+
+
 async def test_lost_destination() -> None:
     """If nobody knows whether the destination runs, the source does not go on, and nor does the VM."""
     async with stage() as at:

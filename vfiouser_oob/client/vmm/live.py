@@ -267,7 +267,8 @@ class LiveMigration:
         send, receive = trio.open_memory_channel[Portion](_IN_TRANSIT)
 
         async def read() -> None:
-            async with send:
+            # Not `async with`: its checkpoint after closing can be cancelled, and a read's error would be lost with it.
+            with send:
                 while True:
                     portion = await self._source.read()
                     await send.send(portion)
