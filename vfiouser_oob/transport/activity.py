@@ -23,8 +23,9 @@ SPIN_NS = 60_000
 #: A gap of up to this between messages counts as back to back. It includes our own wake-up when we did sleep and, when
 #: the client reaches us through another daemon, that one's wake-ups: a limit below them would never let spinning begin.
 BACK_TO_BACK_NS = 1_000_000
-#: After spins in vain up to 2^6 chances to spin are passed over.
-_MAX_BACK_OFF = 6
+#: After spins in vain up to 2^2 chances to spin are passed over. With more, a chain of daemons that has once fallen
+#: asleep stays so: none of them spins at the moment when another one does.
+_MAX_BACK_OFF = 2
 
 
 class Activity(trio.abc.Instrument):
