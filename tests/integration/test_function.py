@@ -390,3 +390,15 @@ async def test_no_dma_message_after_the_reply_to_unmap(tmp_path: Path, backend: 
         reply = request.payload + bytes(4096)
         await client.send(HEADER.pack(request.msg_id, DMA_READ, 16 + len(reply), 1, 0) + reply)
         assert DMA_FAULT == await dma_outcome(client)
+
+
+async def test_client_that_takes_no_data(tmp_path: Path, backend: str) -> None:
+    """max_data_xfer_size 0 is legal: DMA by messages is a fault then, and no message is sent."""
+    nothing = b'{"capabilities":{"max_data_xfer_size":0}}\0'
+    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock", nothing) as client:
+        await client.enable_bus_master()
+        await client.dma_map(0, 1 << 20)
+        for direction in (1, 2):
+            await start_dma(client, 0, 16, direction)
+            assert DMA_FAULT == await dma_outcome(client)
+            assert errno.E2BIG == await client.read32(0, 0x2C)

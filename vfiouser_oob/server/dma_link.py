@@ -100,6 +100,8 @@ class DmaLink:
         self._send = send
         self._permit = permit
         self._max_transfer = max_transfer
+        # 0 is legal and means that nothing can be transferred, which is found out when the first message is due.
+        self._step = max(1, max_transfer)
         self._budget_s = budget_s
         self._slots = trio.Semaphore(MAX_OUTSTANDING)
         self._read_budget = ByteBudget(MAX_READ_OUTSTANDING)
@@ -117,7 +119,7 @@ class DmaLink:
         parts = []
         end = address + count
         while address < end:
-            size = min(self._max_transfer or 1, MAX_READ, end - address)
+            size = min(self._step, MAX_READ, end - address)
             await self._read_budget.take(size)
             try:
                 payload = await self._call(Command.DMA_READ, address, size, encode(DmaRead(address, size)))
@@ -142,8 +144,8 @@ class DmaLink:
         Raises:
             DmaFault: refused, nonsense, gone, or too late.
         """
-        for start in range(0, len(data), self._max_transfer or 1):
-            part = data[start : start + (self._max_transfer or 1)]
+        for start in range(0, len(data), self._step):
+            part = data[start : start + self._step]
             target = address + start
             request = encode(DmaWrite(target, len(part), part))
             payload = await self._call(Command.DMA_WRITE, target, len(part), request)
