@@ -173,6 +173,18 @@ class Actions:
         await self._estimate(deadline)
         self.nursery.start_soon(self.work.source.run)
 
+    async def restart_stream(self, source: SourcePipeline, deadline: float) -> None:
+        """The function is not what was saved so far any more: begin the stream anew, in the next generation."""
+        await source.hold(trio.current_time())
+        try:
+            # What the agent has given is void for it, too: else it may repeat a chunk that it gave before.
+            await self._link.call("abort", lambda session: session.abort(), deadline)
+        except AgentError as error:  # traced
+            if error.fatal:
+                raise
+        source.restart(await self.describe(deadline))
+        await self._estimate(deadline)
+
     async def describe(self, deadline: float) -> bytes:
         """Ask what the function is, as the stream carries it."""
         return encode_descriptor(await self._link.call("describe", lambda session: session.describe(), deadline))
