@@ -277,19 +277,24 @@ class Actions:
             return
         with self._tracer.step("commit") as span:
             span.bytes = destination.written
+            self._take_config(destination.pci)
             await destination.finish(deadline)
-            await self._apply_config(destination.pci, deadline)
+            await self._write_config(deadline)
         self.work.drop_pipelines()
         self.work.committed = True
 
-    async def _apply_config(self, payload: bytes | None, deadline: float) -> None:
-        """Write configuration space as the source's client wrote it, but for what this one wrote since."""
+    def _take_config(self, payload: bytes | None) -> None:
+        """Take configuration space as the source's client wrote it; nothing is applied yet that it could spoil."""
         assert self.device is not None
         if payload is not None:
             try:
                 self.device.shadow.decode_under(payload)
             except ValueError as error:
-                raise CommandError(f"the state has {error}; the load has failed") from error
+                raise CommandError(f"the state has {error}; the load has failed", errno.EILSEQ) from error
+
+    async def _write_config(self, deadline: float) -> None:
+        """Write configuration space as both clients together want it; what this side's client wrote has won."""
+        assert self.device is not None
         for offset, data in self.device.shadow.writes():
             done = self.device.session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
             if done is not None:
