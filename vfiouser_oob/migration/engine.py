@@ -61,14 +61,15 @@ class MigrationEngine(Standing):
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = self.actions.nursery = nursery
-                self._running.set()
-                nursery.start_soon(self._probe)
+        async with trio.open_nursery() as nursery:
+            self._nursery = self.actions.nursery = nursery
+            self._running.set()
+            nursery.start_soon(self._probe)
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = self.actions.nursery = None
+            finally:
+                # Before it closes to new tasks: clients may still be on their way out.
+                self._nursery = self.actions.nursery = None
 
     # Coming and going of clients
 
@@ -275,7 +276,7 @@ class MigrationEngine(Standing):
     def _given_up(self, undo: Undo) -> None:
         """The client vanished, or its time was up, in the middle of a step."""
         if undo is Undo.LOAD_FAILED:
-            self._fail_load("it was given up while it was applied")
+            self._leave_load("it was given up while it was applied")
         elif undo is Undo.LEAVE and self.state is DeviceState.RUNNING:
             self._back_to_running("the client gave up")
         else:
@@ -287,7 +288,7 @@ class MigrationEngine(Standing):
             self._fail_device(str(failure))
             return
         if undo is Undo.LOAD_FAILED:
-            self._fail_load(str(failure))
+            self._leave_load(str(failure))
             return
         try:
             await _UNDOING[undo](self, origin, failure, deadline)

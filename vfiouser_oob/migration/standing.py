@@ -174,10 +174,17 @@ class Standing:
         self.truth = Truth.FAILED
         self.tracer.state(self.state.name, "ERROR", why)
 
-    def _fail_load(self, why: str) -> None:
-        """A load that failed stays RESUMING: nothing else is true, and only a reset leads out."""
-        if self.work.destination is not None and self.work.destination.failure is None:
-            self.work.destination.failure = why
+    def _leave_load(self, why: str) -> None:
+        """A load that failed stays RESUMING: nothing else is true, and only the client's reset leads out.
+
+        One of nothing is left by a reset of our own, which may have been done or not: so it is done in any case.
+        """
+        destination = self.work.destination
+        if destination is not None and not destination.written:
+            self.work.drop_pipelines()
+            self._settle(Goal.RESET)
+        elif destination is not None and destination.failure is None:
+            destination.failure = why
 
     # Leaving a migration at the agent
 
