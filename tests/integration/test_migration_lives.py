@@ -31,7 +31,7 @@ from migrationkit import (
 )
 from rawclient import CONFIG, RESET, connect
 from vfiouser_agents.api import AgentState, Outcome, Role
-from vfiouser_agents.errors import Busy
+from vfiouser_agents.errors import AgentError, Busy, DeviceFailed
 from vfiouser_agents.faults import Fails, FaultyAgent, NeverAnswers
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_oob.config.schema import AgentConfig
@@ -265,6 +265,29 @@ async def test_guest_resets_the_function_in_precopy(tmp_path: Path, v1: bool) ->
         await dst.set_state(RUNNING)
         assert both.migrated()
         assert 2 == stream.count(b"VFUOOBST")
+
+
+@pytest.mark.parametrize(("op", "error"), [("describe", Busy("no")), ("abort", DeviceFailed("smoke"))])
+async def test_guest_reset_that_the_agent_does_not_follow(tmp_path: Path, op: str, error: AgentError) -> None:
+    """If the stream cannot begin anew, what was fetched before the reset is of no use to anybody."""
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.set_state(PRE_COPY)
+        await src.data_read(1000)
+        both.agent.inject(op, Fails(error), function_id="src")
+        with pytest.raises(AssertionError):
+            await function_level_reset(src)
+        assert (errno.EIO if op == "describe" else errno.EINVAL) == await src.data_read_errno(1000)
+        if op == "abort":
+            assert 0 == await src.state()
+            await src.succeed(RESET)
+        else:
+            assert PRE_COPY == await src.state()
+            await src.set_state(STOP_COPY)
+            assert errno.EIO == await src.data_read_errno(1000)
+            await src.set_state(RUNNING)
+        assert both.source.runs
+        await src.set_state(STOP_COPY)
+        assert await src.read_stream()
 
 
 async def test_guest_reset_without_migration_leaves_the_agent_alone(tmp_path: Path) -> None:

@@ -177,13 +177,20 @@ class Actions:
         """The function is not what was saved so far any more: begin the stream anew, in the next generation."""
         await source.hold(trio.current_time())
         try:
-            # What the agent has given is void for it, too: else it may repeat a chunk that it gave before.
+            await self._void_stream(deadline)
+            source.restart(await self.describe(deadline))
+        except AgentError:
+            source.halt()  # what it has must not be taken for the function's state
+            raise
+        await self._estimate(deadline)
+
+    async def _void_stream(self, deadline: float) -> None:
+        """Make the agent drop what it gave: else it may repeat a chunk that it gave before."""
+        try:
             await self._link.call("abort", lambda session: session.abort(), deadline)
         except AgentError as error:  # traced
             if error.fatal:
                 raise
-        source.restart(await self.describe(deadline))
-        await self._estimate(deadline)
 
     async def describe(self, deadline: float) -> bytes:
         """Ask what the function is, as the stream carries it."""

@@ -379,6 +379,8 @@ class MigrationEngine(Standing):
                 try:
                     await self.actions.restart_stream(source, deadline)
                 except AgentError as error:
+                    if error.fate is Fate.FAILED:
+                        self._fail_device(str(error))
                     raise CommandError(f"the stream could not begin anew: {error}", error.errno) from error
                 await self._agent_was_reset(deadline)
             else:
