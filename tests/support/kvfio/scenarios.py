@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import trio
 from kvfio import bed
 from kvfio.admin import AdminQueue
 from kvfio.bed import IGB, NOBODY, NVME, SHARED, background_client, client, daemon
+from kvfio.bed import until as _until
 from kvfio.nested import stock_linux, stock_qemu
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
@@ -408,13 +408,6 @@ async def _turned_away(path: Path) -> None:
             raise AssertionError("the client was served")
     except ReplyError as error:
         assert errno.ENODEV == error.errno, error
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.02)
 
 
 def _refused(bdf: str, words: str, *, uid: int = 0) -> None:
