@@ -34,7 +34,6 @@ SCENARIOS = (
     "unmap_under_io",
     "map_under_io",
     "read_only_memory",
-    "mapping_limit",
     "map_errors",
     "peer_to_peer",
     "locked_memory_limit",

@@ -27,7 +27,7 @@ RUN = Path("/run/kvfio")
 #: The machine's devices, as the test that boots it puts them.
 NVME = "0000:00:04.0"
 SHARED = ("0000:00:06.0", "0000:00:06.1")
-EDU = "0000:00:08.0"
+EDU = "0000:00:09.0"
 IGB = "0000:01:00.0"
 NOBODY = 65534
 START_S = 20.0
@@ -55,17 +55,13 @@ class Daemon:
     pid: int
     socket: Path
     control: Path
-    log_file: Path
+    log: Path
 
     def status(self) -> dict[str, Any]:
         """What `status` says of its function."""
         with ControlClient(self.control) as client:
             function: dict[str, Any] = dict(client.status()["functions"][0])
             return function
-
-    def log(self) -> str:
-        """What it has logged."""
-        return self.log_file.read_text()
 
     def kill(self) -> None:
         """End it as a crash would."""
@@ -193,14 +189,6 @@ def _start_client(work: Callable[[Path], Awaitable[None]], served: Daemon, uid: 
         sys.stderr.flush()
         os._exit(status)
     return pid
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what has no event of its own."""
-    end = time.monotonic() + START_S
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
 
 
 def bind(*bdfs: str) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import trio
 
 from kvfio import bed
-from kvfio.bed import EDU, NVME, client, daemon, until
-from kvfio.scenarios import IOVA, MIB, MODEL, admin_queue, eventfd, fired, refusal, verified_io
+from kvfio.bed import EDU, NVME, client, daemon
+from kvfio.scenarios import IOVA, MIB, MODEL, admin_queue, eventfd, fired, refusal, verified_io, wait_until
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
@@ -165,9 +165,9 @@ def msi_without_reset() -> None:
     with daemon(EDU) as served:
         for _ in range(2):
             client(msi_work, served)
-            until(lambda: served.status()["client"] is None)
+            wait_until(lambda: served.status()["client"] is None)
             assert 0 == bed.command_register(EDU) & 4, "bus mastering is still on"
-        assert "cannot reset this function" in served.log()
+        assert "cannot reset this function" in served.log.read_text()
     bed.unbind(EDU)
 
 
@@ -239,31 +239,6 @@ def read_only_memory() -> None:
         client(permissions_work, served)
 
 
-async def limit_work(path: Path) -> None:
-    """As many ranges as the kernel takes are offered; one more is ENOSPC, and room that was given back is room."""
-    fd = os.memfd_create("client")
-    os.ftruncate(fd, MIB)
-    async with Client.connect(path) as connected:
-        assert 4 == connected.capabilities.max_dma_maps
-        for number in range(4):
-            await connected.dma_map(number * MIB, MIB, fd=fd)
-        assert errno.ENOSPC == await refusal(lambda: connected.dma_map(4 * MIB, MIB, fd=fd))
-        await connected.dma_unmap(MIB, MIB)
-        await connected.dma_map(4 * MIB, MIB, fd=fd)
-
-
-def mapping_limit() -> None:
-    """The kernel's limit of mappings, made small."""
-    limit = bed.SYSFS / "module/vfio_iommu_type1/parameters/dma_entry_limit"
-    before = limit.read_text()
-    limit.write_text("4")
-    try:
-        with daemon(NVME) as served:
-            client(limit_work, served)
-    finally:
-        limit.write_text(before)
-
-
 # The end
 
 
@@ -281,10 +256,10 @@ def killed_client() -> None:
 
     with daemon(NVME) as served:
         with bed.doomed_client(work, served) as pid:
-            until(marker.exists)
+            wait_until(marker.exists)
             os.kill(pid, signal.SIGKILL)
-        until(lambda: served.status()["client"] is None)
-        until(lambda: 0 == bed.command_register(NVME) & 4)
+        wait_until(lambda: served.status()["client"] is None)
+        wait_until(lambda: 0 == bed.command_register(NVME) & 4)
         assert served.status()["unavailable"] is None
         client(verified_io, served)
 
@@ -297,7 +272,6 @@ MORE_SCENARIOS: Mapping[str, Callable[[], None]] = {
         msi_without_reset,
         map_under_io,
         read_only_memory,
-        mapping_limit,
         killed_client,
     )
 }

@@ -224,14 +224,3 @@ async def test_a_node_that_another_process_has_bound(tmp_path: Path) -> None:
         with pytest.raises(BackendUnavailable, match="another process has bound it"):
             await backend.open(NoMessages())
     assert {} == kernel.nodes
-
-
-@pytest.mark.parametrize(("node", "way"), [("iommu", "a udev rule"), ("vfio0", "`vfiouser-oob bind .* --owner USER`")])
-async def test_no_permission_on_the_way_of_iommufd(tmp_path: Path, node: str, way: str) -> None:
-    """The function's own node can be given away by `bind`; the node that all functions share cannot."""
-    kernel = FakeKernel(tmp_path, iommufd=True)
-    kernel.open_errors[node] = errno.EACCES
-    async with running(kernel) as backend:
-        with pytest.raises(BackendUnavailable, match=f"no permission to open .*{node}: .* by {way}"):
-            await backend.open(NoMessages())
-    assert {} == kernel.nodes

@@ -83,10 +83,9 @@ class Opener(abc.ABC):
                 f"that has not ended yet; see `fuser -v {path}`"
             )
         if error.errno in (errno.EACCES, errno.EPERM):
-            shared = path == self._kernel.dev / "iommu"  # all functions have that one in common
-            way = "a udev rule" if shared else f"`vfiouser-oob bind {bdf} --owner USER`"
             return BackendUnavailable(
-                f"no permission to open {path}: let the daemon's user or group own it, for example by {way}"
+                f"no permission to open {path}: let the daemon's user or group own it, for example by "
+                f"`vfiouser-oob bind {bdf} --owner USER`"
             )
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             return BackendUnavailable(
