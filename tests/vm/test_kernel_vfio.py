@@ -34,6 +34,7 @@ SCENARIOS = (
     "unmap_under_io",
     "map_under_io",
     "read_only_memory",
+    "huge_pages",
     "map_errors",
     "peer_to_peer",
     "locked_memory_limit",

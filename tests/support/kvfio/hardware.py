@@ -24,6 +24,7 @@ CONFIG = RegionIndex.CONFIG
 LOOP_BACK = IrqSetFlags.DATA_BOOL | IrqSetFlags.ACTION_TRIGGER
 CAP_PM, CAP_MSIX = 0x01, 0x11
 READ_ONLY = 1
+HUGE_PAGE = 2 * MIB
 
 
 # Config space
@@ -239,6 +240,36 @@ def read_only_memory() -> None:
         client(permissions_work, served)
 
 
+async def huge_work(path: Path) -> None:
+    """Parts of a file of huge pages are mapped, at offsets that no huge page begins at, and the device writes there."""
+    fd = os.memfd_create("huge", os.MFD_HUGETLB)
+    os.ftruncate(fd, 4 * HUGE_PAGE)
+    async with admin_queue(path) as queue:
+        await queue.client.dma_map(0x1_0000_0000, 4 * HUGE_PAGE, fd=fd)
+        await queue.client.dma_map(0x2_0000_0000, HUGE_PAGE, fd=fd, offset=HUGE_PAGE + 0x3000)
+        await queue.enable()
+        for address, place in ((0x1_0000_1000, 0x1000), (0x2_0000_5000, HUGE_PAGE + 0x8000)):
+            assert MODEL not in os.pread(fd, 4096, place)
+            queue.data = address
+            await queue.submit()
+            assert 0 == await queue.status()
+            assert MODEL in os.pread(fd, 4096, place)
+        await queue.client.dma_unmap(0x2_0000_0000, HUGE_PAGE)
+        await queue.client.dma_unmap(0x1_0000_0000, 4 * HUGE_PAGE)
+
+
+def huge_pages() -> None:
+    """A VM's memory of huge pages."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    pool.write_text("4")
+    assert "4" == pool.read_text().strip(), "the guest has too little memory in one piece"
+    try:
+        with daemon(NVME) as served:
+            client(huge_work, served)
+    finally:
+        pool.write_text("0")
+
+
 # The end
 
 
@@ -272,6 +303,7 @@ MORE_SCENARIOS: Mapping[str, Callable[[], None]] = {
         msi_without_reset,
         map_under_io,
         read_only_memory,
+        huge_pages,
         killed_client,
     )
 }
