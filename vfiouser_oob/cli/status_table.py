@@ -46,7 +46,7 @@ def _row(function: FunctionStatus, now: datetime) -> tuple[str, ...]:
 
 
 def _client(client: ClientStatus | None) -> str:
-    return "-" if client is None else f"{_safe(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
+    return "-" if client is None else f"{printable(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
 
 
 def _notes(function: FunctionStatus) -> Iterator[str]:
@@ -61,9 +61,9 @@ def _notes(function: FunctionStatus) -> Iterator[str]:
     if migration is not None:
         yield f"{function['name']}: migration {_migration(migration)}"
     if function["unavailable"]:
-        yield f"{function['name']}: cannot be used now: {_safe(function['unavailable'])}"
+        yield f"{function['name']}: cannot be used now: {printable(function['unavailable'])}"
     if function["last_error"]:
-        yield f"{function['name']}: last error: {_safe(function['last_error'])}"
+        yield f"{function['name']}: last error: {printable(function['last_error'])}"
 
 
 def _migration(migration: MigrationStatus) -> str:
@@ -74,11 +74,13 @@ def _migration(migration: MigrationStatus) -> str:
         words.append(f"by {migration['owner']}")
     if migration["bytes"] or migration["remaining"]:
         words.append(f"{short_size(migration['bytes'])} moved, about {short_size(migration['remaining'])} to come")
+    if migration["step"] is not None:
+        words.append(f"doing {printable(migration['step'])}")
     if migration["fenced"]:
         words.append("fenced: the next client gets it reset")
-    words.append(f"agent's function {_safe(migration['agent'])}")
+    words.append(f"agent's function {printable(migration['agent'])}")
     if migration["last_failure"]:
-        words.append(f"last failure: {_safe(migration['last_failure'])}")
+        words.append(f"last failure: {printable(migration['last_failure'])}")
     return ", ".join(words)
 
 
@@ -118,6 +120,10 @@ def short_size(size: int) -> str:
     return exact
 
 
-def _safe(text: str) -> str:
-    # A peer chose its own name: it must not steer the terminal.
+def printable(text: str) -> str:
+    """Text of a peer, made harmless: it must not steer the terminal.
+
+    Args:
+        text: as it came.
+    """
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -39,6 +39,7 @@ class MigrationStatus(TypedDict):
     `state` is that of the v2 generation, ERROR included; `known` whether it is certain; `owner` the generation that
     migrates; `fenced` whether the function must be reset before anybody may use it. `bytes` counts what was taken from
     or given to this side's stream, `buffered` what waits, `remaining` what is estimated to come.
+    `step` is what is being done at this moment.
     """
 
     agent: str
@@ -51,6 +52,7 @@ class MigrationStatus(TypedDict):
     bytes: int
     buffered: int
     remaining: int
+    step: str | None
     steps: int
     failures: int
     last_failure: str | None

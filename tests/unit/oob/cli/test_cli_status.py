@@ -9,7 +9,7 @@ import pytest
 
 from vfiouser_oob.cli.status import event_line
 from vfiouser_oob.cli.status_table import age, render, short_size
-from vfiouser_oob.control.status import FunctionStatus, Status
+from vfiouser_oob.control.status import FunctionStatus, MigrationStatus, Status
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -122,3 +122,27 @@ def test_event_lines() -> None:
     line = event_line({"type": "client-connected", "time": 0, "function": "f0", "command": "a\nb"})
     assert re.fullmatch(r'\d\d:\d\d:\d\d f0 client-connected command="a\\nb"', line)
     assert "--:--:-- daemon ?" == event_line({})
+    line = event_line({"type": "migration", "time": 0, "function": "f0", "arc": "RUNNING → STOP", "step": "\x9b31m"})
+    assert line.endswith(' f0 migration arc="RUNNING → STOP" step="?31m"')
+
+
+def test_migration_line() -> None:
+    """What is moved, what is to come, and what is being done at this moment."""
+    migration: MigrationStatus = {
+        "agent": "f0",
+        "migratable": True,
+        "state": "PRE_COPY",
+        "known": True,
+        "owner": "v2",
+        "fenced": False,
+        "generation": 1,
+        "bytes": 1 << 20,
+        "buffered": 0,
+        "remaining": 5 << 20,
+        "step": "stop",
+        "steps": 7,
+        "failures": 0,
+        "last_failure": None,
+    }
+    shown = render({**STATUS, "functions": [{**IDLE, "migration": migration}]}, NOW)
+    assert "f1: migration PRE_COPY, by v2, 1M moved, about 5M to come, doing stop, agent's function f0" in shown
