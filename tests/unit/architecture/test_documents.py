@@ -18,6 +18,7 @@ from vfiouser_oob.config.devices import KINDS, NVME_KEYS
 from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, parse_config
 from vfiouser_oob.control.protocol import ErrorCode
 from vfiouser_oob.control.status import (
+    CapabilitiesStatus,
     ClientStatus,
     DaemonStatus,
     FunctionStatus,
@@ -146,6 +147,7 @@ def test_the_status_document_is_described() -> None:
         (ClientStatus, function["client"]),
         (MapsStatus, function["maps"]),
         (MigrationStatus, function["migration"]),
+        (CapabilitiesStatus, function["migration"]["capabilities"]),
         *((RegionStatus, region) for region in function["regions"]),
     ]
     for declared, shown in pairs:
