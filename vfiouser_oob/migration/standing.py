@@ -111,6 +111,7 @@ class Standing:
         #: Counts what may have changed the state, so that who waited meanwhile knows that something did.
         self._turn = 0
         self._word: Event | None = None
+        self._fault = ""
         self._word_came = trio.Event()
         self._looking: trio.CancelScope | None = None
         self._hurry = trio.Event()
@@ -334,6 +335,7 @@ class Standing:
         self.tracer.heard(event)
         if event.kind in _BACK:
             self._hurry.set()
+        self._fault = event.detail if event.kind is EventKind.DEVICE_ERROR else ""
         if event.status is not None or event.kind is EventKind.DEVICE_ERROR:
             self._word = event
             self._word_came.set()
@@ -364,7 +366,7 @@ class Standing:
         if turn != self._turn or self._lock.locked():
             self._word_came.set()
         elif self.truth is Truth.KNOWN:
-            self._react(now, event.detail)
+            self._react(now, self._fault or event.detail)
 
     def _react(self, status: Status, detail: str) -> None:
         """Take the agent's word about a function that nobody is changing."""
