@@ -91,6 +91,7 @@ MIGRATION: MigrationStatus = {
     "bytes": 0,
     "buffered": 0,
     "remaining": 0,
+    "step": None,
     "steps": 1,
     "failures": 0,
     "last_failure": None,
@@ -177,23 +178,7 @@ def test_event_lines() -> None:
     assert line.endswith(' f0 migration arc="RUNNING → STOP" step="?31m"')
 
 
-def test_migration_line() -> None:
+def test_migration_line_under_way() -> None:
     """What is moved, what is to come, and what is being done at this moment."""
-    migration: MigrationStatus = {
-        "agent": "f0",
-        "migratable": True,
-        "state": "PRE_COPY",
-        "known": True,
-        "owner": "v2",
-        "fenced": False,
-        "generation": 1,
-        "bytes": 1 << 20,
-        "buffered": 0,
-        "remaining": 5 << 20,
-        "step": "stop",
-        "steps": 7,
-        "failures": 0,
-        "last_failure": None,
-    }
-    shown = render({**STATUS, "functions": [{**IDLE, "migration": migration}]}, NOW)
-    assert "f1: migration PRE_COPY, by v2, 1M moved, about 5M to come, doing stop, agent's function f0" in shown
+    line = migration_line(state="PRE_COPY", owner="v2", bytes=1 << 20, remaining=5 << 20, step="stop")
+    assert "f1: migration PRE_COPY, by v2, 1M moved, about 5M to come, doing stop, agent's function f0" == line
