@@ -29,6 +29,7 @@ from vfiouser_agents.faults import (
     short_save,
 )
 from vfiouser_oob.config.schema import UpstreamDevice
+from vfiouser_oob.persist.capabilities import Facts
 
 # Buffers
 
@@ -124,7 +125,7 @@ async def test_an_agent_without_precopy(tmp_path: Path) -> None:
     """The client may enter PRE_COPY all the same: it gets the descriptor early, and the state after the stop."""
     async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
         with_caps(both.source.device, precopy=False)
-        both.source.engine.link.caps = both.source.device.caps
+        both.source.engine.link.facts = Facts(both.source.device.caps, 0.0)
         await src.set_state(PRE_COPY)
         head = await src.data_read(4096)
         assert b'"kind":"test"' in head

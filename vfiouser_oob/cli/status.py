@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
-from vfiouser_oob.cli.options import add_control_socket_argument, chosen_control_socket
+from vfiouser_oob.cli.options import add_control_socket_argument, chosen_path
 from vfiouser_oob.cli.status_table import printable, render
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import default_control_socket
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon and print."""
-    path = chosen_control_socket(args.control_socket, default_control_socket())
+    path = chosen_path(args.control_socket, default_control_socket())
     if path is None:
         raise ConfigError("--control-socket must be a path here")
     try:

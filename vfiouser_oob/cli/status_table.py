@@ -8,6 +8,11 @@ from datetime import UTC, datetime
 from vfiouser_oob.config.values import format_size
 from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MigrationStatus, Status
 
+#: What is said of capabilities that the agent itself has not told this daemon.
+_HEARSAY = {
+    "stored": "agent not heard yet, as it said at {learned}",
+    "configuration": "agent never heard",
+}
 _HEADINGS = ("FUNCTION", "PHASE", "SINCE", "CLIENT", "MAPS", "IRQS", "FDS", "MESSAGES", "DEVICE")
 
 
@@ -25,7 +30,7 @@ def render(status: Status, now: datetime | None = None) -> str:
         f"{daemon['functions']} function{'s' if daemon['functions'] != 1 else ''}"
     )
     rows = [_HEADINGS, *(_row(function, now) for function in status["functions"])]
-    notes = [line for function in status["functions"] for line in _notes(function)]
+    notes = [line for function in status["functions"] for line in _notes(function, now)]
     return "\n".join([head, "", *_columns(rows), *([""] if notes else []), *notes])
 
 
@@ -49,7 +54,7 @@ def _client(client: ClientStatus | None) -> str:
     return "-" if client is None else f"{printable(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
 
 
-def _notes(function: FunctionStatus) -> Iterator[str]:
+def _notes(function: FunctionStatus, now: datetime) -> Iterator[str]:
     yield f"{function['name']}: socket {function['socket']}"
     if function["regions"]:
         regions = ", ".join(
@@ -59,17 +64,23 @@ def _notes(function: FunctionStatus) -> Iterator[str]:
         yield f"{function['name']}: regions {regions}"
     migration = function["migration"]
     if migration is not None:
-        yield f"{function['name']}: migration {_migration(migration)}"
+        yield f"{function['name']}: migration {_migration(migration, now)}"
     if function["unavailable"]:
         yield f"{function['name']}: cannot be used now: {printable(function['unavailable'])}"
     if function["last_error"]:
         yield f"{function['name']}: last error: {printable(function['last_error'])}"
 
 
-def _migration(migration: MigrationStatus) -> str:
-    words = [migration["state"] + ("" if migration["known"] else " (not certain)")]
+def _migration(migration: MigrationStatus, now: datetime) -> str:
+    words = [migration["state"]]
+    if not migration["known"]:
+        since = migration["unknown_since"] or ""
+        words = [f"unknown since {printable(since)} ({age(since, now)})", f"last known {migration['state']}"]
+    capabilities = migration["capabilities"]
     if not migration["migratable"]:
         words.append("not migratable")
+    if capabilities["source"] != "agent":
+        words.append(_HEARSAY[capabilities["source"]].format(learned=printable(capabilities["learned"] or "")))
     if migration["owner"] is not None:
         words.append(f"by {migration['owner']}")
     if migration["bytes"] or migration["remaining"]:
@@ -79,6 +90,8 @@ def _migration(migration: MigrationStatus) -> str:
     if migration["fenced"]:
         words.append("fenced: the next client gets it reset")
     words.append(f"agent's function {printable(migration['agent'])}")
+    if capabilities["problem"]:
+        words.append(f"not remembered: {printable(capabilities['problem'])}")
     if migration["last_failure"]:
         words.append(f"last failure: {printable(migration['last_failure'])}")
     return ", ".join(words)

@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from vfiouser_agents.api import Event, EventKind
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.observability.log import Logger
 
@@ -114,6 +115,19 @@ class Tracer:
         """Tell that the migration state has changed."""
         self._events.publish("migration-state", function=self._function, old=old, state=new, reason=why)
         self._log.info("migration state", old=old, state=new, reason=why)
+
+    def heard(self, event: Event) -> None:
+        """Tell what the agent has told without being asked."""
+        state = None if event.status is None else event.status.state.value
+        self._events.publish(
+            "agent-event", function=self._function, event=event.kind.value, agent_state=state, detail=event.detail
+        )
+        tell = self._log.debug if event.kind is EventKind.STATE_CHANGED else self._log.info
+        tell("agent event", event_kind=event.kind.value, agent_state=state, detail=event.detail, lost=event.lost)
+
+    def unwatched(self, reason: str) -> None:
+        """Note that the agent's events are not heard; nothing depends on them."""
+        self._log.debug("the agent's events are not watched", reason=reason)
 
     def note(self, text: str, **fields: Any) -> None:
         """Log something that went wrong and was dealt with."""

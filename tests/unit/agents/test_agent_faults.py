@@ -222,7 +222,7 @@ async def test_restart(
     async with trio.open_nursery() as nursery:
         for call in (session.reset, session.stop):
             nursery.start_soon(expect_loss, call)
-        await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked()
         assert "reset" == (await session.status()).pending
         agent.restart()
     assert ("", AgentState.QUIESCED) == ((await session.status()).pending, function.state)
