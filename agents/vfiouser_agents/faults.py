@@ -95,8 +95,10 @@ class Connection:
                 result = await wait()
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            # The loss of the connection, or what the agent answered; both at once happens when one caused the other.
-            raise group.exceptions[0] from None
+            # What the agent answered, or the loss of the connection: after that, no answer arrives.
+            raise next(
+                (item for item in group.exceptions if isinstance(item, TransportLost)), group.exceptions[0]
+            ) from None
         return result
 
 

@@ -345,6 +345,19 @@ async def test_nothing_is_left(tmp_path: Path) -> None:
             before = after
 
 
+async def test_nothing_is_left_by_a_client_that_is_waited_for_in_vain(tmp_path: Path) -> None:
+    """A function that cannot be let go within the time that a client has keeps nothing of the client's region."""
+    async with bed(tmp_path, reply_budget_s=0.2) as both:
+        (function_,) = (item for item in both.daemon.functions if item.name == "src")
+        async with both.source.vmm() as src:
+            await src.read(V1_REGION, 4096, 8)
+            assert any("src-migration" in target for target in open_fds().values())
+            await both.source.engine._lock.acquire()
+        await until(lambda: function_.connection is None)
+        both.source.engine._lock.release()
+        assert [] == [target for target in open_fds().values() if "-migration" in target]
+
+
 async def test_daemon_that_ends_brings_its_functions_back(tmp_path: Path) -> None:
     """A daemon that is stopped in the middle of a migration has let its function go on before it is gone."""
     async with bed(tmp_path) as both:

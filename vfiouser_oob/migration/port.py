@@ -162,9 +162,11 @@ class MigrationPort:
     async def detach(self) -> None:
         """The client has gone."""
         self._device.session.memory.on_write = None
-        await self.engine.detach(logged=self.dirty.forget())
-        if self.v1 is not None:
-            self.v1.close()
+        try:
+            await self.engine.detach(logged=self.dirty.forget())
+        finally:
+            if self.v1 is not None:
+                self.v1.close()
 
 
 def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:
