@@ -64,9 +64,12 @@ from vfiouser_agents.memory import MemoryFunction
 from vfiouser_oob.config.schema import MigrationConfig, UpstreamDevice
 from vfiouser_oob.migration.standing import Truth
 
-#: Short, since each hung call costs one of these; long enough for a busy machine.
+#: Short, since each hung call costs one of these.
 QUICK = MigrationConfig(chunk_size=64 << 10, v1_data_size=64 << 10, call_s=0.2, stop_s=0.2, data_s=0.2, retry_s=0.01)
 BUDGET_S = 1.0
+#: Where nothing hangs, nothing is cut off on a busy machine either.
+PATIENT = replace(QUICK, call_s=3.0, stop_s=3.0, data_s=3.0)
+PATIENT_BUDGET_S = 10.0
 FAULTS: Sequence[Fault] = [
     Delay(0.02),
     NeverAnswers(),
@@ -248,10 +251,12 @@ async def migrate_again(both: Bed, src: Moves, dst: Moves) -> None:
 
 
 @asynccontextmanager
-async def sides(directory: Path, v1: bool, **options: Any) -> AsyncIterator[tuple[Bed, Moves, Moves]]:
+async def sides(directory: Path, v1: bool, fault: Fault, **options: Any) -> AsyncIterator[tuple[Bed, Moves, Moves]]:
     """Both sides with a client each."""
+    hangs = isinstance(fault, NeverAnswers)
+    config, budget_s = (QUICK, BUDGET_S) if hangs else (PATIENT, PATIENT_BUDGET_S)
     async with (
-        bed(directory, config=QUICK, reply_budget_s=BUDGET_S, state_size=100 << 10, **options) as both,
+        bed(directory, config=config, reply_budget_s=budget_s, state_size=100 << 10, **options) as both,
         both.source.vmm() as a,
         both.destination.vmm() as b,
     ):
@@ -292,7 +297,7 @@ async def go_away(both: Bed, op: str, src: Moves) -> bytes | None:
 @pytest.mark.parametrize("fault", FAULTS, ids=name_of)
 async def test_source(tmp_path: Path, fault: Fault, v1: bool) -> None:
     """A source whose agent fails at any call is brought back, or stands still and says so."""
-    async with sides(tmp_path, v1) as (both, src, dst):
+    async with sides(tmp_path, v1, fault) as (both, src, dst):
         for op in SOURCE_OPS:
             injection = await inject(both, both.source, op, fault)
             stream = await go_away(both, op, src)
@@ -331,7 +336,7 @@ async def stream_for(both: Bed, op: str, src: Moves) -> bytes:
 @pytest.mark.parametrize("fault", FAULTS, ids=name_of)
 async def test_destination(tmp_path: Path, fault: Fault, v1: bool) -> None:
     """A destination whose agent fails at any call runs only what was loaded whole; else a reset leads out."""
-    async with sides(tmp_path, v1) as (both, src, dst):
+    async with sides(tmp_path, v1, fault) as (both, src, dst):
         for op in DESTINATION_OPS:
             stream = await stream_for(both, op, src)
             before = both.destination.device.digest()
@@ -364,6 +369,7 @@ async def test_dirty_log(tmp_path: Path, fault: Fault, v1: bool) -> None:
     async with sides(
         tmp_path,
         v1,
+        fault,
         devices=lambda name: UpstreamDevice(socket=tmp_path / f"up-{name}.sock"),
         also=(function(tmp_path, "up-src"), function(tmp_path, "up-dst")),
     ) as (both, src, dst):
@@ -420,7 +426,7 @@ WRONG_AT_DESTINATION = [
 @pytest.mark.parametrize(("op", "fault"), WRONG_AT_SOURCE)
 async def test_wrong_answers_at_the_source(tmp_path: Path, op: str, fault: Fault, v1: bool) -> None:
     """Data and descriptors that are not true are never run at the destination, and the source goes on."""
-    async with sides(tmp_path, v1) as (both, src, dst):
+    async with sides(tmp_path, v1, fault) as (both, src, dst):
         before = both.destination.device.digest()
         injection = both.agent.inject(op, fault, count=None, function_id="src")
         stream = await save(both.source, src)
@@ -444,7 +450,7 @@ async def test_wrong_answers_at_the_source(tmp_path: Path, op: str, fault: Fault
 @pytest.mark.parametrize(("op", "fault"), WRONG_AT_DESTINATION)
 async def test_wrong_data_at_the_destination(tmp_path: Path, op: str, fault: Fault, v1: bool) -> None:
     """What reaches the agent otherwise than it was sent is never run; a piece that comes twice does no harm."""
-    async with sides(tmp_path, v1) as (both, src, dst):
+    async with sides(tmp_path, v1, fault) as (both, src, dst):
         before = both.destination.device.digest()
         stream = await save(both.source, src)
         assert stream is not None
@@ -465,7 +471,7 @@ async def test_wrong_data_at_the_destination(tmp_path: Path, op: str, fault: Fau
 async def test_device_failed_is_an_error_in_both_generations(tmp_path: Path) -> None:
     """Only the agent's word that the function is broken makes v1 read 6; v2 reads ERROR, and a reset leads out."""
     failed = next(fault for fault in every_error() if type(fault.error).__name__ == "DeviceFailed")
-    async with bed(tmp_path, config=QUICK, reply_budget_s=BUDGET_S) as both, both.source.vmm() as src:
+    async with bed(tmp_path, config=PATIENT, reply_budget_s=PATIENT_BUDGET_S) as both, both.source.vmm() as src:
         both.agent.inject("stop", failed)
         assert errno.EIO == await src.set_state_errno(STOP)
         assert (0, V1_ERROR) == (await src.state(), await src.v1_state())
