@@ -110,6 +110,7 @@ class Standing:
         self._lock = trio.Lock()
         #: Counts what may have changed the state, so that who waited meanwhile knows that something did.
         self._turn = 0
+        self._turn_made = trio.Event()
         self._word: Event | None = None
         self._fault = ""
         self._word_came = trio.Event()
@@ -157,7 +158,22 @@ class Standing:
         """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
         await self._settled.wait()
 
+    @property
+    def runs(self) -> bool:
+        """Whether the function is known to run."""
+        return self.truth is Truth.KNOWN and self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY)
+
+    async def known(self) -> None:
+        """Wait until it is known what the function does."""
+        while self.truth is Truth.UNKNOWN:
+            await self._turn_made.wait()
+
     # Changes
+
+    def _turned(self) -> None:
+        self._turn += 1
+        self._turn_made.set()
+        self._turn_made = trio.Event()
 
     def _back_to_running(self, why: str) -> None:
         self.work.drop_pipelines()
@@ -180,7 +196,6 @@ class Standing:
     def _now(self, state: DeviceState, why: str) -> None:
         """The function is in this state: known."""
         old, self.state = self._shown, state
-        self._turn += 1
         self.truth = Truth.KNOWN
         self.unknown_since = None
         self._settled.set()
@@ -190,6 +205,7 @@ class Standing:
             self.fenced = False
             self.asked = True
             self.work.trailer_handed = self.work.committed = False
+        self._turned()
         if state.name != old:
             self.tracer.state(old, state.name, why)
 
@@ -197,9 +213,9 @@ class Standing:
         self.work.drop_pipelines()
         self._stop_settling()
         old = self._shown
-        self._turn += 1
         self.truth = Truth.FAILED
         self.unknown_since = None
+        self._turned()
         self.tracer.state(old, self._shown, why)
 
     def _fail_load(self, why: str) -> None:
@@ -242,10 +258,10 @@ class Standing:
         """Find out in the background, and work for the goal until it is reached."""
         self._stop_settling()
         old = self._shown
-        self._turn += 1
         self.truth = Truth.UNKNOWN
         if self.unknown_since is None:
             self.unknown_since = time.time()
+        self._turned()
         self.tracer.state(old, self._shown, why)
         if self._nursery is None:  # the daemon ends; the next one asks the agent
             return
