@@ -69,17 +69,18 @@ class MigrationEngine(Standing):
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        try:
-            async with trio.open_nursery() as nursery:
-                if self.memory is not None:
-                    self.link.facts = await self.memory.recall()
-                self._nursery = self.actions.nursery = self.link.nursery = nursery
-                self._running.set()
-                nursery.start_soon(self._listen)
-                nursery.start_soon(self._probe)
+        async with trio.open_nursery() as nursery:
+            if self.memory is not None:
+                self.link.facts = await self.memory.recall()
+            self._nursery = self.actions.nursery = self.link.nursery = nursery
+            self._running.set()
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._probe)
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = self.actions.nursery = self.link.nursery = None
+            finally:
+                # Here, since clients may still be going when the nursery takes no more tasks.
+                self._nursery = self.actions.nursery = self.link.nursery = None
 
     # Coming and going of clients
 
