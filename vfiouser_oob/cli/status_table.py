@@ -51,7 +51,7 @@ def _row(function: FunctionStatus, now: datetime) -> tuple[str, ...]:
 
 
 def _client(client: ClientStatus | None) -> str:
-    return "-" if client is None else f"{_safe(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
+    return "-" if client is None else f"{printable(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
 
 
 def _notes(function: FunctionStatus, now: datetime) -> Iterator[str]:
@@ -66,32 +66,34 @@ def _notes(function: FunctionStatus, now: datetime) -> Iterator[str]:
     if migration is not None:
         yield f"{function['name']}: migration {_migration(migration, now)}"
     if function["unavailable"]:
-        yield f"{function['name']}: cannot be used now: {_safe(function['unavailable'])}"
+        yield f"{function['name']}: cannot be used now: {printable(function['unavailable'])}"
     if function["last_error"]:
-        yield f"{function['name']}: last error: {_safe(function['last_error'])}"
+        yield f"{function['name']}: last error: {printable(function['last_error'])}"
 
 
 def _migration(migration: MigrationStatus, now: datetime) -> str:
     words = [migration["state"]]
     if not migration["known"]:
         since = migration["unknown_since"] or ""
-        words = [f"unknown since {_safe(since)} ({age(since, now)})", f"last known {migration['state']}"]
+        words = [f"unknown since {printable(since)} ({age(since, now)})", f"last known {migration['state']}"]
     capabilities = migration["capabilities"]
     if not migration["migratable"]:
         words.append("not migratable")
     if capabilities["source"] != "agent":
-        words.append(_HEARSAY[capabilities["source"]].format(learned=_safe(capabilities["learned"] or "")))
+        words.append(_HEARSAY[capabilities["source"]].format(learned=printable(capabilities["learned"] or "")))
     if migration["owner"] is not None:
         words.append(f"by {migration['owner']}")
     if migration["bytes"] or migration["remaining"]:
         words.append(f"{short_size(migration['bytes'])} moved, about {short_size(migration['remaining'])} to come")
+    if migration["step"] is not None:
+        words.append(f"doing {printable(migration['step'])}")
     if migration["fenced"]:
         words.append("fenced: the next client gets it reset")
-    words.append(f"agent's function {_safe(migration['agent'])}")
+    words.append(f"agent's function {printable(migration['agent'])}")
     if capabilities["problem"]:
-        words.append(f"not remembered: {_safe(capabilities['problem'])}")
+        words.append(f"not remembered: {printable(capabilities['problem'])}")
     if migration["last_failure"]:
-        words.append(f"last failure: {_safe(migration['last_failure'])}")
+        words.append(f"last failure: {printable(migration['last_failure'])}")
     return ", ".join(words)
 
 
@@ -131,6 +133,10 @@ def short_size(size: int) -> str:
     return exact
 
 
-def _safe(text: str) -> str:
-    # A peer chose its own name: it must not steer the terminal.
+def printable(text: str) -> str:
+    """Text of a peer, made harmless: it must not steer the terminal.
+
+    Args:
+        text: as it came.
+    """
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -55,7 +55,8 @@ class MigrationStatus(TypedDict):
     `state` is that of the v2 generation, ERROR included; `known` whether it is certain, otherwise it is the last one
     that was, and `unknown_since` when that ended (ISO 8601, UTC); `owner` the generation that migrates; `fenced`
     whether the function must be reset before anybody may use it. `bytes` counts what was taken from or given to this
-    side's stream, `buffered` what waits, `remaining` what is estimated to come.
+    side's stream, `buffered` what waits, `remaining` what is estimated to come. `step` is what is being done at this
+    moment.
     """
 
     agent: str
@@ -69,6 +70,7 @@ class MigrationStatus(TypedDict):
     bytes: int
     buffered: int
     remaining: int
+    step: str | None
     steps: int
     failures: int
     last_failure: str | None

@@ -278,7 +278,8 @@ class MigrationEngine(Standing):
         plan = ARCS[arc.source, arc.target]
         name = f"{arc.source.name} → {arc.target.name}"
         try:
-            with self.tracer.step("arc", arc=name):
+            with self.tracer.step("arc", arc=name) as span:
+                span.bytes = self.moved
                 await travel(plan, self.actions.table, self._bounds, forward)
         except StepFailed as failure:
             await self._undo(plan.undo, origin, failure, deadline)
@@ -321,7 +322,7 @@ class MigrationEngine(Standing):
         await self.actions.resume(deadline)
         if origin is DeviceState.PRE_COPY and source is not None:
             # It ran again in between, so what was saved so far need not fit what comes: begin anew.
-            source.restart(await self.actions.describe(deadline))
+            await self.actions.restart_stream(source, deadline)
             self._now(DeviceState.PRE_COPY, f"brought back: {failure}")
         else:
             self._back_to_running(f"brought back: {failure}")
@@ -392,7 +393,7 @@ class MigrationEngine(Standing):
             restarts = RESETS[ResetKind.FUNCTION_LEVEL].migration is MigrationEffect.RESTARTS
             if restarts and self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
                 try:
-                    source.restart(await self.actions.describe(deadline))
+                    await self.actions.restart_stream(source, deadline)
                 except AgentError as error:
                     raise CommandError(f"the stream could not begin anew: {error}", error.errno) from error
                 await self._agent_was_reset(deadline)

@@ -134,6 +134,12 @@ class Standing:
         return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN
 
     @property
+    def moved(self) -> int:
+        """Bytes of the stream that the client took, or gave."""
+        source, destination = self.work.source, self.work.destination
+        return source.taken if source is not None else destination.written if destination is not None else 0
+
+    @property
     def _shown(self) -> str:
         """The state as events and errors name it."""
         return _SHOWN.get(self.truth, self.state.name)

@@ -47,9 +47,8 @@ def function_status(function: Function) -> FunctionStatus:
 
 def _migration(engine: MigrationEngine) -> MigrationStatus:
     """Describe a migration."""
-    source, destination = engine.work.source, engine.work.destination
+    source = engine.work.source
     caps = engine.link.caps
-    moved = source.taken if source is not None else destination.written if destination is not None else 0
     return MigrationStatus(
         agent=engine.link.function_id,
         migratable=caps is None or caps.stop_copy,
@@ -59,9 +58,10 @@ def _migration(engine: MigrationEngine) -> MigrationStatus:
         owner=None if engine.owner is None else engine.owner.value,
         fenced=engine.fenced,
         generation=source.generation if source is not None else 0,
-        bytes=moved,
+        bytes=engine.moved,
         buffered=source.buffered if source is not None else 0,
         remaining=source.remaining if source is not None else 0,
+        step=engine.tracer.doing,
         steps=engine.tracer.steps,
         failures=engine.tracer.failures,
         last_failure=engine.tracer.last_failure,

@@ -91,6 +91,7 @@ MIGRATION: MigrationStatus = {
     "bytes": 0,
     "buffered": 0,
     "remaining": 0,
+    "step": None,
     "steps": 1,
     "failures": 0,
     "last_failure": None,
@@ -173,3 +174,11 @@ def test_event_lines() -> None:
     line = event_line({"type": "client-connected", "time": 0, "function": "f0", "command": "a\nb"})
     assert re.fullmatch(r'\d\d:\d\d:\d\d f0 client-connected command="a\\nb"', line)
     assert "--:--:-- daemon ?" == event_line({})
+    line = event_line({"type": "migration", "time": 0, "function": "f0", "arc": "RUNNING → STOP", "step": "\x9b31m"})
+    assert line.endswith(' f0 migration arc="RUNNING → STOP" step="?31m"')
+
+
+def test_migration_line_under_way() -> None:
+    """What is moved, what is to come, and what is being done at this moment."""
+    line = migration_line(state="PRE_COPY", owner="v2", bytes=1 << 20, remaining=5 << 20, step="stop")
+    assert "f1: migration PRE_COPY, by v2, 1M moved, about 5M to come, doing stop, agent's function f0" == line
