@@ -114,7 +114,7 @@ class Standing:
         self._word: Event | None = None
         self._fault = ""
         self._word_came = trio.Event()
-        self._looking: trio.CancelScope | None = None
+        self._looking = False
         self._hurry = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._settled = trio.Event()
@@ -400,20 +400,24 @@ class Standing:
 
     def _contact_lost(self) -> None:
         """A session was lost. Its events are, too, until there is another; while they matter, we see to that."""
-        wanted = self.truth is Truth.KNOWN and (self._busy or self.link.begun is not None)
-        if wanted and self._nursery is not None and self._looking is None:
-            self._looking = trio.CancelScope()
-            self._nursery.start_soon(self._look_again, self._looking)
+        if self._contact_missing and self._nursery is not None and not self._looking:
+            self._looking = True
+            self._nursery.start_soon(self._look_again)
 
-    async def _look_again(self, scope: trio.CancelScope) -> None:
+    @property
+    def _contact_missing(self) -> bool:
+        """Whether nobody hears the agent of a function that somebody might move; what is not known is asked anyway."""
+        moving = self._busy or self.link.begun is not None
+        return moving and self.truth is Truth.KNOWN and not self.link.is_open
+
+    async def _look_again(self) -> None:
         pause = self.config.retry_s
-        with scope:
-            while not self.link.is_open and self.truth is Truth.KNOWN and (self._busy or self.link.begun is not None):
-                await trio.sleep(pause)
-                pause = min(2 * pause, PAUSE_MAX_S)
-                if not self.link.is_open and not self._lock.locked():
-                    await self._ask_again()
-        self._looking = None
+        while self._contact_missing:
+            await trio.sleep(pause)
+            pause = min(2 * pause, PAUSE_MAX_S)
+            if self._contact_missing and not self._lock.locked():
+                await self._ask_again()
+        self._looking = False
 
     async def _ask_again(self) -> None:
         try:
