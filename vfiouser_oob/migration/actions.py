@@ -31,10 +31,12 @@ class Device:
     Args:
         session: the backend's session.
         shadow: configuration space as the client wrote it.
+        drained: waits until no write of the guest is held back any more; None if none ever is.
     """
 
     session: BackendSession
     shadow: ConfigShadow
+    drained: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(slots=True)
@@ -105,6 +107,8 @@ class Actions:
         """Make sure that what the guest wrote is at the device, not in a socket."""
         assert self.device is not None
         with self._tracer.step("flush"):
+            if self.device.drained is not None:
+                await _within(self.device.drained(), deadline, "what the guest wrote did not reach the device in time")
             done = self.device.session.flush()
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")

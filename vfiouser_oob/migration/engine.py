@@ -28,7 +28,7 @@ from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
 from vfiouser_oob.migration.fence import Verdict, verdict
 from vfiouser_oob.migration.standing import PAUSE_MAX_S, Goal, Owner, Standing, Truth, message_deadline
 from vfiouser_oob.observability.log import Logger
-from vfiouser_oob.persist.capabilities import Drawer
+from vfiouser_oob.persist.capabilities import READ_S, Drawer
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc, require_path
@@ -69,17 +69,23 @@ class MigrationEngine(Standing):
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        try:
-            async with trio.open_nursery() as nursery:
-                if self.memory is not None:
-                    self.link.facts = await self.memory.recall()
-                self._nursery = self.actions.nursery = self.link.nursery = nursery
-                self._running.set()
-                nursery.start_soon(self._listen)
-                nursery.start_soon(self._probe)
+        async with trio.open_nursery() as nursery:
+            if self.memory is not None:
+                self.link.facts = await self.memory.recall()
+            self._nursery = self.actions.nursery = self.link.nursery = nursery
+            self._running.set()
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._probe)
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = self.actions.nursery = self.link.nursery = None
+            finally:
+                # Here, since clients may still be going when the nursery takes no more tasks.
+                self._nursery = self.actions.nursery = self.link.nursery = None
+
+    async def ready(self) -> None:
+        """Wait until what was remembered is known, as far as the disk answers in time."""
+        with trio.move_on_after(2 * READ_S):
+            await self._running.wait()
 
     # Coming and going of clients
 

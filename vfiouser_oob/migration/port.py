@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 from vfiouser_oob.config.schema import Generations, MigrationConfig
@@ -154,6 +154,10 @@ class MigrationPort:
         return encode(request._replace(bitmap=bitmap))
 
     # What the connection tells
+
+    def held_by(self, drained: Callable[[], Awaitable[None]]) -> None:
+        """Take what waits until no write of the guest is held back any more."""
+        self._device.drained = drained
 
     def config_written(self, offset: int, data: bytes) -> bool:
         """Note a write to configuration space; returns whether it resets the function."""
