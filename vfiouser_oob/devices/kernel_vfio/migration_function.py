@@ -108,7 +108,7 @@ class KernelFunction:
     """One function; lives as long as its backend, whoever is connected.
 
     Args:
-        name: its PCI address.
+        name: its PCI address, or the UUID of a mediated device.
     """
 
     def __init__(self, name: str) -> None:
