@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed
-from kvfio.scenarios import SCENARIOS
+from kvfio import bed, mdev, scenarios
 
+SCENARIOS = {**scenarios.SCENARIOS, **mdev.SCENARIOS}
 SCENARIO_S = 60
 LONG_SCENARIO_S = {"linux": 1500}
 OUTPUT = Path("/tmp/scenario.out")

@@ -75,7 +75,7 @@ class KernelVfioBackend(DeviceBackend):
         if self._function.caps is None:
             opened = choose_opener(self._kernel, self._name).open()
             try:
-                self._function.learn(MigrationDevice(self._kernel, opened.device))
+                self._function.learn(MigrationDevice(self._kernel, opened.device), opened.space)
             finally:
                 opened.close()
 
@@ -100,7 +100,7 @@ class KernelVfioBackend(DeviceBackend):
             raise
         self._note(None)
         try:
-            self._function.attach(MigrationDevice(self._kernel, opened.device))
+            self._function.attach(MigrationDevice(self._kernel, opened.device), opened.space)
             return KernelVfioSession(
                 self._kernel, opened, self._policy, self._worker, link, self._log, self._function.detach
             )

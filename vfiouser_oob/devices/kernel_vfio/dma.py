@@ -11,10 +11,12 @@ from __future__ import annotations
 import abc
 import ctypes
 import errno
+import os
 from collections.abc import Sequence
 
 from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.type1_log import Type1Log
 from vfiouser_oob.devices.kernel_vfio.views import PAGE_SIZE, FileViews
 
 #: Bytes mapped by one call: so much must be waited for before a mapping that nobody wants any more is given up.
@@ -38,6 +40,8 @@ class DmaSpace(abc.ABC):
     page_size = PAGE_SIZE
     #: How many ranges can be mapped; None if there is no such limit.
     max_maps: int | None = None
+    #: Whether it can say which pages devices may have written.
+    can_log = False
 
     def __init__(self, kernel: Kernel, fd: int, views: FileViews) -> None:
         self._kernel = kernel
@@ -65,6 +69,21 @@ class DmaSpace(abc.ABC):
     def unmap_all(self) -> None:
         """Take back everything."""
 
+    def start_log(self) -> None:
+        """Begin to log which pages devices may write."""
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def stop_log(self) -> None:
+        """Log no more."""
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def logged(self, iova: int, length: int) -> bytes:
+        """Return a bitmap of the pages of `page_size` bytes that may have been written in a range, and forget them.
+
+        What was unmapped since then counts as well, until something else is mapped there.
+        """
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
 
 class Type1Space(DmaSpace):
     """A container with the type 1 (version 2) IOMMU driver."""
@@ -72,6 +91,7 @@ class Type1Space(DmaSpace):
     def __init__(self, kernel: Kernel, fd: int, views: FileViews) -> None:
         super().__init__(kernel, fd, views)
         self._read_info()
+        self._log = Type1Log(kernel, fd, self.page_size)
 
     def _read_info(self) -> None:
         room = uapi.IOMMU_TYPE1_INFO.size
@@ -93,6 +113,8 @@ class Type1Space(DmaSpace):
             if cap_id == uapi.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE:
                 count = int.from_bytes(buffer[body : body + 4], "little")
                 self.windows = [uapi.IOVA_RANGE.unpack_from(buffer, body + 8 + 16 * i) for i in range(count)]
+            elif cap_id == uapi.VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION:
+                self.can_log = True
             elif cap_id == uapi.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL:
                 self.max_maps = int.from_bytes(buffer[body : body + 4], "little")
             offset = following if following > offset else 0
@@ -103,20 +125,38 @@ class Type1Space(DmaSpace):
         with self._views.mapped(fd, offset, iova, size, write=write) as address:
             request = uapi.TYPE1_DMA_MAP.pack(uapi.TYPE1_DMA_MAP.size, flags, address, iova, size)
             self._kernel.ioctl(self._fd, uapi.VFIO_IOMMU_MAP_DMA, bytearray(request))
+        self._log.mapped(iova, size)
 
     def unmap(self, iova: int, size: int) -> None:
         """Unmap memory; several whole mappings at once are allowed."""
-        self._unmap(0, iova, size)
+        if self._log.active:
+            self._log.unmap(iova, size)
+        else:
+            self._unmap(0, iova, size)
+            self._log.unmapped(iova, size)
         self._views.drop(iova, size)
 
     def unmap_all(self) -> None:
         """Unmap everything."""
         self._unmap(uapi.VFIO_DMA_UNMAP_FLAG_ALL, 0, 0)
+        self._log.unmapped(0, _ALL)
         self._views.drop_all()
 
     def _unmap(self, flags: int, iova: int, size: int) -> None:
         request = uapi.TYPE1_DMA_UNMAP.pack(uapi.TYPE1_DMA_UNMAP.size, flags, iova, size)
         self._kernel.ioctl(self._fd, uapi.VFIO_IOMMU_UNMAP_DMA, bytearray(request))
+
+    def start_log(self) -> None:
+        """Begin."""
+        self._log.start()
+
+    def stop_log(self) -> None:
+        """End."""
+        self._log.stop()
+
+    def logged(self, iova: int, length: int) -> bytes:
+        """Ask the kernel."""
+        return self._log.report(iova, length)
 
 
 class IommufdSpace(DmaSpace):
