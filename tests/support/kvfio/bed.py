@@ -85,8 +85,8 @@ def daemon(
     name: str = "f0",
     reply_budget_s: float = 4.0,
 ) -> Iterator[Daemon]:
-    """Run a daemon that serves one function, by its address or UUID, and migrates it by its driver if that is wanted; it
-    must end with status 0 unless the block has killed it.
+    """Run a daemon that serves one function, named by address or UUID, and has it migrated by its driver if that is
+    wanted; it must end with status 0 unless the block has killed it.
     """
     socket, control, log_file = RUN / f"{name}.sock", RUN / f"{name}.control", RUN / f"{name}.log"
     for path in (socket, control, log_file):

@@ -58,9 +58,10 @@ class MdevNode(DeviceNode):
         if not self.exists:
             raise BackendUnavailable(f"there is no mediated device {self.name}: {self._what_there_is()}")
         if self.driver is None:
+            # The bus matches no driver to a device: only making a device binds it.
             raise BackendUnavailable(
-                f"the mediated device {self.name} is bound to no driver: bind it with "
-                f"`echo {self.name} > {self.sysfs / BUS}/drivers/{self._drivers()}/bind` as root"
+                f"the mediated device {self.name} is bound to no driver: take it away with "
+                f"`echo 1 > {self.path}/remove` as root, and make it anew"
             )
         if self.device_api not in (None, _PCI_API):
             raise BackendUnavailable(
@@ -70,10 +71,6 @@ class MdevNode(DeviceNode):
             raise BackendUnavailable(
                 f"the mediated device {self.name} has no IOMMU group: its driver {self.driver} does not give it to VFIO"
             )
-
-    def _drivers(self) -> str:
-        names = sorted(path.name for path in (self.sysfs / BUS / "drivers").glob("*"))
-        return names[0] if len(names) == 1 else "DRIVER"
 
     def _what_there_is(self) -> str:
         devices = sorted(path.name for path in (self.sysfs / BUS / "devices").glob("*"))
