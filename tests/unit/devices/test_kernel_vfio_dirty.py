@@ -127,7 +127,7 @@ async def test_a_log_that_cannot_be_read_is_not_used(tmp_path: Path, memory: int
 
 
 async def test_nobody_logs(tmp_path: Path, memory: int) -> None:
-    """With an iommufd and a driver's log that cannot be read, all pages are dirty; without any log nothing is claimed."""
+    """With an iommufd and a driver's log that cannot be read, all is dirty; without any log nothing is claimed."""
     kernel = machine(tmp_path / "a", iommufd=True)
     async with used(kernel) as (_, session):
         assert not session.caps.dirty

@@ -128,7 +128,9 @@ class KernelVfioBackend(DeviceBackend):
                 self._log.warning("the function was still in a migration that nobody is in any more; it was reset")
         except OSError as error:
             opened.close()
-            raise BackendUnavailable(f"{self._name} is left in a migration, and its reset failed: {error}") from error
+            raise BackendUnavailable(
+                f"{self._name} is left in a migration that is over, and its reset failed: {error.strerror}"
+            ) from error
         return opened
 
     def _probe(self, job: Job[None]) -> None:

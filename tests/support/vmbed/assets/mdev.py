@@ -144,5 +144,5 @@ def _compiler() -> str:
 def _complaint(done: subprocess.CompletedProcess[str]) -> str:
     """Return the first line that says what is wrong."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "rror" in line or "not found" in line] or lines
+    errors = [line for line in lines if re.search("error:|not found", line, re.IGNORECASE)] or lines
     return errors[0] if errors else f"exit {done.returncode}"
