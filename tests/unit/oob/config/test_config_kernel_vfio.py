@@ -103,3 +103,13 @@ def test_the_snippet_allocates_memory_beforehand(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "share=on,prealloc=on" in out
     assert '"x-msg-timeout": 31000' in out
+
+
+def test_a_mediated_device_needs_no_memory_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its driver takes hold of pages when it needs them."""
+    path = tmp_path / "c.toml"
+    path.write_text(TEXT.replace('bdf = "3B:00.2"', f'mdev = "{UUID}"'))
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path)])
+    out = capsys.readouterr().out
+    assert "share=on" in out
+    assert "prealloc" not in out
