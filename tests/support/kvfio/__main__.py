@@ -14,7 +14,7 @@ from kvfio import bed, mdev, scenarios
 
 SCENARIOS = {**scenarios.SCENARIOS, **mdev.SCENARIOS}
 SCENARIO_S = 60
-LONG_SCENARIO_S = {"linux": 1500}
+LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
 OUTPUT = Path("/tmp/scenario.out")
 
 

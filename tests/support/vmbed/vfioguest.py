@@ -21,7 +21,7 @@ __all__ = ["Answers", "expect_success", "run_scenarios"]
 Answers = Mapping[str, Answer | BedError]
 DRIVERS = ("vfio-pci", "vfio_iommu_type1", "pci-pf-stub")
 #: Of the kernel with mediated devices.
-MDEV_DRIVERS = ("vfio-pci", "vfio_iommu_type1", "mtty", "mttynolog")
+MDEV_DRIVERS = ("vfio-pci", "vfio_iommu_type1", "mtty", "mttydma")
 SUPPORT = ("kvfio", "vmbed")
 SCENARIO_S = 70.0
 
