@@ -34,6 +34,7 @@ RUN = Path("/run/kvfio")
 #: The machine's devices, as the test that boots it puts them.
 NVME = "0000:00:04.0"
 SHARED = ("0000:00:06.0", "0000:00:06.1")
+EDU = "0000:00:09.0"
 IGB = "0000:01:00.0"
 NOBODY = 65534
 START_S = 20.0
@@ -61,6 +62,7 @@ class Daemon:
     pid: int
     socket: Path
     control: Path
+    log: Path
 
     def status(self) -> dict[str, Any]:
         """What `status` says of its function."""
@@ -110,7 +112,7 @@ def daemon(
     pid = os.fork()
     if pid == 0:
         os._exit(_serve(config, log_file, uid, memlock))
-    running = Daemon(pid, socket, control)
+    running = Daemon(pid, socket, control, log_file)
     _wait_for(running)
     yield running
     if _is_alive(pid):
@@ -169,6 +171,22 @@ def client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int 
 @contextmanager
 def background_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> Iterator[None]:
     """Run a client beside the block; it must have succeeded at the end."""
+    pid = _start_client(work, served, uid)
+    yield
+    _, status = os.waitpid(pid, 0)
+    assert 0 == os.waitstatus_to_exitcode(status), "the client failed"
+
+
+@contextmanager
+def doomed_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> Iterator[int]:
+    """Run a client beside the block, which has to kill it; gives its process id."""
+    pid = _start_client(work, served, uid)
+    yield pid
+    _, status = os.waitpid(pid, 0)
+    assert -signal.SIGKILL == os.waitstatus_to_exitcode(status), "the client ended by itself"
+
+
+def _start_client(work: Callable[[Path], Awaitable[None]], served: Daemon, uid: int) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -182,9 +200,7 @@ def background_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    yield
-    _, status = os.waitpid(pid, 0)
-    assert 0 == os.waitstatus_to_exitcode(status), "the client failed"
+    return pid
 
 
 def bind(*bdfs: str) -> None:
@@ -211,7 +227,12 @@ def group_node(bdf: str) -> Path:
     return Path("/dev/vfio") / group
 
 
+def config_space(bdf: str) -> bytes:
+    """The first 256 bytes of a function's config space, as the hardware has them."""
+    with (SYSFS / "bus/pci/devices" / bdf / "config").open("rb") as config:
+        return config.read(256)
+
+
 def command_register(bdf: str) -> int:
     """The function's command register, as the hardware has it."""
-    with (SYSFS / "bus/pci/devices" / bdf / "config").open("rb") as config:
-        return int.from_bytes(config.read(6)[4:6], "little")
+    return int.from_bytes(config_space(bdf)[4:6], "little")

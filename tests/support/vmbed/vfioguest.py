@@ -27,7 +27,7 @@ SCENARIO_S = 70.0
 
 
 def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
-    """A machine with an IOMMU: an NVMe controller alone, two in one IOMMU group, and a network card with VFs."""
+    """A machine with an IOMMU: NVMe controllers, two in one group, a network card with VFs, a device without reset."""
     devices = []
     for name in ("alone", "first", "second"):
         image = workdir / f"{name}.img"
@@ -38,6 +38,7 @@ def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
     devices += ["-device", "nvme,drive=first,serial=first,addr=06.0,multifunction=on"]
     devices += ["-device", "nvme,drive=second,serial=second,addr=06.1"]
     devices += ["-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=07.0", "-device", "igb,bus=rp1"]
+    devices += ["-device", "edu,addr=09.0"]
     return QemuConfig(
         [],
         memory_mib=2048,
