@@ -10,13 +10,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed
+from kvfio import bed, mdev
 from kvfio.hardware import MORE_SCENARIOS
 from kvfio.scenarios import SCENARIOS
 
 SCENARIO_S = 60
-LONG_SCENARIO_S = {"linux": 1500}
-ALL = {**SCENARIOS, **MORE_SCENARIOS}
+LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
+ALL = {**SCENARIOS, **MORE_SCENARIOS, **mdev.SCENARIOS}
 OUTPUT = Path("/tmp/scenario.out")
 
 
