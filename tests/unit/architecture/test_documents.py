@@ -20,6 +20,7 @@ from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, pa
 from vfiouser_oob.config.schema import KernelVfioDevice
 from vfiouser_oob.control.protocol import ErrorCode
 from vfiouser_oob.control.status import (
+    CapabilitiesStatus,
     ClientStatus,
     DaemonStatus,
     FunctionStatus,
@@ -161,6 +162,7 @@ def test_the_status_document_is_described() -> None:
         (ClientStatus, function["client"]),
         (MapsStatus, function["maps"]),
         (MigrationStatus, function["migration"]),
+        (CapabilitiesStatus, function["migration"]["capabilities"]),
         *((RegionStatus, region) for region in function["regions"]),
     ]
     for declared, shown in pairs:
