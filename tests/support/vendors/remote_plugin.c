@@ -3,12 +3,13 @@
  */
 #include <arpa/inet.h>
 #include <errno.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#include "plugin.h"
 
 enum { UPDATE_PENDING = 1, SET_STATE, GET_STATE, SAVE_BUFFER, LOAD_BUFFER, MESSAGE_REPLY, FINISH };
 
@@ -129,15 +130,7 @@ static int plugin_cleanup(void *handle)
     return 0;
 }
 
-static struct {
-    void *(*init)(char *devid, char *arg);
-    int (*save)(void *handle, uint8_t *state, uint64_t len);
-    int (*load)(void *handle, uint8_t *state, uint64_t len);
-    int (*update_pending)(void *handle, uint64_t *pending_bytes);
-    int (*set_state)(void *handle, uint32_t value);
-    int (*get_state)(void *handle, uint32_t *value);
-    int (*cleanup)(void *handle);
-} ops = {
+static struct plugin_ops ops = {
     plugin_init, plugin_save, plugin_load, plugin_update_pending, plugin_set_state, plugin_get_state, plugin_cleanup,
 };
 
