@@ -71,15 +71,19 @@ def qemu_device(function: FunctionConfig, reply_budget_s: float) -> str:
     )
 
 
+def _pins(function: FunctionConfig) -> bool:
+    return isinstance(function.device, KernelVfioDevice) and function.device.mdev is None
+
+
 def needed_budget_s(config: DaemonConfig, function: FunctionConfig, memory: int) -> float:
     """The reply budget that a VM of this size should have: the configured one, unless that looks too small.
 
     Args:
         config: the daemon's configuration.
-        function: the function to use; only a real one has all of the memory locked within one message.
+        function: the function to use; only one behind an IOMMU has all of the memory locked within one message.
         memory: bytes of guest memory.
     """
-    if not isinstance(function.device, KernelVfioDevice):
+    if not _pins(function):
         return config.reply_budget_s
     return max(config.reply_budget_s, float(math.ceil(memory / LOCKED_PER_SECOND)))
 
@@ -94,7 +98,7 @@ def qemu_arguments(config: DaemonConfig, function: FunctionConfig, memory: int) 
     """
     size = format_size(memory)
     # The IOMMU pins all of it at attach: allocated beforehand, that fits into the time of one reply.
-    prealloc = ",prealloc=on" if isinstance(function.device, KernelVfioDevice) else ""
+    prealloc = ",prealloc=on" if _pins(function) else ""
     return [
         ["-m", size],
         ["-object", f"memory-backend-memfd,id=vfio-user-ram,size={size},share=on{prealloc}"],
