@@ -10,13 +10,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed, mdev
-from kvfio.hardware import MORE_SCENARIOS
-from kvfio.scenarios import SCENARIOS
+from kvfio import bed, hardware, mdev, scenarios
 
+SCENARIOS = {**scenarios.SCENARIOS, **hardware.MORE_SCENARIOS, **mdev.SCENARIOS}
 SCENARIO_S = 60
 LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
-ALL = {**SCENARIOS, **MORE_SCENARIOS, **mdev.SCENARIOS}
 OUTPUT = Path("/tmp/scenario.out")
 
 
@@ -27,7 +25,7 @@ def main() -> None:
     while line := sys.stdin.readline():
         name = line.strip()
         started = time.monotonic()
-        status = _run(ALL[name], LONG_SCENARIO_S.get(name, SCENARIO_S)) if name in ALL else 127
+        status = _run(SCENARIOS[name], LONG_SCENARIO_S.get(name, SCENARIO_S)) if name in SCENARIOS else 127
         _say(OUTPUT.read_text() if status != 127 else f"no such scenario: {name}")
         _say(f"seconds={time.monotonic() - started:.1f}")
         _say(f"@@EXIT {status}")
