@@ -20,6 +20,7 @@ from vfiouser_oob.config.schema import (
     NvmeOptions,
     RegionPolicy,
     UpstreamDevice,
+    VfioInterface,
     default_control_socket,
 )
 from vfiouser_oob.config.soc import SocOptions
@@ -42,6 +43,7 @@ __all__ = [
     "RegionPolicy",
     "SocOptions",
     "UpstreamDevice",
+    "VfioInterface",
     "default_control_socket",
     "load_config",
     "parse_agent",

@@ -15,6 +15,7 @@ from vfiouser_oob.config.schema import (
     NvmeOptions,
     RegionPolicy,
     UpstreamDevice,
+    VfioInterface,
 )
 from vfiouser_oob.config.tables import Key, Place, read_table, suggestion
 from vfiouser_oob.config.values import (
@@ -76,6 +77,7 @@ def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
 KERNEL_VFIO_KEYS = (
     Key("bdf", read_bdf, required=True),
     Key("region_policy", one_of(RegionPolicy)),
+    Key("interface", one_of(VfioInterface)),
 )
 
 

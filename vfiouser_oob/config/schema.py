@@ -65,6 +65,17 @@ class RegionPolicy(StrEnum):
     TRAP = "trap"
 
 
+class VfioInterface(StrEnum):
+    """By which interface of the kernel a real function is opened."""
+
+    #: The device's own node and an iommufd where there are both and they may be opened, else the group's node.
+    AUTO = "auto"
+    #: The IOMMU group's node and a container.
+    GROUP = "group"
+    #: The device's own node and an iommufd.
+    CDEV = "cdev"
+
+
 class LogFormat(StrEnum):
     """How log records are written."""
 
@@ -163,17 +174,20 @@ class KernelVfioDevice:
     Args:
         bdf: its address, such as ``0000:3b:00.2``.
         region_policy: how a client may map its regions.
+        interface: by which interface of the kernel it is opened.
     """
 
     kind: ClassVar[str] = "kernel-vfio"
 
     bdf: str
     region_policy: RegionPolicy = RegionPolicy.AUTO
+    interface: VfioInterface = VfioInterface.AUTO
 
     def describe(self) -> str:
         """The device as ``--device`` takes it."""
         policy = "" if self.region_policy is RegionPolicy.AUTO else f",region_policy={self.region_policy.value}"
-        return f"{self.kind}:{self.bdf}{policy}"
+        interface = "" if self.interface is VfioInterface.AUTO else f",interface={self.interface.value}"
+        return f"{self.kind}:{self.bdf}{policy}{interface}"
 
 
 DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvfio import bed
+from kvfio.cdev import CDEV_SCENARIOS
+from kvfio.obstacles import OBSTACLES
 from kvfio.scenarios import SCENARIOS
 
 SCENARIO_S = 60
 LONG_SCENARIO_S = {"linux": 1500}
+ALL = {**SCENARIOS, **OBSTACLES, **CDEV_SCENARIOS}
 OUTPUT = Path("/tmp/scenario.out")
 
 
@@ -25,7 +28,7 @@ def main() -> None:
     while line := sys.stdin.readline():
         name = line.strip()
         started = time.monotonic()
-        status = _run(SCENARIOS[name], LONG_SCENARIO_S.get(name, SCENARIO_S)) if name in SCENARIOS else 127
+        status = _run(ALL[name], LONG_SCENARIO_S.get(name, SCENARIO_S)) if name in ALL else 127
         _say(OUTPUT.read_text() if status != 127 else f"no such scenario: {name}")
         _say(f"seconds={time.monotonic() - started:.1f}")
         _say(f"@@EXIT {status}")

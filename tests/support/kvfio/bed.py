@@ -17,7 +17,14 @@ from typing import Any
 import trio
 
 from vfiouser_oob.cli.main import main as command
-from vfiouser_oob.config.schema import DaemonConfig, FunctionConfig, KernelVfioDevice, LogLevel, RegionPolicy
+from vfiouser_oob.config.schema import (
+    DaemonConfig,
+    FunctionConfig,
+    KernelVfioDevice,
+    LogLevel,
+    RegionPolicy,
+    VfioInterface,
+)
 from vfiouser_oob.control.client import ControlClient, ControlError
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.daemon import run_daemon
@@ -28,6 +35,9 @@ RUN = Path("/run/kvfio")
 NVME = "0000:00:04.0"
 SHARED = ("0000:00:06.0", "0000:00:06.1")
 IGB = "0000:01:00.0"
+#: By which interface daemons open their function; whoever started this program says so.
+INTERFACE = VfioInterface(os.environ.get("KVFIO_INTERFACE", "group"))
+IOMMU_NODE = Path("/dev/iommu")
 NOBODY = 65534
 START_S = 20.0
 
@@ -54,6 +64,7 @@ class Daemon:
     pid: int
     socket: Path
     control: Path
+    log: Path
 
     def status(self) -> dict[str, Any]:
         """What `status` says of its function."""
@@ -72,6 +83,7 @@ def daemon(
     bdf: str,
     *,
     policy: RegionPolicy = RegionPolicy.AUTO,
+    interface: VfioInterface = INTERFACE,
     uid: int = 0,
     memlock: int | None = None,
     name: str = "f0",
@@ -85,7 +97,7 @@ def daemon(
         functions=(
             FunctionConfig(
                 name=name,
-                device=KernelVfioDevice(bdf=bdf, region_policy=policy),
+                device=KernelVfioDevice(bdf=bdf, region_policy=policy, interface=interface),
                 socket=socket,
                 socket_mode=0o666,
                 socket_group=None,
@@ -98,7 +110,7 @@ def daemon(
     pid = os.fork()
     if pid == 0:
         os._exit(_serve(config, log_file, uid, memlock))
-    running = Daemon(pid, socket, control)
+    running = Daemon(pid, socket, control, log_file)
     _wait_for(running)
     yield running
     if _is_alive(pid):
@@ -197,6 +209,25 @@ def group_node(bdf: str) -> Path:
     """The node of a function's IOMMU group."""
     group = os.path.basename(os.readlink(SYSFS / "bus/pci/devices" / bdf / "iommu_group"))
     return Path("/dev/vfio") / group
+
+
+def own_node(bdf: str) -> Path:
+    """The function's own node."""
+    names = [path.name for path in (SYSFS / "bus/pci/devices" / bdf / "vfio-dev").iterdir()]
+    return Path("/dev/vfio/devices") / names[0]
+
+
+@contextmanager
+def given_away(bdf: str) -> Iterator[None]:
+    """Let nobody's daemon open the function, by the interface that this run is about."""
+    nodes = [own_node(bdf), IOMMU_NODE] if INTERFACE is VfioInterface.CDEV else [group_node(bdf)]
+    for node in nodes:
+        os.chown(node, NOBODY, NOBODY)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            os.chown(node, 0, 0)
 
 
 def command_register(bdf: str) -> int:

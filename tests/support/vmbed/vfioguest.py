@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -24,8 +25,18 @@ SUPPORT = ("kvfio", "vmbed")
 SCENARIO_S = 70.0
 
 
-def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
-    """A machine with an IOMMU: an NVMe controller alone, two in one IOMMU group, and a network card with VFs."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One boot: see `run_scenarios`."""
+
+    kernel: Path | None
+    seconds: float
+    interface: str
+    iommu: bool
+
+
+def _machine(workdir: Path, initramfs: Path, run: _Run) -> QemuConfig:
+    """An NVMe controller alone, two in one IOMMU group, and a network card with VFs; with an IOMMU or without."""
     devices = []
     for name in ("alone", "first", "second"):
         image = workdir / f"{name}.img"
@@ -40,8 +51,8 @@ def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
         [],
         memory_mib=2048,
         trace=(),
-        early=["-device", "intel-iommu,intremap=on,aw-bits=48"],
-        kernel=kernel,
+        early=["-device", "intel-iommu,intremap=on,aw-bits=48"] if run.iommu else [],
+        kernel=run.kernel,
         initramfs=initramfs,
         kernel_arguments="intel_iommu=on",
         extra=devices,
@@ -49,7 +60,13 @@ def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
 
 
 def run_scenarios(
-    assets: Assets, scenarios: Sequence[str], *, kernel: Path | None = None, seconds: float = SCENARIO_S
+    assets: Assets,
+    scenarios: Sequence[str],
+    *,
+    kernel: Path | None = None,
+    seconds: float = SCENARIO_S,
+    interface: str = "group",
+    iommu: bool = True,
 ) -> Answers:
     """Boot once, run scenarios in order, and keep what each one said.
 
@@ -58,10 +75,12 @@ def run_scenarios(
         scenarios: their names.
         kernel: instead of the assets' own.
         seconds: that each may take.
+        interface: the kernel's interface that daemons open functions by: "group" or "cdev".
+        iommu: whether the machine has one.
     """
     workdir = Path(tempfile.mkdtemp(prefix="vmbed-"))
     try:
-        return trio.run(_run_all, assets, workdir, scenarios, kernel, seconds)
+        return trio.run(_run_all, assets, workdir, scenarios, _Run(kernel, seconds, interface, iommu))
     finally:
         shutil.rmtree(workdir)
 
@@ -83,19 +102,17 @@ def expect_success(answers: Answers, name: str) -> str:
     return text
 
 
-async def _run_all(
-    assets: Assets, workdir: Path, scenarios: Sequence[str], kernel: Path | None, seconds: float
-) -> Answers:
+async def _run_all(assets: Assets, workdir: Path, scenarios: Sequence[str], run: _Run) -> Answers:
     initramfs = workdir / "initramfs.cpio"
-    write_python_guest(initramfs, assets, workdir, drivers=DRIVERS, support=SUPPORT, kernel=kernel, qemu=True)
+    write_python_guest(initramfs, assets, workdir, drivers=DRIVERS, support=SUPPORT, kernel=run.kernel, qemu=True)
     answers: dict[str, Answer | BedError] = {}
-    async with start_qemu(assets, _machine(workdir, initramfs, kernel), workdir) as qemu:
+    async with start_qemu(assets, _machine(workdir, initramfs, run), workdir) as qemu:
         await qemu.guest.ready()
-        await qemu.guest.start(f"sh {ENVIRONMENT} exec {PYTHON} -m kvfio")
+        await qemu.guest.start(f"sh {ENVIRONMENT} KVFIO_INTERFACE={run.interface} exec {PYTHON} -m kvfio")
         await qemu.guest.ready()
         for name in scenarios:
             try:
-                answers[name] = await qemu.guest.run(name, seconds)
+                answers[name] = await qemu.guest.run(name, run.seconds)
             except BedError as error:
                 answers[name] = error
                 break

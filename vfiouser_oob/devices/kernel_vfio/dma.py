@@ -4,14 +4,13 @@ Two kinds of address space offer the same few calls: the type 1 container and th
 long as it takes the kernel to allocate and pin what is mapped; the worker calls them.
 
 The IOMMU keeps the pages, so the process's own mapping is only needed during the call: afterwards nothing of the
-client's memory is mapped here, and a client that truncates its file cannot hurt us.
+client's memory is mapped here, and a client that truncates its file cannot hurt us. (Where it must stay mapped, nobody
+touches it, so that cannot hurt us either.)
 """
 
 from __future__ import annotations
 
 import abc
-import ctypes
-import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 #: Bytes mapped by one call: so much must be waited for before a mapping that nobody wants any more is given up.
 CHUNK_SIZE = 1 << 30
 _PAGE_SIZE = 4096
-_MAX_IOVA_RANGES = 256
-_ALL = (1 << 64) - 1
 
 
 class DmaSpace(abc.ABC):
@@ -40,6 +37,8 @@ class DmaSpace(abc.ABC):
     page_size = _PAGE_SIZE
     #: How many ranges can be mapped; None if there is no such limit.
     max_maps: int | None = None
+    #: Who shares the limit of locked memory, where it is not this process alone.
+    accounting = ""
 
     def __init__(self, kernel: Kernel, fd: int) -> None:
         self._kernel = kernel
@@ -69,10 +68,7 @@ class DmaSpace(abc.ABC):
     @contextmanager
     def _mapped(self, fd: int, offset: int, size: int, *, write: bool) -> Iterator[int]:
         """Map a part of a file for the duration of a call; gives its address."""
-        # Huge pages can be mapped and unmapped as a whole only.
-        granule = max(_PAGE_SIZE, _block_size(fd))
-        start = offset // granule * granule
-        length = -(-(offset + size - start) // granule) * granule
+        start, length = mapping_bounds(fd, offset, size)
         address = self._kernel.mmap(fd, length, start, writable=write)
         try:
             yield address + offset - start
@@ -131,64 +127,17 @@ class Type1Space(DmaSpace):
         self._kernel.ioctl(self._fd, uapi.VFIO_IOMMU_UNMAP_DMA, bytearray(request))
 
 
-class IommufdSpace(DmaSpace):
-    """An I/O address space (IOAS) of an iommufd.
+def mapping_bounds(fd: int, offset: int, size: int) -> tuple[int, int]:
+    """Return where a mapping that holds a part of a file begins in the file, and how long it is.
 
     Args:
-        kernel: the operating system.
-        fd: the iommufd; it stays the opener's.
-        ioas: the address space's id; the device is attached to it already, so that its windows are known.
+        fd: the file; of huge pages, only whole ones can be mapped and unmapped.
+        offset: start of the part, in bytes.
+        size: bytes.
     """
-
-    def __init__(self, kernel: Kernel, fd: int, ioas: int) -> None:
-        super().__init__(kernel, fd)
-        self._ioas = ioas
-        self._by_file = True
-        ranges = (ctypes.c_uint64 * (2 * _MAX_IOVA_RANGES))()
-        buffer = bytearray(
-            uapi.IOAS_IOVA_RANGES.pack(
-                uapi.IOAS_IOVA_RANGES.size, ioas, _MAX_IOVA_RANGES, 0, ctypes.addressof(ranges), 0
-            )
-        )
-        kernel.ioctl(fd, uapi.IOMMU_IOAS_IOVA_RANGES, buffer)
-        _, _, count, _, _, alignment = uapi.IOAS_IOVA_RANGES.unpack(buffer)
-        self.windows = [(ranges[2 * i], ranges[2 * i + 1]) for i in range(min(count, _MAX_IOVA_RANGES))]
-        self.page_size = alignment or _PAGE_SIZE
-
-    def map(self, fd: int, offset: int, iova: int, size: int, *, read: bool, write: bool) -> None:
-        """Map memory: by its file where the kernel can, else by an address."""
-        flags = uapi.IOMMU_IOAS_MAP_FIXED_IOVA
-        flags |= (uapi.IOMMU_IOAS_MAP_READABLE if read else 0) | (uapi.IOMMU_IOAS_MAP_WRITEABLE if write else 0)
-        if self._by_file:
-            layout = uapi.IOAS_MAP_FILE
-            request = bytearray(layout.pack(layout.size, flags, self._ioas, fd, offset, size, iova))
-            try:
-                self._kernel.ioctl(self._fd, uapi.IOMMU_IOAS_MAP_FILE, request)
-                return
-            except OSError as error:
-                if error.errno == errno.ENOTTY:  # before Linux 6.13
-                    self._by_file = False
-                elif error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # not all files can
-                    raise
-        with self._mapped(fd, offset, size, write=write) as address:
-            layout = uapi.IOAS_MAP
-            request = bytearray(layout.pack(layout.size, flags, self._ioas, 0, address, size, iova))
-            self._kernel.ioctl(self._fd, uapi.IOMMU_IOAS_MAP, request)
-
-    def unmap(self, iova: int, size: int) -> None:
-        """Unmap memory; what was never mapped is no error."""
-        layout = uapi.IOAS_UNMAP
-        try:
-            self._kernel.ioctl(
-                self._fd, uapi.IOMMU_IOAS_UNMAP, bytearray(layout.pack(layout.size, self._ioas, iova, size))
-            )
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-
-    def unmap_all(self) -> None:
-        """Unmap everything."""
-        self.unmap(0, _ALL)
+    granule = max(_PAGE_SIZE, _block_size(fd))
+    start = offset // granule * granule
+    return start, -(-(offset + size - start) // granule) * granule
 
 
 def _block_size(fd: int) -> int:

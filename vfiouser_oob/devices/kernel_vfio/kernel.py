@@ -26,6 +26,10 @@ class Kernel(abc.ABC):
         """Open a device node for reading and writing, close-on-exec."""
 
     @abc.abstractmethod
+    def may_open(self, path: Path) -> bool:
+        """Whether a node is there and its permissions let this process open it."""
+
+    @abc.abstractmethod
     def close(self, fd: int) -> None:
         """Close a descriptor that `open` or an ioctl gave."""
 
@@ -87,6 +91,10 @@ class LinuxKernel(Kernel):
     def open(self, path: Path) -> int:
         """Open a device node."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def may_open(self, path: Path) -> bool:
+        """Look at a node's permissions."""
+        return os.access(path, os.R_OK | os.W_OK, effective_ids=True)
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.cli.main import main
-from vfiouser_oob.config import ConfigError, KernelVfioDevice, RegionPolicy, parse_agent, parse_config, parse_device
+from vfiouser_oob.config import (
+    ConfigError,
+    KernelVfioDevice,
+    RegionPolicy,
+    VfioInterface,
+    parse_agent,
+    parse_config,
+    parse_device,
+)
 from vfiouser_oob.config.schema import AgentConfig, DmaMode, FunctionConfig
 from vfiouser_oob.config.summary import warnings
 from vfiouser_oob.devices.factory import make_backend
@@ -27,6 +35,14 @@ def test_device_and_agent_of_a_file() -> None:
     (function,) = parse_config(TEXT, Path("/etc/c.toml")).functions
     assert function.device == KernelVfioDevice(bdf="0000:3b:00.2", region_policy=RegionPolicy.TRAP)
     assert function.agent == AgentConfig(kind="kernel-vfio", function="0000:3b:00.2")
+
+
+def test_interface_of_the_kernel() -> None:
+    """It can be chosen, and is told back in the short form."""
+    device = parse_device("kernel-vfio:3b:00.2,interface=group")
+    assert device == KernelVfioDevice(bdf="0000:3b:00.2", interface=VfioInterface.GROUP)
+    assert "kernel-vfio:0000:3b:00.2,interface=group" == device.describe()
+    assert "kernel-vfio:0000:3b:00.2" == KernelVfioDevice(bdf="0000:3b:00.2").describe()
 
 
 def test_agent_of_the_command_line() -> None:
@@ -50,6 +66,7 @@ def test_agent_of_the_command_line() -> None:
         ),
         ('bdf = "3B:00.2", ', "", "key 'bdf' is missing"),
         ('"trap"', '"none"', "region_policy must be one of"),
+        ('"trap"', '"trap", interface = "iommufd"', "interface must be one of"),
     ],
 )
 def test_mistakes(old: str, new: str, words: str) -> None:
