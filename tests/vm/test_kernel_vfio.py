@@ -1,6 +1,7 @@
 """Real functions under vfio-pci: a guest with an IOMMU runs our daemon on emulated devices, and clients beside it.
 
-One boot serves all scenarios, which the guest runs one after the other; see `tests/support/kvfio/scenarios.py`.
+One boot serves all scenarios, which the guest runs one after the other; see `tests/support/kvfio/scenarios.py` and
+`obstacles.py`. A second, short one is of a machine without an IOMMU.
 """
 
 from __future__ import annotations
@@ -57,6 +58,17 @@ def answers(assets: Assets) -> Answers:
 def test_in_the_guest(answers: Answers, name: str) -> None:
     """The scenario succeeded; what it proves stands with it."""
     sys.stdout.write(expect_success(answers, name))
+
+
+@pytest.fixture(scope="module")
+def answers_without_iommu(assets: Assets) -> Answers:
+    """What is said on a machine that has no IOMMU."""
+    return run_scenarios(assets, ("no_iommu",), iommu=False)
+
+
+def test_a_machine_without_an_iommu(answers_without_iommu: Answers) -> None:
+    """Daemon and `bind` say what is missing in one line, and the function's own driver keeps it."""
+    sys.stdout.write(expect_success(answers_without_iommu, "no_iommu"))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from fakevfio.bed import NoMessages, answer, map_request, running, session, unma
 from fakevfio.kernel import BDF, GROUP
 from vfiouser_oob.config.schema import VfioInterface
 from vfiouser_oob.devices.base import BackendUnavailable
+from vfiouser_oob.devices.kernel_vfio.kernel import LinuxKernel
 from vfiouser_oob.devices.kernel_vfio.openers import CdevOpener, DeviceBusy, GroupOpener, choose_opener
 from vfiouser_oob.observability import log
 from vfiouser_protocol.errors import CommandError
@@ -139,6 +140,17 @@ def test_the_interface_is_the_one_that_may_be_used(kernel: FakeKernel) -> None:
         kernel.open_errors = {name: errno.EACCES}
         assert isinstance(choose_opener(kernel, BDF), GroupOpener)
         assert isinstance(choose_opener(kernel, BDF, VfioInterface.CDEV), CdevOpener)
+
+
+def test_what_can_be_opened_is_tried(tmp_path: Path) -> None:
+    """Whatever keeps a node away counts, and no descriptor is left of the trial."""
+    kernel = LinuxKernel(tmp_path, tmp_path)
+    (tmp_path / "node").touch()
+    before = sorted(os.listdir("/proc/self/fd"))
+    assert kernel.may_open(tmp_path / "node")
+    assert not kernel.may_open(tmp_path / "absent")
+    assert not kernel.may_open(tmp_path)  # a directory cannot be opened for writing, whatever its permissions are
+    assert before == sorted(os.listdir("/proc/self/fd"))
 
 
 # Memory

@@ -268,7 +268,7 @@ class CdevOpener(Opener):
         return self._kernel.dev / f"vfio/devices/{self._node.cdev}"
 
     def is_possible(self) -> bool:
-        """Whether this process can open both nodes, as far as their permissions go."""
+        """Whether there are both nodes, and this process can open them: that alone disturbs nobody."""
         if self._node.cdev is None:
             return False
         return all(map(self._kernel.may_open, (self._kernel.dev / IOMMUFD_NODE, self._path)))

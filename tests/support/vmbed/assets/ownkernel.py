@@ -22,7 +22,18 @@ from vmbed.assets.archive import archive_address
 from vmbed.assets.errors import AssetError
 from vmbed.assets.recipe import BACKPORTS, SUITE
 
-__all__ = ["FRAGMENT", "build_own_kernel", "missing_tools", "own_kernel", "own_kernel_recipe", "unmet_options"]
+__all__ = [
+    "BUILD_HEADERS",
+    "BUILD_TOOLS",
+    "DRIVERS",
+    "FRAGMENT",
+    "build_own_kernel",
+    "lay_out",
+    "missing_tools",
+    "own_kernel",
+    "own_kernel_recipe",
+    "unmet_options",
+]
 
 Report = Callable[[str], None]
 
@@ -127,7 +138,7 @@ def build_own_kernel(cache: Path, report: Report, *, archive: str | None = None,
         apt.download([source], work / "debs")
         tree = _extract(work)
         _build(tree, source.version, report)
-        _lay_out(tree, work / "kernel", source.version)
+        lay_out(tree, work / "kernel", source.version)
         _install(work / "kernel", folder)
     _drop_others(cache, folder)
     return own_kernel(cache)
@@ -204,8 +215,14 @@ def _run(argv: Sequence[str], folder: Path, seconds: float) -> None:
         raise AssetError(f"{' '.join(argv)} failed with status {done.returncode}: {reason}")
 
 
-def _lay_out(tree: Path, kernel: Path, version: str) -> None:
-    """Keep the kernel, its configuration, and the names of the drivers in it, for whoever looks for modules."""
+def lay_out(tree: Path, kernel: Path, version: str) -> None:
+    """Keep the kernel, its configuration, and the names of the drivers in it, for whoever looks for modules.
+
+    Args:
+        tree: where it was built.
+        kernel: the folder to keep it in; it must not exist.
+        version: of the source's package.
+    """
     modules = kernel / "usr/lib/modules" / version
     modules.mkdir(parents=True)
     shutil.copy(tree / "arch/x86/boot/bzImage", kernel / "vmlinuz")
