@@ -31,6 +31,7 @@ COMMON = (
     "map_errors",
     "iova_windows",
     "read_only_files",
+    "huge_pages",
     "peer_to_peer",
     "locked_memory_limit",
     "kept_descriptor",

@@ -35,6 +35,7 @@ SCENARIOS = (
     "iova_windows",
     "entry_limit",
     "read_only_files",
+    "huge_pages",
     "peer_to_peer",
     "locked_memory_limit",
     "kept_descriptor",

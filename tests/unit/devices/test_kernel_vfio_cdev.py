@@ -237,6 +237,7 @@ def logged() -> Iterator[io.StringIO]:
     """What is logged, of every level."""
     text = io.StringIO()
     logger, handler = logging.getLogger(log.ROOT), logging.StreamHandler(text)
+    handler.setFormatter(log.HumanFormatter())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -256,3 +257,14 @@ async def test_why_there_is_no_dma_buf_is_in_the_debug_log(
     async with session(kernel) as client:
         assert client.description.regions[0].mappable
     assert words in logged.getvalue()
+
+
+@pytest.mark.parametrize("interface", [VfioInterface.GROUP, VfioInterface.CDEV])
+async def test_by_which_way_a_device_was_opened_is_in_the_debug_log(
+    kernel: FakeKernel, interface: VfioInterface, logged: io.StringIO
+) -> None:
+    """`auto` chooses by itself, so that it must be possible to see what it chose."""
+    async with running(kernel, interface=interface) as backend:
+        client = await backend.open(NoMessages())
+        await client.close()
+    assert f"device opened device={BDF} interface={interface.value}" in logged.getvalue()

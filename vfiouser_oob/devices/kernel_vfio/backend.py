@@ -128,7 +128,10 @@ class KernelVfioBackend(DeviceBackend):
         return choose_opener(self._kernel, self._bdf, self._interface)
 
     def _open(self, job: Job[OpenDevice]) -> OpenDevice:
-        return self._opener().open()
+        opener = self._opener()
+        opened = opener.open()
+        self._log.debug("device opened", interface=opener.interface.value)
+        return opened
 
     def _probe(self, job: Job[None]) -> None:
         self._opener().probe()

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 
 from vfiouser_oob.config.schema import VfioInterface
 from vfiouser_oob.devices.base import BackendUnavailable
@@ -53,6 +54,9 @@ class Opener(abc.ABC):
         kernel: the operating system.
         node: the function.
     """
+
+    #: The kernel's interface that it goes by.
+    interface: ClassVar[VfioInterface]
 
     def __init__(self, kernel: Kernel, node: PciFunctionNode) -> None:
         self._kernel = kernel
@@ -131,6 +135,8 @@ class Opener(abc.ABC):
 class GroupOpener(Opener):
     """The way of every kernel: /dev/vfio/GROUP and /dev/vfio/vfio."""
 
+    interface = VfioInterface.GROUP
+
     def open(self) -> OpenDevice:
         """Open group and container, and the device in them."""
         with ExitStack() as resources:
@@ -199,6 +205,8 @@ class GroupOpener(Opener):
 
 class CdevOpener(Opener):
     """The way of kernels with iommufd: /dev/vfio/devices/vfioN and /dev/iommu."""
+
+    interface = VfioInterface.CDEV
 
     def open(self) -> OpenDevice:
         """Open the device's own node, bind it to an iommufd and attach it to a new address space."""
