@@ -78,7 +78,8 @@ def qemu_arguments(config: DaemonConfig, function: FunctionConfig, memory: int) 
     """
     size = format_size(memory)
     # The IOMMU pins all of it at attach: allocated beforehand, that fits into the time of one reply.
-    prealloc = ",prealloc=on" if isinstance(function.device, KernelVfioDevice) else ""
+    pinned = isinstance(function.device, KernelVfioDevice) and function.device.mdev is None
+    prealloc = ",prealloc=on" if pinned else ""
     return [
         ["-m", size],
         ["-object", f"memory-backend-memfd,id=vfio-user-ram,size={size},share=on{prealloc}"],

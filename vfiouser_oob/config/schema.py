@@ -169,25 +169,32 @@ class UpstreamDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelVfioDevice:
-    """A PCI function of this machine, bound to the kernel's vfio-pci driver.
+    """A PCI function of this machine that is bound to the kernel's vfio-pci driver, or a mediated device; one of both.
 
     Args:
-        bdf: its address, such as ``0000:3b:00.2``.
+        bdf: the function's address, such as ``0000:3b:00.2``.
+        mdev: the mediated device's UUID.
         region_policy: how a client may map its regions.
         interface: by which interface of the kernel it is opened.
     """
 
     kind: ClassVar[str] = "kernel-vfio"
 
-    bdf: str
+    bdf: str | None = None
+    mdev: str | None = None
     region_policy: RegionPolicy = RegionPolicy.AUTO
     interface: VfioInterface = VfioInterface.AUTO
+
+    @property
+    def name(self) -> str:
+        """What the kernel calls it."""
+        return self.bdf or self.mdev or ""
 
     def describe(self) -> str:
         """The device as ``--device`` takes it."""
         policy = "" if self.region_policy is RegionPolicy.AUTO else f",region_policy={self.region_policy.value}"
         interface = "" if self.interface is VfioInterface.AUTO else f",interface={self.interface.value}"
-        return f"{self.kind}:{self.bdf}{policy}{interface}"
+        return f"{self.kind}:{self.name}{policy}{interface}"
 
 
 DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice

@@ -79,11 +79,14 @@ def _of_upstream(socket: Path) -> Iterator[str]:
 
 
 def _of_kernel_vfio(device: KernelVfioDevice) -> Iterator[str]:
-    node = Path("/sys/bus/pci/devices") / device.bdf
-    if not node.is_dir():
-        yield f"this machine has no PCI function {device.bdf} now"
-    elif not (node / "driver").exists() or "vfio" not in (node / "driver").resolve().name:
-        yield f"{device.bdf} is not bound to vfio-pci yet: bind it with `vfiouser-oob bind {device.bdf}`"
+    if device.bdf is not None:
+        node = Path("/sys/bus/pci/devices") / device.bdf
+        if not node.is_dir():
+            yield f"this machine has no PCI function {device.bdf} now"
+        elif not (node / "driver").exists() or "vfio" not in (node / "driver").resolve().name:
+            yield f"{device.bdf} is not bound to vfio-pci yet: bind it with `vfiouser-oob bind {device.bdf}`"
+    elif not (Path("/sys/bus/mdev/devices") / device.name).is_dir():
+        yield f"this machine has no mediated device {device.name} now: write its UUID to `create` of one of the types"
 
 
 def _of_model(device: ModelDevice) -> Iterator[str]:

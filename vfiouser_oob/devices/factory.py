@@ -63,7 +63,7 @@ def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     module = import_module("vfiouser_oob.devices.kernel_vfio.backend")
     kernel = import_module("vfiouser_oob.devices.kernel_vfio.kernel").LinuxKernel()
     backend: DeviceBackend = module.KernelVfioBackend(
-        kernel, device.bdf, device.region_policy, interface=device.interface
+        kernel, device.name, device.region_policy, interface=device.interface
     )
     return backend
 

@@ -29,6 +29,7 @@ class FakeDevice:
     Attributes:
         dynamic_msix: whether MSI-X vectors can be added while others are on (Linux 6.5 and later).
         has_reset: whether the kernel knows a reset for it.
+        tells_reset: whether the driver says so in the device's flags.
         resets: how often it was reset.
         fired: what `fire` could not deliver.
     """
@@ -36,6 +37,7 @@ class FakeDevice:
     def __init__(self) -> None:
         self.dynamic_msix = True
         self.has_reset = True
+        self.tells_reset = True
         self.resets = 0
         self.config = bytearray(256)
         self.config[0:4] = b"\x36\x1b\x10\x00"

@@ -10,14 +10,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed
+from kvfio import bed, mdev
 from kvfio.cdev import CDEV_SCENARIOS
 from kvfio.obstacles import OBSTACLES
 from kvfio.scenarios import SCENARIOS
 
 SCENARIO_S = 60
 LONG_SCENARIO_S = {"linux": 1500}
-ALL = {**SCENARIOS, **OBSTACLES, **CDEV_SCENARIOS}
+ALL = {**SCENARIOS, **OBSTACLES, **CDEV_SCENARIOS, **mdev.SCENARIOS}
 OUTPUT = Path("/tmp/scenario.out")
 
 

@@ -18,6 +18,7 @@ import trio
 
 from vfiouser_oob.cli.main import main as command
 from vfiouser_oob.config.schema import (
+    AgentConfig,
     DaemonConfig,
     FunctionConfig,
     KernelVfioDevice,
@@ -80,24 +81,29 @@ class Daemon:
 
 @contextmanager
 def daemon(
-    bdf: str,
+    function: str,
     *,
     policy: RegionPolicy = RegionPolicy.AUTO,
     interface: VfioInterface = INTERFACE,
+    migrates: bool = False,
     uid: int = 0,
     memlock: int | None = None,
     name: str = "f0",
     reply_budget_s: float = 4.0,
 ) -> Iterator[Daemon]:
-    """Run a daemon that serves one function; it must end with status 0 unless the block has killed it."""
+    """Run a daemon that serves one function, named by address or UUID, and has it migrated by its driver if that is
+    wanted; it must end with status 0 unless the block has killed it.
+    """
     socket, control, log_file = RUN / f"{name}.sock", RUN / f"{name}.control", RUN / f"{name}.log"
     for path in (socket, control, log_file):
         path.unlink(missing_ok=True)
+    kind = "bdf" if ":" in function else "mdev"
     config = DaemonConfig(
         functions=(
             FunctionConfig(
                 name=name,
-                device=KernelVfioDevice(bdf=bdf, region_policy=policy, interface=interface),
+                device=KernelVfioDevice(**{kind: function}, region_policy=policy, interface=interface),
+                agent=AgentConfig(kind="kernel-vfio", function=function) if migrates else None,
                 socket=socket,
                 socket_mode=0o666,
                 socket_group=None,

@@ -21,6 +21,8 @@ __all__ = ["Answers", "expect_success", "run_scenarios"]
 #: By scenario, what it said, or how the guest was lost in it.
 Answers = Mapping[str, Answer | BedError]
 DRIVERS = ("vfio-pci", "vfio_iommu_type1", "pci-pf-stub")
+#: Of the kernel with mediated devices.
+MDEV_DRIVERS = ("vfio-pci", "vfio_iommu_type1", "mtty", "mttynolog")
 SUPPORT = ("kvfio", "vmbed")
 SCENARIO_S = 70.0
 
@@ -64,6 +66,8 @@ def run_scenarios(
     scenarios: Sequence[str],
     *,
     kernel: Path | None = None,
+    drivers: Sequence[str] = DRIVERS,
+    qemu: bool = True,
     seconds: float = SCENARIO_S,
     interface: str = "group",
     iommu: bool = True,
@@ -74,13 +78,17 @@ def run_scenarios(
         assets: the bed's assets.
         scenarios: their names.
         kernel: instead of the assets' own.
+        drivers: kernel modules to load.
+        qemu: whether the guest has QEMU for guests of its own.
         seconds: that each may take.
         interface: the kernel's interface that daemons open functions by: "group" or "cdev".
         iommu: whether the machine has one.
     """
     workdir = Path(tempfile.mkdtemp(prefix="vmbed-"))
     try:
-        return trio.run(_run_all, assets, workdir, scenarios, _Run(kernel, seconds, interface, iommu))
+        initramfs = workdir / "initramfs.cpio"
+        write_python_guest(initramfs, assets, workdir, drivers=drivers, support=SUPPORT, kernel=kernel, qemu=qemu)
+        return trio.run(_run_all, assets, workdir, initramfs, scenarios, _Run(kernel, seconds, interface, iommu))
     finally:
         shutil.rmtree(workdir)
 
@@ -102,9 +110,7 @@ def expect_success(answers: Answers, name: str) -> str:
     return text
 
 
-async def _run_all(assets: Assets, workdir: Path, scenarios: Sequence[str], run: _Run) -> Answers:
-    initramfs = workdir / "initramfs.cpio"
-    write_python_guest(initramfs, assets, workdir, drivers=DRIVERS, support=SUPPORT, kernel=run.kernel, qemu=True)
+async def _run_all(assets: Assets, workdir: Path, initramfs: Path, scenarios: Sequence[str], run: _Run) -> Answers:
     answers: dict[str, Answer | BedError] = {}
     async with start_qemu(assets, _machine(workdir, initramfs, run), workdir) as qemu:
         await qemu.guest.ready()

@@ -196,6 +196,16 @@ async def test_an_address_stays_the_clients_while_it_is_mapped(kernel: FakeKerne
     assert {} == kernel.views
 
 
+async def test_an_address_is_given_up_for_good_where_unmapping_fails(kernel: FakeKernel, memory: int) -> None:
+    """What the kernel may still look up must never become something else of the daemon's."""
+    kernel.map_file = False
+    async with session(kernel) as client:
+        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        kernel.unmap_errno = errno.EBUSY
+    assert 1 == len(kernel.views)
+    assert {} == kernel.nodes
+
+
 async def test_a_file_that_is_mapped_by_itself_needs_no_address(kernel: FakeKernel, memory: int) -> None:
     """Nothing of the client's memory is mapped here, as with containers."""
     async with session(kernel) as client:

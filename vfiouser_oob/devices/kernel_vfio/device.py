@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
-from vfiouser_protocol.constants import IrqSetFlags, RegionIndex
+from vfiouser_protocol.constants import DeviceInfoFlags, IrqSetFlags, RegionIndex
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.regions import RegionDescription, parse_region_info
 
@@ -37,6 +37,9 @@ class VfioDevice:
         buffer = bytearray(uapi.DEVICE_INFO.pack(uapi.DEVICE_INFO.size, 0, 0, 0, 0, 0))
         kernel.ioctl(fd, uapi.VFIO_DEVICE_GET_INFO, buffer)
         _, self.flags, num_regions, num_irqs, *_ = uapi.DEVICE_INFO.unpack(buffer)
+        if self.migration_flags():
+            # A reset is the way out of every state of a migration, whether or not the driver says that it has one.
+            self.flags |= DeviceInfoFlags.RESET
         self.regions = [self._region(index) for index in range(num_regions)]
         self.irqs = [self._irq(index) for index in range(num_irqs)]
         self._offsets = [region.offset for region in self.regions]
@@ -53,6 +56,20 @@ class VfioDevice:
                 raise
             return RegionDescription(index, 0, 0, 0, uapi.REGION_INFO.size)
         return parse_region_info(bytes(buffer))
+
+    def migration_flags(self) -> int:
+        """MigrationFlags; 0 if the driver cannot migrate."""
+        head, body = uapi.DEVICE_FEATURE, uapi.FEATURE_U64
+        flags = uapi.VFIO_DEVICE_FEATURE_GET | uapi.VFIO_DEVICE_FEATURE_MIGRATION
+        buffer = bytearray(head.pack(head.size + body.size, flags) + bytes(body.size))
+        try:
+            self._kernel.ioctl(self.fd, uapi.VFIO_DEVICE_FEATURE, buffer)
+        except OSError as error:
+            if error.errno in (errno.ENOTTY, errno.EINVAL):
+                return 0
+            raise
+        found: int = body.unpack_from(buffer, head.size)[0]
+        return found
 
     def _irq(self, index: int) -> IrqDescription:
         buffer = bytearray(uapi.IRQ_INFO.pack(uapi.IRQ_INFO.size, 0, index, 0))

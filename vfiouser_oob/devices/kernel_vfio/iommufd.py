@@ -17,8 +17,9 @@ import fcntl
 import os
 
 from vfiouser_oob.devices.kernel_vfio import uapi
-from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace, mapping_bounds
+from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.views import FileViews
 
 _MAX_IOVA_RANGES = 256
 _ALL = (1 << 64) - 1
@@ -34,17 +35,16 @@ class IommufdSpace(DmaSpace):
         kernel: the operating system.
         fd: the iommufd; it stays the opener's.
         ioas: the address space's id; the device is attached to it already, so that its windows are known.
+        views: as for `DmaSpace`; they keep what is mapped.
     """
 
     accounting = "all processes of the daemon's user count together"
 
-    def __init__(self, kernel: Kernel, fd: int, ioas: int) -> None:
-        super().__init__(kernel, fd)
+    def __init__(self, kernel: Kernel, fd: int, ioas: int, views: FileViews) -> None:
+        super().__init__(kernel, fd, views)
         #: The id of the address space.
         self.ioas = ioas
         self._by_file = True
-        #: Views of memory that was mapped by address: by first IOVA, the last IOVA, and the view's address and size.
-        self._views: dict[int, tuple[int, int, int]] = {}
         ranges = (ctypes.c_uint64 * (2 * _MAX_IOVA_RANGES))()
         buffer = bytearray(
             uapi.IOAS_IOVA_RANGES.pack(
@@ -79,17 +79,10 @@ class IommufdSpace(DmaSpace):
         return True
 
     def _map_address(self, fd: int, offset: int, iova: int, size: int, flags: int, *, write: bool) -> None:
-        start, length = mapping_bounds(fd, offset, size)
-        address = self._kernel.mmap(fd, length, start, writable=write)
         layout = uapi.IOAS_MAP
-        place = address + offset - start
-        try:
-            request = bytearray(layout.pack(layout.size, flags, self.ioas, 0, place, size, iova))
+        with self._views.mapped(fd, offset, iova, size, write=write) as address:
+            request = bytearray(layout.pack(layout.size, flags, self.ioas, 0, address, size, iova))
             self._kernel.ioctl(self._fd, uapi.IOMMU_IOAS_MAP, request)
-        except OSError:
-            self._kernel.munmap(address, length)
-            raise
-        self._views[iova] = (iova + size - 1, address, length)
 
     def unmap(self, iova: int, size: int) -> None:
         """Unmap memory; what was never mapped is no error."""
@@ -101,17 +94,15 @@ class IommufdSpace(DmaSpace):
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise
-        self._drop_views(iova, iova + size - 1)
+        self._views.drop(iova, size)
 
     def unmap_all(self) -> None:
-        """Unmap everything."""
-        self.unmap(0, _ALL)
-
-    def _drop_views(self, first: int, last: int) -> None:
-        for iova, (end, address, length) in list(self._views.items()):
-            if first <= iova and end <= last:
-                del self._views[iova]
-                self._kernel.munmap(address, length)
+        """Unmap everything; where that fails, the addresses are given up for good rather than to something else."""
+        try:
+            self.unmap(0, _ALL)
+        except OSError:
+            self._views.forget()
+            raise
 
 
 def _require_access(fd: int, *, write: bool) -> None:

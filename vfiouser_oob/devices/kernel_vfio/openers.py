@@ -19,7 +19,9 @@ from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
 from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace, Type1Space
 from vfiouser_oob.devices.kernel_vfio.iommufd import IommufdSpace
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
-from vfiouser_oob.devices.kernel_vfio.sysfs import PciFunctionNode
+from vfiouser_oob.devices.kernel_vfio.node import DeviceNode
+from vfiouser_oob.devices.kernel_vfio.sysfs import find_node
+from vfiouser_oob.devices.kernel_vfio.views import FileViews
 
 IOMMUFD_NODE = "iommu"
 
@@ -58,7 +60,7 @@ class Opener(abc.ABC):
     #: The kernel's interface that it goes by.
     interface: ClassVar[VfioInterface]
 
-    def __init__(self, kernel: Kernel, node: PciFunctionNode) -> None:
+    def __init__(self, kernel: Kernel, node: DeviceNode) -> None:
         self._kernel = kernel
         self._node = node
 
@@ -75,6 +77,12 @@ class Opener(abc.ABC):
     def probe(self) -> None:
         """Find out whether `open` could succeed, disturbing as little as possible; raises as `open` does."""
 
+    def _views(self, resources: ExitStack, *, keep: bool) -> FileViews:
+        """Called first, so that what is mapped here ends after what the device has."""
+        views = FileViews(self._kernel, keep=keep)
+        resources.callback(views.drop_all)
+        return views
+
     def _open_node(self, path: Path, resources: ExitStack) -> int:
         try:
             fd = self._kernel.open(path)
@@ -84,10 +92,10 @@ class Opener(abc.ABC):
         return fd
 
     def _unavailable(self, path: Path, error: OSError) -> BackendUnavailable:
-        bdf, module = self._node.bdf, "iommufd" if path.name == IOMMUFD_NODE else "vfio-pci"
+        name, modules = self._node.name, "iommufd" if path.name == IOMMUFD_NODE else self._node.modules
         if error.errno == errno.EBUSY:
             return DeviceBusy(
-                f"{path} is in use: another process holds {bdf} or another function of its IOMMU group, such as a VMM "
+                f"{path} is in use: another process holds {name} or another function of its IOMMU group, such as a VMM "
                 f"that has not ended yet; see `fuser -v {path}`"
             )
         if error.errno in (errno.EACCES, errno.EPERM) and path.name == IOMMUFD_NODE:
@@ -98,30 +106,30 @@ class Opener(abc.ABC):
         if error.errno in (errno.EACCES, errno.EPERM):
             return BackendUnavailable(
                 f"no permission to open {path}: let the daemon's user or group own it, for example by "
-                f"`vfiouser-oob bind {bdf} --owner USER`"
+                f"{self._node.ownership_advice}"
             )
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             return BackendUnavailable(
-                f"{path} is not there ({error.strerror}): load the kernel's modules with `modprobe {module}`"
+                f"{path} is not there ({error.strerror}): load the kernel's modules with `modprobe {modules}`"
             )
         return BackendUnavailable(f"{path} cannot be opened: {error.strerror}")
 
     def _not_viable(self) -> BackendUnavailable:
         others = ", ".join(self._node.group_obstacles()) or "none that sysfs shows"
         return BackendUnavailable(
-            f"IOMMU group {self._node.iommu_group} of {self._node.bdf} is not viable: these members are bound to "
+            f"IOMMU group {self._node.iommu_group} of {self._node.name} is not viable: these members are bound to "
             f"other drivers: {others}; bind each with `vfiouser-oob bind`"
         )
 
     def _no_remapping(self) -> BackendUnavailable:
         return BackendUnavailable(
-            f"{self._node.bdf}: the kernel refuses the IOMMU because it cannot remap interrupts; switch interrupt "
+            f"{self._node.name}: the kernel refuses the IOMMU because it cannot remap interrupts; switch interrupt "
             f"remapping on in the firmware"
         )
 
     def _needs_token(self) -> BackendUnavailable:
         return BackendUnavailable(
-            f"{self._node.bdf} is a virtual function whose physical function is bound to vfio-pci too, and "
+            f"{self._node.name} is a virtual function whose physical function is bound to vfio-pci too, and "
             f"needs that one's token; bind the physical function to its own driver or to pci-pf-stub"
         )
 
@@ -129,7 +137,7 @@ class Opener(abc.ABC):
         try:
             return call()
         except OSError as error:
-            raise BackendUnavailable(f"{self._node.bdf}: {what} failed: {error.strerror}") from error
+            raise BackendUnavailable(f"{self._node.name}: {what} failed: {error.strerror}") from error
 
 
 class GroupOpener(Opener):
@@ -140,6 +148,7 @@ class GroupOpener(Opener):
     def open(self) -> OpenDevice:
         """Open group and container, and the device in them."""
         with ExitStack() as resources:
+            views = self._views(resources, keep=not self._node.pinned)
             group = self._open_group(resources)
             container = self._open_node(self._kernel.dev / "vfio/vfio", resources)
             self._check_container(container)
@@ -148,9 +157,9 @@ class GroupOpener(Opener):
             resources.callback(self._kernel.close, device_fd)
             try:
                 device = VfioDevice(self._kernel, device_fd)
-                space = Type1Space(self._kernel, container)
+                space = Type1Space(self._kernel, container, views)
             except OSError as error:
-                raise BackendUnavailable(f"{self._node.bdf} cannot be described: {error.strerror}") from error
+                raise BackendUnavailable(f"{self._node.name} cannot be described: {error.strerror}") from error
             return OpenDevice(device, space, resources.pop_all())
         raise AssertionError("unreachable")
 
@@ -166,7 +175,11 @@ class GroupOpener(Opener):
             "asking for its group's state", lambda: self._kernel.ioctl(group, uapi.VFIO_GROUP_GET_STATUS, status)
         )
         if not uapi.GROUP_STATUS.unpack(status)[1] & uapi.VFIO_GROUP_FLAGS_VIABLE:
-            raise self._not_viable()
+            others = ", ".join(self._node.group_obstacles()) or "none that sysfs shows"
+            raise BackendUnavailable(
+                f"IOMMU group {self._node.iommu_group} of {self._node.name} is not viable: these members are bound to "
+                f"other drivers: {others}; bind each with `vfiouser-oob bind`"
+            )
         return group
 
     def _check_container(self, container: int) -> None:
@@ -188,19 +201,19 @@ class GroupOpener(Opener):
             self._kernel.ioctl(container, uapi.VFIO_SET_IOMMU, uapi.VFIO_TYPE1V2_IOMMU)
         except OSError as error:
             if error.errno != errno.EPERM:
-                raise BackendUnavailable(f"{self._node.bdf}: the IOMMU cannot be used: {error.strerror}") from error
+                raise BackendUnavailable(f"{self._node.name}: the IOMMU cannot be used: {error.strerror}") from error
             raise self._no_remapping() from error
 
     def _get_device(self, group: int) -> int:
-        name = bytearray(self._node.bdf.encode() + b"\0")
+        name = bytearray(self._node.name.encode() + b"\0")
         try:
             return self._kernel.ioctl(group, uapi.VFIO_GROUP_GET_DEVICE_FD, name)
         except OSError as error:
             if error.errno in (errno.EBUSY, errno.EAGAIN):
-                raise DeviceBusy(f"{self._node.bdf} is in use by another process") from error
+                raise DeviceBusy(f"{self._node.name} is in use by another process") from error
             if error.errno == errno.EACCES:
                 raise self._needs_token() from error
-            raise BackendUnavailable(f"{self._node.bdf} cannot be opened: {error.strerror}") from error
+            raise BackendUnavailable(f"{self._node.name} cannot be opened: {error.strerror}") from error
 
 
 class CdevOpener(Opener):
@@ -211,6 +224,7 @@ class CdevOpener(Opener):
     def open(self) -> OpenDevice:
         """Open the device's own node, bind it to an iommufd and attach it to a new address space."""
         with ExitStack() as resources:
+            views = self._views(resources, keep=True)
             device_fd, iommufd = self._bind(resources)
             request = bytearray(uapi.IOAS_ALLOC.pack(uapi.IOAS_ALLOC.size, 0, 0))
             self._step("making an address space", lambda: self._kernel.ioctl(iommufd, uapi.IOMMU_IOAS_ALLOC, request))
@@ -222,9 +236,9 @@ class CdevOpener(Opener):
             )
             try:
                 device = VfioDevice(self._kernel, device_fd)
-                space = IommufdSpace(self._kernel, iommufd, ioas)
+                space = IommufdSpace(self._kernel, iommufd, ioas, views)
             except OSError as error:
-                raise BackendUnavailable(f"{self._node.bdf} cannot be described: {error.strerror}") from error
+                raise BackendUnavailable(f"{self._node.name} cannot be described: {error.strerror}") from error
             return OpenDevice(device, space, resources.pop_all())
         raise AssertionError("unreachable")
 
@@ -245,11 +259,11 @@ class CdevOpener(Opener):
         return device_fd, iommufd
 
     def _not_bound(self, error: OSError) -> BackendUnavailable:
-        bdf = self._node.bdf
+        name = self._node.name
         # The answer to a device that another open file has bound, whoever holds that file, is EINVAL.
         if error.errno == errno.EINVAL:
             return DeviceBusy(
-                f"{bdf} is in use: another process has bound it, such as a VMM that has not ended yet; see "
+                f"{name} is in use: another process has bound it, such as a VMM that has not ended yet; see "
                 f"`fuser -v {self._path}`"
             )
         # EBUSY: the group's node is open. EPERM: its IOMMU is another's, or cannot remap interrupts.
@@ -257,20 +271,20 @@ class CdevOpener(Opener):
             return self._not_viable()
         if error.errno == errno.EBUSY or (error.errno == errno.EPERM and self._node.has_vfio_siblings()):
             return DeviceBusy(
-                f"IOMMU group {self._node.iommu_group} of {bdf} is in use: another process holds it, or {bdf}, or "
+                f"IOMMU group {self._node.iommu_group} of {name} is in use: another process holds it, or {name}, or "
                 f"another function of its IOMMU group, such as a VMM that has not ended yet"
             )
         if error.errno == errno.EPERM:
             return self._no_remapping()
         if error.errno == errno.EACCES:
             return self._needs_token()
-        return BackendUnavailable(f"{bdf} cannot be bound to an iommufd: {error.strerror}")
+        return BackendUnavailable(f"{name} cannot be bound to an iommufd: {error.strerror}")
 
     @property
     def _path(self) -> Path:
         if self._node.cdev is None:
             raise BackendUnavailable(
-                f"{self._node.bdf} has no device node: this kernel is built without CONFIG_VFIO_DEVICE_CDEV; leave "
+                f"{self._node.name} has no device node: this kernel is built without CONFIG_VFIO_DEVICE_CDEV; leave "
                 f'`interface` away or set it to "group"'
             )
         return self._kernel.dev / f"vfio/devices/{self._node.cdev}"
@@ -282,18 +296,18 @@ class CdevOpener(Opener):
         return all(map(self._kernel.may_open, (self._kernel.dev / IOMMUFD_NODE, self._path)))
 
 
-def choose_opener(kernel: Kernel, bdf: str, interface: VfioInterface = VfioInterface.AUTO) -> Opener:
+def choose_opener(kernel: Kernel, name: str, interface: VfioInterface = VfioInterface.AUTO) -> Opener:
     """Return the way to open a function on this machine.
 
     Args:
         kernel: the operating system.
-        bdf: the function's address.
+        name: the function's address, or the UUID of a mediated device.
         interface: the kernel's interface to use.
 
     Raises:
         BackendUnavailable: sysfs says already that it cannot be used.
     """
-    node = PciFunctionNode(kernel.sysfs, bdf)
+    node = find_node(kernel.sysfs, name)
     node.require_usable()
     by_node = CdevOpener(kernel, node)
     if interface is VfioInterface.CDEV or (interface is VfioInterface.AUTO and by_node.is_possible()):
