@@ -53,6 +53,8 @@ OWN = (
     "chosen_interface",
     "killed_client",
 )
+#: The kernel's own migration, of mediated devices.
+MIGRATION = ("make_mtty", "mdev_registers", "mdev_move", "mdev_cancel", "mdev_corruption", "mdev_reset", "mdev_killed")
 WITHOUT_IOMMU = ("no_iommu", "noiommu_mode")
 
 
@@ -65,7 +67,7 @@ def kernel() -> Path:
 @pytest.fixture(scope="module")
 def by_node(assets: Assets, kernel: Path) -> Answers:
     """What every scenario said where daemons open device nodes."""
-    return run_scenarios(assets, (*COMMON, *OWN), kernel=kernel, interface="cdev")
+    return run_scenarios(assets, (*COMMON, *OWN, *MIGRATION), kernel=kernel, interface="cdev")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def without_iommu(assets: Assets, kernel: Path) -> Answers:
     return run_scenarios(assets, WITHOUT_IOMMU, kernel=kernel, interface="cdev", iommu=False)
 
 
-@pytest.mark.parametrize("name", [*COMMON, *OWN])
+@pytest.mark.parametrize("name", [*COMMON, *OWN, *MIGRATION])
 def test_by_device_node(by_node: Answers, name: str) -> None:
     """The scenario succeeded; what it proves stands with it."""
     sys.stdout.write(expect_success(by_node, name))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kvfio import bed
+from kvfio import bed, mdev
 from kvfio.bed import NOBODY, NVME, background_client, client, daemon
 from kvfio.device import attach, detach
 from kvfio.obstacles import free_again, turned_away
@@ -255,6 +255,12 @@ def killed_client() -> None:
     let_go.unlink()
 
 
+def make_mtty() -> None:
+    """Make the two mediated devices that are migrated, of the driver that is built in."""
+    for uuid in (mdev.HERE, mdev.THERE):
+        mdev.make(uuid)
+
+
 CDEV_SCENARIOS: Mapping[str, Callable[[], None]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -266,5 +272,6 @@ CDEV_SCENARIOS: Mapping[str, Callable[[], None]] = {
         many_maps,
         chosen_interface,
         killed_client,
+        make_mtty,
     )
 }

@@ -1,9 +1,9 @@
 """The daemon's own mappings of client memory: what tells the kernel which pages are meant.
 
 With an IOMMU and a container the kernel takes hold of the pages during the call, so a mapping ends with it, and a
-client that truncates its file cannot hurt us. Without an IOMMU (mediated devices) the kernel looks pages up when a driver
-wants them, and with an iommufd it may look again, so mappings have to stay. The kernel alone looks: this process never
-touches them, so nothing here can end in SIGBUS.
+client that truncates its file cannot hurt us. Without an IOMMU (mediated devices) the kernel looks pages up when a
+driver wants them, and with an iommufd it may look again, so mappings have to stay. The kernel alone looks: this process
+never touches them, so nothing here can end in SIGBUS.
 """
 
 from __future__ import annotations
