@@ -81,6 +81,10 @@ class Session(ABC):
     special to a method is listed there.
     """
 
+    #: Whether `load` takes a read-only `memoryview`, too. That saves a copy of all state. Its memory is used again once
+    #: every view of it is gone, so what is to be kept for long is better copied.
+    takes_views = False
+
     @property
     @abstractmethod
     def function_id(self) -> str:
@@ -171,6 +175,10 @@ class Session(ABC):
     @abstractmethod
     async def load(self, offset: int, data: bytes) -> None:
         """Take the next piece. Sending the last piece again is allowed and changes nothing.
+
+        Args:
+            offset: where it belongs.
+            data: the piece; a `memoryview` only where `takes_views` says so.
 
         Raises:
             InvalidArgument: it does not begin where the last one ended.

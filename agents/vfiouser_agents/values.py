@@ -213,7 +213,7 @@ class Chunk:
     """A piece of state.
 
     Args:
-        data: the bytes; may be empty only with `eof` or `drained`.
+        data: the bytes, or a read-only `memoryview` of them; may be empty only with `eof` or `drained`.
         eof: the state is complete with it (FINAL only).
         drained: nothing more for now (PRECOPY only).
     """

@@ -46,6 +46,38 @@ def test_exposure(rendered: Path, name: str) -> None:
     assert re.search(r"Overall exposure level for .*: 0\.\d", done.stdout)
 
 
+@pytest.mark.parametrize("name", ["vfiouser-oob.service", "vfiouser-oob@.service"])
+def test_the_drop_in_for_real_functions(rendered: Path, name: str) -> None:
+    """systemd knows all of it, it wins over the unit, and the service stays nearly as confined."""
+    folder = rendered / f"{name}.d"
+    folder.mkdir()
+    shutil.copy(UNITS / "kernel-vfio.conf", folder)
+    done = analyze("verify", "--man=no", str(rendered / name))
+    assert (0, "", "") == (done.returncode, done.stdout, done.stderr)
+    done = analyze("security", "--offline=yes", "--threshold=10", "--no-pager", str(rendered / name))
+    exposure = re.search(r"Overall exposure level for .*: (\d\.\d)", done.stdout)
+    assert exposure is not None
+    assert float(exposure[1]) < 1.5
+    assert re.search(r"PrivateDevices=.*has access to hardware devices", done.stdout)
+
+
+def test_the_how_to_for_real_functions_shows_the_drop_in() -> None:
+    """Its lines are those of the file; the user in it is the one that the rules and the sysusers file name."""
+
+    def settings(text: str) -> list[str]:
+        return sorted(line.strip() for line in text.splitlines() if re.match(r"\s*[A-Z]\w*=", line))
+
+    howto = (ROOT / "docs/howto/kernel-vfio.md").read_text()
+    block = re.search(r"```ini\n(.*?)```", howto, re.DOTALL)
+    assert block is not None
+    assert settings((UNITS / "kernel-vfio.conf").read_text()) == settings(block[1])
+    (user,) = re.findall(r"^u (\S+)", (UNITS / "kernel-vfio.sysusers").read_text(), re.MULTILINE)
+    rules = (ROOT / "packaging/udev/60-vfiouser-oob.rules").read_text()
+    assert {user} == set(re.findall(r'OWNER="(.*?)"', rules))
+    assert f"User={user}" in block[1]
+    assert f"--owner {user}" in howto
+
+
 def read_unit(name: str) -> configparser.ConfigParser:
     """A unit's sections; of a key that occurs several times the last one."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)

@@ -34,6 +34,8 @@ SCENARIOS = (
     "contract",
     "container_log",
 )
+#: Generous: most take a few seconds on an idle machine, and attach a dozen clients.
+SCENARIO_S = 250.0
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def kernel(assets: Assets) -> Path:
 @pytest.fixture(scope="module")
 def answers(assets: Assets, kernel: Path) -> Answers:
     """What every scenario said."""
-    return run_scenarios(assets, SCENARIOS, kernel=kernel, drivers=MDEV_DRIVERS, qemu=False)
+    return run_scenarios(assets, SCENARIOS, kernel=kernel, drivers=MDEV_DRIVERS, qemu=False, seconds=SCENARIO_S)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

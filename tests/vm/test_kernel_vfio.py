@@ -1,7 +1,7 @@
 """Real functions under vfio-pci: a guest with an IOMMU runs our daemon on emulated devices, and clients beside it.
 
-One boot serves all scenarios, which the guest runs one after the other; see `tests/support/kvfio/scenarios.py` and
-`obstacles.py`. A second, short one is of a machine without an IOMMU.
+One boot serves all scenarios, which the guest runs one after the other; see `scenarios.py`, `hardware.py` and
+`obstacles.py` of `tests/support/kvfio`. A second, short one is of a machine without an IOMMU.
 """
 
 from __future__ import annotations
@@ -26,22 +26,28 @@ SCENARIOS = (
     "data_path",
     "trap_policy",
     "dma_buf",
+    "config_space",
     "unprivileged_daemon",
     "intx",
     "msix",
+    "msi_without_reset",
+    "error_and_request",
     "resets",
     "unmap_under_io",
+    "map_under_io",
+    "read_only_memory",
+    "huge_pages",
     "map_errors",
     "iova_windows",
     "entry_limit",
     "read_only_files",
-    "huge_pages",
     "peer_to_peer",
     "locked_memory_limit",
     "kept_descriptor",
     "kept_mapping",
     "second_daemon",
     "killed_daemon",
+    "killed_client",
     "asked_back",
     "igb_vf",
     "qemu",

@@ -27,6 +27,7 @@ class StreamSession(MemorySession):
     """A session whose state is a pattern of a given size, given and taken without being looked at."""
 
     loaded = 0
+    takes_views = True
 
     async def estimate(self) -> Estimate:
         """All of it."""

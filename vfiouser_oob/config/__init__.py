@@ -22,6 +22,7 @@ from vfiouser_oob.config.schema import (
     UpstreamDevice,
     VfioInterface,
     default_control_socket,
+    default_state_directory,
 )
 from vfiouser_oob.config.soc import SocOptions
 
@@ -45,6 +46,7 @@ __all__ = [
     "UpstreamDevice",
     "VfioInterface",
     "default_control_socket",
+    "default_state_directory",
     "load_config",
     "parse_agent",
     "parse_config",

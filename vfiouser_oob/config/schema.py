@@ -285,6 +285,7 @@ class DaemonConfig:
     Args:
         functions: the exported functions; names and sockets are unique.
         control_socket: path of the control socket; None = no control socket.
+        state_directory: where what agents can do is kept beyond the daemon's end; None = it is not.
         log_level: least important record that is written.
         log_format: for people or for machines.
         reply_budget_s: seconds after which a client message is answered, come what may.
@@ -293,6 +294,7 @@ class DaemonConfig:
 
     functions: tuple[FunctionConfig, ...]
     control_socket: Path | None = None
+    state_directory: Path | None = None
     log_level: LogLevel = LogLevel.INFO
     log_format: LogFormat = LogFormat.HUMAN
     reply_budget_s: float = DEFAULT_REPLY_BUDGET_S
@@ -317,3 +319,16 @@ def default_control_socket(euid: int | None = None, environ: Mapping[str, str] =
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     base = Path("/run") if euid == 0 or not runtime.startswith("/") else Path(runtime)
     return base / "vfiouser-oob" / CONTROL_SOCKET_NAME
+
+
+def default_state_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where the daemon keeps what outlives it unless something else was asked for: what systemd made for it.
+
+    Args:
+        environ: the environment, for STATE_DIRECTORY.
+
+    Returns:
+        The first directory of a unit's ``StateDirectory=``; None without one.
+    """
+    first = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return Path(first) if first.startswith("/") else None

@@ -95,6 +95,16 @@ def read_control_socket(value: Any) -> Path | None:
     return None if value == "none" else read_socket_path(value)
 
 
+def read_state_directory(value: Any) -> Path | None:
+    """Where the daemon keeps what outlives it; ``none`` stands for nowhere."""
+    if value == "none":
+        return None
+    path = read_path(value)
+    if not path.is_absolute():
+        raise ValueError(f"must be an absolute path or 'none', got {shown(value)}")
+    return path
+
+
 def read_bdf(value: Any) -> str:
     """A PCI function's address with its domain; ``3b:00.2`` is in domain 0000."""
     match = _BDF.fullmatch(value) if isinstance(value, str) else None

@@ -7,9 +7,11 @@ forwarded, the descriptor before any state; one piece is at the agent while the 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import trio
 
+from vfiouser_agents.api import Session
 from vfiouser_agents.errors import AgentError
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.hashing import Hasher
@@ -129,14 +131,14 @@ class DestinationPipeline:
             await self._wait_landed()
             self._landed = trio.Event()
             piece = record.data[start : start + caps.max_chunk]
-            self._nursery.start_soon(self._forward, record.offset + start, _as_bytes(piece))
+            self._nursery.start_soon(self._forward, record.offset + start, piece)
 
     async def _wait_landed(self) -> None:
         await self._landed.wait()
         if self._error is not None:
             raise self._error
 
-    async def _forward(self, offset: int, data: bytes) -> None:
+    async def _forward(self, offset: int, data: memoryview) -> None:
         try:
             with trio.CancelScope() as self._scope:
                 await self._load(offset, data)
@@ -149,12 +151,15 @@ class DestinationPipeline:
         finally:
             self._landed.set()
 
-    async def _load(self, offset: int, data: bytes) -> None:
+    async def _load(self, offset: int, data: memoryview) -> None:
+        async def load(session: Session) -> None:
+            await session.load(offset, cast("bytes", data) if session.takes_views else _as_bytes(data))
+
         deadline = trio.current_time() + self._data_s
         pause = self._retry_s
         while True:
             try:
-                return await self._link.call("load", lambda session: session.load(offset, data), deadline, quiet=True)
+                return await self._link.call("load", load, deadline, quiet=True)
             except AgentError as error:
                 if not error.retryable or trio.current_time() + pause >= deadline:
                     raise

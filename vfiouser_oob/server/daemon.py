@@ -30,6 +30,7 @@ from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
+from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import EngineMaker, Function
 from vfiouser_oob.server.status import function_status, iso_time
 from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
@@ -92,6 +93,7 @@ class Daemon:
         self._beside = beside
         self._agents = AgentPool(agents)
         self._log = log.get("daemon")
+        self._memory = CapabilityStore(config.state_directory, log.get("persist"))
         self._notifier = Notifier.from_environment()
         self._started = time.time()
         self._events = EventHub()
@@ -142,8 +144,10 @@ class Daemon:
             connected = own or self._agents.agent(agent)
         except (ValueError, OSError) as error:
             raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
+        identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
+        memory = self._memory.drawer(config.name, identity)
         return lambda name, events, logger: MigrationEngine(
-            name, connected, agent.function, config.migration, events, logger
+            name, connected, agent.function, config.migration, events, logger, memory
         )
 
     def _adopt(self, function: Function, sock: socket.socket, resources: ExitStack) -> None:

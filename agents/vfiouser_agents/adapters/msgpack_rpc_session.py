@@ -53,6 +53,8 @@ class RpcSession(Session):
         function_id: the function's name.
     """
 
+    takes_views = True
+
     def __init__(self, agent: MsgpackRpcAgent, function_id: str) -> None:
         self._agent = agent
         self._function_id = function_id

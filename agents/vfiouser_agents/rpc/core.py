@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -16,11 +16,10 @@ import trio
 
 from vfiouser_agents.errors import AgentError, AuthError, ProtocolError, TransportLost, Unsupported
 
-from .messages import DEFAULT_MAX_MESSAGE, ID_LIMIT, Codec, Message, Notification, Request, Response
+from .carrier import carrier
+from .messages import DEFAULT_MAX_MESSAGE, ID_LIMIT, Buffer, Codec, Message, Notification, Request, Response
 
 _log = logging.getLogger(__name__)
-#: Bytes read at once: large enough that a chunk of state takes few calls.
-READ_SIZE = 256 << 10
 #: Requests of a peer that may be under way; more are not read before one is answered.
 MAX_REQUESTS = 512
 #: Answers that were given up and never came; with more, the peer is taken for dead.
@@ -98,12 +97,15 @@ class RpcConnection:
 
     def __init__(self, stream: trio.abc.Stream, codec: Codec, handler: Handler) -> None:
         self._stream = stream
+        self._carrier = carrier(stream)
         self._codec = codec
         self._handler = handler
         self._next_id = 0
         self._pending: dict[int, _Pending] = {}
         self._abandoned: dict[int, Callable[[Any], None] | None] = {}
-        self._outbox, self._to_send = trio.open_memory_channel[bytes](0)
+        self._outbox, self._to_send = trio.open_memory_channel[Sequence[Buffer]](0)
+        #: The writer has nothing to send, so that anybody may.
+        self._writer_idle = False
         self._requests = trio.Semaphore(MAX_REQUESTS)
         self._scope = trio.CancelScope()
         #: Bytes of the longest message that the peer takes.
@@ -188,7 +190,8 @@ class RpcConnection:
             TransportLost: the connection has ended.
         """
         self._check()
-        await self._send(self._codec.encode(Notification(method, params)))
+        await self._send((self._codec.encode(Notification(method, params)),))
+        await trio.lowlevel.checkpoint()
 
     def _check(self) -> None:
         if self.lost is not None:
@@ -199,11 +202,27 @@ class RpcConnection:
         reason = self.lost or TransportLost("the connection was closed")
         return type(reason)(reason.message)
 
-    async def _send(self, data: bytes) -> None:
+    async def _send(self, pieces: Sequence[Buffer]) -> None:
+        """Send a message, or leave it to the writer, who never leaves half of it behind."""
         try:
-            await self._outbox.send(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            if self._writer_idle and self.lost is None:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                rest = self._sent_at_once(pieces)
+                if rest:
+                    self._writer_idle = False
+                    self._outbox.send_nowait(rest)
+            else:
+                await self._outbox.send(pieces)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.WouldBlock):
             raise self._loss() from None
+
+    def _sent_at_once(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Send what can be sent without waiting, and so without waking the writer; returns the rest."""
+        try:
+            return self._carrier.send_now(pieces)
+        except OSError:
+            # The writer finds the same, and deals with it.
+            return pieces
 
     def _new_id(self) -> int:
         while self._next_id in self._pending or self._next_id in self._abandoned:
@@ -219,8 +238,13 @@ class RpcConnection:
 
     async def _write(self) -> None:
         try:
-            async for data in self._to_send:
-                await self._stream.send_all(data)
+            while True:
+                self._writer_idle = True
+                pieces = await self._to_send.receive()
+                self._writer_idle = False
+                await self._carrier.send(pieces)
+        except trio.EndOfChannel:
+            pass
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             # The reader may still find out why, such as that our certificate was refused.
             await trio.sleep(LAST_WORDS)
@@ -228,9 +252,12 @@ class RpcConnection:
 
     async def _read(self, nursery: trio.Nursery) -> None:
         try:
-            while data := await self._stream.receive_some(READ_SIZE):
-                self.received += len(data)
-                for message in self._codec.feed(bytes(data)):
+            while True:
+                count, messages = await self._carrier.receive(self._codec)
+                if not count:
+                    break
+                self.received += count
+                for message in messages:
                     await self._dispatch(message, nursery)
             self._fail(TransportLost("the peer closed the connection"))
         except ProtocolError as error:
@@ -282,18 +309,19 @@ class RpcConnection:
         finally:
             self._requests.release()
 
-    def _encoded(self, response: Response) -> bytes:
+    def _encoded(self, response: Response) -> Sequence[Buffer]:
         try:
             return self._sized(response)
         except ProtocolError as error:
             _log.error("the result of a call cannot be sent: %s", error)
-            return self._codec.encode(Response(response.id, error=error))
+            return (self._codec.encode(Response(response.id, error=error)),)
 
-    def _sized(self, message: Message) -> bytes:
-        data = self._codec.encode(message)
-        if len(data) > self.max_outgoing:
-            raise ProtocolError(f"message of {len(data)} bytes; the peer takes {self.max_outgoing}; it was not sent")
-        return data
+    def _sized(self, message: Message) -> Sequence[Buffer]:
+        pieces = self._codec.encode_apart(message)
+        size = sum(map(len, pieces))
+        if size > self.max_outgoing:
+            raise ProtocolError(f"message of {size} bytes; the peer takes {self.max_outgoing}; it was not sent")
+        return pieces
 
 
 class Taken:

@@ -40,7 +40,7 @@ from vfiouser_agents.errors import (
 )
 
 from .errormap import error_from_map, error_to_map
-from .messages import DEFAULT_MAX_MESSAGE, ID_LIMIT, Message, Notification, Request, Response
+from .messages import DEFAULT_MAX_MESSAGE, ID_LIMIT, Codec, Message, Notification, Request, Response
 
 #: Objects and arrays inside each other.
 MAX_DEPTH = 32
@@ -182,7 +182,7 @@ class ObjectScanner:
                 raise ValueError(f"more than {MAX_DEPTH} objects inside each other")
 
 
-class JsonCodec:
+class JsonCodec(Codec):
     """The codec of one connection.
 
     Args:
@@ -234,7 +234,7 @@ class JsonCodec:
 
 
 def _base64(value: Any) -> str:
-    if isinstance(value, bytes | bytearray):
+    if isinstance(value, bytes | bytearray | memoryview):
         return base64.b64encode(value).decode()
     raise TypeError(f"a {type(value).__name__} in a message")
 

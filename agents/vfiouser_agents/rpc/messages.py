@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from vfiouser_agents.errors import AgentError
 
@@ -41,6 +41,7 @@ class Notification:
 
 
 Message = Request | Response | Notification
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
 class Codec(Protocol):
@@ -49,9 +50,28 @@ class Codec(Protocol):
     def encode(self, message: Message) -> bytes:
         """A message as bytes."""
 
+    def encode_apart(self, message: Message) -> Sequence[Buffer]:
+        """A message as buffers that follow each other; what is large stays where it is, and must not change."""
+        return (self.encode(message),)
+
     def feed(self, data: bytes) -> Iterable[Message]:
         """Take bytes in, and give the messages that are complete.
 
         Raises:
             ProtocolError: the bytes are no messages, or one is too long; the connection is of no use any more.
         """
+
+    def room(self) -> memoryview | None:
+        """Where the next bytes belong, if that is known: read there, say how many to `filled`, and do not `feed` them.
+
+        None wherever any number of bytes may be fed.
+        """
+        return None
+
+    def filled(self, count: int) -> Iterable[Message]:
+        """Take the first bytes of `room` as fed; otherwise like `feed`.
+
+        Args:
+            count: how many.
+        """
+        return ()

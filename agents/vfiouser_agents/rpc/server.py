@@ -227,6 +227,8 @@ class ClientHandler:
         session = self._handle(params).session
         try:
             arguments = [from_wire(hint, params.get(name), name) for name, hint in row.params.items()]
+            if not session.takes_views:
+                arguments = [bytes(value) if type(value) is memoryview else value for value in arguments]
         except WireError as error:
             raise InvalidArgument(f"{method}: {error}") from None
         return self._session_call(session, row, arguments)
@@ -327,6 +329,8 @@ class ClientHandler:
                     task_status.started()
                     async for event in events:
                         await self._connection.notify(EVENT, {"session": number, **to_wire(event)})
+            if not started:
+                raise InvalidState("the session was closed before its events could be watched")
         except AgentError as error:
             handle.watching = None
             if not started:

@@ -36,7 +36,7 @@ def to_wire(value: Any) -> Any:
         return {field.name: to_wire(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, bytes | str):
+    if isinstance(value, bytes | str | memoryview):
         return value
     if isinstance(value, tuple | list):
         return [to_wire(item) for item in value]
@@ -73,8 +73,8 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
         return _enum(hint, value, where)
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, where)
-    if hint is bytes and type(value) is str:
-        return _from_base64(value, where)
+    if hint is bytes and type(value) in (str, memoryview):
+        return value if type(value) is memoryview else _from_base64(value, where)
     if type(value) is not hint:
         raise _wrong(where, hint.__name__, value)
     if hint is int and not 0 <= value < _U64:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from kvfio import bed, mdev
 from kvfio.cdev import CDEV_SCENARIOS
+from kvfio.hardware import MORE_SCENARIOS
 from kvfio.obstacles import OBSTACLES
 from kvfio.scenarios import SCENARIOS
 
 SCENARIO_S = 60
-LONG_SCENARIO_S = {"linux": 1500}
-ALL = {**SCENARIOS, **OBSTACLES, **CDEV_SCENARIOS, **mdev.SCENARIOS}
+LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
+ALL = {**SCENARIOS, **MORE_SCENARIOS, **OBSTACLES, **CDEV_SCENARIOS, **mdev.SCENARIOS}
 OUTPUT = Path("/tmp/scenario.out")
 
 

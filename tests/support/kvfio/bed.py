@@ -35,6 +35,7 @@ RUN = Path("/run/kvfio")
 #: The machine's devices, as the test that boots it puts them.
 NVME = "0000:00:04.0"
 SHARED = ("0000:00:06.0", "0000:00:06.1")
+EDU = "0000:00:09.0"
 IGB = "0000:01:00.0"
 #: By which interface daemons open their function; whoever started this program says so.
 INTERFACE = VfioInterface(os.environ.get("KVFIO_INTERFACE", "group"))
@@ -175,6 +176,22 @@ def client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int 
 @contextmanager
 def background_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> Iterator[None]:
     """Run a client beside the block; it must have succeeded at the end."""
+    pid = _start_client(work, served, uid)
+    yield
+    _, status = os.waitpid(pid, 0)
+    assert 0 == os.waitstatus_to_exitcode(status), "the client failed"
+
+
+@contextmanager
+def doomed_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> Iterator[int]:
+    """Run a client beside the block, which has to kill it; gives its process id."""
+    pid = _start_client(work, served, uid)
+    yield pid
+    _, status = os.waitpid(pid, 0)
+    assert -signal.SIGKILL == os.waitstatus_to_exitcode(status), "the client ended by itself"
+
+
+def _start_client(work: Callable[[Path], Awaitable[None]], served: Daemon, uid: int) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -188,9 +205,7 @@ def background_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    yield
-    _, status = os.waitpid(pid, 0)
-    assert 0 == os.waitstatus_to_exitcode(status), "the client failed"
+    return pid
 
 
 def bind(*bdfs: str) -> None:
@@ -236,7 +251,12 @@ def given_away(bdf: str) -> Iterator[None]:
             os.chown(node, 0, 0)
 
 
+def config_space(bdf: str) -> bytes:
+    """The first 256 bytes of a function's config space, as the hardware has them."""
+    with (SYSFS / "bus/pci/devices" / bdf / "config").open("rb") as config:
+        return config.read(256)
+
+
 def command_register(bdf: str) -> int:
     """The function's command register, as the hardware has it."""
-    with (SYSFS / "bus/pci/devices" / bdf / "config").open("rb") as config:
-        return int.from_bytes(config.read(6)[4:6], "little")
+    return int.from_bytes(config_space(bdf)[4:6], "little")

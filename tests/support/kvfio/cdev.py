@@ -221,8 +221,8 @@ def chosen_interface() -> None:
             os.chown(node, 0, 0)
 
 
-def killed_client() -> None:
-    """A client that is killed lets go of everything; one that has given the device away lives on in the receiver."""
+def device_given_away() -> None:
+    """A client that has given the device to another process lives on in that, until it lets go."""
     keeper_has_it, let_go = bed.RUN / "kept", bed.RUN / "let-go"
 
     async def keep(path: Path) -> None:
@@ -271,7 +271,7 @@ CDEV_SCENARIOS: Mapping[str, Callable[[], None]] = {
         accounting,
         many_maps,
         chosen_interface,
-        killed_client,
+        device_given_away,
         make_mtty,
     )
 }

@@ -57,7 +57,7 @@ async def _check(name: str) -> None:
 def contract() -> None:
     """The contract of agents holds for the kernel's own migration on real drivers, with and without a dirty log."""
     drivers = {(path / "driver").resolve().name: path.name for path in BUS.glob("*")}
-    assert {"mtty", "mttynolog"} == drivers.keys()
+    assert {"mtty", "mttydma"} == drivers.keys()
     for name in drivers.values():
         trio.run(_check, name)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import trio
@@ -13,34 +12,30 @@ import trio
 from kvfio import bed
 from kvfio.bed import NOBODY, NVME, Daemon, background_client, client, daemon
 from kvfio.inprocess import container_log, contract
+from kvfio.moving import IOVA, MIB, Pair, pair, state
 from kvfio.scenarios import _refused as refused
 from kvfio.scenarios import refusal
 from kvfio.scenarios import wait_until as until
-from kvfio.serial import SerialMachine
+from kvfio.serial import SCR, SerialMachine, SerialPort
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory
 from vfiouser_oob.client.vmm.attachment import Attachment
-from vfiouser_oob.client.vmm.live import LiveMigration, LiveOptions, MigrationPhase
-from vfiouser_oob.client.vmm.side import Generation, MigrationSide
-from vfiouser_oob.client.vmm.voyage import SideOptions, open_side
+from vfiouser_oob.client.vmm.side import Generation
+from vfiouser_oob.client.vmm.voyage import open_side
 from vfiouser_protocol.constants import DeviceState, IrqIndex, RegionIndex
 from vfiouser_protocol.errors import VfioUserError
 
-MIB = 1 << 20
-IOVA = 0x4000_0000
 BUS = Path("/sys/bus/mdev")
 TYPES = Path("/sys/class/mdev_bus")
-#: Two devices of two ports each, one of one port, and two whose driver logs no dirty pages.
-HERE, THERE, SMALL, NOLOG, NOLOG_THERE = (f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{number}" for number in range(1, 6))
+#: Two devices of two ports each, one of one port, and two whose driver does DMA and logs no dirty pages.
+HERE, THERE, SMALL, DMA_HERE, DMA_THERE = (f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{number}" for number in range(1, 6))
 KINDS = {
     HERE: "mtty/{}/mtty-2",
     THERE: "mtty/{}/mtty-2",
     SMALL: "mtty/{}/mtty-1",
-    NOLOG: "mttynolog/{}/mttynolog-2",
-    NOLOG_THERE: "mttynolog/{}/mttynolog-2",
+    DMA_HERE: "mttydma/{}/mttydma-2",
+    DMA_THERE: "mttydma/{}/mttydma-2",
 }
-#: So small that the state of a serial port takes several.
-CHUNK = 64
 SERIAL = b"HCS2"
 
 
@@ -179,89 +174,11 @@ def mdev_removed() -> None:
 # Migration
 
 
-class Pair:
-    """A guest at the source, and a destination that waits for it."""
-
-    def __init__(
-        self, place: Attachment, target: Attachment, source: MigrationSide, destination: MigrationSide
-    ) -> None:
-        self.place = place
-        self.target = target
-        self.source = source
-        self.destination = destination
-        self.machine = SerialMachine(place.client)
-
-    async def migrate(self, *, precopy: bool = True) -> None:
-        """Migrate as QEMU does it, and find everything again at the destination."""
-        self.place.memory.view(IOVA, 4096)[:] = os.urandom(4096)
-        live = LiveMigration(
-            self.machine,
-            self.source,
-            self.destination,
-            self.place.memory,
-            self.target,
-            options=LiveOptions(precopy=precopy, compare=True),
-        )
-        progress = await live.run()
-        assert MigrationPhase.DONE is progress.phase
-        assert progress.memory_equal
-        assert precopy == ("pre-copy" in progress.state_bytes), progress.state_bytes
-        await self.machine.verify()
-        print(f"state={progress.state_bytes} rounds={progress.rounds}")
-
-    async def carry(self) -> None:
-        """Load one piece."""
-        portion = await self.source.read()
-        assert portion.data
-        await self.destination.load(portion.data)
-
-    async def abandon(self) -> None:
-        """End what was being loaded: v2 has a way of its own, which the client falls back from to a reset."""
-        if self.destination.generation is Generation.V2:
-            await self.destination.cancel()
-        else:
-            await self.target.client.reset()
-        assert DeviceState.RUNNING is await state(self.target.client)
-
-    async def stream(self) -> bytes:
-        """Stop the source, take its whole state, and let it go on."""
-        await self.source.save_setup()
-        await self.source.stop()
-        stream = bytearray()
-        while not (portion := await self.source.read()).last:
-            stream += portion.data
-        await self.source.cancel()
-        return bytes(stream)
-
-
-@asynccontextmanager
-async def pair(here: Path, there: Path, generation: Generation) -> AsyncIterator[Pair]:
-    """Attach both; the guest at the source has filled its ports, and those of the destination hold something else."""
-    options = SideOptions(chunk_size=CHUNK)
-    with ClientMemory(2 * MIB, IOVA) as memory, ClientMemory(2 * MIB, IOVA) as other:
-        async with Attachment.open(here, memory) as place, Attachment.open(there, other) as target:
-            source = await open_side(generation, place.client, options)
-            destination = await open_side(generation, target.client, options)
-            try:
-                both = Pair(place, target, source, destination)
-                await both.machine.fill()
-                await SerialMachine(target.client, 0x11).fill()
-                yield both
-            finally:
-                source.close()
-                destination.close()
-
-
 def between(work: Callable[[Path, Path, Generation], object], source: str = HERE, destination: str = THERE) -> None:
     """Run a client of two daemons, for each generation."""
     with daemon(source, migrates=True, name="a") as first, daemon(destination, migrates=True, name="b") as second:
         for generation in Generation:
             client(lambda path, g=generation: work(path, second.socket, g), first)  # type: ignore[misc, return-value]
-
-
-async def state(connected: Client) -> DeviceState:
-    """The state of the v2 generation."""
-    return DeviceState(await connected.get_device_state())
 
 
 async def move_work(here: Path, there: Path, generation: Generation) -> None:
@@ -385,11 +302,51 @@ async def dirty_work(here: Path, there: Path, generation: Generation) -> None:
         await both.migrate()
 
 
+async def dma_work(here: Path, there: Path, generation: Generation) -> None:
+    """A driver writes memory through the daemon's mapping; exactly these pages are dirty, and all of them arrive."""
+    async with pair(here, there, generation) as both:
+        memory, port = both.place.memory, SerialPort(both.place.client, 1)
+
+        async def write(page: int, value: int) -> None:
+            await port.set_divisor(page)
+            await port.write(SCR, value)
+            with memory.view(IOVA + page * PAGE_SIZE, 1) as byte:
+                assert value == byte[0], "the driver's write did not arrive"
+
+        await write(7, 0x77)
+        await both.source.start_logging(memory)
+        for page in (3, 300):
+            await write(page, page & 0xFF)
+        assert {3, 300} == dirty_pages(await both.source.dirty(memory))
+        assert set() == dirty_pages(await both.source.dirty(memory))
+        if generation is Generation.V1:
+            await write(5, 0x55)
+            assert {5} == dirty_pages(await both.place.client.dma_unmap_dirty(IOVA, 2 * MIB, PAGE_SIZE))
+            await port.write(SCR, 0x56)
+            with memory.view(IOVA + 5 * PAGE_SIZE, 1) as byte:
+                assert 0x55 == byte[0], "memory was written that had been taken back"
+            await memory.map(both.place.client)
+        await both.source.stop_logging()
+        await both.machine.fill()
+
+        async def last() -> None:
+            await write(9, 0x99)
+            await both.machine.fill()
+
+        both.machine.last = last
+        assert 0 < (await both.migrate()).dirty_by_device
+
+
+def dirty_pages(bitmap: bytes) -> set[int]:
+    """Numbers of the pages that a bitmap names."""
+    return {bit for bit in range(8 * len(bitmap)) if bitmap[bit // 8] >> bit % 8 & 1}
+
+
 def mdev_dirty() -> None:
     """Where the driver's log cannot be read, and where it has none, the IOMMU driver's takes its place."""
     between(dirty_work)
     assert "pages that the function writes cannot be used: Operation not supported; the IOMMU's" in log_of("a")
-    between(dirty_work, NOLOG, NOLOG_THERE)
+    between(dma_work, DMA_HERE, DMA_THERE)
     assert "the driver keeps no log of the pages that the function writes; the IOMMU's is used" in log_of("a")
 
 
@@ -402,30 +359,33 @@ def log_of(name: str) -> str:
 
 
 def mdev_killed() -> None:
-    """The source's daemon is killed in a migration: its successor finds a function that runs, and migrates it."""
-    with daemon(THERE, migrates=True, name="b") as second:
-        for stopped in (False, True):
-            with daemon(HERE, migrates=True, name="a") as first:
-                with background_client(lambda path, s=stopped: _bereft(path, second.socket, s), first):  # type: ignore[misc]
-                    until((bed.RUN / "under-way").exists)
-                    first.kill()
+    """A daemon is killed in a migration: its successor finds a function that runs, and migrates it."""
+    for moment in ("pre-copy", "stop-copy", "loading"):
+        with daemon(HERE, migrates=True, name="a") as first, daemon(THERE, migrates=True, name="b") as second:
+            victim = second if moment == "loading" else first
+            with background_client(lambda path, m=moment: _bereft(path, second.socket, m), first):  # type: ignore[misc]
+                until((bed.RUN / "under-way").exists)
+                victim.kill()
                 (bed.RUN / "under-way").unlink()
-            with daemon(HERE, migrates=True, name="a") as successor:
-                client(lambda path: _find_again(path, second.socket), successor)
-            assert "still in a migration that nobody is in any more; it was reset" in log_of("a")
+        with daemon(HERE, migrates=True, name="a") as first, daemon(THERE, migrates=True, name="b") as second:
+            client(lambda path: _find_again(path, second.socket), first)
+            left = log_of("b" if moment == "loading" else "a")
+            assert "still in a migration that nobody is in any more; it was reset" in left
 
 
-async def _bereft(here: Path, there: Path, stopped: bool) -> None:
+async def _bereft(here: Path, there: Path, moment: str) -> None:
     async with pair(here, there, Generation.V2) as both:
+        await both.destination.load_setup()
         await both.source.save_setup()
-        await both.source.read()
-        if stopped:
+        await both.carry()
+        if moment != "pre-copy":
             await both.source.stop()
-            await both.source.read()
+            await both.carry()
         (bed.RUN / "under-way").touch()
-        await both.place.client.wait_gone()
+        lost = both.target if moment == "loading" else both.place
+        await lost.client.wait_gone()
         try:
-            await both.source.read()
+            await lost.client.get_device_state()
         except VfioUserError:
             return
         raise AssertionError("a daemon that was killed answered")

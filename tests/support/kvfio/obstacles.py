@@ -16,15 +16,13 @@ import trio
 
 from kvfio import bed
 from kvfio.bed import INTERFACE, NVME, SHARED, Daemon, background_client, client, daemon
-from kvfio.scenarios import IOVA, MIB, refusal, verified_io, wait_until
+from kvfio.scenarios import MIB, refusal, verified_io, wait_until
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import ReplyError
 
 F_SEAL_FUTURE_WRITE = 0x10
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
-HUGE_PAGE = 2 * MIB
 ENTRY_LIMIT = Path("/sys/module/vfio_iommu_type1/parameters/dma_entry_limit")
 NOIOMMU_MODE = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
 
@@ -181,35 +179,6 @@ def group_in_use() -> None:
     bed.unbind(*SHARED)
 
 
-def maps_of(served: Daemon, name: str) -> bool:
-    """Whether a daemon has a file mapped."""
-    return name in Path(f"/proc/{served.pid}/maps").read_text()
-
-
-def huge_pages() -> None:
-    """Memory of huge pages, in whole ones and in parts of one; nothing of it stays mapped in the daemon."""
-
-    async def work(path: Path) -> None:
-        fd = os.memfd_create("huge", os.MFD_HUGETLB)
-        os.ftruncate(fd, 4 * HUGE_PAGE)
-        async with Client.connect(path) as connected:
-            await connected.dma_map(0, 4 * HUGE_PAGE, fd=fd)
-            await connected.dma_unmap(0, 4 * HUGE_PAGE)
-            await connected.dma_map(0x1000, 0x3000, fd=fd, offset=HUGE_PAGE + 0x1000)
-            await connected.dma_map(IOVA, HUGE_PAGE, fd=fd, offset=HUGE_PAGE // 2)
-            assert not maps_of(served, "memfd:huge")
-            await connected.dma_unmap(0x1000, 0x3000)
-            assert errno.EFAULT == await refusal(lambda: connected.dma_map(0, 8 * HUGE_PAGE, fd=fd))
-        os.close(fd)
-
-    HUGE_PAGES.write_text("8")
-    try:
-        with daemon(NVME) as served:
-            client(work, served, uid=0)
-    finally:
-        HUGE_PAGES.write_text("0")
-
-
 def kept_mapping() -> None:
     """A client that keeps nothing but a mapped BAR keeps the next one out as well, until it unmaps it."""
     with daemon(NVME) as served:
@@ -280,7 +249,6 @@ OBSTACLES: Mapping[str, Callable[[], None]] = {
         iova_windows,
         entry_limit,
         read_only_files,
-        huge_pages,
         kept_mapping,
         dma_buf,
     )

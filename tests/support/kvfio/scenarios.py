@@ -492,6 +492,9 @@ async def igb_work(path: Path) -> None:
             assert mapped not in {0, 0xFFFF_FFFF}
         fds = [eventfd() for _ in range(vectors)]
         await connected.set_eventfds(IrqIndex.MSIX, fds)
+        loop_back = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
+        await connected.set_irqs(IrqIndex.MSIX, loop_back, count=vectors)
+        assert [1] * vectors == [await fired(fd) for fd in fds]
         await connected.disable_irqs(IrqIndex.MSIX)
         await connected.reset()
         print(f"sizes={sizes} vectors={vectors} status={mapped:#x}")

@@ -6,6 +6,7 @@ Spec: National Semiconductor PC16550D, as far as linux/samples/vfio-mdev/mtty.c 
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 
 from kvfio.scenarios import eventfd, fired
 from vfiouser_oob.client.client import Client
@@ -88,6 +89,8 @@ class SerialMachine(VirtualMachine):
     def __init__(self, client: Client, scratch: int = 0x5A) -> None:
         self.client = client
         self.number = scratch
+        #: What the guest does at the last moment before it is stopped.
+        self.last: Callable[[], Awaitable[None]] | None = None
         self.arrived = 0
         self.went_on = 0
 
@@ -129,7 +132,9 @@ class SerialMachine(VirtualMachine):
     # What a VMM does with it
 
     async def stop(self) -> None:
-        """Nothing runs by itself."""
+        """Nothing runs by itself; what the guest still has to do is done now."""
+        if self.last is not None:
+            await self.last()
 
     def go(self) -> None:
         """Go on at the source."""

@@ -257,6 +257,15 @@ def with_caps(function: MemoryFunction, **caps: object) -> None:
     function.caps = replace(function.caps, **caps)  # type: ignore[arg-type]
 
 
+async def stream_of(side: Side) -> bytes:
+    """A whole stream; the source goes on afterwards."""
+    async with side.vmm() as src:
+        await src.set_state(STOP_COPY)
+        stream = await src.read_stream()
+        await src.set_state(RUNNING)
+    return stream
+
+
 async def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
     """Wait until something is so."""
     with trio.fail_after(seconds):

@@ -50,10 +50,15 @@ static void spin(void)
     }
 }
 
-static FILE *file(struct device *device, const char *name, const char *mode)
+static const char *file_name(struct device *device, const char *name)
 {
     snprintf(device->path, sizeof device->path, "%s.%s", device->arg, name);
-    return fopen(device->path, mode);
+    return device->path;
+}
+
+static FILE *file(struct device *device, const char *name, const char *mode)
+{
+    return fopen(file_name(device, name), mode);
 }
 
 static uint32_t read_state(struct device *device)
@@ -153,9 +158,15 @@ static int plugin_set_state(void *handle, uint32_t value)
         if (rename(from, to))
             return -errno;
     }
-    f = file(device, "state", "w");
+    /* All at once: the process may be killed at any moment, and a device's state is never half of one. */
+    f = file(device, "state.new", "w");
+    if (!f)
+        return -EIO;
     fprintf(f, "%u", value);
-    return fclose(f);
+    if (fclose(f))
+        return -EIO;
+    snprintf(from, sizeof from, "%s.state.new", device->arg);
+    return rename(from, file_name(device, "state")) ? -errno : 0;
 }
 
 static int plugin_get_state(void *handle, uint32_t *value)

@@ -22,7 +22,7 @@ __all__ = ["Answers", "expect_success", "run_scenarios"]
 Answers = Mapping[str, Answer | BedError]
 DRIVERS = ("vfio-pci", "vfio_iommu_type1", "pci-pf-stub")
 #: Of the kernel with mediated devices.
-MDEV_DRIVERS = ("vfio-pci", "vfio_iommu_type1", "mtty", "mttynolog")
+MDEV_DRIVERS = ("vfio-pci", "vfio_iommu_type1", "mtty", "mttydma")
 SUPPORT = ("kvfio", "vmbed")
 SCENARIO_S = 70.0
 
@@ -38,7 +38,7 @@ class _Run:
 
 
 def _machine(workdir: Path, initramfs: Path, run: _Run) -> QemuConfig:
-    """An NVMe controller alone, two in one IOMMU group, and a network card with VFs; with an IOMMU or without."""
+    """NVMe controllers, two in one group, a network card with VFs, a device without reset; with an IOMMU or without."""
     devices = []
     for name in ("alone", "first", "second"):
         image = workdir / f"{name}.img"
@@ -49,6 +49,7 @@ def _machine(workdir: Path, initramfs: Path, run: _Run) -> QemuConfig:
     devices += ["-device", "nvme,drive=first,serial=first,addr=06.0,multifunction=on"]
     devices += ["-device", "nvme,drive=second,serial=second,addr=06.1"]
     devices += ["-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=07.0", "-device", "igb,bus=rp1"]
+    devices += ["-device", "edu,addr=09.0"]
     return QemuConfig(
         [],
         memory_mib=2048,

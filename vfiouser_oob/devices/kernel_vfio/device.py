@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.msix import capability_offsets
 from vfiouser_protocol.constants import DeviceInfoFlags, IrqSetFlags, RegionIndex
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.regions import RegionDescription, parse_region_info
@@ -16,7 +17,6 @@ from vfiouser_protocol.regions import RegionDescription, parse_region_info
 _REGION_INFO_ROOM = 4096
 _COMMAND_REGISTER = 4
 _BUS_MASTER = 1 << 2
-_CAPABILITIES = 0x34
 _CAP_PM, _CAP_PCIE, _CAP_AF = 0x01, 0x10, 0x13
 #: Registers whose writing makes the kernel sleep: power state, function-level reset (twice). Capability id to the
 #: register's place in it and its bytes.
@@ -84,16 +84,16 @@ class VfioDevice:
 
     def _slow_registers(self) -> list[range]:
         """Find the config registers whose writing may take a tenth of a second and more."""
-        config = self.read(RegionIndex.CONFIG, 0, min(256, self.regions[RegionIndex.CONFIG].size))
-        found = []
-        offset, seen = config[_CAPABILITIES] & ~3, set[int]()
-        while offset and offset not in seen and offset + 2 <= len(config):
-            seen.add(offset)
-            if config[offset] in _SLOW_REGISTERS:
-                start, size = _SLOW_REGISTERS[config[offset]]
-                found.append(range(offset + start, offset + start + size))
-            offset = config[offset + 1] & ~3
-        return found
+        places = capability_offsets(self.config())
+        return [
+            range(places[kind] + start, places[kind] + start + size)
+            for kind, (start, size) in _SLOW_REGISTERS.items()
+            if kind in places
+        ]
+
+    def config(self) -> bytes:
+        """The part of config space that PCI capabilities lie in."""
+        return self.read(RegionIndex.CONFIG, 0, min(256, self.regions[RegionIndex.CONFIG].size))
 
     # Registers
 

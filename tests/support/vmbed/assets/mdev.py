@@ -2,7 +2,8 @@
 
 The smallest kernel package that has VFIO comes without the mdev core, so that is built here, from the very source that
 the kernel was built from, and beside it a sample driver of that source: `mtty`, serial ports in software, with the
-migration of the kernel's interface. A second build of it, `mttynolog`, offers no log of dirty pages.
+migration of the kernel's interface. A second build of it, `mttydma`, offers no log of dirty pages, and does DMA: what
+is written to a scratch register also goes to the first byte of the page that the port's divisor names.
 
 The suite is the one whose kernels are built with the compiler that Debian 12 has. Nothing runs as root: headers and
 tools stay where they are unpacked.
@@ -41,11 +42,20 @@ SOURCE_PACKAGE = "linux-source"
 MDEV_NEEDS = re.compile(r"^(linux-(image|headers|kbuild)-\d|libelf1)")
 SOURCE_NEEDS = re.compile(r"^linux-source-\d")
 
-MAKEFILE = "obj-m := mdev.o mtty.o mttynolog.o\nmdev-y := mdev_core.o mdev_sysfs.o mdev_driver.o\n"
+MAKEFILE = "obj-m := mdev.o mtty.o mttydma.o\nmdev-y := mdev_core.o mdev_sysfs.o mdev_driver.o\n"
 SOURCES = ("drivers/vfio/mdev", "samples/vfio-mdev/mtty.c")
-#: What makes the driver without dirty log another driver.
-NOLOG: Mapping[str, str] = {'"mtty"': '"mttynolog"', "vdev->log_ops = &mtty_log_ops;": ""}
-MODULES = ("mdev", "mtty", "mttynolog")
+#: Where that memory begins.
+DMA_BASE = 0x4000_0000
+#: What makes another driver of mtty.
+DMA_DRIVER: Mapping[str, str] = {
+    '"mtty"': '"mttydma"',
+    "vdev->log_ops = &mtty_log_ops;": "",
+    "\tcase UART_SCR:\n\t\tmdev_state->s[index].uart_reg[offset] = data;": "\tcase UART_SCR:\n"
+    "\t\tmdev_state->s[index].uart_reg[offset] = data;\n"
+    f"\t\tvfio_dma_rw(&mdev_state->vdev, {DMA_BASE:#x}ULL + ((u64)mdev_state->s[index].divisor << PAGE_SHIFT),\n"
+    "\t\t\t    &data, sizeof(data), true);",
+}
+MODULES = ("mdev", "mtty", "mttydma")
 RECIPE = "1"  # raise it when the way of building changes
 BUILD_S = 600.0
 
@@ -53,7 +63,7 @@ BUILD_S = 600.0
 def mdev_recipe() -> str:
     """Return a name for what is fetched and built; it changes when these do."""
     parts = (RECIPE, BUILD_SUITES, HEADERS_PACKAGE, SOURCE_PACKAGE, MDEV_NEEDS.pattern, MAKEFILE, SOURCES, MODULES)
-    return hashlib.sha256(repr((parts, sorted(NOLOG.items()))).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((parts, sorted(DMA_DRIVER.items()))).encode()).hexdigest()[:16]
 
 
 def require_compiler() -> None:
@@ -121,11 +131,11 @@ def _gather_sources(tree: Path, work: Path) -> None:
     if done.returncode != 0:
         raise AssetError(f"the kernel's source {archives[0].name} is not as expected: {_complaint(done)}")
     text = (work / "mtty.c").read_text(encoding="utf-8")
-    for old, new in NOLOG.items():
+    for old, new in DMA_DRIVER.items():
         if old not in text:
             raise AssetError(f"the kernel's mtty.c has no {old!r} any more: the recipe must be adapted")
         text = text.replace(old, new)
-    (work / "mttynolog.c").write_text(text, encoding="utf-8")
+    (work / "mttydma.c").write_text(text, encoding="utf-8")
     (work / "Makefile").write_text(MAKEFILE, encoding="utf-8")
 
 

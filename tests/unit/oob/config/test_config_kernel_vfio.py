@@ -130,3 +130,17 @@ def test_a_mediated_device_needs_no_memory_beforehand(tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert "share=on" in out
     assert "prealloc" not in out
+
+
+def test_the_snippet_foresees_a_big_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A VM whose memory is not locked within the budget gets a longer timeout, and is told the budget for it."""
+    path = tmp_path / "c.toml"
+    path.write_text(TEXT)
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "256G"])
+    printed = capsys.readouterr()
+    assert '"x-msg-timeout": 65000' in printed.out
+    assert "set reply_budget_s = 64 under [daemon]" in printed.err
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "8G"])
+    printed = capsys.readouterr()
+    assert '"x-msg-timeout": 5000' in printed.out
+    assert "[daemon]" not in printed.err

@@ -1,0 +1,152 @@
+"""What carries the bytes of a connection: a socket of the system's, used without a copy in between, or any stream."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import trio
+
+from .messages import Buffer, Codec, Message
+
+#: Bytes read at once where the codec does not say how many are to come: room for many messages, or the head of a large
+#: one whose rest is then read to where it stays.
+HEAD_SIZE = 16 << 10
+#: Bytes read at once from a stream that has no descriptor.
+READ_SIZE = 256 << 10
+#: Buffers that one system call takes.
+_MOST_BUFFERS = 64
+
+
+class Carrier(Protocol):
+    """A connection's bytes."""
+
+    async def receive(self, codec: Codec) -> tuple[int, Iterable[Message]]:
+        """Wait for bytes and give them to a codec.
+
+        Returns:
+            How many came, 0 at the end, and the messages that are complete with them.
+
+        Raises:
+            trio.BrokenResourceError: the connection broke.
+            trio.ClosedResourceError: it was closed on this side.
+            OSError: the same.
+        """
+
+    def send_now(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Send what can be sent at once; nobody else may be sending. Returns the rest.
+
+        Raises:
+            OSError: the connection broke.
+        """
+
+    async def send(self, pieces: Sequence[Buffer]) -> None:
+        """Send everything.
+
+        Raises:
+            trio.BrokenResourceError: the connection broke.
+            trio.ClosedResourceError: it was closed on this side.
+            OSError: the same.
+        """
+
+
+class StreamCarrier:
+    """Any stream, such as TLS.
+
+    Args:
+        stream: the stream.
+    """
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+
+    async def receive(self, codec: Codec) -> tuple[int, Iterable[Message]]:
+        """See `Carrier`."""
+        data = bytes(await self._stream.receive_some(READ_SIZE))
+        return len(data), codec.feed(data) if data else ()
+
+    def send_now(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Nothing: a stream may always have to wait."""
+        return pieces
+
+    async def send(self, pieces: Sequence[Buffer]) -> None:
+        """See `Carrier`."""
+        for piece in pieces:
+            await self._stream.send_all(piece)
+
+
+class SocketCarrier:
+    """A socket.
+
+    Args:
+        stream: the socket's stream; nobody else reads or writes it.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._socket = stream.socket
+        self._head = memoryview(bytearray(HEAD_SIZE))
+
+    @property
+    def _fd(self) -> int:
+        fd = self._socket.fileno()
+        # Its number may belong to another file by now.
+        if fd < 0:
+            raise trio.ClosedResourceError("the socket was closed on this side")
+        return fd
+
+    async def receive(self, codec: Codec) -> tuple[int, Iterable[Message]]:
+        """See `Carrier`."""
+        head, room = self._head, codec.room()
+        while True:
+            try:
+                if room is None:
+                    count = os.readv(self._fd, (head,))
+                    return count, codec.feed(bytes(head[:count])) if count else ()
+                count = os.readv(self._fd, (room, head))
+                break
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._fd)
+        size = len(room)
+        if count <= size:
+            return count, codec.filled(count) if count else ()
+        return count, _both(codec, size, bytes(head[: count - size]))
+
+    def send_now(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
+        """See `Carrier`."""
+        fd = self._fd
+        left = pieces
+        try:
+            while left:
+                left = _behind(left, os.writev(fd, left[:_MOST_BUFFERS]))
+        except BlockingIOError:
+            pass
+        return left
+
+    async def send(self, pieces: Sequence[Buffer]) -> None:
+        """See `Carrier`."""
+        while pieces := self.send_now(pieces):
+            await trio.lowlevel.wait_writable(self._fd)
+
+
+def _both(codec: Codec, size: int, more: bytes) -> Iterable[Message]:
+    yield from codec.filled(size)
+    yield from codec.feed(more)
+
+
+def _behind(pieces: Sequence[Buffer], count: int) -> Sequence[Buffer]:
+    """What follows the first bytes of buffers."""
+    for number, piece in enumerate(pieces):
+        if count < len(piece):
+            return [memoryview(piece)[count:], *pieces[number + 1 :]]
+        count -= len(piece)
+    return ()
+
+
+def carrier(stream: trio.abc.Stream) -> Carrier:
+    """The best way to use a stream.
+
+    Args:
+        stream: the stream.
+    """
+    return SocketCarrier(stream) if isinstance(stream, trio.SocketStream) else StreamCarrier(stream)
