@@ -239,8 +239,12 @@ class RpcConnection:
     async def _write(self) -> None:
         try:
             while True:
-                self._writer_idle = True
-                pieces = await self._to_send.receive()
+                try:
+                    pieces = self._to_send.receive_nowait()
+                except trio.WouldBlock:
+                    # Only now, since taking from a sender that waits lets other tasks run before it returns.
+                    self._writer_idle = True
+                    pieces = await self._to_send.receive()
                 self._writer_idle = False
                 await self._carrier.send(pieces)
         except trio.EndOfChannel:

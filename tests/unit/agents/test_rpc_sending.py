@@ -1,0 +1,104 @@
+"""Several tasks that send on one connection at the same time: every message goes out, whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from vfiouser_agents.rpc.core import Answer, NoRequests, RpcConnection
+from vfiouser_agents.rpc.messages import Codec
+from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
+
+ROUNDS = 200
+
+
+class Talkative(NoRequests):
+    """A peer that tells of each call while it answers, from another task."""
+
+    def __init__(self) -> None:
+        self.connection: RpcConnection | None = None
+        self.nursery: trio.Nursery | None = None
+
+    def request(self, method: str, params: dict[str, Any]) -> Answer:
+        """Answer with what came, and have events sent meanwhile."""
+        assert self.nursery is not None
+        assert self.connection is not None
+        for number in range(3):
+            self.nursery.start_soon(self.connection.notify, "event", {"number": number})
+
+        async def answer() -> Any:
+            await trio.lowlevel.checkpoint()
+            return params
+
+        return answer
+
+
+class Listens(NoRequests):
+    """Counts events."""
+
+    def __init__(self) -> None:
+        self.events = 0
+
+    def notification(self, method: str, params: dict[str, Any]) -> None:
+        """An event."""
+        self.events += 1
+
+
+async def talk(near: trio.abc.Stream, far: trio.abc.Stream, codec: type[Codec] = MsgpackCodec) -> int:
+    """Make calls over a pair of streams, all of which have to be answered; returns the number of events that came."""
+    peer, listener = Talkative(), Listens()
+    caller = RpcConnection(near, codec(), listener)
+    peer.connection = RpcConnection(far, codec(), peer)
+    async with trio.open_nursery() as nursery:
+        peer.nursery = nursery
+        nursery.start_soon(caller.run)
+        nursery.start_soon(peer.connection.run)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(ROUNDS):
+            with trio.fail_after(5):
+                assert {"n": number} == await caller.call("m", {"n": number})
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.cancel_scope.cancel()
+    return listener.events
+
+
+async def test_answers_beside_events_over_any_stream() -> None:
+    """A stream without a descriptor, as TLS is, where each message has to be waited for."""
+    assert 3 * ROUNDS == await talk(*trio.testing.memory_stream_pair())
+
+
+async def test_answers_beside_events_over_a_socket() -> None:
+    """A socket, where messages are sent at once if nobody else is sending."""
+    near, far = trio.socket.socketpair()
+    assert 3 * ROUNDS == await talk(trio.SocketStream(near), trio.SocketStream(far))
+
+
+@pytest.mark.parametrize("size", [1, 300_000])
+async def test_answers_beside_events_over_a_full_socket(size: int) -> None:
+    """A socket that takes only a part of what is to be sent: what is sent by another task comes behind the rest."""
+    near, far = trio.socket.socketpair()
+    far.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, 4096)
+    listener = Listens()
+    caller = RpcConnection(trio.SocketStream(near), MsgpackCodec(), listener)
+    peer = Talkative()
+    peer.connection = RpcConnection(trio.SocketStream(far), MsgpackCodec(), peer)
+    async with trio.open_nursery() as nursery:
+        peer.nursery = nursery
+        nursery.start_soon(caller.run)
+        nursery.start_soon(peer.connection.run)
+        await trio.testing.wait_all_tasks_blocked()
+
+        async def call(number: int) -> None:
+            data = bytes([number]) * size
+            assert {"n": number, "data": data} == await caller.call("m", {"n": number, "data": data})
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as calls:
+                for number in range(40):
+                    calls.start_soon(call, number)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.cancel_scope.cancel()
+    assert 120 == listener.events
