@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from .messages import Buffer, Codec, Message
 HEAD_SIZE = 16 << 10
 #: Bytes read at once from a stream that has no descriptor.
 READ_SIZE = 256 << 10
+#: Bytes of a large value that have to be there before we look.
+_WAKE_AT = 512 << 10
 #: Buffers that one system call takes.
 _MOST_BUFFERS = 64
 
@@ -86,6 +89,7 @@ class SocketCarrier:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._socket = stream.socket
         self._head = memoryview(bytearray(HEAD_SIZE))
+        self._least = 1
 
     @property
     def _fd(self) -> int:
@@ -99,6 +103,8 @@ class SocketCarrier:
         """See `Carrier`."""
         head, room = self._head, codec.room()
         while True:
+            # Each waking costs more than copying what it is for.
+            self._wake_at(1 if room is None else min(len(room), _WAKE_AT))
             try:
                 if room is None:
                     count = os.readv(self._fd, (head,))
@@ -111,6 +117,12 @@ class SocketCarrier:
         if count <= size:
             return count, codec.filled(count) if count else ()
         return count, _both(codec, size, bytes(head[: count - size]))
+
+    def _wake_at(self, least: int) -> None:
+        """Have us woken once so many bytes are there, or the end is."""
+        if least != self._least:
+            self._least = least
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
 
     def send_now(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
         """See `Carrier`."""
