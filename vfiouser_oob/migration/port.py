@@ -88,7 +88,7 @@ class MigrationPort:
         """DEVICE_FEATURE."""
         return self._v2("DEVICE_FEATURE").device_feature(payload, posted=posted)
 
-    def mig_data_read(self, payload: bytes) -> Awaitable[Pieces]:
+    def mig_data_read(self, payload: bytes) -> Pieces | Awaitable[Pieces]:
         """MIG_DATA_READ."""
         return self._v2("MIG_DATA_READ").data_read(payload)
 

@@ -8,6 +8,7 @@ are in memory.
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable
 
 import trio
@@ -18,11 +19,12 @@ from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.hashing import Hasher
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
+from vfiouser_oob.migration.stream_format import HEAD_SIZE
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.errors import CommandError
 
-#: Turns of the scheduler after which a call's request has been written to the agent's socket.
-_TURNS_TO_SEND = 4
+#: Portions of a client below which records do not follow them.
+_LEAST_PORTION = 64 << 10
 
 
 class SourcePipeline:
@@ -62,6 +64,11 @@ class SourcePipeline:
         self._halted = False
         self._writer = StreamWriter()
         self._queue = RecordQueue()
+        #: State behind what is in the queue, of which no records were made yet, and how many bytes those will have.
+        self._fetched: deque[bytes] = deque()
+        self._fetched_size = 0
+        #: Bytes that the client takes at once, or 0.
+        self._portion = 0
         self._scope = trio.CancelScope()
         self._fetch_scope: trio.CancelScope | None = None
         self._changed = trio.Event()
@@ -89,48 +96,53 @@ class SourcePipeline:
     async def run(self) -> None:
         """Fetch until everything is queued, or the pipeline is halted."""
         with self._scope:
-            async with trio.open_nursery() as nursery:
-                hasher = self._open_stream(nursery)
-                while not self.complete:
-                    if self._restarting:
-                        hasher = self._open_stream(nursery)
-                    elif self._pci_due:
-                        self._pci_due = False
-                        self._put(self._writer.pci(self._pci()))
-                    elif self._eof:
-                        self._put(self._writer.trailer(await hasher.digest()))
-                        self.complete = True
-                    elif self._may_fetch:
-                        await self._fetch(hasher)
-                    else:
-                        await self._changed.wait()
-                nursery.cancel_scope.cancel()
+            hasher = self._open_stream()
+            while not self.complete:
+                if self._restarting:
+                    hasher = self._open_stream()
+                elif self._pci_due:
+                    self._pci_due = False
+                    self._make_records()
+                    self._put(self._writer.pci(self._pci()))
+                elif self._eof:
+                    digest = await hasher.digest()
+                    self._make_records()
+                    self._put(self._writer.trailer(digest))
+                    self.complete = True
+                    self._notify()
+                elif self._may_fetch:
+                    await self._fetch(hasher)
+                else:
+                    await self._changed.wait()
         self._notify()
 
-    def _open_stream(self, nursery: trio.Nursery) -> Hasher:
+    def _open_stream(self) -> Hasher:
         """Begin the stream, or begin it anew."""
         self._queue.drop_untouched()
+        self._fetched.clear()
+        self._fetched_size = 0
         self._restarting = False
         self._offset = 0
         self._drained = self._eof = False
         self._estimate = None
         self._put(self._writer.header())
         self._put(self._writer.descriptor(self._descriptor))
-        return Hasher(nursery)
+        return Hasher()
 
     @property
     def _may_fetch(self) -> bool:
-        waiting = len(self._queue)
-        room = waiting <= self._chunk_size or waiting < self._demand
-        return room and not (self._held or self._drained or self._error is not None)
+        if self._held or self._drained or self._eof or self._error is not None or self._pci_due or self._restarting:
+            return False
+        # What a client waits for is as good as gone.
+        return self.buffered <= self._chunk_size or self.buffered < self._demand + self._chunk_size // 2
 
     async def _fetch(self, hasher: Hasher) -> None:
         with trio.CancelScope() as self._fetch_scope:
             try:
-                chunk = await self._save(self._offset)
-                while self._may_ask_ahead(chunk):
-                    chunk = await self._save_while_accepting(chunk, hasher)
-                await self._accept(chunk, hasher)
+                while self._may_fetch:
+                    await hasher.room()
+                    chunk = await self._save(self._offset)
+                    self._accept(chunk, hasher)
             except AgentError as error:
                 self._error = error
                 if error.fatal:
@@ -138,38 +150,17 @@ class SourcePipeline:
         self._fetch_scope = None
         self._notify()
 
-    def _may_ask_ahead(self, chunk: Chunk) -> bool:
-        """Whether to ask for the next chunk before this one is dealt with: a client waits for this one."""
-        more = not (chunk.eof or chunk.drained)
-        return more and len(self._queue) < self._demand and not (self._held or self._pci_due or self._restarting)
+    def _limit(self) -> int:
+        """Bytes to ask for: such that a record ends where a portion of the client ends.
 
-    async def _save_while_accepting(self, chunk: Chunk, hasher: Hasher) -> Chunk:
-        """Let the agent work on the next chunk while this one is checked, hashed and sent.
-
-        Asking for the next one acknowledges this one; that it is accepted cannot be given up, so it is never lost.
+        A portion is then one record, which nobody on its way has to put together.
         """
-        answers: list[Chunk | AgentError] = []
-
-        async def ask(offset: int) -> None:
-            try:
-                answers.append(await self._save(offset))
-            except AgentError as error:
-                answers.append(error)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask, self._offset + len(chunk.data))
-            # Sending a chunk to the client takes long; the request shall be out before.
-            with trio.CancelScope(shield=True):
-                for _ in range(_TURNS_TO_SEND):
-                    await trio.lowlevel.checkpoint()
-                await self._accept(chunk, hasher)
-        (answer,) = answers
-        if isinstance(answer, AgentError):
-            raise answer
-        return answer
+        limit = self._chunk_size
+        surplus = (self.buffered + HEAD_SIZE + limit) % self._portion if self._portion else 0
+        return limit - surplus if surplus <= limit // 2 else limit
 
     async def _save(self, offset: int) -> Chunk:
-        limit, phase = self._chunk_size, self._phase
+        limit, phase = self._limit(), self._phase
         caps = self._link.caps
         if caps is not None:
             limit = min(limit, caps.max_chunk)
@@ -189,20 +180,32 @@ class SourcePipeline:
             await trio.sleep(pause)
             pause *= 2
 
-    async def _accept(self, chunk: Chunk, hasher: Hasher) -> None:
-        # Nothing below may be given up half-way: a chunk is queued and hashed, or asked for again.
-        with trio.CancelScope(shield=True):
-            if chunk.data:
-                await hasher.update(chunk.data)
-                self._put(self._writer.data(self._offset, chunk.data))
-                self._offset += len(chunk.data)
-            self._drained = chunk.drained
-            self._eof = chunk.eof
+    def _accept(self, chunk: Chunk, hasher: Hasher) -> None:
+        # Nothing may be awaited in here: a chunk is taken and hashed, or asked for again.
+        if chunk.data:
+            hasher.add(chunk.data)
+            self._fetched.append(chunk.data)
+            self._fetched_size += HEAD_SIZE + len(chunk.data)
+            self._offset += len(chunk.data)
+            self.peak = max(self.peak, self.buffered)
+        self._drained = chunk.drained
+        self._eof = chunk.eof
         self._tracer.progress(self._phase.value, self._offset, self.remaining)
+        self._notify()
+
+    def _make_records(self) -> None:
+        """Make records of what was fetched.
+
+        As late as can be: the next chunk was asked for by now, so the agent works while the checksum is computed.
+        """
+        while self._fetched:
+            data = self._fetched.popleft()
+            self._fetched_size -= HEAD_SIZE + len(data)
+            self._queue.put(self._writer.data(self._writer.total, data))
 
     def _put(self, record: tuple[bytes | bytearray | memoryview, ...]) -> None:
         self._queue.put(record)
-        self.peak = max(self.peak, len(self._queue))
+        self.peak = max(self.peak, self.buffered)
         self._notify()
 
     def _notify(self) -> None:
@@ -257,6 +260,8 @@ class SourcePipeline:
         self._halted = True
         self._scope.cancel()
         self._queue = RecordQueue()
+        self._fetched.clear()
+        self._fetched_size = 0
         self._notify()
 
     def estimated(self, estimate: Estimate) -> None:
@@ -274,7 +279,7 @@ class SourcePipeline:
     @property
     def buffered(self) -> int:
         """Bytes that can be taken at once."""
-        return len(self._queue)
+        return len(self._queue) + self._fetched_size
 
     @property
     def generation(self) -> int:
@@ -284,7 +289,7 @@ class SourcePipeline:
     @property
     def exhausted(self) -> bool:
         """Whether the client has taken everything, trailer included."""
-        return self.complete and not self._queue
+        return self.complete and not self.buffered
 
     @property
     def remaining(self) -> int:
@@ -294,6 +299,14 @@ class SourcePipeline:
             return 0
         whole = estimate.stop_copy_bytes if self.final else estimate.initial_bytes + estimate.dirty_bytes
         return max(0, whole - (self._offset - self._estimated_at))
+
+    def has(self, size: int) -> bool:
+        """Whether a read of so many bytes can be answered without waiting for more.
+
+        Args:
+            size: bytes wanted.
+        """
+        return not self._halted and (self.buffered >= size or self.complete)
 
     async def prepare(self, size: int, deadline: float) -> None:
         """Wait until a read of so many bytes can be answered: with all of them, or with what there is.
@@ -307,6 +320,7 @@ class SourcePipeline:
         """
         self._ask_again()
         self._demand = size
+        self._notify()
         try:
             with trio.move_on_at(deadline):
                 while not self._ready(size):
@@ -321,7 +335,7 @@ class SourcePipeline:
 
     def _ask_again(self) -> None:
         """A new read is a new chance for an agent that had nothing, or had failed."""
-        if self._error is not None or (self._drained and not self._queue):
+        if self._error is not None or (self._drained and not self.buffered):
             self._error = None
             self._drained = False
             self._notify()
@@ -329,7 +343,7 @@ class SourcePipeline:
     def _ready(self, size: int) -> bool:
         if self._halted:
             raise CommandError(f"the state cannot be fetched any more: {self._error or 'it was dropped'}", errno.EIO)
-        if len(self._queue) >= size or self.complete:
+        if self.buffered >= size or self.complete:
             return True
         if self._error is not None:
             if self.buffered and not self.final:
@@ -343,6 +357,9 @@ class SourcePipeline:
         Args:
             size: bytes wanted.
         """
+        self._portion = size if size >= _LEAST_PORTION else 0
+        if len(self._queue) < size:
+            self._make_records()
         data = self._queue.take(size)
         self.taken += sum(map(len, data))
         if data:
