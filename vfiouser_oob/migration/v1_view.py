@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
+from vfiouser_agents.buffers import BufferPool
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.standing import Owner, message_deadline
@@ -51,6 +52,7 @@ class V1View:
         self._iteration = Iteration(self._layout)
         self._memory: SharedMemory | None = None
         self._reserved = 0
+        self._pool = BufferPool()
         self.index = index
         self._readers: Mapping[Register, Callable[[], ReadAnswer]] = {
             Register.DEVICE_STATE: self._read_state,
@@ -139,6 +141,7 @@ class V1View:
     async def _write_state(self, value: int) -> None:
         await self._engine.request(lambda current: require_transition(current, value), Owner.V1)
         self._reserved = value & ~STATE_MASK & 0xFFFF_FFFF
+        self._pool.drop()
         self._follow()
 
     async def _read_pending(self) -> bytes:
@@ -190,4 +193,6 @@ class V1View:
         if size:
             start = self._layout.data_start
             # Copied once: the client can still write the original.
-            await destination.write(bytes(self.memory.view[start : start + size]), message_deadline())
+            copy = self._pool.take(size)
+            copy[:] = self.memory.view[start : start + size]
+            await destination.write(copy.toreadonly(), message_deadline())
