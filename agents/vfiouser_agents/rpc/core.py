@@ -239,9 +239,14 @@ class RpcConnection:
     async def _write(self) -> None:
         try:
             while True:
-                self._writer_idle = True
-                pieces = await self._to_send.receive()
-                self._writer_idle = False
+                try:
+                    pieces = self._to_send.receive_nowait()
+                except trio.WouldBlock:
+                    # Only now, and until something is handed over: whoever sends past the writer must not come between
+                    # what it has in its hands.
+                    self._writer_idle = True
+                    pieces = await self._to_send.receive()
+                    self._writer_idle = False
                 await self._carrier.send(pieces)
         except trio.EndOfChannel:
             pass
