@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import trio
 
@@ -20,7 +21,8 @@ from vfiouser_agents.rpc.endpoint import parse_address
 from vfiouser_agents.rpc.protocols import serve_at
 from vfiouser_oob.systemd.notify import Notifier
 
-_PATTERN = random.Random(1).randbytes(1 << 20)
+#: A view, so that a part of it is no copy.
+_PATTERN = memoryview(random.Random(1).randbytes(1 << 20))
 
 
 class StreamSession(MemorySession):
@@ -41,8 +43,7 @@ class StreamSession(MemorySession):
         if phase is Phase.PRECOPY and left <= len(_PATTERN):
             return Chunk(b"", drained=True)
         count = min(limit, len(_PATTERN), left)
-        data = _PATTERN if count == len(_PATTERN) else _PATTERN[:count]
-        return Chunk(data, eof=phase is not Phase.PRECOPY and count == left)
+        return Chunk(cast("bytes", _PATTERN[:count]), eof=phase is not Phase.PRECOPY and count == left)
 
     async def load(self, offset: int, data: bytes) -> None:
         """Count it."""
