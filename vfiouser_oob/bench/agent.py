@@ -9,6 +9,7 @@ import gc
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,13 +17,15 @@ import trio
 
 from vfiouser_agents.api import AgentState, Chunk, Estimate, Phase
 from vfiouser_agents.errors import CorruptState, InvalidArgument
-from vfiouser_agents.memory import MemoryAgent, MemoryFunction, MemorySession
+from vfiouser_agents.memory import ALL_CAPABILITIES, MemoryAgent, MemoryFunction, MemorySession
 from vfiouser_agents.rpc.endpoint import parse_address
 from vfiouser_agents.rpc.protocols import serve_at
 from vfiouser_oob.systemd.notify import Notifier
 
+#: Bytes of state that it gives and takes at once.
+_CHUNK = 4 << 20
 #: A view, so that a part of it is no copy.
-_PATTERN = memoryview(random.Random(1).randbytes(1 << 20))
+_PATTERN = memoryview(random.Random(1).randbytes(1 << 20) * (_CHUNK >> 20))
 
 
 class StreamSession(MemorySession):
@@ -73,7 +76,8 @@ class StreamAgent(MemoryAgent):
 
 
 async def _serve(port_file: Path, functions: int, state_size: int, protocol: str) -> None:
-    agent = StreamAgent([MemoryFunction(f"f{number}", state_size) for number in range(functions)])
+    caps = replace(ALL_CAPABILITIES, max_chunk=_CHUNK)
+    agent = StreamAgent([MemoryFunction(f"f{number}", state_size, caps=caps) for number in range(functions)])
     address = parse_address("tcp://127.0.0.1:0")
     async with agent, trio.open_nursery() as nursery:
         address = await nursery.start(serve_at, protocol, agent, address)

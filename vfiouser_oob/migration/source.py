@@ -1,8 +1,7 @@
 """The source's pipeline: agent → records → client, one chunk ahead of it.
 
-A task fetches chunks and queues them as records; the client takes bytes from the queue in portions of its own size.
-While it takes chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants,
-are in memory.
+A task fetches chunks, which become records when the client takes them, in portions of its own size. While it takes
+chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants, are in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from vfiouser_agents.errors import AgentError
 from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.hashing import Hasher
+from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.stream_format import HEAD_SIZE
 from vfiouser_oob.migration.trace import Tracer
@@ -25,6 +25,8 @@ from vfiouser_protocol.errors import CommandError
 
 #: Portions of a client below which records do not follow them.
 _LEAST_PORTION = 64 << 10
+#: Bytes of state below which a record is not worth its head.
+_LEAST_RECORD = 4 << 10
 
 
 class SourcePipeline:
@@ -39,6 +41,7 @@ class SourcePipeline:
         data_s: seconds within which a chunk has to come.
         retry_s: seconds before the first repetition of what may be repeated.
         device_failed: told why, when the agent says that the function is broken.
+        sharing: with whom the memory is shared.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class SourcePipeline:
         data_s: float,
         retry_s: float,
         device_failed: Callable[[str], None],
+        sharing: Sharing,
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -61,11 +65,12 @@ class SourcePipeline:
         self._data_s = data_s
         self._retry_s = retry_s
         self._device_failed = device_failed
+        self._sharing = sharing
         self._halted = False
         self._writer = StreamWriter()
         self._queue = RecordQueue()
         #: State behind what is in the queue, of which no records were made yet, and how many bytes those will have.
-        self._fetched: deque[bytes] = deque()
+        self._fetched: deque[memoryview] = deque()
         self._fetched_size = 0
         #: Bytes that the client takes at once, or 0.
         self._portion = 0
@@ -95,7 +100,7 @@ class SourcePipeline:
 
     async def run(self) -> None:
         """Fetch until everything is queued, or the pipeline is halted."""
-        with self._scope:
+        with self._scope, self._sharing.joined():
             hasher = self._open_stream()
             while not self.complete:
                 if self._restarting:
@@ -134,7 +139,8 @@ class SourcePipeline:
         if self._held or self._drained or self._eof or self._error is not None or self._pci_due or self._restarting:
             return False
         # What a client waits for is as good as gone.
-        return self.buffered <= self._chunk_size or self.buffered < self._demand + self._chunk_size // 2
+        piece = self._piece
+        return self.buffered <= piece or self.buffered < self._demand + piece // 2
 
     async def _fetch(self, hasher: Hasher) -> None:
         with trio.CancelScope() as self._fetch_scope:
@@ -150,22 +156,36 @@ class SourcePipeline:
         self._fetch_scope = None
         self._notify()
 
-    def _limit(self) -> int:
-        """Bytes to ask for: such that a record ends where a portion of the client ends.
+    @property
+    def _piece(self) -> int:
+        """Bytes of state to ask for at once."""
+        caps = self._link.caps
+        piece = self._sharing.part(self._chunk_size)
+        return piece if caps is None else min(piece, caps.max_chunk)
 
-        A portion is then one record, which nobody on its way has to put together.
+    def _limit(self) -> int:
+        """Bytes to ask for now: so many that the last record made of them ends where a portion of the client ends."""
+        most = self._piece
+        limit, position = 0, self.buffered
+        while self._portion and limit + (size := self._record_size(position)) <= most:
+            limit += size
+            position += HEAD_SIZE + size
+        return limit or most
+
+    def _record_size(self, position: int) -> int:
+        """Bytes of state in a record that begins so far behind what was taken.
+
+        It ends where a portion of the client ends, so that a portion is one record that nobody on its way has to put
+        together.
         """
-        limit = self._chunk_size
-        surplus = (self.buffered + HEAD_SIZE + limit) % self._portion if self._portion else 0
-        return limit - surplus if surplus <= limit // 2 else limit
+        size = self._portion - position % self._portion - HEAD_SIZE
+        return size if size >= _LEAST_RECORD else size + self._portion
 
     async def _save(self, offset: int) -> Chunk:
         limit, phase = self._limit(), self._phase
         caps = self._link.caps
-        if caps is not None:
-            limit = min(limit, caps.max_chunk)
-            if phase is Phase.PRECOPY and not caps.precopy:
-                return Chunk(b"", drained=True)
+        if caps is not None and phase is Phase.PRECOPY and not caps.precopy:
+            return Chunk(b"", drained=True)
         deadline = trio.current_time() + self._data_s
         pause = self._retry_s
         while True:
@@ -184,8 +204,7 @@ class SourcePipeline:
         # Nothing may be awaited in here: a chunk is taken and hashed, or asked for again.
         if chunk.data:
             hasher.add(chunk.data)
-            self._fetched.append(chunk.data)
-            self._fetched_size += HEAD_SIZE + len(chunk.data)
+            self._cut(memoryview(chunk.data))
             self._offset += len(chunk.data)
             self.peak = max(self.peak, self.buffered)
         self._drained = chunk.drained
@@ -193,12 +212,20 @@ class SourcePipeline:
         self._tracer.progress(self._phase.value, self._offset, self.remaining)
         self._notify()
 
-    def _make_records(self) -> None:
-        """Make records of what was fetched.
+    def _cut(self, data: memoryview) -> None:
+        """Cut a chunk into what will be records."""
+        while data:
+            size = self._record_size(self.buffered) if self._portion else len(data)
+            piece, data = data[:size], data[size:]
+            self._fetched.append(piece)
+            self._fetched_size += HEAD_SIZE + len(piece)
+
+    def _make_records(self, size: int | None = None) -> None:
+        """Make records of what was fetched, for a read of so many bytes, or of everything.
 
         As late as can be: the next chunk was asked for by now, so the agent works while the checksum is computed.
         """
-        while self._fetched:
+        while self._fetched and (size is None or len(self._queue) < size):
             data = self._fetched.popleft()
             self._fetched_size -= HEAD_SIZE + len(data)
             self._queue.put(self._writer.data(self._writer.total, data))
@@ -358,8 +385,7 @@ class SourcePipeline:
             size: bytes wanted.
         """
         self._portion = size if size >= _LEAST_PORTION else 0
-        if len(self._queue) < size:
-            self._make_records()
+        self._make_records(size)
         data = self._queue.take(size)
         self.taken += sum(map(len, data))
         if data:

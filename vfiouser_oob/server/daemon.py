@@ -29,6 +29,7 @@ from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
+from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.function import EngineMaker, Function
 from vfiouser_oob.server.status import function_status, iso_time
@@ -95,6 +96,7 @@ class Daemon:
         self._notifier = Notifier.from_environment()
         self._started = time.time()
         self._events = EventHub()
+        self._sharing = Sharing()
         self._activity = Activity()
         resources.callback(self._activity.close)
         _raise_fd_limit()
@@ -142,9 +144,13 @@ class Daemon:
             connected = own or self._agents.agent(agent)
         except (ValueError, OSError) as error:
             raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
-        return lambda name, events, logger: MigrationEngine(
-            name, connected, agent.function, config.migration, events, logger
-        )
+
+        def make(name: str, events: EventHub, logger: log.Logger) -> MigrationEngine:
+            engine = MigrationEngine(name, connected, agent.function, config.migration, events, logger)
+            engine.actions.sharing = self._sharing
+            return engine
+
+        return make
 
     def _adopt(self, function: Function, sock: socket.socket, resources: ExitStack) -> None:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

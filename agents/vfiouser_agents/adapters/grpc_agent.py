@@ -20,11 +20,13 @@ from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE
 from vfiouser_agents.rpc.methods import OVERHEAD
 
 from .grpc_channel import GrpcConnection
-from .msgpack_rpc import DEFAULT_CHUNK, DEFAULT_CONNECT_TIMEOUT, DEFAULT_KEEPALIVE, MsgpackRpcAgent
+from .msgpack_rpc import DEFAULT_CONNECT_TIMEOUT, DEFAULT_KEEPALIVE, MsgpackRpcAgent
 
 DEFAULT_PORT = 50051
 #: Calls that may be waited for at a time, each in a thread.
 DEFAULT_THREADS = 32
+#: Bytes of state in one message; gRPC takes messages up to 4 MiB unless told otherwise.
+_CHUNK = 1 << 20
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n?", re.DOTALL)
 _KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----\n?", re.DOTALL)
 
@@ -60,7 +62,7 @@ class GrpcAgent(MsgpackRpcAgent):
         allow_plaintext: bool = False,
         keepalive_s: float = DEFAULT_KEEPALIVE,
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
-        chunk_size: int = DEFAULT_CHUNK,
+        chunk_size: int = _CHUNK,
         threads: int = DEFAULT_THREADS,
     ) -> None:
         super().__init__(
