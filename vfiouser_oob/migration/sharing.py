@@ -19,6 +19,11 @@ class Sharing:
     def __init__(self) -> None:
         self._sharers = 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether state is on its way."""
+        return self._sharers > 0
+
     @contextmanager
     def joined(self) -> Iterator[None]:
         """Have a part for the length of the block."""

@@ -25,6 +25,8 @@ from vfiouser_protocol.errors import CommandError
 
 #: Portions of a client below which records do not follow them.
 _LEAST_PORTION = 64 << 10
+#: What is taken for a client's portion before its first read: that of QEMU.
+_USUAL_PORTION = 1 << 20
 #: Bytes of state below which a record is not worth its head.
 _LEAST_RECORD = 4 << 10
 
@@ -72,8 +74,8 @@ class SourcePipeline:
         #: State behind what is in the queue, of which no records were made yet, and how many bytes those will have.
         self._fetched: deque[memoryview] = deque()
         self._fetched_size = 0
-        #: Bytes that the client takes at once, or 0.
-        self._portion = 0
+        #: Bytes that the client takes at once; 0 if records do not follow them.
+        self._portion = _USUAL_PORTION
         self._scope = trio.CancelScope()
         self._fetch_scope: trio.CancelScope | None = None
         self._changed = trio.Event()

@@ -98,6 +98,7 @@ class Daemon:
         self._events = EventHub()
         self._sharing = Sharing()
         self._activity = Activity()
+        self._activity.busy = lambda: self._sharing.busy
         resources.callback(self._activity.close)
         _raise_fd_limit()
         inherited = inherited_sockets()

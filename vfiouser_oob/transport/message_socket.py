@@ -31,6 +31,10 @@ _TRUNCATED = int(socket.MSG_CTRUNC)
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
 #: A piece of state of so many bytes is read to where it stays.
 LARGE = 64 << 10
+#: Chances to linger that are passed over after one in vain: the sender may be slow on purpose.
+_IMPATIENT = 64
+#: How often to linger for one message: nobody else gets a turn meanwhile.
+_MOST_LINGERING = 16
 _STATE = int(Command.MIG_DATA_WRITE)
 #: Bytes read of a body at once; room for more than the socket holds would be made in vain each time.
 _PIECE = 256 << 10
@@ -77,6 +81,9 @@ class MessageSocket:
         #: A piece of state on its way in, and how much of it is there.
         self._state: memoryview | None = None
         self._state_has = 0
+        #: How often we lingered for it, and chances to linger that are still passed over.
+        self._lingered = 0
+        self._impatient = 0
         #: Its memory; only while pieces of state follow each other.
         self._pool: BufferPool | None = None
         self._corked = False
@@ -154,9 +161,14 @@ class MessageSocket:
         if self._state is None:
             if self._pool is None:
                 self._pool = BufferPool()
-            self._state, self._state_has = self._pool.take(size), 0
+            self._state, self._state_has, self._lingered = self._pool.take(size), 0, 0
         while self._state_has < size:
-            count = self._sock.recv_into(self._state[self._state_has :])
+            try:
+                count = self._sock.recv_into(self._state[self._state_has :])
+            except BlockingIOError:
+                if not self._lingers():
+                    raise
+                continue
             if not count:
                 raise EndOfStream("the peer closed the connection", clean=False)
             self._state_has += count
@@ -166,6 +178,17 @@ class MessageSocket:
         # The next one is not sent before this one is answered, and that takes longer than it is worth to spin.
         self._back_to_back = False
         return message
+
+    def _lingers(self) -> bool:
+        """Wait a moment for the rest of a piece of state, unless that was in vain lately; returns whether some came."""
+        if self._activity is None or self._impatient:
+            self._impatient = max(0, self._impatient - 1)
+            return False
+        self._lingered += 1
+        more = self._lingered <= _MOST_LINGERING and self._activity.linger(self._fd)
+        if not more:
+            self._impatient = _IMPATIENT
+        return more
 
     async def receive(self) -> Message:
         """Wait for one whole message.
