@@ -35,9 +35,10 @@ from .api import (
     Status,
 )
 from .dirtylog import PageLog
-from .errors import Busy, DeviceFailed, Incompatible, InvalidArgument, InvalidState, NoResources, NotFound, Unsupported
+from .errors import Incompatible, InvalidState, NotFound
 from .events import EventFeed
 from .memory_state import Content, Incoming, Outgoing
+from .rules import STILL, SessionRules, differences, logged
 
 FORMAT = "memory-agent"
 #: Everything that a function of the in-memory agent can do.
@@ -50,7 +51,6 @@ ALL_CAPABILITIES = Capabilities(
     page_sizes=(4096, 65536, 2 << 20),
     max_ranges=1024,
 )
-_STILL = frozenset({AgentState.STOPPED, AgentState.LOADING, AgentState.LOADED})
 
 
 @dataclass
@@ -182,6 +182,7 @@ class MemorySession(Session):
     def __init__(self, function: MemoryFunction) -> None:
         self.function = function
         self.open = True
+        self._rules = SessionRules(self, function)
 
     @property
     def function_id(self) -> str:
@@ -201,14 +202,7 @@ class MemorySession(Session):
     async def check(self, descriptor: Descriptor) -> None:
         """Compare everything; sizes need not be equal, but must fit."""
         await self._enter("check", anybody=True)
-        here = self.function.describe()
-        pairs = [
-            (name, getattr(descriptor, name), getattr(here, name))
-            for name in ("format_id", "format_version", "vendor", "model", "kind", "firmware")
-        ]
-        names = sorted(set(descriptor.fingerprint) | set(here.fingerprint))
-        pairs += [(name, descriptor.fingerprint.get(name), here.fingerprint.get(name)) for name in names]
-        reasons = [f"{name} is {theirs!r} there and {ours!r} here" for name, theirs, ours in pairs if theirs != ours]
+        reasons = differences(descriptor, self.function.describe())
         if descriptor.state_max > self.function.state_size:
             reasons.append(f"state of {descriptor.state_max} bytes there, room for {self.function.state_size} here")
         if reasons:
@@ -218,26 +212,10 @@ class MemorySession(Session):
         """Become the owner of the function's migration."""
         await self._enter("begin", anybody=True)
         function = self.function
-        if not self.caps.stop_copy:
-            raise Unsupported(f"function {self.function_id} cannot be migrated")
-        if not migration_id:
-            raise InvalidArgument("a migration needs a name")
-        if function.state is AgentState.ERROR:
-            raise DeviceFailed(f"function {self.function_id} has failed; reset it first")
-        if function.role is not None and (role, migration_id) != (function.role, function.migration_id):
-            self._replace()
+        self._rules.migratable(migration_id)
+        self._rules.working()
+        self._rules.make_way(role, migration_id)
         function.role, function.migration_id, function.owner = role, migration_id, self
-
-    def _replace(self) -> None:
-        function = self.function
-        which = f"function {self.function_id} is {function.role and function.role.value} of {function.migration_id!r}"
-        if function.owner is self:
-            raise InvalidState(f"{which}; end that first")
-        if function.owner is not None:
-            raise Busy(f"{which}, in another session")
-        if not function.running:
-            raise InvalidState(f"{which}, whose session is gone, and {function.state.value}; end or reset it first")
-        function.forget_migration()
 
     async def status(self) -> Status:
         """Where the function is."""
@@ -247,23 +225,22 @@ class MemorySession(Session):
     async def quiesce(self) -> None:
         """Stop writing guest memory."""
         await self._enter("quiesce")
-        self._working()
+        self._rules.working()
         if self.function.state is AgentState.RUNNING:
             self.function.move(AgentState.QUIESCED if self.caps.p2p else AgentState.STOPPED)
 
     async def stop(self) -> None:
         """Hold still."""
         await self._enter("stop")
-        self._working()
-        if self.function.state not in _STILL:
+        self._rules.working()
+        if self.function.state not in STILL:
             self.function.move(AgentState.STOPPED)
 
     async def resume(self) -> None:
         """Run."""
         await self._enter("resume")
-        self._working()
-        if self.function.spoiled:
-            raise InvalidState(f"function {self.function_id} holds a state that was not committed; reset it first")
+        self._rules.working()
+        self._rules.committed()
         self.function.outgoing = None
         self.function.move(AgentState.RUNNING)
 
@@ -278,9 +255,8 @@ class MemorySession(Session):
         """Give the next piece."""
         await self._enter("save", Role.SOURCE)
         function = self.function
-        if limit <= 0 or offset < 0:
-            raise InvalidArgument(f"save of {limit} bytes at {offset}: both must be positive")
-        self._fits(phase)
+        self._rules.saveable_piece(offset, limit, phase)
+        self._rules.saveable_now(phase)
         if function.outgoing is None or (offset == 0 and not function.outgoing.repeats(offset)):
             function.outgoing = Outgoing(function.content)
         counter = None if phase is Phase.PRECOPY else function.counter
@@ -289,28 +265,11 @@ class MemorySession(Session):
             function.after_pass()
         return chunk
 
-    def _fits(self, phase: Phase) -> None:
-        function = self.function
-        if phase is Phase.PRECOPY and not self.caps.precopy:
-            raise Unsupported(f"function {self.function_id} has no pre-copy")
-        allowed = {
-            Phase.PRECOPY: (AgentState.RUNNING, AgentState.QUIESCED),
-            Phase.FINAL: (AgentState.STOPPED, AgentState.LOADED),
-        }[phase]
-        if function.state not in allowed:
-            names = " or ".join(state.value for state in allowed)
-            raise InvalidState(f"save({phase.value}) needs a function that is {names}, not {function.state.value}")
-        if function.spoiled:
-            raise InvalidState(f"function {self.function_id} holds a state that was not committed; reset it first")
-
     async def load_begin(self, total: int | None) -> None:
         """Get ready."""
         await self._enter("load_begin", Role.DESTINATION)
         function = self.function
-        if function.state not in _STILL:
-            raise InvalidState(f"load_begin needs a function that is stopped, not {function.state.value}")
-        if total is not None and not 0 <= total <= self.caps.max_state:
-            raise NoResources(f"a state of {total} bytes", {"max_state": self.caps.max_state})
+        self._rules.loadable(total)
         function.incoming = Incoming(function.state_size, self.caps.max_state)
         function.spoiled = True
         function.move(AgentState.LOADING)
@@ -318,8 +277,7 @@ class MemorySession(Session):
     async def load(self, offset: int, data: bytes) -> None:
         """Take a piece."""
         await self._enter("load", Role.DESTINATION)
-        if len(data) > self.caps.max_chunk:
-            raise InvalidArgument(f"load of {len(data)} bytes; at most {self.caps.max_chunk} at once")
+        self._rules.loadable_piece(data)
         self._incoming().put(offset, data)
 
     async def load_commit(self, total: int, sha256: bytes) -> None:
@@ -335,7 +293,7 @@ class MemorySession(Session):
 
     def _incoming(self) -> Incoming:
         if self.function.incoming is None:
-            raise InvalidState(f"nothing is being loaded; function {self.function_id} is {self.function.state.value}")
+            raise self._rules.nothing_is_loaded()
         return self.function.incoming
 
     async def abort(self) -> None:
@@ -347,21 +305,15 @@ class MemorySession(Session):
         """Log."""
         await self._enter("dirty_start")
         function = self.function
-        if not self.caps.dirty:
-            raise Unsupported(f"function {self.function_id} has no dirty log")
-        if function.log is not None:
-            raise InvalidState("dirty pages are logged already; stop that first")
-        if len(ranges) > self.caps.max_ranges:
-            raise NoResources(f"{len(ranges)} ranges", {"max_ranges": self.caps.max_ranges})
+        self._rules.can_log()
+        self._rules.loggable(function.log, ranges)
         function.log = PageLog(ranges, page_size, self.caps.page_sizes)
         return function.log.page_size
 
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
         """Report and forget."""
         await self._enter("dirty_report")
-        if self.function.log is None:
-            raise InvalidState("dirty pages are not being logged")
-        return DirtyReport(self.function.log.take(iova, length), final=self.function.state in _STILL)
+        return DirtyReport(logged(self.function.log).take(iova, length), final=self.function.state in STILL)
 
     async def dirty_stop(self) -> None:
         """Forget."""
@@ -371,8 +323,7 @@ class MemorySession(Session):
     async def reset(self) -> None:
         """Begin anew."""
         await self._enter("reset", anybody=True)
-        if not self.caps.reset:
-            raise Unsupported(f"function {self.function_id} cannot be reset by its agent")
+        self._rules.resettable()
         self.function.reset()
 
     async def end(self, outcome: Outcome) -> None:
@@ -394,19 +345,8 @@ class MemorySession(Session):
     async def _enter(self, name: str, role: Role | None = None, *, anybody: bool = False) -> None:
         """What all calls have in common: they are noted, and the migration of another session is in the way."""
         await trio.lowlevel.checkpoint()
-        function = self.function
-        function.calls.append(name)
-        if not self.open:
-            raise NotFound(f"this session of function {self.function_id} is closed")
-        if not anybody and function.owner not in (None, self):
-            raise Busy(f"function {self.function_id} is in migration {function.migration_id!r} of another session")
-        if role is not None and (function.role is not role or function.owner is not self):
-            had = function.role.value if function.role and function.owner is self else "in no migration"
-            raise InvalidState(f"{name} needs a session that began as {role.value}; this one is {had}")
-
-    def _working(self) -> None:
-        if self.function.state is AgentState.ERROR:
-            raise DeviceFailed(f"function {self.function_id} has failed; reset it first")
+        self.function.calls.append(name)
+        self._rules.admit(name, role, is_open=self.open, anybody=anybody)
 
 
 class MemoryAgent(Agent):

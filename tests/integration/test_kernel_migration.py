@@ -178,6 +178,21 @@ async def test_dirty_pages(tmp_path: Path) -> None:
         os.close(memory)
 
 
+async def test_dirty_pages_of_a_driver_without_a_log(tmp_path: Path) -> None:
+    """The IOMMU's bitmap takes its place, also for what is unmapped in the v1 generation."""
+    async with pair(tmp_path) as (here, source, _, _):
+        driver(here).has_log = False
+        memory = os.memfd_create("guest")
+        os.ftruncate(memory, 1 << 20)
+        await source.dma_map(0x10_0000, 1 << 20, memory)
+        await source.start_logging()
+        assert set(range(256)) == await source.report(0x10_0000, 1 << 20)
+        assert {2, 3} == await source.report(0x10_0000 - 0x2000, 0x4000)
+        assert set(range(256)) == await source.unmap_dirty(0x10_0000, 1 << 20)
+        assert [] == here.iommu.ranges
+        os.close(memory)
+
+
 async def test_a_driver_without_migration(tmp_path: Path) -> None:
     """Configured all the same, plain vfio-pci serves its client; the state change fails with a clear errno."""
     kernel = FakeKernel(tmp_path)

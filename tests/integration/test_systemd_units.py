@@ -46,6 +46,49 @@ def test_exposure(rendered: Path, name: str) -> None:
     assert re.search(r"Overall exposure level for .*: 0\.\d", done.stdout)
 
 
+@pytest.mark.parametrize("name", ["vfiouser-oob.service", "vfiouser-oob@.service"])
+@pytest.mark.parametrize(
+    ("drop_in", "opened"),
+    [
+        ("kernel-vfio.conf", r"PrivateDevices=.*has access to hardware devices"),
+        ("agents.conf", r"PrivateNetwork=.*has access to the host's network"),
+    ],
+)
+def test_the_drop_ins(rendered: Path, name: str, drop_in: str, opened: str) -> None:
+    """systemd knows all of each, it wins over the unit, and the service stays nearly as confined."""
+    folder = rendered / f"{name}.d"
+    folder.mkdir()
+    shutil.copy(UNITS / drop_in, folder)
+    done = analyze("verify", "--man=no", str(rendered / name))
+    assert (0, "", "") == (done.returncode, done.stdout, done.stderr)
+    done = analyze("security", "--offline=yes", "--threshold=20", "--no-pager", str(rendered / name))
+    exposure = re.search(r"Overall exposure level for .*: (\d\.\d)", done.stdout)
+    assert exposure is not None
+    assert float(exposure[1]) < 2.0
+    assert re.search(opened, done.stdout), done.stdout
+
+
+def settings(text: str) -> list[str]:
+    """The settings of a unit."""
+    return sorted(line.strip() for line in text.splitlines() if re.match(r"\s*[A-Z]\w*=", line))
+
+
+@pytest.mark.parametrize(("howto", "drop_in"), [("kernel-vfio", "kernel-vfio.conf"), ("systemd", "agents.conf")])
+def test_the_how_tos_show_the_drop_ins(howto: str, drop_in: str) -> None:
+    """The lines in the document are those of the file."""
+    blocks = re.findall(r"```ini\n(.*?)```", (ROOT / f"docs/howto/{howto}.md").read_text(), re.DOTALL)
+    assert settings((UNITS / drop_in).read_text()) in [settings(block) for block in blocks]
+
+
+def test_one_user_serves_real_functions() -> None:
+    """The user of the drop-in is the one that is made, and the one that the rules and the how-to give nodes to."""
+    (user,) = re.findall(r"^u (\S+)", (UNITS / "kernel-vfio.sysusers").read_text(), re.MULTILINE)
+    rules = (ROOT / "packaging/udev/60-vfiouser-oob.rules").read_text()
+    assert {user} == set(re.findall(r'OWNER="(.*?)"', rules))
+    assert f"User={user}" in settings((UNITS / "kernel-vfio.conf").read_text())
+    assert f"--owner {user}" in (ROOT / "docs/howto/kernel-vfio.md").read_text()
+
+
 def read_unit(name: str) -> configparser.ConfigParser:
     """A unit's sections; of a key that occurs several times the last one."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)

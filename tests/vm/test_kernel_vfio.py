@@ -1,6 +1,7 @@
 """Real functions under vfio-pci: a guest with an IOMMU runs our daemon on emulated devices, and clients beside it.
 
-One boot serves all scenarios, which the guest runs one after the other; see `tests/support/kvfio/scenarios.py`.
+One boot serves all scenarios, which the guest runs one after the other; see `scenarios.py` and `hardware.py` of
+`tests/support/kvfio`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,24 @@ SCENARIOS = (
     "no_permission",
     "data_path",
     "trap_policy",
+    "config_space",
     "unprivileged_daemon",
     "intx",
     "msix",
+    "msi_without_reset",
+    "error_and_request",
     "resets",
     "unmap_under_io",
+    "map_under_io",
+    "read_only_memory",
+    "huge_pages",
     "map_errors",
     "peer_to_peer",
     "locked_memory_limit",
     "kept_descriptor",
     "second_daemon",
     "killed_daemon",
+    "killed_client",
     "asked_back",
     "igb_vf",
     "qemu",

@@ -17,6 +17,7 @@ from vmbed.assets.__main__ import main
 from vmbed.assets.archive import Source, archive_address, parse_deb822, parse_one_line
 from vmbed.assets.cpio import CpioWriter
 from vmbed.assets.initramfs import initramfs_recipe
+from vmbed.assets.mdev import mdev_recipe
 from vmbed.assets.modules import load_order
 from vmbed.assets.python import python_recipe
 from vmbed.assets.recipe import recipe
@@ -164,13 +165,13 @@ def test_missing_assets_name_the_command_that_makes_them(tmp_path: Path) -> None
     manifest.save(tmp_path)
     with pytest.raises(AssetError, match=r"run `make vm-assets`"):
         locate(tmp_path)
-    manifest = replace(manifest, python="python-1", python_recipe=python_recipe())
+    manifest = replace(manifest, python="python-1", python_recipe=python_recipe(), mdev_recipe=mdev_recipe())
     manifest.save(tmp_path)
     for name in ("qemu-1", "kernel-1", "python-1"):
         (tmp_path / name).mkdir()
     (tmp_path / "initramfs-1.cpio").touch()
     assert locate(tmp_path).initramfs == tmp_path / "initramfs-1.cpio"
-    for stale in ("recipe", "initramfs_recipe", "python_recipe"):
+    for stale in ("recipe", "initramfs_recipe", "python_recipe", "mdev_recipe"):
         replace(manifest, **{stale: "old"}).save(tmp_path)
         with pytest.raises(AssetError, match=r"another version's: run `make vm-assets`"):
             locate(tmp_path)

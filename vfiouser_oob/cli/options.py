@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vfiouser_oob.config.schema import LogFormat, LogLevel, default_control_socket
-from vfiouser_oob.config.values import read_control_socket
+from vfiouser_oob.config.values import read_control_socket, read_state_directory
 
 T = TypeVar("T")
 
@@ -59,11 +59,26 @@ def _control_socket(text: str) -> Path | str:
     return "none" if path is None else path
 
 
-def chosen_control_socket(value: Path | str | None, default: Path | None) -> Path | None:
-    """The control socket after the command line had its say.
+def add_state_directory_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--state-directory``."""
+    parser.add_argument(
+        "--state-directory",
+        metavar="PATH",
+        type=option(_state_directory),
+        help="where what agents can do is remembered (default: $STATE_DIRECTORY); 'none' for nowhere",
+    )
+
+
+def _state_directory(text: str) -> Path | str:
+    path = read_state_directory(text)
+    return "none" if path is None else path
+
+
+def chosen_path(value: Path | str | None, default: Path | None) -> Path | None:
+    """A path that can be switched off, after the command line had its say.
 
     Args:
-        value: what ``--control-socket`` holds.
+        value: what the option holds; ``none`` switches it off.
         default: what counts without it.
     """
     if value is None:

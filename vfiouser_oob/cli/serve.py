@@ -13,7 +13,8 @@ from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.options import (
     add_control_socket_argument,
     add_logging_arguments,
-    chosen_control_socket,
+    add_state_directory_argument,
+    chosen_path,
     count,
     option,
 )
@@ -29,6 +30,7 @@ from vfiouser_oob.config.schema import (
     LogFormat,
     LogLevel,
     default_control_socket,
+    default_state_directory,
 )
 from vfiouser_oob.config.values import read_name, read_path, read_socket_path
 
@@ -70,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"time within which every message is answered (default: {DEFAULT_REPLY_BUDGET_S:g})",
     )
     add_control_socket_argument(parser, "; 'none' for no control socket")
+    add_state_directory_argument(parser)
     add_logging_arguments(parser)
 
 
@@ -83,8 +86,9 @@ def config_from(args: argparse.Namespace) -> DaemonConfig:
         ConfigError: the file or the options cannot be used.
     """
     base = _from_file(args) if args.config is not None else _one_function(args)
-    control_socket = chosen_control_socket(args.control_socket, base.control_socket)
-    overrides: dict[str, Any] = {"control_socket": control_socket}
+    control_socket = chosen_path(args.control_socket, base.control_socket)
+    state_directory = chosen_path(args.state_directory, base.state_directory)
+    overrides: dict[str, Any] = {"control_socket": control_socket, "state_directory": state_directory}
     if args.log_level is not None:
         overrides["log_level"] = LogLevel(args.log_level)
     if args.log_format is not None:
@@ -117,7 +121,9 @@ def _one_function(args: argparse.Namespace) -> DaemonConfig:
         dma=DmaMode(args.dma) if args.dma else DmaMode.FILES,
         agent=parse_agent(args.agent, device, "--agent") if args.agent else None,
     )
-    return DaemonConfig(functions=(function,), control_socket=default_control_socket())
+    return DaemonConfig(
+        functions=(function,), control_socket=default_control_socket(), state_directory=default_state_directory()
+    )
 
 
 def _name_for(socket_path: Path | None, fd: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ UNIT_SOCKET_DIR = Path("/run/vfio-user")
 DEFAULT_MEMORY = 1 << 30
 # The client must wait longer than the daemon's own limit, or it gives up on a reply that is under way.
 TIMEOUT_MARGIN_S = 1.0
+# What the IOMMU locks in a second, of memory that is allocated already, on a machine that is not the fastest.
+LOCKED_PER_SECOND = 4 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +71,24 @@ def qemu_device(function: FunctionConfig, reply_budget_s: float) -> str:
     )
 
 
+def _locks_memory(function: FunctionConfig) -> bool:
+    """Whether an IOMMU takes hold of all memory; without one, as for a mediated device, pages are taken as needed."""
+    return isinstance(function.device, KernelVfioDevice) and function.device.mdev is None
+
+
+def needed_budget_s(config: DaemonConfig, function: FunctionConfig, memory: int) -> float:
+    """The reply budget that a VM of this size should have: the configured one, unless that looks too small.
+
+    Args:
+        config: the daemon's configuration.
+        function: the function to use; only a real one has all of the memory locked within one message.
+        memory: bytes of guest memory.
+    """
+    if not _locks_memory(function):
+        return config.reply_budget_s
+    return max(config.reply_budget_s, float(math.ceil(memory / LOCKED_PER_SECOND)))
+
+
 def qemu_arguments(config: DaemonConfig, function: FunctionConfig, memory: int) -> list[list[str]]:
     """QEMU's options, one list of words per line.
 
@@ -78,12 +99,12 @@ def qemu_arguments(config: DaemonConfig, function: FunctionConfig, memory: int) 
     """
     size = format_size(memory)
     # The IOMMU pins all of it at attach: allocated beforehand, that fits into the time of one reply.
-    prealloc = ",prealloc=on" if isinstance(function.device, KernelVfioDevice) else ""
+    prealloc = ",prealloc=on" if _locks_memory(function) else ""
     return [
         ["-m", size],
         ["-object", f"memory-backend-memfd,id=vfio-user-ram,size={size},share=on{prealloc}"],
         ["-machine", "q35,memory-backend=vfio-user-ram"],
-        ["-device", qemu_device(function, config.reply_budget_s)],
+        ["-device", qemu_device(function, needed_budget_s(config, function, memory))],
     ]
 
 
@@ -102,4 +123,11 @@ def run(args: argparse.Namespace) -> int:
         f"{socket_path(function)} (mode {function.socket_mode:04o}, normally group {group})",
         file=sys.stderr,
     )
+    needed = needed_budget_s(config, function, args.memory)
+    if needed > config.reply_budget_s:
+        print(
+            f"note: locking {format_size(args.memory)} may take longer than reply_budget_s = {config.reply_budget_s:g} "
+            f"allows: set reply_budget_s = {needed:g} under [daemon]; the x-msg-timeout above goes with that",
+            file=sys.stderr,
+        )
     return ExitCode.DONE

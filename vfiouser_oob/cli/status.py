@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
-from vfiouser_oob.cli.options import add_control_socket_argument, chosen_control_socket
-from vfiouser_oob.cli.status_table import render
+from vfiouser_oob.cli.options import add_control_socket_argument, chosen_path
+from vfiouser_oob.cli.status_table import printable, render
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import default_control_socket
 from vfiouser_oob.control.client import ControlClient, ControlError
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon and print."""
-    path = chosen_control_socket(args.control_socket, default_control_socket())
+    path = chosen_path(args.control_socket, default_control_socket())
     if path is None:
         raise ConfigError("--control-socket must be a path here")
     try:
@@ -64,5 +64,6 @@ def event_line(event: Mapping[str, Any]) -> str:
     when = event.get("time")
     stamp = time.strftime("%H:%M:%S", time.localtime(when)) if isinstance(when, int | float) else "--:--:--"
     shown = {"type", "time", "function"}
-    fields = "".join(f" {key}={json.dumps(value)}" for key, value in event.items() if key not in shown)
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in event.items() if key not in shown}
+    fields = "".join(f" {key}={printable(value)}" for key, value in values.items())
     return f"{stamp} {event.get('function') or 'daemon'} {event.get('type', '?')}{fields}"

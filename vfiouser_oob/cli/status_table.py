@@ -8,6 +8,11 @@ from datetime import UTC, datetime
 from vfiouser_oob.config.values import format_size
 from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MigrationStatus, Status
 
+#: What is said of capabilities that the agent itself has not told this daemon.
+_HEARSAY = {
+    "stored": "agent not heard yet, as it said at {learned}",
+    "configuration": "agent never heard",
+}
 _HEADINGS = ("FUNCTION", "PHASE", "SINCE", "CLIENT", "MAPS", "IRQS", "FDS", "MESSAGES", "DEVICE")
 
 
@@ -25,7 +30,7 @@ def render(status: Status, now: datetime | None = None) -> str:
         f"{daemon['functions']} function{'s' if daemon['functions'] != 1 else ''}"
     )
     rows = [_HEADINGS, *(_row(function, now) for function in status["functions"])]
-    notes = [line for function in status["functions"] for line in _notes(function)]
+    notes = [line for function in status["functions"] for line in _notes(function, now)]
     return "\n".join([head, "", *_columns(rows), *([""] if notes else []), *notes])
 
 
@@ -46,10 +51,10 @@ def _row(function: FunctionStatus, now: datetime) -> tuple[str, ...]:
 
 
 def _client(client: ClientStatus | None) -> str:
-    return "-" if client is None else f"{_safe(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
+    return "-" if client is None else f"{printable(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
 
 
-def _notes(function: FunctionStatus) -> Iterator[str]:
+def _notes(function: FunctionStatus, now: datetime) -> Iterator[str]:
     yield f"{function['name']}: socket {function['socket']}"
     if function["regions"]:
         regions = ", ".join(
@@ -59,26 +64,36 @@ def _notes(function: FunctionStatus) -> Iterator[str]:
         yield f"{function['name']}: regions {regions}"
     migration = function["migration"]
     if migration is not None:
-        yield f"{function['name']}: migration {_migration(migration)}"
+        yield f"{function['name']}: migration {_migration(migration, now)}"
     if function["unavailable"]:
-        yield f"{function['name']}: cannot be used now: {_safe(function['unavailable'])}"
+        yield f"{function['name']}: cannot be used now: {printable(function['unavailable'])}"
     if function["last_error"]:
-        yield f"{function['name']}: last error: {_safe(function['last_error'])}"
+        yield f"{function['name']}: last error: {printable(function['last_error'])}"
 
 
-def _migration(migration: MigrationStatus) -> str:
-    words = [migration["state"] + ("" if migration["known"] else " (not certain)")]
+def _migration(migration: MigrationStatus, now: datetime) -> str:
+    words = [migration["state"]]
+    if not migration["known"]:
+        since = migration["unknown_since"] or ""
+        words = [f"unknown since {printable(since)} ({age(since, now)})", f"last known {migration['state']}"]
+    capabilities = migration["capabilities"]
     if not migration["migratable"]:
         words.append("not migratable")
+    if capabilities["source"] != "agent":
+        words.append(_HEARSAY[capabilities["source"]].format(learned=printable(capabilities["learned"] or "")))
     if migration["owner"] is not None:
         words.append(f"by {migration['owner']}")
     if migration["bytes"] or migration["remaining"]:
         words.append(f"{short_size(migration['bytes'])} moved, about {short_size(migration['remaining'])} to come")
+    if migration["step"] is not None:
+        words.append(f"doing {printable(migration['step'])}")
     if migration["fenced"]:
         words.append("fenced: the next client gets it reset")
-    words.append(f"agent's function {_safe(migration['agent'])}")
+    words.append(f"agent's function {printable(migration['agent'])}")
+    if capabilities["problem"]:
+        words.append(f"not remembered: {printable(capabilities['problem'])}")
     if migration["last_failure"]:
-        words.append(f"last failure: {_safe(migration['last_failure'])}")
+        words.append(f"last failure: {printable(migration['last_failure'])}")
     return ", ".join(words)
 
 
@@ -118,6 +133,10 @@ def short_size(size: int) -> str:
     return exact
 
 
-def _safe(text: str) -> str:
-    # A peer chose its own name: it must not steer the terminal.
+def printable(text: str) -> str:
+    """Text of a peer, made harmless: it must not steer the terminal.
+
+    Args:
+        text: as it came.
+    """
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -21,6 +21,7 @@ from vfiouser_oob.config.schema import (
     RegionPolicy,
     UpstreamDevice,
     default_control_socket,
+    default_state_directory,
 )
 from vfiouser_oob.config.soc import SocOptions
 
@@ -43,6 +44,7 @@ __all__ = [
     "SocOptions",
     "UpstreamDevice",
     "default_control_socket",
+    "default_state_directory",
     "load_config",
     "parse_agent",
     "parse_config",

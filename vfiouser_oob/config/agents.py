@@ -106,7 +106,7 @@ def _own_agent(options: Mapping[str, Any], place: Place, device: DeviceConfig) -
     read_table(options, (Key("kind", read_string),), place)
     if not isinstance(device, KernelVfioDevice):
         place.fail(f"kind {OWN_AGENT!r} is the kernel driver of a device of that kind, and this one is {device.kind!r}")
-    return AgentConfig(kind=OWN_AGENT, function=device.bdf)
+    return AgentConfig(kind=OWN_AGENT, function=device.name)
 
 
 def parse_agent(text: str, device: DeviceConfig, source: str | None = None) -> AgentConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vfiouser_oob.config.schema import (
@@ -18,8 +18,10 @@ from vfiouser_oob.config.schema import (
 )
 from vfiouser_oob.config.tables import Key, Place, read_table, suggestion
 from vfiouser_oob.config.values import (
+    is_mdev,
     one_of,
     read_bdf,
+    read_mdev,
     read_path,
     read_size,
     read_socket_path,
@@ -74,13 +76,18 @@ def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
 
 
 KERNEL_VFIO_KEYS = (
-    Key("bdf", read_bdf, required=True),
+    Key("bdf", read_bdf),
+    Key("mdev", read_mdev),
     Key("region_policy", one_of(RegionPolicy)),
 )
 
 
 def _read_kernel_vfio(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
-    return KernelVfioDevice(**read_table(raw, KERNEL_VFIO_KEYS, place))
+    values = read_table(raw, KERNEL_VFIO_KEYS, place)
+    named = [name for name in ("bdf", "mdev") if name in values]
+    if len(named) != 1:
+        place.fail("keys 'bdf' and 'mdev' exclude each other" if named else "key 'bdf' or 'mdev' is missing")
+    return KernelVfioDevice(**values)
 
 
 #: Models by name, each with the keys that it has; `test` is a function for testing servers and clients.
@@ -95,16 +102,22 @@ class Kind:
         read: turns its table (without `kind`) into the dataclass.
         first: the key that the first word of the short form stands for.
         example: a short form for error messages.
+        others: further keys that it may stand for, each with what tells its values.
     """
 
     read: Callable[[Mapping[str, Any], Place], DeviceConfig]
     first: str
     example: str
+    others: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
+
+    def key_of(self, first: str) -> str:
+        """The key that a first word stands for."""
+        return next((key for key, matches in self.others.items() if matches(first)), self.first)
 
 
 KINDS: Mapping[str, Kind] = {
     "model": Kind(_read_model, "model", "model:nvme,size=64M"),
-    "kernel-vfio": Kind(_read_kernel_vfio, "bdf", "kernel-vfio:0000:3b:00.2"),
+    "kernel-vfio": Kind(_read_kernel_vfio, "bdf", "kernel-vfio:0000:3b:00.2", {"mdev": is_mdev}),
     "vfio-user": Kind(_read_upstream, "socket", "vfio-user:/run/soc/f0.sock"),
 }
 
@@ -147,7 +160,7 @@ def parse_device(text: str, source: str | None = None) -> DeviceConfig:
     first, *options = (part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", rest))
     if not colon or not first:
         place.fail(f"{kind.first} is missing; an example: {kind.example}")
-    raw: dict[str, Any] = {"kind": kind_name, kind.first: read_string(first)}
+    raw: dict[str, Any] = {"kind": kind_name, kind.key_of(first): read_string(first)}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:

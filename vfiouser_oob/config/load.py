@@ -20,6 +20,7 @@ from vfiouser_oob.config.schema import (
     LogLevel,
     UpstreamDevice,
     default_control_socket,
+    default_state_directory,
 )
 from vfiouser_oob.config.tables import Key, Place, read_table
 from vfiouser_oob.config.values import (
@@ -29,6 +30,7 @@ from vfiouser_oob.config.values import (
     read_group,
     read_mode,
     read_name,
+    read_state_directory,
     read_uids,
     seconds_between,
     shown,
@@ -41,6 +43,7 @@ read_reply_budget = seconds_between(0.1, 3600)
 
 DAEMON_KEYS = (
     Key("control_socket", read_control_socket),
+    Key("state_directory", read_state_directory),
     Key("log_level", one_of(LogLevel)),
     Key("log_format", one_of(LogFormat)),
     Key("reply_budget_s", read_reply_budget),
@@ -172,6 +175,7 @@ def parse_config(text: str, path: Path) -> DaemonConfig:
         raise ConfigError("there must be at least one [[function]]", source, lines.line("function"))
     functions = tuple(_read_function(table, index, source, lines) for index, table in enumerate(tables))
     daemon.setdefault("control_socket", default_control_socket())
+    daemon.setdefault("state_directory", default_state_directory())
     config = DaemonConfig(functions=functions, source=path, **daemon)
     check_unique(config)
     return config

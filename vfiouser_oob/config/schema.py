@@ -158,22 +158,29 @@ class UpstreamDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelVfioDevice:
-    """A PCI function of this machine, bound to the kernel's vfio-pci driver.
+    """A PCI function of this machine that is bound to the kernel's vfio-pci driver, or a mediated device; one of both.
 
     Args:
-        bdf: its address, such as ``0000:3b:00.2``.
+        bdf: the function's address, such as ``0000:3b:00.2``.
+        mdev: the mediated device's UUID.
         region_policy: how a client may map its regions.
     """
 
     kind: ClassVar[str] = "kernel-vfio"
 
-    bdf: str
+    bdf: str | None = None
+    mdev: str | None = None
     region_policy: RegionPolicy = RegionPolicy.AUTO
+
+    @property
+    def name(self) -> str:
+        """What the kernel calls it."""
+        return self.bdf or self.mdev or ""
 
     def describe(self) -> str:
         """The device as ``--device`` takes it."""
         policy = "" if self.region_policy is RegionPolicy.AUTO else f",region_policy={self.region_policy.value}"
-        return f"{self.kind}:{self.bdf}{policy}"
+        return f"{self.kind}:{self.name}{policy}"
 
 
 DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice
@@ -265,6 +272,7 @@ class DaemonConfig:
     Args:
         functions: the exported functions; names and sockets are unique.
         control_socket: path of the control socket; None = no control socket.
+        state_directory: where what agents can do is kept beyond the daemon's end; None = it is not.
         log_level: least important record that is written.
         log_format: for people or for machines.
         reply_budget_s: seconds after which a client message is answered, come what may.
@@ -273,6 +281,7 @@ class DaemonConfig:
 
     functions: tuple[FunctionConfig, ...]
     control_socket: Path | None = None
+    state_directory: Path | None = None
     log_level: LogLevel = LogLevel.INFO
     log_format: LogFormat = LogFormat.HUMAN
     reply_budget_s: float = DEFAULT_REPLY_BUDGET_S
@@ -297,3 +306,16 @@ def default_control_socket(euid: int | None = None, environ: Mapping[str, str] =
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     base = Path("/run") if euid == 0 or not runtime.startswith("/") else Path(runtime)
     return base / "vfiouser-oob" / CONTROL_SOCKET_NAME
+
+
+def default_state_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where the daemon keeps what outlives it unless something else was asked for: what systemd made for it.
+
+    Args:
+        environ: the environment, for STATE_DIRECTORY.
+
+    Returns:
+        The first directory of a unit's ``StateDirectory=``; None without one.
+    """
+    first = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return Path(first) if first.startswith("/") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ def summary(config: DaemonConfig) -> list[str]:
     lines = [
         f"{source}good, {count} function{'s' if count != 1 else ''}",
         f"control socket {config.control_socket or 'none'}",
+        f"state directory {config.state_directory or 'none'}",
         f"reply budget {config.reply_budget_s:g} s",
         f"log level {config.log_level.value}, format {config.log_format.value}",
     ]
@@ -46,6 +48,8 @@ def _function_line(function: FunctionConfig) -> str:
 def warnings(config: DaemonConfig) -> list[str]:
     """What is allowed but may surprise, one line each, as things stand on this machine now."""
     found = [_of_budget(config)] if config.reply_budget_s > DEFAULT_REPLY_BUDGET_S else []
+    if config.state_directory is not None:
+        found += _of_state_directory(config.state_directory)
     for function in config.functions:
         found += [f"function {function.name!r}: {text}" for text in _of_function(function)]
     return found
@@ -56,6 +60,15 @@ def _of_budget(config: DaemonConfig) -> str:
         f"reply_budget_s is {config.reply_budget_s:g}: stock QEMU gives up after 5 s unless its device "
         "has the x-msg-timeout that `vfiouser-oob snippet qemu` prints"
     )
+
+
+def _of_state_directory(path: Path) -> Iterator[str]:
+    """The directory is made when it is needed, in the nearest one that there is."""
+    place = next((parent for parent in (path, *path.parents) if os.access(parent, os.F_OK)), Path("/"))
+    if not place.is_dir():
+        yield f"state_directory {path} cannot be used: {place} is no directory"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield f"state_directory {path}: this user cannot write in {place}; what agents can do is then not remembered"
 
 
 def _of_function(function: FunctionConfig) -> Iterator[str]:
@@ -79,11 +92,14 @@ def _of_upstream(socket: Path) -> Iterator[str]:
 
 
 def _of_kernel_vfio(device: KernelVfioDevice) -> Iterator[str]:
-    node = Path("/sys/bus/pci/devices") / device.bdf
-    if not node.is_dir():
-        yield f"this machine has no PCI function {device.bdf} now"
-    elif not (node / "driver").exists() or "vfio" not in (node / "driver").resolve().name:
-        yield f"{device.bdf} is not bound to vfio-pci yet: bind it with `vfiouser-oob bind {device.bdf}`"
+    if device.bdf is not None:
+        node = Path("/sys/bus/pci/devices") / device.bdf
+        if not node.is_dir():
+            yield f"this machine has no PCI function {device.bdf} now"
+        elif not (node / "driver").exists() or "vfio" not in (node / "driver").resolve().name:
+            yield f"{device.bdf} is not bound to vfio-pci yet: bind it with `vfiouser-oob bind {device.bdf}`"
+    elif not (Path("/sys/bus/mdev/devices") / device.name).is_dir():
+        yield f"this machine has no mediated device {device.name} now: write its UUID to `create` of one of the types"
 
 
 def _of_model(device: ModelDevice) -> Iterator[str]:

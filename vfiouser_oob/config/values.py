@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 _SIZE = re.compile(r"(?P<number>[0-9]+)(?P<unit>[KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BDF = re.compile(r"(?:(?P<domain>[0-9a-f]{4,8}):)?(?P<rest>[0-9a-f]{2}:[01][0-9a-f]\.[0-7])", re.IGNORECASE)
+_MDEV = re.compile(r"(/sys/(.*/)?)?(?P<uuid>[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})/?", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 # struct sockaddr_un has 108 bytes for the path, the last one NUL.
 SOCKET_PATH_MAX = 107
@@ -94,12 +95,38 @@ def read_control_socket(value: Any) -> Path | None:
     return None if value == "none" else read_socket_path(value)
 
 
+def read_state_directory(value: Any) -> Path | None:
+    """Where the daemon keeps what outlives it; ``none`` stands for nowhere."""
+    if value == "none":
+        return None
+    path = read_path(value)
+    if not path.is_absolute():
+        raise ValueError(f"must be an absolute path or 'none', got {shown(value)}")
+    return path
+
+
 def read_bdf(value: Any) -> str:
     """A PCI function's address with its domain; ``3b:00.2`` is in domain 0000."""
     match = _BDF.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"must be a PCI address such as 0000:3b:00.2, got {shown(value)}")
     return f"{match['domain'] or '0000'}:{match['rest']}".lower()
+
+
+def is_mdev(text: str) -> bool:
+    """Whether a text names a mediated device: its UUID, or a directory in sysfs that is named so."""
+    return _MDEV.fullmatch(text) is not None
+
+
+def read_mdev(value: Any) -> str:
+    """A mediated device by its UUID, or by its directory in sysfs."""
+    match = _MDEV.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(
+            f"must be a mediated device's UUID, such as 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001, or its directory below "
+            f"/sys, got {shown(value)}"
+        )
+    return match["uuid"].lower()
 
 
 def read_name(value: Any) -> str:

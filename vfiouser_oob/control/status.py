@@ -33,27 +33,48 @@ class MapsStatus(TypedDict):
     files: int
 
 
+class CapabilitiesStatus(TypedDict):
+    """What a function's agent can do.
+
+    `source` says how that is known: `agent` (it said so to this daemon), `stored` (to one before it), `configuration`
+    (nobody heard it; what is configured is taken for possible, and the rest is null). `learned` is when it said so, ISO
+    8601; `problem` why nothing can be remembered.
+    """
+
+    source: str
+    learned: str | None
+    stop_copy: bool | None
+    precopy: bool | None
+    dirty: bool | None
+    problem: str | None
+
+
 class MigrationStatus(TypedDict):
     """The migration of a function.
 
-    `state` is that of the v2 generation, ERROR included; `known` whether it is certain; `owner` the generation that
-    migrates; `fenced` whether the function must be reset before anybody may use it. `bytes` counts what was taken from
-    or given to this side's stream, `buffered` what waits, `remaining` what is estimated to come.
+    `state` is that of the v2 generation, ERROR included; `known` whether it is certain, otherwise it is the last one
+    that was, and `unknown_since` when that ended (ISO 8601, UTC); `owner` the generation that migrates; `fenced`
+    whether the function must be reset before anybody may use it. `bytes` counts what was taken from or given to this
+    side's stream, `buffered` what waits, `remaining` what is estimated to come. `step` is what is being done at this
+    moment.
     """
 
     agent: str
     migratable: bool
     state: str
     known: bool
+    unknown_since: str | None
     owner: str | None
     fenced: bool
     generation: int
     bytes: int
     buffered: int
     remaining: int
+    step: str | None
     steps: int
     failures: int
     last_failure: str | None
+    capabilities: CapabilitiesStatus
 
 
 class FunctionStatus(TypedDict):

@@ -32,10 +32,12 @@ class Device:
     Args:
         session: the backend's session.
         shadow: configuration space as the client wrote it.
+        drained: waits until no write of the guest is held back any more; None if none ever is.
     """
 
     session: BackendSession
     shadow: ConfigShadow
+    drained: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(slots=True)
@@ -108,6 +110,8 @@ class Actions:
         """Make sure that what the guest wrote is at the device, not in a socket."""
         assert self.device is not None
         with self._tracer.step("flush"):
+            if self.device.drained is not None:
+                await _within(self.device.drained(), deadline, "what the guest wrote did not reach the device in time")
             done = self.device.session.flush()
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")
@@ -176,6 +180,25 @@ class Actions:
         )
         await self._estimate(deadline)
         self.nursery.start_soon(self.work.source.run)
+
+    async def restart_stream(self, source: SourcePipeline, deadline: float) -> None:
+        """The function is not what was saved so far any more: begin the stream anew, in the next generation."""
+        await source.hold(trio.current_time())
+        try:
+            await self._void_stream(deadline)
+            source.restart(await self.describe(deadline))
+        except AgentError:
+            source.halt()  # what it has must not be taken for the function's state
+            raise
+        await self._estimate(deadline)
+
+    async def _void_stream(self, deadline: float) -> None:
+        """Make the agent drop what it gave: else it may repeat a chunk that it gave before."""
+        try:
+            await self._link.call("abort", lambda session: session.abort(), deadline)
+        except AgentError as error:  # traced
+            if error.fatal:
+                raise
 
     async def describe(self, deadline: float) -> bytes:
         """Ask what the function is, as the stream carries it."""
@@ -269,19 +292,24 @@ class Actions:
             return
         with self._tracer.step("commit") as span:
             span.bytes = destination.written
+            self._take_config(destination.pci)
             await destination.finish(deadline)
-            await self._apply_config(destination.pci, deadline)
+            await self._write_config(deadline)
         self.work.drop_pipelines()
         self.work.committed = True
 
-    async def _apply_config(self, payload: bytes | None, deadline: float) -> None:
-        """Write configuration space as the source's client wrote it, but for what this one wrote since."""
+    def _take_config(self, payload: bytes | None) -> None:
+        """Take configuration space as the source's client wrote it; nothing is applied yet that it could spoil."""
         assert self.device is not None
         if payload is not None:
             try:
                 self.device.shadow.decode_under(payload)
             except ValueError as error:
-                raise CommandError(f"the state has {error}; the load has failed") from error
+                raise CommandError(f"the state has {error}; the load has failed", errno.EILSEQ) from error
+
+    async def _write_config(self, deadline: float) -> None:
+        """Write configuration space as both clients together want it; what this side's client wrote has won."""
+        assert self.device is not None
         for offset, data in self.device.shadow.writes():
             done = self.device.session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
             if done is not None:

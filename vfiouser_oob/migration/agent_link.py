@@ -4,16 +4,18 @@ Rule 1: every call has a deadline. One that did not answer in time has an unknow
         `DeadlineExceeded` says; so has one whose connection was lost.
 Rule 2: a lost session is opened again by the next call, and a migration that was begun is taken over by its id.
 Rule 3: while nothing is to be done no session is open, so an idle function costs the agent nothing.
+Rule 4: while a session is open its events are listened to, if it has any; they are hints, on which nothing depends.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
 
-from vfiouser_agents.api import Agent, Capabilities, Outcome, Role, Session, Status
+from vfiouser_agents.api import Agent, Capabilities, Event, Outcome, Role, Session, Status
 from vfiouser_agents.errors import (
     AgentError,
     ConnectError,
@@ -24,12 +26,15 @@ from vfiouser_agents.errors import (
     TransportLost,
 )
 from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.persist.capabilities import Facts, Source
 
 T = TypeVar("T")
 #: Calls that any session may make, whoever is in the migration.
 _ANYBODY = frozenset({"status", "reset", "describe", "check", "begin"})
 #: After these the session is of no use; the next call opens another.
 _SESSION_LOST = (TransportLost, ProtocolError, NotFound)
+#: Seconds to tell the agent that a session is of no use any more.
+_LET_GO_S = 5.0
 
 
 class AgentLink:
@@ -43,13 +48,21 @@ class AgentLink:
 
     def __init__(self, agent: Agent, function_id: str, tracer: Tracer) -> None:
         self.function_id = function_id
-        #: What the agent said last that it can do; None before it was reached.
-        self.caps: Capabilities | None = None
+        #: What is known of the agent's capabilities; None if nothing is.
+        self.facts: Facts | None = None
+        #: Told when a session was opened and `facts` are what the agent says now.
+        self.told: Callable[[Facts], None] | None = None
+        #: Told of each of the agent's events, and that an open session was lost.
+        self.heard: Callable[[Event], None] | None = None
+        self.lost: Callable[[], None] | None = None
+        #: Where sessions are watched; None: they are not.
+        self.nursery: trio.Nursery | None = None
         #: The migration that was begun, for taking it over.
         self.begun: tuple[Role, str] | None = None
         self._agent = agent
         self._tracer = tracer
         self._session: Session | None = None
+        self._watching: trio.CancelScope | None = None
         self._opening = trio.Lock()
         self._in_use = 0
         #: Whether the open session is the one that the migration belongs to.
@@ -61,6 +74,16 @@ class AgentLink:
     def is_open(self) -> bool:
         """Whether a session is open."""
         return self._session is not None
+
+    @property
+    def caps(self) -> Capabilities | None:
+        """What the agent said last that it can do, to whomever; None if that is not known."""
+        return None if self.facts is None else self.facts.caps
+
+    @property
+    def asked(self) -> bool:
+        """Whether `caps` are the agent's word to this daemon."""
+        return self.facts is not None and self.facts.source is Source.AGENT
 
     async def call(
         self, name: str, work: Callable[[Session], Awaitable[T]], deadline: float, *, quiet: bool = False
@@ -95,8 +118,22 @@ class AgentLink:
                 self._in_use -= 1
 
     def _forget(self, used: Session | None) -> None:
-        if self._session is used:
-            self._session = None
+        if used is None or self._session is not used:
+            return
+        self._session = None
+        self._end_watch()
+        if self.nursery is not None:
+            # Not left as it is: an adapter would go on to restore it with every new connection.
+            self.nursery.start_soon(self._let_go, used)
+        if self.lost is not None:
+            self.lost()
+
+    async def _let_go(self, session: Session) -> None:
+        with trio.move_on_after(_LET_GO_S):
+            try:
+                await session.aclose()
+            except (AgentError, OSError):  # gone already
+                pass
 
     async def _opened(self, name: str) -> Session:
         if self._session is not None and (self._taken_over or name in _ANYBODY):
@@ -105,14 +142,51 @@ class AgentLink:
             if self._session is None:
                 await self._agent.connect()
                 session = await self._agent.open(self.function_id)
-                self.caps = session.caps
                 self._session = session
                 self._taken_over = self.begun is None
+                self._learn(session)
+                self._begin_watch(session)
             if name not in _ANYBODY and not self._taken_over:
                 if self.begun is not None:
                     await self._session.begin(*self.begun)
                 self._taken_over = True
             return self._session
+
+    def _learn(self, session: Session) -> None:
+        self.facts = Facts(session.caps, time.time())
+        if self.told is not None:
+            self.told(self.facts)
+
+    # The agent's events
+
+    def _begin_watch(self, session: Session) -> None:
+        self._end_watch()
+        if self.nursery is not None:
+            self._watching = trio.CancelScope()
+            self.nursery.start_soon(self._watch, session, self._watching)
+
+    def _end_watch(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+
+    async def _watch(self, session: Session, scope: trio.CancelScope) -> None:
+        """Hand on what the agent tells of itself; that it tells nothing changes nothing."""
+        reason = "it has ended"
+        with scope:
+            try:
+                async with session.watch() as events:
+                    async for event in events:
+                        if self.facts is None or session.caps != self.facts.caps:
+                            self._learn(session)  # the agent was started anew, and is another one now
+                        if self.heard is not None:
+                            self.heard(event)
+            except* (AgentError, OSError) as errors:
+                reason = str(errors.exceptions[0])
+        if not scope.cancelled_caught:
+            self._tracer.unwatched(reason)
+
+    # Calls
 
     async def status(self, deadline: float) -> Status:
         """Ask where the function is."""
@@ -153,6 +227,7 @@ class AgentLink:
         if (self._in_use or self.logging) and not force:
             return
         session, self._session = self._session, None
+        self._end_watch()
         if session is not None:
             try:
                 await session.aclose()

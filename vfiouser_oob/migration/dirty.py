@@ -93,7 +93,7 @@ class DirtyTracker:
         return self.log.start(page_size, ranges)
 
     async def _start_agent(self, page_size: int, ranges: tuple[LoggingRange, ...], deadline: float) -> None:
-        if self._link.caps is None:
+        if not self._link.asked:  # what is remembered from before may be out of date
             await self._link.status(min(deadline, trio.current_time() + self._call_s))
         caps = self._link.caps
         assert caps is not None

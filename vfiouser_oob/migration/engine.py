@@ -28,6 +28,7 @@ from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
 from vfiouser_oob.migration.fence import Verdict, verdict
 from vfiouser_oob.migration.standing import PAUSE_MAX_S, Goal, Owner, Standing, Truth, message_deadline
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.persist.capabilities import READ_S, Drawer
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc, require_path
@@ -47,13 +48,20 @@ class MigrationEngine(Standing):
         config: its migration settings.
         events: where changes are announced.
         log: a logger with the function's fields.
+        memory: where the agent's capabilities are kept beyond the daemon's end; None: nowhere.
     """
 
     def __init__(
-        self, name: str, agent: Agent, function_id: str, config: MigrationConfig, events: EventHub, log: Logger
+        self,
+        name: str,
+        agent: Agent,
+        function_id: str,
+        config: MigrationConfig,
+        events: EventHub,
+        log: Logger,
+        memory: Drawer | None = None,
     ) -> None:
-        super().__init__(name, agent, function_id, config, events, log)
-        self._lock = trio.Lock()
+        super().__init__(name, agent, function_id, config, events, log, memory)
         self._running = trio.Event()
         self._probing: trio.CancelScope | None = None
         #: Found paused with its VM, by a daemon before us.
@@ -61,14 +69,23 @@ class MigrationEngine(Standing):
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = self.actions.nursery = nursery
-                self._running.set()
-                nursery.start_soon(self._probe)
+        async with trio.open_nursery() as nursery:
+            if self.memory is not None:
+                self.link.facts = await self.memory.recall()
+            self._nursery = self.actions.nursery = self.link.nursery = nursery
+            self._running.set()
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._probe)
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = self.actions.nursery = None
+            finally:
+                # Here, since clients may still be going when the nursery takes no more tasks.
+                self._nursery = self.actions.nursery = self.link.nursery = None
+
+    async def ready(self) -> None:
+        """Wait until what was remembered is known, as far as the disk answers in time."""
+        with trio.move_on_after(2 * READ_S):
+            await self._running.wait()
 
     # Coming and going of clients
 
@@ -112,7 +129,7 @@ class MigrationEngine(Standing):
         self.tracer.note("the function does not run", agent_state=status.state.value, verdict=found.value)
         if self.actions.device is not None:
             # A client came before we knew: the function is of no use to it until this is done.
-            self._settle(Goal.RESET if self.fenced else Goal.RESUME)
+            self._settle(Goal.RESET if self.fenced else Goal.RESUME, f"the agent says {status.state.value}")
 
     async def attach(self, device: Device) -> None:
         """Make the function fit for a new client, before its first reply.
@@ -204,7 +221,7 @@ class MigrationEngine(Standing):
                 self._leave_later()
                 self._now(DeviceState.RUNNING, "the client has gone")
             elif self.truth is Truth.KNOWN:
-                self._settle(Goal.RESUME)
+                self._settle(Goal.RESUME, "the client has gone")
             self.owner = None
 
     async def _let_go(self) -> None:
@@ -261,7 +278,8 @@ class MigrationEngine(Standing):
         plan = ARCS[arc.source, arc.target]
         name = f"{arc.source.name} → {arc.target.name}"
         try:
-            with self.tracer.step("arc", arc=name):
+            with self.tracer.step("arc", arc=name) as span:
+                span.bytes = self.moved
                 await travel(plan, self.actions.table, self._bounds, forward)
         except StepFailed as failure:
             await self._undo(plan.undo, origin, failure, deadline)
@@ -274,11 +292,11 @@ class MigrationEngine(Standing):
     def _given_up(self, undo: Undo) -> None:
         """The client vanished, or its time was up, in the middle of a step."""
         if undo is Undo.LOAD_FAILED:
-            self._fail_load("it was given up while it was applied")
+            self._leave_load("it was given up while it was applied")
         elif undo is Undo.LEAVE and self.state is DeviceState.RUNNING:
             self._back_to_running("the client gave up")
         else:
-            self._settle(self._goal(undo))
+            self._settle(self._goal(undo), "it was given up")
 
     async def _undo(self, undo: Undo, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         """Do what a failed arc leaves to be done, in what is left of the message's time."""
@@ -286,7 +304,7 @@ class MigrationEngine(Standing):
             self._fail_device(str(failure))
             return
         if undo is Undo.LOAD_FAILED:
-            self._fail_load(str(failure))
+            self._leave_load(str(failure))
             return
         try:
             await _UNDOING[undo](self, origin, failure, deadline)
@@ -294,7 +312,7 @@ class MigrationEngine(Standing):
             if error.fate is Fate.FAILED:
                 self._fail_device(str(error))
             else:
-                self._settle(self._goal(undo))
+                self._settle(self._goal(undo), f"{failure}; then {error}")
         except trio.Cancelled:
             self._given_up(undo)
             raise
@@ -304,7 +322,7 @@ class MigrationEngine(Standing):
         await self.actions.resume(deadline)
         if origin is DeviceState.PRE_COPY and source is not None:
             # It ran again in between, so what was saved so far need not fit what comes: begin anew.
-            source.restart(await self.actions.describe(deadline))
+            await self.actions.restart_stream(source, deadline)
             self._now(DeviceState.PRE_COPY, f"brought back: {failure}")
         else:
             self._back_to_running(f"brought back: {failure}")
@@ -330,8 +348,8 @@ class MigrationEngine(Standing):
 
     async def _undo_learn(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         status = await self.link.status(deadline)
-        if failure.unclear and status.state is not AgentState.RUNNING:
-            self._settle(self._goal(Undo.LEARN))  # what was asked for may still be under way
+        if status.state is AgentState.QUIESCED or (failure.unclear and status.state is not AgentState.RUNNING):
+            self._settle(self._goal(Undo.LEARN), str(failure))  # what was asked for may still be under way
         else:
             self._adopt(status)
 
@@ -375,8 +393,10 @@ class MigrationEngine(Standing):
             restarts = RESETS[ResetKind.FUNCTION_LEVEL].migration is MigrationEffect.RESTARTS
             if restarts and self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
                 try:
-                    source.restart(await self.actions.describe(deadline))
+                    await self.actions.restart_stream(source, deadline)
                 except AgentError as error:
+                    if error.fate is Fate.FAILED:
+                        self._fail_device(str(error))
                     raise CommandError(f"the stream could not begin anew: {error}", error.errno) from error
                 await self._agent_was_reset(deadline)
             else:
@@ -389,10 +409,10 @@ class MigrationEngine(Standing):
         try:
             await self.actions.reset_agent(deadline)
         except AgentError as error:
-            self._settle(Goal.RESET)
+            self._settle(Goal.RESET, f"the reset failed: {error}")
             raise CommandError(f"the function could not be reset: {error}", error.errno) from error
         except trio.Cancelled:
-            self._settle(Goal.RESET)
+            self._settle(Goal.RESET, "the reset was given up")
             raise
         if device:
             await self.actions.reset_device(deadline)

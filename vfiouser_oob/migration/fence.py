@@ -1,4 +1,4 @@
-"""The fence: what an agent's `status` means for a function that no client uses.
+"""What an agent's `status` means: the fence, for a function that no client uses, and the truth for one that is used.
 
 Whether the function must stay stopped is asked of the agent, never remembered by the daemon alone: a copy of it may
 run elsewhere, and the daemon may have died in between.
@@ -37,15 +37,63 @@ VERDICTS: Mapping[AgentState, tuple[Verdict, Verdict]] = MappingProxyType(
     }
 )
 
-#: What the client reads for it while the daemon itself does not know better.
+#: What the client reads for it while the daemon itself does not know better. QUIESCED is missing: between RUNNING and
+#: STOP there is no state on the wire, and neither is true, so the last state that was known stands.
 AS_STATE: Mapping[AgentState, DeviceState] = MappingProxyType(
     {
         AgentState.RUNNING: DeviceState.RUNNING,
-        AgentState.QUIESCED: DeviceState.RUNNING,
         AgentState.STOPPED: DeviceState.STOP,
         AgentState.LOADING: DeviceState.RESUMING,
         AgentState.LOADED: DeviceState.STOP,
         AgentState.ERROR: DeviceState.ERROR,
+    }
+)
+
+
+class Reaction(Enum):
+    """What is to be done when the agent says, unasked, where the function is."""
+
+    #: As expected.
+    NOTHING = "nothing"
+    #: It is no contradiction, but not our doing either.
+    NOTE = "note"
+    #: The agent's word is the truth.
+    ADOPT = "adopt"
+
+
+_RUNS = {
+    AgentState.RUNNING: Reaction.NOTHING,
+    AgentState.QUIESCED: Reaction.NOTE,
+    AgentState.STOPPED: Reaction.ADOPT,
+    AgentState.LOADING: Reaction.ADOPT,
+    AgentState.LOADED: Reaction.ADOPT,
+    AgentState.ERROR: Reaction.ADOPT,
+}
+_STANDS = {
+    AgentState.RUNNING: Reaction.ADOPT,
+    AgentState.QUIESCED: Reaction.NOTE,
+    AgentState.STOPPED: Reaction.NOTHING,
+    AgentState.LOADING: Reaction.NOTE,
+    AgentState.LOADED: Reaction.NOTHING,
+    AgentState.ERROR: Reaction.ADOPT,
+}
+#: A load that begins anew passes through STOPPED, so only the calls of the load tell whether it is lost.
+_LOADS = {
+    AgentState.RUNNING: Reaction.ADOPT,
+    AgentState.QUIESCED: Reaction.NOTE,
+    AgentState.STOPPED: Reaction.NOTHING,
+    AgentState.LOADING: Reaction.NOTHING,
+    AgentState.LOADED: Reaction.NOTHING,
+    AgentState.ERROR: Reaction.ADOPT,
+}
+#: By what the client reads and what the agent says, while nothing is being changed.
+REACTIONS: Mapping[DeviceState, Mapping[AgentState, Reaction]] = MappingProxyType(
+    {
+        DeviceState.RUNNING: _RUNS,
+        DeviceState.PRE_COPY: _RUNS,
+        DeviceState.STOP: _STANDS,
+        DeviceState.STOP_COPY: _STANDS,
+        DeviceState.RESUMING: _LOADS,
     }
 )
 

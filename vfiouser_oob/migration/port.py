@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 from vfiouser_oob.config.schema import Generations, MigrationConfig
@@ -88,8 +88,10 @@ class MigrationPort:
         """DEVICE_FEATURE."""
         return self._v2("DEVICE_FEATURE").device_feature(payload, posted=posted)
 
-    def mig_data_read(self, payload: bytes) -> Pieces | Awaitable[Pieces]:
+    def mig_data_read(self, payload: bytes, *, posted: bool) -> Pieces | Awaitable[Pieces]:
         """MIG_DATA_READ."""
+        if posted:
+            raise CommandError("MIG_DATA_READ without a reply would lose the data that it asks for; none is taken")
         return self._v2("MIG_DATA_READ").data_read(payload)
 
     def mig_data_write(self, payload: bytes) -> Awaitable[bytes]:
@@ -101,7 +103,7 @@ class MigrationPort:
             raise CommandError(f"{what} on a function that does not offer generation v2 of migration")
         return self.v2
 
-    async def dirty_pages(self, payload: bytes) -> bytes:
+    async def dirty_pages(self, payload: bytes, *, posted: bool) -> bytes:
         """DIRTY_PAGES."""
         deadline = message_deadline()
         call = interpret_dirty_pages(payload, self.dirty.log, migratable=self.v1 is not None)
@@ -116,7 +118,11 @@ class MigrationPort:
         require_dirty_range(call, mapped=mapped, by_file=self.dirty.by_file(iova, length))
         if call.short is not None:
             return call.short
-        return call.reply(await self.dirty.report(iova, length, call.page_size, deadline))
+        reply = call.reply(await self.dirty.report(iova, length, call.page_size, deadline))
+        if posted:
+            # A report that is not sent has told nobody anything.
+            self.dirty.log.undo_report()
+        return reply
 
     async def unmap_dirty(self, request: DmaUnmap) -> bytes:
         """DMA_UNMAP with GET_DIRTY_BITMAP: what is dirty is told with the reply, then forgotten.
@@ -149,6 +155,10 @@ class MigrationPort:
 
     # What the connection tells
 
+    def held_by(self, drained: Callable[[], Awaitable[None]]) -> None:
+        """Take what waits until no write of the guest is held back any more."""
+        self._device.drained = drained
+
     def config_written(self, offset: int, data: bytes) -> bool:
         """Note a write to configuration space; returns whether it resets the function."""
         return self.shadow.note(offset, data)
@@ -156,9 +166,11 @@ class MigrationPort:
     async def detach(self) -> None:
         """The client has gone."""
         self._device.session.memory.on_write = None
-        await self.engine.detach(logged=self.dirty.forget())
-        if self.v1 is not None:
-            self.v1.close()
+        try:
+            await self.engine.detach(logged=self.dirty.forget())
+        finally:
+            if self.v1 is not None:
+                self.v1.close()
 
 
 def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:

@@ -131,7 +131,7 @@ class SourcePipeline:
         self._restarting = False
         self._offset = 0
         self._drained = self._eof = False
-        self._estimate = None
+        self._estimated_at = 0
         self._put(self._writer.header())
         self._put(self._writer.descriptor(self._descriptor))
         return Hasher()
@@ -277,6 +277,7 @@ class SourcePipeline:
             descriptor: what the function is now.
         """
         self._descriptor = descriptor
+        self._estimate = None
         self._restarting = True
         self._held = False
         self._error = None

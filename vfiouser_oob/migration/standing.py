@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from enum import Enum
 
 import trio
 
-from vfiouser_agents.api import Agent, Outcome, Status
+from vfiouser_agents.api import Agent, AgentState, Event, EventKind, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.migration.actions import Actions, Work
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.arcs import Bound, Undo
-from vfiouser_oob.migration.fence import AS_STATE
+from vfiouser_oob.migration.fence import AS_STATE, REACTIONS, Reaction
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.persist.capabilities import Drawer, Facts
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 
@@ -26,6 +29,8 @@ _MARGIN_S = 0.05
 _MARGIN_PART = 0.05
 #: The longest pause between two attempts at something that fails.
 PAUSE_MAX_S = 5.0
+#: What the agent tells when it can be reached again, so that it is worth while to try again at once.
+_BACK = frozenset({EventKind.RECONNECTED, EventKind.AGENT_RESTARTED})
 
 
 class Owner(Enum):
@@ -71,10 +76,18 @@ class Standing:
         config: its migration settings.
         events: where changes are announced.
         log: a logger with the function's fields.
+        memory: where the agent's capabilities are kept beyond the daemon's end; None: nowhere.
     """
 
     def __init__(
-        self, name: str, agent: Agent, function_id: str, config: MigrationConfig, events: EventHub, log: Logger
+        self,
+        name: str,
+        agent: Agent,
+        function_id: str,
+        config: MigrationConfig,
+        events: EventHub,
+        log: Logger,
+        memory: Drawer | None = None,
     ) -> None:
         self.config = config
         self.tracer = Tracer(name, events, log)
@@ -83,11 +96,26 @@ class Standing:
         self.state = DeviceState.RUNNING
         self.owner: Owner | None = None
         self.truth = Truth.KNOWN
+        #: Since when the truth is not known, in seconds since 1970.
+        self.unknown_since: float | None = None
         #: Whether the agent was asked, since the daemon began or a client left a migration behind.
         self.asked = False
         self.fenced = False
         #: Told after every reset of the function through the agent, which ends its dirty log.
         self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
+        self.memory = memory
+        self.link.told = self._remember
+        self.link.heard = self._heard
+        self.link.lost = self._contact_lost
+        self._lock = trio.Lock()
+        #: Counts what may have changed the state, so that who waited meanwhile knows that something did.
+        self._turn = 0
+        self._turn_made = trio.Event()
+        self._word: Event | None = None
+        self._fault = ""
+        self._word_came = trio.Event()
+        self._looking = False
+        self._hurry = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._settled = trio.Event()
         self._settled.set()
@@ -106,8 +134,15 @@ class Standing:
         return self.state is not DeviceState.RUNNING or self.truth is not Truth.KNOWN
 
     @property
+    def moved(self) -> int:
+        """Bytes of the stream that the client took, or gave."""
+        source, destination = self.work.source, self.work.destination
+        return source.taken if source is not None else destination.written if destination is not None else 0
+
+    @property
     def _shown(self) -> str:
-        return self.state.name if self.truth is Truth.KNOWN else self.truth.value
+        """The state as events and errors name it."""
+        return _SHOWN.get(self.truth, self.state.name)
 
     def require_owner(self, owner: Owner, what: str) -> None:
         """Refuse a command of the generation that does not own the migration.
@@ -129,7 +164,22 @@ class Standing:
         """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
         await self._settled.wait()
 
+    @property
+    def runs(self) -> bool:
+        """Whether the function is known to run."""
+        return self.truth is Truth.KNOWN and self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY)
+
+    async def known(self) -> None:
+        """Wait until it is known what the function does."""
+        while self.truth is Truth.UNKNOWN:
+            await self._turn_made.wait()
+
     # Changes
+
+    def _turned(self) -> None:
+        self._turn += 1
+        self._turn_made.set()
+        self._turn_made = trio.Event()
 
     def _back_to_running(self, why: str) -> None:
         self.work.drop_pipelines()
@@ -137,21 +187,23 @@ class Standing:
         self._leave_later()
 
     def _adopt(self, status: Status) -> None:
-        """Make the agent's word the truth."""
+        """Make the agent's word the truth; it is not QUIESCED, which is no state to stay in."""
         state = AS_STATE[status.state]
         if state is DeviceState.ERROR:
             self._fail_device(status.detail or "the agent says that the function is in ERROR")
         elif state is DeviceState.RUNNING:
             self._back_to_running("the agent says that it runs")
         elif self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY, DeviceState.RESUMING):
+            self.work.drop_pipelines()
             self._now(state, "the agent says so")
         else:
             self._now(self.state, "the agent says so")
 
     def _now(self, state: DeviceState, why: str) -> None:
         """The function is in this state: known."""
-        old, self.state = self.state, state
+        old, self.state = self._shown, state
         self.truth = Truth.KNOWN
+        self.unknown_since = None
         self._settled.set()
         if state is DeviceState.RUNNING:
             self._leave_later(Outcome.SUCCESS if self.work.committed else Outcome.CANCELLED)
@@ -159,19 +211,30 @@ class Standing:
             self.fenced = False
             self.asked = True
             self.work.trailer_handed = self.work.committed = False
-        if state is not old:
-            self.tracer.state(old.name, state.name, why)
+        self._turned()
+        if state.name != old:
+            self.tracer.state(old, state.name, why)
 
     def _fail_device(self, why: str) -> None:
         self.work.drop_pipelines()
         self._stop_settling()
+        old = self._shown
         self.truth = Truth.FAILED
-        self.tracer.state(self.state.name, "ERROR", why)
+        self.unknown_since = None
+        self._turned()
+        self.tracer.state(old, self._shown, why)
 
-    def _fail_load(self, why: str) -> None:
-        """A load that failed stays RESUMING: nothing else is true, and only a reset leads out."""
-        if self.work.destination is not None and self.work.destination.failure is None:
-            self.work.destination.failure = why
+    def _leave_load(self, why: str) -> None:
+        """A load that failed stays RESUMING: nothing else is true, and only the client's reset leads out.
+
+        One of nothing is left by a reset of our own, which may have been done or not: so it is done in any case.
+        """
+        destination = self.work.destination
+        if destination is not None and not destination.written:
+            self.work.drop_pipelines()
+            self._settle(Goal.RESET, why)
+        elif destination is not None and destination.failure is None:
+            destination.failure = why
 
     # Leaving a migration at the agent
 
@@ -204,10 +267,15 @@ class Standing:
 
     # Finding out
 
-    def _settle(self, goal: Goal) -> None:
+    def _settle(self, goal: Goal, why: str) -> None:
         """Find out in the background, and work for the goal until it is reached."""
         self._stop_settling()
+        old = self._shown
         self.truth = Truth.UNKNOWN
+        if self.unknown_since is None:
+            self.unknown_since = time.time()
+        self._turned()
+        self.tracer.state(old, self._shown, why)
         if self._nursery is None:  # the daemon ends; the next one asks the agent
             return
         self._settled = trio.Event()
@@ -224,7 +292,9 @@ class Standing:
         try:
             with scope:
                 while not await self._try_settle(goal):
-                    await trio.sleep(pause)
+                    self._hurry = trio.Event()
+                    with trio.move_on_after(pause):
+                        await self._hurry.wait()
                     pause = min(2 * pause, PAUSE_MAX_S)
         finally:
             settled.set()
@@ -237,6 +307,12 @@ class Standing:
                 status = await self.link.status(deadline)
                 if status.pending:
                     return False
+                if status.state is AgentState.QUIESCED:
+                    # Half-way: it may not be started by us, so it is stopped, which does no harm to any copy.
+                    await self.actions.stop(deadline)
+                    status = await self.link.status(deadline)
+                    if status.state is AgentState.QUIESCED:
+                        return False
                 self._adopt(status)
             elif goal is Goal.RESUME:
                 await self.actions.resume(deadline)
@@ -267,12 +343,95 @@ class Standing:
             status = await self.link.status(message_deadline())
         except AgentError:
             return self.state_shown if self._settled.is_set() else DeviceState.ERROR
-        return self.state_shown if self._settled.is_set() else AS_STATE[status.state]
+        return self.state_shown if self._settled.is_set() else AS_STATE.get(status.state, self.state)
 
     @property
     def state_shown(self) -> DeviceState:
         """The state for a client that must never see an error that may pass: the old one while the truth is unknown."""
         return DeviceState.ERROR if self.truth is Truth.FAILED else self.state
+
+    # What the agent tells without being asked
+
+    def _remember(self, facts: Facts) -> None:
+        """The agent has said what it can do."""
+        if self.memory is not None and self._nursery is not None:
+            self._nursery.start_soon(self.memory.remember, facts)
+
+    def _heard(self, event: Event) -> None:
+        """Take an event; what it means is looked at by a task, when nothing is being changed."""
+        if event.kind is EventKind.SIZE_CHANGED:
+            return
+        self.tracer.heard(event)
+        if event.kind in _BACK:
+            self._hurry.set()
+        self._fault = event.detail if event.kind is EventKind.DEVICE_ERROR else ""
+        if event.status is not None or event.kind is EventKind.DEVICE_ERROR:
+            self._word = event
+            self._word_came.set()
+
+    async def _listen(self) -> None:
+        """Look at the last thing that the agent has told, as long as the function lives."""
+        while True:
+            await self._word_came.wait()
+            self._word_came = trio.Event()
+            async with self._lock:  # until nothing is being changed any more
+                pass
+            if self._word is not None and self.truth is Truth.KNOWN and self.link.is_open:
+                await self._look_at(self._word)
+
+    async def _look_at(self, event: Event) -> None:
+        """Find out whether an event says that the function is not where we think; it may be older than that."""
+        failed = event.kind is EventKind.DEVICE_ERROR
+        told = event.status or Status(AgentState.ERROR, detail=event.detail)
+        if not failed and REACTIONS[self.state][told.state] is Reaction.NOTHING:
+            return
+        turn = self._turn
+        try:
+            now = await self.link.status(trio.current_time() + self.config.call_s)
+        except AgentError:  # traced
+            if not failed:
+                return
+            now = Status(AgentState.ERROR)
+        if turn != self._turn or self._lock.locked():
+            self._word_came.set()
+        elif self.truth is Truth.KNOWN:
+            self._react(now, self._fault or event.detail)
+
+    def _react(self, status: Status, detail: str) -> None:
+        """Take the agent's word about a function that nobody is changing."""
+        reaction = REACTIONS[self.state][status.state]
+        if reaction is Reaction.NOTE:
+            self.tracer.note("somebody else changes the function", agent_state=status.state.value)
+        elif reaction is Reaction.ADOPT:
+            self._adopt(replace(status, detail=status.detail or detail))
+
+    def _contact_lost(self) -> None:
+        """A session was lost. Its events are, too, until there is another; while they matter, we see to that."""
+        if self._contact_missing and self._nursery is not None and not self._looking:
+            self._looking = True
+            self._nursery.start_soon(self._look_again)
+
+    @property
+    def _contact_missing(self) -> bool:
+        """Whether nobody hears the agent of a function that somebody might move; what is not known is asked anyway."""
+        moving = self._busy or self.link.begun is not None
+        return moving and self.truth is Truth.KNOWN and not self.link.is_open
+
+    async def _look_again(self) -> None:
+        pause = self.config.retry_s
+        while self._contact_missing:
+            await trio.sleep(pause)
+            pause = min(2 * pause, PAUSE_MAX_S)
+            if self._contact_missing and not self._lock.locked():
+                await self._ask_again()
+        self._looking = False
+
+    async def _ask_again(self) -> None:
+        try:
+            status = await self.link.status(trio.current_time() + self.config.call_s)
+        except AgentError:  # traced
+            return
+        self._heard(Event(EventKind.RECONNECTED, "asked again", status))
 
     def _goal(self, undo: Undo) -> Goal:
         """What to work for in the background; a function whose state may live elsewhere is only asked about."""
@@ -285,6 +444,8 @@ class Standing:
             await self.after_agent_reset(deadline)
 
 
+#: What stands for a state that is not known, or that only a reset leads out of.
+_SHOWN: Mapping[Truth, str] = {Truth.UNKNOWN: "UNKNOWN", Truth.FAILED: "ERROR"}
 _GOALS: Mapping[Undo, Goal] = {
     Undo.RESUME: Goal.RESUME,
     Undo.RESET: Goal.RESET,

@@ -9,11 +9,14 @@ from typing import Any
 
 import trio
 
+from vfiouser_agents.api import Event, EventKind
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.observability.log import Logger
 
 #: Seconds between two progress events of one function; data moves in thousands of chunks, and a watcher has a life.
 PROGRESS_S = 0.25
+#: The error of a step whose caller has gone, or has something more urgent to do.
+_GIVEN_UP = "given up"
 
 
 @dataclass(slots=True)
@@ -40,35 +43,45 @@ class Tracer:
         self._function = function
         self._events = events
         self._log = log
-        self._arc = ""
+        #: The change of state that is under way, if there is one.
+        self.arc = ""
+        #: Steps under way, the latest last.
+        self._doing: list[str] = []
         self._progress_due = 0.0
         self.steps = 0
         self.failures = 0
         self.last_failure: str | None = None
 
+    @property
+    def doing(self) -> str | None:
+        """The step under way that began last, if there is one."""
+        return self._doing[-1] if self._doing else None
+
     @contextmanager
     def step(self, name: str, *, arc: str | None = None, quiet: bool = False) -> Iterator[Span]:
-        """Trace a step; an exception, cancellation included, makes it a failed one.
+        """Trace a step; an exception makes it a failed one, and so does giving it up, which is nobody's failure.
 
         Args:
             name: what is done, for example `stop`.
             arc: the state change that it belongs to; None = the one that is under way.
             quiet: tell only of failures, for what happens with every chunk.
         """
-        outer = self._arc
         if arc is not None:
-            self._arc = arc
+            self.arc = arc
         begun = trio.current_time()
         span = Span()
         self.steps += 1
+        self._doing.append(name)
         if not quiet:
             self._tell("started", name)
         try:
             yield span
         except BaseException as error:
-            reason = str(error) if isinstance(error, Exception) else "given up"
-            self.failures += 1
-            self.last_failure = f"{name}: {reason or type(error).__name__}"
+            reason = _GIVEN_UP
+            if isinstance(error, Exception):
+                reason = str(error) or type(error).__name__
+                self.failures += 1
+                self.last_failure = f"{name}: {reason}"
             duration = trio.current_time() - begun
             self._tell("failed", name, bytes=span.bytes, duration_s=round(duration, 6), error=reason)
             raise
@@ -77,7 +90,10 @@ class Tracer:
                 duration = trio.current_time() - begun
                 self._tell("complete", name, bytes=span.bytes, duration_s=round(duration, 6))
         finally:
-            self._arc = outer
+            self._doing.remove(name)
+            # Only who opened the arc closes it: chunks are fetched across the beginning and the end of arcs.
+            if arc is not None:
+                self.arc = ""
 
     def progress(self, phase: str, moved: int, remaining: int) -> None:
         """Tell how far the data is, now and then.
@@ -93,19 +109,33 @@ class Tracer:
             self._events.publish(
                 "migration-progress", function=self._function, phase=phase, bytes=moved, remaining=remaining
             )
+            self._log.debug("migration progress", phase=phase, bytes=moved, remaining=remaining)
 
     def state(self, old: str, new: str, why: str) -> None:
         """Tell that the migration state has changed."""
         self._events.publish("migration-state", function=self._function, old=old, state=new, reason=why)
         self._log.info("migration state", old=old, state=new, reason=why)
 
+    def heard(self, event: Event) -> None:
+        """Tell what the agent has told without being asked."""
+        state = None if event.status is None else event.status.state.value
+        self._events.publish(
+            "agent-event", function=self._function, event=event.kind.value, agent_state=state, detail=event.detail
+        )
+        tell = self._log.debug if event.kind is EventKind.STATE_CHANGED else self._log.info
+        tell("agent event", event_kind=event.kind.value, agent_state=state, detail=event.detail, lost=event.lost)
+
+    def unwatched(self, reason: str) -> None:
+        """Note that the agent's events are not heard; nothing depends on them."""
+        self._log.debug("the agent's events are not watched", reason=reason)
+
     def note(self, text: str, **fields: Any) -> None:
         """Log something that went wrong and was dealt with."""
         self._log.warning(text, **fields)
 
     def _tell(self, phase: str, name: str, **fields: Any) -> None:
-        self._events.publish("migration", function=self._function, step=name, arc=self._arc, phase=phase, **fields)
-        if phase == "failed":
-            self._log.warning("migration step failed", step=name, arc=self._arc, **fields)
+        self._events.publish("migration", function=self._function, step=name, arc=self.arc, phase=phase, **fields)
+        if phase == "failed" and fields["error"] != _GIVEN_UP:
+            self._log.warning("migration step failed", step=name, arc=self.arc, **fields)
         else:
-            self._log.debug(f"migration step {phase}", step=name, arc=self._arc, **fields)
+            self._log.debug(f"migration step {phase}", step=name, arc=self.arc, **fields)

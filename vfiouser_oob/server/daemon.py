@@ -31,6 +31,7 @@ from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.observability import log
+from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import EngineMaker, Function
 from vfiouser_oob.server.status import function_status, iso_time
 from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
@@ -93,6 +94,7 @@ class Daemon:
         self._beside = beside
         self._agents = AgentPool(agents)
         self._log = log.get("daemon")
+        self._memory = CapabilityStore(config.state_directory, log.get("persist"))
         self._notifier = Notifier.from_environment()
         self._started = time.time()
         self._events = EventHub()
@@ -145,9 +147,11 @@ class Daemon:
             connected = own or self._agents.agent(agent)
         except (ValueError, OSError) as error:
             raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
+        identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
+        memory = self._memory.drawer(config.name, identity)
 
         def make(name: str, events: EventHub, logger: log.Logger) -> MigrationEngine:
-            engine = MigrationEngine(name, connected, agent.function, config.migration, events, logger)
+            engine = MigrationEngine(name, connected, agent.function, config.migration, events, logger, memory)
             engine.actions.sharing = self._sharing
             return engine
 
@@ -193,6 +197,9 @@ class Daemon:
         self._events.close()
 
     async def _start_beside(self, nursery: trio.Nursery) -> None:
+        for function in self.functions:
+            if function.engine is not None:
+                await function.engine.ready()
         text = "" if self._beside is None else f"; {await self._beside(self, nursery)}"
         self._announce_ready(text)
 

@@ -282,7 +282,7 @@ class Handlers:
     def dirty_pages(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """DIRTY_PAGES."""
         if self._port is not None:
-            return self._port.dirty_pages(payload)
+            return self._port.dirty_pages(payload, posted=no_reply)
         self._decode(DirtyPages, payload)
         raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
 
@@ -296,7 +296,7 @@ class Handlers:
     def mig_data_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
         """MIG_DATA_READ."""
         if self._port is not None:
-            return self._port.mig_data_read(payload)
+            return self._port.mig_data_read(payload, posted=no_reply)
         decode(MigDataRead, payload)
         raise CommandError("MIG_DATA_READ on a function that cannot be migrated")
 

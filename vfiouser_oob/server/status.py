@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MapsStatus, MigrationStatus, RegionStatus
+from vfiouser_oob.control.status import (
+    CapabilitiesStatus,
+    ClientStatus,
+    FunctionStatus,
+    MapsStatus,
+    MigrationStatus,
+    RegionStatus,
+)
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.persist.capabilities import Source
 from vfiouser_oob.server.function import Function
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
 
@@ -39,23 +47,43 @@ def function_status(function: Function) -> FunctionStatus:
 
 def _migration(engine: MigrationEngine) -> MigrationStatus:
     """Describe a migration."""
-    source, destination = engine.work.source, engine.work.destination
+    source = engine.work.source
     caps = engine.link.caps
-    moved = source.taken if source is not None else destination.written if destination is not None else 0
     return MigrationStatus(
         agent=engine.link.function_id,
         migratable=caps is None or caps.stop_copy,
         state=engine.state_shown.name,
         known=engine.truth is not Truth.UNKNOWN,
+        unknown_since=None if engine.unknown_since is None else iso_time(engine.unknown_since),
         owner=None if engine.owner is None else engine.owner.value,
         fenced=engine.fenced,
         generation=source.generation if source is not None else 0,
-        bytes=moved,
+        bytes=engine.moved,
         buffered=source.buffered if source is not None else 0,
         remaining=source.remaining if source is not None else 0,
+        step=engine.tracer.doing,
         steps=engine.tracer.steps,
         failures=engine.tracer.failures,
         last_failure=engine.tracer.last_failure,
+        capabilities=_capabilities(engine),
+    )
+
+
+def _capabilities(engine: MigrationEngine) -> CapabilitiesStatus:
+    """Describe what the agent can do, and how that is known."""
+    facts = engine.link.facts
+    problem = None if engine.memory is None else engine.memory.problem
+    if facts is None:
+        return CapabilitiesStatus(
+            source=Source.CONFIGURATION.value, learned=None, stop_copy=None, precopy=None, dirty=None, problem=problem
+        )
+    return CapabilitiesStatus(
+        source=facts.source.value,
+        learned=iso_time(facts.learned),
+        stop_copy=facts.caps.stop_copy,
+        precopy=facts.caps.precopy,
+        dirty=facts.caps.dirty,
+        problem=problem,
     )
 
 

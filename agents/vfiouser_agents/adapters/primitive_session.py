@@ -22,25 +22,15 @@ from vfiouser_agents.api import (
 )
 from vfiouser_agents.dirtylog import PageLog
 from vfiouser_agents.errors import (
-    Busy,
     CorruptState,
-    DeviceFailed,
     InvalidArgument,
     InvalidState,
-    NoResources,
-    NotFound,
     ProtocolError,
-    Unsupported,
 )
+from vfiouser_agents.rules import SAVES_IN, STILL, SessionRules, logged
 
 from .primitive import Book
 from .primitive_state import Loading, SavedStream
-
-STILL = frozenset({AgentState.STOPPED, AgentState.LOADING, AgentState.LOADED})
-_SAVES_IN = {
-    Phase.PRECOPY: (AgentState.RUNNING, AgentState.QUIESCED),
-    Phase.FINAL: (AgentState.STOPPED, AgentState.LOADED),
-}
 
 
 class PrimitiveSession(Session):
@@ -58,6 +48,7 @@ class PrimitiveSession(Session):
         self._device = book.primitive
         self._on_close = on_close
         self._closed = False
+        self._rules = SessionRules(self, book)
 
     @property
     def function_id(self) -> str:
@@ -83,35 +74,19 @@ class PrimitiveSession(Session):
 
     async def begin(self, role: Role, migration_id: str) -> None:
         """Become the owner of the function's migration."""
-        if not self.caps.stop_copy:
-            raise Unsupported(f"function {self._function_id} cannot be migrated: its agent gives no state")
-        if not migration_id:
-            raise InvalidArgument("a migration needs a name")
+        self._rules.migratable(migration_id)
 
         async def work() -> None:
-            self._enter(anybody=True)
+            self._enter("begin", anybody=True)
             book = self._book
             await book.refresh()
-            self._working()
-            mine = (role, migration_id) == (book.role, book.migration_id)
-            if book.role is not None and not mine:
-                self._replace()
+            self._rules.working()
+            mine = self._rules.make_way(role, migration_id)
             if not mine:
                 await self._device.begin(role, migration_id)
             book.role, book.migration_id, book.owner = role, migration_id, self
 
         await self._book.call("begin", work)
-
-    def _replace(self) -> None:
-        book = self._book
-        which = f"function {self._function_id} is {book.role and book.role.value} of {book.migration_id!r}"
-        if book.owner is self:
-            raise InvalidState(f"{which}; end that first")
-        if book.owner is not None:
-            raise Busy(f"{which}, in another session")
-        if book.state is not AgentState.RUNNING:
-            raise InvalidState(f"{which}, whose session is gone, and {book.state.value}; end or reset it first")
-        book.forget_migration()
 
     async def status(self) -> Status:
         """Ask the device if it tells and nothing is under way; otherwise what it was last known to do."""
@@ -129,10 +104,10 @@ class PrimitiveSession(Session):
             return
 
         async def work() -> None:
-            self._enter()
+            self._enter("quiesce")
             book = self._book
             await book.refresh()
-            self._working()
+            self._rules.working()
             if book.uncertain or book.state is AgentState.RUNNING:
                 async with book.changing():
                     await self._device.quiesce()
@@ -144,10 +119,10 @@ class PrimitiveSession(Session):
         """Hold still."""
 
         async def work() -> None:
-            self._enter()
+            self._enter("stop")
             book = self._book
             await book.refresh()
-            self._working()
+            self._rules.working()
             if book.uncertain or book.state not in STILL:
                 async with book.changing():
                     await self._device.stop(book.role)
@@ -159,12 +134,11 @@ class PrimitiveSession(Session):
         """Run."""
 
         async def work() -> None:
-            self._enter()
+            self._enter("resume")
             book = self._book
             await book.refresh()
-            self._working()
-            if book.spoiled:
-                raise InvalidState(self._spoiled())
+            self._rules.working()
+            self._rules.committed()
             if book.uncertain or book.state is not AgentState.RUNNING:
                 async with book.changing():
                     await self._device.resume()
@@ -177,12 +151,12 @@ class PrimitiveSession(Session):
         """What the device says, or else the most that it may be."""
 
         async def work() -> Estimate:
-            self._enter()
+            self._enter("estimate")
             book = self._book
             if book.stream is not None and book.stream.complete:
                 return Estimate(book.stream.end, exact=True)
             size = None
-            if book.role is Role.SOURCE and book.state in _SAVES_IN[Phase.FINAL]:
+            if book.role is Role.SOURCE and book.state in SAVES_IN[Phase.FINAL]:
                 size = await self._device.estimate()
             most = (await self._device.describe()).state_max
             return Estimate(min(most if size is None else size, self.caps.max_state))
@@ -191,17 +165,14 @@ class PrimitiveSession(Session):
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Give the next piece, or one that was given before."""
-        if phase is Phase.PRECOPY and not self.caps.precopy:
-            raise Unsupported(f"function {self._function_id} has no pre-copy")
-        if limit <= 0 or offset < 0:
-            raise InvalidArgument(f"save of {limit} bytes at {offset}: both must be positive")
+        self._rules.saveable_piece(offset, limit, phase)
 
         async def work() -> Chunk:
-            self._enter(Role.SOURCE)
+            self._enter("save", Role.SOURCE)
             book = self._book
             if book.uncertain or book.stream is None:
                 await book.refresh()
-            self._fits(phase)
+            self._rules.saveable_now(phase)
             if book.stream is None or book.stream.restarts(offset):
                 book.stream = SavedStream(self.caps.max_state)
             if book.stream.wants(offset):
@@ -220,27 +191,14 @@ class PrimitiveSession(Session):
                 # Nobody knows how far the device came, so what follows would not fit to what is here.
                 self._book.stream = None
 
-    def _fits(self, phase: Phase) -> None:
-        book = self._book
-        self._working()
-        if book.state not in _SAVES_IN[phase]:
-            names = " or ".join(state.value for state in _SAVES_IN[phase])
-            raise InvalidState(f"save({phase.value}) needs a function that is {names}, not {book.state.value}")
-        if book.spoiled:
-            raise InvalidState(self._spoiled())
-
     async def load_begin(self, total: int | None) -> None:
         """Get ready to collect a state."""
 
         async def work() -> None:
-            self._enter(Role.DESTINATION)
+            self._enter("load_begin", Role.DESTINATION)
             book = self._book
             await book.refresh()
-            self._working()
-            if book.state not in STILL:
-                raise InvalidState(f"load_begin needs a function that is stopped, not {book.state.value}")
-            if total is not None and not 0 <= total <= self.caps.max_state:
-                raise NoResources(f"a state of {total} bytes", {"max_state": self.caps.max_state})
+            self._rules.loadable(total)
             book.stream = None
             book.loading = Loading(self.caps.max_state)
             book.spoiled = True
@@ -252,9 +210,8 @@ class PrimitiveSession(Session):
         """Collect a piece."""
 
         async def work() -> None:
-            self._enter(Role.DESTINATION)
-            if len(data) > self.caps.max_chunk:
-                raise InvalidArgument(f"load of {len(data)} bytes; at most {self.caps.max_chunk} at once")
+            self._enter("load", Role.DESTINATION)
+            self._rules.loadable_piece(data)
             await trio.lowlevel.checkpoint()
             self._loading().put(offset, data)
 
@@ -264,7 +221,7 @@ class PrimitiveSession(Session):
         """Verify the state and give it to the device."""
 
         async def work() -> None:
-            self._enter(Role.DESTINATION)
+            self._enter("load_commit", Role.DESTINATION)
             book = self._book
             if book.state is AgentState.LOADED:
                 raise InvalidState("the state is committed already")
@@ -284,15 +241,14 @@ class PrimitiveSession(Session):
 
     def _loading(self) -> Loading:
         if self._book.loading is None:
-            state = self._book.state.value
-            raise InvalidState(f"nothing is being loaded; function {self._function_id} is {state}")
+            raise self._rules.nothing_is_loaded()
         return self._book.loading
 
     async def abort(self) -> None:
         """Drop buffers."""
 
         async def work() -> None:
-            self._enter()
+            self._enter("abort")
             await trio.lowlevel.checkpoint()
             self._book.drop_buffers()
 
@@ -301,15 +257,11 @@ class PrimitiveSession(Session):
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Log."""
         caps = self.caps
-        if not caps.dirty:
-            raise Unsupported(f"function {self._function_id} has no dirty log")
+        self._rules.can_log()
 
         async def work() -> int:
-            self._enter()
-            if self._book.log is not None:
-                raise InvalidState("dirty pages are logged already; stop that first")
-            if len(ranges) > caps.max_ranges:
-                raise NoResources(f"{len(ranges)} ranges", {"max_ranges": caps.max_ranges})
+            self._enter("dirty_start")
+            self._rules.loggable(self._book.log, ranges)
             wish = PageLog(ranges, page_size, caps.page_sizes).page_size
             chosen = await self._device.dirty_start(ranges, wish)
             if chosen not in caps.page_sizes:
@@ -324,11 +276,9 @@ class PrimitiveSession(Session):
         """Report and forget."""
 
         async def work() -> DirtyReport:
-            self._enter()
-            log = self._book.log
-            if log is None:
-                raise InvalidState("dirty pages are not being logged")
-            wanted = len(log.take(iova, length))  # its own pages are all clean; this checks the arguments
+            self._enter("dirty_report")
+            # Its own pages are all clean; this checks the arguments.
+            wanted = len(logged(self._book.log).take(iova, length))
             bitmap = await self._device.dirty_report(iova, length)
             if len(bitmap) != wanted:
                 raise ProtocolError(f"the device's dirty bitmap has {len(bitmap)} bytes; {wanted} are needed")
@@ -340,7 +290,7 @@ class PrimitiveSession(Session):
         """Forget."""
 
         async def work() -> None:
-            self._enter()
+            self._enter("dirty_stop")
             if self._book.log is not None:
                 await self._device.dirty_stop()
                 self._book.log = None
@@ -349,11 +299,10 @@ class PrimitiveSession(Session):
 
     async def reset(self) -> None:
         """Begin anew."""
-        if not self.caps.reset:
-            raise Unsupported(f"function {self._function_id} cannot be reset by its agent")
+        self._rules.resettable()
 
         async def work() -> None:
-            self._enter(anybody=True)
+            self._enter("reset", anybody=True)
             book = self._book
             async with book.changing():
                 await self._device.reset()
@@ -368,7 +317,7 @@ class PrimitiveSession(Session):
         """Leave the migration."""
 
         async def work() -> None:
-            self._enter()
+            self._enter("end")
             if self._book.role is not None:
                 await self._device.end(outcome)
             self._book.forget_migration()
@@ -384,21 +333,5 @@ class PrimitiveSession(Session):
                 self._book.owner = None
         await trio.lowlevel.checkpoint()
 
-    def _enter(self, role: Role | None = None, *, anybody: bool = False) -> None:
-        """What all calls have in common: the migration of another session is in the way."""
-        book = self._book
-        if self._closed:
-            raise NotFound(f"this session of function {self._function_id} is closed")
-        if not anybody and book.owner not in (None, self):
-            raise Busy(f"function {self._function_id} is in migration {book.migration_id!r} of another session")
-        if role is not None and (book.role is not role or book.owner is not self):
-            had = book.role.value if book.role and book.owner is self else "in no migration"
-            raise InvalidState(f"this needs a session that began as {role.value}; this one is {had}")
-
-    def _working(self) -> None:
-        if self._book.state is AgentState.ERROR:
-            raise DeviceFailed(f"function {self._function_id} has failed; it must be reset")
-
-    def _spoiled(self) -> str:
-        ways = "reset it, or load another one" if self.caps.reset else "load another one"
-        return f"function {self._function_id} holds a state that was not committed; {ways}"
+    def _enter(self, call: str, role: Role | None = None, *, anybody: bool = False) -> None:
+        self._rules.admit(call, role, is_open=not self._closed, anybody=anybody)

@@ -84,6 +84,7 @@ async def _(bench: Bench) -> None:
         replace(ours, format_version=ours.format_version + 1000),
         replace(ours, kind="no-such-kind"),
         replace(ours, model="no such model"),
+        replace(ours, vendor="no such vendor"),
     ]
     for descriptor in foreign:
         error = await expect_error("check", bench.session.check(descriptor), Incompatible)

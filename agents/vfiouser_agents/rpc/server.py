@@ -329,6 +329,8 @@ class ClientHandler:
                     task_status.started()
                     async for event in events:
                         await self._connection.notify(EVENT, {"session": number, **to_wire(event)})
+            if not started:
+                raise InvalidState("the session was closed before its events could be watched")
         except AgentError as error:
             handle.watching = None
             if not started:

@@ -56,6 +56,7 @@ async def serving(
     reply_budget_s: float = 4.0,
     control_socket: Path | None = None,
     agents: Mapping[str, Agent] | None = None,
+    state_directory: Path | None = None,
 ) -> AsyncIterator[Daemon]:
     """Run a daemon until the block ends; `agents` are the agents that there are, by kind."""
 
@@ -63,7 +64,12 @@ async def serving(
         assert agents is not None, f"no agent of kind {kind} was given"
         return agents[kind]
 
-    config = DaemonConfig(functions=functions, reply_budget_s=reply_budget_s, control_socket=control_socket)
+    config = DaemonConfig(
+        functions=functions,
+        reply_budget_s=reply_budget_s,
+        control_socket=control_socket,
+        state_directory=state_directory,
+    )
     async with trio.open_nursery() as nursery:
         daemon = await nursery.start(partial(run_daemon, config, agents=make))
         yield daemon

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import trio
 
-from fakevfio.kernel import BDF, FakeKernel
+from fakevfio.kernel import FakeKernel
 from vfiouser_oob.config.schema import RegionPolicy
 from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
@@ -48,7 +48,7 @@ async def running(
     retry_s: float = 0.01,
 ) -> AsyncIterator[KernelVfioBackend]:
     """A backend whose tasks run."""
-    backend = KernelVfioBackend(kernel, BDF, policy, handover_s=handover_s, retry_s=retry_s)
+    backend = KernelVfioBackend(kernel, kernel.name, policy, handover_s=handover_s, retry_s=retry_s)
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backend.run)

@@ -29,14 +29,17 @@ class FakeDevice:
     Attributes:
         dynamic_msix: whether MSI-X vectors can be added while others are on (Linux 6.5 and later).
         has_reset: whether the kernel knows a reset for it.
+        tells_reset: whether the driver says so in the device's flags.
         resets: how often it was reset.
-        fired: what `fire` could not deliver.
+        layout: region index to size, flags and capabilities.
     """
 
     def __init__(self) -> None:
         self.dynamic_msix = True
         self.has_reset = True
+        self.tells_reset = True
         self.resets = 0
+        self.layout = dict(REGIONS)
         self.config = bytearray(256)
         self.config[0:4] = b"\x36\x1b\x10\x00"
         self.config[0x34] = PM
@@ -92,7 +95,7 @@ class FakeDevice:
         argsz, _, index = struct.unpack_from("<III", buffer)
         if index == 8:
             raise fail(errno.EINVAL)
-        size, flags, capabilities = REGIONS.get(index, (0, 0, ()))
+        size, flags, capabilities = self.layout.get(index, (0, 0, ()))
         chain, cap_offset = b"", 0
         for number, (cap_id, body) in enumerate(capabilities, 1):
             following = 32 + len(chain) + 8 + len(body) if number < len(capabilities) else 0

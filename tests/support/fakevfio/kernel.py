@@ -18,6 +18,7 @@ from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 BASE = 0x3B64
 IOMMUFD = 0x3B80
 BDF = "0000:3b:00.2"
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 GROUP = "7"
 
 
@@ -34,6 +35,11 @@ class Node:
 class FakeKernel(Kernel):
     """A machine with one function in one IOMMU group.
 
+    Args:
+        root: where sysfs and the nodes are made.
+        iommufd: the function has a node of its own, and there is an iommufd.
+        mdev: the function is not a PCI function but a mediated device.
+
     Attributes:
         device: the function.
         iommu: the address space of the one container or iommufd.
@@ -46,10 +52,12 @@ class FakeKernel(Kernel):
         gate: calls that map memory wait for it.
     """
 
-    def __init__(self, root: Path, *, iommufd: bool = False) -> None:
+    def __init__(self, root: Path, *, iommufd: bool = False, mdev: bool = False) -> None:
         super().__init__(root / "sys", root / "dev")
+        self.name = UUID if mdev else BDF
         self.device = FakeDevice()
         self.iommu = FakeIommu()
+        self.iommu.emulated = mdev
         self.open_errors: dict[str, int] = {}
         self.held = False
         self.viable = True
@@ -64,16 +72,20 @@ class FakeKernel(Kernel):
         self.nodes: dict[int, Node] = {}
         self.views: dict[int, View] = {}
         self._next_address = 0x7000_0000_0000
+        if mdev:
+            self.add_mdev(UUID, GROUP)
+        else:
+            self.add_function(BDF, GROUP, "vfio-pci")
         self._make_tree(iommufd)
 
     # sysfs and /dev
 
     def _make_tree(self, iommufd: bool) -> None:
-        self.add_function(BDF, GROUP, "vfio-pci")
         nodes = ["vfio/vfio", f"vfio/{GROUP}"]
         if iommufd:
             nodes += ["iommu", "vfio/devices/vfio0"]
-            (self.function(BDF) / "vfio-dev" / "vfio0").mkdir(parents=True)
+            home = self.mdev(UUID) if self.iommu.emulated else self.function(BDF)
+            (home / "vfio-dev" / "vfio0").mkdir(parents=True)
         for name in nodes:
             path = self.dev / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +94,22 @@ class FakeKernel(Kernel):
     def function(self, bdf: str) -> Path:
         """A function's directory."""
         return self.sysfs / "bus/pci/devices" / bdf
+
+    def mdev(self, uuid: str) -> Path:
+        """A mediated device's directory."""
+        return self.sysfs / "bus/mdev/devices" / uuid
+
+    def add_mdev(self, uuid: str, group: str) -> None:
+        """Make a mediated device."""
+        parent = self.sysfs / "class/mdev_bus/mtty/mdev_supported_types/mtty-1"
+        parent.mkdir(parents=True, exist_ok=True)
+        (parent / "device_api").write_text("vfio-pci\n")
+        driver, members = self.sysfs / "bus/mdev/drivers/mtty", self.sysfs / "kernel/iommu_groups" / group
+        path = self.mdev(uuid)
+        for folder in (driver, members, path):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, target in (("mdev_type", parent), ("driver", driver), ("iommu_group", members)):
+            (path / name).symlink_to(target)
 
     def add_function(self, bdf: str, group: str | None, driver: str | None, pci_class: str = "0x010802") -> None:
         """Plug a function in."""
@@ -130,7 +158,7 @@ class FakeKernel(Kernel):
         if node.kind == "device" or (node.kind == "cdev" and node.bound):
             self.device.released()
             if self.migration is not None:
-                self.migration.reset()
+                self.migration.released()
         if node.kind in {"container", "iommufd"}:
             self.iommu.clear()
 
@@ -174,6 +202,7 @@ class FakeKernel(Kernel):
         """Drop a mapping."""
         view = self.views.pop(address)
         assert view.size == size
+        view.there = False
         os.close(view.fd)
 
     def ioctl(self, fd: int, request: int, argument: int | bytearray = 0) -> int:
@@ -217,7 +246,7 @@ class FakeKernel(Kernel):
             assert self.nodes[struct.unpack("<i", buffer)[0]].kind == "container"
             node.joined = True
             return 0
-        if request == BASE + 6 and node.joined and bytes(buffer) == BDF.encode() + b"\0":
+        if request == BASE + 6 and node.joined and bytes(buffer) == self.name.encode() + b"\0":
             if self.get_device_errno is not None:
                 raise fail(self.get_device_errno)
             return self._new(Node("device"))
@@ -231,7 +260,7 @@ class FakeKernel(Kernel):
         elif request == BASE + 19:
             assert node.bound
         elif request == BASE + 7:
-            struct.pack_into("<IIII", buffer, 0, 24, 2 | self.device.has_reset, 9, 5)
+            struct.pack_into("<IIII", buffer, 0, 24, 2 | (self.device.has_reset and self.device.tells_reset), 9, 5)
         elif request == BASE + 8:
             self.device.region_info(buffer)
         elif request == BASE + 9:
@@ -263,17 +292,42 @@ class FakeKernel(Kernel):
             _, flags, vaddr, iova, size = struct.unpack("<IIQQQ", buffer)
             self._map(vaddr, iova, size, flags)
         elif request == BASE + 14:
-            _, flags, iova, size = struct.unpack("<IIQQ", buffer)
+            _, flags, iova, size = struct.unpack_from("<IIQQ", buffer)
+            if flags & 1:
+                self._put_bitmap(buffer, 24, iova, size)
             done = self.iommu.unmap(0, 1 << 64) if flags & 2 else self.iommu.unmap(iova, size)
             struct.pack_into("<Q", buffer, 16, done)
+        elif request == BASE + 17:
+            self._dirty_pages(buffer)
         else:
             raise fail(errno.ENOTTY)
         return 0
 
+    def _dirty_pages(self, buffer: bytearray) -> None:
+        flags = struct.unpack_from("<I", buffer, 4)[0]
+        if flags == 4:
+            self._put_bitmap(buffer, 24, *struct.unpack_from("<QQ", buffer, 8))
+        elif flags == 1:
+            self.iommu.dirty = self.iommu.dirty or set()
+        else:
+            self.iommu.dirty = None
+
+    def _put_bitmap(self, buffer: bytearray, offset: int, iova: int, size: int) -> None:
+        page, room, address = struct.unpack_from("<QQQ", buffer, offset)
+        bitmap = self.iommu.written(iova, size, page)
+        if room < len(bitmap):
+            raise fail(errno.EINVAL)
+        (ctypes.c_uint8 * len(bitmap)).from_address(address)[:] = bitmap
+
     def _iommu_info(self, buffer: bytearray) -> None:
-        ranges = b"".join(struct.pack("<QQ", *window) for window in WINDOWS)
-        first = struct.pack("<HHIII", 1, 1, 24 + 16 + len(ranges), len(WINDOWS), 0) + ranges
-        chain = first + struct.pack("<HHII", 3, 1, 0, self.iommu.max_maps)
+        windows = () if self.iommu.emulated else WINDOWS
+        ranges = b"".join(struct.pack("<QQ", *window) for window in windows)
+        capabilities = [(1, struct.pack("<II", len(windows), 0) + ranges)] if windows else []
+        capabilities += [(2, struct.pack("<I4xQQ", 0, 4096, 1 << 28)), (3, struct.pack("<I4x", self.iommu.max_maps))]
+        chain = b""
+        for index, (number, body) in enumerate(capabilities, 1):
+            following = 24 + len(chain) + 8 + len(body) if index < len(capabilities) else 0
+            chain += struct.pack("<HHI", number, 1, following) + body
         needed, cap_offset = 24 + len(chain), 0
         if len(buffer) >= needed:
             cap_offset = 24

@@ -44,10 +44,18 @@ class FakeMigration:
         flags: VFIO_MIGRATION_*.
         busy: how many transitions fail with EBUSY from now on.
         dirty: addresses of pages that the device wrote.
+        has_log: whether the driver logs them.
+        log_errno: why the log cannot be read, if it cannot: kernels without the helper let it be started all the same.
+        nothing_errno: what reading gives when pre-copy has nothing for now; None: no bytes.
+        sticky: the state outlives the closing of the device.
     """
 
     def __init__(self) -> None:
         self.flags = 7
+        self.has_log = True
+        self.log_errno: int | None = None
+        self.nothing_errno: int | None = errno.ENOMSG
+        self.sticky = False
         self.state = RUNNING
         self.content = bytes(range(256)) * 40
         self.busy = 0
@@ -56,6 +64,12 @@ class FakeMigration:
         self.stream = b""
         self.read_so_far = 0
         self.open = False
+
+    def released(self) -> None:
+        """The device was closed: its streams end, and most drivers forget the rest."""
+        self.open = False
+        if not self.sticky:
+            self.reset()
 
     def reset(self) -> None:
         """VFIO_DEVICE_RESET: it runs."""
@@ -99,8 +113,8 @@ class FakeMigration:
             raise fail(errno.ENODEV)
         data = self.stream[self.read_so_far : self.read_so_far + count]
         self.read_so_far += len(data)
-        if not data and self.state in (PRE_COPY, PRE_COPY_P2P):
-            raise fail(errno.ENOMSG)
+        if not data and self.state in (PRE_COPY, PRE_COPY_P2P) and self.nothing_errno is not None:
+            raise fail(self.nothing_errno)
         return data
 
     def write(self, data: bytes) -> int:
@@ -108,6 +122,9 @@ class FakeMigration:
         if not self.open or self.state != RESUMING:
             raise fail(errno.ENODEV)
         data = data[:PAGE]
+        size = struct.unpack_from("<I", self.stream, len(MAGIC))[0] if len(self.stream) >= len(MAGIC) + 4 else None
+        if size is not None and len(self.stream) + len(data) > len(MAGIC) + 4 + size:
+            raise fail(errno.ENOMEM)
         begun = (self.stream + data)[: len(MAGIC)]
         if begun != MAGIC[: len(begun)]:
             raise fail(errno.EFAULT)
@@ -115,13 +132,16 @@ class FakeMigration:
         return len(data)
 
     def precopy_info(self, buffer: bytearray) -> None:
-        """VFIO_MIG_GET_PRECOPY_INFO."""
+        """VFIO_MIG_GET_PRECOPY_INFO, in pre-copy only."""
+        if self.state not in (PRE_COPY, PRE_COPY_P2P):
+            raise fail(errno.EINVAL)
         struct.pack_into("<QQ", buffer, 8, len(self.stream) - self.read_so_far, 0)
 
     def feature(self, flags: int, body: bytearray) -> bool:
         """VFIO_DEVICE_FEATURE; whether a data descriptor has to be put into a SET of the state."""
         index, probe = flags & 0xFFFF, flags & 1 << 18
-        if index not in (1, 2, 6, 7, 8, 9) or (not self.flags and index <= 2):
+        known = (1, 2, 6, 7, 8, 9) if self.has_log else (1, 2, 9)
+        if index not in known or (not self.flags and index <= 2):
             raise fail(errno.ENOTTY)
         if probe:
             return False
@@ -151,6 +171,8 @@ class FakeMigration:
         if index == 7:
             self.logging = None
             return
+        if self.log_errno is not None:
+            raise fail(self.log_errno)
         iova, length, page, address = struct.unpack("<QQQQ", body)
         bits = (ctypes.c_uint8 * -(-length // page // 8)).from_address(address)
         for written in sorted(self.dirty):

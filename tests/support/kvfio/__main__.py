@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed
-from kvfio.scenarios import SCENARIOS
+from kvfio import bed, hardware, mdev, scenarios
 
+SCENARIOS = {**scenarios.SCENARIOS, **hardware.MORE_SCENARIOS, **mdev.SCENARIOS}
 SCENARIO_S = 60
-LONG_SCENARIO_S = {"linux": 1500}
+LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
 OUTPUT = Path("/tmp/scenario.out")
 
 

@@ -76,17 +76,26 @@ class AdminQueue:
         Raises:
             trio.TooSlowError: there was none.
         """
+        assert 0 == await self.status(seconds=seconds), "IDENTIFY failed"
+        with self.memory.view(self.data, 4096) as view:
+            return bytes(view)
+
+    async def status(self, *, seconds: float = WAIT_S) -> int:
+        """Wait for the completion and return its status field; 0 is success.
+
+        Raises:
+            trio.TooSlowError: there was none.
+        """
         entry = self._completions + self._head * 16 + 14
         with trio.fail_after(seconds):
             while not self.memory.unpack(_COMPLETION_STATUS, entry)[0] & 1:
                 await trio.sleep(0.001)
-        assert 0 == self.memory.unpack(_COMPLETION_STATUS, entry)[0] >> 1, "IDENTIFY failed"
+        status: int = self.memory.unpack(_COMPLETION_STATUS, entry)[0] >> 1
         self.memory.pack(_COMPLETION_STATUS, entry, 0)
         self._head += 1
         assert self._head < ENTRIES, "enable again before the queue wraps"
         await self.bar.write(DOORBELLS + self._stride, 4, self._head)
-        with self.memory.view(self.data, 4096) as view:
-            return bytes(view)
+        return status
 
     async def identify(self) -> bytes:
         """Return the controller's identity."""

@@ -17,7 +17,14 @@ from typing import Any
 import trio
 
 from vfiouser_oob.cli.main import main as command
-from vfiouser_oob.config.schema import DaemonConfig, FunctionConfig, KernelVfioDevice, LogLevel, RegionPolicy
+from vfiouser_oob.config.schema import (
+    AgentConfig,
+    DaemonConfig,
+    FunctionConfig,
+    KernelVfioDevice,
+    LogLevel,
+    RegionPolicy,
+)
 from vfiouser_oob.control.client import ControlClient, ControlError
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.daemon import run_daemon
@@ -27,6 +34,7 @@ RUN = Path("/run/kvfio")
 #: The machine's devices, as the test that boots it puts them.
 NVME = "0000:00:04.0"
 SHARED = ("0000:00:06.0", "0000:00:06.1")
+EDU = "0000:00:09.0"
 IGB = "0000:01:00.0"
 NOBODY = 65534
 START_S = 20.0
@@ -54,6 +62,7 @@ class Daemon:
     pid: int
     socket: Path
     control: Path
+    log: Path
 
     def status(self) -> dict[str, Any]:
         """What `status` says of its function."""
@@ -69,23 +78,28 @@ class Daemon:
 
 @contextmanager
 def daemon(
-    bdf: str,
+    function: str,
     *,
     policy: RegionPolicy = RegionPolicy.AUTO,
+    migrates: bool = False,
     uid: int = 0,
     memlock: int | None = None,
     name: str = "f0",
     reply_budget_s: float = 4.0,
 ) -> Iterator[Daemon]:
-    """Run a daemon that serves one function; it must end with status 0 unless the block has killed it."""
+    """Run a daemon that serves one function, named by address or UUID, and has it migrated by its driver if that is
+    wanted; it must end with status 0 unless the block has killed it.
+    """
     socket, control, log_file = RUN / f"{name}.sock", RUN / f"{name}.control", RUN / f"{name}.log"
     for path in (socket, control, log_file):
         path.unlink(missing_ok=True)
+    kind = "bdf" if ":" in function else "mdev"
     config = DaemonConfig(
         functions=(
             FunctionConfig(
                 name=name,
-                device=KernelVfioDevice(bdf=bdf, region_policy=policy),
+                device=KernelVfioDevice(**{kind: function}, region_policy=policy),
+                agent=AgentConfig(kind="kernel-vfio", function=function) if migrates else None,
                 socket=socket,
                 socket_mode=0o666,
                 socket_group=None,
@@ -98,7 +112,7 @@ def daemon(
     pid = os.fork()
     if pid == 0:
         os._exit(_serve(config, log_file, uid, memlock))
-    running = Daemon(pid, socket, control)
+    running = Daemon(pid, socket, control, log_file)
     _wait_for(running)
     yield running
     if _is_alive(pid):
@@ -157,6 +171,22 @@ def client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int 
 @contextmanager
 def background_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> Iterator[None]:
     """Run a client beside the block; it must have succeeded at the end."""
+    pid = _start_client(work, served, uid)
+    yield
+    _, status = os.waitpid(pid, 0)
+    assert 0 == os.waitstatus_to_exitcode(status), "the client failed"
+
+
+@contextmanager
+def doomed_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *, uid: int = NOBODY) -> Iterator[int]:
+    """Run a client beside the block, which has to kill it; gives its process id."""
+    pid = _start_client(work, served, uid)
+    yield pid
+    _, status = os.waitpid(pid, 0)
+    assert -signal.SIGKILL == os.waitstatus_to_exitcode(status), "the client ended by itself"
+
+
+def _start_client(work: Callable[[Path], Awaitable[None]], served: Daemon, uid: int) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -170,9 +200,7 @@ def background_client(work: Callable[[Path], Awaitable[None]], served: Daemon, *
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    yield
-    _, status = os.waitpid(pid, 0)
-    assert 0 == os.waitstatus_to_exitcode(status), "the client failed"
+    return pid
 
 
 def bind(*bdfs: str) -> None:
@@ -199,7 +227,12 @@ def group_node(bdf: str) -> Path:
     return Path("/dev/vfio") / group
 
 
+def config_space(bdf: str) -> bytes:
+    """The first 256 bytes of a function's config space, as the hardware has them."""
+    with (SYSFS / "bus/pci/devices" / bdf / "config").open("rb") as config:
+        return config.read(256)
+
+
 def command_register(bdf: str) -> int:
     """The function's command register, as the hardware has it."""
-    with (SYSFS / "bus/pci/devices" / bdf / "config").open("rb") as config:
-        return int.from_bytes(config.read(6)[4:6], "little")
+    return int.from_bytes(config_space(bdf)[4:6], "little")

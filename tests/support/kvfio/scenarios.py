@@ -89,7 +89,7 @@ def data_path() -> None:
     """The whole way, with a client of another user; no register access of the BAR is a message."""
     with daemon(NVME) as served:
         client(verified_io, served)
-        _until(lambda: served.status()["client"] is None)
+        wait_until(lambda: served.status()["client"] is None)
         assert 0 == bed.command_register(NVME) & 4, "bus mastering is still on"
         client(verified_io, served)
 
@@ -364,7 +364,7 @@ def second_daemon() -> None:
                     await trio.sleep(0.02)
 
     with daemon(NVME) as first, background_client(hold, first, uid=0):
-        _until((bed.RUN / "held").exists)
+        wait_until((bed.RUN / "held").exists)
         with daemon(NVME, name="f1") as second:
             client(_turned_away, second)
             assert f"{bed.group_node(NVME)} is in use" in second.status()["unavailable"]
@@ -391,14 +391,14 @@ def killed_daemon() -> None:
                     await trio.sleep(0.02)
 
     with daemon(NVME) as first, background_client(work, first, uid=0):
-        _until((bed.RUN / "ready").exists)
+        wait_until((bed.RUN / "ready").exists)
         (bed.RUN / "ready").unlink()
         first.kill()
-        _until((bed.RUN / "survived").exists)
+        wait_until((bed.RUN / "survived").exists)
         with daemon(NVME, name="f1") as second:
             client(_turned_away, second)
             (bed.RUN / "survived").unlink()
-            _until(lambda: second.status()["unavailable"] is None)
+            wait_until(lambda: second.status()["unavailable"] is None)
             client(verified_io, second)
 
 
@@ -410,7 +410,8 @@ async def _turned_away(path: Path) -> None:
         assert errno.ENODEV == error.errno, error
 
 
-def _until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look until something is so."""
     until = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < until, "it did not come about"
@@ -461,7 +462,7 @@ def asked_back() -> None:
             assert await fired(request, 20) >= 1, "nobody asked"
 
     with daemon(NVME) as served, background_client(work, served):
-        _until((bed.RUN / "used").exists)
+        wait_until((bed.RUN / "used").exists)
         (bed.RUN / "used").unlink()
         bed.unbind(NVME)  # the kernel waits until the client has gone
         assert "nvme" == bed.driver_of(NVME)
@@ -492,6 +493,9 @@ async def igb_work(path: Path) -> None:
             assert mapped not in {0, 0xFFFF_FFFF}
         fds = [eventfd() for _ in range(vectors)]
         await connected.set_eventfds(IrqIndex.MSIX, fds)
+        loop_back = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
+        await connected.set_irqs(IrqIndex.MSIX, loop_back, count=vectors)
+        assert [1] * vectors == [await fired(fd) for fd in fds]
         await connected.disable_irqs(IrqIndex.MSIX)
         await connected.reset()
         print(f"sizes={sizes} vectors={vectors} status={mapped:#x}")

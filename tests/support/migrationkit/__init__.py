@@ -14,6 +14,7 @@ import trio
 from daemonkit import TEST_DEVICE, function, serving
 from rawclient import (
     DIRTY_PAGES,
+    DMA_UNMAP,
     FEATURE,
     MIG_DATA_READ,
     MIG_DATA_WRITE,
@@ -161,6 +162,12 @@ class Vmm(RawClient):
         request = struct.pack("<IIQQQQ", 40 + size, 4, iova, length, page_size, size)
         return pages((await self.succeed(DIRTY_PAGES, request)).payload[40:])
 
+    async def unmap_dirty(self, address: int, length: int, page_size: int = 4096) -> set[int]:
+        """DMA_UNMAP with GET_DIRTY_BITMAP; returns the dirty pages of what was unmapped."""
+        size = (-(-length // page_size) + 63) // 64 * 8
+        request = struct.pack("<IIQQQQ", 40 + size, 1, address, length, page_size, size)
+        return pages((await self.succeed(DMA_UNMAP, request)).payload[40:])
+
 
 def pages(bitmap: bytes) -> set[int]:
     """The numbers of the bits that are set."""
@@ -248,6 +255,15 @@ async def bed(
 def with_caps(function: MemoryFunction, **caps: object) -> None:
     """Change what the agent can do with a function."""
     function.caps = replace(function.caps, **caps)  # type: ignore[arg-type]
+
+
+async def stream_of(side: Side) -> bytes:
+    """A whole stream; the source goes on afterwards."""
+    async with side.vmm() as src:
+        await src.set_state(STOP_COPY)
+        stream = await src.read_stream()
+        await src.set_state(RUNNING)
+    return stream
 
 
 async def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:

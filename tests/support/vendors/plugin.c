@@ -5,11 +5,12 @@
  */
 #include <errno.h>
 #include <signal.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "plugin.h"
 
 #ifndef ON_INIT
 #define ON_INIT
@@ -50,10 +51,15 @@ static void spin(void)
     }
 }
 
-static FILE *file(struct device *device, const char *name, const char *mode)
+static const char *file_name(struct device *device, const char *name)
 {
     snprintf(device->path, sizeof device->path, "%s.%s", device->arg, name);
-    return fopen(device->path, mode);
+    return device->path;
+}
+
+static FILE *file(struct device *device, const char *name, const char *mode)
+{
+    return fopen(file_name(device, name), mode);
 }
 
 static uint32_t read_state(struct device *device)
@@ -153,9 +159,15 @@ static int plugin_set_state(void *handle, uint32_t value)
         if (rename(from, to))
             return -errno;
     }
-    f = file(device, "state", "w");
+    /* All at once: the process may be killed at any moment, and a device's state is never half of one. */
+    f = file(device, "state.new", "w");
+    if (!f)
+        return -EIO;
     fprintf(f, "%u", value);
-    return fclose(f);
+    if (fclose(f))
+        return -EIO;
+    snprintf(from, sizeof from, "%s.state.new", device->arg);
+    return rename(from, file_name(device, "state")) ? -errno : 0;
 }
 
 static int plugin_get_state(void *handle, uint32_t *value)
@@ -173,15 +185,7 @@ static int plugin_cleanup(void *handle)
     return 0;
 }
 
-static struct {
-    void *(*init)(char *devid, char *arg);
-    int (*save)(void *handle, uint8_t *state, uint64_t len);
-    int (*load)(void *handle, uint8_t *state, uint64_t len);
-    int (*update_pending)(void *handle, uint64_t *pending_bytes);
-    int (*set_state)(void *handle, uint32_t value);
-    int (*get_state)(void *handle, uint32_t *value);
-    int (*cleanup)(void *handle);
-} ops = {
+static struct plugin_ops ops = {
     .init = plugin_init,
     .save = plugin_save,
 #ifndef NO_LOAD

@@ -20,12 +20,14 @@ __all__ = ["Answers", "expect_success", "run_scenarios"]
 #: By scenario, what it said, or how the guest was lost in it.
 Answers = Mapping[str, Answer | BedError]
 DRIVERS = ("vfio-pci", "vfio_iommu_type1", "pci-pf-stub")
+#: Of the kernel with mediated devices.
+MDEV_DRIVERS = ("vfio-pci", "vfio_iommu_type1", "mtty", "mttydma")
 SUPPORT = ("kvfio", "vmbed")
 SCENARIO_S = 70.0
 
 
 def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
-    """A machine with an IOMMU: an NVMe controller alone, two in one IOMMU group, and a network card with VFs."""
+    """A machine with an IOMMU: NVMe controllers, two in one group, a network card with VFs, a device without reset."""
     devices = []
     for name in ("alone", "first", "second"):
         image = workdir / f"{name}.img"
@@ -36,6 +38,7 @@ def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
     devices += ["-device", "nvme,drive=first,serial=first,addr=06.0,multifunction=on"]
     devices += ["-device", "nvme,drive=second,serial=second,addr=06.1"]
     devices += ["-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=07.0", "-device", "igb,bus=rp1"]
+    devices += ["-device", "edu,addr=09.0"]
     return QemuConfig(
         [],
         memory_mib=2048,
@@ -49,7 +52,13 @@ def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
 
 
 def run_scenarios(
-    assets: Assets, scenarios: Sequence[str], *, kernel: Path | None = None, seconds: float = SCENARIO_S
+    assets: Assets,
+    scenarios: Sequence[str],
+    *,
+    kernel: Path | None = None,
+    drivers: Sequence[str] = DRIVERS,
+    qemu: bool = True,
+    seconds: float = SCENARIO_S,
 ) -> Answers:
     """Boot once, run scenarios in order, and keep what each one said.
 
@@ -57,11 +66,15 @@ def run_scenarios(
         assets: the bed's assets.
         scenarios: their names.
         kernel: instead of the assets' own.
+        drivers: kernel modules to load.
+        qemu: whether the guest has QEMU for guests of its own.
         seconds: that each may take.
     """
     workdir = Path(tempfile.mkdtemp(prefix="vmbed-"))
     try:
-        return trio.run(_run_all, assets, workdir, scenarios, kernel, seconds)
+        initramfs = workdir / "initramfs.cpio"
+        write_python_guest(initramfs, assets, workdir, drivers=drivers, support=SUPPORT, kernel=kernel, qemu=qemu)
+        return trio.run(_run_all, assets, workdir, _machine(workdir, initramfs, kernel), scenarios, seconds)
     finally:
         shutil.rmtree(workdir)
 
@@ -84,12 +97,10 @@ def expect_success(answers: Answers, name: str) -> str:
 
 
 async def _run_all(
-    assets: Assets, workdir: Path, scenarios: Sequence[str], kernel: Path | None, seconds: float
+    assets: Assets, workdir: Path, machine: QemuConfig, scenarios: Sequence[str], seconds: float
 ) -> Answers:
-    initramfs = workdir / "initramfs.cpio"
-    write_python_guest(initramfs, assets, workdir, drivers=DRIVERS, support=SUPPORT, kernel=kernel, qemu=True)
     answers: dict[str, Answer | BedError] = {}
-    async with start_qemu(assets, _machine(workdir, initramfs, kernel), workdir) as qemu:
+    async with start_qemu(assets, machine, workdir) as qemu:
         await qemu.guest.ready()
         await qemu.guest.start(f"sh {ENVIRONMENT} exec {PYTHON} -m kvfio")
         await qemu.guest.ready()

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
 
+from plantedfaults import PLANTED, broken, logs_all_the_same
 from vfiouser_agents.api import (
+    AgentInfo,
     AgentState,
-    Capabilities,
-    Chunk,
-    Descriptor,
-    DirtyReport,
-    Estimate,
+    Event,
     FunctionInfo,
-    Outcome,
-    Phase,
-    Range,
     Role,
-    Status,
 )
-from vfiouser_agents.errors import InvalidState, NotFound
+from vfiouser_agents.errors import NotFound, TransportLost
 from vfiouser_agents.memory import ALL_CAPABILITIES, MemoryAgent, MemoryFunction, MemorySession
 from vfiouser_agents.testing import CHECKS, CheckOutcome, NotUsable, check_agent
 
@@ -96,181 +91,11 @@ async def test_choice_of_checks() -> None:
     assert ["begin", "dirty"] == told
 
 
-def broken(name: str, replacement: Callable[..., Any]) -> Callable[[], MemoryAgent]:
-    """Agents whose sessions have one method that is wrong; it gets the session and the right method first."""
-    function = MemoryFunction(state_size=20_000, churn=100)
-
-    class Session(MemorySession):
-        pass
-
-    right = getattr(MemorySession, name)
-    if isinstance(right, property):
-        setattr(Session, name, property(replacement))
-    else:
-
-        async def wrong(self: MemorySession, *args: Any) -> Any:
-            return await replacement(self, right, *args)
-
-        setattr(Session, name, wrong)
-
-    class Agent(MemoryAgent):
-        async def open(self, function_id: str) -> MemorySession:
-            inner = await super().open(function_id)
-            return Session(inner.function)
-
-        async def aclose(self) -> None:
-            # The handles are ours, not the ones that the agent knows.
-            function.owner = None
-            await super().aclose()
-
-    return lambda: Agent([function])
+#: Checks whose faults are not in one method of a session; each has a test of its own below.
+PLANTED_ELSEWHERE = {"connect-again", "functions", "open-unknown", "unsupported", "events", "survives-connection"}
 
 
-async def _nothing(self: MemorySession, right: Any, *args: Any) -> None:
-    await trio.lowlevel.checkpoint()
-
-
-async def _hangs(self: MemorySession, right: Any, *args: Any) -> None:
-    await trio.sleep_forever()
-
-
-async def _wrong_type(self: MemorySession, right: Any, *args: Any) -> None:
-    raise KeyError("oops")
-
-
-async def _stop_keeps_changing(self: MemorySession, right: Any, offset: int, limit: int, phase: Phase) -> Chunk:
-    chunk: Chunk = await right(self, offset, limit, phase)
-    if chunk.eof:
-        self.function.content.write(0, bytes([self.function.content.block(0)[0] ^ 1]))
-    return chunk
-
-
-async def _never_eof(self: MemorySession, right: Any, *args: Any) -> Chunk:
-    return replace(await right(self, *args), eof=False)
-
-
-async def _too_much(self: MemorySession, right: Any, offset: int, limit: int, phase: Phase) -> Chunk:
-    return await right(self, offset, limit + 1, phase)
-
-
-async def _skips(self: MemorySession, right: Any, offset: int, limit: int, phase: Phase) -> Chunk:
-    chunk: Chunk = await right(self, offset, limit, phase)
-    self.function.outgoing._last = Chunk(b"")  # type: ignore[union-attr]
-    self.function.outgoing._last_offset = offset + len(chunk.data)  # type: ignore[union-attr]
-    return chunk
-
-
-async def _commits_anything(self: MemorySession, right: Any, total: int, sha256: bytes) -> None:
-    self.function.spoiled = False
-    self.function.move(AgentState.LOADED)
-
-
-async def _ignores_digest(self: MemorySession, right: Any, total: int, sha256: bytes) -> None:
-    incoming = self.function.incoming
-    digest = sha256 if incoming is None else incoming._hash.digest()
-    await right(self, total, digest)
-
-
-async def _load_ignores_offset(self: MemorySession, right: Any, offset: int, data: bytes) -> None:
-    incoming = self.function.incoming
-    await right(self, offset if incoming is None else incoming._total, data)
-
-
-async def _resumes_anything(self: MemorySession, right: Any) -> None:
-    self.function.spoiled = False
-    await right(self)
-
-
-async def _compatible_with_all(self: MemorySession, right: Any, descriptor: Descriptor) -> None:
-    await trio.lowlevel.checkpoint()
-
-
-async def _estimates_wrong(self: MemorySession, right: Any) -> Estimate:
-    estimate: Estimate = await right(self)
-    return replace(estimate, stop_copy_bytes=estimate.stop_copy_bytes - 1)
-
-
-async def _always_running(self: MemorySession, right: Any) -> Status:
-    return replace(await right(self), state=AgentState.RUNNING)
-
-
-async def _abort_fails(self: MemorySession, right: Any) -> None:
-    raise InvalidState("nothing to abort")
-
-
-async def _begin_steals(self: MemorySession, right: Any, role: Role, migration_id: str) -> None:
-    self.function.forget_migration()
-    await right(self, role, migration_id)
-
-
-async def _end_resumes(self: MemorySession, right: Any, outcome: Outcome) -> None:
-    await right(self, outcome)
-    self.function.spoiled = False
-    self.function.move(AgentState.RUNNING)
-
-
-async def _report_repeats(self: MemorySession, right: Any, iova: int, length: int) -> DirtyReport:
-    report: DirtyReport = await right(self, iova, length)
-    return replace(report, bitmap=b"\xff" * len(report.bitmap or b""))
-
-
-async def _report_short(self: MemorySession, right: Any, iova: int, length: int) -> DirtyReport:
-    report: DirtyReport = await right(self, iova, length)
-    return replace(report, bitmap=(report.bitmap or b"")[:-1])
-
-
-async def _any_page_size(self: MemorySession, right: Any, ranges: Sequence[Range], page_size: int) -> int:
-    await right(self, ranges, page_size)
-    return 12345
-
-
-async def _reset_keeps_log(self: MemorySession, right: Any) -> None:
-    log = self.function.log
-    await right(self)
-    self.function.log = log
-
-
-def _claims_too_little_room(self: MemorySession) -> Capabilities:
-    return replace(ALL_CAPABILITIES, max_state=1000)
-
-
-def _claims_odd_pages(self: MemorySession) -> Capabilities:
-    return replace(ALL_CAPABILITIES, page_sizes=(65536, 4096))
-
-
-@pytest.mark.parametrize(
-    ("op", "fault", "finds"),
-    [
-        ("stop", _nothing, "stop-resume"),
-        ("resume", _nothing, "stop-resume"),
-        ("quiesce", _nothing, "quiesce"),
-        ("stop", _wrong_type, "stop-resume"),
-        ("stop", _hangs, "stop-resume"),
-        ("describe", _hangs, "describe"),
-        ("save", _stop_keeps_changing, "save-constant"),
-        ("save", _never_eof, "save-constant"),
-        ("save", _too_much, "save-constant"),
-        ("save", _skips, "save-repeat"),
-        ("load_commit", _commits_anything, "commit-truncated"),
-        ("load_commit", _ignores_digest, "commit-digest"),
-        ("load", _load_ignores_offset, "load-order"),
-        ("load", _nothing, "round-trip"),
-        ("resume", _resumes_anything, "load-abort"),
-        ("check", _compatible_with_all, "check-foreign"),
-        ("estimate", _estimates_wrong, "estimate"),
-        ("status", _always_running, "stop-resume"),
-        ("abort", _abort_fails, "abort-idle"),
-        ("begin", _begin_steals, "begin-other"),
-        ("end", _end_resumes, "end"),
-        ("dirty_report", _report_repeats, "dirty-clears"),
-        ("dirty_report", _report_short, "dirty"),
-        ("dirty_start", _any_page_size, "dirty"),
-        ("dirty_stop", _nothing, "dirty"),
-        ("reset", _reset_keeps_log, "reset-states"),
-        ("caps", _claims_too_little_room, "describe"),
-        ("caps", _claims_odd_pages, "capabilities"),
-    ],
-)
+@pytest.mark.parametrize(("op", "fault", "finds"), PLANTED)
 async def test_planted_faults_are_found(
     op: str, fault: Callable[..., Any], finds: str, autojump_clock: trio.abc.Clock
 ) -> None:
@@ -278,6 +103,46 @@ async def test_planted_faults_are_found(
     found = await failures(broken(op, fault), names=[finds, "connect-again"])
     assert finds in found
     assert found[finds]
+
+
+def test_every_check_can_fail() -> None:
+    """There is no check for which no fault is planted."""
+    assert {check.name for check in CHECKS} == {finds for _, _, finds in PLANTED} | PLANTED_ELSEWHERE
+
+
+async def test_more_than_was_claimed() -> None:
+    """An agent that does what it says that it cannot do is found."""
+    caps = replace(ALL_CAPABILITIES, dirty=False)
+    assert "unsupported" in await failures(broken("dirty_start", logs_all_the_same, caps), names=["unsupported"])
+
+
+async def test_an_agent_that_is_another_one_each_time() -> None:
+    """What `connect` answers has to be the same again."""
+
+    class Agent(MemoryAgent):
+        async def connect(self) -> AgentInfo:
+            serials.append(f"{len(serials)}")
+            return replace(await super().connect(), instance=serials[-1])
+
+    serials: list[str] = []
+    assert "connect-again" in await failures(Agent, names=["connect-again"])
+
+
+async def test_events_that_fail() -> None:
+    """A function that is watched in vain is found."""
+
+    class Session(MemorySession):
+        @asynccontextmanager
+        async def watch(self) -> AsyncIterator[AsyncIterator[Event]]:
+            await trio.lowlevel.checkpoint()
+            raise TransportLost("nobody tells")
+            yield
+
+    class Agent(MemoryAgent):
+        async def open(self, function_id: str) -> MemorySession:
+            return Session((await super().open(function_id)).function)
+
+    assert "events" in await failures(Agent, names=["events"])
 
 
 async def test_a_sound_agent_of_the_same_make_passes() -> None:

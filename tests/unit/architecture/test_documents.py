@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import re
@@ -16,8 +17,10 @@ from vfiouser_oob.cli.main import COMMANDS, build_parser
 from vfiouser_oob.config.agents import MIGRATION_KEYS
 from vfiouser_oob.config.devices import KINDS, NVME_KEYS
 from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, parse_config
+from vfiouser_oob.config.schema import KernelVfioDevice
 from vfiouser_oob.control.protocol import ErrorCode
 from vfiouser_oob.control.status import (
+    CapabilitiesStatus,
     ClientStatus,
     DaemonStatus,
     FunctionStatus,
@@ -96,7 +99,19 @@ def options(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["serve", "check-config", "status", "snippet", "simulate-soc", "agent-check", "conformance"]
+    "name",
+    [
+        "serve",
+        "check-config",
+        "status",
+        "snippet",
+        "bind",
+        "unbind",
+        "simulate-soc",
+        "agent-check",
+        "conformance",
+        "demo",
+    ],
 )
 def test_every_option_is_described(name: str) -> None:
     """The reference has a section for the command that names each of its options, and no others."""
@@ -124,6 +139,7 @@ def test_every_command_is_described() -> None:
         ("[[function]]", {key.name for key in FUNCTION_KEYS}),
         ("migration", {key.name for key in MIGRATION_KEYS}),
         ('device, kind = "vfio-user"', {KINDS["vfio-user"].first}),
+        ('device, kind = "kernel-vfio"', {field.name for field in dataclasses.fields(KernelVfioDevice)}),
         ('device, kind = "model"', {"model", *(key.name for key in NVME_KEYS)}),
     ],
 )
@@ -146,6 +162,7 @@ def test_the_status_document_is_described() -> None:
         (ClientStatus, function["client"]),
         (MapsStatus, function["maps"]),
         (MigrationStatus, function["migration"]),
+        (CapabilitiesStatus, function["migration"]["capabilities"]),
         *((RegionStatus, region) for region in function["regions"]),
     ]
     for declared, shown in pairs:

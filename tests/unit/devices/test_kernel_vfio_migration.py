@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -58,13 +59,27 @@ async def load(session: Session, stream: bytes) -> None:
     await session.load_commit(len(stream), hashlib.sha256(stream).digest())
 
 
+def mtty(kernel: FakeKernel, driver: FakeMigration) -> None:
+    """As a driver of the kernel's samples has it, on a kernel that cannot read its log."""
+    kernel.device.tells_reset = False
+    driver.sticky, driver.nothing_errno, driver.log_errno = True, None, errno.EOPNOTSUPP
+
+
+def stop_copy(kernel: FakeKernel, driver: FakeMigration) -> None:
+    """A driver that can do no more than it must."""
+    driver.flags, driver.has_log = 1, False
+
+
 @pytest.mark.parametrize("name", [check.name for check in CHECKS])
-@pytest.mark.parametrize("flags", [7, 1], ids=["all", "stop-copy"])
-async def test_the_contract_of_agents(tmp_path: Path, name: str, flags: int) -> None:
+@pytest.mark.parametrize("kind", [None, stop_copy, mtty])
+async def test_the_contract_of_agents(
+    tmp_path: Path, name: str, kind: Callable[[FakeKernel, FakeMigration], None] | None
+) -> None:
     """What holds for any agent holds for the kernel's: the public contract, check by check."""
     kernel = machine(tmp_path)
     assert kernel.migration is not None
-    kernel.migration.flags = flags
+    if kind is not None:
+        kind(kernel, kernel.migration)
     async with used_function(kernel) as agent:
         (result,) = await check_agent(lambda: agent, function_id=BDF, names=[name])
         assert result.outcome is not CheckOutcome.FAILED, result.detail

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,17 +206,27 @@ async def test_impossible_maps_are_refused(
         await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
 
 
-async def test_overlap_limit_and_locked_memory(kernel: FakeKernel, memory: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (4 * MIB, f"{5 * MIB} bytes would be locked, and the limit of locked memory is {4 * MIB} .*LimitMEMLOCK="),
+        (resource.RLIM_INFINITY, "the machine has not enough memory"),
+    ],
+)
+async def test_overlap_limit_and_locked_memory(
+    kernel: FakeKernel, memory: int, monkeypatch: pytest.MonkeyPatch, limit: int, words: str
+) -> None:
     """Overlaps are EEXIST, too many ranges ENOSPC, and too little locked memory ENOMEM with what would help."""
     kernel.iommu.max_maps = 3
     kernel.iommu.memlock = 4 * MIB
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     async with session(kernel) as client:
         assert 3 == client.limits.max_dma_maps
         await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
         with pytest.raises(CommandError) as refused:
             await answer(client.dma_map(map_request(0x1000, MIB), [os.dup(memory)]))
         assert errno.EEXIST == refused.value.errno
-        with pytest.raises(CommandError, match="memory") as refused:
+        with pytest.raises(CommandError, match=words) as refused:
             await answer(client.dma_map(map_request(MIB, 4 * MIB), [os.dup(memory)]))
         assert errno.ENOMEM == refused.value.errno
         await answer(client.dma_map(map_request(MIB, MIB), [os.dup(memory)]))

@@ -288,7 +288,7 @@ async def test_every_flipped_byte_is_found() -> None:
             with pytest.raises(CorruptState):
                 await taker.load_commit(len(bad), hashlib.sha256(bad).digest())
         assert before == snapshot.pack(snapshot.capture(bed.target_function))[:4096]
-        with pytest.raises(InvalidState, match="reset it first"):
+        with pytest.raises(InvalidState, match="reset it, or load another one"):
             await taker.resume()
         await taker.reset()
         assert AgentState.RUNNING is bed.target.state

@@ -30,11 +30,11 @@ _MAX_RETRY_S = 30.0
 
 
 class KernelVfioBackend(DeviceBackend):
-    """A PCI function that is bound to vfio-pci.
+    """A PCI function that is bound to vfio-pci, or a mediated device.
 
     Args:
         kernel: the operating system.
-        bdf: the function's address, such as ``0000:3b:00.2``.
+        name: the function's address, such as ``0000:3b:00.2``, or the mediated device's UUID.
         policy: how a client may map its regions.
         handover_s: seconds that a client waits for a device that is in use.
         retry_s: seconds after which a device that could not be had is looked at again.
@@ -43,24 +43,24 @@ class KernelVfioBackend(DeviceBackend):
     def __init__(
         self,
         kernel: Kernel,
-        bdf: str,
+        name: str,
         policy: RegionPolicy = RegionPolicy.AUTO,
         *,
         handover_s: float = HANDOVER_S,
         retry_s: float = RETRY_S,
     ) -> None:
-        self.summary = f"kernel-vfio:{bdf}"
+        self.summary = f"kernel-vfio:{name}"
         self._kernel = kernel
-        self._bdf = bdf
+        self._name = name
         self._policy = policy
         self._handover_s = handover_s
         self._retry_s = retry_s
-        self._log = log.get("devices.kernel_vfio").bind(device=bdf)
+        self._log = log.get("devices.kernel_vfio").bind(device=name)
         self._worker = Worker()
         self._running = trio.Event()
         self._unavailable: str | None = None
         self._trouble = trio.Event()
-        self._function = KernelFunction(bdf)
+        self._function = KernelFunction(name)
 
     @property
     def unavailable(self) -> str | None:
@@ -73,9 +73,9 @@ class KernelVfioBackend(DeviceBackend):
 
     def _learn(self) -> None:
         if self._function.caps is None:
-            opened = choose_opener(self._kernel, self._bdf).open()
+            opened = choose_opener(self._kernel, self._name).open()
             try:
-                self._function.learn(MigrationDevice(self._kernel, opened.device))
+                self._function.learn(MigrationDevice(self._kernel, opened.device), opened.space)
             finally:
                 opened.close()
 
@@ -100,7 +100,7 @@ class KernelVfioBackend(DeviceBackend):
             raise
         self._note(None)
         try:
-            self._function.attach(MigrationDevice(self._kernel, opened.device))
+            self._function.attach(MigrationDevice(self._kernel, opened.device), opened.space)
             return KernelVfioSession(
                 self._kernel, opened, self._policy, self._worker, link, self._log, self._function.detach
             )
@@ -108,7 +108,7 @@ class KernelVfioBackend(DeviceBackend):
             self._function.detach()
             opened.close()
             if isinstance(error, OSError):
-                raise BackendUnavailable(f"{self._bdf} cannot be described: {error.strerror}") from error
+                raise BackendUnavailable(f"{self._name} cannot be described: {error.strerror}") from error
             raise
 
     async def _open_patiently(self) -> OpenDevice:
@@ -122,10 +122,19 @@ class KernelVfioBackend(DeviceBackend):
             await trio.sleep(_HANDOVER_STEP_S)
 
     def _open(self, job: Job[OpenDevice]) -> OpenDevice:
-        return choose_opener(self._kernel, self._bdf).open()
+        opened = choose_opener(self._kernel, self._name).open()
+        try:
+            if MigrationDevice(self._kernel, opened.device).settle():
+                self._log.warning("the function was still in a migration that nobody is in any more; it was reset")
+        except OSError as error:
+            opened.close()
+            raise BackendUnavailable(
+                f"{self._name} is left in a migration that is over, and its reset failed: {error.strerror}"
+            ) from error
+        return opened
 
     def _probe(self, job: Job[None]) -> None:
-        choose_opener(self._kernel, self._bdf).probe()
+        choose_opener(self._kernel, self._name).probe()
 
     def _note(self, reason: str | None) -> None:
         if reason == self._unavailable:

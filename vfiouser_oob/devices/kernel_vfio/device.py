@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
-from vfiouser_protocol.constants import IrqSetFlags, RegionIndex
+from vfiouser_oob.devices.kernel_vfio.msix import capability_offsets
+from vfiouser_protocol.constants import DeviceInfoFlags, IrqSetFlags, RegionIndex
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.regions import RegionDescription, parse_region_info
 
@@ -16,7 +17,6 @@ from vfiouser_protocol.regions import RegionDescription, parse_region_info
 _REGION_INFO_ROOM = 4096
 _COMMAND_REGISTER = 4
 _BUS_MASTER = 1 << 2
-_CAPABILITIES = 0x34
 _CAP_PM, _CAP_PCIE, _CAP_AF = 0x01, 0x10, 0x13
 #: Registers whose writing makes the kernel sleep: power state, function-level reset (twice). Capability id to the
 #: register's place in it and its bytes.
@@ -37,6 +37,9 @@ class VfioDevice:
         buffer = bytearray(uapi.DEVICE_INFO.pack(uapi.DEVICE_INFO.size, 0, 0, 0, 0, 0))
         kernel.ioctl(fd, uapi.VFIO_DEVICE_GET_INFO, buffer)
         _, self.flags, num_regions, num_irqs, *_ = uapi.DEVICE_INFO.unpack(buffer)
+        if self.migration_flags():
+            # A reset is the way out of every state of a migration, whether or not the driver says that it has one.
+            self.flags |= DeviceInfoFlags.RESET
         self.regions = [self._region(index) for index in range(num_regions)]
         self.irqs = [self._irq(index) for index in range(num_irqs)]
         self._offsets = [region.offset for region in self.regions]
@@ -54,6 +57,20 @@ class VfioDevice:
             return RegionDescription(index, 0, 0, 0, uapi.REGION_INFO.size)
         return parse_region_info(bytes(buffer))
 
+    def migration_flags(self) -> int:
+        """MigrationFlags; 0 if the driver cannot migrate."""
+        head, body = uapi.DEVICE_FEATURE, uapi.FEATURE_U64
+        flags = uapi.VFIO_DEVICE_FEATURE_GET | uapi.VFIO_DEVICE_FEATURE_MIGRATION
+        buffer = bytearray(head.pack(head.size + body.size, flags) + bytes(body.size))
+        try:
+            self._kernel.ioctl(self.fd, uapi.VFIO_DEVICE_FEATURE, buffer)
+        except OSError as error:
+            if error.errno in (errno.ENOTTY, errno.EINVAL):
+                return 0
+            raise
+        found: int = body.unpack_from(buffer, head.size)[0]
+        return found
+
     def _irq(self, index: int) -> IrqDescription:
         buffer = bytearray(uapi.IRQ_INFO.pack(uapi.IRQ_INFO.size, 0, index, 0))
         try:
@@ -67,16 +84,16 @@ class VfioDevice:
 
     def _slow_registers(self) -> list[range]:
         """Find the config registers whose writing may take a tenth of a second and more."""
-        config = self.read(RegionIndex.CONFIG, 0, min(256, self.regions[RegionIndex.CONFIG].size))
-        found = []
-        offset, seen = config[_CAPABILITIES] & ~3, set[int]()
-        while offset and offset not in seen and offset + 2 <= len(config):
-            seen.add(offset)
-            if config[offset] in _SLOW_REGISTERS:
-                start, size = _SLOW_REGISTERS[config[offset]]
-                found.append(range(offset + start, offset + start + size))
-            offset = config[offset + 1] & ~3
-        return found
+        places = capability_offsets(self.config())
+        return [
+            range(places[kind] + start, places[kind] + start + size)
+            for kind, (start, size) in _SLOW_REGISTERS.items()
+            if kind in places
+        ]
+
+    def config(self) -> bytes:
+        """The part of config space that PCI capabilities lie in."""
+        return self.read(RegionIndex.CONFIG, 0, min(256, self.regions[RegionIndex.CONFIG].size))
 
     # Registers
 

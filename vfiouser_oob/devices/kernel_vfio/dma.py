@@ -3,8 +3,7 @@
 Two kinds of address space offer the same few calls: the type 1 container and the iommufd. All of them block, for as
 long as it takes the kernel to allocate and pin what is mapped; the worker calls them.
 
-The IOMMU keeps the pages, so the process's own mapping is only needed during the call: afterwards nothing of the
-client's memory is mapped here, and a client that truncates its file cannot hurt us.
+What is mapped is named by a mapping of this process, or by the file itself; see `views` for how long that must stay.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import abc
 import ctypes
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.type1_log import Type1Log
+from vfiouser_oob.devices.kernel_vfio.views import PAGE_SIZE, FileViews
 
 #: Bytes mapped by one call: so much must be waited for before a mapping that nobody wants any more is given up.
 CHUNK_SIZE = 1 << 30
-_PAGE_SIZE = 4096
 _MAX_IOVA_RANGES = 256
 _ALL = (1 << 64) - 1
 
@@ -32,18 +31,22 @@ class DmaSpace(abc.ABC):
     Args:
         kernel: the operating system.
         fd: container or iommufd; it stays the opener's.
+        views: this process's mappings of what is mapped for the device; the opener ends them.
     """
 
     #: What the IOMMU can address: first and last address of each window; none known means no limit known.
     windows: Sequence[tuple[int, int]] = ()
     #: Smallest page of the IOMMU, in bytes: addresses and sizes are multiples of it.
-    page_size = _PAGE_SIZE
+    page_size = PAGE_SIZE
     #: How many ranges can be mapped; None if there is no such limit.
     max_maps: int | None = None
+    #: Whether it can say which pages devices may have written.
+    can_log = False
 
-    def __init__(self, kernel: Kernel, fd: int) -> None:
+    def __init__(self, kernel: Kernel, fd: int, views: FileViews) -> None:
         self._kernel = kernel
         self._fd = fd
+        self._views = views
 
     @abc.abstractmethod
     def map(self, fd: int, offset: int, iova: int, size: int, *, read: bool, write: bool) -> None:
@@ -66,26 +69,29 @@ class DmaSpace(abc.ABC):
     def unmap_all(self) -> None:
         """Take back everything."""
 
-    @contextmanager
-    def _mapped(self, fd: int, offset: int, size: int, *, write: bool) -> Iterator[int]:
-        """Map a part of a file for the duration of a call; gives its address."""
-        # Huge pages can be mapped and unmapped as a whole only.
-        granule = max(_PAGE_SIZE, _block_size(fd))
-        start = offset // granule * granule
-        length = -(-(offset + size - start) // granule) * granule
-        address = self._kernel.mmap(fd, length, start, writable=write)
-        try:
-            yield address + offset - start
-        finally:
-            self._kernel.munmap(address, length)
+    def start_log(self) -> None:
+        """Begin to log which pages devices may write."""
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def stop_log(self) -> None:
+        """Log no more."""
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    def logged(self, iova: int, length: int) -> bytes:
+        """Return a bitmap of the pages of `page_size` bytes that may have been written in a range, and forget them.
+
+        What was unmapped since then counts as well, until something else is mapped there.
+        """
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
 
 
 class Type1Space(DmaSpace):
     """A container with the type 1 (version 2) IOMMU driver."""
 
-    def __init__(self, kernel: Kernel, fd: int) -> None:
-        super().__init__(kernel, fd)
+    def __init__(self, kernel: Kernel, fd: int, views: FileViews) -> None:
+        super().__init__(kernel, fd, views)
         self._read_info()
+        self._log = Type1Log(kernel, fd, self.page_size)
 
     def _read_info(self) -> None:
         room = uapi.IOMMU_TYPE1_INFO.size
@@ -107,6 +113,8 @@ class Type1Space(DmaSpace):
             if cap_id == uapi.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE:
                 count = int.from_bytes(buffer[body : body + 4], "little")
                 self.windows = [uapi.IOVA_RANGE.unpack_from(buffer, body + 8 + 16 * i) for i in range(count)]
+            elif cap_id == uapi.VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION:
+                self.can_log = True
             elif cap_id == uapi.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL:
                 self.max_maps = int.from_bytes(buffer[body : body + 4], "little")
             offset = following if following > offset else 0
@@ -114,21 +122,41 @@ class Type1Space(DmaSpace):
     def map(self, fd: int, offset: int, iova: int, size: int, *, read: bool, write: bool) -> None:
         """Map memory."""
         flags = (uapi.VFIO_DMA_MAP_FLAG_READ if read else 0) | (uapi.VFIO_DMA_MAP_FLAG_WRITE if write else 0)
-        with self._mapped(fd, offset, size, write=write) as address:
+        with self._views.mapped(fd, offset, iova, size, write=write) as address:
             request = uapi.TYPE1_DMA_MAP.pack(uapi.TYPE1_DMA_MAP.size, flags, address, iova, size)
             self._kernel.ioctl(self._fd, uapi.VFIO_IOMMU_MAP_DMA, bytearray(request))
+        self._log.mapped(iova, size)
 
     def unmap(self, iova: int, size: int) -> None:
         """Unmap memory; several whole mappings at once are allowed."""
-        self._unmap(0, iova, size)
+        if self._log.active:
+            self._log.unmap(iova, size)
+        else:
+            self._unmap(0, iova, size)
+            self._log.unmapped(iova, size)
+        self._views.drop(iova, size)
 
     def unmap_all(self) -> None:
         """Unmap everything."""
         self._unmap(uapi.VFIO_DMA_UNMAP_FLAG_ALL, 0, 0)
+        self._log.unmapped(0, _ALL)
+        self._views.drop_all()
 
     def _unmap(self, flags: int, iova: int, size: int) -> None:
         request = uapi.TYPE1_DMA_UNMAP.pack(uapi.TYPE1_DMA_UNMAP.size, flags, iova, size)
         self._kernel.ioctl(self._fd, uapi.VFIO_IOMMU_UNMAP_DMA, bytearray(request))
+
+    def start_log(self) -> None:
+        """Begin."""
+        self._log.start()
+
+    def stop_log(self) -> None:
+        """End."""
+        self._log.stop()
+
+    def logged(self, iova: int, length: int) -> bytes:
+        """Ask the kernel."""
+        return self._log.report(iova, length)
 
 
 class IommufdSpace(DmaSpace):
@@ -138,10 +166,11 @@ class IommufdSpace(DmaSpace):
         kernel: the operating system.
         fd: the iommufd; it stays the opener's.
         ioas: the address space's id; the device is attached to it already, so that its windows are known.
+        views: as for `DmaSpace`.
     """
 
-    def __init__(self, kernel: Kernel, fd: int, ioas: int) -> None:
-        super().__init__(kernel, fd)
+    def __init__(self, kernel: Kernel, fd: int, ioas: int, views: FileViews) -> None:
+        super().__init__(kernel, fd, views)
         self._ioas = ioas
         self._by_file = True
         ranges = (ctypes.c_uint64 * (2 * _MAX_IOVA_RANGES))()
@@ -153,7 +182,7 @@ class IommufdSpace(DmaSpace):
         kernel.ioctl(fd, uapi.IOMMU_IOAS_IOVA_RANGES, buffer)
         _, _, count, _, _, alignment = uapi.IOAS_IOVA_RANGES.unpack(buffer)
         self.windows = [(ranges[2 * i], ranges[2 * i + 1]) for i in range(min(count, _MAX_IOVA_RANGES))]
-        self.page_size = alignment or _PAGE_SIZE
+        self.page_size = alignment or PAGE_SIZE
 
     def map(self, fd: int, offset: int, iova: int, size: int, *, read: bool, write: bool) -> None:
         """Map memory: by its file where the kernel can, else by an address."""
@@ -170,7 +199,7 @@ class IommufdSpace(DmaSpace):
                     self._by_file = False
                 elif error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # not all files can
                     raise
-        with self._mapped(fd, offset, size, write=write) as address:
+        with self._views.mapped(fd, offset, iova, size, write=write) as address:
             layout = uapi.IOAS_MAP
             request = bytearray(layout.pack(layout.size, flags, self._ioas, 0, address, size, iova))
             self._kernel.ioctl(self._fd, uapi.IOMMU_IOAS_MAP, request)
@@ -185,13 +214,8 @@ class IommufdSpace(DmaSpace):
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise
+        self._views.drop(iova, size)
 
     def unmap_all(self) -> None:
         """Unmap everything."""
         self.unmap(0, _ALL)
-
-
-def _block_size(fd: int) -> int:
-    """A file's page size, if it is of huge pages."""
-    size = os.fstat(fd).st_blksize
-    return size if size & (size - 1) == 0 else _PAGE_SIZE

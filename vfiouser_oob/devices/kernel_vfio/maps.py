@@ -11,18 +11,14 @@ from typing import Any
 
 from vfiouser_oob.config.values import format_size
 from vfiouser_oob.devices.kernel_vfio.dma import CHUNK_SIZE, DmaSpace
-from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker, explained
+from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, Worker, explained
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.dma import DmaRegion
 from vfiouser_protocol.errors import CommandError
 
-#: A mapping that takes longer is worth a line in the log: the kernel allocates and clears all of its memory.
-SLOW_MAP_S = 1.0
-_ADVICE = (
-    "allocate the VM's memory beforehand (prealloc=on), or raise reply_budget_s and QEMU's x-msg-timeout as "
-    "`vfiouser-oob snippet qemu` prints them"
-)
+# The kernel allocates, clears and locks all of the memory that is mapped.
+_ADVICE = f"allocate the VM's memory beforehand (prealloc=on), or {BUDGET_ADVICE}"
 _REASONS: Mapping[int, str] = {
     errno.EEXIST: "the IOMMU has a mapping there already",
     errno.ENOSPC: "the IOMMU takes no more mappings (module option dma_entry_limit of vfio_iommu_type1)",
@@ -109,15 +105,9 @@ class IommuMaps:
                 )
                 done += size
                 now = time.monotonic()
-                if now - reported >= SLOW_MAP_S:
+                if now - reported >= SLOW_S and done < region.size:
                     reported = now
-                    self._log.info(
-                        "mapping memory",
-                        address=f"{region.address:#x}",
-                        done=format_size(done),
-                        of=format_size(region.size),
-                        seconds=now - started,
-                    )
+                    self._note_progress(job, region, done, now - started)
         except OSError:
             if done:
                 self._space.unmap(region.address, done)
@@ -126,13 +116,28 @@ class IommuMaps:
         self._report(job, region, done, time.monotonic() - started)
         return done
 
+    def _note_progress(self, job: Job[int], region: DmaRegion, done: int, seconds: float) -> None:
+        fields = {
+            "address": f"{region.address:#x}",
+            "done": format_size(done),
+            "of": format_size(region.size),
+            "seconds": seconds,
+        }
+        left = seconds / done * (region.size - done)
+        if time.monotonic() + left > job.until:
+            self._log.warning(
+                "mapping memory will take longer than the client is answered in", advice=_ADVICE, **fields
+            )
+        else:
+            self._log.info("mapping memory", **fields)
+
     def _report(self, job: Job[int], region: DmaRegion, done: int, seconds: float) -> None:
         fields = {"address": f"{region.address:#x}", "size": format_size(region.size), "seconds": seconds}
         if job.abandoned:
             self._log.warning(
                 "mapping memory took too long and is undone", done=format_size(done), advice=_ADVICE, **fields
             )
-        elif seconds >= SLOW_MAP_S:
+        elif seconds >= SLOW_S:
             self._log.warning("mapping memory was slow; a client may not wait so long", advice=_ADVICE, **fields)
         else:
             self._log.debug("memory mapped", **fields)

@@ -85,7 +85,8 @@ class KernelAgent(Agent):
     async def functions(self) -> Sequence[FunctionInfo]:
         """The one function."""
         await trio.lowlevel.checkpoint()
-        return [FunctionInfo(self._function.name, "pci", bdf=self._function.name)]
+        name = self._function.name
+        return [FunctionInfo(name, "pci", bdf=name if ":" in name else None)]
 
 
 class KernelSession(Session):

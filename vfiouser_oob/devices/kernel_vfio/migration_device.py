@@ -44,12 +44,7 @@ class MigrationDevice:
 
     def flags(self) -> int:
         """MigrationFlags; 0 if the driver cannot migrate."""
-        try:
-            return self._get_u64(uapi.VFIO_DEVICE_FEATURE_MIGRATION)
-        except OSError as error:
-            if error.errno in (errno.ENOTTY, errno.EINVAL):
-                return 0
-            raise
+        return self._device.migration_flags()
 
     @property
     def can_log(self) -> bool:
@@ -82,7 +77,7 @@ class MigrationDevice:
         body = uapi.FEATURE_MIG_STATE.pack(state, -1)
         answer = self._feature(_SET | uapi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, body)
         fd: int = uapi.FEATURE_MIG_STATE.unpack(answer)[1]
-        return fd if fd > 0 else -1
+        return fd
 
     def data_size(self) -> int:
         """Bytes that a stop-copy would give now, as far as the driver knows."""
@@ -99,6 +94,20 @@ class MigrationDevice:
         """Reset the function: it runs then, as after power-on, and is no bus master."""
         self._device.clear_bus_master()
         self._device.reset()
+
+    def settle(self) -> bool:
+        """Bring a device that was just opened to its running state.
+
+        Closing a device ends its migration streams, but not all drivers leave the state of the migration then: a daemon
+        that was killed leaves such a function behind.
+
+        Returns:
+            Whether it had to be reset for that.
+        """
+        if not self.flags() or self.state() == DeviceState.RUNNING:
+            return False
+        self.reset()
+        return True
 
     # Data
 

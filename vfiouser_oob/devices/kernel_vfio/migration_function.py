@@ -29,14 +29,16 @@ from vfiouser_agents.errors import (
     NoResources,
     Unsupported,
 )
+from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace
 from vfiouser_oob.devices.kernel_vfio.migration_device import MigrationDevice
+from vfiouser_oob.devices.kernel_vfio.migration_dirty import PAGE_SIZE, PageLog, start_log
+from vfiouser_oob.observability import log as logs
 from vfiouser_protocol.constants import DeviceState, MigrationFlags
 
 FORMAT = "linux-vfio-v2"
 _FORMAT_VERSION = 1
 _MAX_STATE = 1 << 40
 _MAX_CHUNK = 1 << 20
-_PAGE_SIZE = 4096
 #: What the kernel takes at least: as many as fit into a page.
 _MAX_RANGES = 256
 
@@ -108,18 +110,21 @@ class KernelFunction:
     """One function; lives as long as its backend, whoever is connected.
 
     Args:
-        name: its PCI address.
+        name: its PCI address, or the UUID of a mediated device.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._log = logs.get("devices.kernel_vfio").bind(device=name)
         self.caps: Capabilities | None = None
         self.role: Role | None = None
         self.migration_id = ""
         #: The session that began the migration.
         self.owner: object | None = None
-        self.logging: tuple[int, tuple[Range, ...]] | None = None
+        #: The log that is kept, and what it covers.
+        self.logging: tuple[PageLog, tuple[Range, ...]] | None = None
         self._device: MigrationDevice | None = None
+        self._space: DmaSpace | None = None
         self._state = DeviceState.RUNNING
         self._data_fd = -1
         self._outgoing: _Outgoing | None = None
@@ -135,34 +140,34 @@ class KernelFunction:
         """Whether a client has the device."""
         return self._device is not None
 
-    def attach(self, device: MigrationDevice) -> None:
-        """A client has the device; it was reset when it was opened."""
+    def attach(self, device: MigrationDevice, space: DmaSpace) -> None:
+        """A client has the device, which runs, and an address space for it."""
         self._forget_all()
-        self._device = device
-        self._learn_capabilities(device)
+        self._device, self._space = device, space
+        self._learn_capabilities(device, space)
 
     def detach(self) -> None:
         """The client goes; the device is reset and closed after this."""
         self._forget_all()
-        self._device = None
+        self._device = self._space = None
 
-    def learn(self, device: MigrationDevice) -> None:
+    def learn(self, device: MigrationDevice, space: DmaSpace) -> None:
         """Find out what a device can do that is open for this only."""
-        self._learn_capabilities(device)
+        self._learn_capabilities(device, space)
 
-    def _learn_capabilities(self, device: MigrationDevice) -> None:
+    def _learn_capabilities(self, device: MigrationDevice, space: DmaSpace) -> None:
         flags = device.flags()
         stop_copy = bool(flags & MigrationFlags.STOP_COPY)
         self.caps = Capabilities(
             stop_copy=stop_copy,
             p2p=stop_copy and bool(flags & MigrationFlags.P2P),
             precopy=stop_copy and bool(flags & MigrationFlags.PRE_COPY),
-            dirty=stop_copy and device.can_log,
+            dirty=stop_copy and (device.can_log or space.can_log),
             reset=device.can_reset,
             formats=(FORMAT,) if stop_copy else (),
             max_state=_MAX_STATE,
             max_chunk=_MAX_CHUNK,
-            page_sizes=(_PAGE_SIZE,),
+            page_sizes=(PAGE_SIZE,) if device.can_log else (space.page_size,),
             max_ranges=_MAX_RANGES,
         )
 
@@ -437,38 +442,41 @@ class KernelFunction:
             raise InvalidState("dirty pages are logged already; stop that first")
         if len(ranges) > _MAX_RANGES:
             raise NoResources(f"{len(ranges)} ranges", {"max_ranges": _MAX_RANGES})
-        if page_size < _PAGE_SIZE or page_size & (page_size - 1):
-            raise InvalidArgument(f"a page size of {page_size}; powers of two from {_PAGE_SIZE} on")
-        if not ranges or any(not part.length or (part.iova | part.length) % _PAGE_SIZE for part in ranges):
+        if page_size < PAGE_SIZE or page_size & (page_size - 1):
+            raise InvalidArgument(f"a page size of {page_size}; powers of two from {PAGE_SIZE} on")
+        if not ranges or any(not part.length or (part.iova | part.length) % PAGE_SIZE for part in ranges):
             raise InvalidArgument("ranges must be whole pages, and not empty")
+        assert self._space is not None
         try:
-            device.start_logging([(part.iova, part.length) for part in ranges], _PAGE_SIZE)
+            log, note = start_log(device, self._space, ranges)
         except OSError as error:
-            raise NoResources(f"{self.name}: the driver cannot log: {error.strerror}") from error
-        # Whatever the device counts in, the kernel reports in the size that we ask for.
-        self.logging = (_PAGE_SIZE, tuple(ranges))
-        return _PAGE_SIZE
+            raise NoResources(f"{self.name}: dirty pages cannot be logged: {error.strerror}") from error
+        if note:
+            self._log.info(note)
+        self.logging = (log, tuple(ranges))
+        return log.page_size
 
     def report(self, iova: int, length: int) -> DirtyReport:
         """Report and forget."""
         if self.logging is None:
             raise InvalidState("dirty pages are not being logged")
-        page_size, ranges = self.logging
+        log, ranges = self.logging
+        page_size = log.page_size
         if not length or (iova | length) % page_size:
             raise InvalidArgument(f"a report of {length} bytes at {iova:#x}: whole pages of {page_size} bytes only")
         if not any(part.iova <= iova and iova + length <= part.iova + part.length for part in ranges):
             raise InvalidArgument(f"{iova:#x}+{length:#x} is not in the ranges that are logged")
         try:
-            bitmap = self._open_device().logged(iova, length, page_size)
+            bitmap = log.report(iova, length)
         except OSError as error:
             raise DeviceFailed(f"{self.name}: the dirty log is lost: {error.strerror}") from error
         return DirtyReport(bitmap, final=self.agent_state in _STILL)
 
     def stop_logging(self) -> None:
         """Forget."""
-        if self.logging is not None and self._device is not None:
-            self.logging = None
+        if self.logging is not None:
+            (log, _), self.logging = self.logging, None
             try:
-                self._device.stop_logging()
+                log.stop()
             except OSError:  # a device that was reset has forgotten by itself
                 pass

@@ -16,7 +16,9 @@ from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
 from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace, IommufdSpace, Type1Space
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
-from vfiouser_oob.devices.kernel_vfio.sysfs import PciFunctionNode
+from vfiouser_oob.devices.kernel_vfio.node import DeviceNode
+from vfiouser_oob.devices.kernel_vfio.sysfs import find_node
+from vfiouser_oob.devices.kernel_vfio.views import FileViews
 
 
 class DeviceBusy(BackendUnavailable):
@@ -50,7 +52,7 @@ class Opener(abc.ABC):
         node: the function.
     """
 
-    def __init__(self, kernel: Kernel, node: PciFunctionNode) -> None:
+    def __init__(self, kernel: Kernel, node: DeviceNode) -> None:
         self._kernel = kernel
         self._node = node
 
@@ -67,6 +69,12 @@ class Opener(abc.ABC):
     def probe(self) -> None:
         """Find out whether `open` could succeed, disturbing as little as possible; raises as `open` does."""
 
+    def _views(self, resources: ExitStack) -> FileViews:
+        """Called first, so that what is mapped here ends after what the device has."""
+        views = FileViews(self._kernel, keep=not self._node.pinned)
+        resources.callback(views.drop_all)
+        return views
+
     def _open_node(self, path: Path, resources: ExitStack) -> int:
         try:
             fd = self._kernel.open(path)
@@ -76,20 +84,21 @@ class Opener(abc.ABC):
         return fd
 
     def _unavailable(self, path: Path, error: OSError) -> BackendUnavailable:
-        bdf = self._node.bdf
+        name = self._node.name
         if error.errno == errno.EBUSY:
             return DeviceBusy(
-                f"{path} is in use: another process holds {bdf} or another function of its IOMMU group, such as a VMM "
+                f"{path} is in use: another process holds {name} or another function of its IOMMU group, such as a VMM "
                 f"that has not ended yet; see `fuser -v {path}`"
             )
         if error.errno in (errno.EACCES, errno.EPERM):
             return BackendUnavailable(
                 f"no permission to open {path}: let the daemon's user or group own it, for example by "
-                f"`vfiouser-oob bind {bdf} --owner USER`"
+                f"{self._node.ownership_advice}"
             )
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             return BackendUnavailable(
-                f"{path} is not there ({error.strerror}): load the kernel's modules with `modprobe vfio-pci`"
+                f"{path} is not there ({error.strerror}): load the kernel's modules with "
+                f"`modprobe {self._node.modules}`"
             )
         return BackendUnavailable(f"{path} cannot be opened: {error.strerror}")
 
@@ -97,7 +106,7 @@ class Opener(abc.ABC):
         try:
             return call()
         except OSError as error:
-            raise BackendUnavailable(f"{self._node.bdf}: {what} failed: {error.strerror}") from error
+            raise BackendUnavailable(f"{self._node.name}: {what} failed: {error.strerror}") from error
 
 
 class GroupOpener(Opener):
@@ -106,6 +115,7 @@ class GroupOpener(Opener):
     def open(self) -> OpenDevice:
         """Open group and container, and the device in them."""
         with ExitStack() as resources:
+            views = self._views(resources)
             group = self._open_group(resources)
             container = self._open_node(self._kernel.dev / "vfio/vfio", resources)
             self._check_container(container)
@@ -114,9 +124,9 @@ class GroupOpener(Opener):
             resources.callback(self._kernel.close, device_fd)
             try:
                 device = VfioDevice(self._kernel, device_fd)
-                space = Type1Space(self._kernel, container)
+                space = Type1Space(self._kernel, container, views)
             except OSError as error:
-                raise BackendUnavailable(f"{self._node.bdf} cannot be described: {error.strerror}") from error
+                raise BackendUnavailable(f"{self._node.name} cannot be described: {error.strerror}") from error
             return OpenDevice(device, space, resources.pop_all())
         raise AssertionError("unreachable")
 
@@ -134,7 +144,7 @@ class GroupOpener(Opener):
         if not uapi.GROUP_STATUS.unpack(status)[1] & uapi.VFIO_GROUP_FLAGS_VIABLE:
             others = ", ".join(self._node.group_obstacles()) or "none that sysfs shows"
             raise BackendUnavailable(
-                f"IOMMU group {self._node.iommu_group} of {self._node.bdf} is not viable: these members are bound to "
+                f"IOMMU group {self._node.iommu_group} of {self._node.name} is not viable: these members are bound to "
                 f"other drivers: {others}; bind each with `vfiouser-oob bind`"
             )
         return group
@@ -158,25 +168,25 @@ class GroupOpener(Opener):
             self._kernel.ioctl(container, uapi.VFIO_SET_IOMMU, uapi.VFIO_TYPE1V2_IOMMU)
         except OSError as error:
             if error.errno != errno.EPERM:
-                raise BackendUnavailable(f"{self._node.bdf}: the IOMMU cannot be used: {error.strerror}") from error
+                raise BackendUnavailable(f"{self._node.name}: the IOMMU cannot be used: {error.strerror}") from error
             raise BackendUnavailable(
-                f"{self._node.bdf}: the kernel refuses the IOMMU because it cannot remap interrupts; switch interrupt "
+                f"{self._node.name}: the kernel refuses the IOMMU because it cannot remap interrupts; switch interrupt "
                 f"remapping on in the firmware"
             ) from error
 
     def _get_device(self, group: int) -> int:
-        name = bytearray(self._node.bdf.encode() + b"\0")
+        name = bytearray(self._node.name.encode() + b"\0")
         try:
             return self._kernel.ioctl(group, uapi.VFIO_GROUP_GET_DEVICE_FD, name)
         except OSError as error:
             if error.errno in (errno.EBUSY, errno.EAGAIN):
-                raise DeviceBusy(f"{self._node.bdf} is in use by another process") from error
+                raise DeviceBusy(f"{self._node.name} is in use by another process") from error
             if error.errno == errno.EACCES:
                 raise BackendUnavailable(
-                    f"{self._node.bdf} is a virtual function whose physical function is bound to vfio-pci too, and "
+                    f"{self._node.name} is a virtual function whose physical function is bound to vfio-pci too, and "
                     f"needs that one's token; bind the physical function to its own driver or to pci-pf-stub"
                 ) from error
-            raise BackendUnavailable(f"{self._node.bdf} cannot be opened: {error.strerror}") from error
+            raise BackendUnavailable(f"{self._node.name} cannot be opened: {error.strerror}") from error
 
 
 class CdevOpener(Opener):
@@ -185,6 +195,7 @@ class CdevOpener(Opener):
     def open(self) -> OpenDevice:
         """Open the device's own node, bind it to an iommufd and attach it to a new address space."""
         with ExitStack() as resources:
+            views = self._views(resources)
             device_fd, iommufd = self._bind(resources)
             request = bytearray(uapi.IOAS_ALLOC.pack(uapi.IOAS_ALLOC.size, 0, 0))
             self._step("making an address space", lambda: self._kernel.ioctl(iommufd, uapi.IOMMU_IOAS_ALLOC, request))
@@ -196,9 +207,9 @@ class CdevOpener(Opener):
             )
             try:
                 device = VfioDevice(self._kernel, device_fd)
-                space = IommufdSpace(self._kernel, iommufd, ioas)
+                space = IommufdSpace(self._kernel, iommufd, ioas, views)
             except OSError as error:
-                raise BackendUnavailable(f"{self._node.bdf} cannot be described: {error.strerror}") from error
+                raise BackendUnavailable(f"{self._node.name} cannot be described: {error.strerror}") from error
             return OpenDevice(device, space, resources.pop_all())
         raise AssertionError("unreachable")
 
@@ -218,23 +229,23 @@ class CdevOpener(Opener):
             # The kernel's answer to a device that another descriptor has bound is EINVAL.
             if error.errno in (errno.EINVAL, errno.EBUSY):
                 raise DeviceBusy(
-                    f"{self._node.bdf} is in use: another process has bound it, such as a VMM that has not ended yet"
+                    f"{self._node.name} is in use: another process has bound it, such as a VMM that has not ended yet"
                 ) from error
-            raise BackendUnavailable(f"{self._node.bdf} cannot be bound to an iommufd: {error.strerror}") from error
+            raise BackendUnavailable(f"{self._node.name} cannot be bound to an iommufd: {error.strerror}") from error
         return device_fd, iommufd
 
 
-def choose_opener(kernel: Kernel, bdf: str) -> Opener:
+def choose_opener(kernel: Kernel, name: str) -> Opener:
     """Return the way to open a function on this machine.
 
     Args:
         kernel: the operating system.
-        bdf: the function's address.
+        name: the function's address, or the UUID of a mediated device.
 
     Raises:
         BackendUnavailable: sysfs says already that it cannot be used.
     """
-    node = PciFunctionNode(kernel.sysfs, bdf)
+    node = find_node(kernel.sysfs, name)
     node.require_usable()
     if (kernel.dev / "iommu").exists() and node.cdev and (kernel.dev / f"vfio/devices/{node.cdev}").exists():
         return CdevOpener(kernel, node)

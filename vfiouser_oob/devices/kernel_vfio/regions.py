@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from vfiouser_oob.config.schema import RegionPolicy
 from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.msix import msix_areas, without_pages
 from vfiouser_oob.observability.log import Logger
 from vfiouser_protocol.constants import REGION_TYPE_MIGRATION, RegionFlags
-from vfiouser_protocol.regions import RegionDescription, RegionSpec
+from vfiouser_protocol.regions import RegionDescription, RegionSpec, SparseArea
 
 _ACCESS = int(RegionFlags.READ | RegionFlags.WRITE)
 
@@ -34,6 +35,7 @@ class RegionTable:
         self._kernel = kernel
         self._device = device
         self._dma_bufs: dict[int, int] = {}
+        self._msix = msix_areas(device.config())
         self.specs: Sequence[RegionSpec] = ()
         try:
             self.specs = [self._spec(region, policy, log) for region in device.regions]
@@ -50,10 +52,11 @@ class RegionTable:
     def _spec(self, region: RegionDescription, policy: RegionPolicy, log: Logger) -> RegionSpec:
         if region.type is not None and region.type.type == REGION_TYPE_MIGRATION:
             return RegionSpec.absent(region.index)  # migration is ours to offer
-        mappable = bool(region.mappable_areas) and policy is not RegionPolicy.TRAP
+        areas = self._areas(region)
+        mappable = bool(areas) and policy is not RegionPolicy.TRAP
         offset = region.offset
         if mappable and policy in (RegionPolicy.AUTO, RegionPolicy.DMABUF):
-            if self._export(region):
+            if self._export(region, areas):
                 offset = 0
             elif policy is RegionPolicy.DMABUF:
                 mappable = False
@@ -64,16 +67,22 @@ class RegionTable:
             region.index,
             region.size,
             region.flags & _ACCESS,
-            region.areas or (),
+            () if areas == ((0, region.size),) else areas,
             offset=offset,
             type=region.type,
             msix_mappable=region.msix_mappable,
             mappable=mappable,
         )
 
-    def _export(self, region: RegionDescription) -> bool:
+    def _areas(self, region: RegionDescription) -> tuple[SparseArea, ...]:
+        """What may be mapped: the kernel's word, less the MSI-X table and pending bits unless it allows them."""
+        if region.msix_mappable:
+            return region.mappable_areas
+        return without_pages(region.mappable_areas, [area for index, area in self._msix if index == region.index])
+
+    def _export(self, region: RegionDescription, areas: tuple[SparseArea, ...]) -> bool:
         """Make a dma-buf of a region; whether there is one that can be mapped."""
-        if region.areas is not None and region.mappable_areas != ((0, region.size),):
+        if areas != ((0, region.size),):
             return False  # a dma-buf of several parts numbers its bytes otherwise than the region
         access = os.O_RDWR if region.flags & RegionFlags.WRITE else os.O_RDONLY
         try:

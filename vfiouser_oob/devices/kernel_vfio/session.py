@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
@@ -15,7 +16,7 @@ from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.maps import IommuMaps
 from vfiouser_oob.devices.kernel_vfio.openers import OpenDevice
 from vfiouser_oob.devices.kernel_vfio.regions import RegionTable
-from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker, explain, explained
+from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, Worker, explain
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
@@ -71,6 +72,8 @@ class KernelVfioSession(BackendSession):
         self._maps = IommuMaps(opened.space, worker, log)
         self._max_maps = min(DEFAULT_MAX_DMA_MAPS, opened.space.max_maps or DEFAULT_MAX_DMA_MAPS)
         self.memory = GuestMemory(link, self._max_maps, by_message=False, check_files=False)
+        if not self._device.flags & DeviceInfoFlags.RESET:
+            log.warning("the kernel cannot reset this function: what one client leaves in it, the next one finds")
 
     @property
     def limits(self) -> Capabilities:
@@ -110,7 +113,21 @@ class KernelVfioSession(BackendSession):
         self._device.reset()
 
     def _in_worker(self, what: str, work: Callable[[], T]) -> Awaitable[T]:
-        return self._worker.submit(Job(explained(what, work)))
+        def run(job: Job[T]) -> T:
+            started = time.monotonic()
+            try:
+                return explain(what, work)
+            finally:
+                seconds = time.monotonic() - started
+                if seconds >= SLOW_S:
+                    self._log.warning(
+                        "the kernel was slow; a client may not wait so long",
+                        what=what,
+                        seconds=seconds,
+                        advice=BUDGET_ADVICE,
+                    )
+
+        return self._worker.submit(Job(run))
 
     def flush(self) -> Answer[None]:
         """Read from the hardware: a read overtakes no write, so all that the client wrote is at the device then."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from vfiouser_oob.devices.base import BackendUnavailable
+from vfiouser_oob.devices.kernel_vfio.mdev import MdevNode
+from vfiouser_oob.devices.kernel_vfio.node import DeviceNode
 
 #: The driver that hands functions to user space; variant drivers have other names and do the same.
 VFIO_DRIVER = "vfio-pci"
@@ -14,7 +16,10 @@ VFIO_DRIVER = "vfio-pci"
 _CLASS_BRIDGE = "0x0604"
 
 
-class PciFunctionNode:
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class PciFunctionNode(DeviceNode):
     """A PCI function's directory in sysfs.
 
     Args:
@@ -23,34 +28,12 @@ class PciFunctionNode:
     """
 
     def __init__(self, sysfs: Path, bdf: str) -> None:
+        super().__init__(sysfs, bdf, sysfs / "bus/pci/devices" / bdf)
         self.bdf = bdf
-        self.sysfs = sysfs
-        self.path = sysfs / "bus/pci/devices" / bdf
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is such a function."""
-        return self.path.is_dir()
-
-    @property
-    def driver(self) -> str | None:
-        """Name of the driver that it is bound to."""
-        return _link_name(self.path / "driver")
-
-    @property
-    def iommu_group(self) -> str | None:
-        """Number of its IOMMU group; None without an IOMMU."""
-        return _link_name(self.path / "iommu_group")
 
     def is_bound_to_vfio(self) -> bool:
         """Whether its driver is vfio-pci or a variant of it."""
         return self.driver == VFIO_DRIVER or (self.driver is not None and (self.path / "vfio-dev").is_dir())
-
-    @property
-    def cdev(self) -> str | None:
-        """Name of its own VFIO device node (``vfio3``), where the kernel makes such."""
-        nodes = sorted(path.name for path in (self.path / "vfio-dev").glob("vfio*"))
-        return nodes[0] if nodes else None
 
     def group_obstacles(self) -> Sequence[str]:
         """The other members of its group that another driver holds, each with that driver."""
@@ -70,11 +53,7 @@ class PciFunctionNode:
             return False
 
     def require_usable(self) -> None:
-        """Check what can be seen without opening anything.
-
-        Raises:
-            BackendUnavailable: with what is missing and the command that helps.
-        """
+        """Check that it is there, is bound to vfio-pci, and has an IOMMU."""
         if not self.exists:
             raise BackendUnavailable(f"there is no PCI function {self.bdf}: see `lspci -D` for those that there are")
         if not self.is_bound_to_vfio():
@@ -89,8 +68,11 @@ class PciFunctionNode:
             )
 
 
-def _link_name(path: Path) -> str | None:
-    try:
-        return os.path.basename(os.readlink(path))
-    except OSError:
-        return None
+def find_node(sysfs: Path, name: str) -> DeviceNode:
+    """Return where a function stands in sysfs, whether or not it is there.
+
+    Args:
+        sysfs: where sysfs is mounted.
+        name: a PCI address, or the UUID of a mediated device.
+    """
+    return MdevNode(sysfs, name) if _UUID.fullmatch(name) else PciFunctionNode(sysfs, name)

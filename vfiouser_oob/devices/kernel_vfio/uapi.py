@@ -46,13 +46,19 @@ VFIO_DEVICE_FEATURE_DMA_BUF = 11
 VFIO_IOMMU_GET_INFO = _VFIO_IO + 12
 VFIO_IOMMU_MAP_DMA = _VFIO_IO + 13
 VFIO_IOMMU_UNMAP_DMA = _VFIO_IO + 14
+VFIO_IOMMU_DIRTY_PAGES = _VFIO_IO + 17
 VFIO_IOMMU_INFO_PGSIZES = 1 << 0
 VFIO_IOMMU_INFO_CAPS = 1 << 1
 VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE = 1
+VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION = 2
 VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL = 3
 VFIO_DMA_MAP_FLAG_READ = 1 << 0
 VFIO_DMA_MAP_FLAG_WRITE = 1 << 1
+VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP = 1 << 0
 VFIO_DMA_UNMAP_FLAG_ALL = 1 << 1
+VFIO_IOMMU_DIRTY_PAGES_FLAG_START = 1 << 0
+VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP = 1 << 1
+VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP = 1 << 2
 
 # iommufd
 IOMMU_IOAS_ALLOC = _IOMMUFD_IO + 0x1
@@ -100,11 +106,16 @@ CAP_HEADER = struct.Struct("=HHI")
 TYPE1_DMA_MAP = struct.Struct("=IIQQQ")
 #: struct vfio_iommu_type1_dma_unmap: argsz, flags, iova, size.
 TYPE1_DMA_UNMAP = struct.Struct("=IIQQ")
+#: struct vfio_iommu_type1_dirty_bitmap without its data: argsz, flags.
+TYPE1_DIRTY_BITMAP = struct.Struct("=II")
+#: struct vfio_bitmap: pgsize, size, data.
+BITMAP = struct.Struct("=QQQ")
 #: struct iommu_ioas_alloc: size, flags, out_ioas_id.
 IOAS_ALLOC = struct.Struct("=III")
 #: struct iommu_ioas_iova_ranges: size, ioas_id, num_iovas, reserved, allowed_iovas, out_iova_alignment.
 IOAS_IOVA_RANGES = struct.Struct("=IIIIQQ")
-#: struct iommu_iova_range and struct vfio_iova_range: first and last address.
+#: struct iommu_iova_range and struct vfio_iova_range: first and last address; and the beginning of
+#: struct vfio_iommu_type1_dirty_bitmap_get: iova, size.
 IOVA_RANGE = struct.Struct("=QQ")
 #: struct iommu_ioas_map: size, flags, ioas_id, reserved, user_va, length, iova.
 IOAS_MAP = struct.Struct("=IIIIQQQ")

@@ -8,6 +8,7 @@ its client has gone); the job then ends all the same, and what it achieved is un
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,10 @@ from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_protocol.errors import CommandError, VfioUserError
 
 T = TypeVar("T")
+#: What the kernel takes longer for is worth a line in the log: a client may not wait so long.
+SLOW_S = 1.0
+#: What helps a client that does not wait for as long as the kernel takes.
+BUDGET_ADVICE = "raise reply_budget_s and QEMU's x-msg-timeout as `vfiouser-oob snippet qemu` prints them"
 _FAILURES = (OSError, VfioUserError, AgentError, BackendUnavailable)
 
 
@@ -45,6 +50,8 @@ class Job(Generic[T]):
     ) -> None:
         #: The caller does not wait any more; long work looks at it.
         self.abandoned = False
+        #: Until when the caller waits, by `time.monotonic`; long work compares it with what is still to do.
+        self.until = math.inf
         self._done = trio.Event()
         self._work = work
         self._undo = undo
@@ -86,6 +93,7 @@ class Job(Generic[T]):
     async def _wait(self) -> T:
         # A job that is over is not asked for once more: that could be cancelled, with nobody left to undo it.
         if not self._done.is_set():
+            self.until = time.monotonic() + trio.current_effective_deadline() - trio.current_time()
             try:
                 await self._done.wait()
             except trio.Cancelled:

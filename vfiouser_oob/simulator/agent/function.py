@@ -31,7 +31,6 @@ _MAX_STATE = 1 << 40
 _PAGE_SIZES = (4096, 8192, 16384, 65536, 2 << 20)
 #: Seconds that commands in execution get to finish; a VMM that waits for a state change may serve no DMA meanwhile.
 DRAIN_S = 1.0
-STILL = frozenset({AgentState.STOPPED, AgentState.LOADING, AgentState.LOADED})
 
 CAPABILITIES = Capabilities(
     p2p=True,
@@ -91,7 +90,7 @@ class AgentFunction:
         self.log: PageLog | None = None
         self.outgoing: StateWriter | None = None
         self.incoming: StateReader | None = None
-        #: A load was begun and not committed: only a reset leads out.
+        #: A load was begun and not committed: only a reset or another load leads out.
         self.spoiled = False
         self.feed = EventFeed()
         self._options = options

@@ -27,15 +27,11 @@ from vfiouser_agents.api import (
     Status,
 )
 from vfiouser_agents.dirtylog import PageLog
-from vfiouser_agents.errors import Busy, Incompatible, InvalidArgument, InvalidState, NoResources, NotFound
+from vfiouser_agents.errors import Incompatible, NotFound
+from vfiouser_agents.rules import STILL, SessionRules, differences, logged
 from vfiouser_oob._version import __version__
-from vfiouser_oob.simulator.agent.function import CAPABILITIES, STILL, AgentFunction
+from vfiouser_oob.simulator.agent.function import CAPABILITIES, AgentFunction
 from vfiouser_oob.simulator.agent.payload import StateReader
-
-_SAVE_STATES = {
-    Phase.PRECOPY: (AgentState.RUNNING, AgentState.QUIESCED),
-    Phase.FINAL: (AgentState.STOPPED, AgentState.LOADED),
-}
 
 
 class NvmeSession(Session):
@@ -48,6 +44,7 @@ class NvmeSession(Session):
     def __init__(self, function: AgentFunction) -> None:
         self._function = function
         self._open = True
+        self._rules = SessionRules(self, function)
 
     @property
     def function_id(self) -> str:
@@ -84,22 +81,9 @@ class NvmeSession(Session):
         """Become the owner of the function's migration."""
         await self._enter("begin", anybody=True)
         function = self._function
-        if not migration_id:
-            raise InvalidArgument("a migration needs a name")
-        if function.role is not None and (role, migration_id) != (function.role, function.migration_id):
-            self._replace()
+        self._rules.migratable(migration_id)
+        self._rules.make_way(role, migration_id)
         function.role, function.migration_id, function.owner = role, migration_id, self
-
-    def _replace(self) -> None:
-        function = self._function
-        which = f"function {function.name} is {function.role and function.role.value} of {function.migration_id!r}"
-        if function.owner is self:
-            raise InvalidState(f"{which}; end that first")
-        if function.owner is not None:
-            raise Busy(f"{which}, in another session")
-        if function.state is not AgentState.RUNNING:
-            raise InvalidState(f"{which}, whose session is gone, and {function.state.value}; end or reset it first")
-        function.forget_migration()
 
     async def abort(self) -> None:
         """Drop buffers."""
@@ -133,7 +117,7 @@ class NvmeSession(Session):
     async def resume(self) -> None:
         """Run."""
         await self._enter("resume")
-        self._not_spoiled()
+        self._rules.committed()
         self._function.run()
 
     # Saving
@@ -150,13 +134,8 @@ class NvmeSession(Session):
         """Give the next piece."""
         await self._enter("save", Role.SOURCE)
         function = self._function
-        if limit <= 0 or offset < 0:
-            raise InvalidArgument(f"save of {limit} bytes at {offset}: both must be positive")
-        allowed = _SAVE_STATES[phase]
-        if function.state not in allowed:
-            names = " or ".join(state.value for state in allowed)
-            raise InvalidState(f"save({phase.value}) needs a function that is {names}, not {function.state.value}")
-        self._not_spoiled()
+        self._rules.saveable_piece(offset, limit, phase)
+        self._rules.saveable_now(phase)
         function.memory.advance()
         writer = function.outgoing
         if writer is None or (offset == 0 and not writer.repeats(offset)):
@@ -168,18 +147,13 @@ class NvmeSession(Session):
     async def load_begin(self, total: int | None) -> None:
         """Get ready."""
         await self._enter("load_begin", Role.DESTINATION)
-        function = self._function
-        if function.state not in STILL:
-            raise InvalidState(f"load_begin needs a function that is stopped, not {function.state.value}")
-        if total is not None and not 0 <= total <= self.caps.max_state:
-            raise NoResources(f"a state of {total} bytes", {"max_state": self.caps.max_state})
-        function.begin_loading()
+        self._rules.loadable(total)
+        self._function.begin_loading()
 
     async def load(self, offset: int, data: bytes) -> None:
         """Take a piece."""
         await self._enter("load", Role.DESTINATION)
-        if len(data) > self.caps.max_chunk:
-            raise InvalidArgument(f"load of {len(data)} bytes; at most {self.caps.max_chunk} at once")
+        self._rules.loadable_piece(data)
         await self._incoming().put(offset, data)
 
     async def load_commit(self, total: int, sha256: bytes) -> None:
@@ -190,7 +164,7 @@ class NvmeSession(Session):
     def _incoming(self) -> StateReader:
         incoming = self._function.incoming
         if incoming is None:
-            raise InvalidState(f"nothing is being loaded; function {self.function_id} is {self._function.state.value}")
+            raise self._rules.nothing_is_loaded()
         return incoming
 
     # Dirty pages
@@ -198,10 +172,7 @@ class NvmeSession(Session):
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Log."""
         await self._enter("dirty_start")
-        if self._function.log is not None:
-            raise InvalidState("dirty pages are logged already; stop that first")
-        if len(ranges) > self.caps.max_ranges:
-            raise NoResources(f"{len(ranges)} ranges", {"max_ranges": self.caps.max_ranges})
+        self._rules.loggable(self._function.log, ranges)
         log = PageLog(ranges, page_size, self.caps.page_sizes)
         self._function.start_logging(log)
         return log.page_size
@@ -209,9 +180,7 @@ class NvmeSession(Session):
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
         """Report and forget."""
         await self._enter("dirty_report")
-        if self._function.log is None:
-            raise InvalidState("dirty pages are not being logged")
-        return DirtyReport(self._function.log.take(iova, length), final=self._function.state in STILL)
+        return DirtyReport(logged(self._function.log).take(iova, length), final=self._function.state in STILL)
 
     async def dirty_stop(self) -> None:
         """Forget."""
@@ -234,18 +203,7 @@ class NvmeSession(Session):
     async def _enter(self, name: str, role: Role | None = None, *, anybody: bool = False) -> None:
         """What all calls have in common: the migration of another session is in their way."""
         await trio.lowlevel.checkpoint()
-        function = self._function
-        if not self._open:
-            raise NotFound(f"this session of function {function.name} is closed")
-        if not anybody and function.owner not in (None, self):
-            raise Busy(f"function {function.name} is in migration {function.migration_id!r} of another session")
-        if role is not None and (function.role is not role or function.owner is not self):
-            had = function.role.value if function.role and function.owner is self else "in no migration"
-            raise InvalidState(f"{name} needs a session that began as {role.value}; this one is {had}")
-
-    def _not_spoiled(self) -> None:
-        if self._function.spoiled:
-            raise InvalidState(f"function {self.function_id} holds a state that was not committed; reset it first")
+        self._rules.admit(name, role, is_open=self._open, anybody=anybody)
 
 
 class NvmeAgent(Agent):
@@ -280,14 +238,3 @@ class NvmeAgent(Agent):
         """All functions."""
         await trio.lowlevel.checkpoint()
         return [function.info for function in self._functions.values()]
-
-
-def differences(source: Descriptor, here: Descriptor) -> list[str]:
-    """Everything in which a source differs from this function, one line each, naming both sides."""
-    pairs = [
-        (name.replace("_", " "), getattr(source, name), getattr(here, name))
-        for name in ("format_id", "format_version", "vendor", "model", "kind", "firmware")
-    ]
-    names = sorted({*source.fingerprint, *here.fingerprint})
-    pairs += [(name, source.fingerprint.get(name), here.fingerprint.get(name)) for name in names]
-    return [f"{name} is {theirs!r} there and {ours!r} here" for name, theirs, ours in pairs if theirs != ours]

@@ -18,6 +18,18 @@ from vmbed.assets.apt import Package, PrivateApt, require_tools, unpack
 from vmbed.assets.archive import archive_address
 from vmbed.assets.errors import AssetError
 from vmbed.assets.initramfs import initramfs_recipe, write_initramfs
+from vmbed.assets.mdev import (
+    BUILD_SUITE,
+    BUILD_SUITES,
+    HEADERS_PACKAGE,
+    MDEV_NEEDS,
+    SOURCE_NEEDS,
+    SOURCE_PACKAGE,
+    build_modules,
+    headers_release,
+    mdev_recipe,
+    require_compiler,
+)
 from vmbed.assets.python import PYTHON_NEEDS, PYTHON_PACKAGE, lay_out, python_recipe
 from vmbed.assets.recipe import (
     BACKPORTS,
@@ -65,6 +77,8 @@ def build(
                 manifest = _fetch(cache, report, archive)
             if manifest.python_recipe != python_recipe() or not (cache / manifest.python).is_dir():
                 manifest = _fetch_python(cache, report, archive, manifest)
+            if manifest.mdev_recipe != mdev_recipe() or not (cache / manifest.mdev_kernel).is_dir():
+                manifest = _fetch_mdev_kernel(cache, report, archive, manifest)
             if long and not (cache / manifest.oldest_kernel / "vmlinuz").is_file():
                 manifest = _fetch_oldest_kernel(cache, report, archive, manifest)
             if manifest.initramfs_recipe != initramfs_recipe() or not (cache / manifest.initramfs).is_file():
@@ -165,6 +179,48 @@ def _fetch_oldest_kernel(cache: Path, report: Report, archive: str | None, manif
     return replace(manifest, oldest_kernel=name, initramfs_recipe="")
 
 
+def _fetch_mdev_kernel(cache: Path, report: Report, archive: str | None, manifest: Manifest) -> Manifest:
+    """Download a kernel, build its mediated devices; returns a manifest that has no initramfs yet."""
+    require_tools()
+    require_compiler()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
+        work = Path(scratch)
+        apt = PrivateApt(work / "apt", archive or archive_address(), BUILD_SUITES)
+        report(f"fetching the package lists of {' and '.join(BUILD_SUITES)}")
+        apt.update()
+        packages = _chosen(apt.closure(HEADERS_PACKAGE, BUILD_SUITE), MDEV_NEEDS, "linux-headers-")
+        release = headers_release(packages)
+        source = _chosen(apt.closure(SOURCE_PACKAGE, BUILD_SUITE), SOURCE_NEEDS, SOURCE_PACKAGE)
+        if not {package.version for package in source} <= {package.version for package in packages}:
+            raise AssetError(
+                f"{BUILD_SUITE} has Linux {release}, but the source of {source[0].version}; try again later"
+            )
+        size = sum(package.size for package in (*packages, *source))
+        report(f"fetching Linux {release}, its headers and its source: {size / 1e6:.0f} MB")
+        apt.download([*packages, *source], work / "debs")
+        unpack(work / "debs", work / "tree")
+        report("building modules")
+        modules = build_modules(work / "tree", work / "build", release)
+        _lay_out_mdev_kernel(work / "tree", work / "kernel", modules)
+        name = f"kernel-mdev-{_folder(release)}"
+        _replace_tree(work / "kernel", cache / name)
+    report(f"Linux {release} with mediated devices ready in {time.monotonic() - started:.1f} s")
+    return replace(manifest, mdev_kernel=name, mdev_recipe=mdev_recipe(), initramfs_recipe="")
+
+
+def _lay_out_mdev_kernel(tree: Path, kernel: Path, modules: list[Path]) -> None:
+    """Keep `vmlinuz` and the modules, with those that were built here."""
+    kernel.mkdir()
+    found = [path for place in KERNEL_FILES["vmlinuz"] for path in tree.glob(place) if path.is_file()]
+    if not found:
+        raise AssetError("the kernel package holds no vmlinuz")
+    found[0].rename(kernel / "vmlinuz")
+    (tree / "lib/modules").rename(kernel / "modules")
+    for module in modules:
+        shutil.copy(module, kernel / "modules" / module.name)
+
+
 def _chosen(closure: list[Package], wanted: re.Pattern[str], essential: str) -> list[Package]:
     chosen = [package for package in closure if wanted.match(package.name)]
     if not any(package.name.startswith(essential) for package in chosen):
@@ -236,6 +292,7 @@ def _pack(cache: Path, report: Report, manifest: Manifest) -> Manifest:
 def _drop_stale(cache: Path, manifest: Manifest) -> None:
     """Remove what an earlier recipe or version left behind; a running QEMU keeps its open files."""
     current = {manifest.qemu, manifest.kernel, manifest.python, manifest.oldest_kernel, manifest.initramfs}
+    current.add(manifest.mdev_kernel)
     for path in cache.iterdir():
         if path.name in current or not re.match(r"^(qemu|kernel|python|initramfs)-|^\.build-", path.name):
             continue

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vmbed.assets.errors import AssetError
 from vmbed.assets.initramfs import initramfs_recipe
+from vmbed.assets.mdev import mdev_recipe
 from vmbed.assets.python import python_recipe
 from vmbed.assets.recipe import recipe
 
@@ -38,6 +39,8 @@ class Manifest:
     python: str = ""
     python_recipe: str = ""
     oldest_kernel: str = ""
+    mdev_kernel: str = ""
+    mdev_recipe: str = ""
 
     def save(self, cache: Path) -> None:
         """Make this the cache's manifest, in one step."""
@@ -68,6 +71,8 @@ class Assets:
     python: Path
     #: vmlinuz of the oldest supported kernel; only where the long tests' assets were asked for.
     oldest_kernel: Path | None = None
+    #: vmlinuz of the kernel with mediated devices.
+    mdev_kernel: Path | None = None
 
     @property
     def qemu_command(self) -> tuple[str, ...]:
@@ -108,8 +113,8 @@ def locate(cache: Path | None = None) -> Assets:
     manifest = Manifest.load(folder)
     if manifest is None or not manifest.python or not (folder / manifest.initramfs).is_file():
         raise AssetError(f"the VM test assets are not in {folder}: run `make vm-assets`")
-    made_by = (manifest.recipe, manifest.initramfs_recipe, manifest.python_recipe)
-    if made_by != (recipe(), initramfs_recipe(), python_recipe()):
+    made_by = (manifest.recipe, manifest.initramfs_recipe, manifest.python_recipe, manifest.mdev_recipe)
+    if made_by != (recipe(), initramfs_recipe(), python_recipe(), mdev_recipe()):
         raise AssetError(f"the VM test assets in {folder} are another version's: run `make vm-assets`")
     return Assets(
         qemu_root=folder / manifest.qemu,
@@ -118,10 +123,11 @@ def locate(cache: Path | None = None) -> Assets:
         kernel_version=manifest.kernel_version,
         initramfs=folder / manifest.initramfs,
         python=folder / manifest.python,
-        oldest_kernel=_oldest(folder, manifest),
+        oldest_kernel=_kernel(folder, manifest.oldest_kernel),
+        mdev_kernel=_kernel(folder, manifest.mdev_kernel),
     )
 
 
-def _oldest(folder: Path, manifest: Manifest) -> Path | None:
-    kernel = folder / manifest.oldest_kernel / "vmlinuz"
-    return kernel if manifest.oldest_kernel and kernel.is_file() else None
+def _kernel(folder: Path, name: str) -> Path | None:
+    kernel = folder / name / "vmlinuz"
+    return kernel if name and kernel.is_file() else None

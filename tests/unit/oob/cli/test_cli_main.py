@@ -217,6 +217,17 @@ def test_options_win_over_the_file(config_file: Path) -> None:
     )
 
 
+def test_the_state_directory_of_the_command_line(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option wins over file and systemd, in both forms, and can switch it off."""
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/x")
+    for form in (("--config", str(config_file)), ("--device", "model:nvme", "--socket-path", "/run/f.sock")):
+        found = [
+            serve.config_from(parse("serve", *form, *more)).state_directory
+            for more in ((), ("--state-directory", "/s"), ("--state-directory", "none"))
+        ]
+        assert [Path("/var/lib/x"), Path("/s"), None] == found
+
+
 def test_a_function_on_the_chosen_control_socket_is_refused(config_file: Path) -> None:
     """The check of the file is repeated when an option changed it."""
     args = parse("serve", "--config", str(config_file), "--control-socket", "/run/it's/f0.sock")

@@ -9,7 +9,7 @@ import pytest
 
 from vfiouser_oob.cli.status import event_line
 from vfiouser_oob.cli.status_table import age, render, short_size
-from vfiouser_oob.control.status import FunctionStatus, Status
+from vfiouser_oob.control.status import FunctionStatus, MigrationStatus, Status
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -79,6 +79,58 @@ def test_table() -> None:
     assert lines[2].index("PHASE") == lines[3].index("attached") == lines[4].index("listening")
 
 
+MIGRATION: MigrationStatus = {
+    "agent": "f0",
+    "migratable": True,
+    "state": "RUNNING",
+    "known": True,
+    "unknown_since": None,
+    "owner": None,
+    "fenced": False,
+    "generation": 0,
+    "bytes": 0,
+    "buffered": 0,
+    "remaining": 0,
+    "step": None,
+    "steps": 1,
+    "failures": 0,
+    "last_failure": None,
+    "capabilities": {
+        "source": "agent",
+        "learned": ago(hours=1),
+        "stop_copy": True,
+        "precopy": True,
+        "dirty": True,
+        "problem": None,
+    },
+}
+
+
+def migration_line(**changes: object) -> str:
+    """What is said of a migration."""
+    migration: MigrationStatus = {**MIGRATION, **changes}  # type: ignore[typeddict-item]
+    status: Status = {**STATUS, "functions": [{**IDLE, "migration": migration}]}
+    return next(line for line in render(status, NOW).splitlines() if "migration" in line)
+
+
+def test_migration_line() -> None:
+    """What is certain is said plainly; what is not is said to be unknown, since when, and what it was before."""
+    assert "f1: migration RUNNING, agent's function f0" == migration_line()
+    since = ago(seconds=7)
+    line = migration_line(known=False, unknown_since=since, state="PRE_COPY", owner="v2")
+    assert f"f1: migration unknown since {since} (7s), last known PRE_COPY, by v2, agent's function f0" == line
+
+
+def test_migration_line_without_the_agents_word() -> None:
+    """What the agent has not said to this daemon itself is marked, and so is a store that does not work."""
+    stored = {**MIGRATION["capabilities"], "source": "stored", "learned": "2026-05-01T00:00:00+00:00"}
+    line = migration_line(capabilities=stored, migratable=False)
+    assert "RUNNING, not migratable, agent not heard yet, as it said at 2026-05-01T00:00:00+00:00" in line
+    nothing = dict.fromkeys(stored, None) | {"source": "configuration", "problem": "/x\n: full"}
+    line = migration_line(capabilities=nothing)
+    assert "RUNNING, agent never heard, agent's function f0, not remembered: /x?: full" in line
+
+
 @pytest.mark.parametrize(
     ("delta", "shown"),
     [
@@ -122,3 +174,11 @@ def test_event_lines() -> None:
     line = event_line({"type": "client-connected", "time": 0, "function": "f0", "command": "a\nb"})
     assert re.fullmatch(r'\d\d:\d\d:\d\d f0 client-connected command="a\\nb"', line)
     assert "--:--:-- daemon ?" == event_line({})
+    line = event_line({"type": "migration", "time": 0, "function": "f0", "arc": "RUNNING → STOP", "step": "\x9b31m"})
+    assert line.endswith(' f0 migration arc="RUNNING → STOP" step="?31m"')
+
+
+def test_migration_line_under_way() -> None:
+    """What is moved, what is to come, and what is being done at this moment."""
+    line = migration_line(state="PRE_COPY", owner="v2", bytes=1 << 20, remaining=5 << 20, step="stop")
+    assert "f1: migration PRE_COPY, by v2, 1M moved, about 5M to come, doing stop, agent's function f0" == line

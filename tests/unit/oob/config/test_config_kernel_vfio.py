@@ -13,6 +13,7 @@ from vfiouser_oob.config.summary import warnings
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.transport.activity import Activity
 
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 TEXT = """\
 [[function]]
 name = "nic0"
@@ -35,6 +36,23 @@ def test_agent_of_the_command_line() -> None:
     assert parse_agent("kernel-vfio:", device) == AgentConfig(kind="kernel-vfio", function="0000:3b:00.2")
 
 
+@pytest.mark.parametrize("written", [UUID, UUID.upper(), f"/sys/bus/mdev/devices/{UUID}", f"/sys/devices/x/{UUID}/"])
+def test_a_mediated_device(written: str) -> None:
+    """By its UUID or its directory, in a file and as the first word of the short form; its driver is its agent."""
+    text = TEXT.replace('bdf = "3B:00.2", region_policy = "trap"', f'mdev = "{written}"')
+    (function,) = parse_config(text, Path("/etc/c.toml")).functions
+    expected = KernelVfioDevice(mdev=UUID)
+    assert expected == function.device
+    assert expected == parse_device(f"kernel-vfio:{written}") == parse_device(expected.describe())
+    assert function.agent == AgentConfig(kind="kernel-vfio", function=UUID)
+
+
+def test_a_mediated_device_that_is_not_there_is_worth_a_warning() -> None:
+    """It is made anew after each boot, and a configuration may be checked before that."""
+    config = parse_config(TEXT.replace('bdf = "3B:00.2"', f'mdev = "{UUID}"'), Path("/etc/c.toml"))
+    assert any(f"no mediated device {UUID}" in text for text in warnings(config))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -48,7 +66,10 @@ def test_agent_of_the_command_line() -> None:
             'agent = { kind = "kernel-vfio", address = "x" }',
             "unknown key 'address'",
         ),
-        ('bdf = "3B:00.2", ', "", "key 'bdf' is missing"),
+        ('bdf = "3B:00.2", ', "", "key 'bdf' or 'mdev' is missing"),
+        ("bdf =", f'mdev = "{UUID}", bdf =', "keys 'bdf' and 'mdev' exclude each other"),
+        ('bdf = "3B:00.2"', 'mdev = "83b8f4f2"', "mdev must be a mediated device's UUID"),
+        ('bdf = "3B:00.2"', f'bdf = "{UUID}"', "bdf must be a PCI address"),
         ('"trap"', '"none"', "region_policy must be one of"),
     ],
 )
@@ -82,3 +103,43 @@ def test_the_snippet_allocates_memory_beforehand(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "share=on,prealloc=on" in out
     assert '"x-msg-timeout": 31000' in out
+
+
+def test_the_snippet_foresees_a_big_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A VM whose memory is not locked within the budget gets a longer timeout, and is told the budget for it."""
+    path = tmp_path / "c.toml"
+    path.write_text(TEXT)
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "256G"])
+    printed = capsys.readouterr()
+    assert '"x-msg-timeout": 65000' in printed.out
+    assert "set reply_budget_s = 64 under [daemon]" in printed.err
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "8G"])
+    printed = capsys.readouterr()
+    assert '"x-msg-timeout": 5000' in printed.out
+    assert "[daemon]" not in printed.err
+
+
+def test_a_mediated_device_needs_no_memory_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its driver takes hold of pages when it needs them."""
+    path = tmp_path / "c.toml"
+    path.write_text(TEXT.replace('bdf = "3B:00.2"', f'mdev = "{UUID}"'))
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "256G"])
+    printed = capsys.readouterr()
+    assert "share=on" in printed.out
+    assert "prealloc" not in printed.out
+    assert '"x-msg-timeout": 5000' in printed.out
+    assert "[daemon]" not in printed.err
+
+
+def test_the_snippet_foresees_a_big_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A VM whose memory is not locked within the budget gets a longer timeout, and is told the budget for it."""
+    path = tmp_path / "c.toml"
+    path.write_text(TEXT)
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "256G"])
+    printed = capsys.readouterr()
+    assert '"x-msg-timeout": 65000' in printed.out
+    assert "set reply_budget_s = 64 under [daemon]" in printed.err
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "8G"])
+    printed = capsys.readouterr()
+    assert '"x-msg-timeout": 5000' in printed.out
+    assert "[daemon]" not in printed.err

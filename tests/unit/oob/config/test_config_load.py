@@ -20,6 +20,7 @@ from vfiouser_oob.config import (
     NvmeOptions,
     UpstreamDevice,
     default_control_socket,
+    default_state_directory,
     load_config,
     parse_config,
 )
@@ -245,3 +246,28 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_default_control_socket(euid: int, environ: dict[str, str], expected: str) -> None:
     """Root's daemon is found in /run, a user's in the user's own runtime directory."""
     assert Path(expected) == default_control_socket(euid, environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"STATE_DIRECTORY": ""}, None),
+        ({"STATE_DIRECTORY": "relative"}, None),
+        ({"STATE_DIRECTORY": "/var/lib/x"}, Path("/var/lib/x")),
+        ({"STATE_DIRECTORY": "/var/lib/x:/var/lib/y"}, Path("/var/lib/x")),
+    ],
+)
+def test_default_state_directory(environ: dict[str, str], expected: Path | None) -> None:
+    """What systemd made for the service, the first one if there are several; nothing without systemd."""
+    assert expected == default_state_directory(environ)
+
+
+def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file wins over systemd, and can switch it off; it has to be an absolute path."""
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/x")
+    assert Path("/var/lib/x") == parse_config(MINIMAL, PATH).state_directory
+    assert Path("/s") == parse_config('[daemon]\nstate_directory = "/s"\n' + MINIMAL, PATH).state_directory
+    assert parse_config('[daemon]\nstate_directory = "none"\n' + MINIMAL, PATH).state_directory is None
+    with pytest.raises(ConfigError, match="state_directory must be an absolute path or 'none'"):
+        parse_config('[daemon]\nstate_directory = "s"\n' + MINIMAL, PATH)

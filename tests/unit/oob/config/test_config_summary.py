@@ -33,6 +33,7 @@ def test_summary() -> None:
     assert [
         "c.toml: good, 2 functions",
         "control socket /run/c.sock",
+        "state directory none",
         "reply budget 30 s",
         "log level info, format human",
         "  up: vfio-user:/nowhere/soc.sock on /nowhere/up.sock (mode 0666, dma by messages)",
@@ -60,3 +61,19 @@ def test_no_warnings(tmp_path: Path) -> None:
     """A plain configuration is silent."""
     text = f'[[function]]\nname = "f"\nsocket = "{tmp_path}/f"\ndevice = {{kind = "model", model = "nvme"}}\n'
     assert [] == warnings(parse_config(text, Path("c.toml")))
+
+
+def test_state_directory(tmp_path: Path) -> None:
+    """Where it is stands in the summary; one that cannot be used is a warning, one that is yet to be made is not."""
+
+    def said(path: Path) -> tuple[str, list[str]]:
+        text = TEXT.replace("[daemon]", f'[daemon]\nstate_directory = "{path}"')
+        config = parse_config(text, Path("c.toml"))
+        return summary(config)[2], [line for line in warnings(config) if "state_directory" in line]
+
+    assert (f"state directory {tmp_path / 'a/b'}", []) == said(tmp_path / "a/b")
+    (tmp_path / "file").write_text("")
+    _, found = said(tmp_path / "file" / "x")
+    assert [f"state_directory {tmp_path}/file/x cannot be used: {tmp_path}/file is no directory"] == found
+    _, found = said(Path("/proc/x"))
+    assert 1 >= len(found)  # root may write everywhere, as far as access() tells

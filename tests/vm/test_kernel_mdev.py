@@ -1,0 +1,58 @@
+"""Mediated devices and the kernel's own migration: a guest with a kernel that has both runs our daemons and clients.
+
+One boot serves all scenarios, which the guest runs one after the other; see `tests/support/kvfio/mdev.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmbed.assets import AssetError, Assets
+from vmbed.vfioguest import MDEV_DRIVERS, Answers, expect_success, run_scenarios
+
+pytestmark = [pytest.mark.vm, pytest.mark.slow]
+
+#: In the order in which they run: the first finds no mediated device, `make_mdevs` makes those of the others, and two
+#: also need the NVMe controller.
+SCENARIOS = (
+    "mdev_errors",
+    "make_mdevs",
+    "bind_nvme",
+    "mdev_registers",
+    "mdev_unprivileged",
+    "mdev_memory",
+    "mdev_removed",
+    "mdev_move",
+    "mdev_cancel",
+    "mdev_corruption",
+    "mdev_reset",
+    "mdev_dirty",
+    "mdev_killed",
+    "contract",
+    "container_log",
+)
+#: Generous: most take a few seconds on an idle machine, and attach a dozen clients.
+SCENARIO_S = 250.0
+
+
+@pytest.fixture(scope="module")
+def kernel(assets: Assets) -> Path:
+    """The kernel with mediated devices."""
+    if assets.mdev_kernel is None:
+        raise AssetError("the kernel with mediated devices is not in the cache: run `make vm-assets`")
+    return assets.mdev_kernel
+
+
+@pytest.fixture(scope="module")
+def answers(assets: Assets, kernel: Path) -> Answers:
+    """What every scenario said."""
+    return run_scenarios(assets, SCENARIOS, kernel=kernel, drivers=MDEV_DRIVERS, qemu=False, seconds=SCENARIO_S)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_mediated_devices_in_the_guest(answers: Answers, name: str) -> None:
+    """The scenario succeeded; what it proves stands with it."""
+    sys.stdout.write(expect_success(answers, name))

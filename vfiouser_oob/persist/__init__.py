@@ -1,0 +1,1 @@
+"""What the daemon remembers beyond its own death: small files that may be lost or stale without harm."""
