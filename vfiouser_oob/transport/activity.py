@@ -100,7 +100,7 @@ class Activity(trio.abc.Instrument):
         self._failures += 1
         return False
 
-    def linger(self, fd: int) -> bool:
+    def linger(self, fd: int) -> bool | None:
         """Sleep for a moment until there is more of a message whose sender is at it.
 
         That costs a tenth of what a turn of the scheduler does. Any other socket of the daemon ends it at once.
@@ -109,12 +109,14 @@ class Activity(trio.abc.Instrument):
             fd: a registered socket.
 
         Returns:
-            True when there is data to read; False when the moment passed or somebody else has work.
+            True when there is data to read; False when the moment passed; None when somebody else has work.
         """
         if self._ready_tasks:
-            return False
+            return None
         ready = self._epoll.poll(LINGER_S, 2)
-        return len(ready) == 1 and ready[0][0] == fd
+        if not ready:
+            return False
+        return True if len(ready) == 1 and ready[0][0] == fd else None
 
     def close(self) -> None:
         """Stop watching everything."""

@@ -32,7 +32,7 @@ _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
 #: A piece of state of so many bytes is read to where it stays.
 LARGE = 64 << 10
 #: Chances to linger that are passed over after one in vain: the sender may be slow on purpose.
-_IMPATIENT = 64
+_IMPATIENT = 8
 #: How often to linger for one message: nobody else gets a turn meanwhile.
 _MOST_LINGERING = 16
 _STATE = int(Command.MIG_DATA_WRITE)
@@ -186,9 +186,9 @@ class MessageSocket:
             return False
         self._lingered += 1
         more = self._lingered <= _MOST_LINGERING and self._activity.linger(self._fd)
-        if not more:
+        if more is False:
             self._impatient = _IMPATIENT
-        return more
+        return bool(more)
 
     async def receive(self) -> Message:
         """Wait for one whole message.
