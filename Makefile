@@ -25,7 +25,7 @@ test: venv-dev vm-assets ## run all tests, those in virtual machines too
 test-fast: venv-dev ## run all tests but those in virtual machines
 	$(PYTEST) -m "not vm" $(PYTEST_ARGS)
 
-test-vm-long: venv-dev ## run the VM tests that take minutes: Linux in nested QEMU, the oldest kernel
+test-vm-long: venv-dev ## run the VM tests that take minutes: nested Linux, the oldest kernel, an own one with iommufd
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
 	$(PYTEST) -m long $(PYTEST_ARGS)
 

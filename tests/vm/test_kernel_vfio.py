@@ -1,7 +1,7 @@
 """Real functions under vfio-pci: a guest with an IOMMU runs our daemon on emulated devices, and clients beside it.
 
-One boot serves all scenarios, which the guest runs one after the other; see `scenarios.py` and `hardware.py` of
-`tests/support/kvfio`.
+One boot serves all scenarios, which the guest runs one after the other; see `scenarios.py`, `hardware.py` and
+`obstacles.py` of `tests/support/kvfio`. A second, short one is of a machine without an IOMMU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ pytestmark = [pytest.mark.vm, pytest.mark.slow]
 SCENARIOS = (
     "not_bound",
     "not_viable",
+    "group_in_use",
     "bind_nvme",
     "no_permission",
     "data_path",
     "trap_policy",
+    "dma_buf",
     "config_space",
     "unprivileged_daemon",
     "intx",
@@ -36,9 +38,13 @@ SCENARIOS = (
     "read_only_memory",
     "huge_pages",
     "map_errors",
+    "iova_windows",
+    "entry_limit",
+    "read_only_files",
     "peer_to_peer",
     "locked_memory_limit",
     "kept_descriptor",
+    "kept_mapping",
     "second_daemon",
     "killed_daemon",
     "killed_client",
@@ -59,6 +65,17 @@ def answers(assets: Assets) -> Answers:
 def test_in_the_guest(answers: Answers, name: str) -> None:
     """The scenario succeeded; what it proves stands with it."""
     sys.stdout.write(expect_success(answers, name))
+
+
+@pytest.fixture(scope="module")
+def answers_without_iommu(assets: Assets) -> Answers:
+    """What is said on a machine that has no IOMMU."""
+    return run_scenarios(assets, ("no_iommu",), iommu=False)
+
+
+def test_a_machine_without_an_iommu(answers_without_iommu: Answers) -> None:
+    """Daemon and `bind` say what is missing in one line, and the function's own driver keeps it."""
+    sys.stdout.write(expect_success(answers_without_iommu, "no_iommu"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ DEV = Path("/dev")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bind`."""
     parser.add_argument("bdf", metavar="BDF", type=option(read_bdf), help="the function, e.g. 0000:3b:00.2")
-    parser.add_argument("--owner", metavar="USER", type=_user, help="user that is to own the function's VFIO node")
+    parser.add_argument("--owner", metavar="USER", type=_user, help="user that is to own the function's VFIO nodes")
 
 
 def _user(text: str) -> int:
@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> int:
         node = binding.bind(SYSFS, args.bdf)
     except BackendUnavailable as error:
         raise CommandFailed(str(error)) from error
-    path = binding.vfio_node(node, DEV)
-    if path is None:
-        raise CommandFailed(f"{args.bdf} is bound to {node.driver}, but has no IOMMU group: switch the IOMMU on")
+    nodes = binding.vfio_nodes(node, DEV)
     if args.owner is not None:
-        binding.give(path, args.owner)
-    print(f"{args.bdf} is bound to {node.driver}, IOMMU group {node.iommu_group}, node {path}")
+        for path in nodes:
+            binding.give(path, args.owner)
+    names = ", ".join(map(str, nodes)) or "none yet: load the kernel's modules with `modprobe vfio-pci`"
+    print(f"{args.bdf} is bound to {node.driver}, IOMMU group {node.iommu_group}, node {names}")
     others = node.group_obstacles()
     if others:
         print(f"not usable yet: other members of its IOMMU group have other drivers: {', '.join(others)}")

@@ -20,6 +20,7 @@ from vfiouser_oob.config.schema import (
     NvmeOptions,
     RegionPolicy,
     UpstreamDevice,
+    VfioInterface,
     default_control_socket,
     default_state_directory,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "RegionPolicy",
     "SocOptions",
     "UpstreamDevice",
+    "VfioInterface",
     "default_control_socket",
     "default_state_directory",
     "load_config",

@@ -15,6 +15,7 @@ from vfiouser_oob.config.schema import (
     NvmeOptions,
     RegionPolicy,
     UpstreamDevice,
+    VfioInterface,
 )
 from vfiouser_oob.config.tables import Key, Place, read_table, suggestion
 from vfiouser_oob.config.values import (
@@ -79,6 +80,7 @@ KERNEL_VFIO_KEYS = (
     Key("bdf", read_bdf),
     Key("mdev", read_mdev),
     Key("region_policy", one_of(RegionPolicy)),
+    Key("interface", one_of(VfioInterface)),
 )
 
 

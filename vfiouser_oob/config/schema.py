@@ -65,6 +65,17 @@ class RegionPolicy(StrEnum):
     TRAP = "trap"
 
 
+class VfioInterface(StrEnum):
+    """By which interface of the kernel a real function is opened."""
+
+    #: The device's own node and an iommufd where there are both and they may be opened, else the group's node.
+    AUTO = "auto"
+    #: The IOMMU group's node and a container.
+    GROUP = "group"
+    #: The device's own node and an iommufd.
+    CDEV = "cdev"
+
+
 class LogFormat(StrEnum):
     """How log records are written."""
 
@@ -164,6 +175,7 @@ class KernelVfioDevice:
         bdf: the function's address, such as ``0000:3b:00.2``.
         mdev: the mediated device's UUID.
         region_policy: how a client may map its regions.
+        interface: by which interface of the kernel it is opened.
     """
 
     kind: ClassVar[str] = "kernel-vfio"
@@ -171,6 +183,7 @@ class KernelVfioDevice:
     bdf: str | None = None
     mdev: str | None = None
     region_policy: RegionPolicy = RegionPolicy.AUTO
+    interface: VfioInterface = VfioInterface.AUTO
 
     @property
     def name(self) -> str:
@@ -180,7 +193,8 @@ class KernelVfioDevice:
     def describe(self) -> str:
         """The device as ``--device`` takes it."""
         policy = "" if self.region_policy is RegionPolicy.AUTO else f",region_policy={self.region_policy.value}"
-        return f"{self.kind}:{self.name}{policy}"
+        interface = "" if self.interface is VfioInterface.AUTO else f",interface={self.interface.value}"
+        return f"{self.kind}:{self.name}{policy}{interface}"
 
 
 DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice

@@ -62,7 +62,9 @@ def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     # Loaded when it is used: it calls the C library directly.
     module = import_module("vfiouser_oob.devices.kernel_vfio.backend")
     kernel = import_module("vfiouser_oob.devices.kernel_vfio.kernel").LinuxKernel()
-    backend: DeviceBackend = module.KernelVfioBackend(kernel, device.name, device.region_policy)
+    backend: DeviceBackend = module.KernelVfioBackend(
+        kernel, device.name, device.region_policy, interface=device.interface
+    )
     return backend
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import trio
 
 from fakevfio.kernel import FakeKernel
-from vfiouser_oob.config.schema import RegionPolicy
+from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
 from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
@@ -44,11 +44,14 @@ async def running(
     kernel: FakeKernel,
     policy: RegionPolicy = RegionPolicy.AUTO,
     *,
+    interface: VfioInterface = VfioInterface.AUTO,
     handover_s: float = 0.02,
     retry_s: float = 0.01,
 ) -> AsyncIterator[KernelVfioBackend]:
     """A backend whose tasks run."""
-    backend = KernelVfioBackend(kernel, kernel.name, policy, handover_s=handover_s, retry_s=retry_s)
+    backend = KernelVfioBackend(
+        kernel, kernel.name, policy, interface=interface, handover_s=handover_s, retry_s=retry_s
+    )
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backend.run)

@@ -47,6 +47,8 @@ class FakeKernel(Kernel):
         held: another process holds the device.
         viable: whether the group is.
         set_iommu_errno: why SET_IOMMU fails, if it does.
+        unmap_errno: why unmapping from an iommufd fails, if it does.
+        bind_errno: why binding to an iommufd fails, if it does.
         migration: what its driver can migrate with, if it can.
         dma_buf: `None`, "export" (cannot be mapped) or "mmap".
         gate: calls that map memory wait for it.
@@ -63,6 +65,8 @@ class FakeKernel(Kernel):
         self.viable = True
         self.set_iommu_errno: int | None = None
         self.get_device_errno: int | None = None
+        self.bind_errno: int | None = None
+        self.unmap_errno: int | None = None
         self.dma_buf: str | None = None
         self.map_file = True
         self.migration: FakeMigration | None = None
@@ -145,6 +149,10 @@ class FakeKernel(Kernel):
         if kind == "group" and (self.held or any(node.kind == "group" for node in self.nodes.values())):
             raise fail(errno.EBUSY)
         return self._new(Node(kind))
+
+    def may_open(self, path: Path) -> bool:
+        """Whether a node is there, and opening it gives no error of permissions."""
+        return path.exists() and self.open_errors.get(path.name) not in {errno.EACCES, errno.EPERM}
 
     def _new(self, node: Node) -> int:
         fd = os.memfd_create(node.kind)
@@ -256,6 +264,8 @@ class FakeKernel(Kernel):
         if request == BASE + 18:
             if self.held:
                 raise fail(errno.EINVAL)
+            if self.bind_errno is not None:
+                raise fail(self.bind_errno)
             node.bound = True
         elif request == BASE + 19:
             assert node.bound
@@ -354,6 +364,8 @@ class FakeKernel(Kernel):
         elif request == IOMMUFD + 5:
             _, flags, _, _, vaddr, size, iova = struct.unpack("<IIIIQQQ", buffer)
             self._map(vaddr, iova, size, _type1_flags(flags))
+        elif request == IOMMUFD + 6 and self.unmap_errno is not None:
+            raise fail(self.unmap_errno)
         elif request == IOMMUFD + 6:
             _, _, iova, size = struct.unpack("<IIQQ", buffer)
             if not self.iommu.unmap(iova, size):
@@ -363,11 +375,14 @@ class FakeKernel(Kernel):
         return 0
 
     def _map_file(self, buffer: bytearray) -> None:
+        """Pin a memfd, as the kernel does: whatever the descriptor or a seal allows."""
         if not self.map_file:
             raise fail(errno.ENOTTY)
         _, flags, _, fd, offset, size, iova = struct.unpack("<IIIiQQQ", buffer)
-        writable = _access_mode(fd) != os.O_RDONLY
-        self.iommu.map(View(fd, 0, os.fstat(fd).st_size, writable), offset, iova, size, _type1_flags(flags))
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if not name.startswith("/memfd:") or fd in self.nodes or offset + size > os.fstat(fd).st_size:
+            raise fail(errno.EINVAL)
+        self.iommu.map(View(fd, 0, os.fstat(fd).st_size, writable=True), offset, iova, size, _type1_flags(flags))
 
 
 def _type1_flags(flags: int) -> int:

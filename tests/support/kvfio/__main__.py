@@ -10,9 +10,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed, hardware, mdev, scenarios
+from kvfio import bed, cdev, hardware, mdev, obstacles, scenarios
 
-SCENARIOS = {**scenarios.SCENARIOS, **hardware.MORE_SCENARIOS, **mdev.SCENARIOS}
+SCENARIOS = {
+    **scenarios.SCENARIOS,
+    **hardware.MORE_SCENARIOS,
+    **obstacles.OBSTACLES,
+    **cdev.CDEV_SCENARIOS,
+    **mdev.SCENARIOS,
+}
 SCENARIO_S = 60
 LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
 OUTPUT = Path("/tmp/scenario.out")

@@ -24,6 +24,7 @@ from vfiouser_oob.config.schema import (
     KernelVfioDevice,
     LogLevel,
     RegionPolicy,
+    VfioInterface,
 )
 from vfiouser_oob.control.client import ControlClient, ControlError
 from vfiouser_oob.observability import log
@@ -36,6 +37,9 @@ NVME = "0000:00:04.0"
 SHARED = ("0000:00:06.0", "0000:00:06.1")
 EDU = "0000:00:09.0"
 IGB = "0000:01:00.0"
+#: By which interface daemons open their function; whoever started this program says so.
+INTERFACE = VfioInterface(os.environ.get("KVFIO_INTERFACE", "group"))
+IOMMU_NODE = Path("/dev/iommu")
 NOBODY = 65534
 START_S = 20.0
 
@@ -81,6 +85,7 @@ def daemon(
     function: str,
     *,
     policy: RegionPolicy = RegionPolicy.AUTO,
+    interface: VfioInterface = INTERFACE,
     migrates: bool = False,
     uid: int = 0,
     memlock: int | None = None,
@@ -98,7 +103,7 @@ def daemon(
         functions=(
             FunctionConfig(
                 name=name,
-                device=KernelVfioDevice(**{kind: function}, region_policy=policy),
+                device=KernelVfioDevice(**{kind: function}, region_policy=policy, interface=interface),
                 agent=AgentConfig(kind="kernel-vfio", function=function) if migrates else None,
                 socket=socket,
                 socket_mode=0o666,
@@ -225,6 +230,25 @@ def group_node(bdf: str) -> Path:
     """The node of a function's IOMMU group."""
     group = os.path.basename(os.readlink(SYSFS / "bus/pci/devices" / bdf / "iommu_group"))
     return Path("/dev/vfio") / group
+
+
+def own_node(bdf: str) -> Path:
+    """The function's own node."""
+    names = [path.name for path in (SYSFS / "bus/pci/devices" / bdf / "vfio-dev").iterdir()]
+    return Path("/dev/vfio/devices") / names[0]
+
+
+@contextmanager
+def given_away(bdf: str) -> Iterator[None]:
+    """Let nobody's daemon open the function, by the interface that this run is about."""
+    nodes = [own_node(bdf), IOMMU_NODE] if INTERFACE is VfioInterface.CDEV else [group_node(bdf)]
+    for node in nodes:
+        os.chown(node, NOBODY, NOBODY)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            os.chown(node, 0, 0)
 
 
 def config_space(bdf: str) -> bytes:

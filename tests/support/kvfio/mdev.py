@@ -14,8 +14,8 @@ from kvfio.bed import NOBODY, NVME, Daemon, background_client, client, daemon
 from kvfio.inprocess import container_log, contract
 from kvfio.moving import IOVA, MIB, Pair, pair, state
 from kvfio.scenarios import _refused as refused
-from kvfio.scenarios import _until as until
 from kvfio.scenarios import refusal
+from kvfio.scenarios import wait_until as until
 from kvfio.serial import SCR, SerialMachine, SerialPort
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory

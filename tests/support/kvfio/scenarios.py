@@ -14,14 +14,15 @@ import trio
 
 from kvfio import bed
 from kvfio.admin import AdminQueue
-from kvfio.bed import IGB, NOBODY, NVME, SHARED, background_client, client, daemon
+from kvfio.bed import IGB, INTERFACE, NOBODY, NVME, SHARED, background_client, client, daemon
+from kvfio.device import export_dma_buf
 from kvfio.nested import stock_linux, stock_qemu
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
 from vfiouser_oob.client.nvme_driver import NvmeDriver
 from vfiouser_oob.client.nvme_layout import CC, CSTS
-from vfiouser_oob.config.schema import RegionPolicy
+from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags, RegionIndex
 from vfiouser_protocol.errors import ReplyError
 
@@ -110,13 +111,8 @@ def trap_policy() -> None:
 
 def unprivileged_daemon() -> None:
     """A daemon without privilege serves a function whose node it owns, within its limit of locked memory."""
-    node = bed.group_node(NVME)
-    os.chown(node, NOBODY, NOBODY)
-    try:
-        with daemon(NVME, uid=NOBODY, memlock=64 * MIB) as served:
-            client(verified_io, served, uid=NOBODY - 1)
-    finally:
-        os.chown(node, 0, 0)
+    with bed.given_away(NVME), daemon(NVME, uid=NOBODY, memlock=64 * MIB) as served:
+        client(verified_io, served, uid=NOBODY - 1)
 
 
 # Interrupts
@@ -253,13 +249,17 @@ def unmap_under_io() -> None:
 
 
 async def peer_to_peer_work(path: Path) -> None:
-    """A BAR is mapped for DMA by its descriptor, like memory, and taken back."""
+    """A BAR is mapped for DMA by its descriptor, like memory, and taken back; an iommufd does so by a dma-buf only."""
     async with Client.connect(path) as connected:
         await connected.region_write(RegionIndex.CONFIG, 4, b"\x06\x00")
         region = await connected.get_region_info(0)
         assert region.fd is not None
-        offset = region.description.offset
-        await connected.dma_map(0x2_0000_0000, 0x4000, fd=region.fd.fileno(), offset=offset)
+        device, offset = region.fd.fileno(), region.description.offset
+        if INTERFACE is VfioInterface.CDEV:
+            refused = await refusal(lambda: connected.dma_map(0x2_0000_0000, 0x4000, fd=device, offset=offset))
+            assert errno.EFAULT == refused, refused
+            device, offset = export_dma_buf(device, 0, 0x4000), 0
+        await connected.dma_map(0x2_0000_0000, 0x4000, fd=device, offset=offset)
         region.close()
         await connected.dma_unmap(0x2_0000_0000, 0x4000)
 
@@ -314,15 +314,11 @@ def locked_memory_limit() -> None:
             assert errno.ENOMEM == await refusal(lambda: connected.dma_map(16 * MIB, 8 * MIB, fd=fd))
             await connected.dma_map(16 * MIB, 2 * MIB, fd=fd)
 
-    node = bed.group_node(NVME)
-    os.chown(node, NOBODY, NOBODY)
-    try:
-        with daemon(NVME, uid=NOBODY, memlock=8 * MIB) as served:
-            client(work, served)
-            error = served.status()["last_error"]
-            assert f"the limit of locked memory is {8 * MIB} bytes" in error, error
-    finally:
-        os.chown(node, 0, 0)
+    with bed.given_away(NVME), daemon(NVME, uid=NOBODY, memlock=8 * MIB) as served:
+        client(work, served)
+        error = served.status()["last_error"]
+        assert f"the limit of locked memory is {8 * MIB} bytes" in error, error
+        print(error)
 
 
 # Who has the device
@@ -354,7 +350,7 @@ def kept_descriptor() -> None:
 
 
 def second_daemon() -> None:
-    """A function that another daemon's client uses is refused, with the group's node in the reason."""
+    """A function that another daemon's client uses is refused, with what is in use in the reason."""
 
     async def hold(path: Path) -> None:
         async with Client.connect(path):
@@ -367,7 +363,9 @@ def second_daemon() -> None:
         wait_until((bed.RUN / "held").exists)
         with daemon(NVME, name="f1") as second:
             client(_turned_away, second)
-            assert f"{bed.group_node(NVME)} is in use" in second.status()["unavailable"]
+            what = NVME if INTERFACE is VfioInterface.CDEV else bed.group_node(NVME)
+            assert f"{what} is in use: another process" in second.status()["unavailable"]
+            print(second.status()["unavailable"])
         (bed.RUN / "held").unlink()
 
 
@@ -448,7 +446,8 @@ def not_viable() -> None:
 
 def no_permission() -> None:
     """A daemon without privilege, and a node that is root's."""
-    _refused(NVME, "no permission to open /dev/vfio/", uid=NOBODY)
+    node = bed.IOMMU_NODE if INTERFACE is VfioInterface.CDEV else "/dev/vfio/"
+    _refused(NVME, f"no permission to open {node}", uid=NOBODY)
 
 
 def asked_back() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -26,8 +27,18 @@ SUPPORT = ("kvfio", "vmbed")
 SCENARIO_S = 70.0
 
 
-def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
-    """A machine with an IOMMU: NVMe controllers, two in one group, a network card with VFs, a device without reset."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One boot: see `run_scenarios`."""
+
+    kernel: Path | None
+    seconds: float
+    interface: str
+    iommu: bool
+
+
+def _machine(workdir: Path, initramfs: Path, run: _Run) -> QemuConfig:
+    """NVMe controllers, two in one group, a network card with VFs, a device without reset; with an IOMMU or without."""
     devices = []
     for name in ("alone", "first", "second"):
         image = workdir / f"{name}.img"
@@ -43,8 +54,8 @@ def _machine(workdir: Path, initramfs: Path, kernel: Path | None) -> QemuConfig:
         [],
         memory_mib=2048,
         trace=(),
-        early=["-device", "intel-iommu,intremap=on,aw-bits=48"],
-        kernel=kernel,
+        early=["-device", "intel-iommu,intremap=on,aw-bits=48"] if run.iommu else [],
+        kernel=run.kernel,
         initramfs=initramfs,
         kernel_arguments="intel_iommu=on",
         extra=devices,
@@ -59,6 +70,8 @@ def run_scenarios(
     drivers: Sequence[str] = DRIVERS,
     qemu: bool = True,
     seconds: float = SCENARIO_S,
+    interface: str = "group",
+    iommu: bool = True,
 ) -> Answers:
     """Boot once, run scenarios in order, and keep what each one said.
 
@@ -69,12 +82,14 @@ def run_scenarios(
         drivers: kernel modules to load.
         qemu: whether the guest has QEMU for guests of its own.
         seconds: that each may take.
+        interface: the kernel's interface that daemons open functions by: "group" or "cdev".
+        iommu: whether the machine has one.
     """
     workdir = Path(tempfile.mkdtemp(prefix="vmbed-"))
     try:
         initramfs = workdir / "initramfs.cpio"
         write_python_guest(initramfs, assets, workdir, drivers=drivers, support=SUPPORT, kernel=kernel, qemu=qemu)
-        return trio.run(_run_all, assets, workdir, _machine(workdir, initramfs, kernel), scenarios, seconds)
+        return trio.run(_run_all, assets, workdir, initramfs, scenarios, _Run(kernel, seconds, interface, iommu))
     finally:
         shutil.rmtree(workdir)
 
@@ -96,17 +111,15 @@ def expect_success(answers: Answers, name: str) -> str:
     return text
 
 
-async def _run_all(
-    assets: Assets, workdir: Path, machine: QemuConfig, scenarios: Sequence[str], seconds: float
-) -> Answers:
+async def _run_all(assets: Assets, workdir: Path, initramfs: Path, scenarios: Sequence[str], run: _Run) -> Answers:
     answers: dict[str, Answer | BedError] = {}
-    async with start_qemu(assets, machine, workdir) as qemu:
+    async with start_qemu(assets, _machine(workdir, initramfs, run), workdir) as qemu:
         await qemu.guest.ready()
-        await qemu.guest.start(f"sh {ENVIRONMENT} exec {PYTHON} -m kvfio")
+        await qemu.guest.start(f"sh {ENVIRONMENT} KVFIO_INTERFACE={run.interface} exec {PYTHON} -m kvfio")
         await qemu.guest.ready()
         for name in scenarios:
             try:
-                answers[name] = await qemu.guest.run(name, seconds)
+                answers[name] = await qemu.guest.run(name, run.seconds)
             except BedError as error:
                 answers[name] = error
                 break

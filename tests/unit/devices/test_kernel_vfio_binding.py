@@ -87,3 +87,26 @@ def test_without_the_driver(kernel: FakeKernel, capsys: pytest.CaptureFixture[st
     assert 1 == main(["bind", BDF])
     assert "modprobe vfio-pci" in capsys.readouterr().err
     assert not (kernel.function(BDF) / "driver_override").exists()
+
+
+def test_without_an_iommu(kernel: FakeKernel, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is changed: vfio-pci would refuse the function, and its own driver would have lost it."""
+    kernel.set_driver(BDF, "nvme")
+    (kernel.function(BDF) / "iommu_group").unlink()
+    assert 1 == main(["bind", BDF])
+    error = capsys.readouterr().err
+    assert f"{BDF} has no IOMMU group" in error
+    assert 1 == error.count("\n")
+    assert not (kernel.function(BDF) / "driver_override").exists()
+    assert not (kernel.sysfs / "bus/pci/drivers/nvme/unbind").exists()
+
+
+def test_every_node_is_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon uses the function's own node or its group's, so the owner gets both."""
+    machine = FakeKernel(tmp_path, iommufd=True)
+    given: list[tuple[Path, int]] = []
+    monkeypatch.setattr(bind, "SYSFS", machine.sysfs)
+    monkeypatch.setattr(bind, "DEV", machine.dev)
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((path, uid)))
+    assert 0 == main(["bind", BDF, "--owner", "1234"])
+    assert [(machine.dev / "vfio/devices/vfio0", 1234), (machine.dev / f"vfio/{GROUP}", 1234)] == given

@@ -48,6 +48,17 @@ def no_iommu(kernel: FakeKernel) -> None:
     (kernel.function(BDF) / "iommu_group").unlink()
 
 
+def noiommu_mode(kernel: FakeKernel) -> None:
+    """VFIO was told to do without an IOMMU, and made a group up."""
+    (kernel.function(BDF) / "iommu_group/name").write_text("vfio-noiommu\n")
+
+
+def no_iommu_and_not_bound(kernel: FakeKernel) -> None:
+    """What is missing first: binding would fail for the same reason."""
+    no_iommu(kernel)
+    not_bound(kernel)
+
+
 def no_node(kernel: FakeKernel) -> None:
     """The module that makes the nodes is not loaded."""
     (kernel.dev / "vfio" / "vfio").unlink()
@@ -88,6 +99,8 @@ def vf_token(kernel: FakeKernel) -> None:
         (not_bound, "bound to the driver nvme, not to vfio-pci: bind it with `vfiouser-oob bind 0000:3b:00.2`"),
         (no_driver, "bound to no driver, not to vfio-pci"),
         (no_iommu, "has no IOMMU group: switch the IOMMU on"),
+        (noiommu_mode, "bound without an IOMMU .*enable_unsafe_noiommu_mode"),
+        (no_iommu_and_not_bound, "has no IOMMU group: switch the IOMMU on"),
         (no_node, "is not there .*modprobe vfio-pci"),
         (no_permission, "no permission to open .*--owner USER"),
         (held, "is in use: another process holds 0000:3b:00.2"),
@@ -214,13 +227,3 @@ async def test_memory_through_an_iommufd(tmp_path: Path, map_file: bool) -> None
     assert {} == kernel.nodes
     assert [] == kernel.iommu.ranges
     os.close(memory)
-
-
-async def test_a_node_that_another_process_has_bound(tmp_path: Path) -> None:
-    """A node can be opened twice but not bound twice: that is how a kept device is noticed there."""
-    kernel = FakeKernel(tmp_path, iommufd=True)
-    kernel.held = True
-    async with running(kernel) as backend:
-        with pytest.raises(BackendUnavailable, match="another process has bound it"):
-            await backend.open(NoMessages())
-    assert {} == kernel.nodes

@@ -111,7 +111,7 @@ async def test_quick_maps_are_quiet(kernel: SlowKernel, big: int, caplog: pytest
     kernel.costs[MAP_DMA] = 0.1
     async with session(kernel) as client:
         await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), [os.dup(big)]))
-    assert ["memory mapped"] == [text for text, _ in records(caplog, logging.DEBUG)]
+    assert ["memory mapped"] == [text for text, _ in records(caplog, logging.DEBUG) if "memory" in text]
     assert [] == records(caplog, logging.INFO) + records(caplog, logging.WARNING)
 
 
@@ -133,7 +133,7 @@ async def test_memory_without_a_file_is_a_debug_line(kernel: SlowKernel, caplog:
     caplog.set_level(logging.DEBUG)
     async with session(kernel) as client:
         await answer(client.dma_map(map_request(0xE000_0000, 0x4000), []))
-    ((text, fields),) = records(caplog, logging.DEBUG)
+    ((text, fields),) = (record for record in records(caplog, logging.DEBUG) if "memory" in record[0])
     assert "memory without a descriptor is not mapped" == text
     assert ("0xe0000000", 0x4000) == (fields["address"], fields["size"])
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import trio
 
 from vfiouser_agents.api import Agent
-from vfiouser_oob.config.schema import RegionPolicy
+from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, ClientLink, DeviceBackend
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.migration_agent import KernelAgent
 from vfiouser_oob.devices.kernel_vfio.migration_device import MigrationDevice
 from vfiouser_oob.devices.kernel_vfio.migration_function import KernelFunction
-from vfiouser_oob.devices.kernel_vfio.openers import DeviceBusy, OpenDevice, choose_opener
+from vfiouser_oob.devices.kernel_vfio.openers import DeviceBusy, OpenDevice, Opener, choose_opener
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
 from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker
 from vfiouser_oob.observability import log
@@ -36,6 +36,7 @@ class KernelVfioBackend(DeviceBackend):
         kernel: the operating system.
         name: the function's address, such as ``0000:3b:00.2``, or the mediated device's UUID.
         policy: how a client may map its regions.
+        interface: by which interface of the kernel it is opened.
         handover_s: seconds that a client waits for a device that is in use.
         retry_s: seconds after which a device that could not be had is looked at again.
     """
@@ -46,6 +47,7 @@ class KernelVfioBackend(DeviceBackend):
         name: str,
         policy: RegionPolicy = RegionPolicy.AUTO,
         *,
+        interface: VfioInterface = VfioInterface.AUTO,
         handover_s: float = HANDOVER_S,
         retry_s: float = RETRY_S,
     ) -> None:
@@ -53,6 +55,7 @@ class KernelVfioBackend(DeviceBackend):
         self._kernel = kernel
         self._name = name
         self._policy = policy
+        self._interface = interface
         self._handover_s = handover_s
         self._retry_s = retry_s
         self._log = log.get("devices.kernel_vfio").bind(device=name)
@@ -73,7 +76,7 @@ class KernelVfioBackend(DeviceBackend):
 
     def _learn(self) -> None:
         if self._function.caps is None:
-            opened = choose_opener(self._kernel, self._name).open()
+            opened = self._opener().open()
             try:
                 self._function.learn(MigrationDevice(self._kernel, opened.device), opened.space)
             finally:
@@ -121,8 +124,13 @@ class KernelVfioBackend(DeviceBackend):
                     raise
             await trio.sleep(_HANDOVER_STEP_S)
 
+    def _opener(self) -> Opener:
+        return choose_opener(self._kernel, self._name, self._interface)
+
     def _open(self, job: Job[OpenDevice]) -> OpenDevice:
-        opened = choose_opener(self._kernel, self._name).open()
+        opener = self._opener()
+        opened = opener.open()
+        self._log.debug("device opened", interface=opener.interface.value)
         try:
             if MigrationDevice(self._kernel, opened.device).settle():
                 self._log.warning("the function was still in a migration that nobody is in any more; it was reset")
@@ -134,7 +142,7 @@ class KernelVfioBackend(DeviceBackend):
         return opened
 
     def _probe(self, job: Job[None]) -> None:
-        choose_opener(self._kernel, self._name).probe()
+        self._opener().probe()
 
     def _note(self, reason: str | None) -> None:
         if reason == self._unavailable:

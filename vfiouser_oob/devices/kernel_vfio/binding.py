@@ -23,10 +23,11 @@ def bind(sysfs: Path, bdf: str) -> PciFunctionNode:
         The function.
 
     Raises:
-        BackendUnavailable: it does not exist, or the driver did not take it.
+        BackendUnavailable: it does not exist or has no IOMMU, or the driver did not take it.
         OSError: sysfs refused.
     """
     node = _existing(sysfs, bdf)
+    node.require_iommu()  # before anything changes: vfio-pci would refuse it, and its own driver have lost it
     if node.is_bound_to_vfio():
         return node
     if not (sysfs / "bus/pci/drivers" / VFIO_DRIVER).is_dir():
@@ -64,11 +65,11 @@ def unbind(sysfs: Path, bdf: str) -> PciFunctionNode:
     return node
 
 
-def vfio_node(node: PciFunctionNode, dev: Path) -> Path | None:
-    """Return the node that a daemon opens for a bound function; None without an IOMMU."""
-    if (dev / "iommu").exists() and node.cdev and (dev / "vfio/devices" / node.cdev).exists():
-        return dev / "vfio/devices" / node.cdev
-    return None if node.iommu_group is None else dev / "vfio" / node.iommu_group
+def vfio_nodes(node: PciFunctionNode, dev: Path) -> list[Path]:
+    """Return the nodes that a daemon may open a bound function by: its own, where there are such, and its group's."""
+    own = [dev / "vfio/devices" / node.cdev] if node.cdev else []
+    group = [dev / "vfio" / node.iommu_group] if node.iommu_group else []
+    return [path for path in (*own, *group) if path.exists()]
 
 
 def give(path: Path, uid: int) -> None:

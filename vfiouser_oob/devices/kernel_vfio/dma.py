@@ -9,7 +9,6 @@ What is mapped is named by a mapping of this process, or by the file itself; see
 from __future__ import annotations
 
 import abc
-import ctypes
 import errno
 import os
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from vfiouser_oob.devices.kernel_vfio.views import PAGE_SIZE, FileViews
 
 #: Bytes mapped by one call: so much must be waited for before a mapping that nobody wants any more is given up.
 CHUNK_SIZE = 1 << 30
-_MAX_IOVA_RANGES = 256
 _ALL = (1 << 64) - 1
 
 
@@ -40,6 +38,8 @@ class DmaSpace(abc.ABC):
     page_size = PAGE_SIZE
     #: How many ranges can be mapped; None if there is no such limit.
     max_maps: int | None = None
+    #: Who shares the limit of locked memory, where it is not this process alone.
+    accounting = ""
     #: Whether it can say which pages devices may have written.
     can_log = False
 
@@ -157,65 +157,3 @@ class Type1Space(DmaSpace):
     def logged(self, iova: int, length: int) -> bytes:
         """Ask the kernel."""
         return self._log.report(iova, length)
-
-
-class IommufdSpace(DmaSpace):
-    """An I/O address space (IOAS) of an iommufd.
-
-    Args:
-        kernel: the operating system.
-        fd: the iommufd; it stays the opener's.
-        ioas: the address space's id; the device is attached to it already, so that its windows are known.
-        views: as for `DmaSpace`.
-    """
-
-    def __init__(self, kernel: Kernel, fd: int, ioas: int, views: FileViews) -> None:
-        super().__init__(kernel, fd, views)
-        self._ioas = ioas
-        self._by_file = True
-        ranges = (ctypes.c_uint64 * (2 * _MAX_IOVA_RANGES))()
-        buffer = bytearray(
-            uapi.IOAS_IOVA_RANGES.pack(
-                uapi.IOAS_IOVA_RANGES.size, ioas, _MAX_IOVA_RANGES, 0, ctypes.addressof(ranges), 0
-            )
-        )
-        kernel.ioctl(fd, uapi.IOMMU_IOAS_IOVA_RANGES, buffer)
-        _, _, count, _, _, alignment = uapi.IOAS_IOVA_RANGES.unpack(buffer)
-        self.windows = [(ranges[2 * i], ranges[2 * i + 1]) for i in range(min(count, _MAX_IOVA_RANGES))]
-        self.page_size = alignment or PAGE_SIZE
-
-    def map(self, fd: int, offset: int, iova: int, size: int, *, read: bool, write: bool) -> None:
-        """Map memory: by its file where the kernel can, else by an address."""
-        flags = uapi.IOMMU_IOAS_MAP_FIXED_IOVA
-        flags |= (uapi.IOMMU_IOAS_MAP_READABLE if read else 0) | (uapi.IOMMU_IOAS_MAP_WRITEABLE if write else 0)
-        if self._by_file:
-            layout = uapi.IOAS_MAP_FILE
-            request = bytearray(layout.pack(layout.size, flags, self._ioas, fd, offset, size, iova))
-            try:
-                self._kernel.ioctl(self._fd, uapi.IOMMU_IOAS_MAP_FILE, request)
-                return
-            except OSError as error:
-                if error.errno == errno.ENOTTY:  # before Linux 6.13
-                    self._by_file = False
-                elif error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # not all files can
-                    raise
-        with self._views.mapped(fd, offset, iova, size, write=write) as address:
-            layout = uapi.IOAS_MAP
-            request = bytearray(layout.pack(layout.size, flags, self._ioas, 0, address, size, iova))
-            self._kernel.ioctl(self._fd, uapi.IOMMU_IOAS_MAP, request)
-
-    def unmap(self, iova: int, size: int) -> None:
-        """Unmap memory; what was never mapped is no error."""
-        layout = uapi.IOAS_UNMAP
-        try:
-            self._kernel.ioctl(
-                self._fd, uapi.IOMMU_IOAS_UNMAP, bytearray(layout.pack(layout.size, self._ioas, iova, size))
-            )
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        self._views.drop(iova, size)
-
-    def unmap_all(self) -> None:
-        """Unmap everything."""
-        self.unmap(0, _ALL)

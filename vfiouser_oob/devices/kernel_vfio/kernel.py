@@ -26,6 +26,10 @@ class Kernel(abc.ABC):
         """Open a device node for reading and writing, close-on-exec."""
 
     @abc.abstractmethod
+    def may_open(self, path: Path) -> bool:
+        """Whether this process can open a node; nothing comes of trying."""
+
+    @abc.abstractmethod
     def close(self, fd: int) -> None:
         """Close a descriptor that `open` or an ioctl gave."""
 
@@ -87,6 +91,14 @@ class LinuxKernel(Kernel):
     def open(self, path: Path) -> int:
         """Open a device node."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def may_open(self, path: Path) -> bool:
+        """Try: permissions alone do not tell, a service manager may keep devices away by other means."""
+        try:
+            os.close(self.open(path))
+        except OSError:
+            return False
+        return True
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""

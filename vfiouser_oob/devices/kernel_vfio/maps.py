@@ -180,7 +180,8 @@ class IommuMaps:
         if limit == resource.RLIM_INFINITY:
             return "the machine has not enough memory"
         needed = self._mapped_bytes + region.size
+        shared = f" ({self._space.accounting})" if self._space.accounting else ""
         return (
-            f"with this range {needed} bytes would be locked, and the limit of locked memory is {limit} bytes; raise "
-            f"it to the VM's memory and some more (LimitMEMLOCK= in the service's unit)"
+            f"with this range {needed} bytes would be locked, and the limit of locked memory is {limit} bytes{shared}; "
+            f"raise it to the VM's memory and some more (LimitMEMLOCK= in the service's unit)"
         )

@@ -59,6 +59,10 @@ class DeviceNode(abc.ABC):
     def group_obstacles(self) -> Sequence[str]:
         """The other members of its group that another driver holds, each with that driver."""
 
+    def has_vfio_siblings(self) -> bool:
+        """Whether other members of its group are for user space, too, so that somebody may use them."""
+        return False
+
     @abc.abstractmethod
     def require_usable(self) -> None:
         """Check what can be seen without opening anything.

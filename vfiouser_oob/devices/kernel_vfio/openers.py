@@ -10,15 +10,20 @@ import errno
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 
+from vfiouser_oob.config.schema import VfioInterface
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
-from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace, IommufdSpace, Type1Space
+from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace, Type1Space
+from vfiouser_oob.devices.kernel_vfio.iommufd import IommufdSpace
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.node import DeviceNode
 from vfiouser_oob.devices.kernel_vfio.sysfs import find_node
 from vfiouser_oob.devices.kernel_vfio.views import FileViews
+
+IOMMUFD_NODE = "iommu"
 
 
 class DeviceBusy(BackendUnavailable):
@@ -52,6 +57,9 @@ class Opener(abc.ABC):
         node: the function.
     """
 
+    #: The kernel's interface that it goes by.
+    interface: ClassVar[VfioInterface]
+
     def __init__(self, kernel: Kernel, node: DeviceNode) -> None:
         self._kernel = kernel
         self._node = node
@@ -69,9 +77,9 @@ class Opener(abc.ABC):
     def probe(self) -> None:
         """Find out whether `open` could succeed, disturbing as little as possible; raises as `open` does."""
 
-    def _views(self, resources: ExitStack) -> FileViews:
+    def _views(self, resources: ExitStack, *, keep: bool) -> FileViews:
         """Called first, so that what is mapped here ends after what the device has."""
-        views = FileViews(self._kernel, keep=not self._node.pinned)
+        views = FileViews(self._kernel, keep=keep)
         resources.callback(views.drop_all)
         return views
 
@@ -84,11 +92,16 @@ class Opener(abc.ABC):
         return fd
 
     def _unavailable(self, path: Path, error: OSError) -> BackendUnavailable:
-        name = self._node.name
+        name, modules = self._node.name, "iommufd" if path.name == IOMMUFD_NODE else self._node.modules
         if error.errno == errno.EBUSY:
             return DeviceBusy(
                 f"{path} is in use: another process holds {name} or another function of its IOMMU group, such as a VMM "
                 f"that has not ended yet; see `fuser -v {path}`"
+            )
+        if error.errno in (errno.EACCES, errno.EPERM) and path.name == IOMMUFD_NODE:
+            return BackendUnavailable(
+                f"no permission to open {path}: let the daemon's user or group have it, by a udev rule such as "
+                f'KERNEL=="iommu", GROUP="vfio-oob", MODE="0660"'
             )
         if error.errno in (errno.EACCES, errno.EPERM):
             return BackendUnavailable(
@@ -97,10 +110,28 @@ class Opener(abc.ABC):
             )
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             return BackendUnavailable(
-                f"{path} is not there ({error.strerror}): load the kernel's modules with "
-                f"`modprobe {self._node.modules}`"
+                f"{path} is not there ({error.strerror}): load the kernel's modules with `modprobe {modules}`"
             )
         return BackendUnavailable(f"{path} cannot be opened: {error.strerror}")
+
+    def _not_viable(self) -> BackendUnavailable:
+        others = ", ".join(self._node.group_obstacles()) or "none that sysfs shows"
+        return BackendUnavailable(
+            f"IOMMU group {self._node.iommu_group} of {self._node.name} is not viable: these members are bound to "
+            f"other drivers: {others}; bind each with `vfiouser-oob bind`"
+        )
+
+    def _no_remapping(self) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"{self._node.name}: the kernel refuses the IOMMU because it cannot remap interrupts; switch interrupt "
+            f"remapping on in the firmware"
+        )
+
+    def _needs_token(self) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"{self._node.name} is a virtual function whose physical function is bound to vfio-pci too, and "
+            f"needs that one's token; bind the physical function to its own driver or to pci-pf-stub"
+        )
 
     def _step(self, what: str, call: Callable[[], int]) -> int:
         try:
@@ -112,10 +143,12 @@ class Opener(abc.ABC):
 class GroupOpener(Opener):
     """The way of every kernel: /dev/vfio/GROUP and /dev/vfio/vfio."""
 
+    interface = VfioInterface.GROUP
+
     def open(self) -> OpenDevice:
         """Open group and container, and the device in them."""
         with ExitStack() as resources:
-            views = self._views(resources)
+            views = self._views(resources, keep=not self._node.pinned)
             group = self._open_group(resources)
             container = self._open_node(self._kernel.dev / "vfio/vfio", resources)
             self._check_container(container)
@@ -169,10 +202,7 @@ class GroupOpener(Opener):
         except OSError as error:
             if error.errno != errno.EPERM:
                 raise BackendUnavailable(f"{self._node.name}: the IOMMU cannot be used: {error.strerror}") from error
-            raise BackendUnavailable(
-                f"{self._node.name}: the kernel refuses the IOMMU because it cannot remap interrupts; switch interrupt "
-                f"remapping on in the firmware"
-            ) from error
+            raise self._no_remapping() from error
 
     def _get_device(self, group: int) -> int:
         name = bytearray(self._node.name.encode() + b"\0")
@@ -182,20 +212,19 @@ class GroupOpener(Opener):
             if error.errno in (errno.EBUSY, errno.EAGAIN):
                 raise DeviceBusy(f"{self._node.name} is in use by another process") from error
             if error.errno == errno.EACCES:
-                raise BackendUnavailable(
-                    f"{self._node.name} is a virtual function whose physical function is bound to vfio-pci too, and "
-                    f"needs that one's token; bind the physical function to its own driver or to pci-pf-stub"
-                ) from error
+                raise self._needs_token() from error
             raise BackendUnavailable(f"{self._node.name} cannot be opened: {error.strerror}") from error
 
 
 class CdevOpener(Opener):
     """The way of kernels with iommufd: /dev/vfio/devices/vfioN and /dev/iommu."""
 
+    interface = VfioInterface.CDEV
+
     def open(self) -> OpenDevice:
         """Open the device's own node, bind it to an iommufd and attach it to a new address space."""
         with ExitStack() as resources:
-            views = self._views(resources)
+            views = self._views(resources, keep=True)
             device_fd, iommufd = self._bind(resources)
             request = bytearray(uapi.IOAS_ALLOC.pack(uapi.IOAS_ALLOC.size, 0, 0))
             self._step("making an address space", lambda: self._kernel.ioctl(iommufd, uapi.IOMMU_IOAS_ALLOC, request))
@@ -220,33 +249,67 @@ class CdevOpener(Opener):
 
     def _bind(self, resources: ExitStack) -> tuple[int, int]:
         # Closed in the opposite order: the device before the iommufd that it is bound to.
-        iommufd = self._open_node(self._kernel.dev / "iommu", resources)
-        device_fd = self._open_node(self._kernel.dev / f"vfio/devices/{self._node.cdev}", resources)
+        iommufd = self._open_node(self._kernel.dev / IOMMUFD_NODE, resources)
+        device_fd = self._open_node(self._path, resources)
         request = bytearray(uapi.BIND_IOMMUFD.pack(uapi.BIND_IOMMUFD.size, 0, iommufd, 0))
         try:
             self._kernel.ioctl(device_fd, uapi.VFIO_DEVICE_BIND_IOMMUFD, request)
         except OSError as error:
-            # The kernel's answer to a device that another descriptor has bound is EINVAL.
-            if error.errno in (errno.EINVAL, errno.EBUSY):
-                raise DeviceBusy(
-                    f"{self._node.name} is in use: another process has bound it, such as a VMM that has not ended yet"
-                ) from error
-            raise BackendUnavailable(f"{self._node.name} cannot be bound to an iommufd: {error.strerror}") from error
+            raise self._not_bound(error) from error
         return device_fd, iommufd
 
+    def _not_bound(self, error: OSError) -> BackendUnavailable:
+        name = self._node.name
+        # The answer to a device that another open file has bound, whoever holds that file, is EINVAL.
+        if error.errno == errno.EINVAL:
+            return DeviceBusy(
+                f"{name} is in use: another process has bound it, such as a VMM that has not ended yet; see "
+                f"`fuser -v {self._path}`"
+            )
+        # EBUSY: the group's node is open. EPERM: its IOMMU is another's, or cannot remap interrupts.
+        if error.errno in (errno.EBUSY, errno.EPERM) and self._node.group_obstacles():
+            return self._not_viable()
+        if error.errno == errno.EBUSY or (error.errno == errno.EPERM and self._node.has_vfio_siblings()):
+            return DeviceBusy(
+                f"IOMMU group {self._node.iommu_group} of {name} is in use: another process holds it, or {name}, or "
+                f"another function of its IOMMU group, such as a VMM that has not ended yet"
+            )
+        if error.errno == errno.EPERM:
+            return self._no_remapping()
+        if error.errno == errno.EACCES:
+            return self._needs_token()
+        return BackendUnavailable(f"{name} cannot be bound to an iommufd: {error.strerror}")
 
-def choose_opener(kernel: Kernel, name: str) -> Opener:
+    @property
+    def _path(self) -> Path:
+        if self._node.cdev is None:
+            raise BackendUnavailable(
+                f"{self._node.name} has no device node: this kernel is built without CONFIG_VFIO_DEVICE_CDEV; leave "
+                f'`interface` away or set it to "group"'
+            )
+        return self._kernel.dev / f"vfio/devices/{self._node.cdev}"
+
+    def is_possible(self) -> bool:
+        """Whether there are both nodes, and this process can open them: that alone disturbs nobody."""
+        if self._node.cdev is None:
+            return False
+        return all(map(self._kernel.may_open, (self._kernel.dev / IOMMUFD_NODE, self._path)))
+
+
+def choose_opener(kernel: Kernel, name: str, interface: VfioInterface = VfioInterface.AUTO) -> Opener:
     """Return the way to open a function on this machine.
 
     Args:
         kernel: the operating system.
         name: the function's address, or the UUID of a mediated device.
+        interface: the kernel's interface to use.
 
     Raises:
         BackendUnavailable: sysfs says already that it cannot be used.
     """
     node = find_node(kernel.sysfs, name)
     node.require_usable()
-    if (kernel.dev / "iommu").exists() and node.cdev and (kernel.dev / f"vfio/devices/{node.cdev}").exists():
-        return CdevOpener(kernel, node)
+    by_node = CdevOpener(kernel, node)
+    if interface is VfioInterface.CDEV or (interface is VfioInterface.AUTO and by_node.is_possible()):
+        return by_node
     return GroupOpener(kernel, node)

@@ -56,7 +56,7 @@ class RegionTable:
         mappable = bool(areas) and policy is not RegionPolicy.TRAP
         offset = region.offset
         if mappable and policy in (RegionPolicy.AUTO, RegionPolicy.DMABUF):
-            if self._export(region, areas):
+            if self._export(region, areas, log):
                 offset = 0
             elif policy is RegionPolicy.DMABUF:
                 mappable = False
@@ -80,19 +80,21 @@ class RegionTable:
             return region.mappable_areas
         return without_pages(region.mappable_areas, [area for index, area in self._msix if index == region.index])
 
-    def _export(self, region: RegionDescription, areas: tuple[SparseArea, ...]) -> bool:
+    def _export(self, region: RegionDescription, areas: tuple[SparseArea, ...], log: Logger) -> bool:
         """Make a dma-buf of a region; whether there is one that can be mapped."""
         if areas != ((0, region.size),):
             return False  # a dma-buf of several parts numbers its bytes otherwise than the region
         access = os.O_RDWR if region.flags & RegionFlags.WRITE else os.O_RDONLY
         try:
             fd = self._device.export_dma_buf(region.index, region.size, access | os.O_CLOEXEC)
-        except OSError:  # the feature is younger than most kernels
+        except OSError as error:  # the feature is younger than most kernels
+            log.debug("this kernel makes no dma-buf of a region", region=region.index, error=error.strerror)
             return False
         try:
             # Mapped once and never touched: exporting has been there longer than mapping.
             self._kernel.munmap(self._kernel.mmap(fd, region.size, 0, writable=access == os.O_RDWR), region.size)
-        except OSError:
+        except OSError as error:
+            log.debug("this kernel maps no dma-buf of a region", region=region.index, error=error.strerror)
             self._kernel.close(fd)
             return False
         self._dma_bufs[region.index] = fd

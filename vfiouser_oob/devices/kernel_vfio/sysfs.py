@@ -14,6 +14,9 @@ from vfiouser_oob.devices.kernel_vfio.node import DeviceNode
 VFIO_DRIVER = "vfio-pci"
 #: Bridges never go to user space, and their presence in a group is no obstacle.
 _CLASS_BRIDGE = "0x0604"
+#: Name of the groups that VFIO makes up for functions without an IOMMU, if it is told to.
+_NOIOMMU_GROUP = "vfio-noiommu"
+_SWITCH_ON = "switch the IOMMU on in the firmware (VT-d, AMD-Vi) and, for Intel, boot the kernel with intel_iommu=on"
 
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -37,13 +40,19 @@ class PciFunctionNode(DeviceNode):
 
     def group_obstacles(self) -> Sequence[str]:
         """The other members of its group that another driver holds, each with that driver."""
-        members = sorted((self.path / "iommu_group" / "devices").glob("*"))
-        others = [PciFunctionNode(self.sysfs, path.name) for path in members if path.name != self.bdf]
         return [
             f"{other.bdf} ({other.driver})"
-            for other in others
+            for other in self._siblings()
             if other.driver is not None and not other.is_bound_to_vfio() and not other._is_bridge
         ]
+
+    def has_vfio_siblings(self) -> bool:
+        """Whether other members of its group are bound to vfio-pci, so that somebody may use them."""
+        return any(other.is_bound_to_vfio() for other in self._siblings())
+
+    def _siblings(self) -> Sequence[PciFunctionNode]:
+        members = sorted((self.path / "iommu_group" / "devices").glob("*"))
+        return [PciFunctionNode(self.sysfs, path.name) for path in members if path.name != self.bdf]
 
     @property
     def _is_bridge(self) -> bool:
@@ -56,16 +65,33 @@ class PciFunctionNode(DeviceNode):
         """Check that it is there, is bound to vfio-pci, and has an IOMMU."""
         if not self.exists:
             raise BackendUnavailable(f"there is no PCI function {self.bdf}: see `lspci -D` for those that there are")
+        self.require_iommu()
         if not self.is_bound_to_vfio():
             holder = f"bound to the driver {self.driver}" if self.driver else "bound to no driver"
             raise BackendUnavailable(
                 f"{self.bdf} is {holder}, not to vfio-pci: bind it with `vfiouser-oob bind {self.bdf}` as root"
             )
+
+    def require_iommu(self) -> None:
+        """Check that there is an IOMMU in front of it: without one, vfio-pci does not take it either.
+
+        Raises:
+            BackendUnavailable: there is none.
+        """
         if self.iommu_group is None:
+            raise BackendUnavailable(f"{self.bdf} has no IOMMU group: {_SWITCH_ON}")
+        if self._group_name == _NOIOMMU_GROUP:
             raise BackendUnavailable(
-                f"{self.bdf} has no IOMMU group: switch the IOMMU on in the firmware (VT-d, AMD-Vi) and, for Intel, "
-                f"boot the kernel with intel_iommu=on"
+                f"{self.bdf} is bound without an IOMMU (the module option enable_unsafe_noiommu_mode of vfio): its DMA "
+                f"would not go to the client's memory but anywhere; {_SWITCH_ON}"
             )
+
+    @property
+    def _group_name(self) -> str:
+        try:
+            return (self.path / "iommu_group" / "name").read_text().strip()
+        except OSError:
+            return ""
 
 
 def find_node(sysfs: Path, name: str) -> DeviceNode:

@@ -1,8 +1,9 @@
 """The daemon's own mappings of client memory: what tells the kernel which pages are meant.
 
-With an IOMMU the kernel takes hold of the pages during the call, so a mapping ends with it, and a client that truncates
-its file cannot hurt us. Without one (mediated devices) the kernel looks pages up when a driver wants them, and mappings
-have to stay. The kernel alone looks: this process never touches them, so nothing here can end in SIGBUS.
+With an IOMMU and a container the kernel takes hold of the pages during the call, so a mapping ends with it, and a
+client that truncates its file cannot hurt us. Without an IOMMU (mediated devices) the kernel looks pages up when a
+driver wants them, and with an iommufd it may look again, so mappings have to stay. The kernel alone looks: this process
+never touches them, so nothing here can end in SIGBUS.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class FileViews:
         """End what was kept of a range, after the device has lost it."""
         for first in [first for first in self._kept if iova <= first < iova + size]:
             self._kernel.munmap(*self._kept.pop(first))
+
+    def forget(self) -> None:
+        """Leave everything that was kept as it is, for as long as this process lives."""
+        self._kept.clear()
 
     def drop_all(self) -> None:
         """End everything that was kept."""

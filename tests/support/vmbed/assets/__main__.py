@@ -7,8 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from vmbed.assets.builder import build
+from vmbed.assets.builder import build, exclusive
 from vmbed.assets.errors import AssetError
+from vmbed.assets.ownkernel import build_own_kernel
 from vmbed.assets.store import CACHE_ENV, default_cache
 
 __all__ = ["main"]
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     cache = (args.cache or default_cache()).resolve()
     try:
         assets = build(cache, _say, archive=args.archive, refresh=args.refresh, long=args.long)
+        if args.long:
+            with exclusive(cache, _say):
+                build_own_kernel(cache, _say, archive=args.archive, refresh=args.refresh)
     except AssetError as error:
         sys.stderr.write(f"vm-assets: error: {error}\n")
         return 1

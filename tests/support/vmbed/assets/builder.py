@@ -47,7 +47,7 @@ from vmbed.assets.recipe import (
 )
 from vmbed.assets.store import Assets, Manifest, locate
 
-__all__ = ["build"]
+__all__ = ["build", "exclusive"]
 
 Report = Callable[[str], None]
 
@@ -71,7 +71,7 @@ def build(
         raise AssetError(f"the VM tests need an x86_64 machine, this is {platform.machine()}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _exclusive(cache, report):
+        with exclusive(cache, report):
             manifest = Manifest.load(cache)
             if refresh or manifest is None or manifest.recipe != recipe():
                 manifest = _fetch(cache, report, archive)
@@ -89,7 +89,7 @@ def build(
 
 
 @contextmanager
-def _exclusive(cache: Path, report: Report) -> Iterator[None]:
+def exclusive(cache: Path, report: Report) -> Iterator[None]:
     """Keep two builders out of one cache; the lock goes with the process, however it ends."""
     lock = os.open(cache / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:

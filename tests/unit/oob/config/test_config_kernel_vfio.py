@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.cli.main import main
-from vfiouser_oob.config import ConfigError, KernelVfioDevice, RegionPolicy, parse_agent, parse_config, parse_device
+from vfiouser_oob.config import (
+    ConfigError,
+    KernelVfioDevice,
+    RegionPolicy,
+    VfioInterface,
+    parse_agent,
+    parse_config,
+    parse_device,
+)
 from vfiouser_oob.config.schema import AgentConfig, DmaMode, FunctionConfig
 from vfiouser_oob.config.summary import warnings
 from vfiouser_oob.devices.factory import make_backend
@@ -28,6 +36,14 @@ def test_device_and_agent_of_a_file() -> None:
     (function,) = parse_config(TEXT, Path("/etc/c.toml")).functions
     assert function.device == KernelVfioDevice(bdf="0000:3b:00.2", region_policy=RegionPolicy.TRAP)
     assert function.agent == AgentConfig(kind="kernel-vfio", function="0000:3b:00.2")
+
+
+def test_interface_of_the_kernel() -> None:
+    """It can be chosen, and is told back in the short form."""
+    device = parse_device("kernel-vfio:3b:00.2,interface=group")
+    assert device == KernelVfioDevice(bdf="0000:3b:00.2", interface=VfioInterface.GROUP)
+    assert "kernel-vfio:0000:3b:00.2,interface=group" == device.describe()
+    assert "kernel-vfio:0000:3b:00.2" == KernelVfioDevice(bdf="0000:3b:00.2").describe()
 
 
 def test_agent_of_the_command_line() -> None:
@@ -71,6 +87,7 @@ def test_a_mediated_device_that_is_not_there_is_worth_a_warning() -> None:
         ('bdf = "3B:00.2"', 'mdev = "83b8f4f2"', "mdev must be a mediated device's UUID"),
         ('bdf = "3B:00.2"', f'bdf = "{UUID}"', "bdf must be a PCI address"),
         ('"trap"', '"none"', "region_policy must be one of"),
+        ('"trap"', '"trap", interface = "iommufd"', "interface must be one of"),
     ],
 )
 def test_mistakes(old: str, new: str, words: str) -> None:
@@ -127,19 +144,5 @@ def test_a_mediated_device_needs_no_memory_beforehand(tmp_path: Path, capsys: py
     printed = capsys.readouterr()
     assert "share=on" in printed.out
     assert "prealloc" not in printed.out
-    assert '"x-msg-timeout": 5000' in printed.out
-    assert "[daemon]" not in printed.err
-
-
-def test_the_snippet_foresees_a_big_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A VM whose memory is not locked within the budget gets a longer timeout, and is told the budget for it."""
-    path = tmp_path / "c.toml"
-    path.write_text(TEXT)
-    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "256G"])
-    printed = capsys.readouterr()
-    assert '"x-msg-timeout": 65000' in printed.out
-    assert "set reply_budget_s = 64 under [daemon]" in printed.err
-    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "8G"])
-    printed = capsys.readouterr()
     assert '"x-msg-timeout": 5000' in printed.out
     assert "[daemon]" not in printed.err
