@@ -6,9 +6,9 @@ Nobody has to give a buffer back: one is free again once nobody looks at it any 
 from __future__ import annotations
 
 #: Buffers that one pool keeps at most; more are made when they are needed, and forgotten after use.
-KEPT = 6
+KEPT = 4
 #: Bytes of the largest buffer that is kept.
-LARGEST_KEPT = 2 << 20
+LARGEST_KEPT = 4 << 20
 
 
 class BufferPool:

@@ -205,12 +205,12 @@ def short_save() -> Fault:
 
 def corrupt_save() -> Fault:
     """A chunk has one wrong bit."""
-    return ChangesResult(lambda chunk: replace(chunk, data=_flipped(chunk.data)))
+    return ChangesResult(lambda chunk: replace(chunk, data=_flipped(bytes(chunk.data))))
 
 
 def duplicated_save() -> Fault:
     """A chunk carries its bytes twice."""
-    return ChangesResult(lambda chunk: replace(chunk, data=chunk.data * 2))
+    return ChangesResult(lambda chunk: replace(chunk, data=bytes(chunk.data) * 2))
 
 
 def short_load() -> Fault:

@@ -34,7 +34,7 @@ class Message(NamedTuple):
 
     Args:
         header: its header.
-        payload: the bytes behind the header.
+        payload: the bytes behind the header, or a view of them.
         fds: the file descriptors that came with it, now owned by the receiver of this message.
     """
 
@@ -66,7 +66,7 @@ class Framer:
         self._max_message_size = max_message_size
         self._max_fds = max_fds
         self._header: Header | None = None
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | memoryview] = []
         self.bytes_wanted = HEADER_SIZE
         self.pending_fds: list[int] = []
 
@@ -80,15 +80,21 @@ class Framer:
         return self._header is not None
 
     @property
+    def command(self) -> int | None:
+        """The command whose body is awaited; None before the header is complete."""
+        return None if self._header is None else self._header.command
+
+    @property
     def at_boundary(self) -> bool:
         """Whether nothing of a next message has come yet, so that the stream may end here."""
         return self._header is None and not self._pieces and not self.pending_fds and self.bytes_wanted > 0
 
-    def feed(self, data: bytes, fds: Sequence[int] = ()) -> Message | None:
+    def feed(self, data: bytes | memoryview, fds: Sequence[int] = ()) -> Message | None:
         """Take the bytes of one read and the file descriptors that came with it.
 
         Args:
-            data: at most `bytes_wanted` bytes; may be any smaller piece.
+            data: at most `bytes_wanted` bytes; may be any smaller piece. A view of a whole body becomes the payload as
+                it is.
             fds: file descriptors received by the same call; they belong to the message that `data` is a part
                 of.
 
@@ -131,7 +137,7 @@ class Framer:
         self.pending_fds = []
         return _new(Message, (header, data, fds_of_message))
 
-    def _take_piece(self, data: bytes, length: int) -> None:
+    def _take_piece(self, data: bytes | memoryview, length: int) -> None:
         if length > self.bytes_wanted:
             raise LocalProtocolError(
                 f"{length} bytes were read where {self.bytes_wanted} were wanted; "

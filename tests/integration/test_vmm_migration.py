@@ -125,7 +125,10 @@ def connections(child: Child, port: int) -> int:
     """How many TCP connections a process has to a port."""
     inodes = set()
     for entry in os.listdir(f"/proc/{child.pid}/fd"):
-        target = os.readlink(f"/proc/{child.pid}/fd/{entry}")
+        try:
+            target = os.readlink(f"/proc/{child.pid}/fd/{entry}")
+        except FileNotFoundError:  # closed meanwhile
+            continue
         if target.startswith("socket:["):
             inodes.add(target[len("socket:[") : -1])
     rows = [line.split() for line in Path(f"/proc/{child.pid}/net/tcp").read_text().splitlines()[1:]]

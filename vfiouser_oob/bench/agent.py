@@ -9,18 +9,23 @@ import gc
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import trio
 
 from vfiouser_agents.api import AgentState, Chunk, Estimate, Phase
 from vfiouser_agents.errors import CorruptState, InvalidArgument
-from vfiouser_agents.memory import MemoryAgent, MemoryFunction, MemorySession
+from vfiouser_agents.memory import ALL_CAPABILITIES, MemoryAgent, MemoryFunction, MemorySession
 from vfiouser_agents.rpc.endpoint import parse_address
 from vfiouser_agents.rpc.protocols import serve_at
 from vfiouser_oob.systemd.notify import Notifier
 
-_PATTERN = random.Random(1).randbytes(1 << 20)
+#: Bytes of state that it gives and takes at once.
+_CHUNK = 4 << 20
+#: A view, so that a part of it is no copy.
+_PATTERN = memoryview(random.Random(1).randbytes(1 << 20) * (_CHUNK >> 20))
 
 
 class StreamSession(MemorySession):
@@ -41,8 +46,7 @@ class StreamSession(MemorySession):
         if phase is Phase.PRECOPY and left <= len(_PATTERN):
             return Chunk(b"", drained=True)
         count = min(limit, len(_PATTERN), left)
-        data = _PATTERN if count == len(_PATTERN) else _PATTERN[:count]
-        return Chunk(data, eof=phase is not Phase.PRECOPY and count == left)
+        return Chunk(cast("bytes", _PATTERN[:count]), eof=phase is not Phase.PRECOPY and count == left)
 
     async def load(self, offset: int, data: bytes) -> None:
         """Count it."""
@@ -72,7 +76,8 @@ class StreamAgent(MemoryAgent):
 
 
 async def _serve(port_file: Path, functions: int, state_size: int, protocol: str) -> None:
-    agent = StreamAgent([MemoryFunction(f"f{number}", state_size) for number in range(functions)])
+    caps = replace(ALL_CAPABILITIES, max_chunk=_CHUNK)
+    agent = StreamAgent([MemoryFunction(f"f{number}", state_size, caps=caps) for number in range(functions)])
     address = parse_address("tcp://127.0.0.1:0")
     async with agent, trio.open_nursery() as nursery:
         address = await nursery.start(serve_at, protocol, agent, address)

@@ -17,7 +17,6 @@ from vfiouser_protocol.messages import (
     DeviceFeature,
     FeatureDeviceState,
     MigDataRead,
-    MigDataWrite,
     RegionInfo,
     RegionRead,
     RegionReadReply,
@@ -29,6 +28,7 @@ from vfiouser_protocol.migration_v1 import REGISTERS, RESUMING, RUNNING, STOP_CO
 PORTION = 1 << 20
 _READ_HEAD = HEADER_SIZE + 8
 _SIZE = struct.Struct("<I")
+_WRITE_HEAD = struct.Struct("<II")
 _SIZE_AT = 4
 _ERROR_AT, _ERROR_BIT = 8, 0x20
 _REGION_INFO_SIZE = 32
@@ -85,7 +85,7 @@ class V2Mover:
         """Write a state, and let the function run with it."""
         self.state(DeviceState.RESUMING)
         for portion in portions:
-            self.client.call(Command.MIG_DATA_WRITE, encode(MigDataWrite(8 + len(portion), len(portion), portion)))
+            self.client.call_from(Command.MIG_DATA_WRITE, (_WRITE_HEAD.pack(8 + len(portion), len(portion)), portion))
         self.state(DeviceState.RUNNING)
 
     def _take(self) -> bool:
@@ -93,11 +93,12 @@ class V2Mover:
         if self._have == self._wanted:
             self._have, self._wanted = 0, HEADER_SIZE
         buffer, sock = self._buffer, self.client.sock
-        count = sock.recv_into(buffer[self._have : self._wanted])
+        # One request is out, so nothing can come behind its reply.
+        count = sock.recv_into(buffer[self._have :])
         if not count:
             raise BenchFailed("the server closed the connection")
         self._have += count
-        if self._have == HEADER_SIZE == self._wanted:
+        if self._have >= HEADER_SIZE == self._wanted:
             (self._wanted,) = _SIZE.unpack_from(buffer, _SIZE_AT)
             if buffer[_ERROR_AT] & _ERROR_BIT or not HEADER_SIZE <= self._wanted <= len(buffer):
                 raise BenchFailed("the server refused MIG_DATA_READ")
@@ -152,6 +153,7 @@ class V1Mover:
         if not fds:
             raise BenchFailed("the migration region cannot be mapped")
         self._window = mmap.mmap(fds[0], info.size, offset=info.offset)
+        self._buffer = memoryview(bytearray(info.size))
         os.close(fds[0])
 
     def _read(self, register: Register) -> int:
@@ -177,10 +179,12 @@ class V1Mover:
         total = 0
         while self._read(Register.PENDING_BYTES):
             offset, size = self._read(Register.DATA_OFFSET), self._read(Register.DATA_SIZE)
-            portion = self._window[offset : offset + size]
-            total += len(portion)
+            portion = self._buffer[:size]
+            with memoryview(self._window) as window:
+                portion[:] = window[offset : offset + size]
+            total += size
             if keep is not None:
-                keep.append(portion)
+                keep.append(bytes(portion))
         self._write(Register.DEVICE_STATE, STOPPED)
         return total
 

@@ -90,6 +90,21 @@ class RawClient:
             os.close(fd)
         return body
 
+    def call_from(self, command: int, pieces: Sequence[bytes]) -> bytes:
+        """Like `call`, with a payload that is sent from where it lies.
+
+        Raises:
+            ReplyError: the server refused.
+            BenchFailed: it closed the connection.
+        """
+        size = HEADER_SIZE + sum(map(len, pieces))
+        whole = (pack_header(1, command, size, 0), *pieces)
+        with self._patience():
+            sent = self.sock.sendmsg(whole)
+            if sent < size:
+                self.sock.sendall(b"".join(whole)[sent:])
+        return self._reply(command)[0]
+
     def call_for_fds(self, command: int, payload: bytes) -> tuple[bytes, list[int]]:
         """Send a command and return the reply's payload with its descriptors, which are the caller's.
 
@@ -99,6 +114,10 @@ class RawClient:
         """
         with self._patience():
             self.sock.sendall(message(command, payload))
+        return self._reply(command)
+
+    def _reply(self, command: int) -> tuple[bytes, list[int]]:
+        with self._patience():
             data, ancillary, _, _ = self.sock.recvmsg(HEADER_SIZE, _ANCILLARY_SIZE, socket.MSG_WAITALL)
         fds = [fd for _, _, raw in ancillary for fd in array.array("i", raw)]
         if len(data) != HEADER_SIZE:

@@ -228,7 +228,8 @@ class MigrationConfig:
         generations: which generations a client may use.
         precopy: whether the state PRE_COPY is offered.
         pad_reads: whether replies to MIG_DATA_READ have the size that was asked for, for clients that insist.
-        chunk_size: bytes of state asked of the agent at once; about two chunks are in memory.
+        chunk_size: bytes of state asked of the agent at once; about two chunks are in memory, and they become smaller
+            while many functions migrate at once.
         v1_data_size: bytes of the data section of the v1 region.
         call_s: seconds that the agent may take for a call without much work.
         stop_s: seconds for a call that drains, starts or resets the function.
@@ -239,7 +240,7 @@ class MigrationConfig:
     generations: Generations = Generations.AUTO
     precopy: bool = True
     pad_reads: bool = False
-    chunk_size: int = 1 << 20
+    chunk_size: int = 4 << 20
     v1_data_size: int = 1 << 20
     call_s: float = 2.0
     stop_s: float = 5.0

@@ -18,6 +18,7 @@ from vfiouser_oob.migration.arcs import Do
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descriptor, require_similar
 from vfiouser_oob.migration.destination import DestinationPipeline
+from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.constants import RegionIndex
@@ -80,6 +81,8 @@ class Actions:
         self.nursery: trio.Nursery | None = None
         self.device: Device | None = None
         self.work = Work()
+        #: With whom memory for state is shared; a daemon has one for all its functions.
+        self.sharing = Sharing()
         #: Told why, when the agent says that the function is broken.
         self.device_failed: Callable[[str], None] = lambda why: None
         self.table: Mapping[Do, Callable[[float], Awaitable[None]]] = {
@@ -173,6 +176,7 @@ class Actions:
             data_s=self._config.data_s,
             retry_s=self._config.retry_s,
             device_failed=self.device_failed,
+            sharing=self.sharing,
         )
         await self._estimate(deadline)
         self.nursery.start_soon(self.work.source.run)

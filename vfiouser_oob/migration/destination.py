@@ -55,7 +55,7 @@ class DestinationPipeline:
         self._retry_s = retry_s
         self._device_failed = device_failed
         self._reader = StreamReader()
-        self._hasher = Hasher(nursery)
+        self._hasher = Hasher()
         self._scope = trio.CancelScope()
         self._landed = trio.Event()
         self._landed.set()
@@ -114,7 +114,7 @@ class DestinationPipeline:
     async def _restart(self, deadline: float) -> None:
         """The source's function was reset: what came before is void."""
         await self._wait_landed()
-        self._hasher = Hasher(self._nursery)
+        self._hasher = Hasher()
         self.pci = None
         self.loaded = 0
         await self._link.call("abort", lambda session: session.abort(), deadline)
@@ -126,7 +126,8 @@ class DestinationPipeline:
         end = record.offset + len(record.data)
         if end > caps.max_state:
             raise CommandError(f"the state has {end} bytes or more, this function takes {caps.max_state}")
-        await self._hasher.update(record.data)
+        await self._hasher.room()
+        self._hasher.add(record.data)
         for start in range(0, len(record.data), caps.max_chunk):
             await self._wait_landed()
             self._landed = trio.Event()

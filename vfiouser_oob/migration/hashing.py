@@ -1,44 +1,85 @@
-"""SHA-256 of a stream in a worker thread, at most one chunk behind."""
+"""SHA-256 of a stream in a worker thread, a bounded number of chunks behind."""
 
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections import deque
 
 import trio
 
 #: Up to here a hash is done sooner than a thread is woken.
 _INLINE = 16 << 10
+#: Chunks that may wait for the thread. With one, each would have to be waited for; all of them are in memory.
+BEHIND = 2
 
 
 class Hasher:
     """A digest that is computed beside the transfer.
 
-    Args:
-        nursery: where the thread is waited for.
+    The thread stays while there is work, and tells nobody of every chunk: being told costs as much as sending one.
     """
 
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
+    def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._idle = trio.Event()
-        self._idle.set()
+        self._lock = threading.Lock()
+        self._chunks: deque[bytes | memoryview] = deque()
+        self._working = False
+        #: Whoever waits, until how many chunks are waiting, and where to tell.
+        self._waiter: tuple[trio.Event, int, trio.lowlevel.TrioToken] | None = None
 
-    async def update(self, data: bytes | memoryview) -> None:
-        """Add bytes; waits only for those before them. They must not change."""
-        await self._idle.wait()
-        if len(data) <= _INLINE:
+    @property
+    def behind(self) -> int:
+        """Chunks that are not hashed yet."""
+        return len(self._chunks) + self._working
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Add bytes, which must not change. Never waits: who adds much asks for `room` first."""
+        if not self._working and len(data) <= _INLINE:
             self._hash.update(data)
-        else:
-            self._idle = trio.Event()
-            self._nursery.start_soon(self._work, data)
+            return
+        with self._lock:
+            self._chunks.append(data)
+            begin, self._working = not self._working, True
+        if begin:
+            trio.lowlevel.start_thread_soon(self._work, lambda _: None, "state hash")
 
-    async def _work(self, data: bytes | memoryview) -> None:
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._tell(len(self._chunks))
+                if not self._chunks:
+                    self._working = False
+                    return
+                data = self._chunks.popleft()
+            self._hash.update(data)
+            # It would be kept from being used again until the next one comes.
+            del data
+
+    def _tell(self, behind: int) -> None:
+        if self._waiter is None or behind > self._waiter[1]:
+            return
+        (event, _, token), self._waiter = self._waiter, None
         try:
-            await trio.to_thread.run_sync(self._hash.update, data)
-        finally:
-            self._idle.set()
+            token.run_sync_soon(event.set)
+        except trio.RunFinishedError:  # nobody waits any more
+            pass
+
+    async def room(self) -> None:
+        """Wait until not too many chunks are waiting."""
+        if self.behind > BEHIND:
+            await self._until(BEHIND - 1)
 
     async def digest(self) -> bytes:
         """Return the digest of all bytes so far."""
-        await self._idle.wait()
+        await self._until(0)
         return self._hash.digest()
+
+    async def _until(self, behind: int) -> None:
+        """Wait until at most so many chunks are not hashed."""
+        event = trio.Event()
+        with self._lock:
+            if len(self._chunks) + self._working <= behind:
+                return
+            self._waiter = (event, behind, trio.lowlevel.current_trio_token())
+        await event.wait()

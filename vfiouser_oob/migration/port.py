@@ -88,7 +88,7 @@ class MigrationPort:
         """DEVICE_FEATURE."""
         return self._v2("DEVICE_FEATURE").device_feature(payload, posted=posted)
 
-    def mig_data_read(self, payload: bytes, *, posted: bool) -> Awaitable[Pieces]:
+    def mig_data_read(self, payload: bytes, *, posted: bool) -> Pieces | Awaitable[Pieces]:
         """MIG_DATA_READ."""
         if posted:
             raise CommandError("MIG_DATA_READ without a reply would lose the data that it asks for; none is taken")

@@ -1,13 +1,13 @@
 """The source's pipeline: agent → records → client, one chunk ahead of it.
 
-A task fetches chunks and queues them as records; the client takes bytes from the queue in portions of its own size.
-While it takes chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants,
-are in memory.
+A task fetches chunks, which become records when the client takes them, in portions of its own size. While it takes
+chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants, are in memory.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable
 
 import trio
@@ -17,12 +17,18 @@ from vfiouser_agents.errors import AgentError
 from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.hashing import Hasher
+from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
+from vfiouser_oob.migration.stream_format import HEAD_SIZE
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.errors import CommandError
 
-#: Turns of the scheduler after which a call's request has been written to the agent's socket.
-_TURNS_TO_SEND = 4
+#: Portions of a client below which records do not follow them.
+_LEAST_PORTION = 64 << 10
+#: What is taken for a client's portion before its first read: that of QEMU.
+_USUAL_PORTION = 1 << 20
+#: Bytes of state below which a record is not worth its head.
+_LEAST_RECORD = 4 << 10
 
 
 class SourcePipeline:
@@ -37,6 +43,7 @@ class SourcePipeline:
         data_s: seconds within which a chunk has to come.
         retry_s: seconds before the first repetition of what may be repeated.
         device_failed: told why, when the agent says that the function is broken.
+        sharing: with whom the memory is shared.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class SourcePipeline:
         data_s: float,
         retry_s: float,
         device_failed: Callable[[str], None],
+        sharing: Sharing,
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -59,9 +67,15 @@ class SourcePipeline:
         self._data_s = data_s
         self._retry_s = retry_s
         self._device_failed = device_failed
+        self._sharing = sharing
         self._halted = False
         self._writer = StreamWriter()
         self._queue = RecordQueue()
+        #: State behind what is in the queue, of which no records were made yet, and how many bytes those will have.
+        self._fetched: deque[memoryview] = deque()
+        self._fetched_size = 0
+        #: Bytes that the client takes at once; 0 if records do not follow them.
+        self._portion = _USUAL_PORTION
         self._scope = trio.CancelScope()
         self._fetch_scope: trio.CancelScope | None = None
         self._changed = trio.Event()
@@ -88,49 +102,55 @@ class SourcePipeline:
 
     async def run(self) -> None:
         """Fetch until everything is queued, or the pipeline is halted."""
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                hasher = self._open_stream(nursery)
-                while not self.complete:
-                    if self._restarting:
-                        hasher = self._open_stream(nursery)
-                    elif self._pci_due:
-                        self._pci_due = False
-                        self._put(self._writer.pci(self._pci()))
-                    elif self._eof:
-                        self._put(self._writer.trailer(await hasher.digest()))
-                        self.complete = True
-                    elif self._may_fetch:
-                        await self._fetch(hasher)
-                    else:
-                        await self._changed.wait()
-                nursery.cancel_scope.cancel()
+        with self._scope, self._sharing.joined():
+            hasher = self._open_stream()
+            while not self.complete:
+                if self._restarting:
+                    hasher = self._open_stream()
+                elif self._pci_due:
+                    self._pci_due = False
+                    self._make_records()
+                    self._put(self._writer.pci(self._pci()))
+                elif self._eof:
+                    digest = await hasher.digest()
+                    self._make_records()
+                    self._put(self._writer.trailer(digest))
+                    self.complete = True
+                    self._notify()
+                elif self._may_fetch:
+                    await self._fetch(hasher)
+                else:
+                    await self._changed.wait()
         self._notify()
 
-    def _open_stream(self, nursery: trio.Nursery) -> Hasher:
+    def _open_stream(self) -> Hasher:
         """Begin the stream, or begin it anew."""
         self._queue.drop_untouched()
+        self._fetched.clear()
+        self._fetched_size = 0
         self._restarting = False
         self._offset = 0
         self._drained = self._eof = False
         self._estimated_at = 0
         self._put(self._writer.header())
         self._put(self._writer.descriptor(self._descriptor))
-        return Hasher(nursery)
+        return Hasher()
 
     @property
     def _may_fetch(self) -> bool:
-        waiting = len(self._queue)
-        room = waiting <= self._chunk_size or waiting < self._demand
-        return room and not (self._held or self._drained or self._error is not None)
+        if self._held or self._drained or self._eof or self._error is not None or self._pci_due or self._restarting:
+            return False
+        # What a client waits for is as good as gone.
+        piece = self._piece
+        return self.buffered <= piece or self.buffered < self._demand + piece // 2
 
     async def _fetch(self, hasher: Hasher) -> None:
         with trio.CancelScope() as self._fetch_scope:
             try:
-                chunk = await self._save(self._offset)
-                while self._may_ask_ahead(chunk):
-                    chunk = await self._save_while_accepting(chunk, hasher)
-                await self._accept(chunk, hasher)
+                while self._may_fetch:
+                    await hasher.room()
+                    chunk = await self._save(self._offset)
+                    self._accept(chunk, hasher)
             except AgentError as error:
                 self._error = error
                 if error.fatal:
@@ -138,43 +158,36 @@ class SourcePipeline:
         self._fetch_scope = None
         self._notify()
 
-    def _may_ask_ahead(self, chunk: Chunk) -> bool:
-        """Whether to ask for the next chunk before this one is dealt with: a client waits for this one."""
-        more = not (chunk.eof or chunk.drained)
-        return more and len(self._queue) < self._demand and not (self._held or self._pci_due or self._restarting)
+    @property
+    def _piece(self) -> int:
+        """Bytes of state to ask for at once."""
+        caps = self._link.caps
+        piece = self._sharing.part(self._chunk_size)
+        return piece if caps is None else min(piece, caps.max_chunk)
 
-    async def _save_while_accepting(self, chunk: Chunk, hasher: Hasher) -> Chunk:
-        """Let the agent work on the next chunk while this one is checked, hashed and sent.
+    def _limit(self) -> int:
+        """Bytes to ask for now: so many that the last record made of them ends where a portion of the client ends."""
+        most = self._piece
+        limit, position = 0, self.buffered
+        while self._portion and limit + (size := self._record_size(position)) <= most:
+            limit += size
+            position += HEAD_SIZE + size
+        return limit or most
 
-        Asking for the next one acknowledges this one; that it is accepted cannot be given up, so it is never lost.
+    def _record_size(self, position: int) -> int:
+        """Bytes of state in a record that begins so far behind what was taken.
+
+        It ends where a portion of the client ends, so that a portion is one record that nobody on its way has to put
+        together.
         """
-        answers: list[Chunk | AgentError] = []
-
-        async def ask(offset: int) -> None:
-            try:
-                answers.append(await self._save(offset))
-            except AgentError as error:
-                answers.append(error)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask, self._offset + len(chunk.data))
-            # Sending a chunk to the client takes long; the request shall be out before.
-            with trio.CancelScope(shield=True):
-                for _ in range(_TURNS_TO_SEND):
-                    await trio.lowlevel.checkpoint()
-                await self._accept(chunk, hasher)
-        (answer,) = answers
-        if isinstance(answer, AgentError):
-            raise answer
-        return answer
+        size = self._portion - position % self._portion - HEAD_SIZE
+        return size if size >= _LEAST_RECORD else size + self._portion
 
     async def _save(self, offset: int) -> Chunk:
-        limit, phase = self._chunk_size, self._phase
+        limit, phase = self._limit(), self._phase
         caps = self._link.caps
-        if caps is not None:
-            limit = min(limit, caps.max_chunk)
-            if phase is Phase.PRECOPY and not caps.precopy:
-                return Chunk(b"", drained=True)
+        if caps is not None and phase is Phase.PRECOPY and not caps.precopy:
+            return Chunk(b"", drained=True)
         deadline = trio.current_time() + self._data_s
         pause = self._retry_s
         while True:
@@ -189,20 +202,39 @@ class SourcePipeline:
             await trio.sleep(pause)
             pause *= 2
 
-    async def _accept(self, chunk: Chunk, hasher: Hasher) -> None:
-        # Nothing below may be given up half-way: a chunk is queued and hashed, or asked for again.
-        with trio.CancelScope(shield=True):
-            if chunk.data:
-                await hasher.update(chunk.data)
-                self._put(self._writer.data(self._offset, chunk.data))
-                self._offset += len(chunk.data)
-            self._drained = chunk.drained
-            self._eof = chunk.eof
+    def _accept(self, chunk: Chunk, hasher: Hasher) -> None:
+        # Nothing may be awaited in here: a chunk is taken and hashed, or asked for again.
+        if chunk.data:
+            hasher.add(chunk.data)
+            self._cut(memoryview(chunk.data))
+            self._offset += len(chunk.data)
+            self.peak = max(self.peak, self.buffered)
+        self._drained = chunk.drained
+        self._eof = chunk.eof
         self._tracer.progress(self._phase.value, self._offset, self.remaining)
+        self._notify()
+
+    def _cut(self, data: memoryview) -> None:
+        """Cut a chunk into what will be records."""
+        while data:
+            size = self._record_size(self.buffered) if self._portion else len(data)
+            piece, data = data[:size], data[size:]
+            self._fetched.append(piece)
+            self._fetched_size += HEAD_SIZE + len(piece)
+
+    def _make_records(self, size: int | None = None) -> None:
+        """Make records of what was fetched, for a read of so many bytes, or of everything.
+
+        As late as can be: the next chunk was asked for by now, so the agent works while the checksum is computed.
+        """
+        while self._fetched and (size is None or len(self._queue) < size):
+            data = self._fetched.popleft()
+            self._fetched_size -= HEAD_SIZE + len(data)
+            self._queue.put(self._writer.data(self._writer.total, data))
 
     def _put(self, record: tuple[bytes | bytearray | memoryview, ...]) -> None:
         self._queue.put(record)
-        self.peak = max(self.peak, len(self._queue))
+        self.peak = max(self.peak, self.buffered)
         self._notify()
 
     def _notify(self) -> None:
@@ -258,6 +290,8 @@ class SourcePipeline:
         self._halted = True
         self._scope.cancel()
         self._queue = RecordQueue()
+        self._fetched.clear()
+        self._fetched_size = 0
         self._notify()
 
     def estimated(self, estimate: Estimate) -> None:
@@ -275,7 +309,7 @@ class SourcePipeline:
     @property
     def buffered(self) -> int:
         """Bytes that can be taken at once."""
-        return len(self._queue)
+        return len(self._queue) + self._fetched_size
 
     @property
     def generation(self) -> int:
@@ -285,7 +319,7 @@ class SourcePipeline:
     @property
     def exhausted(self) -> bool:
         """Whether the client has taken everything, trailer included."""
-        return self.complete and not self._queue
+        return self.complete and not self.buffered
 
     @property
     def remaining(self) -> int:
@@ -295,6 +329,14 @@ class SourcePipeline:
             return 0
         whole = estimate.stop_copy_bytes if self.final else estimate.initial_bytes + estimate.dirty_bytes
         return max(0, whole - (self._offset - self._estimated_at))
+
+    def has(self, size: int) -> bool:
+        """Whether a read of so many bytes can be answered without waiting for more.
+
+        Args:
+            size: bytes wanted.
+        """
+        return not self._halted and (self.buffered >= size or self.complete)
 
     async def prepare(self, size: int, deadline: float) -> None:
         """Wait until a read of so many bytes can be answered: with all of them, or with what there is.
@@ -308,6 +350,7 @@ class SourcePipeline:
         """
         self._ask_again()
         self._demand = size
+        self._notify()
         try:
             with trio.move_on_at(deadline):
                 while not self._ready(size):
@@ -322,7 +365,7 @@ class SourcePipeline:
 
     def _ask_again(self) -> None:
         """A new read is a new chance for an agent that had nothing, or had failed."""
-        if self._error is not None or (self._drained and not self._queue):
+        if self._error is not None or (self._drained and not self.buffered):
             self._error = None
             self._drained = False
             self._notify()
@@ -330,7 +373,7 @@ class SourcePipeline:
     def _ready(self, size: int) -> bool:
         if self._halted:
             raise CommandError(f"the state cannot be fetched any more: {self._error or 'it was dropped'}", errno.EIO)
-        if len(self._queue) >= size or self.complete:
+        if self.buffered >= size or self.complete:
             return True
         if self._error is not None:
             if self.buffered and not self.final:
@@ -344,6 +387,8 @@ class SourcePipeline:
         Args:
             size: bytes wanted.
         """
+        self._portion = size if size >= _LEAST_PORTION else 0
+        self._make_records(size)
         data = self._queue.take(size)
         self.taken += sum(map(len, data))
         if data:

@@ -10,8 +10,10 @@ import mmap
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
+from vfiouser_agents.buffers import BufferPool
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.standing import Owner, message_deadline
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
@@ -51,6 +53,7 @@ class V1View:
         self._iteration = Iteration(self._layout)
         self._memory: SharedMemory | None = None
         self._reserved = 0
+        self._pool = BufferPool()
         self.index = index
         self._readers: Mapping[Register, Callable[[], ReadAnswer]] = {
             Register.DEVICE_STATE: self._read_state,
@@ -139,41 +142,58 @@ class V1View:
     async def _write_state(self, value: int) -> None:
         await self._engine.request(lambda current: require_transition(current, value), Owner.V1)
         self._reserved = value & ~STATE_MASK & 0xFFFF_FFFF
+        self._pool.drop()
         self._follow()
 
-    async def _read_pending(self) -> bytes:
+    def _read_pending(self) -> ReadAnswer:
         self._iteration.begin_pending()
         source = self._engine.work.source
-        amount = 0
-        if source is not None and self._iteration.state in (DeviceState.PRE_COPY, DeviceState.STOP_COPY):
-            amount = await self._amount()
+        if source is None or self._iteration.state not in (DeviceState.PRE_COPY, DeviceState.STOP_COPY):
+            return self._pending(0)
+        if source.final or source.buffered or self._iteration.chunk:
+            return self._pending(self._amount(source))
+        return self._pending_later(source)
+
+    async def _pending_later(self, source: SourcePipeline) -> bytes:
+        """Before the stop it says 0 if the agent has nothing now."""
+        await source.prepare(1, message_deadline())
+        return self._pending(self._amount(source) if source.buffered else 0)
+
+    def _pending(self, amount: int) -> bytes:
         return pack_register(Register.PENDING_BYTES, self._iteration.pending(amount))
 
-    async def _amount(self) -> int:
-        """Bytes that are there or expected; before the stop 0 if the agent has nothing now."""
-        source = self._engine.work.source
-        assert source is not None
-        if not source.final and not source.buffered and not self._iteration.chunk:
-            await source.prepare(1, message_deadline())
-            if not source.buffered:
-                return 0
+    def _amount(self, source: SourcePipeline) -> int:
+        """Bytes that are there or expected."""
         if source.exhausted:
             return self._iteration.chunk
         return max(_SOMETHING, self._iteration.chunk + source.buffered + source.remaining)
 
-    async def _read_offset(self) -> bytes:
-        if self._iteration.offset():
-            source = self._engine.work.source
-            if source is None:
-                raise CommandError("data_offset was read while no state is being saved")
-            await source.prepare(self._layout.data_size, message_deadline())
-            data = source.take(self._layout.data_size)
-            start = end = self._layout.data_start
-            for piece in data:
-                self.memory.view[end : end + len(piece)] = piece
-                end += len(piece)
-            self._iteration.prepared(end - start)
+    def _read_offset(self) -> ReadAnswer:
+        if not self._iteration.offset():
+            return self._offset_read()
+        source = self._engine.work.source
+        if source is None:
+            raise CommandError("data_offset was read while no state is being saved")
+        if not source.has(self._layout.data_size):
+            return self._offset_later(source)
+        self._fill(source)
+        return self._offset_read()
+
+    async def _offset_later(self, source: SourcePipeline) -> bytes:
+        await source.prepare(self._layout.data_size, message_deadline())
+        self._fill(source)
+        return self._offset_read()
+
+    def _offset_read(self) -> bytes:
         return pack_register(Register.DATA_OFFSET, self._layout.data_start)
+
+    def _fill(self, source: SourcePipeline) -> None:
+        """Put the next portion into the data section."""
+        start = end = self._layout.data_start
+        for piece in source.take(self._layout.data_size):
+            self.memory.view[end : end + len(piece)] = piece
+            end += len(piece)
+        self._iteration.prepared(end - start)
 
     def _read_size(self) -> bytes:
         size = self._iteration.size()
@@ -190,4 +210,6 @@ class V1View:
         if size:
             start = self._layout.data_start
             # Copied once: the client can still write the original.
-            await destination.write(bytes(self.memory.view[start : start + size]), message_deadline())
+            copy = self._pool.take(size)
+            copy[:] = self.memory.view[start : start + size]
+            await destination.write(copy.toreadonly(), message_deadline())

@@ -8,6 +8,7 @@ from typing import TypeAlias, cast
 
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.standing import Owner, Truth, message_deadline
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.codec import decode
@@ -102,7 +103,7 @@ class V2View:
         bitmap = await self._dirty.report(data.iova, data.length, data.page_size, message_deadline())
         return call.report(bitmap)
 
-    async def data_read(self, payload: bytes) -> Pieces:
+    def data_read(self, payload: bytes) -> Pieces | Awaitable[Pieces]:
         """MIG_DATA_READ: in STOP_COPY short only at the end, in PRE_COPY only when there is no more for now.
 
         Args:
@@ -117,11 +118,17 @@ class V2View:
         source = self._engine.work.source
         if source is None:
             raise CommandError("MIG_DATA_READ while no state is being saved")
-        size = request.size
-        data: list[memoryview] = []
+        if not request.size or source.has(request.size):
+            return self._portion(source, request.size)
+        return self._portion_later(source, request.size)
+
+    async def _portion_later(self, source: SourcePipeline, size: int) -> Pieces:
+        await source.prepare(size, message_deadline())
+        return self._portion(source, size)
+
+    def _portion(self, source: SourcePipeline, size: int) -> Pieces:
+        data = source.take(size) if size else []
         if size:
-            await source.prepare(size, message_deadline())
-            data = source.take(size)
             self._engine.work.trailer_handed |= source.exhausted
         count = sum(map(len, data))
         padding = bytes(size - count) if self._engine.config.pad_reads else b""

@@ -294,7 +294,7 @@ class Connection(ClientLink):
     def trace_received(self, message: Message) -> None:
         """Log a message at debug level, as one readable line."""
         if self._tracing:
-            self.log.debug(describe(message.header, message.payload, len(message.fds), "<"))
+            self.log.debug(describe(message.header, bytes(message.payload), len(message.fds), "<"))
 
     def _refuse(self, event: Refused) -> None:
         close_fds(event.fds)

@@ -29,6 +29,7 @@ from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
+from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.observability import log
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import EngineMaker, Function
@@ -97,7 +98,9 @@ class Daemon:
         self._notifier = Notifier.from_environment()
         self._started = time.time()
         self._events = EventHub()
+        self._sharing = Sharing()
         self._activity = Activity()
+        self._activity.busy = lambda: self._sharing.busy
         resources.callback(self._activity.close)
         _raise_fd_limit()
         inherited = inherited_sockets()
@@ -146,9 +149,13 @@ class Daemon:
             raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
         identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
         memory = self._memory.drawer(config.name, identity)
-        return lambda name, events, logger: MigrationEngine(
-            name, connected, agent.function, config.migration, events, logger, memory
-        )
+
+        def make(name: str, events: EventHub, logger: log.Logger) -> MigrationEngine:
+            engine = MigrationEngine(name, connected, agent.function, config.migration, events, logger, memory)
+            engine.actions.sharing = self._sharing
+            return engine
+
+        return make
 
     def _adopt(self, function: Function, sock: socket.socket, resources: ExitStack) -> None:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

@@ -16,8 +16,10 @@ from typing import TypeAlias
 
 import trio
 
+from vfiouser_agents.buffers import BufferPool
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import close_fds
+from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.framing import Framer, Message
 
@@ -27,6 +29,13 @@ _ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
+#: A piece of state of so many bytes is read to where it stays.
+LARGE = 64 << 10
+#: Chances to linger that are passed over after one in vain: the sender may be slow on purpose.
+_IMPATIENT = 8
+#: How often to linger for one message: nobody else gets a turn meanwhile.
+_MOST_LINGERING = 16
+_STATE = int(Command.MIG_DATA_WRITE)
 #: Bytes read of a body at once; room for more than the socket holds would be made in vain each time.
 _PIECE = 256 << 10
 #: Bytes that the socket shall hold of what we send, if the system permits: with less than a portion of state, each
@@ -69,6 +78,14 @@ class MessageSocket:
         self._framer = Framer(max_message_size)
         self._activity = activity
         self._back_to_back = False
+        #: A piece of state on its way in, and how much of it is there.
+        self._state: memoryview | None = None
+        self._state_has = 0
+        #: How often we lingered for it, and chances to linger that are still passed over.
+        self._lingered = 0
+        self._impatient = 0
+        #: Its memory; only while pieces of state follow each other.
+        self._pool: BufferPool | None = None
         self._corked = False
         self._held: list[bytes] = []
         self._outbox: deque[tuple[memoryview, Sequence[int]]] = deque()
@@ -107,6 +124,8 @@ class MessageSocket:
                 wanted = framer.bytes_wanted
                 if framer.in_body:
                     # Descriptors come with a message's first bytes; what is attached to a body the kernel discards.
+                    if wanted >= LARGE and framer.command == _STATE:
+                        return self._receive_state(wanted)
                     data = sock.recv(wanted if wanted < _PIECE else _PIECE)
                     message = framer.feed(data) if data else None
                 else:
@@ -117,6 +136,8 @@ class MessageSocket:
                         raise StreamError("descriptors of a message were lost (control data truncated)")
                     message = framer.feed(data, fds) if data else None
                 if message is not None:
+                    if self._pool is not None:
+                        self._pool = None
                     return message
                 if not data:
                     raise EndOfStream("the peer closed the connection", clean=framer.at_boundary)
@@ -124,6 +145,50 @@ class MessageSocket:
             return None
         except OSError as error:
             raise EndOfStream(f"the connection broke: {error.strerror}", clean=False) from error
+
+    def _receive_state(self, size: int) -> Message:
+        """Read a piece of state to where it stays, in memory that is used again.
+
+        Nothing of it is given to the framer before it is whole, so it is not put together there.
+
+        Args:
+            size: bytes of the body; the framer has checked that so many are allowed.
+
+        Raises:
+            BlockingIOError: there is more to come.
+            EndOfStream: the peer has gone.
+        """
+        if self._state is None:
+            if self._pool is None:
+                self._pool = BufferPool()
+            self._state, self._state_has, self._lingered = self._pool.take(size), 0, 0
+        while self._state_has < size:
+            try:
+                count = self._sock.recv_into(self._state[self._state_has :])
+            except BlockingIOError:
+                if not self._lingers():
+                    raise
+                continue
+            if not count:
+                raise EndOfStream("the peer closed the connection", clean=False)
+            self._state_has += count
+        state, self._state = self._state, None
+        message = self._framer.feed(state.toreadonly())
+        assert message is not None
+        # The next one is not sent before this one is answered, and that takes longer than it is worth to spin.
+        self._back_to_back = False
+        return message
+
+    def _lingers(self) -> bool:
+        """Wait a moment for the rest of a piece of state, unless that was in vain lately; returns whether some came."""
+        if self._activity is None or self._impatient:
+            self._impatient = max(0, self._impatient - 1)
+            return False
+        self._lingered += 1
+        more = self._lingered <= _MOST_LINGERING and self._activity.linger(self._fd)
+        if more is False:
+            self._impatient = _IMPATIENT
+        return bool(more)
 
     async def receive(self) -> Message:
         """Wait for one whole message.
@@ -147,6 +212,8 @@ class MessageSocket:
         Returns:
             Whether there is data to read now.
         """
+        if self._state is not None:
+            return False
         return self._back_to_back and self._activity is not None and self._activity.spin(self._fd)
 
     async def wait_for_data(self) -> None:
@@ -208,6 +275,9 @@ class MessageSocket:
             return
         try:
             sent = self._sock.sendmsg(pieces, (), _NO_SIGNAL)
+            if sent >= LARGE:
+                # It takes the peer longer to read this than it is worth to spin.
+                self._back_to_back = False
         except BlockingIOError:
             sent = 0
         except OSError as error:

@@ -32,7 +32,7 @@ from .msgpack_rpc_session import RpcSession, parse
 _log = logging.getLogger(__name__)
 DEFAULT_KEEPALIVE = 5.0
 DEFAULT_CONNECT_TIMEOUT = 5.0
-DEFAULT_CHUNK = 1 << 20
+DEFAULT_CHUNK = 4 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import trio
@@ -15,6 +17,11 @@ from .messages import Buffer, Codec, Message
 HEAD_SIZE = 16 << 10
 #: Bytes read at once from a stream that has no descriptor.
 READ_SIZE = 256 << 10
+#: Bytes that a TCP socket shall take at once, if the system permits: a message with a large value.
+_UNSENT = 2 << 20
+_MOST_UNSENT = Path("/proc/sys/net/core/wmem_max")
+#: Bytes of a large value that have to be there before we look.
+_WAKE_AT = 512 << 10
 #: Buffers that one system call takes.
 _MOST_BUFFERS = 64
 
@@ -86,6 +93,10 @@ class SocketCarrier:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._socket = stream.socket
         self._head = memoryview(bytearray(HEAD_SIZE))
+        self._least = 1
+        if self._socket.family in (socket.AF_INET, socket.AF_INET6) and _most_unsent() >= _UNSENT:
+            # Left alone, the system begins with room for a tenth of a piece of state.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
 
     @property
     def _fd(self) -> int:
@@ -99,6 +110,8 @@ class SocketCarrier:
         """See `Carrier`."""
         head, room = self._head, codec.room()
         while True:
+            # Each waking costs more than copying what it is for.
+            self._wake_at(1 if room is None else min(len(room), _WAKE_AT))
             try:
                 if room is None:
                     count = os.readv(self._fd, (head,))
@@ -111,6 +124,12 @@ class SocketCarrier:
         if count <= size:
             return count, codec.filled(count) if count else ()
         return count, _both(codec, size, bytes(head[: count - size]))
+
+    def _wake_at(self, least: int) -> None:
+        """Have us woken once so many bytes are there, or the end is."""
+        if least != self._least:
+            self._least = least
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
 
     def send_now(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
         """See `Carrier`."""
@@ -127,6 +146,14 @@ class SocketCarrier:
         """See `Carrier`."""
         while pieces := self.send_now(pieces):
             await trio.lowlevel.wait_writable(self._fd)
+
+
+def _most_unsent() -> int:
+    """Bytes that the system lets a socket hold when told to; 0 if that is not known."""
+    try:
+        return int(_MOST_UNSENT.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
 
 
 def _both(codec: Codec, size: int, more: bytes) -> Iterable[Message]:

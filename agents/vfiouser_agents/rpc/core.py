@@ -242,10 +242,11 @@ class RpcConnection:
                 try:
                     pieces = self._to_send.receive_nowait()
                 except trio.WouldBlock:
-                    # Only now, since taking from a sender that waits lets other tasks run before it returns.
+                    # Only now, and until something is handed over: whoever sends past the writer must not come between
+                    # what it has in its hands.
                     self._writer_idle = True
                     pieces = await self._to_send.receive()
-                self._writer_idle = False
+                    self._writer_idle = False
                 await self._carrier.send(pieces)
         except trio.EndOfChannel:
             pass

@@ -38,7 +38,7 @@ CAPABILITIES = Capabilities(
     dirty=True,
     formats=(FORMAT,),
     max_state=_MAX_STATE,
-    max_chunk=1 << 20,
+    max_chunk=4 << 20,
     page_sizes=_PAGE_SIZES,
     max_ranges=1024,
 )
