@@ -45,24 +45,8 @@ from .ordering import CallQueue
 T = TypeVar("T")
 #: Every method of a session that can be made to fail.
 SESSION_OPS = (
-    "describe",
-    "check",
-    "begin",
-    "status",
-    "quiesce",
-    "stop",
-    "resume",
-    "estimate",
-    "save",
-    "load_begin",
-    "load",
-    "load_commit",
-    "abort",
-    "dirty_start",
-    "dirty_report",
-    "dirty_stop",
-    "reset",
-    "end",
+    *("describe", "check", "begin", "status", "quiesce", "stop", "resume", "estimate", "save"),
+    *("load_begin", "load", "load_commit", "abort", "dirty_start", "dirty_report", "dirty_stop", "reset", "end"),
 )
 #: Every method of an agent that can be made to fail.
 AGENT_OPS = ("connect", "functions", "open")
@@ -111,8 +95,10 @@ class Connection:
                 result = await wait()
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            # The loss of the connection, or what the agent answered; both at once happens when one caused the other.
-            raise group.exceptions[0] from None
+            # What the agent answered, or the loss of the connection: after that, no answer arrives.
+            raise next(
+                (item for item in group.exceptions if isinstance(item, TransportLost)), group.exceptions[0]
+            ) from None
         return result
 
 
@@ -352,6 +338,12 @@ class FaultyAgent(Agent):
     def heal(self) -> None:
         """Forget all faults; what hangs already goes on hanging."""
         self._injections.clear()
+
+    def restart(self) -> None:
+        """As if its process had been killed and begun anew: what hangs is over, the functions stay as they are."""
+        self.connection.drop()
+        for queue in self._queues.values():
+            queue.abandon("the end of the agent")
 
     async def perform(self, op: str, work: Work, *args: Any, function_id: str | None = None) -> Any:
         """Make one call, with the fault that is meant for it, and without its caller.

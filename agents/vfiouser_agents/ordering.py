@@ -122,6 +122,18 @@ class CallQueue:
             self._nursery.start_soon(self._execute_all)
         return call.answer
 
+    def abandon(self, by: str) -> None:
+        """End what runs and drop what waits, even calls that overtake: nobody executes them any more.
+
+        Args:
+            by: what ends them, for errors.
+        """
+        waiting, self._waiting = self._waiting, deque()
+        for call in waiting:
+            call.drop(by)
+        if self._running is not None:
+            self._running.end(by)
+
     def _clear(self, by: str) -> None:
         kept = deque(call for call in self._waiting if call.overtakes)
         for call in self._waiting:

@@ -21,6 +21,7 @@ from migrationkit import (
     V1_RUNNING,
     V1_STOP_COPY,
     V1_STOPPED,
+    V2_CAPABILITIES,
     Vmm,
     bed,
 )
@@ -190,6 +191,24 @@ async def test_generations_can_be_chosen(tmp_path: Path) -> None:
             assert v2 == await src.set_state_errno(RUNNING)
             dirty = await src.command(DIRTY_PAGES, struct.pack("<II", 8, 1))
             assert (errno.ENOTSUP if v1 else 0) == dirty.error
+
+
+@pytest.mark.parametrize(
+    ("generations", "regions"), [(Generations.AUTO, 9), (Generations.BOTH, 10), (Generations.V1, 10)]
+)
+async def test_clients_that_announce_nothing(tmp_path: Path, generations: Generations, regions: int) -> None:
+    """A client without the capability `migration` sees region 9 only where the configuration insists on it."""
+    config = replace(FAST, generations=generations)
+    async with bed(tmp_path, config=config) as both, both.source.vmm(V2_CAPABILITIES) as src:
+        info = struct.unpack("<4I", (await src.succeed(GET_INFO, struct.pack("<4I", 16, 0, 0, 0))).payload)
+        assert regions == info[2]
+        asked = struct.pack("<IIIIQQ", 80, 0, V1_REGION, 0, 0, 0)
+        assert (0 if regions == 10 else errno.EINVAL) == (await src.command(REGION_INFO, asked)).error
+        if regions == 10:
+            await src.v1_set(V1_STOP_COPY)
+            assert await src.v1_read_stream()
+            await src.v1_set(V1_RUNNING)
+        assert (errno.EINVAL if generations is Generations.V1 else 0) == await src.set_state_errno(RUNNING)
 
 
 async def test_dirty_pages(tmp_path: Path) -> None:

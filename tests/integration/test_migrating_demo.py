@@ -4,6 +4,7 @@ nothing left behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -61,6 +62,26 @@ def test_demo_migrates_there_and_back(short_path: Path, doorbells: str, function
         assert 0 == function["mismatches"]
         assert function["verified"] >= 512 * function["writes"]
         assert all(function["interrupts"])
+    assert [] == os.listdir(short_path)
+
+
+def test_data_that_is_spoiled_is_noticed(short_path: Path) -> None:
+    """What is called verified was: with somebody else writing to the disk, the demonstration fails and says why."""
+    demo = start(short_path, "--json")
+    while demo.poll() is None:
+        with contextlib.suppress(FileNotFoundError, subprocess.TimeoutExpired):
+            for image in short_path.glob("*/disk.img"):
+                with image.open("r+b", buffering=0) as file:
+                    file.write(bytes(4 << 20))
+            demo.wait(0.01)
+    output, errors = demo.communicate(timeout=10)
+    assert 1 == demo.returncode
+    result = json.loads(output)
+    (function,) = result["functions"]
+    assert (False, False) == (result["ok"], function["ok"])
+    assert 0 < function["mismatches"]
+    assert f"{function['mismatches']} reads brought wrong data" in function["error"]
+    assert "brought wrong data" in errors.splitlines()[-1]
     assert [] == os.listdir(short_path)
 
 

@@ -13,11 +13,12 @@ import pytest
 import trio
 
 from daemonkit import function
-from migrationkit import FAST, PRE_COPY, RESUMING, RUNNING, STOP, STOP_COPY, bed, stream_of, until, with_caps
-from rawclient import DIRTY_PAGES, FEATURE, REGION_WRITE, RESET, memfd
+from migrationkit import FAST, PRE_COPY, RESUMING, RUNNING, STOP, STOP_COPY, Vmm, bed, stream_of, until, with_caps
+from rawclient import DIRTY_PAGES, FEATURE, MIG_DATA_READ, MIG_DATA_WRITE, REGION_WRITE, RESET, Answer, memfd
 from vfiouser_agents.api import AgentState, Chunk
 from vfiouser_agents.errors import Busy, DeviceFailed, TransportLost
 from vfiouser_agents.faults import (
+    SESSION_OPS,
     ChangesResult,
     Delay,
     Drops,
@@ -148,18 +149,53 @@ async def test_padded_reads(tmp_path: Path) -> None:
 # Deadlines
 
 
-@pytest.mark.parametrize("op", ["begin", "describe", "quiesce", "stop", "estimate"])
-async def test_one_deadline(tmp_path: Path, op: str) -> None:
-    """However long the agent's own limits are, the client is answered within its budget."""
-    config = replace(FAST, call_s=60, stop_s=60, data_s=60)
-    async with bed(tmp_path, config=config, reply_budget_s=0.5) as both, both.source.vmm() as src:
-        both.agent.inject(op, NeverAnswers(), count=None)
-        with trio.fail_after(0.7):
-            await src.set_state_errno(STOP_COPY)
-        with trio.fail_after(0.7):
-            await src.state()
-        with trio.fail_after(0.7):
-            await src.command(RESET)
+#: Calls that each side's client waits for, directly or not.
+WAITED_FOR = [
+    *(("src", op) for op in SESSION_OPS if op not in ("check", "load_begin", "load", "load_commit")),
+    *(("dst", op) for op in SESSION_OPS if op not in ("save", "estimate", "dirty_start", "dirty_report", "dirty_stop")),
+]
+
+
+@pytest.mark.parametrize(("side", "op"), WAITED_FOR)
+async def test_one_deadline(tmp_path: Path, side: str, op: str) -> None:
+    """However long the agent's own limits are, and whatever hangs, each message is answered within its budget."""
+    fd = memfd(1 << 16)
+    limitless = replace(FAST, call_s=60, stop_s=60, data_s=60)
+
+    async def soon(client: Vmm, command: int, *fields: bytes) -> Answer:
+        # Half a second is the budget; the rest is for a machine that is busy.
+        with trio.fail_after(1.5):
+            return await client.command(command, b"".join(fields))
+
+    async def to(client: Vmm, state: int) -> None:
+        await soon(client, FEATURE, struct.pack("<IIII", 16, 2 | 1 << 17, state, 0))
+
+    async with bed(tmp_path, config=limitless, reply_budget_s=0.5, state_size=8 << 10) as both:
+        stream = await stream_of(both.source)
+        async with both.source.vmm() as src, both.destination.vmm() as dst:
+            await src.dma_map(0, 1 << 16, fd)
+            await until(lambda: both.source.engine.asked and both.destination.engine.asked)
+            hung = both.agent.inject(op, NeverAnswers(), count=None, function_id=side)
+            if op == "status":  # asked when a resumption may have had its effect
+                both.agent.inject("resume", Drops(), count=None, function_id=side)
+            await soon(src, FEATURE, struct.pack("<IIQII", 24, 6 | 1 << 17, 4096, 0, 0))
+            for state in (PRE_COPY, RUNNING, PRE_COPY, STOP_COPY):
+                await to(src, state)
+                await soon(src, MIG_DATA_READ, struct.pack("<II", 8 + 65536, 65536))
+            await soon(src, FEATURE, struct.pack("<IIQQQ", 4096, 8 | 1 << 16, 0, 1 << 16, 4096))
+            await soon(src, FEATURE, struct.pack("<II", 8, 7 | 1 << 17))
+            for data in (b"", stream):
+                await to(dst, RESUMING)
+                await soon(dst, MIG_DATA_WRITE, struct.pack("<II", 8 + len(data), len(data)), data)
+                await to(dst, STOP)
+                await to(dst, RUNNING)
+            for client in (src, dst):
+                await to(client, RUNNING)
+                await soon(client, FEATURE, struct.pack("<II", 16, 2 | 1 << 16))
+                await to(client, STOP)
+                await soon(client, RESET)
+            assert hung.struck or (side, op) == ("dst", "abort")
+    os.close(fd)
 
 
 async def test_slow_data(tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ async def test_a_failure_is_seen_without_a_call(tmp_path: Path, state: int) -> N
         assert await client.data_read_errno() or state == RESUMING
         told = [event for event in drain(watcher) if event["type"] in ("agent-event", "migration-state")]
         assert ("device-error", "a fuse has blown") in [(e.get("event"), e.get("detail")) for e in told]
-        assert ("ERROR", "a fuse has blown") == (told[-1].get("state"), told[-1].get("reason"))
+        assert "ERROR" == told[-1].get("state")
+        if state in (STOP, RESUMING):  # else the chunk that is being fetched may have brought the news
+            assert "a fuse has blown" == told[-1].get("reason")
         await client.succeed(RESET)
         assert (RUNNING, V1_RUNNING) == (await client.state(), await client.v1_state())
         assert side.runs
@@ -231,7 +233,7 @@ async def test_somebody_else_quiesces_the_function(tmp_path: Path) -> None:
 async def test_own_changes_ask_nothing(tmp_path: Path, v1: bool) -> None:
     """The events of what the daemon itself has done cost no calls."""
     async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
-        await until(lambda: both.agent.seen["status"] == 4)  # at the daemon's beginning, and at attach
+        await trio.testing.wait_all_tasks_blocked(0.05)  # the questions of the daemon's beginning and at attach
         before = both.agent.seen["status"]
         if v1:
             await src.v1_set(3)
@@ -398,6 +400,24 @@ async def test_a_session_lost_in_a_call_is_watched_again(tmp_path: Path, op: str
         await until(lambda: side.engine.truth is Truth.FAILED)
 
 
+async def test_a_contact_that_nobody_needs_any_more(tmp_path: Path) -> None:
+    """A session that was lost is not opened again for a function that runs and has no client."""
+    async with far(tmp_path, replace(FAST, retry_s=0.2)) as place:
+        side = place.side
+        async with side.vmm() as client:
+            await client.set_state(STOP)
+            await watched(side)
+            side.agent.inject("status", Fails(TransportLost("cut")))
+            before = side.agent.seen["status"]
+            side.device.feed.put(Event(EventKind.STATE_CHANGED, "so it seems", Status(AgentState.RUNNING)))
+            await until(lambda: side.agent.seen["status"] > before)
+        await until(lambda: side.runs and not side.engine.link.is_open)
+        opened = side.agent.seen["open"]
+        await trio.testing.wait_all_tasks_blocked(0.5)
+        assert (opened, False) == (side.agent.seen["open"], side.engine.link.is_open)
+        assert not place.client.sessions
+
+
 async def test_a_contact_that_is_back_is_used_at_once(tmp_path: Path) -> None:
     """What waits for the agent tries again when the agent is back, not when its pause is over."""
     async with far(tmp_path, replace(FAST, retry_s=60.0)) as place, place.side.vmm() as client:
@@ -407,6 +427,7 @@ async def test_a_contact_that_is_back_is_used_at_once(tmp_path: Path) -> None:
         assert errno.ETIMEDOUT == await client.set_state_errno(STOP)
         assert side.engine.truth is Truth.UNKNOWN
         await until(lambda: side.agent.seen["resume"] == 2)
+        await trio.testing.wait_all_tasks_blocked(0.05)  # it has been answered, too
         await watched(side)
         await place.server.stop()
         await place.server.start()
@@ -415,7 +436,8 @@ async def test_a_contact_that_is_back_is_used_at_once(tmp_path: Path) -> None:
 
 async def test_a_flood_of_events(tmp_path: Path) -> None:
     """An agent that never stops telling costs neither memory nor a migration."""
-    async with bed(tmp_path) as both, both.source.vmm() as client:
+    patient = replace(FAST, call_s=5.0, stop_s=5.0, data_s=5.0)  # 60 000 events take their time on a busy machine
+    async with bed(tmp_path, config=patient, reply_budget_s=10.0) as both, both.source.vmm() as client:
         await client.set_state(STOP_COPY)
         await watched(both.source)
         for kind in (EventKind.SIZE_CHANGED, EventKind.STATE_CHANGED, EventKind.AGENT_RESTARTED):

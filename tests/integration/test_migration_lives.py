@@ -31,7 +31,7 @@ from migrationkit import (
 )
 from rawclient import CONFIG, RESET, connect
 from vfiouser_agents.api import AgentState, Outcome, Role
-from vfiouser_agents.errors import Busy
+from vfiouser_agents.errors import AgentError, Busy, DeviceFailed
 from vfiouser_agents.faults import Fails, FaultyAgent, NeverAnswers
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_oob.config.schema import AgentConfig
@@ -267,6 +267,29 @@ async def test_guest_resets_the_function_in_precopy(tmp_path: Path, v1: bool) ->
         assert 2 == stream.count(b"VFUOOBST")
 
 
+@pytest.mark.parametrize(("op", "error"), [("describe", Busy("no")), ("abort", DeviceFailed("smoke"))])
+async def test_guest_reset_that_the_agent_does_not_follow(tmp_path: Path, op: str, error: AgentError) -> None:
+    """If the stream cannot begin anew, what was fetched before the reset is of no use to anybody."""
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.set_state(PRE_COPY)
+        await src.data_read(1000)
+        both.agent.inject(op, Fails(error), function_id="src")
+        with pytest.raises(AssertionError):
+            await function_level_reset(src)
+        assert (errno.EIO if op == "describe" else errno.EINVAL) == await src.data_read_errno(1000)
+        if op == "abort":
+            assert 0 == await src.state()
+            await src.succeed(RESET)
+        else:
+            assert PRE_COPY == await src.state()
+            await src.set_state(STOP_COPY)
+            assert errno.EIO == await src.data_read_errno(1000)
+            await src.set_state(RUNNING)
+        assert both.source.runs
+        await src.set_state(STOP_COPY)
+        assert await src.read_stream()
+
+
 async def test_guest_reset_without_migration_leaves_the_agent_alone(tmp_path: Path) -> None:
     """A function-level reset in RUNNING is the device's own business."""
     async with bed(tmp_path) as both, both.source.vmm() as src:
@@ -320,6 +343,19 @@ async def test_nothing_is_left(tmp_path: Path) -> None:
             after = len(open_fds())
             assert before in (None, after)
             before = after
+
+
+async def test_nothing_is_left_by_a_client_that_is_waited_for_in_vain(tmp_path: Path) -> None:
+    """A function that cannot be let go within the time that a client has keeps nothing of the client's region."""
+    async with bed(tmp_path, reply_budget_s=0.2) as both:
+        (function_,) = (item for item in both.daemon.functions if item.name == "src")
+        async with both.source.vmm() as src:
+            await src.read(V1_REGION, 4096, 8)
+            assert any("src-migration" in target for target in open_fds().values())
+            await both.source.engine._lock.acquire()
+        await until(lambda: function_.connection is None)
+        both.source.engine._lock.release()
+        assert [] == [target for target in open_fds().values() if "-migration" in target]
 
 
 async def test_daemon_that_ends_brings_its_functions_back(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from daemonkit import function, serving
 from killbed.hosts import Service
 from migrationkit import FAST, V1_REGION, Vmm, until
 from rawclient import FEATURE, connect
-from vfiouser_agents.faults import FaultyAgent, NeverAnswers
+from vfiouser_agents.errors import Busy
+from vfiouser_agents.faults import Fails, FaultyAgent
 from vfiouser_agents.memory import ALL_CAPABILITIES, MemoryAgent, MemoryFunction
-from vfiouser_oob.config.schema import AgentConfig
+from vfiouser_oob.config.schema import AgentConfig, UpstreamDevice
 from vfiouser_oob.control.client import ControlClient
+from vfiouser_oob.persist.capabilities import Source
 
 _CONFIG = """\
 [daemon]
@@ -148,22 +150,26 @@ async def test_agent_that_can_do_something_else_now(tmp_path: Path) -> None:
     """What is stored gives way to what the agent says, on the disk too; the dirty log does not rely on what is old."""
     device = MemoryFunction("x", caps=replace(ALL_CAPABILITIES, dirty=False))
     agent = FaultyAgent(MemoryAgent([device]))
-    config = function(tmp_path, agent=AgentConfig(kind="test", function="x"), migration=FAST)
+    upstream = UpstreamDevice(socket=tmp_path / "up.sock")
+    config = (
+        function(tmp_path, "up"),
+        function(tmp_path, "f0", upstream, agent=AgentConfig(kind="test", function="x"), migration=FAST),
+    )
     state = tmp_path / "state"
     stored = state / "agents" / "f0.json"
 
     def dirty() -> bool | None:
         return json.loads(stored.read_text())["capabilities"]["dirty"] if stored.exists() else None  # type: ignore[no-any-return]
 
-    async with serving(config, agents={"test": agent}, state_directory=state):
+    async with serving(*config, agents={"test": agent}, state_directory=state):
         await until(lambda: dirty() is False)
     device.caps = ALL_CAPABILITIES
-    agent.inject("status", NeverAnswers())  # so that the daemon's first question tells it nothing
-    agent.inject("open", NeverAnswers())
-    async with serving(config, agents={"test": agent}, state_directory=state) as daemon:
-        engine = daemon.functions[0].engine
+    agent.inject("open", Fails(Busy("not now")), count=None)
+    async with serving(*config, agents={"test": agent}, state_directory=state) as daemon:
+        engine = daemon.functions[1].engine
         assert engine is not None
-        await until(lambda: engine.link.facts is not None)
+        assert engine.link.facts is not None
+        assert (Source.STORED, False) == (engine.link.facts.source, engine.link.facts.caps.dirty)
         client = Vmm((await connect(tmp_path / "f0.sock")).sock)
         await client.negotiate()
         agent.heal()

@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.agent is None:
         raise ConfigError("--agent is missing; an example: --agent msgpack-rpc:unix:///run/agent.sock,function=nvme0")
     factory, function = _factory(args.agent, args.function)
-    show = _ignore if args.json else _print_row
-    if not args.json:
-        print(f"{'CHECK'.ljust(_WIDTH)}  RESULT  SECONDS  RULE")
+    show = _ignore if args.json else _Table().row
     suite = partial(
         check_agent,
         factory,
@@ -93,12 +91,22 @@ def _print_list(names: Sequence[str], *, as_json: bool) -> None:
         print(f"{check.name.ljust(_WIDTH)}  {check.says}{needs}")
 
 
-def _print_row(result: CheckResult) -> None:
-    print(
-        f"{result.name.ljust(_WIDTH)}  {result.outcome.value:6}  {result.seconds:7.3f}  {result.says}"
-        + (f"\n{' ' * _WIDTH}  {_safe(result.detail)}" if result.detail else ""),
-        flush=True,
-    )
+class _Table:
+    """A row per check, under a heading that waits for the first: an agent that cannot be reached has no table."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def row(self, result: CheckResult) -> None:
+        """Print a row."""
+        if not self._begun:
+            print(f"{'CHECK'.ljust(_WIDTH)}  RESULT  SECONDS  RULE")
+            self._begun = True
+        print(
+            f"{result.name.ljust(_WIDTH)}  {result.outcome.value:6}  {result.seconds:7.3f}  {result.says}"
+            + (f"\n{' ' * _WIDTH}  {_safe(result.detail)}" if result.detail else ""),
+            flush=True,
+        )
 
 
 def _ignore(result: CheckResult) -> None:

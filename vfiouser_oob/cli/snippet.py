@@ -71,6 +71,11 @@ def qemu_device(function: FunctionConfig, reply_budget_s: float) -> str:
     )
 
 
+def _locks_memory(function: FunctionConfig) -> bool:
+    """Whether an IOMMU takes hold of all memory; without one, as for a mediated device, pages are taken as needed."""
+    return isinstance(function.device, KernelVfioDevice) and function.device.mdev is None
+
+
 def needed_budget_s(config: DaemonConfig, function: FunctionConfig, memory: int) -> float:
     """The reply budget that a VM of this size should have: the configured one, unless that looks too small.
 
@@ -79,7 +84,7 @@ def needed_budget_s(config: DaemonConfig, function: FunctionConfig, memory: int)
         function: the function to use; only a real one has all of the memory locked within one message.
         memory: bytes of guest memory.
     """
-    if not isinstance(function.device, KernelVfioDevice):
+    if not _locks_memory(function):
         return config.reply_budget_s
     return max(config.reply_budget_s, float(math.ceil(memory / LOCKED_PER_SECOND)))
 
@@ -94,8 +99,7 @@ def qemu_arguments(config: DaemonConfig, function: FunctionConfig, memory: int) 
     """
     size = format_size(memory)
     # The IOMMU pins all of it at attach: allocated beforehand, that fits into the time of one reply.
-    pinned = isinstance(function.device, KernelVfioDevice) and function.device.mdev is None
-    prealloc = ",prealloc=on" if pinned else ""
+    prealloc = ",prealloc=on" if _locks_memory(function) else ""
     return [
         ["-m", size],
         ["-object", f"memory-backend-memfd,id=vfio-user-ram,size={size},share=on{prealloc}"],

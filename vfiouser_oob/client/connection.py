@@ -20,7 +20,7 @@ import trio
 
 from vfiouser_oob.client.calls import PendingCall, Reply
 from vfiouser_oob.client.dma import DmaServer, DmaService, NoMemory
-from vfiouser_oob.client.errors import ServerGone
+from vfiouser_oob.client.errors import ServerGone, TooLate
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
@@ -51,6 +51,7 @@ class ClientOptions(TypedDict, total=False):
     dma_server: DmaServer | None
     serve_dma_when_idle: bool
     activity: Activity | None
+    send_guard_s: float
     trace: Callable[[str], None] | None
 
 
@@ -83,6 +84,8 @@ class Connection:
         dma_server: serves the server's DMA_READ and DMA_WRITE; None refuses them.
         serve_dma_when_idle: like QEMU, serve them only while no region access of our own is outstanding.
         activity: the process's sockets, for `exchange_now`; None never spins.
+        send_guard_s: `request` sends nothing when less than so many seconds of the caller's time are left, so that
+            what is given up was not done; a server may still be slower than that.
         trace: takes one readable line per message, for debug logs; None: they are not made.
     """
 
@@ -96,10 +99,12 @@ class Connection:
         dma_server: DmaServer | None = None,
         serve_dma_when_idle: bool = False,
         activity: Activity | None = None,
+        send_guard_s: float = 0.0,
         trace: Callable[[str], None] | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._activity = activity
+        self._send_guard_s = send_guard_s
         self._session = Session(Role.CLIENT, self._limits)
         self._main = MessageSocket(sock, self._limits.max_message_size, activity)
         self._twin: MessageSocket | None = None
@@ -232,10 +237,14 @@ class Connection:
 
         Raises:
             ReplyError: the server answered with an error.
+            TooLate: the caller's time is almost up, and nothing was sent.
             ServerGone: the connection has ended.
         """
         if self._main.congested:
             await self._main.flushed()
+        left = trio.current_effective_deadline() - trio.current_time()
+        if left < self._send_guard_s:
+            raise TooLate(f"{command_name(command)} was not sent: only {max(0.0, left):.3f} s are left for its reply")
         return await self.submit(command, payload, fds).wait()
 
     def exchange_now(self, command: int, payload: bytes) -> PendingCall:

@@ -13,6 +13,12 @@ class ServerGone(VfioUserError):
     default_errno = errno.EIO
 
 
+class TooLate(RemoteProtocolError):
+    """A command was not sent, since its reply could not come within the caller's deadline."""
+
+    default_errno = errno.ETIMEDOUT
+
+
 class BadReply(RemoteProtocolError):
     """The server's reply does not fit its command, or cannot be decoded; the connection goes on."""
 

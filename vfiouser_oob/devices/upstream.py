@@ -52,6 +52,8 @@ _LEAST_TRANSFER = 4096
 _COMMAND_REGISTER = 4
 _BUS_MASTER = 1 << 2
 _SET_IRQS_FLAGS = 0x3F
+#: What is left of a client's message when nothing is sent for it any more: a round trip on this machine, with room.
+_SEND_GUARD_S = 0.01
 
 
 class UpstreamBackend(DeviceBackend):
@@ -85,7 +87,7 @@ class UpstreamBackend(DeviceBackend):
         relay = _Relay(link)
         try:
             sock = await self._connect()
-            client = Client(sock, dma_server=relay, activity=self._activity)
+            client = Client(sock, dma_server=relay, activity=self._activity, send_guard_s=_SEND_GUARD_S)
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -31,10 +31,12 @@ class Device:
     Args:
         session: the backend's session.
         shadow: configuration space as the client wrote it.
+        drained: waits until no write of the guest is held back any more; None if none ever is.
     """
 
     session: BackendSession
     shadow: ConfigShadow
+    drained: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(slots=True)
@@ -105,6 +107,8 @@ class Actions:
         """Make sure that what the guest wrote is at the device, not in a socket."""
         assert self.device is not None
         with self._tracer.step("flush"):
+            if self.device.drained is not None:
+                await _within(self.device.drained(), deadline, "what the guest wrote did not reach the device in time")
             done = self.device.session.flush()
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")
@@ -177,13 +181,20 @@ class Actions:
         """The function is not what was saved so far any more: begin the stream anew, in the next generation."""
         await source.hold(trio.current_time())
         try:
-            # What the agent has given is void for it, too: else it may repeat a chunk that it gave before.
+            await self._void_stream(deadline)
+            source.restart(await self.describe(deadline))
+        except AgentError:
+            source.halt()  # what it has must not be taken for the function's state
+            raise
+        await self._estimate(deadline)
+
+    async def _void_stream(self, deadline: float) -> None:
+        """Make the agent drop what it gave: else it may repeat a chunk that it gave before."""
+        try:
             await self._link.call("abort", lambda session: session.abort(), deadline)
         except AgentError as error:  # traced
             if error.fatal:
                 raise
-        source.restart(await self.describe(deadline))
-        await self._estimate(deadline)
 
     async def describe(self, deadline: float) -> bytes:
         """Ask what the function is, as the stream carries it."""

@@ -28,7 +28,7 @@ from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
 from vfiouser_oob.migration.fence import Verdict, verdict
 from vfiouser_oob.migration.standing import PAUSE_MAX_S, Goal, Owner, Standing, Truth, message_deadline
 from vfiouser_oob.observability.log import Logger
-from vfiouser_oob.persist.capabilities import Drawer
+from vfiouser_oob.persist.capabilities import READ_S, Drawer
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc, require_path
@@ -69,17 +69,23 @@ class MigrationEngine(Standing):
 
     async def run(self) -> None:
         """Run the engine's tasks; runs as long as the function does."""
-        try:
-            async with trio.open_nursery() as nursery:
-                if self.memory is not None:
-                    self.link.facts = await self.memory.recall()
-                self._nursery = self.actions.nursery = self.link.nursery = nursery
-                self._running.set()
-                nursery.start_soon(self._listen)
-                nursery.start_soon(self._probe)
+        async with trio.open_nursery() as nursery:
+            if self.memory is not None:
+                self.link.facts = await self.memory.recall()
+            self._nursery = self.actions.nursery = self.link.nursery = nursery
+            self._running.set()
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._probe)
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = self.actions.nursery = self.link.nursery = None
+            finally:
+                # Here, since clients may still be going when the nursery takes no more tasks.
+                self._nursery = self.actions.nursery = self.link.nursery = None
+
+    async def ready(self) -> None:
+        """Wait until what was remembered is known, as far as the disk answers in time."""
+        with trio.move_on_after(2 * READ_S):
+            await self._running.wait()
 
     # Coming and going of clients
 
@@ -286,7 +292,7 @@ class MigrationEngine(Standing):
     def _given_up(self, undo: Undo) -> None:
         """The client vanished, or its time was up, in the middle of a step."""
         if undo is Undo.LOAD_FAILED:
-            self._fail_load("it was given up while it was applied")
+            self._leave_load("it was given up while it was applied")
         elif undo is Undo.LEAVE and self.state is DeviceState.RUNNING:
             self._back_to_running("the client gave up")
         else:
@@ -298,7 +304,7 @@ class MigrationEngine(Standing):
             self._fail_device(str(failure))
             return
         if undo is Undo.LOAD_FAILED:
-            self._fail_load(str(failure))
+            self._leave_load(str(failure))
             return
         try:
             await _UNDOING[undo](self, origin, failure, deadline)
@@ -389,6 +395,8 @@ class MigrationEngine(Standing):
                 try:
                     await self.actions.restart_stream(source, deadline)
                 except AgentError as error:
+                    if error.fate is Fate.FAILED:
+                        self._fail_device(str(error))
                     raise CommandError(f"the stream could not begin anew: {error}", error.errno) from error
                 await self._agent_was_reset(deadline)
             else:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 from vfiouser_oob.config.schema import Generations, MigrationConfig
@@ -155,6 +155,10 @@ class MigrationPort:
 
     # What the connection tells
 
+    def held_by(self, drained: Callable[[], Awaitable[None]]) -> None:
+        """Take what waits until no write of the guest is held back any more."""
+        self._device.drained = drained
+
     def config_written(self, offset: int, data: bytes) -> bool:
         """Note a write to configuration space; returns whether it resets the function."""
         return self.shadow.note(offset, data)
@@ -162,9 +166,11 @@ class MigrationPort:
     async def detach(self) -> None:
         """The client has gone."""
         self._device.session.memory.on_write = None
-        await self.engine.detach(logged=self.dirty.forget())
-        if self.v1 is not None:
-            self.v1.close()
+        try:
+            await self.engine.detach(logged=self.dirty.forget())
+        finally:
+            if self.v1 is not None:
+                self.v1.close()
 
 
 def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:

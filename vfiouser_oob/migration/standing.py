@@ -110,10 +110,11 @@ class Standing:
         self._lock = trio.Lock()
         #: Counts what may have changed the state, so that who waited meanwhile knows that something did.
         self._turn = 0
+        self._turn_made = trio.Event()
         self._word: Event | None = None
         self._fault = ""
         self._word_came = trio.Event()
-        self._looking: trio.CancelScope | None = None
+        self._looking = False
         self._hurry = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._settled = trio.Event()
@@ -163,7 +164,22 @@ class Standing:
         """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
         await self._settled.wait()
 
+    @property
+    def runs(self) -> bool:
+        """Whether the function is known to run."""
+        return self.truth is Truth.KNOWN and self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY)
+
+    async def known(self) -> None:
+        """Wait until it is known what the function does."""
+        while self.truth is Truth.UNKNOWN:
+            await self._turn_made.wait()
+
     # Changes
+
+    def _turned(self) -> None:
+        self._turn += 1
+        self._turn_made.set()
+        self._turn_made = trio.Event()
 
     def _back_to_running(self, why: str) -> None:
         self.work.drop_pipelines()
@@ -186,7 +202,6 @@ class Standing:
     def _now(self, state: DeviceState, why: str) -> None:
         """The function is in this state: known."""
         old, self.state = self._shown, state
-        self._turn += 1
         self.truth = Truth.KNOWN
         self.unknown_since = None
         self._settled.set()
@@ -196,6 +211,7 @@ class Standing:
             self.fenced = False
             self.asked = True
             self.work.trailer_handed = self.work.committed = False
+        self._turned()
         if state.name != old:
             self.tracer.state(old, state.name, why)
 
@@ -203,15 +219,22 @@ class Standing:
         self.work.drop_pipelines()
         self._stop_settling()
         old = self._shown
-        self._turn += 1
         self.truth = Truth.FAILED
         self.unknown_since = None
+        self._turned()
         self.tracer.state(old, self._shown, why)
 
-    def _fail_load(self, why: str) -> None:
-        """A load that failed stays RESUMING: nothing else is true, and only a reset leads out."""
-        if self.work.destination is not None and self.work.destination.failure is None:
-            self.work.destination.failure = why
+    def _leave_load(self, why: str) -> None:
+        """A load that failed stays RESUMING: nothing else is true, and only the client's reset leads out.
+
+        One of nothing is left by a reset of our own, which may have been done or not: so it is done in any case.
+        """
+        destination = self.work.destination
+        if destination is not None and not destination.written:
+            self.work.drop_pipelines()
+            self._settle(Goal.RESET, why)
+        elif destination is not None and destination.failure is None:
+            destination.failure = why
 
     # Leaving a migration at the agent
 
@@ -248,10 +271,10 @@ class Standing:
         """Find out in the background, and work for the goal until it is reached."""
         self._stop_settling()
         old = self._shown
-        self._turn += 1
         self.truth = Truth.UNKNOWN
         if self.unknown_since is None:
             self.unknown_since = time.time()
+        self._turned()
         self.tracer.state(old, self._shown, why)
         if self._nursery is None:  # the daemon ends; the next one asks the agent
             return
@@ -384,20 +407,24 @@ class Standing:
 
     def _contact_lost(self) -> None:
         """A session was lost. Its events are, too, until there is another; while they matter, we see to that."""
-        wanted = self.truth is Truth.KNOWN and (self._busy or self.link.begun is not None)
-        if wanted and self._nursery is not None and self._looking is None:
-            self._looking = trio.CancelScope()
-            self._nursery.start_soon(self._look_again, self._looking)
+        if self._contact_missing and self._nursery is not None and not self._looking:
+            self._looking = True
+            self._nursery.start_soon(self._look_again)
 
-    async def _look_again(self, scope: trio.CancelScope) -> None:
+    @property
+    def _contact_missing(self) -> bool:
+        """Whether nobody hears the agent of a function that somebody might move; what is not known is asked anyway."""
+        moving = self._busy or self.link.begun is not None
+        return moving and self.truth is Truth.KNOWN and not self.link.is_open
+
+    async def _look_again(self) -> None:
         pause = self.config.retry_s
-        with scope:
-            while not self.link.is_open and self.truth is Truth.KNOWN and (self._busy or self.link.begun is not None):
-                await trio.sleep(pause)
-                pause = min(2 * pause, PAUSE_MAX_S)
-                if not self.link.is_open and not self._lock.locked():
-                    await self._ask_again()
-        self._looking = None
+        while self._contact_missing:
+            await trio.sleep(pause)
+            pause = min(2 * pause, PAUSE_MAX_S)
+            if self._contact_missing and not self._lock.locked():
+                await self._ask_again()
+        self._looking = False
 
     async def _ask_again(self) -> None:
         try:

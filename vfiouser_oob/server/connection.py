@@ -22,10 +22,12 @@ import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.migration.port import MigrationPort
+from vfiouser_oob.migration.standing import Truth
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
 from vfiouser_oob.server.handlers import Handler, Handlers, Reply, Result
+from vfiouser_oob.server.holding import WriteHold
 from vfiouser_oob.server.negotiation import TwinSocket, negotiate_version
 from vfiouser_oob.transport.fds import close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
@@ -51,6 +53,9 @@ _READY = (bytes, Reply, Pieces)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
 _MAX_QUEUED = 16384
 _MAX_QUEUED_BYTES = 64 << 20
+#: What is left of a command's time when it is too late to begin it: so many seconds, or this part of all of it.
+_GUARD_S = 0.05
+_GUARD_PART = 0.05
 
 
 class _Queued(NamedTuple):
@@ -88,6 +93,7 @@ class Connection(ClientLink):
         self.backend: BackendSession | None = None
         self.port: MigrationPort | None = None
         self._handlers: dict[int, Handler] = {}
+        self._hold: WriteHold | None = None
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
@@ -125,6 +131,8 @@ class Connection(ClientLink):
             self.phase = "attached"
             self.function.phase_changed()
             nursery.start_soon(self._dispatch_queued)
+            if self._hold is not None:
+                nursery.start_soon(self._hold.run)
             try:
                 await self._read()
             finally:
@@ -203,6 +211,9 @@ class Connection(ClientLink):
         if self.port is not None:
             self.port.negotiated(client, offer, migration_pgsize)
             self.stream.make_room()
+            v1 = self.port.v1
+            self._hold = WriteHold(self.port.engine, -1 if v1 is None else v1.index, self._carry_out, self.log)
+            self.port.held_by(self._hold.drained)
         self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
 
     def count(self, command: int) -> None:
@@ -308,13 +319,47 @@ class Connection(ClientLink):
             self._answer_error(event, outcome.error)
 
     def _start(self, event: CommandReceived) -> Result:
+        hold = self._hold
+        if hold is not None and (hold.engine.truth is Truth.UNKNOWN or hold.held):
+            held = hold.take(event, lambda: self._carry_out_held(event))
+            if held is not None:
+                return held
+        return self._start_now(event)
+
+    def _start_now(self, event: CommandReceived) -> Result:
         header = event.header
         if self._lost is not None:
             close_fds(event.fds)
             raise CommandError(f"the device is lost ({self._lost})", errno.EIO)
         return self._handlers[header.command](event.payload, event.fds, header.no_reply)
 
+    async def _carry_out_held(self, event: CommandReceived) -> bytes:
+        """Do an access that was held back; its reply is the payload."""
+        self._require_time(event, trio.current_effective_deadline())
+        result = self._start_now(event)
+        if not isinstance(result, _READY):
+            result = await result
+        assert isinstance(result, bytes)
+        return result
+
+    async def _carry_out(self, event: CommandReceived) -> None:
+        """Do a write that was held back, and that nobody waits for."""
+        with Contained() as outcome, trio.move_on_after(self._budget_s):
+            await self._carry_out_held(event)
+        if outcome.error is not None:
+            self._note_error(event, outcome.error)
+
+    def _require_time(self, event: CommandReceived, deadline: float) -> None:
+        """Refuse to begin what could not be answered any more: the client would read a failure of what was done."""
+        if event.header.no_reply or deadline - trio.current_time() >= min(_GUARD_S, self._budget_s * _GUARD_PART):
+            return
+        close_fds(event.fds)
+        name = Command(event.header.command).name
+        raise CommandError(f"{name} waited {self._budget_s:g} s for its turn and was not begun", errno.ETIMEDOUT)
+
     def _enqueue(self, event: CommandReceived | Refused, result: Result | None) -> None:
+        if self._hold is not None:
+            self._hold.queued(event)
         self._queue.append(_Queued(event, trio.current_time() + self._budget_s, result))
         if isinstance(event, CommandReceived):
             self._queued_bytes += len(event.payload)
@@ -332,12 +377,17 @@ class Connection(ClientLink):
                     await self._finish(queued.event, queued)
                     self._queued_bytes -= len(queued.event.payload)
                 self._queue.popleft()
+                if self._hold is not None:
+                    self._hold.unqueued(queued.event)
                 self._queue_drained.set()
             self._queue_filled = trio.Event()
 
     async def _finish(self, event: CommandReceived, queued: _Queued) -> None:
         with Contained() as outcome:
-            result = self._start(event) if queued.result is None else queued.result
+            result = queued.result
+            if result is None:
+                self._require_time(event, queued.deadline)
+                result = self._start(event)
             if not isinstance(result, _READY):
                 with trio.move_on_at(queued.deadline) as scope:
                     result = await result
@@ -369,12 +419,16 @@ class Connection(ClientLink):
             self._scope.cancel()
 
     def _answer_error(self, event: CommandReceived, error: Exception) -> None:
+        self.send(self.session.error_reply(event.header, self._note_error(event, error)))
+
+    def _note_error(self, event: CommandReceived, error: Exception) -> int:
+        """Note why a command failed; returns the error number for its reply."""
         name = Command(event.header.command).name
         number = errno_of(error, self.log, name)
         text = f"{name}: {error}"
         self.function.note_error(text)
         self._noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
-        self.send(self.session.error_reply(event.header, number))
+        return number
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message on the main socket; nothing, for a command that wants no reply.

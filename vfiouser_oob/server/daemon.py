@@ -190,6 +190,9 @@ class Daemon:
         self._events.close()
 
     async def _start_beside(self, nursery: trio.Nursery) -> None:
+        for function in self.functions:
+            if function.engine is not None:
+                await function.engine.ready()
         text = "" if self._beside is None else f"; {await self._beside(self, nursery)}"
         self._announce_ready(text)
 

@@ -148,7 +148,8 @@ def _packer(field: _Field) -> Callable[[Any], Any]:
         return lambda value: MESSAGES[_RANGE](iova=value[0], length=value[1])
     if field.message:
         return lambda value: pack(field.message, value)
-    return lambda value: value
+    # protobuf takes bytes only, and pieces of state come as views of what was received.
+    return lambda value: bytes(value) if isinstance(value, memoryview) else value
 
 
 def unpack(name: str, message: Any) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import trio
+import trio.testing
 
 from vfiouser_agents.api import Agent, AgentState, Phase, Range, Role, Session
 from vfiouser_agents.errors import ERRORS, AgentError, CorruptState, InvalidArgument, InvalidState, TransportLost
@@ -209,3 +210,29 @@ async def test_counts(agent: FaultyAgent, session: Session) -> None:
             await session.resume()
     agent.heal()
     await session.resume()
+
+
+async def test_restart(
+    agent: FaultyAgent, session: Session, function: MemoryFunction, autojump_clock: trio.abc.Clock
+) -> None:
+    """A new life of the agent ends what hangs, a reset included; the function is where it was."""
+    agent.inject("reset", NeverAnswers())
+    agent.inject("stop", Delay(1.0))
+    await session.quiesce()
+    async with trio.open_nursery() as nursery:
+        for call in (session.reset, session.stop):
+            nursery.start_soon(expect_loss, call)
+            await trio.testing.wait_all_tasks_blocked()
+        assert "reset" == (await session.status()).pending
+        agent.restart()
+    assert ("", AgentState.QUIESCED) == ((await session.status()).pending, function.state)
+    await trio.sleep(5)
+    assert AgentState.QUIESCED is function.state
+    await session.resume()
+    assert AgentState.RUNNING is function.state
+
+
+async def expect_loss(call: Callable[[], Awaitable[None]]) -> None:
+    """The call ends with its connection."""
+    with pytest.raises(TransportLost):
+        await call()

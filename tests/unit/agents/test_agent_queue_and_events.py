@@ -112,3 +112,20 @@ async def test_a_watcher_waits() -> None:
 
         await wait_all_tasks_blocked()
         feed.put(Event(EventKind.DEVICE_ERROR))
+
+
+async def test_a_queue_that_is_abandoned() -> None:
+    """What runs is ended and what waits is dropped, calls that overtake included; the next call is executed."""
+    async with trio.open_nursery() as nursery:
+        queue = CallQueue(nursery)
+        answers = [
+            queue.enter(name, trio.sleep_forever, overtakes=name == "reset") for name in ("reset", "reset", "stop")
+        ]
+        await wait_all_tasks_blocked()
+        queue.abandon("a test")
+        for answer, word in zip(answers, ("ended by a test", "dropped by a test", "dropped by a test"), strict=True):
+            with pytest.raises(InvalidState, match=word):
+                await answer()
+        await queue.call("stop", trio.lowlevel.checkpoint)
+        await wait_all_tasks_blocked()
+        assert queue.idle

@@ -11,7 +11,7 @@ import trio
 
 from fakeserver import Answer, FakeServer, Handler, connected, open_fds
 from vfiouser_oob.client.client import Client
-from vfiouser_oob.client.errors import ServerGone
+from vfiouser_oob.client.errors import ServerGone, TooLate
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import HEADER_SIZE, Command, RegionIndex
 from vfiouser_protocol.errors import ReplyError
@@ -309,3 +309,38 @@ async def test_descriptors_of_a_waiting_message_may_be_closed_at_once() -> None:
         for filler in stuffing:
             await filler.wait()
     assert [inode] == seen
+
+
+async def test_nothing_is_sent_when_the_time_is_almost_up() -> None:
+    """A command whose reply could hardly come in time fails before it is sent; one with more time is sent."""
+    async with connected(send_guard_s=5.0) as (client, server):
+        with trio.fail_after(4), pytest.raises(TooLate, match="DEVICE_RESET was not sent") as caught:
+            await client.reset()
+        assert errno.ETIMEDOUT == caught.value.errno
+        with trio.fail_after(60):
+            await client.reset()
+        assert [Command.DEVICE_RESET] == [event.header.command for event in server.received]
+
+
+async def test_time_that_is_lost_behind_others() -> None:
+    """A command that could be sent only when its time is almost up, since too much was unsent before, is not sent."""
+    go_on = trio.Event()
+
+    async def slow(_: CommandReceived) -> Answer:
+        await go_on.wait()
+        return Answer()
+
+    async with connected(handlers={Command.DEVICE_GET_IRQ_INFO: slow}, send_guard_s=10.0) as (client, server):
+        client.submit(Command.DEVICE_GET_IRQ_INFO, bytes(16)).abandon()
+        while not client.congested:
+            client.submit(Command.MIG_DATA_WRITE, bytes(1 << 20)).abandon()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_release_later, go_on)
+            with trio.fail_after(10.2), pytest.raises(TooLate):
+                await client.reset()
+        assert Command.DEVICE_RESET not in {event.header.command for event in server.received}
+
+
+async def _release_later(event: trio.Event) -> None:
+    await trio.sleep(0.5)
+    event.set()

@@ -32,14 +32,10 @@ class MdevNode(DeviceNode):
 
     pinned = False
     modules = "vfio_iommu_type1"
+    ownership = "`chown USER /dev/vfio/{group}` as root, or a udev rule"
 
     def __init__(self, sysfs: Path, uuid: str) -> None:
         super().__init__(sysfs, uuid, sysfs / BUS / "devices" / uuid)
-
-    @property
-    def ownership_advice(self) -> str:
-        """A command and what makes it last: the node is made anew with the device."""
-        return f"`chown USER /dev/vfio/{self.iommu_group}` as root, or a udev rule"
 
     @property
     def device_api(self) -> str | None:

@@ -21,6 +21,8 @@ class DeviceNode(abc.ABC):
     pinned = True
     #: What loads the modules that are needed.
     modules = "vfio-pci"
+    #: How its node comes to belong to the daemon's user.
+    ownership = "`vfiouser-oob bind {name} --owner USER`"
 
     def __init__(self, sysfs: Path, name: str, path: Path) -> None:
         self.name = name
@@ -43,15 +45,15 @@ class DeviceNode(abc.ABC):
         return link_name(self.path / "iommu_group")
 
     @property
+    def ownership_advice(self) -> str:
+        """How its node comes to belong to the daemon's user."""
+        return self.ownership.format(name=self.name, group=self.iommu_group)
+
+    @property
     def cdev(self) -> str | None:
         """Name of its own VFIO device node (``vfio3``), where the kernel makes such."""
         nodes = sorted(path.name for path in (self.path / "vfio-dev").glob("vfio*"))
         return nodes[0] if nodes else None
-
-    @property
-    @abc.abstractmethod
-    def ownership_advice(self) -> str:
-        """How its node comes to belong to the daemon's user."""
 
     @abc.abstractmethod
     def group_obstacles(self) -> Sequence[str]:

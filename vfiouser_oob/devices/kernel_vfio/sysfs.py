@@ -34,11 +34,6 @@ class PciFunctionNode(DeviceNode):
         super().__init__(sysfs, bdf, sysfs / "bus/pci/devices" / bdf)
         self.bdf = bdf
 
-    @property
-    def ownership_advice(self) -> str:
-        """Our own command."""
-        return f"`vfiouser-oob bind {self.bdf} --owner USER`"
-
     def is_bound_to_vfio(self) -> bool:
         """Whether its driver is vfio-pci or a variant of it."""
         return self.driver == VFIO_DRIVER or (self.driver is not None and (self.path / "vfio-dev").is_dir())

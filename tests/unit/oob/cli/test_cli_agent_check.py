@@ -112,7 +112,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_mistakes(arguments: tuple[str, ...], code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     """What is wrong is said in one line, with the right exit code."""
-    found, _, err = run(capsys, *arguments)
-    assert code == found
+    found, out, err = run(capsys, *arguments)
+    assert (code, "") == (found, out)
     assert says in err
     assert 1 == len(err.splitlines())

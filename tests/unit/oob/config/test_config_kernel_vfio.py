@@ -126,10 +126,12 @@ def test_a_mediated_device_needs_no_memory_beforehand(tmp_path: Path, capsys: py
     """Its driver takes hold of pages when it needs them."""
     path = tmp_path / "c.toml"
     path.write_text(TEXT.replace('bdf = "3B:00.2"', f'mdev = "{UUID}"'))
-    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path)])
-    out = capsys.readouterr().out
-    assert "share=on" in out
-    assert "prealloc" not in out
+    assert 0 == main(["snippet", "qemu", "nic0", "--config", str(path), "--memory", "256G"])
+    printed = capsys.readouterr()
+    assert "share=on" in printed.out
+    assert "prealloc" not in printed.out
+    assert '"x-msg-timeout": 5000' in printed.out
+    assert "[daemon]" not in printed.err
 
 
 def test_the_snippet_foresees_a_big_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

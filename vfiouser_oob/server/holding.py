@@ -1,0 +1,171 @@
+"""Guest writes that must not reach the device yet, because nobody knows whether it runs.
+
+While the migration engine finds out what the function does, and brings it back, a write of the guest could reach a
+device that stands still, and be lost or spoil what is being saved. So it is held back, until the agent has said that
+the function runs.
+
+Rule 1: no write goes on before that; if the function does not run in the end, none does at all.
+Rule 2: replies stay in order, and nobody waits for a held write who did not have to. One that wants a reply waits while
+        only accesses are behind it; as soon as any other command is, it is refused with EBUSY, and that command served.
+Rule 3: one that wants no reply (a doorbell, usually) keeps its place until the function runs, is reset, or loses its
+        client. A reset makes it void, as it would have been on the device.
+Rule 4: a read goes on while no write is held; else it waits with them, for it must not overtake them.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.observability.log import Logger
+from vfiouser_protocol.constants import Command
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.session import CommandReceived, Refused
+
+#: Writes without reply that are held at most, and their bytes; what is more is lost, and said to be.
+MAX_HELD = 4096
+MAX_HELD_BYTES = 4 << 20
+_WRITES = frozenset({Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
+_ACCESSES = _WRITES | {Command.REGION_READ}
+#: Where a REGION_READ or REGION_WRITE names its region.
+_REGION = struct.Struct("<8xI")
+
+
+class WriteHold:
+    """The held accesses of one connection. `run` has to run while it is used.
+
+    Args:
+        engine: knows whether the function runs.
+        migration_region: index of the region that is the engine's own; -1 if there is none.
+        carry_out: does a held write that wants no reply; its failure is the connection's to report.
+        log: a logger with the function's fields.
+    """
+
+    def __init__(
+        self,
+        engine: MigrationEngine,
+        migration_region: int,
+        carry_out: Callable[[CommandReceived], Awaitable[None]],
+        log: Logger,
+    ) -> None:
+        self.engine = engine
+        #: Writes that want no reply, in the order of their arrival.
+        self.held: deque[CommandReceived] = deque()
+        self._held_bytes = 0
+        self._migration_region = migration_region
+        self._carry_out = carry_out
+        self._log = log
+        #: Commands other than accesses that queue behind what is being served.
+        self._others = 0
+        self._needed = trio.Event()
+        self._changed = trio.Event()
+
+    # What the connection tells
+
+    def is_access(self, event: CommandReceived | Refused) -> bool:
+        """Whether it is an access to one of the device's own regions."""
+        if not isinstance(event, CommandReceived) or event.header.command not in _ACCESSES:
+            return False
+        if event.header.command == Command.REGION_WRITE_MULTI or len(event.payload) < _REGION.size:
+            return True
+        return bool(_REGION.unpack_from(event.payload)[0] != self._migration_region)
+
+    def queued(self, event: CommandReceived | Refused) -> None:
+        """A command queues behind another one."""
+        if not self.is_access(event):
+            self._others += 1
+            self._notify()
+
+    def unqueued(self, event: CommandReceived | Refused) -> None:
+        """It was served."""
+        if not self.is_access(event):
+            self._others -= 1
+
+    def take(self, event: CommandReceived, serve: Callable[[], Awaitable[bytes]]) -> bytes | Awaitable[bytes] | None:
+        """Hold an access back, if it has to be. To be asked only while the truth is unknown, or something is held.
+
+        Args:
+            event: the command.
+            serve: carries the access out, once it may be.
+
+        Returns:
+            The answer or what waits for it; None for what goes on at once.
+        """
+        command = event.header.command
+        if command == Command.DEVICE_RESET:
+            self._drop("the client resets the device")
+        if not self.is_access(event) or (command not in _WRITES and not self.held):
+            return None
+        if not self._needed.is_set():
+            self._log.info("guest writes are held back until it is known that the function runs")
+            self._needed.set()
+        if not event.header.no_reply:
+            return self._wait(serve)
+        if len(self.held) >= MAX_HELD or self._held_bytes + len(event.payload) > MAX_HELD_BYTES:
+            raise CommandError(f"{len(self.held)} writes are held back already; this one is lost", errno.ENOBUFS)
+        self.held.append(event)
+        self._held_bytes += len(event.payload)
+        return b""
+
+    async def drained(self) -> None:
+        """Wait until what was held back is at the device, or void."""
+        while self.held:
+            await self._changed.wait()
+
+    # Waiting
+
+    @property
+    def _closed(self) -> bool:
+        return self.engine.truth is Truth.UNKNOWN or bool(self.held)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _wait(self, serve: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Wait for the function to run, then carry an access out."""
+        while self._closed:
+            if self._others:
+                raise CommandError("it is not known whether the function runs, and other commands wait", errno.EBUSY)
+            await self._changed.wait()
+        self._require_running()
+        return await serve()
+
+    def _require_running(self) -> None:
+        if not self.engine.runs:
+            raise CommandError(f"the function does not run; it is {self.engine.state_shown.name}", errno.EIO)
+
+    async def run(self) -> None:
+        """Let go what is held, whenever the truth is known."""
+        while True:
+            await self._needed.wait()
+            await self.engine.known()
+            if self.engine.runs:
+                await self._let_go()
+            else:
+                self._drop(f"the function does not run; it is {self.engine.state_shown.name}")
+            if not self._closed:
+                self._needed = trio.Event()
+                self._notify()
+
+    async def _let_go(self) -> None:
+        while self.held and self.engine.runs:
+            event = self.held[0]
+            await self._carry_out(event)
+            # It may have been made void meanwhile.
+            if self.held and self.held[0] is event:
+                self.held.popleft()
+                self._held_bytes -= len(event.payload)
+
+    def _drop(self, why: str) -> None:
+        if self.held:
+            self._log.warning("guest writes that were held back are void", writes=len(self.held), reason=why)
+        self.held.clear()
+        self._held_bytes = 0
+        self._notify()
