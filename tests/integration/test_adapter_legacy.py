@@ -106,6 +106,16 @@ async def test_migration() -> None:
     assert [0, RESUMING, RUNNING] == there.states
 
 
+async def test_a_descriptor_without_format_has_the_protocols_own() -> None:
+    """What is saved can be loaded, whatever else the configuration says of the function."""
+    async with (
+        vendor(LegacyServer()) as options,
+        make_agent("legacy-tcp", {**options, "descriptor": {"vendor": "acme", "model": "nic 9"}}) as agent,
+    ):
+        session = await agent.open("device")
+        assert (("legacy-tcp",), "legacy-tcp") == (session.caps.formats, (await session.describe()).format_id)
+
+
 async def test_each_piece_is_confirmed() -> None:
     """SET_STATE and LOAD_BUFFER, which have no answers, are followed by GET_STATE."""
     server = LegacyServer()

@@ -111,6 +111,28 @@ async def test_migration(compiled: Compiler, tmp_path: Path) -> None:
     assert ["2", "1"] == [(directory / "d.state").read_text() for directory in (here, there)]
 
 
+async def test_a_descriptor_without_format_has_the_interfaces_own(compiled: Compiler, tmp_path: Path) -> None:
+    """What is saved can be loaded, whatever else the configuration says of the function; its own word wins."""
+    about = {"vendor": "acme", "model": "nic 9"}
+    for told, expected in ((about, "vfio-lm-plugin"), ({**about, "format_id": "nic-9"}, "nic-9")):
+        async with make_agent("plugin-so", options(compiled(), tmp_path, descriptor=told)) as agent:
+            session = await agent.open(DEVICE)
+            assert ((expected,), expected) == (session.caps.formats, (await session.describe()).format_id)
+
+
+async def test_an_idle_process_that_dies_is_not_missed(compiled: Compiler, tmp_path: Path) -> None:
+    """Between migrations the library holds nothing, so the next call has another process and succeeds."""
+    async with make_agent("plugin-so", options(compiled(), tmp_path)) as agent:
+        session = await agent.open(DEVICE)
+        await session.status()
+        function = agent.books[DEVICE].primitive  # type: ignore[attr-defined]
+        process = function._process._process
+        process.kill()
+        await process.wait()
+        assert AgentState.RUNNING is (await session.status()).state
+        assert process is not function._process._process
+
+
 #: Macros, the error, and what it says: libraries that cannot be used at all.
 UNUSABLE: list[tuple[str, list[str], type[AgentError], str]] = [
     ("another version", ["VERSION=1"], ConnectError, "version 1; only version 0"),

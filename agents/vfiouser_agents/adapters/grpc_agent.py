@@ -6,37 +6,28 @@ Sessions, reconnecting and taking over are those of `msgpack_rpc`; only the conn
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import trio
 
-from vfiouser_agents.options import OptionError, number, read_options, seconds, switch, text
+from vfiouser_agents.options import OptionError, number
 from vfiouser_agents.rpc.core import Connection, Handler
-from vfiouser_agents.rpc.endpoint import Address, TlsOptions, client_context, parse_address, read_tls
+from vfiouser_agents.rpc.endpoint import Address, TlsOptions, client_context
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE
 from vfiouser_agents.rpc.methods import OVERHEAD
+from vfiouser_agents.rpc.remote import Readers, remote_readers
 
 from .grpc_channel import GrpcConnection
-from .msgpack_rpc import DEFAULT_CHUNK, DEFAULT_CONNECT_TIMEOUT, DEFAULT_KEEPALIVE, MsgpackRpcAgent
+from .msgpack_rpc import DEFAULT_CONNECT_TIMEOUT, DEFAULT_KEEPALIVE, MsgpackRpcAgent
 
 DEFAULT_PORT = 50051
 #: Calls that may be waited for at a time, each in a thread.
 DEFAULT_THREADS = 32
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n?", re.DOTALL)
 _KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----\n?", re.DOTALL)
-
-_READERS = {
-    "address": lambda _, value: parse_address(text("address", value), DEFAULT_PORT),
-    "tls": lambda _, value: read_tls(value),
-    "allow_plaintext": switch,
-    "keepalive_s": seconds(0.01, 3600),
-    "connect_timeout_s": seconds(0.01, 600),
-    "chunk_size": number(4096, 8 << 20),
-    "threads": number(1, 256),
-}
 
 
 class GrpcAgent(MsgpackRpcAgent):
@@ -52,6 +43,13 @@ class GrpcAgent(MsgpackRpcAgent):
         threads: calls that may be waited for at a time.
     """
 
+    readers: ClassVar[Readers] = {
+        **MsgpackRpcAgent.readers,
+        **remote_readers(DEFAULT_PORT),
+        "threads": number(1, 256),
+    }
+    example = "tls://soc:50051 or unix:///run/agent.sock"
+
     def __init__(
         self,
         address: Address,
@@ -60,7 +58,7 @@ class GrpcAgent(MsgpackRpcAgent):
         allow_plaintext: bool = False,
         keepalive_s: float = DEFAULT_KEEPALIVE,
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
-        chunk_size: int = DEFAULT_CHUNK,
+        chunk_size: int | None = None,
         threads: int = DEFAULT_THREADS,
     ) -> None:
         super().__init__(
@@ -71,24 +69,10 @@ class GrpcAgent(MsgpackRpcAgent):
             connect_timeout_s=connect_timeout_s,
             chunk_size=chunk_size,
         )
-        self._credentials = channel_credentials(self.tls) if address.scheme == "tls" else None
+        self._credentials = channel_credentials(self.remote.tls) if self.remote.encrypted else None
         # Not trio's own, so that agents that are slow to answer cannot keep others from their threads.
         self._threads = threads
         self._limiter: trio.CapacityLimiter | None = None
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> GrpcAgent:
-        """Make one out of options.
-
-        Args:
-            options: `address`, and optionally what the constructor has.
-
-        Raises:
-            OptionError: an option cannot be used.
-        """
-        if "address" not in options:
-            raise OptionError("option 'address' is missing, such as tls://soc:50051 or unix:///run/agent.sock")
-        return cls(**read_options(options, _READERS))
 
     async def reach(self) -> Callable[[Handler], Connection]:
         """Make a channel; it connects by the first call."""
@@ -111,8 +95,8 @@ class GrpcAgent(MsgpackRpcAgent):
         target = target_of(self.address)
         if self._credentials is None:
             return grpc.insecure_channel(target, options)
-        if self.tls.server_name is not None:
-            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        if self.remote.tls.server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self.remote.tls.server_name))
         return grpc.secure_channel(target, self._credentials, options)
 
 

@@ -8,30 +8,23 @@ and what the vendor has no method for is done on this side or refused (see `prim
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import trio
 
 from vfiouser_agents.api import Agent, AgentInfo, FunctionInfo
-from vfiouser_agents.errors import AgentError, ConnectError, DeadlineExceeded, NotFound, TransportLost, Unsupported
-from vfiouser_agents.options import OptionError, number, read_options, seconds, switch, text
+from vfiouser_agents.errors import AgentError, DeadlineExceeded, NotFound, TransportLost, Unsupported
+from vfiouser_agents.options import OptionError, number, seconds, text
 from vfiouser_agents.rpc.core import NoRequests, RpcConnection
-from vfiouser_agents.rpc.endpoint import (
-    Address,
-    TlsOptions,
-    check_plaintext,
-    client_context,
-    connect,
-    parse_address,
-    read_tls,
-)
+from vfiouser_agents.rpc.endpoint import Address, TlsOptions
 from vfiouser_agents.rpc.json_codec import JsonCodec
 from vfiouser_agents.rpc.messages import Codec
 from vfiouser_agents.rpc.methods import OVERHEAD
+from vfiouser_agents.rpc.remote import Readers, Remote, read_remote_options, remote_readers
 
 from .jsonrpc_map import MethodMap, read_map
 from .jsonrpc_mapped import MappedFunction, list_functions
-from .msgpack_rpc import DEFAULT_CONNECT_TIMEOUT, DEFAULT_KEEPALIVE, MsgpackRpcAgent
+from .msgpack_rpc import DEFAULT_CONNECT_TIMEOUT, MsgpackRpcAgent
 from .primitive import Primitive, PrimitiveAgent
 
 #: SPDK takes requests of 256 KiB, and base64 makes four bytes out of three.
@@ -41,50 +34,30 @@ MAX_REQUEST = 256 << 10
 #: Seconds that a vendor's method may take; what vendors' own clients wait.
 DEFAULT_CALL_TIMEOUT = 60.0
 
-_COMMON = {
-    "address": lambda _, value: parse_address(text("address", value)),
-    "tls": lambda _, value: read_tls(value),
-    "allow_plaintext": switch,
-    "connect_timeout_s": seconds(0.01, 600),
-}
-_NATIVE = {**_COMMON, "keepalive_s": seconds(0.01, 3600), "chunk_size": number(4096, MAX_CHUNK)}
 _MAP = ("preset", "methods", "functions", "state", "caps", "descriptor")
-_MAPPED = {**_COMMON, "call_timeout_s": seconds(0.01, 3600), "info_method": text}
+_MAPPED = {**remote_readers(), "call_timeout_s": seconds(0.01, 3600), "info_method": text}
+
+
+def _needs_map(name: str, value: Any) -> Any:
+    raise OptionError(f"{name}: only for a method map, and there is neither 'methods' nor 'preset'")
 
 
 class JsonRpcAgent(MsgpackRpcAgent):
     """An agent that speaks the reference protocol in JSON; `from_options` also makes one with a method map.
 
-    Args:
-        address: where it is.
-        tls: for `tls` addresses.
-        allow_plaintext: `tcp` addresses may be other hosts.
-        keepalive_s: silence in seconds after which the agent is asked whether it is there.
-        connect_timeout_s: seconds for connection, TLS and greeting together.
-        chunk_size: bytes of state in one message at most.
+    Args: those of `MsgpackRpcAgent`.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        *,
-        tls: TlsOptions | None = None,
-        allow_plaintext: bool = False,
-        keepalive_s: float = DEFAULT_KEEPALIVE,
-        connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
-        chunk_size: int = MAX_CHUNK,
-    ) -> None:
-        super().__init__(
-            address,
-            tls=tls,
-            allow_plaintext=allow_plaintext,
-            keepalive_s=keepalive_s,
-            connect_timeout_s=connect_timeout_s,
-            chunk_size=chunk_size,
-        )
+    readers: ClassVar[Readers] = {
+        **MsgpackRpcAgent.readers,
+        "chunk_size": number(4096, MAX_CHUNK),
+        **dict.fromkeys(_MAP, _needs_map),
+    }
+    example = "unix:///var/tmp/spdk.sock or tls://soc:7711"
+    default_chunk = MAX_CHUNK
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Agent:  # type: ignore[override]
+    def from_options(cls, options: Mapping[str, Any]) -> Agent:
         """Make one out of options.
 
         Args:
@@ -94,13 +67,11 @@ class JsonRpcAgent(MsgpackRpcAgent):
         Raises:
             OptionError: an option cannot be used.
         """
-        if "address" not in options:
-            raise OptionError("option 'address' is missing, such as unix:///var/tmp/spdk.sock or tls://soc:7711")
         if not {"preset", "methods"} & set(options):
-            return cls(**read_options(options, {**_NATIVE, **dict.fromkeys(_MAP, _needs_map)}))
+            return super().from_options(options)
         methods = read_map({name: value for name, value in options.items() if name in _MAP})
         rest = {name: value for name, value in options.items() if name not in _MAP}
-        return MappedAgent(methods, **read_options(rest, _MAPPED))
+        return MappedAgent(methods, **read_remote_options(rest, _MAPPED, cls.example))
 
     def make_codec(self) -> Codec:
         """JSON."""
@@ -109,10 +80,6 @@ class JsonRpcAgent(MsgpackRpcAgent):
     def largest_chunk(self, max_message: int) -> int:
         """Bytes of state that one message can carry as base64."""
         return min(self.chunk_size, (max_message - OVERHEAD) // 4 * 3)
-
-
-def _needs_map(name: str, value: Any) -> Any:
-    raise OptionError(f"{name}: only for a method map, and there is neither 'methods' nor 'preset'")
 
 
 class MappedAgent(PrimitiveAgent):
@@ -141,14 +108,9 @@ class MappedAgent(PrimitiveAgent):
     ) -> None:
         # A device that does not tell what it does must not be left in the middle of a call.
         super().__init__(detached=True)
-        check_plaintext(address, allowed=allow_plaintext)
-        if tls is not None and address.scheme != "tls":
-            raise OptionError(f"tls is of no use with {address}; the address must begin with tls://")
+        self._remote = Remote(address, tls, allow_plaintext=allow_plaintext)
         self.address = address
         self._map = methods
-        self._tls = tls or TlsOptions()
-        self._context = client_context(self._tls) if address.scheme == "tls" else None
-        self._allow_plaintext = allow_plaintext
         self._connect_timeout_s = connect_timeout_s
         self._call_timeout_s = call_timeout_s
         self._info_method = info_method
@@ -210,12 +172,7 @@ class MappedAgent(PrimitiveAgent):
     async def _connected(self) -> RpcConnection:
         async with self._connecting:
             if self._connection is None or self._connection.lost is not None:
-                with trio.move_on_after(self._connect_timeout_s) as scope:
-                    stream = await connect(
-                        self.address, self._tls, self._context, allow_plaintext=self._allow_plaintext
-                    )
-                if scope.cancelled_caught:
-                    raise ConnectError(f"agent {self.address} did not answer within {self._connect_timeout_s:g} s")
+                stream = await self._remote.connect_within(self._connect_timeout_s)
                 if self.nursery is None:
                     raise RuntimeError("an agent is used inside `async with`")
                 self._connection = RpcConnection(stream, JsonCodec(), NoRequests())

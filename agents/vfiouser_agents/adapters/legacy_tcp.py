@@ -13,19 +13,12 @@ from typing import Any
 import trio
 
 from vfiouser_agents.api import AgentInfo, Descriptor, FunctionInfo
-from vfiouser_agents.errors import AgentError, ConnectError, DeadlineExceeded, NotFound, ProtocolError, TransportLost
-from vfiouser_agents.options import OptionError, number, read_options, seconds, switch, text
+from vfiouser_agents.errors import AgentError, DeadlineExceeded, NotFound, ProtocolError, TransportLost
+from vfiouser_agents.options import OptionError, number, seconds, text
 from vfiouser_agents.rpc.core import broken
-from vfiouser_agents.rpc.endpoint import (
-    Address,
-    TlsOptions,
-    check_plaintext,
-    client_context,
-    connect,
-    parse_address,
-    read_tls,
-)
+from vfiouser_agents.rpc.endpoint import Address, TlsOptions
 from vfiouser_agents.rpc.legacy_messages import DEFAULT_PORT, HEADERS, MAX_CHUNK, VALUE_SIZE, LegacyRequest
+from vfiouser_agents.rpc.remote import Remote, read_remote_options, remote_readers
 
 from .primitive import PrimitiveAgent
 from .vfio_v1 import V1Function, read_descriptor, v1_caps
@@ -43,12 +36,9 @@ def _byte_order(name: str, value: Any) -> str:
 
 
 _READERS = {
-    "address": lambda _, value: parse_address(text("address", value), DEFAULT_PORT),
+    **remote_readers(DEFAULT_PORT),
     "device": text,
-    "tls": lambda _, value: read_tls(value),
-    "allow_plaintext": switch,
     "byte_order": _byte_order,
-    "connect_timeout_s": seconds(0.01, 600),
     "call_timeout_s": seconds(0.01, 3600),
     "max_state": number(1, 4 << 30),
     "chunk_size": number(4096, MAX_CHUNK),
@@ -87,16 +77,11 @@ class LegacyTcpAgent(PrimitiveAgent):
         descriptor: Descriptor | None = None,
     ) -> None:
         super().__init__(detached=False)
-        check_plaintext(address, allowed=allow_plaintext)
-        if tls is not None and address.scheme != "tls":
-            raise OptionError(f"tls is of no use with {address}; the address must begin with tls://")
+        self._remote = Remote(address, tls, allow_plaintext=allow_plaintext)
         self.address = address
         self.byte_order = byte_order
         self.call_timeout_s = call_timeout_s
         self._device = device
-        self._tls = tls or TlsOptions()
-        self._context = client_context(self._tls) if address.scheme == "tls" else None
-        self._allow_plaintext = allow_plaintext
         self._connect_timeout_s = connect_timeout_s
         self._descriptor = descriptor or Descriptor(FORMAT, 1, "", "", "", "", 0)
         self._caps = v1_caps(max_state, chunk_size, self._descriptor.format_id or FORMAT)
@@ -111,9 +96,7 @@ class LegacyTcpAgent(PrimitiveAgent):
         Raises:
             OptionError: an option cannot be used.
         """
-        if "address" not in options:
-            raise OptionError("option 'address' is missing, such as tcp://127.0.0.1:3333")
-        return cls(**read_options(options, _READERS))
+        return cls(**read_remote_options(options, _READERS, "tcp://127.0.0.1:3333"))
 
     async def connect(self) -> AgentInfo:
         """See whether a server of this protocol is there, by asking for the state."""
@@ -143,9 +126,7 @@ class LegacyTcpAgent(PrimitiveAgent):
         Raises:
             ConnectError: nobody answers in time.
         """
-        with trio.move_on_after(self._connect_timeout_s):
-            return await connect(self.address, self._tls, self._context, allow_plaintext=self._allow_plaintext)
-        raise ConnectError(f"agent {self.address} did not answer within {self._connect_timeout_s:g} s")
+        return await self._remote.connect_within(self._connect_timeout_s)
 
 
 class LegacyFunction(V1Function):

@@ -9,30 +9,22 @@ happens by itself, with growing pauses. There is a keepalive only while a migrat
 from __future__ import annotations
 
 import logging
-import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import trio
 
 from vfiouser_agents.api import Agent, AgentInfo, Event, FunctionInfo
 from vfiouser_agents.errors import AgentError, AuthError, ConnectError, ProtocolError, TransportLost, Unsupported
-from vfiouser_agents.options import OptionError, number, read_options, seconds, switch, text
+from vfiouser_agents.options import number, seconds
 from vfiouser_agents.rpc.core import Connection, Handler, NoRequests, RpcConnection
-from vfiouser_agents.rpc.endpoint import (
-    Address,
-    TlsOptions,
-    check_plaintext,
-    client_context,
-    connect,
-    parse_address,
-    read_tls,
-)
+from vfiouser_agents.rpc.endpoint import Address, TlsOptions
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE, Codec
 from vfiouser_agents.rpc.methods import EVENT, FUNCTIONS, HELLO, OVERHEAD, PING, PROTOCOL, VERSIONS
 from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
+from vfiouser_agents.rpc.remote import Readers, Remote, read_remote_options, remote_readers
 from vfiouser_agents.rpc.wire import WireError, from_wire
 
 from .msgpack_rpc_session import RpcSession, parse
@@ -42,15 +34,6 @@ DEFAULT_KEEPALIVE = 5.0
 DEFAULT_CONNECT_TIMEOUT = 5.0
 DEFAULT_CHUNK = 1 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-
-_READERS = {
-    "address": lambda _, value: parse_address(text("address", value)),
-    "tls": lambda _, value: read_tls(value),
-    "allow_plaintext": switch,
-    "keepalive_s": seconds(0.01, 3600),
-    "connect_timeout_s": seconds(0.01, 600),
-    "chunk_size": number(4096, 8 << 20),
-}
 
 
 class Link(NoRequests):
@@ -116,11 +99,20 @@ class MsgpackRpcAgent(Agent):
         keepalive_s: silence in seconds after which the agent is asked whether it is there, and again that long until
             the connection is given up.
         connect_timeout_s: seconds for connection, TLS and greeting together.
-        chunk_size: bytes of state in one message at most.
+        chunk_size: bytes of state in one message at most; None = as many as this transport is good for.
 
     Raises:
         OptionError: plain text is refused, or the TLS files cannot be used.
     """
+
+    #: The options' readers, an address for those who leave it out, and the default of `chunk_size`: of each transport.
+    readers: ClassVar[Readers] = {
+        **remote_readers(),
+        "keepalive_s": seconds(0.01, 3600),
+        "chunk_size": number(4096, 8 << 20),
+    }
+    example: ClassVar[str] = "tls://soc:7711 or unix:///run/agent.sock"
+    default_chunk: ClassVar[int] = DEFAULT_CHUNK
 
     def __init__(
         self,
@@ -130,17 +122,12 @@ class MsgpackRpcAgent(Agent):
         allow_plaintext: bool = False,
         keepalive_s: float = DEFAULT_KEEPALIVE,
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
-        chunk_size: int = DEFAULT_CHUNK,
+        chunk_size: int | None = None,
     ) -> None:
-        check_plaintext(address, allowed=allow_plaintext)
-        if tls is not None and address.scheme != "tls":
-            raise OptionError(f"tls is of no use with {address}; the address must begin with tls://")
+        self.remote = Remote(address, tls, allow_plaintext=allow_plaintext)
         self.address = address
-        self.chunk_size = chunk_size
+        self.chunk_size = self.default_chunk if chunk_size is None else chunk_size
         self.sessions: list[RpcSession] = []
-        self.tls = tls or TlsOptions()
-        self._context: ssl.SSLContext | None = client_context(self.tls) if address.scheme == "tls" else None
-        self._allow_plaintext = allow_plaintext
         self._keepalive_s = keepalive_s
         self._connect_timeout_s = connect_timeout_s
         self._stack = AsyncExitStack()
@@ -150,19 +137,16 @@ class MsgpackRpcAgent(Agent):
         self._restoring = False
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> MsgpackRpcAgent:
+    def from_options(cls, options: Mapping[str, Any]) -> Agent:
         """Make one out of options.
 
         Args:
-            options: `address`, and optionally `tls`, `allow_plaintext`, `keepalive_s`, `connect_timeout_s`,
-                `chunk_size`.
+            options: `address`, and optionally what the constructor has.
 
         Raises:
             OptionError: an option cannot be used.
         """
-        if "address" not in options:
-            raise OptionError("option 'address' is missing, such as tls://soc:7711 or unix:///run/agent.sock")
-        return cls(**read_options(options, _READERS))
+        return cls(**read_remote_options(options, cls.readers, cls.example))
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._stack.enter_async_context(trio.open_nursery())
@@ -184,7 +168,7 @@ class MsgpackRpcAgent(Agent):
         Returns:
             A function that makes the connection for a handler.
         """
-        stream = await connect(self.address, self.tls, self._context, allow_plaintext=self._allow_plaintext)
+        stream = await self.remote.connect()
         return lambda handler: RpcConnection(stream, self.make_codec(), handler)
 
     def make_codec(self) -> Codec:
@@ -296,7 +280,7 @@ class MsgpackRpcAgent(Agent):
         try:
             info: AgentInfo = parse(AgentInfo, await link.connection.call(HELLO, params), HELLO)
         except TransportLost as error:
-            hint = "; it may not accept our certificate" if self._context is not None else ""
+            hint = "; it may not accept our certificate" if self.remote.encrypted else ""
             raise ConnectError(f"agent {self.address} ended the connection at the greeting{hint}: {error}") from error
         except AuthError as error:
             raise AuthError(f"agent {self.address}: {error.message}") from error

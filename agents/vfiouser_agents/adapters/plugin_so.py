@@ -218,6 +218,8 @@ class PluginFunction(V1Function):
         return await self._ask(name, op, value, data)
 
     async def _ask(self, name: str, op: int, value: int = 0, data: bytes = b"") -> tuple[int, bytes]:
+        if self._process is not None and self._process.gone and not self._initialised:
+            await self._end()  # it held nothing, so this call need not fail because of it
         if self._process is None:
             process = PluginProcess(self._agent, f"device {self._device}")
             try:
@@ -261,6 +263,11 @@ class PluginProcess:
         self._stream: trio.SocketStream | None = None
         self._lines: deque[str] = deque(maxlen=3)
         self._said = trio.Event()
+
+    @property
+    def gone(self) -> bool:
+        """It has ended by itself."""
+        return self._process is not None and self._process.returncode is not None
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Start it and load the library.

@@ -88,7 +88,9 @@ class V1Function(Primitive):
 
     def __init__(self, caps: Capabilities, descriptor: Descriptor) -> None:
         self._caps = caps
-        self._descriptor = replace(descriptor, state_max=caps.max_state)
+        # A table without a format means this interface's own: what is saved must be what can be loaded.
+        format_id = descriptor.format_id or caps.formats[0]
+        self._descriptor = replace(descriptor, format_id=format_id, state_max=caps.max_state)
         self._left = 0
 
     @property

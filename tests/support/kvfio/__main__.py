@@ -10,15 +10,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed, mdev
-from kvfio.cdev import CDEV_SCENARIOS
-from kvfio.hardware import MORE_SCENARIOS
-from kvfio.obstacles import OBSTACLES
-from kvfio.scenarios import SCENARIOS
+from kvfio import bed, cdev, hardware, mdev, obstacles, scenarios
 
+SCENARIOS = {
+    **scenarios.SCENARIOS,
+    **hardware.MORE_SCENARIOS,
+    **obstacles.OBSTACLES,
+    **cdev.CDEV_SCENARIOS,
+    **mdev.SCENARIOS,
+}
 SCENARIO_S = 60
 LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
-ALL = {**SCENARIOS, **MORE_SCENARIOS, **OBSTACLES, **CDEV_SCENARIOS, **mdev.SCENARIOS}
 OUTPUT = Path("/tmp/scenario.out")
 
 
@@ -29,7 +31,7 @@ def main() -> None:
     while line := sys.stdin.readline():
         name = line.strip()
         started = time.monotonic()
-        status = _run(ALL[name], LONG_SCENARIO_S.get(name, SCENARIO_S)) if name in ALL else 127
+        status = _run(SCENARIOS[name], LONG_SCENARIO_S.get(name, SCENARIO_S)) if name in SCENARIOS else 127
         _say(OUTPUT.read_text() if status != 127 else f"no such scenario: {name}")
         _say(f"seconds={time.monotonic() - started:.1f}")
         _say(f"@@EXIT {status}")

@@ -5,11 +5,12 @@
  */
 #include <errno.h>
 #include <signal.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "plugin.h"
 
 #ifndef ON_INIT
 #define ON_INIT
@@ -184,15 +185,7 @@ static int plugin_cleanup(void *handle)
     return 0;
 }
 
-static struct {
-    void *(*init)(char *devid, char *arg);
-    int (*save)(void *handle, uint8_t *state, uint64_t len);
-    int (*load)(void *handle, uint8_t *state, uint64_t len);
-    int (*update_pending)(void *handle, uint64_t *pending_bytes);
-    int (*set_state)(void *handle, uint32_t value);
-    int (*get_state)(void *handle, uint32_t *value);
-    int (*cleanup)(void *handle);
-} ops = {
+static struct plugin_ops ops = {
     .init = plugin_init,
     .save = plugin_save,
 #ifndef NO_LOAD

@@ -19,6 +19,8 @@ SOURCES = sorted(
 ERRORS = {"BackendUnavailable", "DeviceBusy", "CommandError", "CommandFailed"}
 #: Tables of reasons that become part of an error's text.
 REASONS = {"_REASONS", "_HINTS"}
+#: Names of texts that become part of a line in the log.
+REMARKS = {"note"}
 #: What stands for the part of a message that is known at run time only.
 ANYTHING = "…"
 
@@ -46,8 +48,13 @@ def texts(tree: ast.AST) -> Iterator[str]:
                 yield text
         elif isinstance(node, ast.AnnAssign) and name_of(node.target) in REASONS and isinstance(node.value, ast.Dict):
             yield from filter(None, map(rendered, node.value.values))
-        elif isinstance(node, ast.Return) and node.value is not None and isinstance(node.value, ast.JoinedStr):
-            yield str(rendered(node.value))  # a reason that a function puts together
+        elif isinstance(node, ast.Assign) and {name_of(target) for target in node.targets} & REMARKS:
+            yield from filter(None, [rendered(node.value)])
+        elif isinstance(node, ast.FunctionDef) and node.name.endswith("_reason"):
+            returned = [
+                line.value for line in ast.walk(node) if isinstance(line, ast.Return) and line.value is not None
+            ]
+            yield from filter(None, map(rendered, returned))
 
 
 def messages() -> list[str]:
