@@ -256,8 +256,8 @@ def device_given_away() -> None:
 
 
 def make_mtty() -> None:
-    """Make the two mediated devices that are migrated, of the driver that is built in."""
-    for uuid in (mdev.HERE, mdev.THERE):
+    """Make the mediated devices that migrations are about, of the driver that is built in."""
+    for uuid in (mdev.HERE, mdev.THERE, mdev.SMALL):
         mdev.make(uuid)
 
 

@@ -116,7 +116,7 @@ def no_nodes(kernel: FakeKernel) -> None:
 async def test_each_obstacle_has_its_words(kernel: FakeKernel, spoil: Callable[[FakeKernel], None], words: str) -> None:
     """The same obstacles as with groups have the same words, though the kernel's errno are others; no fd is left."""
     spoil(kernel)
-    async with running(kernel, interface=VfioInterface.CDEV) as backend:
+    async with running(kernel, interface=VfioInterface.CDEV, retry_s=60) as backend:  # no look at the end
         with pytest.raises(BackendUnavailable, match=words) as refused:
             await backend.open(NoMessages())
         assert "\n" not in str(refused.value)

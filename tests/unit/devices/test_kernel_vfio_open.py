@@ -113,7 +113,7 @@ async def test_each_obstacle_has_its_words(tmp_path: Path, spoil: Callable[[Fake
     """What is missing and what helps, in one line, for the log, the status and the client's refusal; no fd is left."""
     kernel = FakeKernel(tmp_path)
     spoil(kernel)
-    async with running(kernel) as backend:
+    async with running(kernel, retry_s=60) as backend:  # no look at the end
         with pytest.raises(BackendUnavailable, match=words) as refused:
             await backend.open(NoMessages())
         assert "\n" not in str(refused.value)
