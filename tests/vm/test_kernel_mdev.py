@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvfio.mdev import SCENARIOS as KNOWN
+from kvfio.scenarios import bind_nvme
 from vmbed.assets import AssetError, Assets
 from vmbed.vfioguest import MDEV_DRIVERS, Answers, expect_success, run_scenarios
 
@@ -56,3 +58,8 @@ def answers(assets: Assets, kernel: Path) -> Answers:
 def test_mediated_devices_in_the_guest(answers: Answers, name: str) -> None:
     """The scenario succeeded; what it proves stands with it."""
     sys.stdout.write(expect_success(answers, name))
+
+
+def test_every_scenario_is_run() -> None:
+    """None is forgotten, and none is asked for that the guest does not know; what it runs can be imported."""
+    assert {*KNOWN, bind_nvme.__name__} == set(SCENARIOS)
