@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import deque
+from queue import Empty, SimpleQueue
 
 import trio
 
 #: Up to here a hash is done sooner than a thread is woken.
 _INLINE = 16 << 10
+#: Seconds that the thread waits for the next chunk: to begin anew costs more than to stay while state is flowing.
+_STAY_S = 0.02
 #: Chunks that may wait for the thread. With one, each would have to be waited for; all of them are in memory.
 BEHIND = 2
 
@@ -23,38 +25,45 @@ class Hasher:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._lock = threading.Lock()
-        self._chunks: deque[bytes | memoryview] = deque()
+        self._chunks: SimpleQueue[bytes | memoryview] = SimpleQueue()
+        self._behind = 0
         self._working = False
-        #: Whoever waits, until how many chunks are waiting, and where to tell.
+        #: Whoever waits, until how many chunks are not hashed, and where to tell.
         self._waiter: tuple[trio.Event, int, trio.lowlevel.TrioToken] | None = None
 
     @property
     def behind(self) -> int:
         """Chunks that are not hashed yet."""
-        return len(self._chunks) + self._working
+        return self._behind
 
     def add(self, data: bytes | memoryview) -> None:
         """Add bytes, which must not change. Never waits: who adds much asks for `room` first."""
-        if not self._working and len(data) <= _INLINE:
+        if not self._behind and len(data) <= _INLINE:
             self._hash.update(data)
             return
         with self._lock:
-            self._chunks.append(data)
+            self._behind += 1
             begin, self._working = not self._working, True
+        self._chunks.put(data)
         if begin:
             trio.lowlevel.start_thread_soon(self._work, lambda _: None, "state hash")
 
     def _work(self) -> None:
         while True:
-            with self._lock:
-                self._tell(len(self._chunks))
-                if not self._chunks:
+            try:
+                data = self._chunks.get(timeout=_STAY_S)
+            except Empty:
+                with self._lock:
+                    if self._behind:  # it is just being added
+                        continue
                     self._working = False
                     return
-                data = self._chunks.popleft()
             self._hash.update(data)
             # It would be kept from being used again until the next one comes.
             del data
+            with self._lock:
+                self._behind -= 1
+                self._tell(self._behind)
 
     def _tell(self, behind: int) -> None:
         if self._waiter is None or behind > self._waiter[1]:
@@ -79,7 +88,7 @@ class Hasher:
         """Wait until at most so many chunks are not hashed."""
         event = trio.Event()
         with self._lock:
-            if len(self._chunks) + self._working <= behind:
+            if self._behind <= behind:
                 return
             self._waiter = (event, behind, trio.lowlevel.current_trio_token())
         await event.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from contextlib import ExitStack
 from itertools import pairwise
 
@@ -47,6 +48,16 @@ async def test_waiting_for_a_digest_can_be_given_up() -> None:
     with trio.move_on_after(0):
         await hasher.digest()
     assert hashlib.sha256(DATA).digest() == await hasher.digest()
+
+
+async def test_bytes_after_a_pause_are_hashed_too() -> None:
+    """Whether the thread still waits for more, is about to leave, or has left: nothing is lost."""
+    hasher = Hasher()
+    for number in range(30):
+        hasher.add(DATA[: 1 << 20])
+        assert hashlib.sha256(DATA[: 1 << 20] * (number + 1)).digest() == await hasher.digest()
+        # Around the time for which the thread stays, which is real time.
+        threading.Event().wait(0.015 + number / 3000)
 
 
 def test_many_get_less_and_never_less_than_the_least() -> None:
