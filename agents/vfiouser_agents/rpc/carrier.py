@@ -17,11 +17,13 @@ from .messages import Buffer, Codec, Message
 HEAD_SIZE = 16 << 10
 #: Bytes read at once from a stream that has no descriptor.
 READ_SIZE = 256 << 10
-#: Bytes that a TCP socket shall take at once, if the system permits: a message with a large value.
+#: Bytes that a TCP socket shall take at once, if the system permits: a message with a large value. Within one machine
+#: less, so that the peer finds most of them in a processor's cache: what has left it costs half as much again.
 _UNSENT = 2 << 20
+_UNSENT_NEAR = 512 << 10
 _MOST_UNSENT = Path("/proc/sys/net/core/wmem_max")
 #: Bytes of a large value that have to be there before we look.
-_WAKE_AT = 512 << 10
+_WAKE_AT = 256 << 10
 #: Buffers that one system call takes.
 _MOST_BUFFERS = 64
 
@@ -94,9 +96,11 @@ class SocketCarrier:
         self._socket = stream.socket
         self._head = memoryview(bytearray(HEAD_SIZE))
         self._least = 1
-        if self._socket.family in (socket.AF_INET, socket.AF_INET6) and _most_unsent() >= _UNSENT:
-            # Left alone, the system begins with room for a tenth of a piece of state.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
+        if self._socket.family in (socket.AF_INET, socket.AF_INET6):
+            size = _UNSENT_NEAR if _is_near(self._socket) else _UNSENT
+            if _most_unsent() >= size:
+                # Left alone, the system begins with room for a tenth of a piece of state.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
     @property
     def _fd(self) -> int:
@@ -146,6 +150,14 @@ class SocketCarrier:
         """See `Carrier`."""
         while pieces := self.send_now(pieces):
             await trio.lowlevel.wait_writable(self._fd)
+
+
+def _is_near(sock: trio.socket.SocketType) -> bool:
+    """Whether the peer is on this machine."""
+    try:
+        return bool(sock.getpeername()[0] == sock.getsockname()[0])
+    except OSError:  # gone already, which the first use will find
+        return False
 
 
 def _most_unsent() -> int:
