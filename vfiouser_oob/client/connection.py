@@ -244,6 +244,8 @@ class Connection:
             await self._main.flushed()
         left = trio.current_effective_deadline() - trio.current_time()
         if left < self._send_guard_s:
+            # A caller that was cancelled has no time left either, but wants to hear of that only.
+            await trio.lowlevel.checkpoint_if_cancelled()
             raise TooLate(f"{command_name(command)} was not sent: only {max(0.0, left):.3f} s are left for its reply")
         return await self.submit(command, payload, fds).wait()
 
