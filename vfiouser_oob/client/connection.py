@@ -196,14 +196,11 @@ class Connection:
         holds_dma = self._serve_dma_when_idle and command in _ACCESSES
         call = PendingCall(self, command, holds_dma)
         call.msg_id, data = self._session.command(command, payload, call)
-        self._start_call(call, data, fds)
-        return call
-
-    def _start_call(self, call: PendingCall, data: bytes, fds: Sequence[int]) -> None:
         self._outstanding.add(call)
-        if call.holds_dma:
+        if holds_dma:
             self._dma.hold()
         self._send(data, fds)
+        return call
 
     def post(self, command: int, payload: bytes) -> None:
         """Send a command with NO_REPLY: nothing tells whether it succeeded.
@@ -421,7 +418,8 @@ class Connection:
         )
         call = PendingCall(self, Command.VERSION, False)
         call.msg_id, data = self._session.propose(proposal, minor=self._minor, token=call)
-        self._start_call(call, data, ())
+        self._outstanding.add(call)
+        self._send(data, ())
         reply = await call.wait()
         # A descriptor comes only when it is the twin socket's; the session has checked that.
         for fd in reply.fds:
