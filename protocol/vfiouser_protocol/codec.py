@@ -34,6 +34,8 @@ __all__ = [
 
 P = TypeVar("P", bound=Payload)
 
+_encoder_of = codec_hot.ENCODERS.get
+_decoder_of = codec_hot.DECODERS.get
 #: What struct and construct raise for values or bytes that do not fit. OverflowError: a 64-bit count used as
 #: a length.
 _MISFITS = (struct_error, ConstructError, ValueError, OverflowError, TypeError)
@@ -51,7 +53,7 @@ def encode(message: Payload) -> bytes:
     Raises:
         LocalProtocolError: a value does not fit its field, or a count contradicts the data.
     """
-    encoder = codec_hot.ENCODERS.get(type(message))
+    encoder = _encoder_of(type(message))
     try:
         return build_declared(message) if encoder is None else encoder(message)
     except _MISFITS as exc:
@@ -74,7 +76,7 @@ def decode(cls: type[P], payload: bytes) -> P:
     Raises:
         CommandError: EINVAL, the payload is too short or contradicts itself.
     """
-    decoder = codec_hot.DECODERS.get(cls)
+    decoder = _decoder_of(cls)
     try:
         if decoder is None:
             return parse_declared(cls, payload)

@@ -52,8 +52,12 @@ _new = tuple.__new__
 
 def _exactly(count: int, data: bytes) -> bytes:
     if count != len(data):
-        raise ValueError(f"count says {count} bytes of data, there are {len(data)}")
+        raise _miscounted(count, data)
     return data
+
+
+def _miscounted(count: int, data: bytes) -> ValueError:
+    return ValueError(f"count says {count} bytes of data, there are {len(data)}")
 
 
 def _at_least(size: int, data: bytes) -> bytes:
@@ -64,7 +68,9 @@ def _at_least(size: int, data: bytes) -> bytes:
 
 def _encode_region_data(message: RegionReadReply | RegionWrite) -> bytes:
     offset, region, count, data = message
-    return _region.pack(offset, region, count) + _exactly(count, data)
+    if count != len(data):
+        raise _miscounted(count, data)
+    return _region.pack(offset, region, count) + data
 
 
 def _decode_region_read(payload: bytes) -> RegionRead:
@@ -77,12 +83,18 @@ def _decode_region_write_reply(payload: bytes) -> RegionWriteReply:
 
 def _decode_region_read_reply(payload: bytes) -> RegionReadReply:
     offset, region, count = _region.unpack_from(payload)
-    return _new(RegionReadReply, (offset, region, count, _exactly(count, payload[16:])))
+    data = payload[16:]
+    if count != len(data):
+        raise _miscounted(count, data)
+    return _new(RegionReadReply, (offset, region, count, data))
 
 
 def _decode_region_write(payload: bytes) -> RegionWrite:
     offset, region, count = _region.unpack_from(payload)
-    return _new(RegionWrite, (offset, region, count, _exactly(count, payload[16:])))
+    data = payload[16:]
+    if count != len(data):
+        raise _miscounted(count, data)
+    return _new(RegionWrite, (offset, region, count, data))
 
 
 def _encode_region_write_multi(message: RegionWriteMulti) -> bytes:

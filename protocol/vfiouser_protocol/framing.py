@@ -57,10 +57,11 @@ class Framer:
 
     Attributes:
         bytes_wanted: how many bytes may be read next; 0 once the stream has failed.
+        in_body: whether the header is complete, so that no descriptors are expected any more.
         pending_fds: file descriptors of the message that is not complete yet.
     """
 
-    __slots__ = ("_header", "_max_fds", "_max_message_size", "_pieces", "bytes_wanted", "pending_fds")
+    __slots__ = ("_header", "_max_fds", "_max_message_size", "_pieces", "bytes_wanted", "in_body", "pending_fds")
 
     def __init__(self, max_message_size: int, max_fds: int = ACCEPTED_MSG_FDS) -> None:
         self._max_message_size = max_message_size
@@ -68,16 +69,12 @@ class Framer:
         self._header: Header | None = None
         self._pieces: list[bytes | memoryview] = []
         self.bytes_wanted = HEADER_SIZE
+        self.in_body = False
         self.pending_fds: list[int] = []
 
     def __repr__(self) -> str:
         part = "header" if self._header is None else f"body of {command_name(self._header.command)}"
         return f"<Framer: {self.bytes_wanted} bytes of {part} wanted, {len(self.pending_fds)} fds pending>"
-
-    @property
-    def in_body(self) -> bool:
-        """Whether the header is complete, so that no descriptors are expected any more."""
-        return self._header is not None
 
     @property
     def command(self) -> int | None:
@@ -128,10 +125,15 @@ class Framer:
             header = unpack_header(data)
             size = header[2]
             if size != HEADER_SIZE:
-                self._expect_body(header, size)
+                if not HEADER_SIZE < size <= self._max_message_size:
+                    raise self._misfit(header, size)
+                self._header = header
+                self.in_body = True
+                self.bytes_wanted = size - HEADER_SIZE
                 return None
             data = b""
         self._header = None
+        self.in_body = False
         self.bytes_wanted = HEADER_SIZE
         fds_of_message = self.pending_fds
         self.pending_fds = []
@@ -147,16 +149,13 @@ class Framer:
             self._pieces.append(data)
             self.bytes_wanted -= length
 
-    def _expect_body(self, header: Header, size: int) -> None:
-        if not HEADER_SIZE < size <= self._max_message_size:
-            raise self._failed(
-                f"{command_name(header.command)} #{header.msg_id} claims {size} bytes, allowed are "
-                f"{HEADER_SIZE} to {self._max_message_size}; the connection ends",
-                # Replies and NO_REPLY commands are never answered.
-                None if header.flags & (TYPE_MASK | NO_REPLY) else header,
-            )
-        self._header = header
-        self.bytes_wanted = size - HEADER_SIZE
+    def _misfit(self, header: Header, size: int) -> StreamError:
+        return self._failed(
+            f"{command_name(header.command)} #{header.msg_id} claims {size} bytes, allowed are "
+            f"{HEADER_SIZE} to {self._max_message_size}; the connection ends",
+            # Replies and NO_REPLY commands are never answered.
+            None if header.flags & (TYPE_MASK | NO_REPLY) else header,
+        )
 
     def _failed(self, message: str, header: Header | None) -> StreamError:
         self.bytes_wanted = 0

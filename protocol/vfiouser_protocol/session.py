@@ -170,7 +170,7 @@ class Session:
             if not fds:
                 return _new(CommandReceived, (spec, header, payload, fds, NO_FDS))
             kept = spec.request_fds
-            return CommandReceived(spec, header, payload, fds[:kept], fds[kept:])
+            return _new(CommandReceived, (spec, header, payload, fds[:kept], fds[kept:]))
         if kind != REPLY:
             return self._refuse(message, Oddity.BAD_TYPE)
         if twin is self._replies_on_main:
@@ -284,7 +284,7 @@ class Session:
             LocalProtocolError: it is another command's turn.
         """
         head = self.reply_head(header, len(payload))
-        return head + payload if head else b""
+        return head + payload if head else head
 
     def reply_head(self, header: Header, payload_size: int) -> bytes:
         """Return the header of the success reply to a command, for a payload that follows in pieces.
@@ -304,7 +304,10 @@ class Session:
             return b""
         if number == _VERSION:
             raise LocalProtocolError("VERSION is answered by accept() or error_reply(); nothing is sent")
-        self._take_turn(header)
+        queue = self._unanswered
+        if not queue or queue[0] is not header:
+            raise self._out_of_turn(header)
+        queue.popleft()
         return pack_header(msg_id, number, HEADER_SIZE + payload_size, REPLY)
 
     def error_reply(self, header: Header, errno: int) -> bytes:
@@ -356,10 +359,13 @@ class Session:
     def _take_turn(self, header: Header) -> None:
         queue = self._unanswered
         if not queue or queue[0] is not header:
-            due = command_name(queue[0].command) if queue else "nothing"
-            what = f"{command_name(header.command)} #{header.msg_id}"
-            raise LocalProtocolError(f"{what} cannot be answered now, {due} is due; nothing is sent")
+            raise self._out_of_turn(header)
         queue.popleft()
+
+    def _out_of_turn(self, header: Header) -> LocalProtocolError:
+        due = command_name(self._unanswered[0].command) if self._unanswered else "nothing"
+        what = f"{command_name(header.command)} #{header.msg_id}"
+        return LocalProtocolError(f"{what} cannot be answered now, {due} is due; nothing is sent")
 
     # --- Commanding ---
 
@@ -409,7 +415,7 @@ class Session:
             raise LocalProtocolError(f"{spec.command.name} is always answered; nothing is sent")
         if spec.needs is not None and not getattr(self.negotiated, spec.needs):
             raise LocalProtocolError(f"{spec.command.name} needs {spec.needs} of both sides; nothing is sent")
-        if spec.command is Command.VERSION:
+        if command == _VERSION:
             if self.proposal is not None:
                 raise LocalProtocolError("VERSION was sent before; nothing is sent")
             self.proposal = parse_version_request(payload)
@@ -419,7 +425,7 @@ class Session:
             flags |= NO_REPLY
             self._posted.append(msg_id)
         else:
-            self._outstanding[msg_id] = Outstanding(spec, token)
+            self._outstanding[msg_id] = _new(Outstanding, (spec, token))
         return msg_id, pack_header(msg_id, command, HEADER_SIZE + len(payload), flags) + payload
 
     def _free_id(self) -> int:

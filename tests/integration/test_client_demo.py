@@ -87,10 +87,18 @@ def test_process_that_dies_is_named(short_path: Path, victim: str, name: str) ->
     assert [] == os.listdir(short_path)
 
 
+@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_demo_cleans_up(short_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM end the demonstration and both of its processes, and remove its files."""
-    demo = start(short_path, "--size=256M")
+def test_interrupted_demo_cleans_up(short_path: Path, number: signal.Signals, inherited: signal.Handlers) -> None:
+    """Ctrl-C and SIGTERM end the demonstration and both of its processes, and remove its files.
+
+    Also when a script's shell started it in the background, where it begins with SIGINT ignored.
+    """
+    before = signal.signal(signal.SIGINT, inherited)
+    try:
+        demo = start(short_path, "--size=256M")
+    finally:
+        signal.signal(signal.SIGINT, before)
     seen = read_until(demo, "blocks of")
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", seen)]
     demo.send_signal(number)

@@ -9,13 +9,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import trio
-
 from vfiouser_agents.api import Agent
 from vfiouser_agents.options import OptionError
 from vfiouser_agents.registry import make_agent, parse_agent
 from vfiouser_agents.testing import CHECKS, DEADLINE, CheckOutcome, CheckResult, NotUsable, check_agent
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
+from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.cli.options import count
 from vfiouser_oob.config.errors import ConfigError
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         on_result=show,
     )
     try:
-        results = trio.run(suite)
+        results = run_interruptible(suite)
     except NotUsable as error:
         raise CommandFailed(f"{args.agent}: {error}") from error
     counts = {outcome: sum(result.outcome is outcome for result in results) for outcome in CheckOutcome}

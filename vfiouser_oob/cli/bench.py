@@ -14,6 +14,7 @@ from vfiouser_oob.bench.raw import BenchFailed
 from vfiouser_oob.bench.results import Result
 from vfiouser_oob.bench.stage import FULL, QUICK, measure
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
+from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.demo.children import ChildFailed
 
 
@@ -26,15 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; budgets that are exceeded are reported, and fail only with --strict."""
-    import trio
-
     stream = sys.stderr if args.json else sys.stdout
 
     def progress(line: str) -> None:
         print(line, file=stream, flush=True)
 
     try:
-        results = trio.run(measure, QUICK if args.quick else FULL, progress)
+        results = run_interruptible(measure, QUICK if args.quick else FULL, progress)
     except (ChildFailed, BenchFailed) as error:
         raise CommandFailed(f"the benchmark failed: {error}") from error
     if args.json:

@@ -12,6 +12,7 @@ from trio import TooSlowError
 from vfiouser_oob import __version__
 from vfiouser_oob.cli.demo_display import Display, print_functions, print_journeys
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode, explain, leaves
+from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.cli.options import count, option
 from vfiouser_oob.config.devices import read_namespace_size
 from vfiouser_oob.config.schema import Doorbells
@@ -110,11 +111,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, display: Display) -> Sequence[JourneyReport | FunctionReport]:
-    import trio
-
     if args.no_migration:
         options = DemoOptions(args.size, args.functions, args.doorbells, args.seed)
-        return trio.run(show, options, display.line)
+        return run_interruptible(show, options, display.line)
     hosts = HostOptions(
         size=args.size,
         functions=args.functions,
@@ -122,7 +121,7 @@ def _show(args: argparse.Namespace, display: Display) -> Sequence[JourneyReport 
         state_size=args.state_size,
         agents=args.agent,
     )
-    return trio.run(show_migration, hosts, args.seed, display.line, display.meter)
+    return run_interruptible(show_migration, hosts, args.seed, display.line, display.meter)
 
 
 def _explained(error: BaseException) -> CommandFailed:

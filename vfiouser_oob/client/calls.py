@@ -11,7 +11,7 @@ import trio
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.describe import errno_text
 from vfiouser_protocol.errors import LocalProtocolError, ReplyError, VfioUserError
-from vfiouser_protocol.header import Header, command_name
+from vfiouser_protocol.header import ERROR, Header, command_name
 
 
 class Reply(NamedTuple):
@@ -72,18 +72,21 @@ class PendingCall:
     def complete(self, reply: Reply) -> None:
         """Deliver the reply (the connection's side)."""
         self._reply = reply
-        self._finish()
+        self.done = True
+        if self._task is not None:
+            self._wake()
 
     def fail(self, error: VfioUserError) -> None:
         """Deliver that there will be no reply (the connection's side)."""
         self._error = error
-        self._finish()
-
-    def _finish(self) -> None:
         self.done = True
         if self._task is not None:
-            task, self._task = self._task, None
-            trio.lowlevel.reschedule(task)
+            self._wake()
+
+    def _wake(self) -> None:
+        assert self._task is not None
+        task, self._task = self._task, None
+        trio.lowlevel.reschedule(task)
 
     def take(self) -> Reply:
         """Return the reply of a call that is `done`.
@@ -97,7 +100,7 @@ class PendingCall:
         reply, self._reply = self._reply, None
         if reply is None:
             raise LocalProtocolError(f"the reply to {command_name(self.command)} is not there or was taken already")
-        if reply.header.is_error:
+        if reply.header.flags & ERROR:
             for fd in reply.fds:
                 fd.close()
             name = command_name(self.command)

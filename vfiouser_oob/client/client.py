@@ -54,6 +54,9 @@ _REGION_INFO_ROOM = 1024
 #: limit).
 _MAX_ARGSZ = 1 << 20
 _READ_WRITE = DmaMapFlags.READ | DmaMapFlags.WRITE
+#: Plain numbers for the hot path.
+_REGION_READ = int(Command.REGION_READ)
+_REGION_WRITE = int(Command.REGION_WRITE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +281,7 @@ class Client(MigrationCommands):
             offset: offset inside the region.
             count: bytes, at most `max_data_xfer_size`.
         """
-        call = self.exchange_now(Command.REGION_READ, encode(RegionRead(offset, region, count)))
+        call = self.exchange_now(_REGION_READ, encode(RegionRead(offset, region, count)))
         if call.done:
             data = region_data(call.take(), offset, region, count)
             if len(data) == count:
@@ -328,7 +331,7 @@ class Client(MigrationCommands):
         Returns:
             None when it is done.
         """
-        call = self.exchange_now(Command.REGION_WRITE, encode(RegionWrite(offset, region, len(data), data)))
+        call = self.exchange_now(_REGION_WRITE, encode(RegionWrite(offset, region, len(data), data)))
         if call.done:
             check_written(call.take(), len(data))
             return None

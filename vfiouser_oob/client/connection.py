@@ -191,18 +191,16 @@ class Connection:
         Raises:
             ServerGone: the connection has ended.
         """
-        self._check_alive()
+        if self._failure is not None:
+            raise self._gone_already()
         holds_dma = self._serve_dma_when_idle and command in _ACCESSES
         call = PendingCall(self, command, holds_dma)
         call.msg_id, data = self._session.command(command, payload, call)
-        self._start_call(call, data, fds)
-        return call
-
-    def _start_call(self, call: PendingCall, data: bytes, fds: Sequence[int]) -> None:
         self._outstanding.add(call)
-        if call.holds_dma:
+        if holds_dma:
             self._dma.hold()
         self._send(data, fds)
+        return call
 
     def post(self, command: int, payload: bytes) -> None:
         """Send a command with NO_REPLY: nothing tells whether it succeeded.
@@ -210,7 +208,8 @@ class Connection:
         Raises:
             ServerGone: the connection has ended.
         """
-        self._check_alive()
+        if self._failure is not None:
+            raise self._gone_already()
         _, data = self._session.command(command, payload, no_reply=True)
         self._send(data, ())
 
@@ -244,6 +243,8 @@ class Connection:
             await self._main.flushed()
         left = trio.current_effective_deadline() - trio.current_time()
         if left < self._send_guard_s:
+            # A caller that was cancelled has no time left either, but wants to hear of that only.
+            await trio.lowlevel.checkpoint_if_cancelled()
             raise TooLate(f"{command_name(command)} was not sent: only {max(0.0, left):.3f} s are left for its reply")
         return await self.submit(command, payload, fds).wait()
 
@@ -289,7 +290,8 @@ class Connection:
             self._trace(describe(unpack_header(data[:HEADER_SIZE]), data[HEADER_SIZE:], fds, ">"))
 
     def _send(self, data: bytes, fds: Sequence[int]) -> None:
-        self._trace_sent(data, len(fds))
+        if self._trace is not None:
+            self._trace_sent(data, len(fds))
         try:
             self._main.send(data, fds)
         except EndOfStream as error:
@@ -297,9 +299,8 @@ class Connection:
             self._end(str(error))
             raise ServerGone(f"the server cannot be reached: {error}") from error
 
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise ServerGone(f"the server cannot be reached: {self._failure}")
+    def _gone_already(self) -> ServerGone:
+        return ServerGone(f"the server cannot be reached: {self._failure}")
 
     def forget(self, call: PendingCall) -> None:
         """Give up a call; its late reply will be dropped (called by `PendingCall`)."""
@@ -328,15 +329,13 @@ class Connection:
             self._refuse(channel, event)
 
     def _take_reply(self, event: ReplyReceived) -> None:
-        call: PendingCall = event.token
+        call: PendingCall
+        call, header, payload, fds, surplus_fds = event
         self._settle(call)
         self._round_trip_ns = time.perf_counter_ns() - call.sent_ns
-        fds: Sequence[OwnedFd] = ()
-        if event.fds:
-            fds = [OwnedFd(fd) for fd in event.fds]
-        if event.surplus_fds:
-            close_fds(event.surplus_fds)
-        call.complete(Reply(event.header, event.payload, fds))
+        if surplus_fds:
+            close_fds(surplus_fds)
+        call.complete(Reply(header, payload, [OwnedFd(fd) for fd in fds] if fds else ()))
 
     def _refuse(self, channel: MessageSocket, event: Refused) -> None:
         close_fds(event.fds)
@@ -408,7 +407,8 @@ class Connection:
             raise refusal
 
     async def _negotiate(self, nursery: trio.Nursery) -> None:
-        self._check_alive()
+        if self._failure is not None:
+            raise self._gone_already()
         limits = self._limits
         proposal = Capabilities(
             max_msg_fds=limits.max_msg_fds,
@@ -420,7 +420,8 @@ class Connection:
         )
         call = PendingCall(self, Command.VERSION, False)
         call.msg_id, data = self._session.propose(proposal, minor=self._minor, token=call)
-        self._start_call(call, data, ())
+        self._outstanding.add(call)
+        self._send(data, ())
         reply = await call.wait()
         # A descriptor comes only when it is the twin socket's; the session has checked that.
         for fd in reply.fds:

@@ -18,6 +18,9 @@ from vfiouser_protocol.messages import Payload, RegionReadReply, RegionWriteRepl
 
 P = TypeVar("P", bound=Payload)
 
+#: A plain number for the hot path.
+_REGION_READ = int(Command.REGION_READ)
+
 #: Where the dirty bitmap starts in the payloads of DMA_UNMAP and DIRTY_PAGES.
 DIRTY_BITMAP_OFFSET = 40
 
@@ -53,14 +56,14 @@ def region_data(reply: Reply, offset: int, region: int, count: int) -> bytes:
     """
     if not count:
         return b""  # libvfio-user leaves out the whole payload
-    read = decode_reply(RegionReadReply, Command.REGION_READ, reply)
-    if (read.offset, read.region) != (offset, region) or not 0 < read.count <= count:
+    read_offset, read_region, read_count, data = decode_reply_part(RegionReadReply, _REGION_READ, reply.payload)
+    if read_offset != offset or read_region != region or not 0 < read_count <= count:
         raise BadReply(
             f"the server answered a read of {count} bytes at {region}:{offset:#x} "
-            f"with {read.count} bytes at {read.region}:{read.offset:#x}",
+            f"with {read_count} bytes at {read_region}:{read_offset:#x}",
             errno.EIO,
         )
-    return read.data
+    return data
 
 
 def check_written(reply: Reply, count: int) -> None:

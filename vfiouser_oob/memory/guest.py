@@ -67,7 +67,8 @@ class GuestMemory:
         Raises:
             CommandError: with the errno of the refusal; nothing has changed.
         """
-        close_fds(fds[1:])
+        if len(fds) > 1:
+            close_fds(fds[1:])
         file: GuestFile | None = None
         try:
             if fds:

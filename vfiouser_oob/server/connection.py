@@ -15,7 +15,8 @@ from __future__ import annotations
 import errno
 import socket
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -38,7 +39,7 @@ from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, Command
 from vfiouser_protocol.errors import CommandError, StreamError
 from vfiouser_protocol.framing import Message
-from vfiouser_protocol.header import unpack_header
+from vfiouser_protocol.header import NO_REPLY, unpack_header
 from vfiouser_protocol.limits import Limits
 from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
 
@@ -94,6 +95,8 @@ class Connection(ClientLink):
         self.port: MigrationPort | None = None
         self._handlers: dict[int, Handler] = {}
         self._hold: WriteHold | None = None
+        #: How a command is begun; a function that cannot migrate holds nothing back.
+        self._start: Callable[[CommandReceived], Result] = self._start_now
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
@@ -141,7 +144,8 @@ class Connection(ClientLink):
             return str(end)
         except StreamError as error:
             if error.reply is not None:
-                self._send_last(error.reply)
+                with suppress(EndOfStream):
+                    self.stream.send(error.reply)
             self._noise.warning("client's stream cannot be followed; disconnected", error=str(error))
             self.function.note_error(str(error))
             return str(error)
@@ -214,6 +218,7 @@ class Connection(ClientLink):
             v1 = self.port.v1
             self._hold = WriteHold(self.port.engine, -1 if v1 is None else v1.index, self._carry_out, self.log)
             self.port.held_by(self._hold.drained)
+            self._start = self._start_unless_held
         self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
 
     def count(self, command: int) -> None:
@@ -318,7 +323,7 @@ class Connection(ClientLink):
         if outcome.error is not None:
             self._answer_error(event, outcome.error)
 
-    def _start(self, event: CommandReceived) -> Result:
+    def _start_unless_held(self, event: CommandReceived) -> Result:
         hold = self._hold
         if hold is not None and (hold.engine.truth is Truth.UNKNOWN or hold.held):
             held = hold.take(event, lambda: self._carry_out_held(event))
@@ -327,11 +332,11 @@ class Connection(ClientLink):
         return self._start_now(event)
 
     def _start_now(self, event: CommandReceived) -> Result:
-        header = event.header
+        _, header, payload, fds, _ = event
         if self._lost is not None:
-            close_fds(event.fds)
+            close_fds(fds)
             raise CommandError(f"the device is lost ({self._lost})", errno.EIO)
-        return self._handlers[header.command](event.payload, event.fds, header.no_reply)
+        return self._handlers[header.command](payload, fds, header.flags & NO_REPLY != 0)
 
     async def _carry_out_held(self, event: CommandReceived) -> bytes:
         """Do an access that was held back; its reply is the payload."""
@@ -401,11 +406,12 @@ class Connection(ClientLink):
             self._answer_error(event, outcome.error)
 
     def _answer(self, event: CommandReceived, result: bytes | Reply | Pieces) -> None:
-        if isinstance(result, Pieces):
+        if isinstance(result, bytes):
+            self.send(self.session.reply(event.header, result))
+        elif isinstance(result, Pieces):
             self._answer_in_pieces(event, result)
-            return
-        payload, fds = (result, ()) if isinstance(result, bytes) else result
-        self.send(self.session.reply(event.header, payload), fds)
+        else:
+            self.send(self.session.reply(event.header, result.payload), result.fds)
 
     def _answer_in_pieces(self, event: CommandReceived, result: Pieces) -> None:
         head = self.session.reply_head(event.header, result.size)
@@ -451,12 +457,6 @@ class Connection(ClientLink):
             self._twin.stream.send(data)
         except EndOfStream:
             self._scope.cancel()
-
-    def _send_last(self, data: bytes) -> None:
-        try:
-            self.stream.send(data)
-        except EndOfStream:
-            pass
 
     # What the device may ask of the client
 

@@ -88,10 +88,11 @@ class Activity(trio.abc.Instrument):
             return False
         poll = self._epoll.poll
         now = time.perf_counter_ns
+        step_aside = os.sched_yield
         deadline = now() + self._spin_ns
         while now() < deadline:
             # With fewer processors than spinners, whoever has our answer may need this very one to get on.
-            os.sched_yield()
+            step_aside()
             ready = poll(0, 2)
             if ready:
                 self._failures = 0

@@ -12,6 +12,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from struct import Struct
 from typing import TypeAlias
 
 import trio
@@ -29,6 +30,10 @@ _ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
+_SOCKET_LEVEL = int(socket.SOL_SOCKET)
+_RIGHTS = int(socket.SCM_RIGHTS)
+_FD_SIZE = 4
+_unpack_fd = Struct("i").unpack
 #: A piece of state of so many bytes is read to where it stays.
 LARGE = 64 << 10
 #: Chances to linger that are passed over after one in vain: the sender may be slow on purpose.
@@ -252,7 +257,7 @@ class MessageSocket:
             self._put_off(memoryview(data), fds)
             return
         try:
-            sent = self._send_some(data, fds)
+            sent = self._send_some(data, fds) if fds else self._sock.send(data, _NO_SIGNAL)
         except BlockingIOError:
             self._put_off(memoryview(data), fds)
             return
@@ -373,7 +378,10 @@ class MessageSocket:
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     fds: list[int] = []
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            whole = len(data) - len(data) % 4
-            fds.extend(memoryview(data)[:whole].cast("i"))
+        if level == _SOCKET_LEVEL and kind == _RIGHTS:
+            if len(data) == _FD_SIZE:  # usually it is one
+                fds += _unpack_fd(data)
+            else:
+                whole = len(data) - len(data) % _FD_SIZE
+                fds.extend(memoryview(data)[:whole].cast("i"))
     return fds

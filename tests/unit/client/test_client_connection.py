@@ -322,6 +322,17 @@ async def test_nothing_is_sent_when_the_time_is_almost_up() -> None:
         assert [Command.DEVICE_RESET] == [event.header.command for event in server.received]
 
 
+async def test_who_was_cancelled_is_not_told_of_time() -> None:
+    """A command of a cancelled caller ends as cancelled, since nobody is there for another reason."""
+    async with connected(send_guard_s=5.0) as (client, server):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.reset()
+        assert scope.cancelled_caught
+        await client.reset()
+        assert [Command.DEVICE_RESET] == [event.header.command for event in server.received]
+
+
 async def test_time_that_is_lost_behind_others() -> None:
     """A command that could be sent only when its time is almost up, since too much was unsent before, is not sent."""
     go_on = trio.Event()
