@@ -25,7 +25,7 @@ class Hasher:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._lock = threading.Lock()
-        self._chunks: SimpleQueue[bytes | memoryview] = SimpleQueue()
+        self._chunks: SimpleQueue[bytes | memoryview | None] = SimpleQueue()
         self._behind = 0
         self._working = False
         #: Whoever waits, until how many chunks are not hashed, and where to tell.
@@ -53,6 +53,8 @@ class Hasher:
             try:
                 data = self._chunks.get(timeout=_STAY_S)
             except Empty:
+                data = None
+            if data is None:
                 with self._lock:
                     if self._behind:  # it is just being added
                         continue
@@ -82,6 +84,9 @@ class Hasher:
     async def digest(self) -> bytes:
         """Return the digest of all bytes so far."""
         await self._until(0)
+        if self._working:
+            # Most likely that was all; the next one who hashes has the thread at once then.
+            self._chunks.put(None)
         return self._hash.digest()
 
     async def _until(self, behind: int) -> None:
