@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,8 +12,9 @@ import pytest
 import trio
 
 from agentbed import served
+from agentbed.whole_state import load_all, save_all
 from vendors.legacy import RESUMING, RUNNING, SAVING, LegacyServer
-from vfiouser_agents.api import AgentState, Outcome, Phase, Role, Session
+from vfiouser_agents.api import AgentState, Outcome, Phase, Role
 from vfiouser_agents.errors import (
     AgentError,
     ConnectError,
@@ -47,28 +47,6 @@ def assert_kept(results: list[CheckResult]) -> None:
     """No check failed, and enough of them applied for that to mean something."""
     assert [] == [(result.name, result.detail) for result in results if result.outcome is CheckOutcome.FAILED]
     assert sum(result.outcome is CheckOutcome.PASSED for result in results) >= 35
-
-
-async def save_all(session: Session, limit: int = 1000) -> bytes:
-    """Stop a source and save its state."""
-    await session.begin(Role.SOURCE, "m")
-    await session.stop()
-    found, eof = b"", False
-    while not eof:
-        chunk = await session.save(len(found), limit, Phase.FINAL)
-        found, eof = found + chunk.data, chunk.eof
-    return found
-
-
-async def load_all(session: Session, state: bytes) -> None:
-    """Stop a destination and load a state."""
-    await session.begin(Role.DESTINATION, "m")
-    await session.stop()
-    await session.load_begin(len(state))
-    size = session.caps.max_chunk
-    for begin in range(0, len(state), size):
-        await session.load(begin, state[begin : begin + size])
-    await session.load_commit(len(state), hashlib.sha256(state).digest())
 
 
 @pytest.mark.parametrize("order", ["little", "big"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +12,9 @@ import pytest
 import trio
 
 import vendors
+from agentbed.whole_state import load_all, save_all
 from vfiouser_agents.adapters.plugin_so import PluginSoAgent
-from vfiouser_agents.api import AgentState, Outcome, Phase, Role, Session
+from vfiouser_agents.api import AgentState, Outcome, Role
 from vfiouser_agents.errors import (
     AgentError,
     ConnectError,
@@ -60,28 +60,6 @@ def options(library: Path, directory: Path, **more: Any) -> dict[str, Any]:
     return {"path": str(library), "arg": str(directory / "d"), **more}
 
 
-async def save_all(session: Session, limit: int = 5000) -> bytes:
-    """Stop a source and save its state."""
-    await session.begin(Role.SOURCE, "m")
-    await session.stop()
-    found, eof = b"", False
-    while not eof:
-        chunk = await session.save(len(found), limit, Phase.FINAL)
-        found, eof = found + chunk.data, chunk.eof
-    return found
-
-
-async def load_all(session: Session, state: bytes) -> None:
-    """Stop a destination and load a state."""
-    await session.begin(Role.DESTINATION, "m")
-    await session.stop()
-    await session.load_begin(len(state))
-    size = session.caps.max_chunk
-    for begin in range(0, len(state), size):
-        await session.load(begin, state[begin : begin + size])
-    await session.load_commit(len(state), hashlib.sha256(state).digest())
-
-
 async def test_contract(compiled: Compiler, tmp_path: Path) -> None:
     """A library that behaves keeps the contract as far as the capabilities go."""
     factory = partial(make_agent, "plugin-so", options(compiled(), tmp_path, chunk_size=4096))
@@ -102,7 +80,7 @@ async def test_migration(compiled: Compiler, tmp_path: Path) -> None:
     ):
         assert [("nvme0", DEVICE)] == [(entry.function_id, entry.bdf) for entry in await source.functions()]
         sender, receiver = await source.open("nvme0"), await target.open("nvme7")
-        await load_all(receiver, await save_all(sender))
+        await load_all(receiver, await save_all(sender, 5000))
         await receiver.resume()
         for session in (sender, receiver):
             await session.end(Outcome.SUCCESS)
@@ -192,7 +170,7 @@ async def test_misbehaving(
     async with make_agent("plugin-so", options(compiled(*macros), tmp_path, call_timeout_s=1.0)) as agent:
         session = await agent.open(DEVICE)
         with trio.fail_after(10), pytest.raises(kind, match=says):
-            await save_all(session)
+            await save_all(session, 5000)
 
 
 async def test_load_fails(compiled: Compiler, tmp_path: Path) -> None:
@@ -211,9 +189,9 @@ async def test_another_process_after_a_crash(compiled: Compiler, tmp_path: Path)
     async with make_agent("plugin-so", options(compiled(crash_once), tmp_path)) as agent:
         session = await agent.open(DEVICE)
         with pytest.raises(TransportLost, match="SIGABRT during update_pending"):
-            await save_all(session)
+            await save_all(session, 5000)
         assert AgentState.STOPPED is (await session.status()).state
-        assert CONTENT == await save_all(session)
+        assert CONTENT == await save_all(session, 5000)
 
 
 async def test_cancelled_call_kills_the_process(compiled: Compiler, tmp_path: Path) -> None:

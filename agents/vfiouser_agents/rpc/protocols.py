@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Protocol, cast
@@ -33,7 +33,8 @@ class Serve(Protocol):
         """Serve, and tell the address with the port that was really taken."""
 
 
-async def _msgpack_rpc(
+async def _on_streams(
+    serve: Callable[..., Awaitable[None]],
     agent: Agent,
     address: Address,
     tls: TlsOptions | None,
@@ -41,45 +42,18 @@ async def _msgpack_rpc(
     allow_plaintext: bool,
     task_status: trio.TaskStatus[Address],
 ) -> None:
+    """Open the address for what serves an agent on listeners."""
     listeners, shown = await open_at(address, tls, allow_plaintext=allow_plaintext)
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_agent, agent, listeners)
-        task_status.started(shown)
-
-
-async def _jsonrpc(
-    agent: Agent,
-    address: Address,
-    tls: TlsOptions | None,
-    *,
-    allow_plaintext: bool,
-    task_status: trio.TaskStatus[Address],
-) -> None:
-    listeners, shown = await open_at(address, tls, allow_plaintext=allow_plaintext)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve_agent, agent, listeners, codec=JsonCodec))
-        task_status.started(shown)
-
-
-async def _legacy_tcp(
-    agent: Agent,
-    address: Address,
-    tls: TlsOptions | None,
-    *,
-    allow_plaintext: bool,
-    task_status: trio.TaskStatus[Address],
-) -> None:
-    listeners, shown = await open_at(address, tls, allow_plaintext=allow_plaintext)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(serve_legacy, agent, listeners)
+        await nursery.start(serve, agent, listeners)
         task_status.started(shown)
 
 
 #: How each is served: a function, or where to find one that needs more than is always installed.
 PROTOCOLS: Mapping[str, Serve | str] = {
-    "msgpack-rpc": _msgpack_rpc,
-    "jsonrpc": _jsonrpc,
-    "legacy-tcp": _legacy_tcp,
+    "msgpack-rpc": partial(_on_streams, serve_agent),
+    "jsonrpc": partial(_on_streams, partial(serve_agent, codec=JsonCodec)),
+    "legacy-tcp": partial(_on_streams, serve_legacy),
     "grpc": "vfiouser_agents.adapters.grpc_server:serve_grpc",
 }
 
