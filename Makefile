@@ -5,10 +5,13 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 endif
 PYTEST_ARGS ?=
+# Tests that run at a time. Most of them wait for a process or a socket, so two to a processor keep it busy.
+JOBS ?= $(shell echo $$(( 2 * $$(nproc) )))
 
 BIN := .venv/bin
 BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 PYTEST := $(BIN)/python -m pytest
+SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets proto clean venv venv-demo venv-dev
@@ -20,10 +23,10 @@ demo: venv-demo ## see it work without a VMM: NVMe I/O migrates to another host 
 	$(BIN)/vfiouser-oob demo
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
-test-fast: venv-dev ## run all tests but those in virtual machines
-	$(PYTEST) -m "not vm" $(PYTEST_ARGS)
+test-fast: venv-dev ## run what takes two minutes: neither virtual machines nor slow tests
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not vm and not slow" $(PYTEST_ARGS)
 
 test-vm-long: venv-dev ## run the VM tests that take minutes: nested Linux, the oldest kernel, an own one with iommufd
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long

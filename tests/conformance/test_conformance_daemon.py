@@ -17,6 +17,8 @@ from vfiouser_oob.conformance.runner import Outcome, Runner, Verdict
 from vfiouser_oob.conformance.stimulus import PROFILES
 from vfiouser_oob.conformance.trial import Target
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 30.0
 TIMEOUT_S = 5.0

@@ -26,6 +26,8 @@ from vfiouser_oob.demo.children import running
 from vfiouser_oob.demo.hosts import HostOptions, two_hosts
 from vfiouser_oob.demo.workload import Workload
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place() -> Iterator[Path]:

@@ -10,8 +10,9 @@ import tempfile
 
 import pytest
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_quick_benchmark_measures_everything() -> None:
     """Every figure of the report is measured on real processes and compared with its baseline; nothing is
     left behind.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from fakeserver import open_fds
+from openfds import open_fds
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import ClientMemory
@@ -22,6 +22,8 @@ from vfiouser_oob.client.nvme_layout import NvmeError
 from vfiouser_oob.demo.children import Child, ChildFailed, running
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import ReplyError
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

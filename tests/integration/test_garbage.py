@@ -21,6 +21,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.slow
+
 HEADER = struct.Struct("<HHIII")
 HELLO = struct.pack("<HH", 0, 2) + b'{"capabilities":{"max_msg_fds":8,"write_multiple":true}}\0'
 ROOT = Path(__file__).parents[2]

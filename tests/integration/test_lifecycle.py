@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from daemonkit import function, open_fds, serving
+from daemonkit import function, serving
+from openfds import open_fds
 from rawclient import (
     DMA_MAP,
     DMA_READ,

@@ -64,6 +64,8 @@ from vfiouser_agents.memory import MemoryFunction
 from vfiouser_oob.config.schema import MigrationConfig, UpstreamDevice
 from vfiouser_oob.migration.standing import Truth
 
+pytestmark = pytest.mark.slow
+
 #: Short, since each hung call costs one of these.
 QUICK = MigrationConfig(chunk_size=64 << 10, v1_data_size=64 << 10, call_s=0.2, stop_s=0.2, data_s=0.2, retry_s=0.01)
 BUDGET_S = 1.0

@@ -15,6 +15,8 @@ from vfiouser_oob.client.vmm.side import Generation
 from vfiouser_oob.demo.hosts import HostOptions, two_hosts
 from vfiouser_protocol.constants import RegionIndex
 
+pytestmark = pytest.mark.slow
+
 CC, CSTS, AQA = 0x14, 0x1C, 0x24
 PCI_EXPRESS, DEVICE_CONTROL, INITIATE_FLR = 0x10, 8, 0x8000
 

@@ -20,6 +20,8 @@ from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.vmm.side import Generation
 from vfiouser_protocol.constants import RegionIndex
 
+pytestmark = pytest.mark.slow
+
 RUNNING, STOPPED, LOADING = AgentState.RUNNING, AgentState.STOPPED, AgentState.LOADING
 CC, CSTS = 0x14, 0x1C
 

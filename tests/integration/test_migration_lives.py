@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from daemonkit import function, open_fds, serving
+from daemonkit import function, serving
 from migrationkit import (
     FAST,
     PRE_COPY,
@@ -29,6 +29,7 @@ from migrationkit import (
     until,
     with_caps,
 )
+from openfds import open_fds
 from rawclient import CONFIG, RESET, connect
 from vfiouser_agents.api import AgentState, Outcome, Role
 from vfiouser_agents.errors import AgentError, Busy, DeviceFailed

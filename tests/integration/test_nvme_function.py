@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from daemonkit import function, open_fds, serving
+from daemonkit import function, serving
+from openfds import open_fds
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.nvme_driver import NvmeDriver

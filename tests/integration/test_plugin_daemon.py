@@ -24,6 +24,8 @@ from vfiouser_oob.demo.hosts import HOSTS, HostOptions, HostPair, two_hosts
 from vfiouser_oob.demo.workload import Workload
 from vfiouser_protocol.errors import ReplyError
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "0000:3b:00.2"
 LEGACY = ("legacy-tcp", "legacy-tcp")
 

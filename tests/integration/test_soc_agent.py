@@ -29,6 +29,8 @@ from vfiouser_oob.client.nvme_driver import NvmeDriver
 from vfiouser_oob.demo.children import Child, running
 from vfiouser_protocol.constants import IrqIndex
 
+pytestmark = pytest.mark.slow
+
 MEMORY_BASE, MEMORY_SIZE = 0x2_0000_0000, 16 << 20
 CHUNK = 1 << 20
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import trio
 
-from daemonkit import function, open_fds, serving
+from daemonkit import function, serving
 from fakeserver import Answer, FakeServer, Handler
+from openfds import open_fds
 from rawclient import DMA_MAP, NO_REPLY, REGION_WRITE, RESET, RawClient, attached, map_request, memfd
 from vfiouser_oob.config.schema import UpstreamDevice
 from vfiouser_oob.transport.listener import listen_on_path

@@ -19,6 +19,8 @@ from vfiouser_oob.demo.children import Child
 from vfiouser_oob.demo.hosts import HostOptions, HostPair, two_hosts
 from vfiouser_oob.demo.workload import Workload
 
+pytestmark = pytest.mark.slow
+
 SMALL_VM = 2 << 20
 
 
@@ -178,7 +180,6 @@ def resident(child: Child, field: str) -> int:
     raise AssertionError(f"{field} is not there")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", list(Generation))
 async def test_a_gigabyte_of_state(place: Path, generation: Generation) -> None:
     """However much state there is, neither daemon grows by more than 64 MiB."""

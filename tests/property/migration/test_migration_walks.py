@@ -15,7 +15,6 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daemonkit import open_fds
 from migrationkit import (
     PRE_COPY,
     RESUMING,
@@ -34,6 +33,7 @@ from migrationkit import (
     bed,
     until,
 )
+from openfds import open_fds
 from rawclient import CONFIG, RESET
 from vfiouser_agents.errors import Busy
 from vfiouser_agents.faults import Drops, Fails

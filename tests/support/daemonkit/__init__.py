@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -74,14 +73,3 @@ async def serving(
         daemon = await nursery.start(partial(run_daemon, config, agents=make))
         yield daemon
         nursery.cancel_scope.cancel()
-
-
-def open_fds() -> dict[int, str]:
-    """What this process has open: descriptor to target, without the listing's own descriptor."""
-    found = {}
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
-        except OSError:
-            pass
-    return found

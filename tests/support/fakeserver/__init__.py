@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -217,14 +216,3 @@ async def connected(
         await nursery.start(server.run)
         async with Client.from_socket(ours, **client_options) as client:
             yield client, server
-
-
-def open_fds() -> dict[int, str]:
-    """What this process has open: descriptor to target, without the listing's own descriptor."""
-    found = {}
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
-        except OSError:
-            pass
-    return found

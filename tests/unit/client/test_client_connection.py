@@ -9,7 +9,8 @@ import socket
 import pytest
 import trio
 
-from fakeserver import Answer, FakeServer, Handler, connected, open_fds
+from fakeserver import Answer, FakeServer, Handler, connected
+from openfds import open_fds
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.errors import ServerGone, TooLate
 from vfiouser_protocol.codec import decode, encode

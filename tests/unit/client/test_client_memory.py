@@ -7,7 +7,8 @@ import struct
 
 import pytest
 
-from fakeserver import Answer, Handler, connected, open_fds
+from fakeserver import Answer, Handler, connected
+from openfds import open_fds
 from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
 from vfiouser_protocol.codec import decode
