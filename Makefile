@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets proto clean venv venv-demo venv-dev
+.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets proto pages clean venv venv-demo venv-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine
 
 proto: venv-dev ## compile the .proto of the gRPC agents again, after it was changed
 	$(BIN)/python tools/protoc.py
+
+pages: venv-dev ## write the reference pages that are made from declarations
+	$(BIN)/python tools/messages_page.py
 
 clean: ## remove what make made, except the downloads in .cache
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,41 +1,48 @@
 """Payloads to bytes and back, for both roles.
 
-`encode` and `decode` know every class of `messages`. What is hot goes through `codec_hot`; everything else
-through the construct declaration itself. Decoding is *syntax only*: a payload that is too short or
+`encode` and `decode` know every class of `messages`, through the codec that was derived from its declaration or, where
+there is none, through construct itself. Decoding is *syntax only*: a payload that is too short or
 contradicts itself is refused, while what its values mean for a device is judged by the models (`dma`, `irq`,
 `regions`) and by `rules`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from struct import error as struct_error
+from types import MappingProxyType
 from typing import TypeVar
 
 from construct import ConstructError
 
-from vfiouser_protocol import codec_hot
-from vfiouser_protocol.codec_declared import LayoutRow, build_declared, layout_table, parse_declared
-from vfiouser_protocol.describe import PHRASES, errno_text
+from vfiouser_protocol.codec_declared import build_declared, parse_declared
+from vfiouser_protocol.codec_derived import Twin, derive
+from vfiouser_protocol.commands import COMMANDS
 from vfiouser_protocol.errors import CommandError, LocalProtocolError
-from vfiouser_protocol.header import Header, command_name
-from vfiouser_protocol.messages import PAYLOADS, DirtyPages, Empty, Payload
-
-__all__ = [
-    "LayoutRow",
-    "build_declared",
-    "decode",
-    "describe",
-    "encode",
-    "layout_table",
-    "parse_declared",
-    "reply_class",
-    "request_class",
-]
+from vfiouser_protocol.fields import Payload, phrase
+from vfiouser_protocol.header import Header, command_name, errno_text
+from vfiouser_protocol.messages import (
+    DirtyPages,
+    Empty,
+    FeatureDeviceState,
+    FeatureLoggingReport,
+    FeatureLoggingStart,
+    FeatureMigration,
+)
 
 P = TypeVar("P", bound=Payload)
 
-_encoder_of = codec_hot.ENCODERS.get
-_decoder_of = codec_hot.DECODERS.get
+#: Every payload: those of the commands, and those that DEVICE_FEATURE carries.
+PAYLOADS: frozenset[type[Payload]] = frozenset(
+    {payload for spec in COMMANDS.values() for payload in (spec.request, spec.reply)}
+    | {FeatureMigration, FeatureDeviceState, FeatureLoggingStart, FeatureLoggingReport}
+)
+#: The derived codec of each payload that has one.
+TWINS: Mapping[type[Payload], Twin] = MappingProxyType(
+    {cls: twin for cls in PAYLOADS if (twin := derive(cls)) is not None}
+)
+_encoder_of = {cls: twin.encode for cls, twin in TWINS.items()}.get
+_decoder_of = {cls: twin.decode for cls, twin in TWINS.items()}.get
 #: What struct and construct raise for values or bytes that do not fit. OverflowError: a 64-bit count used as
 #: a length.
 _MISFITS = (struct_error, ConstructError, ValueError, OverflowError, TypeError)
@@ -67,7 +74,7 @@ def decode(cls: type[P], payload: bytes) -> P:
     bytes there must be (region and DMA data, REGION_WRITE_MULTI).
 
     Args:
-        cls: what the payload should be; see `request_class` and `reply_class`.
+        cls: what the payload should be.
         payload: the bytes behind the header.
 
     Returns:
@@ -85,38 +92,6 @@ def decode(cls: type[P], payload: bytes) -> P:
         raise CommandError(
             f"{len(payload)} bytes are not a {cls.__name__} ({_first_line(exc)}); refused with EINVAL"
         ) from exc
-
-
-def request_class(command: int) -> type[Payload]:
-    """Return the request payload of a command.
-
-    Args:
-        command: command number.
-
-    Raises:
-        CommandError: EINVAL, there is no such command.
-    """
-    return _payloads(command)[0]
-
-
-def reply_class(command: int) -> type[Payload]:
-    """Return the success reply's payload of a command; that of DIRTY_PAGES is empty unless it is
-    GET_BITMAP's.
-
-    Args:
-        command: command number.
-
-    Raises:
-        CommandError: EINVAL, there is no such command.
-    """
-    return _payloads(command)[1]
-
-
-def _payloads(command: int) -> tuple[type[Payload], type[Payload]]:
-    try:
-        return PAYLOADS[command]
-    except KeyError:
-        raise CommandError(f"{command_name(command)} is not in the protocol; refused with EINVAL") from None
 
 
 def _first_line(exc: Exception) -> str:
@@ -156,14 +131,13 @@ def describe(header: Header, payload: bytes, nfds: int, direction: str) -> str:
 
 
 def _describe_payload(header: Header, payload: bytes) -> str:
-    classes = PAYLOADS.get(header.command)
-    if classes is None or not (header.is_command or header.is_reply):
+    spec = COMMANDS.get(header.command)
+    if spec is None or not (header.is_command or header.is_reply):
         return f"payload={len(payload)}"
-    cls = classes[header.is_reply]
+    cls = spec.reply if header.is_reply else spec.request
     if header.is_reply and cls is DirtyPages and not payload:
         cls = Empty
     try:
-        message = decode(cls, payload)
+        return phrase(decode(cls, payload))
     except CommandError:
         return f"malformed payload={len(payload)}"
-    return PHRASES[cls](message)

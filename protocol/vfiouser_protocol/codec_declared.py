@@ -1,22 +1,21 @@
-"""The codec that follows the construct declarations themselves, and the tables of the manual made from them.
+"""The codec that is construct itself, following the declarations.
 
-It serves what is rare; for what is hot it is what the twins in `codec_hot` are measured against.
+It serves the layouts that `codec_derived` leaves to it, and it is what the derived codecs are held against.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from construct import ConstructError, IfThenElse, Struct
-
-from vfiouser_protocol.messages import LAYOUTS, NESTED, Payload, RegionIoFds
+from vfiouser_protocol.fields import Payload, items_of, layout_of
+from vfiouser_protocol.messages import RegionIoFds
 from vfiouser_protocol.messages_device import REGION_IO_FDS_FIXED
 
 P = TypeVar("P", bound=Payload)
 
 
 def build_declared(message: Payload) -> bytes:
-    """Encode by the construct declaration, whatever twin there may be.
+    """Encode by the construct declaration, whatever derived codec there may be.
 
     Args:
         message: one of the classes of `messages`.
@@ -25,19 +24,19 @@ def build_declared(message: Payload) -> bytes:
         ConstructError: a value does not fit; ValueError: the entries of a `RegionIoFds` do not fit its argsz.
     """
     values = message._asdict()
-    nested = NESTED.get(type(message))
+    nested = items_of(type(message))
     if nested is not None:
         field, _item = nested
         values[field] = [item._asdict() for item in values[field]]
     # Without entries it is a request, or a reply shortened because argsz was too small.
     if isinstance(message, RegionIoFds) and message.entries:
         _check_io_fds(message)
-    built: bytes = LAYOUTS[type(message)].build(values)
+    built: bytes = layout_of(type(message)).build(values)
     return built
 
 
 def parse_declared(cls: type[P], payload: bytes) -> P:
-    """Decode by the construct declaration, whatever twin there may be.
+    """Decode by the construct declaration, whatever derived codec there may be.
 
     Args:
         cls: what the payload should be.
@@ -46,16 +45,16 @@ def parse_declared(cls: type[P], payload: bytes) -> P:
     Raises:
         ConstructError: the payload is too short; OverflowError or ValueError: it contradicts itself.
     """
-    parsed = LAYOUTS[cls].parse(payload)
+    parsed = layout_of(cls).parse(payload)
     values = {name: parsed[name] for name in cls._fields}
-    nested = NESTED.get(cls)
+    nested = items_of(cls)
     if nested is not None:
         field, item = nested
         # Short entries lack the fields that only long ones have.
         values[field] = tuple(
             item(**{name: entry[name] for name in item._fields if name in entry}) for entry in values[field] or ()
         )
-    message = cls(**values)
+    message = cls._make(values[name] for name in cls._fields)
     if isinstance(message, RegionIoFds) and message.count and len(payload) > REGION_IO_FDS_FIXED:
         _check_io_fds(message)
     return message
@@ -68,45 +67,3 @@ def _check_io_fds(message: RegionIoFds) -> None:
     needed = REGION_IO_FDS_FIXED + stride * message.count
     if (len(entries), needed) != (message.count, message.argsz):
         raise ValueError(f"{len(entries)} entries do not make count {message.count} and argsz {message.argsz}")
-
-
-class LayoutRow(NamedTuple):
-    """One field of a layout.
-
-    Args:
-        offset: bytes from the start of the payload.
-        size: bytes, or None if it varies.
-        name: the field's name.
-    """
-
-    offset: int
-    size: int | None
-    name: str
-
-
-def layout_table(what: type[Payload] | Struct) -> list[LayoutRow]:
-    """Return the rows of a layout table, derived from its construct declaration.
-
-    Args:
-        what: a payload class, or a layout such as `HEADER_LAYOUT`.
-
-    Returns:
-        The fields in order; only the last may vary in size. A field that is there only under a condition (the
-        bitmap fields) is listed as if it were there.
-    """
-    layout = LAYOUTS[what] if isinstance(what, type) else what
-    rows = []
-    offset = 0
-    for field in layout.subcons:
-        if field.name is None:
-            continue
-        content = field.subcon
-        if isinstance(content, IfThenElse):
-            content = content.thensubcon
-        try:
-            size = content.sizeof()
-        except ConstructError:
-            size = None
-        rows.append(LayoutRow(offset, size, field.name))
-        offset += size or 0
-    return rows

@@ -1,7 +1,7 @@
 """The command table: who may send what and when, how short a request may be, and which descriptors go with
 it.
 
-`session` is the only reader that acts on it; the manual's command list is printed from it.
+`session` is the only reader that acts on it; the reference page of messages is printed from it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple
 
+from vfiouser_protocol import messages as m
 from vfiouser_protocol.constants import Command
+from vfiouser_protocol.fields import least_size
 from vfiouser_protocol.limits import ACCEPTED_MSG_FDS
-from vfiouser_protocol.messages import PAYLOADS, Payload
 
 
 class Role(Enum):
@@ -46,7 +47,7 @@ class CommandSpec(NamedTuple):
         command: the number.
         sender: who sends the command; the other end replies.
         phase: the one phase in which it is legal.
-        min_payload: bytes that a request must have at least; more is judged by the codec.
+        min_payload: bytes that a request must have at least, by its layout; more is judged by the codec.
         request_fds: most file descriptors that a request keeps; surplus ones are closed, except where every
             number
             is the model's business (SET_IRQS, whose count of descriptors is part of its meaning).
@@ -67,14 +68,15 @@ class CommandSpec(NamedTuple):
     reply_fds: int
     no_reply: bool
     needs: str | None
-    request: type[Payload]
-    reply: type[Payload]
+    request: type[m.Payload]
+    reply: type[m.Payload]
 
 
 def _row(
     command: Command,
     sender: Role,
-    min_payload: int,
+    request: type[m.Payload],
+    reply: type[m.Payload] = m.Empty,
     *,
     phase: Phase = Phase.READY,
     request_fds: int = 0,
@@ -82,9 +84,10 @@ def _row(
     no_reply: bool = True,
     needs: str | None = None,
 ) -> tuple[int, CommandSpec]:
-    request, reply = PAYLOADS[command]
-    spec = CommandSpec(command, sender, phase, min_payload, request_fds, reply_fds, no_reply, needs, request, reply)
-    return int(command), spec
+    least = least_size(request)
+    return int(command), CommandSpec(
+        command, sender, phase, least, request_fds, reply_fds, no_reply, needs, request, reply
+    )
 
 
 _C, _S = Role.CLIENT, Role.SERVER
@@ -93,24 +96,25 @@ _C, _S = Role.CLIENT, Role.SERVER
 COMMANDS: Mapping[int, CommandSpec] = MappingProxyType(
     dict(
         [
-            _row(Command.VERSION, _C, 4, phase=Phase.NEGOTIATING, reply_fds=1, no_reply=False),
-            _row(Command.DMA_MAP, _C, 32, request_fds=1),
-            _row(Command.DMA_UNMAP, _C, 24),
-            _row(Command.DEVICE_GET_INFO, _C, 16),
-            _row(Command.DEVICE_GET_REGION_INFO, _C, 32, reply_fds=1),
-            _row(Command.DEVICE_GET_REGION_IO_FDS, _C, 16, reply_fds=ACCEPTED_MSG_FDS),
-            _row(Command.DEVICE_GET_IRQ_INFO, _C, 16),
-            _row(Command.DEVICE_SET_IRQS, _C, 20, request_fds=ACCEPTED_MSG_FDS),
-            _row(Command.REGION_READ, _C, 16),
-            _row(Command.REGION_WRITE, _C, 16),
-            _row(Command.DMA_READ, _S, 16),
-            _row(Command.DMA_WRITE, _S, 16),
-            _row(Command.DEVICE_RESET, _C, 0),
-            _row(Command.DIRTY_PAGES, _C, 8),
-            _row(Command.REGION_WRITE_MULTI, _C, 8, needs="write_multiple"),
-            _row(Command.DEVICE_FEATURE, _C, 8),
-            _row(Command.MIG_DATA_READ, _C, 8),
-            _row(Command.MIG_DATA_WRITE, _C, 8),
+            _row(Command.VERSION, _C, m.Version, m.Version, phase=Phase.NEGOTIATING, reply_fds=1, no_reply=False),
+            _row(Command.DMA_MAP, _C, m.DmaMap, request_fds=1),
+            _row(Command.DMA_UNMAP, _C, m.DmaUnmap, m.DmaUnmap),
+            _row(Command.DEVICE_GET_INFO, _C, m.DeviceInfo, m.DeviceInfo),
+            _row(Command.DEVICE_GET_REGION_INFO, _C, m.RegionInfo, m.RegionInfo, reply_fds=1),
+            _row(Command.DEVICE_GET_REGION_IO_FDS, _C, m.RegionIoFds, m.RegionIoFds, reply_fds=ACCEPTED_MSG_FDS),
+            _row(Command.DEVICE_GET_IRQ_INFO, _C, m.IrqInfo, m.IrqInfo),
+            _row(Command.DEVICE_SET_IRQS, _C, m.SetIrqs, request_fds=ACCEPTED_MSG_FDS),
+            _row(Command.REGION_READ, _C, m.RegionRead, m.RegionReadReply),
+            _row(Command.REGION_WRITE, _C, m.RegionWrite, m.RegionWriteReply),
+            _row(Command.DMA_READ, _S, m.DmaRead, m.DmaReadReply),
+            _row(Command.DMA_WRITE, _S, m.DmaWrite, m.DmaWriteReply),
+            _row(Command.DEVICE_RESET, _C, m.Empty),
+            # The reply is empty unless a bitmap was asked for.
+            _row(Command.DIRTY_PAGES, _C, m.DirtyPages, m.DirtyPages),
+            _row(Command.REGION_WRITE_MULTI, _C, m.RegionWriteMulti, m.RegionWriteMultiReply, needs="write_multiple"),
+            _row(Command.DEVICE_FEATURE, _C, m.DeviceFeature, m.DeviceFeature),
+            _row(Command.MIG_DATA_READ, _C, m.MigDataRead, m.MigDataReadReply),
+            _row(Command.MIG_DATA_WRITE, _C, m.MigDataWrite),
         ]
     )
 )

@@ -6,6 +6,7 @@ twins, because every message passes through them.
 
 from __future__ import annotations
 
+from errno import errorcode
 from struct import Struct as PackedStruct
 from struct import error as struct_error
 from typing import NamedTuple
@@ -159,3 +160,12 @@ def command_name(command: int) -> str:
         return Command(command).name
     except ValueError:
         return f"command {command}"
+
+
+def errno_text(errno: int) -> str:
+    """Return the name of an error number, or the number.
+
+    Args:
+        errno: any number; 0 is legal in an error reply.
+    """
+    return errorcode.get(errno, f"errno={errno}")

@@ -1,21 +1,18 @@
 """Payloads about the device: version, information, interrupts, region access and reset.
 
-Each payload is a NamedTuple, below the construct declaration of its layout. Variable parts come last and are
-plain bytes; what the parts mean is told by `regions` and `irq`. The fields `index` and `count`, named so by
-the specification, hide tuple methods that nobody needs here; mypy wants to be told.
+Variable parts come last and are plain bytes; what the parts mean is told by `regions` and `irq`. The fields `index` and
+`count`, named so by the specification, hide tuple methods that nobody needs here; mypy wants to be told.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from construct import (
     Array,
     Bytes,
     FixedSized,
-    GreedyBytes,
     GreedyRange,
-    Int16ul,
     Int32ul,
     Int64ul,
     Rebuild,
@@ -26,7 +23,28 @@ from construct import (
     this,
 )
 
-VERSION_LAYOUT = Struct("major" / Int16ul, "minor" / Int16ul, "data" / GreedyBytes)
+from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, IrqInfoFlags, IrqSetFlags, RegionIndex
+from vfiouser_protocol.fields import (
+    AT,
+    U16,
+    U32,
+    U64,
+    Rest,
+    Show,
+    quoted,
+    shown,
+    shown_flags,
+    shown_hex,
+    shown_length,
+    shown_letters,
+    shown_member,
+)
+
+REGION = shown_member("region=", RegionIndex)
+IRQ = shown_member("irq=", IrqIndex)
+MINOR = Show(lambda minor: f".{minor}", close=True)
+FIRST = Show(lambda start: f"[{start}", close=True)
+VECTORS = Show(lambda count: f"+{count}]", close=True)
 
 
 class Version(NamedTuple):
@@ -40,19 +58,13 @@ class Version(NamedTuple):
     Spec: vfio-user, VFIO_USER_VERSION.
     """
 
-    major: int
-    minor: int
-    data: bytes = b""
-
-
-EMPTY_LAYOUT = Struct()
+    major: Annotated[U16, Show()]
+    minor: Annotated[U16, MINOR]
+    data: Annotated[Rest, Show(quoted, unless=b"")] = b""
 
 
 class Empty(NamedTuple):
     """No payload: DEVICE_RESET, and the replies to DMA_MAP, SET_IRQS, DEVICE_RESET and MIG_DATA_WRITE."""
-
-
-DEVICE_INFO_LAYOUT = Struct("argsz" / Int32ul, "flags" / Int32ul, "num_regions" / Int32ul, "num_irqs" / Int32ul)
 
 
 class DeviceInfo(NamedTuple):
@@ -67,21 +79,10 @@ class DeviceInfo(NamedTuple):
     Spec: vfio-user, VFIO_USER_DEVICE_GET_INFO.
     """
 
-    argsz: int
-    flags: int = 0
-    num_regions: int = 0
-    num_irqs: int = 0
-
-
-REGION_INFO_LAYOUT = Struct(
-    "argsz" / Int32ul,
-    "flags" / Int32ul,
-    "index" / Int32ul,
-    "cap_offset" / Int32ul,
-    "size" / Int64ul,
-    "offset" / Int64ul,
-    "capabilities" / GreedyBytes,
-)
+    argsz: Annotated[U32, shown("argsz=")]
+    flags: Annotated[U32, shown_flags(DeviceInfoFlags)] = 0
+    num_regions: Annotated[U32, shown("regions=", unless=0)] = 0
+    num_irqs: Annotated[U32, shown("irqs=", unless=0)] = 0
 
 
 class RegionInfo(NamedTuple):
@@ -99,13 +100,13 @@ class RegionInfo(NamedTuple):
     Spec: vfio-user, VFIO_USER_DEVICE_GET_REGION_INFO.
     """
 
-    argsz: int
-    flags: int
-    index: int  # type: ignore[assignment]
-    cap_offset: int = 0
-    size: int = 0
-    offset: int = 0
-    capabilities: bytes = b""
+    argsz: Annotated[U32, shown("argsz=")]
+    flags: Annotated[U32, shown_letters("rwmc")]
+    index: Annotated[U32, REGION]  # type: ignore[assignment]
+    cap_offset: U32 = 0
+    size: Annotated[U64, shown_hex("size=")] = 0
+    offset: U64 = 0
+    capabilities: Annotated[Rest, shown_length("caps=")] = b""
 
 
 IO_FD_ENTRY_LAYOUT = Struct(
@@ -162,17 +163,9 @@ REGION_IO_FDS_FIXED = 16
 #: count, as the v1 specification and libvfio-user have it; the (argsz - 32) of the v2 text does not fit its
 #: own fixed part.
 IO_FD_ENTRY_LAYOUTS = {40: IO_FD_ENTRY_LAYOUT, 48: IO_FD_SHADOW_ENTRY_LAYOUT}
-
-REGION_IO_FDS_LAYOUT = Struct(
-    "argsz" / Int32ul,
-    "flags" / Int32ul,
-    "index" / Int32ul,
-    "count" / Int32ul,
-    "entries"
-    / Switch(
-        lambda context: (context.argsz - REGION_IO_FDS_FIXED) // context.count if context.count else 0,
-        {size: GreedyRange(layout) for size, layout in IO_FD_ENTRY_LAYOUTS.items()},
-    ),
+_IO_FD_ENTRIES = Switch(
+    lambda context: (context.argsz - REGION_IO_FDS_FIXED) // context.count if context.count else 0,
+    {size: GreedyRange(layout) for size, layout in IO_FD_ENTRY_LAYOUTS.items()},
 )
 
 
@@ -189,14 +182,11 @@ class RegionIoFds(NamedTuple):
     Spec: vfio-user, VFIO_USER_DEVICE_GET_REGION_IO_FDS.
     """
 
-    argsz: int
-    flags: int
-    index: int  # type: ignore[assignment]
-    count: int = 0  # type: ignore[assignment]
-    entries: tuple[IoFdEntry, ...] = ()
-
-
-IRQ_INFO_LAYOUT = Struct("argsz" / Int32ul, "flags" / Int32ul, "index" / Int32ul, "count" / Int32ul)
+    argsz: U32
+    flags: U32
+    index: Annotated[U32, REGION]  # type: ignore[assignment]
+    count: Annotated[U32, shown("count=")] = 0  # type: ignore[assignment]
+    entries: Annotated[tuple[IoFdEntry, ...], _IO_FD_ENTRIES] = ()
 
 
 class IrqInfo(NamedTuple):
@@ -211,20 +201,10 @@ class IrqInfo(NamedTuple):
     Spec: vfio-user, VFIO_USER_DEVICE_GET_IRQ_INFO.
     """
 
-    argsz: int
-    flags: int
-    index: int  # type: ignore[assignment]
-    count: int = 0  # type: ignore[assignment]
-
-
-SET_IRQS_LAYOUT = Struct(
-    "argsz" / Int32ul,
-    "flags" / Int32ul,
-    "index" / Int32ul,
-    "start" / Int32ul,
-    "count" / Int32ul,
-    "data" / GreedyBytes,
-)
+    argsz: U32
+    flags: Annotated[U32, shown_flags(IrqInfoFlags)]
+    index: Annotated[U32, IRQ]  # type: ignore[assignment]
+    count: Annotated[U32, shown("count=", unless=0)] = 0  # type: ignore[assignment]
 
 
 class SetIrqs(NamedTuple):
@@ -241,18 +221,12 @@ class SetIrqs(NamedTuple):
     Spec: vfio-user, VFIO_USER_DEVICE_SET_IRQS.
     """
 
-    argsz: int
-    flags: int
-    index: int  # type: ignore[assignment]
-    start: int
-    count: int  # type: ignore[assignment]
-    data: bytes = b""
-
-
-REGION_ACCESS_LAYOUT = Struct("offset" / Int64ul, "region" / Int32ul, "count" / Int32ul)
-REGION_DATA_LAYOUT = Struct(
-    "offset" / Int64ul, "region" / Int32ul, "count" / Int32ul, "data" / Bytes(this.count), Terminated
-)
+    argsz: U32
+    flags: Annotated[U32, shown_flags(IrqSetFlags)]
+    index: Annotated[U32, IRQ]  # type: ignore[assignment]
+    start: Annotated[U32, FIRST]
+    count: Annotated[U32, VECTORS]  # type: ignore[assignment]
+    data: Rest = b""
 
 
 class RegionRead(NamedTuple):
@@ -266,18 +240,18 @@ class RegionRead(NamedTuple):
     Spec: vfio-user, VFIO_USER_REGION_READ.
     """
 
-    offset: int
-    region: int
-    count: int  # type: ignore[assignment]
+    offset: Annotated[U64, AT]
+    region: Annotated[U32, REGION]
+    count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
 
 
 class RegionReadReply(NamedTuple):
     """REGION_READ reply: the request's fields and the bytes that were read."""
 
-    offset: int
-    region: int
-    count: int  # type: ignore[assignment]
-    data: bytes
+    offset: Annotated[U64, AT]
+    region: Annotated[U32, REGION]
+    count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
+    data: Annotated[bytes, Bytes(this.count), Terminated]
 
 
 class RegionWrite(NamedTuple):
@@ -292,18 +266,18 @@ class RegionWrite(NamedTuple):
     Spec: vfio-user, VFIO_USER_REGION_WRITE.
     """
 
-    offset: int
-    region: int
-    count: int  # type: ignore[assignment]
-    data: bytes
+    offset: Annotated[U64, AT]
+    region: Annotated[U32, REGION]
+    count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
+    data: Annotated[bytes, Bytes(this.count), Terminated]
 
 
 class RegionWriteReply(NamedTuple):
     """REGION_WRITE reply: the request's fields; `count` bytes were written."""
 
-    offset: int
-    region: int
-    count: int  # type: ignore[assignment]
+    offset: Annotated[U64, AT]
+    region: Annotated[U32, REGION]
+    count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
 
 
 #: A write of REGION_WRITE_MULTI has room for eight bytes, of which the first `count` are meant.
@@ -314,11 +288,7 @@ MULTI_WRITE_LAYOUT = Struct(
     "count" / Int32ul,
     "data" / FixedSized(MULTI_WRITE_ROOM, Bytes(this.count)),
 )
-REGION_WRITE_MULTI_LAYOUT = Struct(
-    "wr_cnt" / Rebuild(Int64ul, len_(this.writes)),
-    "writes" / Array(this.wr_cnt, MULTI_WRITE_LAYOUT),
-    Terminated,
-)
+_WR_CNT = "wr_cnt" / Rebuild(Int64ul, len_(this.writes))
 
 
 class RegionWriteMulti(NamedTuple):
@@ -330,10 +300,9 @@ class RegionWriteMulti(NamedTuple):
     Spec: vfio-user, VFIO_USER_REGION_WRITE_MULTI; usable when both sides announced `write_multiple`.
     """
 
-    writes: tuple[RegionWrite, ...]
-
-
-REGION_WRITE_MULTI_REPLY_LAYOUT = Struct("wr_cnt" / Int64ul)
+    writes: Annotated[
+        tuple[RegionWrite, ...], _WR_CNT, Array(this.wr_cnt, MULTI_WRITE_LAYOUT), Terminated, shown_length("writes=")
+    ]
 
 
 class RegionWriteMultiReply(NamedTuple):
@@ -343,4 +312,4 @@ class RegionWriteMultiReply(NamedTuple):
         wr_cnt: writes that were done.
     """
 
-    wr_cnt: int
+    wr_cnt: Annotated[U64, shown("done=")]

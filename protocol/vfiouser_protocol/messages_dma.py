@@ -5,13 +5,15 @@ The field `count` hides a tuple method that nobody needs here; mypy wants to be 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from construct import Bytes, Computed, GreedyBytes, If, IfThenElse, Int32ul, Int64ul, Struct, Terminated, this
+from construct import Bytes, Computed, GreedyBytes, If, IfThenElse, Int64ul, Terminated, this
 
 from vfiouser_protocol.constants import DirtyPagesFlags, DmaUnmapFlags
+from vfiouser_protocol.fields import LENGTH, START, U32, U64, Show, letters, shown, shown_flags, shown_hex
 
-DMA_MAP_LAYOUT = Struct("argsz" / Int32ul, "flags" / Int32ul, "offset" / Int64ul, "address" / Int64ul, "size" / Int64ul)
+#: The fourth letter is rare and would only be noise.
+ACCESS = Show(lambda flags: letters(flags, "rwm" if flags < 8 else "rwmf"))
 
 
 class DmaMap(NamedTuple):
@@ -27,24 +29,14 @@ class DmaMap(NamedTuple):
     Spec: vfio-user, VFIO_USER_DMA_MAP.
     """
 
-    argsz: int
-    flags: int
-    offset: int
-    address: int
-    size: int
+    argsz: U32
+    flags: Annotated[U32, ACCESS]
+    offset: Annotated[U64, shown_hex("offset=")]
+    address: Annotated[U64, START]
+    size: Annotated[U64, LENGTH]
 
 
-_has_dirty_bitmap = this.flags & int(DmaUnmapFlags.GET_DIRTY_BITMAP)
-
-DMA_UNMAP_LAYOUT = Struct(
-    "argsz" / Int32ul,
-    "flags" / Int32ul,
-    "address" / Int64ul,
-    "size" / Int64ul,
-    "bitmap_pgsize" / If(_has_dirty_bitmap, Int64ul),
-    "bitmap_size" / If(_has_dirty_bitmap, Int64ul),
-    "bitmap" / IfThenElse(_has_dirty_bitmap, GreedyBytes, Computed(b"")),
-)
+_WITH_BITMAP = this.flags & int(DmaUnmapFlags.GET_DIRTY_BITMAP)
 
 
 class DmaUnmap(NamedTuple):
@@ -62,17 +54,13 @@ class DmaUnmap(NamedTuple):
     Spec: vfio-user, VFIO_USER_DMA_UNMAP; the flags and the bitmap are those of the v1 generation.
     """
 
-    argsz: int
-    flags: int
-    address: int
-    size: int
-    bitmap_pgsize: int | None = None
-    bitmap_size: int | None = None
-    bitmap: bytes = b""
-
-
-DMA_ACCESS_LAYOUT = Struct("address" / Int64ul, "count" / Int64ul)
-DMA_DATA_LAYOUT = Struct("address" / Int64ul, "count" / Int64ul, "data" / Bytes(this.count), Terminated)
+    argsz: U32
+    flags: Annotated[U32, shown_flags(DmaUnmapFlags)]
+    address: Annotated[U64, START]
+    size: Annotated[U64, LENGTH]
+    bitmap_pgsize: Annotated[int | None, If(_WITH_BITMAP, Int64ul)] = None
+    bitmap_size: Annotated[int | None, If(_WITH_BITMAP, Int64ul), shown("bitmap=")] = None
+    bitmap: Annotated[bytes, IfThenElse(_WITH_BITMAP, GreedyBytes, Computed(b""))] = b""
 
 
 class DmaRead(NamedTuple):
@@ -85,16 +73,16 @@ class DmaRead(NamedTuple):
     Spec: vfio-user, VFIO_USER_DMA_READ.
     """
 
-    address: int
-    count: int  # type: ignore[assignment]
+    address: Annotated[U64, START]
+    count: Annotated[U64, shown("count=")]  # type: ignore[assignment]
 
 
 class DmaReadReply(NamedTuple):
     """DMA_READ reply: the request's fields and the bytes that were read."""
 
-    address: int
-    count: int  # type: ignore[assignment]
-    data: bytes
+    address: Annotated[U64, START]
+    count: Annotated[U64, shown("count=")]  # type: ignore[assignment]
+    data: Annotated[bytes, Bytes(this.count), Terminated]
 
 
 class DmaWrite(NamedTuple):
@@ -108,9 +96,9 @@ class DmaWrite(NamedTuple):
     Spec: vfio-user, VFIO_USER_DMA_WRITE.
     """
 
-    address: int
-    count: int  # type: ignore[assignment]
-    data: bytes
+    address: Annotated[U64, START]
+    count: Annotated[U64, shown("count=")]  # type: ignore[assignment]
+    data: Annotated[bytes, Bytes(this.count), Terminated]
 
 
 class DmaWriteReply(NamedTuple):
@@ -119,21 +107,11 @@ class DmaWriteReply(NamedTuple):
     Spec: libvfio-user and QEMU send a 64-bit count; the specification's table gives it four bytes.
     """
 
-    address: int
-    count: int  # type: ignore[assignment]
+    address: Annotated[U64, START]
+    count: Annotated[U64, shown("count=")]  # type: ignore[assignment]
 
 
-_is_get_bitmap = this.flags & int(DirtyPagesFlags.GET_BITMAP)
-
-DIRTY_PAGES_LAYOUT = Struct(
-    "argsz" / Int32ul,
-    "flags" / Int32ul,
-    "iova" / If(_is_get_bitmap, Int64ul),
-    "size" / If(_is_get_bitmap, Int64ul),
-    "pgsize" / If(_is_get_bitmap, Int64ul),
-    "bitmap_size" / If(_is_get_bitmap, Int64ul),
-    "bitmap" / IfThenElse(_is_get_bitmap, GreedyBytes, Computed(b"")),
-)
+_IS_GET_BITMAP = this.flags & int(DirtyPagesFlags.GET_BITMAP)
 
 
 class DirtyPages(NamedTuple):
@@ -152,10 +130,10 @@ class DirtyPages(NamedTuple):
     has it (the text's tables say 48).
     """
 
-    argsz: int
-    flags: int
-    iova: int | None = None
-    size: int | None = None
-    pgsize: int | None = None
-    bitmap_size: int | None = None
-    bitmap: bytes = b""
+    argsz: U32
+    flags: Annotated[U32, shown_flags(DirtyPagesFlags)]
+    iova: Annotated[int | None, If(_IS_GET_BITMAP, Int64ul), START] = None
+    size: Annotated[int | None, If(_IS_GET_BITMAP, Int64ul), LENGTH] = None
+    pgsize: Annotated[int | None, If(_IS_GET_BITMAP, Int64ul)] = None
+    bitmap_size: Annotated[int | None, If(_IS_GET_BITMAP, Int64ul)] = None
+    bitmap: Annotated[bytes, IfThenElse(_IS_GET_BITMAP, GreedyBytes, Computed(b""))] = b""

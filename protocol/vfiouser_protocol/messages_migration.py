@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from construct import Array, Bytes, GreedyBytes, Int32ul, Int64ul, Rebuild, Struct, len_, this
+from construct import Array, Bytes, Int32ul, Rebuild, len_, this
 
-from vfiouser_protocol.constants import FeatureFlags
+from vfiouser_protocol.constants import Feature, FeatureFlags
+from vfiouser_protocol.fields import U32, U64, Rest, Show, flag_names, layout_of, member_name, shown, shown_length
 
 _INDEX_MASK = int(FeatureFlags.INDEX_MASK)
 _GET = int(FeatureFlags.GET)
 _SET = int(FeatureFlags.SET)
 _PROBE = int(FeatureFlags.PROBE)
 
-DEVICE_FEATURE_LAYOUT = Struct("argsz" / Int32ul, "flags" / Int32ul, "data" / GreedyBytes)
+
+def _operation(flags: int) -> str:
+    return f"{flag_names(flags & ~_INDEX_MASK, FeatureFlags)} {member_name(flags & _INDEX_MASK, Feature)}"
+
+
+OPERATION = Show(_operation)
 
 
 class DeviceFeature(NamedTuple):
@@ -27,9 +33,9 @@ class DeviceFeature(NamedTuple):
     Spec: vfio-user, VFIO_USER_DEVICE_FEATURE; struct vfio_device_feature.
     """
 
-    argsz: int
-    flags: int
-    data: bytes = b""
+    argsz: U32
+    flags: Annotated[U32, OPERATION]
+    data: Annotated[Rest, shown_length("data=")] = b""
 
     # `index` of a tuple is a method; here it has to be the feature's number.
     @property
@@ -53,9 +59,6 @@ class DeviceFeature(NamedTuple):
         return bool(self.flags & _PROBE)
 
 
-FEATURE_MIGRATION_LAYOUT = Struct("flags" / Int64ul)
-
-
 class FeatureMigration(NamedTuple):
     """Data of feature MIGRATION.
 
@@ -65,10 +68,7 @@ class FeatureMigration(NamedTuple):
     Spec: struct vfio_device_feature_migration.
     """
 
-    flags: int
-
-
-FEATURE_DEVICE_STATE_LAYOUT = Struct("device_state" / Int32ul, "data_fd" / Int32ul)
+    flags: U64
 
 
 class FeatureDeviceState(NamedTuple):
@@ -81,11 +81,8 @@ class FeatureDeviceState(NamedTuple):
     Spec: struct vfio_device_feature_mig_state.
     """
 
-    device_state: int
-    data_fd: int = 0
-
-
-LOGGING_RANGE_LAYOUT = Struct("iova" / Int64ul, "length" / Int64ul)
+    device_state: U32
+    data_fd: U32 = 0
 
 
 class LoggingRange(NamedTuple):
@@ -96,16 +93,14 @@ class LoggingRange(NamedTuple):
         length: bytes.
     """
 
-    iova: int
-    length: int
+    iova: U64
+    length: U64
 
 
-FEATURE_LOGGING_START_LAYOUT = Struct(
-    "page_size" / Int64ul,
-    "num_ranges" / Rebuild(Int32ul, len_(this.ranges)),
-    "reserved" / Rebuild(Int32ul, 0),
-    "ranges" / Array(this.num_ranges, LOGGING_RANGE_LAYOUT),
-)
+#: Rebuilt from the ranges, so they are no fields of the tuple.
+_NUM_RANGES = "num_ranges" / Rebuild(Int32ul, len_(this.ranges))
+_RESERVED = "reserved" / Rebuild(Int32ul, 0)
+_RANGES = Array(this.num_ranges, layout_of(LoggingRange))
 
 
 class FeatureLoggingStart(NamedTuple):
@@ -118,13 +113,10 @@ class FeatureLoggingStart(NamedTuple):
     Spec: struct vfio_device_feature_dma_logging_control.
     """
 
-    page_size: int
-    ranges: tuple[LoggingRange, ...] = ()
-
-
-FEATURE_LOGGING_REPORT_LAYOUT = Struct(
-    "iova" / Int64ul, "length" / Int64ul, "page_size" / Int64ul, "bitmap" / GreedyBytes
-)
+    page_size: U64
+    ranges: Annotated[
+        tuple[LoggingRange, ...], _NUM_RANGES, _RESERVED, Array(this.num_ranges, layout_of(LoggingRange))
+    ] = ()
 
 
 class FeatureLoggingReport(NamedTuple):
@@ -139,14 +131,10 @@ class FeatureLoggingReport(NamedTuple):
     Spec: struct vfio_device_feature_dma_logging_report.
     """
 
-    iova: int
-    length: int
-    page_size: int
-    bitmap: bytes = b""
-
-
-MIG_DATA_READ_LAYOUT = Struct("argsz" / Int32ul, "size" / Int32ul)
-MIG_DATA_LAYOUT = Struct("argsz" / Int32ul, "size" / Int32ul, "data" / Bytes(this.size))
+    iova: U64
+    length: U64
+    page_size: U64
+    bitmap: Rest = b""
 
 
 class MigDataRead(NamedTuple):
@@ -159,8 +147,8 @@ class MigDataRead(NamedTuple):
     Spec: vfio-user, VFIO_USER_MIG_DATA_READ.
     """
 
-    argsz: int
-    size: int
+    argsz: U32
+    size: Annotated[U32, shown("size=")]
 
 
 class MigDataReadReply(NamedTuple):
@@ -173,9 +161,9 @@ class MigDataReadReply(NamedTuple):
             off.
     """
 
-    argsz: int
-    size: int
-    data: bytes
+    argsz: U32
+    size: Annotated[U32, shown("size=")]
+    data: Annotated[bytes, Bytes(this.size)]
 
 
 class MigDataWrite(NamedTuple):
@@ -189,6 +177,6 @@ class MigDataWrite(NamedTuple):
     Spec: vfio-user, VFIO_USER_MIG_DATA_WRITE.
     """
 
-    argsz: int
-    size: int
-    data: bytes
+    argsz: U32
+    size: Annotated[U32, shown("size=")]
+    data: Annotated[bytes, Bytes(this.size)]

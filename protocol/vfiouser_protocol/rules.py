@@ -127,7 +127,7 @@ def check_request(request: Payload, max_data_xfer_size: int) -> None:
         raise CommandError(f"{cls.__name__} moves {transfer(request)} bytes, allowed are {max_data_xfer_size}; refused")
     rule = ARGSZ.get(cls)
     if rule is not None:
-        argsz = request.argsz  # type: ignore[union-attr]
+        argsz = request.argsz  # type: ignore[attr-defined]
         least = rule.least(request)
         if not least <= argsz <= rule.most:
             raise CommandError(

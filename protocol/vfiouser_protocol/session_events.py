@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vfiouser_protocol.commands import CommandSpec
-from vfiouser_protocol.describe import errno_text
 from vfiouser_protocol.errors import ReplyError
-from vfiouser_protocol.header import Header, command_name
+from vfiouser_protocol.header import Header, command_name, errno_text
 
 NO_FDS: tuple[int, ...] = ()
 

@@ -47,7 +47,7 @@ def _io_fds(stride: int, entry: Any) -> Any:
 _clear_bit_0 = u32.map(lambda flags: flags & ~1)
 _set_bit_0 = u32.map(lambda flags: flags | 1)
 
-#: A strategy for every class of `messages.LAYOUTS`.
+#: A strategy for every payload.
 MESSAGES: dict[type, Any] = {
     m.Version: _of(m.Version, u16, u16, data),
     m.Empty: st.just(m.Empty()),

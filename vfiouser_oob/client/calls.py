@@ -9,9 +9,8 @@ from typing import NamedTuple, Protocol
 import trio
 
 from vfiouser_oob.transport.fds import OwnedFd
-from vfiouser_protocol.describe import errno_text
 from vfiouser_protocol.errors import LocalProtocolError, ReplyError, VfioUserError
-from vfiouser_protocol.header import ERROR, Header, command_name
+from vfiouser_protocol.header import ERROR, Header, command_name, errno_text
 
 
 class Reply(NamedTuple):

@@ -25,6 +25,7 @@ TARGETS = (
     "bench",
     "vm-assets",
     "proto",
+    "pages",
     "clean",
 )
 README_COMMANDS = ("make demo", "make test")

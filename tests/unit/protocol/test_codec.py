@@ -7,17 +7,9 @@ import errno
 import pytest
 
 from vfiouser_protocol import messages as m
-from vfiouser_protocol.codec import (
-    LayoutRow,
-    decode,
-    describe,
-    encode,
-    layout_table,
-    reply_class,
-    request_class,
-)
-from vfiouser_protocol.constants import Command
+from vfiouser_protocol.codec import decode, describe, encode
 from vfiouser_protocol.errors import CommandError, LocalProtocolError
+from vfiouser_protocol.fields import LayoutRow, layout_table
 from vfiouser_protocol.header import HEADER_LAYOUT, Header, command_name, pack_header, unpack_header
 
 TOO_SHORT = {
@@ -145,18 +137,9 @@ def test_header_mistakes_are_ours():
         unpack_header(b"short")
 
 
-@pytest.mark.parametrize("command", Command)
-def test_every_command_has_its_payloads(command):
-    """Proves that all eighteen commands are in the table of payloads."""
-    assert issubclass(request_class(command), tuple)
-    assert issubclass(reply_class(command), tuple)
-
-
 @pytest.mark.parametrize("number", [0, 19, 99, 0xFFFF])
 def test_no_such_command(number):
-    """Proves that unknown numbers are EINVAL."""
-    with pytest.raises(CommandError):
-        request_class(number)
+    """Proves that unknown numbers have a name in logs."""
     assert command_name(number) == f"command {number}"
 
 
@@ -168,21 +151,21 @@ def test_feature_flags_in_words():
 
 def test_layout_table():
     """Proves that layout tables are derived with offsets, sizes and names as in the specification."""
-    assert [tuple(row) for row in layout_table(m.DmaMap)] == [
+    assert [row[:3] for row in layout_table(m.DmaMap)] == [
         (0, 4, "argsz"),
         (4, 4, "flags"),
         (8, 8, "offset"),
         (16, 8, "address"),
         (24, 8, "size"),
     ]
-    assert layout_table(m.DmaUnmap)[-1] == LayoutRow(40, None, "bitmap")
+    assert layout_table(m.DmaUnmap)[-1] == LayoutRow(40, None, "bitmap", conditional=True)
     assert layout_table(m.RegionReadReply)[-1] == LayoutRow(16, None, "data")
     assert layout_table(m.Empty) == []
     assert [row.offset for row in layout_table(HEADER_LAYOUT)] == [0, 2, 4, 8, 12]
 
 
 LINES = {
-    "< DMA_MAP #17 iova=0xc0000+0x10000 rw- fds=1": (
+    "< DMA_MAP #17 rw- iova=0xc0000+0x10000 fds=1": (
         Header(17, 2, 48, 0),
         encode(m.DmaMap(32, 3, 0, 0xC0000, 0x10000)),
         1,
@@ -190,24 +173,24 @@ LINES = {
     "< DMA_MAP #17 reply": (Header(17, 2, 16, 1), b"", 0),
     "< DMA_MAP #17 reply EEXIST": (Header(17, 2, 16, 0x21, 17), b"", 0),
     "< DMA_MAP #17 reply errno=0": (Header(17, 2, 16, 0x21, 0), b"", 0),
-    "< DMA_UNMAP #3 iova=0x0+0x0 ALL": (Header(3, 3, 40, 0), encode(m.DmaUnmap(24, 2, 0, 0)), 0),
-    "< REGION_WRITE #4 no-reply region=BAR0 +0x1000 count=4": (
+    "< DMA_UNMAP #3 ALL iova=0x0+0x0": (Header(3, 3, 40, 0), encode(m.DmaUnmap(24, 2, 0, 0)), 0),
+    "< REGION_WRITE #4 no-reply +0x1000 region=BAR0 count=4": (
         Header(4, 10, 36, 0x10),
         encode(m.RegionWrite(0x1000, 0, 4, b"abcd")),
         0,
     ),
     "< REGION_READ #4 malformed payload=3": (Header(4, 9, 19, 0), b"abc", 0),
-    "< DEVICE_SET_IRQS #5 irq=MSIX[0+4] DATA_EVENTFD|ACTION_TRIGGER fds=4": (
+    "< DEVICE_SET_IRQS #5 DATA_EVENTFD|ACTION_TRIGGER irq=MSIX[0+4] fds=4": (
         Header(5, 8, 36, 0),
         encode(m.SetIrqs(20, 0x24, 2, 0, 4)),
         4,
     ),
-    "< DEVICE_GET_INFO #6 reply RESET|PCI regions=9 irqs=5": (
+    "< DEVICE_GET_INFO #6 reply argsz=16 RESET|PCI regions=9 irqs=5": (
         Header(6, 4, 32, 1),
         encode(m.DeviceInfo(16, 3, 9, 5)),
         0,
     ),
-    "< DEVICE_GET_REGION_INFO #7 reply region=BAR2 argsz=80 size=0x4000 rwmc caps=48 fds=1": (
+    "< DEVICE_GET_REGION_INFO #7 reply argsz=80 rwmc region=BAR2 size=0x4000 caps=48 fds=1": (
         Header(7, 5, 96, 1),
         encode(m.RegionInfo(80, 15, 2, 32, 0x4000, 0, bytes(48))),
         1,
