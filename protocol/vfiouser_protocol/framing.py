@@ -19,7 +19,7 @@ claimed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from vfiouser_protocol.constants import HEADER_SIZE
 from vfiouser_protocol.errors import LocalProtocolError, StreamError
@@ -27,6 +27,8 @@ from vfiouser_protocol.header import NO_REPLY, TYPE_MASK, Header, command_name, 
 from vfiouser_protocol.limits import ACCEPTED_MSG_FDS
 
 _new = tuple.__new__
+#: Whatever the transport makes of a file descriptor; nothing here looks into it.
+Descriptor: TypeAlias = Any
 
 
 class Message(NamedTuple):
@@ -40,7 +42,7 @@ class Message(NamedTuple):
 
     header: Header
     payload: bytes
-    fds: list[int]
+    fds: list[Descriptor]
 
 
 class Framer:
@@ -70,7 +72,7 @@ class Framer:
         self._pieces: list[bytes | memoryview] = []
         self.bytes_wanted = HEADER_SIZE
         self.in_body = False
-        self.pending_fds: list[int] = []
+        self.pending_fds: list[Descriptor] = []
 
     def __repr__(self) -> str:
         part = "header" if self._header is None else f"body of {command_name(self._header.command)}"
@@ -86,7 +88,7 @@ class Framer:
         """Whether nothing of a next message has come yet, so that the stream may end here."""
         return self._header is None and not self._pieces and not self.pending_fds and self.bytes_wanted > 0
 
-    def feed(self, data: bytes | memoryview, fds: Sequence[int] = ()) -> Message | None:
+    def feed(self, data: bytes | memoryview, fds: Sequence[Descriptor] = ()) -> Message | None:
         """Take the bytes of one read and the file descriptors that came with it.
 
         Args:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from vfiouser_protocol.commands import CommandSpec
 from vfiouser_protocol.errors import ReplyError
+from vfiouser_protocol.framing import Descriptor
 from vfiouser_protocol.header import Header, command_name, errno_text
 
-NO_FDS: tuple[int, ...] = ()
+NO_FDS: tuple[Descriptor, ...] = ()
 
 
 class CommandReceived(NamedTuple):
@@ -26,8 +27,8 @@ class CommandReceived(NamedTuple):
     spec: CommandSpec
     header: Header
     payload: bytes
-    fds: Sequence[int]
-    surplus_fds: Sequence[int] = NO_FDS
+    fds: Sequence[Descriptor]
+    surplus_fds: Sequence[Descriptor] = NO_FDS
 
 
 class ReplyReceived(NamedTuple):
@@ -44,8 +45,8 @@ class ReplyReceived(NamedTuple):
     token: Any
     header: Header
     payload: bytes
-    fds: Sequence[int]
-    surplus_fds: Sequence[int] = NO_FDS
+    fds: Sequence[Descriptor]
+    surplus_fds: Sequence[Descriptor] = NO_FDS
 
     @property
     def error(self) -> ReplyError | None:
@@ -69,7 +70,7 @@ class Refused(NamedTuple):
 
     errno: int
     reply: bytes | None
-    fds: Sequence[int]
+    fds: Sequence[Descriptor]
     reason: str
     close: bool
 

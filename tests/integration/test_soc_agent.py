@@ -281,7 +281,7 @@ async def plug_over(nvme: NvmeDriver, client: Client, bars: Paused) -> None:
     bars.bar = await MappedRegion.open(client, 0)
     nvme._client = client
     nvme.function._client = client
-    await client.set_eventfds(IrqIndex.MSIX, [fd.fileno() for fd in nvme._eventfds])
+    await client.set_eventfds(IrqIndex.MSIX, nvme._eventfds)
 
 
 @pytest.mark.parametrize("options", [[], ["--doorbells=polled", "--cmb=2M", "--state-size=32M"]])

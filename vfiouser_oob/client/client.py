@@ -24,7 +24,7 @@ from vfiouser_oob.client.replies import (
     decode_reply,
     region_data,
 )
-from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import Command, DmaMapFlags, DmaUnmapFlags, IrqSetFlags
 from vfiouser_protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -213,7 +213,7 @@ class Client(MigrationCommands):
         start: int = 0,
         count: int | None = None,
         *,
-        fds: Sequence[int] = (),
+        fds: Sequence[HasFileno] = (),
         data: bytes = b"",
     ) -> None:
         """Configure interrupts. More descriptors than the server takes per message are split over several
@@ -237,7 +237,7 @@ class Client(MigrationCommands):
             request = SetIrqs(_SET_IRQS_SIZE + len(data), int(flags), index, start + done, part, data)
             await self.request(Command.DEVICE_SET_IRQS, encode(request), fds[done : done + part])
 
-    async def set_eventfds(self, index: int, fds: Sequence[int], start: int = 0) -> None:
+    async def set_eventfds(self, index: int, fds: Sequence[HasFileno], start: int = 0) -> None:
         """Assign one eventfd per vector from `start` on; they stay the caller's."""
         await self.set_irqs(index, IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER, start, fds=fds)
 
@@ -362,7 +362,7 @@ class Client(MigrationCommands):
     # Memory
 
     async def dma_map(
-        self, address: int, size: int, *, flags: int = _READ_WRITE, fd: int | None = None, offset: int = 0
+        self, address: int, size: int, *, flags: int = _READ_WRITE, fd: HasFileno | None = None, offset: int = 0
     ) -> None:
         """Let the device use memory.
 
@@ -376,7 +376,7 @@ class Client(MigrationCommands):
         await self.submit_dma_map(address, size, flags=flags, fd=fd, offset=offset).wait()
 
     def submit_dma_map(
-        self, address: int, size: int, *, flags: int = _READ_WRITE, fd: int | None = None, offset: int = 0
+        self, address: int, size: int, *, flags: int = _READ_WRITE, fd: HasFileno | None = None, offset: int = 0
     ) -> PendingCall:
         """Send a DMA_MAP without waiting, as VMMs do in bursts; arguments as for `dma_map`."""
         request = encode(DmaMap(_DMA_MAP_SIZE, int(flags), offset, address, size))

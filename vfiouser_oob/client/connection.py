@@ -22,7 +22,7 @@ from vfiouser_oob.client.calls import PendingCall, Reply
 from vfiouser_oob.client.dma import DmaServer, DmaService, NoMemory
 from vfiouser_oob.client.errors import ServerGone, TooLate
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
-from vfiouser_oob.transport.fds import OwnedFd, close_fds
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, TwinSocket
 from vfiouser_protocol.codec import describe
@@ -177,7 +177,7 @@ class Connection:
 
     # Sending
 
-    def submit(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> PendingCall:
+    def submit(self, command: int, payload: bytes = b"", fds: Sequence[HasFileno] = ()) -> PendingCall:
         """Send a command without waiting; many may be outstanding, and the server answers them in order.
 
         Args:
@@ -223,7 +223,7 @@ class Connection:
             await self._main.flushed()
         self.post(command, payload)
 
-    async def request(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Reply:
+    async def request(self, command: int, payload: bytes = b"", fds: Sequence[HasFileno] = ()) -> Reply:
         """Send a command and wait for its reply; a deadline is the caller's cancel scope.
 
         Args:
@@ -285,11 +285,11 @@ class Connection:
         except (EndOfStream, StreamError) as error:
             self._end(str(error))
 
-    def _trace_sent(self, data: bytes, fds: int = 0) -> None:
+    def _trace_sent(self, data: bytes, fd_count: int = 0) -> None:
         if self._trace is not None:
-            self._trace(describe(unpack_header(data[:HEADER_SIZE]), data[HEADER_SIZE:], fds, ">"))
+            self._trace(describe(unpack_header(data[:HEADER_SIZE]), data[HEADER_SIZE:], fd_count, ">"))
 
-    def _send(self, data: bytes, fds: Sequence[int]) -> None:
+    def _send(self, data: bytes, fds: Sequence[HasFileno]) -> None:
         if self._trace is not None:
             self._trace_sent(data, len(fds))
         try:
@@ -335,7 +335,7 @@ class Connection:
         self._round_trip_ns = time.perf_counter_ns() - call.sent_ns
         if surplus_fds:
             close_fds(surplus_fds)
-        call.complete(Reply(header, payload, [OwnedFd(fd) for fd in fds] if fds else ()))
+        call.complete(Reply(header, payload, fds))
 
     def _refuse(self, channel: MessageSocket, event: Refused) -> None:
         close_fds(event.fds)
@@ -428,7 +428,12 @@ class Connection:
             self._start_twin(nursery, fd)
 
     def _start_twin(self, nursery: trio.Nursery, fd: OwnedFd) -> None:
-        sock = socket.socket(fileno=fd.detach())
+        try:
+            sock = socket.socket(fileno=fd.fileno())
+        except OSError as error:
+            fd.close()
+            raise StreamError(f"the server's twin socket is unusable: {error.strerror}") from error
+        fd.detach()
         self._twin = MessageSocket(sock, self._limits.max_message_size, self._activity)
         self._start_channel(nursery, self._twin)
 

@@ -138,7 +138,7 @@ class ClientMemory(DmaServer):
             flags: `DmaMapFlags`; None: read and write.
         """
         access = DmaMapFlags.READ | DmaMapFlags.WRITE if flags is None else flags
-        fd = self.fileno() if with_fd else None
+        fd = self._fd if with_fd else None
         await client.dma_map(self.base, self.size, flags=access, fd=fd)
 
     async def unmap(self, client: Client) -> None:

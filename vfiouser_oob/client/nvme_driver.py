@@ -157,7 +157,7 @@ class NvmeDriver:
         self._eventfds = [OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) for _ in range(wanted)]
         self.interrupts = [0] * wanted
         await self.function.enable_msix()
-        await self._client.set_eventfds(IrqIndex.MSIX, [fd.fileno() for fd in self._eventfds])
+        await self._client.set_eventfds(IrqIndex.MSIX, self._eventfds)
 
     def _make_queue(self, queue_id: int, entries: int) -> QueuePair:
         queue = QueuePair(self._memory, self.bar, queue_id, entries, self.capabilities.doorbell_stride, self.processors)

@@ -16,6 +16,7 @@ from typing import TypeAlias, TypeVar
 
 from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
@@ -95,7 +96,7 @@ class BackendSession(abc.ABC):
         """What this session can take; the connection offers no more to the client."""
         return Capabilities()
 
-    def region_fd(self, index: int) -> int | None:
+    def region_fd(self, index: int) -> HasFileno | None:
         """Return the descriptor that maps a region; it stays the backend's."""
         return None
 
@@ -108,12 +109,12 @@ class BackendSession(abc.ABC):
         """Write bytes; the connection has checked the range. `posted`: nobody waits for the result."""
 
     @abc.abstractmethod
-    def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:
-        """Configure interrupts; takes over `fds`."""
+    def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> Answer[None]:
+        """Configure interrupts; `fds` are lent, and what is kept is taken out of them."""
 
     @abc.abstractmethod
-    def dma_map(self, request: DmaMap, fds: list[int]) -> Answer[None]:
-        """Map client memory; takes over `fds`."""
+    def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
+        """Map client memory; `fds` are lent, and what is kept is taken out of them."""
 
     @abc.abstractmethod
     def dma_unmap(self, request: DmaUnmap) -> Answer[None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 
 import trio
 
-from vfiouser_oob.transport.fds import OwnedFd, close_fds
+from vfiouser_oob.transport.fds import OwnedFd, take_fds
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqSet
@@ -27,25 +28,21 @@ class Eventfds:
         #: Interrupts delivered, for `status`.
         self.delivered = 0
 
-    def set_irqs(self, request: SetIrqs, fds: list[int]) -> None:
+    def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Apply a DEVICE_SET_IRQS.
 
         Args:
             request: the decoded command.
-            fds: its descriptors, all of them taken over.
+            fds: its descriptors; they are taken when the request is carried out.
 
         Raises:
-            CommandError: the request breaks a rule; nothing has changed and the descriptors are closed.
+            CommandError: the request breaks a rule; nothing has changed.
         """
-        try:
-            self._irqs.check(request, len(fds))
-            for fd in fds:
-                _check_eventfd(fd)
-                os.set_blocking(fd, False)  # a full eventfd must not stop the daemon
-        except BaseException:
-            close_fds(fds)
-            raise
-        handles = [OwnedFd(fd) for fd in fds]
+        self._irqs.check(request, len(fds))
+        for fd in fds:
+            _check_eventfd(fd)
+            os.set_blocking(fd.fileno(), False)  # a full eventfd must not stop the daemon
+        handles = take_fds(fds)
         effect = self._irqs.apply(request, handles)
         for handle in effect.signal:
             self._signal(handle)
@@ -114,6 +111,6 @@ def _drop(handle: OwnedFd) -> None:
     handle.close()
 
 
-def _check_eventfd(fd: int) -> None:
-    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
+def _check_eventfd(fd: OwnedFd) -> None:
+    if os.readlink(f"/proc/self/fd/{fd.fileno()}") != "anon_inode:[eventfd]":
         raise CommandError("SET_IRQS came with a descriptor that is no eventfd", errno.EINVAL)

@@ -16,6 +16,7 @@ from vfiouser_oob.devices.eventfds import Eventfds
 from vfiouser_oob.devices.model import DeviceModel, ModelMemory, ModelRegion, ResetKind
 from vfiouser_oob.devices.resets import RESETS
 from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.constants import (
     PCI_NUM_REGIONS,
     DeviceInfoFlags,
@@ -124,10 +125,10 @@ class ModelSession(BackendSession):
         self.description = backend.description
         self.memory = GuestMemory(link, self.limits.max_dma_maps, by_message=backend.dma_by_message, check_files=True)
 
-    def region_fd(self, index: int) -> int | None:
+    def region_fd(self, index: int) -> HasFileno | None:
         """Return the memfd of a mappable region."""
         region = self._model.regions.get(index)
-        return region.memory.fileno() if region is not None and region.memory is not None else None
+        return None if region is None else region.memory
 
     def region_read(self, region: int, offset: int, count: int) -> bytes:
         """Read config space, shared memory or a trapped register."""
@@ -155,11 +156,11 @@ class ModelSession(BackendSession):
         if effects:
             self._model.config_changed(effects)
 
-    def set_irqs(self, request: SetIrqs, fds: list[int]) -> None:
+    def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Configure interrupts."""
         self._backend.irqs.set_irqs(request, fds)
 
-    def dma_map(self, request: DmaMap, fds: list[int]) -> None:
+    def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
         """Map client memory."""
         self.memory.add(request, fds)
 

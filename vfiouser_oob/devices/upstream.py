@@ -27,7 +27,7 @@ from vfiouser_oob.devices.base import (
 )
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import (
@@ -153,10 +153,9 @@ class UpstreamSession(BackendSession):
         if not self._closing:
             link.fail(f"the upstream server {path} has gone: {reason}")
 
-    def region_fd(self, index: int) -> int | None:
+    def region_fd(self, index: int) -> HasFileno | None:
         """Return the upstream server's descriptor of a region."""
-        fd = self._regions[index].fd
-        return None if fd is None else fd.fileno()
+        return self._regions[index].fd
 
     # Registers
 
@@ -187,27 +186,20 @@ class UpstreamSession(BackendSession):
 
     # Interrupts
 
-    def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:
+    def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Check by our rules, then pass the eventfds on."""
-        try:
-            self._irqs.check(request, len(fds))
-        except CommandError:
-            close_fds(fds)
-            raise
+        self._irqs.check(request, len(fds))
         return self._forward_irqs(request, fds)
 
-    async def _forward_irqs(self, request: SetIrqs, fds: list[int]) -> None:
-        try:
-            await self._client.set_irqs(
-                request.index,
-                request.flags & _SET_IRQS_FLAGS,
-                request.start,
-                request.count,
-                fds=fds,
-                data=request.data,
-            )
-        finally:
-            close_fds(fds)
+    async def _forward_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
+        await self._client.set_irqs(
+            request.index,
+            request.flags & _SET_IRQS_FLAGS,
+            request.start,
+            request.count,
+            fds=fds,
+            data=request.data,
+        )
         self._irqs.apply(request, [True] * len(fds))
 
     def irq_summary(self) -> dict[str, int]:
@@ -216,13 +208,13 @@ class UpstreamSession(BackendSession):
 
     # Memory
 
-    def dma_map(self, request: DmaMap, fds: list[int]) -> Answer[None]:
+    def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Check by our rules, then pass the file on."""
         region = self.memory.add(request, fds)
         return None if region is None else self._forward_map(region)
 
     async def _forward_map(self, region: DmaRegion) -> None:
-        fd = None if region.owner is None or self._by_message else region.owner.fd.fileno()
+        fd = None if region.owner is None or self._by_message else region.owner.fd
         offset = 0 if fd is None else region.offset
         call = self._client.submit_dma_map(region.address, region.size, flags=region.flags, fd=fd, offset=offset)
         try:

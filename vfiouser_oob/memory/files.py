@@ -148,13 +148,13 @@ class FileTable:
     def __len__(self) -> int:
         return len(self._files)
 
-    def adopt(self, fd: int, *, flags: int, offset: int, size: int, check: bool) -> GuestFile:
-        """Take over the descriptor of a DMA_MAP; a second one of the same file is closed at once.
+    def adopt(self, fd: OwnedFd, *, flags: int, offset: int, size: int, check: bool) -> GuestFile:
+        """Take the descriptor of a DMA_MAP, unless there is one of the same file already.
 
         The file is returned with one user more; `release` gives that up.
 
         Args:
-            fd: descriptor, owned by the table from now on, also when this raises.
+            fd: the descriptor; empty afterwards if it was taken.
             flags: DmaMapFlags of the range.
             offset: start of the range in the file, in bytes.
             size: bytes of the range.
@@ -164,20 +164,17 @@ class FileTable:
             CommandError: EACCES when the file does not allow the access, EINVAL when the range lies beyond its end.
         """
         try:
-            status = os.fstat(fd)
-            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+            number = fd.fileno()
+            status = os.fstat(number)
+            mode = fcntl.fcntl(number, fcntl.F_GETFL)
             if check:
                 _check_usable(status, mode, flags, offset, size)
             key = (status.st_dev, status.st_ino, mode & os.O_ACCMODE)
             known = self._files.get(key)
             if known is None:
-                known = self._files[key] = GuestFile(key, OwnedFd(fd), _is_memory(fd))
-                fd = -1
+                known = self._files[key] = GuestFile(key, fd.take(), _is_memory(number))
         except OSError as error:
             raise CommandError(f"the descriptor of a DMA_MAP is unusable: {error.strerror}", errno.EACCES) from error
-        finally:
-            if fd >= 0:
-                os.close(fd)
         known.users += 1
         return known
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import trio
 
 from vfiouser_oob.memory.files import FileTable, GuestFile
-from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.dma import DmaMap, DmaRegion
-from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.messages import DmaMap as DmaMapRequest
 from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
@@ -54,12 +54,12 @@ class GuestMemory:
         self.map = DmaMap(max_maps)
         self.files = FileTable()
 
-    def add(self, request: DmaMapRequest, fds: list[int]) -> DmaRegion | None:
+    def add(self, request: DmaMapRequest, fds: Sequence[OwnedFd]) -> DmaRegion | None:
         """Map a range (DMA_MAP).
 
         Args:
             request: the decoded command.
-            fds: descriptors that came with it; all of them are taken over: the first is used, others are closed.
+            fds: descriptors that came with it; the first is taken if it is a file that is not known yet.
 
         Returns:
             The new region; None when the identical mapping was there already.
@@ -67,8 +67,6 @@ class GuestMemory:
         Raises:
             CommandError: with the errno of the refusal; nothing has changed.
         """
-        if len(fds) > 1:
-            close_fds(fds[1:])
         file: GuestFile | None = None
         try:
             if fds:
@@ -197,7 +195,10 @@ class GuestMemory:
 
     async def _in_thread(self, file: GuestFile, offset: int, what: int | bytes) -> bytes:
         """Access a file that may block, on a descriptor of its own, so that the connection can end without it."""
-        copy = GuestFile(file.key, file.fd.duplicate(), False)
+        try:
+            copy = GuestFile(file.key, file.fd.duplicate(), False)
+        except OSError as error:
+            raise DmaFault(f"client memory cannot be accessed now: {error.strerror}", error.errno) from error
         token = trio.lowlevel.current_trio_token()
         self._in_flight += 1
 

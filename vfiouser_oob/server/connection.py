@@ -30,7 +30,7 @@ from vfiouser_oob.server.dma_link import DmaLink
 from vfiouser_oob.server.handlers import Handler, Handlers, Reply, Result
 from vfiouser_oob.server.holding import WriteHold
 from vfiouser_oob.server.negotiation import TwinSocket, negotiate_version
-from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.fds import HasFileno, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.pieces import Pieces
@@ -173,10 +173,10 @@ class Connection(ClientLink):
             self.stream.close()
 
     def _abandon(self, queued: _Queued) -> None:
-        if queued.result is None:
-            close_fds(queued.event.fds)
-        elif isinstance(queued.result, Coroutine):
+        if isinstance(queued.result, Coroutine):
             queued.result.close()
+        # Whatever a handler took is no longer among them.
+        close_fds(queued.event.fds)
 
     async def run_sender(self, stream: MessageSocket) -> None:
         """Send what one of the sockets did not take at once."""
@@ -320,6 +320,9 @@ class Connection(ClientLink):
                 self._answer(event, result)
             else:
                 self._enqueue(event, result)
+                return
+        if event.fds:
+            close_fds(event.fds)
         if outcome.error is not None:
             self._answer_error(event, outcome.error)
 
@@ -334,7 +337,6 @@ class Connection(ClientLink):
     def _start_now(self, event: CommandReceived) -> Result:
         _, header, payload, fds, _ = event
         if self._lost is not None:
-            close_fds(fds)
             raise CommandError(f"the device is lost ({self._lost})", errno.EIO)
         return self._handlers[header.command](payload, fds, header.flags & NO_REPLY != 0)
 
@@ -358,7 +360,6 @@ class Connection(ClientLink):
         """Refuse to begin what could not be answered any more: the client would read a failure of what was done."""
         if event.header.no_reply or deadline - trio.current_time() >= min(_GUARD_S, self._budget_s * _GUARD_PART):
             return
-        close_fds(event.fds)
         name = Command(event.header.command).name
         raise CommandError(f"{name} waited {self._budget_s:g} s for its turn and was not begun", errno.ETIMEDOUT)
 
@@ -402,6 +403,8 @@ class Connection(ClientLink):
                     )
             assert isinstance(result, _READY)
             self._answer(event, result)
+        if event.fds:
+            close_fds(event.fds)
         if outcome.error is not None:
             self._answer_error(event, outcome.error)
 
@@ -436,7 +439,7 @@ class Connection(ClientLink):
         self._noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
         return number
 
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+    def send(self, data: bytes, fds: Sequence[HasFileno] = ()) -> None:
         """Send one message on the main socket; nothing, for a command that wants no reply.
 
         A broken connection is noticed by the reader.

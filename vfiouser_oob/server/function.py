@@ -130,7 +130,7 @@ class Function:
                 sock = await self._accept(listener)
                 if sock is None:
                     continue
-                refusal = await self._refusal(peer_of(sock))
+                refusal = await self._refusal(_peer_or_none(sock))
                 if refusal is None:
                     await nursery.start(self._serve_client, sock)
                 else:
@@ -156,13 +156,13 @@ class Function:
             return None
         return sock
 
-    async def _refusal(self, peer: Peer) -> int | None:
+    async def _refusal(self, peer: Peer | None) -> int | None:
         """Decide about a new client, waiting for the one before it to be gone.
 
         Returns:
             None for a client that is welcome, otherwise the errno that it is turned away with.
         """
-        if self._allow_uids is not None and peer.uid not in self._allow_uids:
+        if self._allow_uids is not None and (peer is None or peer.uid not in self._allow_uids):
             self.log.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
             self.note_error(f"{peer} may not connect")
             return errno.EACCES
@@ -179,7 +179,13 @@ class Function:
         self, sock: socket.socket, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         peer = _peer_or_none(sock)
-        connection = self.connection = Connection(self, sock, peer, self.log)
+        try:
+            connection = self.connection = Connection(self, sock, peer, self.log)
+        except OSError as error:  # it costs this client, and nobody else
+            self.log.error("client cannot be served; disconnected", client=peer, error=error.strerror)
+            self.note_error(f"{peer} cannot be served: {error.strerror}")
+            task_status.started()
+            return
         self._vacant = trio.Event()
         self.clients_served += 1
         self._announce("client-connected", client=str(peer))

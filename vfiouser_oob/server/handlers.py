@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from vfiouser_oob.devices.base import Answer, BackendSession
 from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.migration.v1_view import V1View
-from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
@@ -70,12 +70,13 @@ class Reply(NamedTuple):
     """
 
     payload: bytes
-    fds: Sequence[int]
+    fds: Sequence[HasFileno]
 
 
 Result: TypeAlias = "bytes | Reply | Pieces | Awaitable[bytes | Reply | Pieces]"
-#: Payload, descriptors that mean something to the command (taken over), and whether nobody waits for the result.
-Handler: TypeAlias = Callable[[bytes, Sequence[int], bool], Result]
+#: Payload, descriptors that mean something to the command (lent; what is kept is taken), and whether nobody waits for
+#: the result.
+Handler: TypeAlias = Callable[[bytes, Sequence[OwnedFd], bool], Result]
 
 
 class Handlers:
@@ -122,30 +123,30 @@ class Handlers:
 
     # What the device is
 
-    def get_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def get_info(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_GET_INFO."""
         self._decode(DeviceInfo, payload)
         flags = self._session.description.flags
         return encode(DeviceInfo(_INFO_SIZE, flags, len(self._regions), len(self._irqs)))
 
-    def get_region_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def get_region_info(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_GET_REGION_INFO."""
         request = self._decode(RegionInfo, payload)
         spec = self._region(request.index)
         reply, attach = region_info_reply(spec, request.argsz)
         if attach and self._v1 is not None and request.index == self._v1_index:
-            return Reply(reply, (self._v1.fileno(),))
+            return Reply(reply, (self._v1,))
         fd = self._session.region_fd(request.index) if attach else None
         return reply if fd is None else Reply(reply, (fd,))
 
-    def get_region_io_fds(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def get_region_io_fds(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_GET_REGION_IO_FDS: no region has ioeventfds, which is said with count 0."""
         request = self._decode(RegionIoFds, payload)
         self._region(request.index)
         reply, _ = region_io_fds_reply(request)
         return encode(reply)
 
-    def get_irq_info(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def get_irq_info(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_GET_IRQ_INFO."""
         request = self._decode(IrqInfo, payload)
         if request.index >= len(self._irqs):
@@ -155,22 +156,17 @@ class Handlers:
 
     # Interrupts and reset
 
-    def set_irqs(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def set_irqs(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_SET_IRQS."""
-        try:
-            request = decode(SetIrqs, payload)
-        except CommandError:
-            close_fds(fds)
-            raise
-        return _empty(self._session.set_irqs(request, list(fds)))
+        return _empty(self._session.set_irqs(decode(SetIrqs, payload), fds))
 
-    def reset(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def reset(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_RESET."""
         return _empty(self._session.reset() if self._port is None else self._port.engine.reset())
 
     # Registers
 
-    def region_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def region_read(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """REGION_READ."""
         offset, region, count = decode(RegionRead, payload)
         self._check_access(region, offset, count, _READ)
@@ -183,7 +179,7 @@ class Handlers:
             return encode(RegionReadReply(offset, region, count, data))
         return _read_later(data, offset, region, count)
 
-    def region_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def region_write(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """REGION_WRITE."""
         offset, region, count, data = decode(RegionWrite, payload)
         self._check_access(region, offset, count, _WRITE)
@@ -191,7 +187,7 @@ class Handlers:
         reply = encode(RegionWriteReply(offset, region, count))
         return reply if done is None else _then(done, reply)
 
-    def region_write_multi(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def region_write_multi(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """REGION_WRITE_MULTI: the writes in order, up to the first that fails."""
         return self._write_in_order(decode(RegionWriteMulti, payload).writes, no_reply)
 
@@ -243,18 +239,14 @@ class Handlers:
 
     # Client memory
 
-    def dma_map(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def dma_map(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DMA_MAP."""
-        try:
-            request = decode(DmaMap, payload)
-            if request.argsz != _MAP_SIZE:  # the rules are asked only about what is not as everybody sends it
-                check_request(request, self._max_transfer)
-        except CommandError:
-            close_fds(fds)
-            raise
-        return _empty(self._session.dma_map(request, list(fds)))
+        request = decode(DmaMap, payload)
+        if request.argsz != _MAP_SIZE:  # the rules are asked only about what is not as everybody sends it
+            check_request(request, self._max_transfer)
+        return _empty(self._session.dma_map(request, fds))
 
-    def dma_unmap(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def dma_unmap(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DMA_UNMAP."""
         request = decode(DmaUnmap, payload)
         flags = request.flags
@@ -279,28 +271,28 @@ class Handlers:
 
     # Migration: a function without an agent has none, and says so
 
-    def dirty_pages(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def dirty_pages(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DIRTY_PAGES."""
         if self._port is not None:
             return self._port.dirty_pages(payload, posted=no_reply)
         self._decode(DirtyPages, payload)
         raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
 
-    def device_feature(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def device_feature(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_FEATURE."""
         if self._port is not None:
             return self._port.device_feature(payload, posted=no_reply)
         request = decode(DeviceFeature, payload)
         raise CommandError(f"feature {request.index} on a function that cannot be migrated")
 
-    def mig_data_read(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def mig_data_read(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """MIG_DATA_READ."""
         if self._port is not None:
             return self._port.mig_data_read(payload, posted=no_reply)
         decode(MigDataRead, payload)
         raise CommandError("MIG_DATA_READ on a function that cannot be migrated")
 
-    def mig_data_write(self, payload: bytes, fds: Sequence[int], no_reply: bool) -> Result:
+    def mig_data_write(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """MIG_DATA_WRITE."""
         if self._port is not None:
             return self._port.mig_data_write(payload)

@@ -118,7 +118,7 @@ async def _answer_version(connection: Connection, event: CommandReceived, nurser
     if twin is None:
         connection.send(reply)
     else:
-        connection.send(reply, (twin.theirs.fileno(),))
+        connection.send(reply, (twin.theirs,))
         await connection.stream.flushed()
         twin.theirs.close()
         nursery.start_soon(connection.run_sender, twin.stream)
@@ -142,7 +142,13 @@ def _within(offer: Capabilities, device: Capabilities) -> Capabilities:
     )
 
 
-def _make_twin(connection: Connection) -> TwinSocket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    stream = MessageSocket(ours, connection.max_message_size, connection.function.activity)
-    return TwinSocket(stream, OwnedFd(theirs.detach()))
+def _make_twin(connection: Connection) -> TwinSocket | None:
+    """Make a second socket; without one the first carries our commands too."""
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            stream = MessageSocket(ours, connection.max_message_size, connection.function.activity)
+            return TwinSocket(stream, OwnedFd(theirs.detach()))
+    except OSError as error:
+        connection.log.warning("no twin socket can be made; the main socket does its work", error=error.strerror)
+        return None

@@ -24,8 +24,8 @@ async def turn_away(sock: socket.socket, number: int) -> None:
         number: the errno.
     """
     limits = Limits()
-    stream = MessageSocket(sock, limits.max_message_size)
     session = Session(Role.SERVER, limits)
+    stream = MessageSocket(sock, limits.max_message_size)
     try:
         with trio.move_on_after(_PATIENCE_S):
             message = await stream.receive()

@@ -1,8 +1,11 @@
-"""Ownership of file descriptors.
+"""Ownership of file descriptors: the one form in which a descriptor goes from room to room.
 
-Rule 1: a descriptor has exactly one owner at a time; handing it on means that the receiver closes it.
-Rule 2: descriptors that arrive with a message belong to whoever handles the message, on every path: what a handler
-        does not keep is closed when the handler is done.
+Rule 1: *a descriptor has one owner at every moment*: an `OwnedFd`. A plain number is used inside one system call and
+        never kept, since it may be another client's by the time that it is used again.
+Rule 2: *whoever keeps a descriptor takes it* (`take`). What it was taken out of is empty from then on, so closing that,
+        however often, closes nothing.
+Rule 3: *descriptors that came with a message are lent to its handler*. The connection closes what the handler did not
+        take, once the message is done with, on every path; handlers never close them.
 """
 
 from __future__ import annotations
@@ -11,19 +14,32 @@ import os
 import warnings
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Protocol, Self
 
 
-def close_fds(fds: Iterable[int]) -> None:
-    """Close plain descriptors that nobody kept.
+class HasFileno(Protocol):
+    """A descriptor that is lent for one call: an `OwnedFd`, a socket, a file."""
+
+    def fileno(self) -> int:
+        """Return the descriptor's number."""
+        ...
+
+
+class Lent:
+    """The number of a descriptor that its owner keeps open while it is lent.
 
     Args:
-        fds: descriptor numbers; each is closed once, one that is closed already is passed over.
+        fd: descriptor number; it stays its owner's.
     """
-    for fd in fds:
-        try:
-            os.close(fd)
-        except OSError:
-            pass
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """Return the descriptor's number."""
+        return self._fd
 
 
 class OwnedFd:
@@ -53,9 +69,17 @@ class OwnedFd:
         """Whether the descriptor was closed or handed on."""
         return self._fd < 0
 
-    def duplicate(self) -> OwnedFd:
+    def duplicate(self) -> Self:
         """Return a second owner of the same open file (close-on-exec)."""
-        return OwnedFd(os.dup(self.fileno()))
+        return type(self)(os.dup(self.fileno()))
+
+    def take(self) -> Self:
+        """Move the descriptor to a new owner; this one is empty from now on.
+
+        Raises:
+            ValueError: it was closed or handed on already.
+        """
+        return type(self)(self.detach())
 
     def detach(self) -> int:
         """Give the descriptor away: the caller owns the returned number."""
@@ -68,7 +92,7 @@ class OwnedFd:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> OwnedFd:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -82,4 +106,19 @@ class OwnedFd:
             self.close()
 
     def __repr__(self) -> str:
-        return f"OwnedFd({self._fd if self._fd >= 0 else 'closed'})"
+        return f"{type(self).__name__}({self._fd if self._fd >= 0 else 'closed'})"
+
+
+def close_fds(fds: Iterable[OwnedFd]) -> None:
+    """Close descriptors that nobody kept; those that were taken are left alone.
+
+    Args:
+        fds: their former owners.
+    """
+    for fd in fds:
+        fd.close()
+
+
+def take_fds(fds: Iterable[OwnedFd]) -> list[OwnedFd]:
+    """Move descriptors to new owners, all of them."""
+    return [fd.take() for fd in fds]

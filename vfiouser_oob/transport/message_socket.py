@@ -19,7 +19,7 @@ import trio
 
 from vfiouser_agents.buffers import BufferPool
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
-from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.framing import Framer, Message
@@ -74,6 +74,9 @@ class MessageSocket:
         sock: a connected AF_UNIX stream socket; owned from now on.
         max_message_size: bytes of the largest message to accept.
         activity: the daemon's sockets, for bounded spinning; None reads without spinning.
+
+    Raises:
+        OSError: the socket cannot be watched; it is closed.
     """
 
     def __init__(self, sock: socket.socket, max_message_size: int, activity: Activity | None = None) -> None:
@@ -93,13 +96,17 @@ class MessageSocket:
         self._pool: BufferPool | None = None
         self._corked = False
         self._held: list[bytes] = []
-        self._outbox: deque[tuple[memoryview, Sequence[int]]] = deque()
+        self._outbox: deque[tuple[memoryview, Sequence[OwnedFd]]] = deque()
         self._outbox_bytes = 0
         self._outbox_filled = trio.Event()
         self._outbox_drained = trio.Event()
         self._closed = False
         if activity is not None:
-            activity.register(self._fd)
+            try:
+                activity.register(self._fd)
+            except OSError:
+                sock.close()
+                raise
 
     def fileno(self) -> int:
         """Return the socket's descriptor number."""
@@ -236,7 +243,7 @@ class MessageSocket:
 
     # Sending
 
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+    def send(self, data: bytes, fds: Sequence[HasFileno] = ()) -> None:
         """Send one message, now or as soon as the peer takes it; never waits.
 
         Args:
@@ -346,18 +353,31 @@ class MessageSocket:
             self._outbox_filled = trio.Event()
             await self._outbox_filled.wait()
 
-    def _send_some(self, data: bytes | memoryview, fds: Sequence[int]) -> int:
+    def _send_some(self, data: bytes | memoryview, fds: Sequence[HasFileno]) -> int:
         if fds:
-            return socket.send_fds(self._sock, [data], list(fds), _NO_SIGNAL)
+            return socket.send_fds(self._sock, [data], [fd.fileno() for fd in fds], _NO_SIGNAL)
         return self._sock.send(data, _NO_SIGNAL)
 
-    def _put_off(self, data: memoryview, fds: Sequence[int]) -> None:
+    def _put_off(self, data: memoryview, fds: Sequence[HasFileno]) -> None:
+        # Whoever sent them is free to close them before their turn comes, so these are our own.
+        copies = self._copies(fds) if fds else ()
         if not self._outbox:
             self._outbox_drained = trio.Event()
             self._outbox_filled.set()
-        # Whoever sent them is free to close them before their turn comes, so these are our own.
-        self._outbox.append((data, [os.dup(fd) for fd in fds]))
+        self._outbox.append((data, copies))
         self._outbox_bytes += len(data)
+
+    def _copies(self, fds: Sequence[HasFileno]) -> Sequence[OwnedFd]:
+        copies: list[OwnedFd] = []
+        try:
+            for fd in fds:
+                copies.append(OwnedFd(os.dup(fd.fileno())))  # noqa: PERF401 - those made so far are closed on failure
+        except OSError as error:
+            close_fds(copies)
+            raise EndOfStream(
+                f"descriptors cannot be kept until the peer takes them: {error.strerror}", False
+            ) from error
+        return copies
 
     def close(self) -> None:
         """Close the socket and every descriptor of a message that was not complete yet."""
@@ -375,13 +395,13 @@ class MessageSocket:
         self._sock.close()
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds: list[int] = []
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[OwnedFd]:
+    owned: list[OwnedFd] = []
     for level, kind, data in ancillary:
         if level == _SOCKET_LEVEL and kind == _RIGHTS:
             if len(data) == _FD_SIZE:  # usually it is one
-                fds += _unpack_fd(data)
+                owned.append(OwnedFd(*_unpack_fd(data)))
             else:
                 whole = len(data) - len(data) % _FD_SIZE
-                fds.extend(memoryview(data)[:whole].cast("i"))
-    return fds
+                owned.extend(map(OwnedFd, memoryview(data)[:whole].cast("i")))
+    return owned

@@ -12,7 +12,7 @@ import trio
 
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.nursery import background_nursery
-from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.fds import Lent, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_protocol.capabilities import Capabilities, MigrationCapability
 from vfiouser_protocol.codec import decode, encode
@@ -136,7 +136,7 @@ class FakeServer:
         if answer.raw is not None:
             data = answer.raw
         if data:
-            self.main.send(data, answer.fds)
+            self.main.send(data, [Lent(fd) for fd in answer.fds])
 
     def accept(self, event: CommandReceived) -> None:
         """Answer VERSION."""
@@ -147,7 +147,7 @@ class FakeServer:
             return
         ours, theirs = socket.socketpair()
         with theirs:
-            self.main.send(data, [theirs.fileno()])
+            self.main.send(data, [theirs])
         self.twin = MessageSocket(ours, Limits().max_message_size)
         assert self.nursery is not None
         self.nursery.start_soon(self.read, self.twin)

@@ -15,6 +15,7 @@ from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
 from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
+from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 
@@ -57,6 +58,8 @@ async def running(
             nursery.start_soon(backend.run)
             yield backend
             nursery.cancel_scope.cancel()
+    close_fds(_lent)
+    _lent.clear()
 
 
 @asynccontextmanager
@@ -98,6 +101,22 @@ def unmap_request(address: int, size: int) -> DmaUnmap:
 def irq_request(index: int, flags: int, start: int = 0, count: int = 0, data: bytes = b"") -> SetIrqs:
     """A SET_IRQS."""
     return SetIrqs(20 + len(data), flags, index, start, count, data)
+
+
+#: What came with commands: a connection closes what the handlers did not take.
+_lent: list[OwnedFd] = []
+
+
+def given(*fds: int) -> list[OwnedFd]:
+    """Descriptors as they come with a command; owned from now on."""
+    owned = [OwnedFd(fd) for fd in fds]
+    _lent.extend(owned)
+    return owned
+
+
+def copies(*fds: int) -> list[OwnedFd]:
+    """Copies of descriptors, as they come with a command."""
+    return given(*map(os.dup, fds))
 
 
 def eventfds(count: int) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 
 from fakeserver import OFFER, Answer, Handler, connected
 from vfiouser_oob.client.errors import BadReply
+from vfiouser_oob.transport.fds import Lent
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
@@ -147,7 +148,7 @@ async def test_eventfds_are_split_by_what_the_server_takes(limit: int, sizes: li
         request = decode(SetIrqs, event.payload)
         assert request.count == len(event.fds)
         assert IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER == request.flags
-        seen.extend((request.start + offset, os.eventfd_read(fd)) for offset, fd in enumerate(event.fds))
+        seen.extend((request.start + offset, os.eventfd_read(fd.fileno())) for offset, fd in enumerate(event.fds))
         return Answer()
 
     # Vector n has an eventfd with count n + 1.
@@ -155,7 +156,7 @@ async def test_eventfds_are_split_by_what_the_server_takes(limit: int, sizes: li
         os.eventfd_write(fd, 1)
     offer = OFFER._replace(max_msg_fds=limit)
     async with connected(offer=offer, handlers={Command.DEVICE_SET_IRQS: note}) as (client, server):
-        await client.set_eventfds(IrqIndex.MSIX, fds, start=3)
+        await client.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in fds], start=3)
         assert sizes == [decode(SetIrqs, event.payload).count for event in server.received]
     assert [(3 + number, number + 1) for number in range(5)] == seen
     for fd in fds:
@@ -175,7 +176,7 @@ async def test_irqs_without_descriptors() -> None:
             SetIrqs(20, 0x21, 0, 0, 0),
         ] == [decode(SetIrqs, event.payload) for event in server.received]
         with pytest.raises(LocalProtocolError):
-            await client.set_irqs(IrqIndex.MSI, 0x24, 0, 3, fds=[0])
+            await client.set_irqs(IrqIndex.MSI, 0x24, 0, 3, fds=[Lent(0)])
 
 
 async def test_region_access_is_split_by_the_servers_limit() -> None:
@@ -258,12 +259,12 @@ async def test_dma_map_and_unmap() -> None:
     inodes: list[list[int]] = []
 
     def note(event: CommandReceived) -> Answer:
-        inodes.append([os.fstat(fd).st_ino for fd in event.fds])
+        inodes.append([os.fstat(fd.fileno()).st_ino for fd in event.fds])
         return Answer()
 
     unmapped = always(encode(DmaUnmap(24, 0, 0, 0)))
     async with connected(handlers={Command.DMA_MAP: note, Command.DMA_UNMAP: unmapped}) as (client, server):
-        await client.dma_map(0x1000, 0x2000, fd=memory, offset=0x3000)
+        await client.dma_map(0x1000, 0x2000, fd=Lent(memory), offset=0x3000)
         await client.dma_map(0x8000, 0x1000, flags=DmaMapFlags.READ)
         for call in [client.submit_dma_unmap(0x1000, 0x2000), client.submit_dma_unmap(0x8000, 0x1000)]:
             await call.wait()

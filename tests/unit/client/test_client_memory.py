@@ -46,7 +46,7 @@ async def test_memory_is_mapped_with_its_file() -> None:
     seen: list[bytes] = []
 
     def note(event: CommandReceived) -> Answer:
-        seen.extend(os.pread(fd, 4, 0x10) for fd in event.fds)
+        seen.extend(os.pread(fd.fileno(), 4, 0x10) for fd in event.fds)
         return Answer()
 
     with ClientMemory(PAGE_SIZE, base=0x1000) as memory:

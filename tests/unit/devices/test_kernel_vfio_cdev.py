@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fakevfio import FakeKernel
-from fakevfio.bed import NoMessages, answer, map_request, running, session, unmap_request
+from fakevfio.bed import NoMessages, answer, copies, given, map_request, running, session, unmap_request
 from fakevfio.kernel import BDF, GROUP
 from vfiouser_oob.config.schema import VfioInterface
 from vfiouser_oob.devices.base import BackendUnavailable
@@ -165,14 +165,14 @@ async def test_a_device_writes_only_what_its_client_may_write(kernel: FakeKernel
     async with session(kernel) as client:
         for fd, flags in ((readable, 3), (readable, 2), (writable, 1), (writable, 2)):
             with pytest.raises(CommandError, match="does not allow") as refused:
-                await answer(client.dma_map(map_request(0, MIB, flags=flags), [os.dup(fd)]))
+                await answer(client.dma_map(map_request(0, MIB, flags=flags), copies(fd)))
             assert errno.EACCES == refused.value.errno
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
         with pytest.raises(CommandError, match="sealed") as refused:
-            await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(0, MIB), copies(memory)))
         assert errno.EPERM == refused.value.errno
-        await answer(client.dma_map(map_request(0, MIB, flags=1), [os.dup(memory)]))
-        await answer(client.dma_map(map_request(MIB, MIB, flags=1), [os.dup(readable)]))
+        await answer(client.dma_map(map_request(0, MIB, flags=1), copies(memory)))
+        await answer(client.dma_map(map_request(MIB, MIB, flags=1), copies(readable)))
         assert [(0, MIB, 1), (MIB, MIB, 1)] == kernel.iommu.ranges
     os.close(readable)
     os.close(writable)
@@ -182,17 +182,17 @@ async def test_an_address_stays_the_clients_while_it_is_mapped(kernel: FakeKerne
     """The kernel may look it up again when the device is attached anew, which any holder of the device can do."""
     kernel.map_file = False
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
-        await answer(client.dma_map(map_request(MIB, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
+        await answer(client.dma_map(map_request(MIB, MIB), copies(memory)))
         assert 2 == len(kernel.views)
         with pytest.raises(CommandError):
-            await answer(client.dma_map(map_request(4 * MIB, 8 * MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(4 * MIB, 8 * MIB), copies(memory)))
         assert 2 == len(kernel.views)
         await answer(client.dma_unmap(unmap_request(0, MIB)))
         assert 1 == len(kernel.views)
         await answer(client.dma_unmap_all())
         assert {} == kernel.views
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
     assert {} == kernel.views
 
 
@@ -200,7 +200,7 @@ async def test_an_address_is_given_up_for_good_where_unmapping_fails(kernel: Fak
     """What the kernel may still look up must never become something else of the daemon's."""
     kernel.map_file = False
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
         kernel.unmap_errno = errno.EBUSY
     assert 1 == len(kernel.views)
     assert {} == kernel.nodes
@@ -209,7 +209,7 @@ async def test_an_address_is_given_up_for_good_where_unmapping_fails(kernel: Fak
 async def test_a_file_that_is_mapped_by_itself_needs_no_address(kernel: FakeKernel, memory: int) -> None:
     """Nothing of the client's memory is mapped here, as with containers."""
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
         assert {} == kernel.views
 
 
@@ -221,9 +221,9 @@ async def test_a_file_that_cannot_be_mapped_by_itself(kernel: FakeKernel, tmp_pa
     plain, memory = os.open(path, os.O_RDWR), os.memfd_create("client")
     os.ftruncate(memory, MIB)
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(0, MIB), [plain]))
+        await answer(client.dma_map(map_request(0, MIB), given(plain)))
         assert 1 == len(kernel.views)
-        await answer(client.dma_map(map_request(MIB, MIB), [memory]))
+        await answer(client.dma_map(map_request(MIB, MIB), given(memory)))
         assert 1 == len(kernel.views)
 
 
@@ -235,7 +235,7 @@ async def test_locked_memory_is_counted_for_the_user(
     monkeypatch.setattr(resource, "getrlimit", lambda which: (MIB, MIB))
     async with session(kernel) as client:
         with pytest.raises(CommandError, match=r"is 1048576 bytes .all processes of the daemon's user") as refused:
-            await answer(client.dma_map(map_request(0, 2 * MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(0, 2 * MIB), copies(memory)))
         assert errno.ENOMEM == refused.value.errno
 
 

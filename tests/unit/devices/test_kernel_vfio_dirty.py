@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fakevfio import FakeKernel, FakeMigration
-from fakevfio.bed import NoMessages, answer, map_request, running, unmap_request
+from fakevfio.bed import NoMessages, answer, copies, map_request, running, unmap_request
 from vfiouser_agents.api import DirtyReport, Range, Session
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
 
@@ -59,7 +59,7 @@ async def test_of_a_real_function_everything_is_dirty(tmp_path: Path, memory: in
     """Every page that is mapped, every time: the IOMMU driver cannot know better."""
     async with used(machine(tmp_path)) as (client, session):
         assert session.caps.dirty
-        await answer(client.dma_map(map_request(BASE, SIZE), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(BASE, SIZE), copies(memory)))
         assert PAGE == await session.dirty_start([Range(0, 1 << 40)], PAGE)
         for _ in range(2):
             assert set(range(16)) == pages(await session.dirty_report(BASE, SIZE))
@@ -74,7 +74,7 @@ async def test_pages_that_were_unmapped_count_once_more(tmp_path: Path, memory: 
     """What was written until the unmapping is in the next report, unless something else is mapped there before."""
     async with used(machine(tmp_path)) as (client, session):
         for place in range(3):
-            await answer(client.dma_map(map_request(BASE + place * SIZE, SIZE), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(BASE + place * SIZE, SIZE), copies(memory)))
         await session.dirty_start([Range(0, 1 << 40)], PAGE)
         await answer(client.dma_unmap(unmap_request(BASE, SIZE)))
         await answer(client.dma_unmap_all())
@@ -86,7 +86,7 @@ async def test_of_a_mediated_device_what_its_driver_wrote(tmp_path: Path, memory
     """The kernel sees these writes; what was not asked for stays until it is."""
     kernel = machine(tmp_path, mdev=True)
     async with used(kernel) as (client, session):
-        await answer(client.dma_map(map_request(BASE, SIZE), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(BASE, SIZE), copies(memory)))
         await session.dirty_start([Range(0, 1 << 40)], PAGE)
         for page in (1, 5, 12):
             kernel.iommu.dma(BASE + page * PAGE, b"driver")
@@ -95,7 +95,7 @@ async def test_of_a_mediated_device_what_its_driver_wrote(tmp_path: Path, memory
         assert set() == pages(await session.dirty_report(BASE, SIZE))
         kernel.iommu.dma(BASE + 3 * PAGE, b"last")
         await answer(client.dma_unmap(unmap_request(BASE, SIZE)))
-        await answer(client.dma_map(map_request(BASE + SIZE, SIZE), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(BASE + SIZE, SIZE), copies(memory)))
         assert {3} == pages(await session.dirty_report(BASE, 2 * SIZE))
 
 
@@ -103,11 +103,11 @@ async def test_memory_that_is_new_is_not_dirty_for_what_was_there(tmp_path: Path
     """Another mapping at the same place begins clean."""
     kernel = machine(tmp_path, mdev=True)
     async with used(kernel) as (client, session):
-        await answer(client.dma_map(map_request(BASE, SIZE), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(BASE, SIZE), copies(memory)))
         await session.dirty_start([Range(0, 1 << 40)], PAGE)
         kernel.iommu.dma(BASE, b"driver")
         await answer(client.dma_unmap(unmap_request(BASE, SIZE)))
-        await answer(client.dma_map(map_request(BASE, SIZE), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(BASE, SIZE), copies(memory)))
         assert set() == pages(await session.dirty_report(BASE, SIZE))
 
 
@@ -118,7 +118,7 @@ async def test_a_log_that_cannot_be_read_is_not_used(tmp_path: Path, memory: int
     assert kernel.migration is not None
     kernel.migration.has_log, kernel.migration.log_errno = True, number
     async with used(kernel) as (client, session):
-        await answer(client.dma_map(map_request(BASE, SIZE), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(BASE, SIZE), copies(memory)))
         await session.dirty_start([Range(BASE, SIZE)], PAGE)
         assert kernel.migration.logging is None
         assert set(range(16)) == pages(await session.dirty_report(BASE, SIZE))
@@ -135,7 +135,7 @@ async def test_nobody_logs(tmp_path: Path, memory: int) -> None:
     assert kernel.migration is not None
     kernel.migration.has_log, kernel.migration.log_errno = True, errno.EOPNOTSUPP
     async with used(kernel) as (client, session):
-        await answer(client.dma_map(map_request(BASE, SIZE), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(BASE, SIZE), copies(memory)))
         await session.dirty_start([Range(BASE, SIZE)], PAGE)
         for _ in range(2):
             assert set(range(11)) == pages(await session.dirty_report(BASE, 11 * PAGE))

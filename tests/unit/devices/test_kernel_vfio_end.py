@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fakevfio import FakeKernel
-from fakevfio.bed import NoMessages, answer, eventfds, irq_request, map_request, running
+from fakevfio.bed import NoMessages, answer, eventfds, given, irq_request, map_request, running
 from fakevfio.device import MSIX_INDEX
 from fakevfio.iommu import fail
 from fakevfio.kernel import BASE
@@ -69,9 +69,9 @@ async def used(kernel: RecordingKernel, *, gone: bool = False) -> list[str]:
     async with running(kernel) as backend:
         client = await backend.open(NoMessages())
         await answer(client.region_write(CONFIG, 4, b"\x06\x00", posted=False))
-        await answer(client.dma_map(map_request(0, MIB), [memory]))
+        await answer(client.dma_map(map_request(0, MIB), given(memory)))
         for index in (MSIX_INDEX, IrqIndex.REQ):
-            await answer(client.set_irqs(irq_request(index, ASSIGN, 0, 1), eventfds(1)))
+            await answer(client.set_irqs(irq_request(index, ASSIGN, 0, 1), given(*eventfds(1))))
         kernel.calls.clear()
         kernel.failing = gone
         await client.close()

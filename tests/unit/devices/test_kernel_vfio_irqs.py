@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fakevfio import FakeKernel
-from fakevfio.bed import answer, eventfds, irq_request, session
+from fakevfio.bed import answer, copies, eventfds, given, irq_request, session
 from fakevfio.device import MSI_INDEX, MSIX_INDEX, NORESIZE
 from vfiouser_protocol.constants import IrqIndex
 from vfiouser_protocol.errors import CommandError
@@ -37,8 +37,8 @@ async def test_msi_grows_by_being_enabled_anew(kernel: FakeKernel, fds: list[int
     """MSI cannot be resized on any kernel: vectors that a client adds later work, and the earlier ones go on."""
     async with session(kernel) as client:
         assert client.description.irqs[MSI_INDEX].flags & NORESIZE
-        await answer(client.set_irqs(irq_request(MSI_INDEX, ASSIGN, 0, 1), [os.dup(fds[0])]))
-        await answer(client.set_irqs(irq_request(MSI_INDEX, ASSIGN, 3, 1), [os.dup(fds[3])]))
+        await answer(client.set_irqs(irq_request(MSI_INDEX, ASSIGN, 0, 1), copies(fds[0])))
+        await answer(client.set_irqs(irq_request(MSI_INDEX, ASSIGN, 3, 1), copies(fds[3])))
         assert {MSI_INDEX: 4} == kernel.device.enabled
         for vector in (0, 3):
             kernel.device.fire(MSI_INDEX, vector)
@@ -55,9 +55,9 @@ async def test_a_refused_growth_leaves_the_vectors_that_there_were(kernel: FakeK
     kernel.device.dynamic_msix = False
     before = set(os.listdir("/proc/self/fd"))
     async with session(kernel) as client:
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 2), [os.dup(fd) for fd in fds[:2]]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 2), copies(*fds[:2])))
         with pytest.raises(CommandError, match="no eventfd") as refused:
-            await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 2, 1), [os.memfd_create("x")]))
+            await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 2, 1), given(os.memfd_create("x"))))
         assert errno.EINVAL == refused.value.errno
         assert {MSIX_INDEX: 2} == kernel.device.enabled
         for vector in (0, 1):
@@ -71,9 +71,9 @@ async def test_a_vector_without_eventfd_stays_without_when_others_come(kernel: F
     """A vector that was taken away is not brought back when the set grows later."""
     kernel.device.dynamic_msix = False
     async with session(kernel) as client:
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 2), [os.dup(fd) for fd in fds[:2]]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 2), copies(*fds[:2])))
         await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 1, 1), []))
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 2, 1), [os.dup(fds[2])]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 2, 1), copies(fds[2])))
         for vector in range(3):
             kernel.device.fire(MSIX_INDEX, vector)
         assert [1, 1] == [os.eventfd_read(fds[0]), os.eventfd_read(fds[2])]
@@ -86,7 +86,7 @@ async def test_errors_and_requests_reach_the_client(kernel: FakeKernel, fds: lis
     """AER errors and the kernel's wish for the device are eventfds of the client, to be taken away and set anew."""
     async with session(kernel) as client:
         for fd in fds[:2]:
-            await answer(client.set_irqs(irq_request(index, ASSIGN, 0, 1), [os.dup(fd)]))
+            await answer(client.set_irqs(irq_request(index, ASSIGN, 0, 1), copies(fd)))
             kernel.device.fire(index, 0)
             assert 1 == os.eventfd_read(fd)
             assert {index.name: 1} == client.irq_summary()
@@ -101,9 +101,9 @@ async def test_errors_and_requests_reach_the_client(kernel: FakeKernel, fds: lis
 async def test_mask_eventfds_are_the_kernels_affair(kernel: FakeKernel, fds: list[int]) -> None:
     """What a kernel has no eventfd for is refused with its errno, and the line goes on working."""
     async with session(kernel) as client:
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), [os.dup(fds[0])]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), copies(fds[0])))
         with pytest.raises(CommandError, match="cannot mask or unmask") as refused:
-            await answer(client.set_irqs(irq_request(MSIX_INDEX, MASK_EVENTFD, 0, 1), [os.dup(fds[1])]))
+            await answer(client.set_irqs(irq_request(MSIX_INDEX, MASK_EVENTFD, 0, 1), copies(fds[1])))
         assert errno.ENOTTY == refused.value.errno
         kernel.device.fire(MSIX_INDEX, 0)
         assert 1 == os.eventfd_read(fds[0])

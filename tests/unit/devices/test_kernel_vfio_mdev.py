@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fakevfio import FakeKernel, FakeMigration
-from fakevfio.bed import NoMessages, answer, map_request, running, session, unmap_request
+from fakevfio.bed import NoMessages, answer, copies, given, map_request, running, session, unmap_request
 from fakevfio.kernel import GROUP, UUID
 from fakevfio.migration import PRE_COPY, RUNNING
 from vfiouser_agents.errors import NotFound
@@ -134,18 +134,18 @@ async def test_memory_stays_mapped_as_long_as_for_the_device(kernel: FakeKernel,
     """Its driver looks pages up when it wants them, through this process; nothing of it stays afterwards."""
     os.pwrite(memory, b"client", 3 * MIB)
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(0x1000_0000, 2 * MIB, offset=2 * MIB), [os.dup(memory)]))
-        await answer(client.dma_map(map_request(0x2000_0000, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0x1000_0000, 2 * MIB, offset=2 * MIB), copies(memory)))
+        await answer(client.dma_map(map_request(0x2000_0000, MIB), copies(memory)))
         assert b"client" == kernel.iommu.dma(0x1010_0000, None, 6)
         assert 2 == len(kernel.views)
         with pytest.raises(CommandError):
-            await answer(client.dma_map(map_request(0x1010_0000, MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(0x1010_0000, MIB), copies(memory)))
         assert 2 == len(kernel.views)
         await answer(client.dma_unmap(unmap_request(0x1000_0000, 2 * MIB)))
         assert 1 == len(kernel.views)
         await answer(client.dma_unmap_all())
         assert {} == kernel.views
-        await answer(client.dma_map(map_request(0x1000_0000, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0x1000_0000, MIB), copies(memory)))
         assert 1 == len(kernel.views)
     assert {} == kernel.views
     assert [] == kernel.iommu.ranges
@@ -156,7 +156,7 @@ async def test_every_piece_of_a_big_range_goes(kernel: FakeKernel) -> None:
     fd = os.memfd_create("big")
     os.ftruncate(fd, 3 * GIB)
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(4 * GIB, 2 * GIB + MIB), [fd]))
+        await answer(client.dma_map(map_request(4 * GIB, 2 * GIB + MIB), given(fd)))
         assert 3 == len(kernel.views)
         await answer(client.dma_unmap(unmap_request(4 * GIB, 2 * GIB + MIB)))
         assert {} == kernel.views
@@ -168,7 +168,7 @@ async def test_with_an_iommufd(tmp_path: Path, memory: int, by_file: bool, kept:
     kernel = FakeKernel(tmp_path, iommufd=True, mdev=True)
     kernel.map_file = by_file
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(0x1000_0000, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0x1000_0000, MIB), copies(memory)))
         assert kept == len(kernel.views)
         kernel.iommu.dma(0x1000_0000, b"driver")
         assert b"driver" == os.pread(memory, 6, 0)
@@ -180,8 +180,8 @@ async def test_no_address_is_out_of_reach(kernel: FakeKernel, memory: int) -> No
     """Without an IOMMU there is no window, and a file that is too short shows when its pages are wanted only."""
     async with session(kernel) as client:
         for address in (0xFEE0_0000, 1 << 60):
-            await answer(client.dma_map(map_request(address, MIB), [os.dup(memory)]))
-        await answer(client.dma_map(map_request(0, 64 * MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(address, MIB), copies(memory)))
+        await answer(client.dma_map(map_request(0, 64 * MIB), copies(memory)))
 
 
 async def test_a_driver_that_migrates_can_be_reset(kernel: FakeKernel) -> None:

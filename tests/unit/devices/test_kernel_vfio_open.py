@@ -12,7 +12,7 @@ import trio
 
 from daemonkit import function
 from fakevfio import FakeKernel
-from fakevfio.bed import NoMessages, answer, map_request, running, session, unmap_request, until
+from fakevfio.bed import NoMessages, answer, copies, map_request, running, session, unmap_request, until
 from fakevfio.kernel import BDF, GROUP
 from rawclient import GET_INFO, attached, connect
 from vfiouser_oob.control.events import EventHub
@@ -217,8 +217,8 @@ async def test_memory_through_an_iommufd(tmp_path: Path, map_file: bool) -> None
     os.ftruncate(memory, 4 * MIB)
     async with session(kernel) as client:
         assert {"cdev", "iommufd"} == {node.kind for node in kernel.nodes.values()}
-        await answer(client.dma_map(map_request(0, MIB, offset=MIB), [os.dup(memory)]))
-        await answer(client.dma_map(map_request(2 * MIB, MIB, flags=1), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB, offset=MIB), copies(memory)))
+        await answer(client.dma_map(map_request(2 * MIB, MIB, flags=1), copies(memory)))
         assert [(0, MIB, 3), (2 * MIB, MIB, 1)] == kernel.iommu.ranges
         kernel.iommu.dma(0, b"dma")
         assert b"dma" == os.pread(memory, 3, MIB)

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from fakevfio import FakeKernel
-from fakevfio.bed import answer, eventfds, irq_request, map_request, running, session, unmap_request
+from fakevfio.bed import answer, copies, eventfds, given, irq_request, map_request, running, session, unmap_request
 from fakevfio.device import BAR0_SIZE, MSIX_INDEX, PCIE
 from vfiouser_oob.config.schema import RegionPolicy
 from vfiouser_protocol.constants import IrqIndex
@@ -54,7 +54,7 @@ async def test_regions_are_the_kernels(kernel: FakeKernel) -> None:
         assert [True, False, True] == [region.mappable for region in regions[0:3]]
         assert not regions[4].mappable
         assert client.region_fd(0) == client.region_fd(2)
-        assert client.region_fd(0) in kernel.nodes
+        assert client.region_fd(0).fileno() in kernel.nodes
         assert client.region_fd(CONFIG) is None
         assert client.region_fd(4) is None
         assert [1, 8, 65, 1, 1] == [irq.count for irq in client.description.irqs]
@@ -90,7 +90,7 @@ async def test_dma_buf_is_used_where_it_can_be_mapped(
         fd = client.region_fd(0)
         assert mappable == (fd is not None)
         if fd is not None:
-            assert ("dma-buf" if by_dma_buf else "device") == kernel.nodes[fd].kind
+            assert ("dma-buf" if by_dma_buf else "device") == kernel.nodes[fd.fileno()].kind
         # Of a region in parts a dma-buf would count its bytes otherwise.
         assert (policy is not RegionPolicy.DMABUF) == client.description.regions[2].mappable
     assert {} == kernel.nodes
@@ -146,8 +146,8 @@ async def test_a_function_without_reset_says_so(kernel: FakeKernel) -> None:
 async def test_memory_is_mapped_at_the_clients_address(kernel: FakeKernel, memory: int) -> None:
     """The device reaches the client's file, with its permissions, and nothing of it stays mapped here."""
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(0x4000_0000, MIB, offset=MIB), [os.dup(memory)]))
-        await answer(client.dma_map(map_request(0, MIB, flags=1), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0x4000_0000, MIB, offset=MIB), copies(memory)))
+        await answer(client.dma_map(map_request(0, MIB, flags=1), copies(memory)))
         assert [(0, MIB, 1), (0x4000_0000, MIB, 3)] == kernel.iommu.ranges
         assert {} == kernel.views
         kernel.iommu.dma(0x4000_0010, b"from the device")
@@ -177,7 +177,7 @@ async def test_the_identical_mapping_again_is_no_error(kernel: FakeKernel, memor
     """A client that repeats itself after an error is told yes, and the IOMMU has the range once."""
     async with session(kernel) as client:
         for _ in range(2):
-            await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(0, MIB), copies(memory)))
         assert [(0, MIB, 3)] == kernel.iommu.ranges
 
 
@@ -199,11 +199,11 @@ async def test_impossible_maps_are_refused(
     """What the IOMMU cannot map is refused with the reason; nothing stays behind, and the next map works."""
     async with session(kernel) as client:
         with pytest.raises(CommandError, match=words) as refused:
-            await answer(client.dma_map(map_request(address, size, flags=flags, offset=offset), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(address, size, flags=flags, offset=offset), copies(memory)))
         assert number == refused.value.errno
         assert 0 == len(client.memory.map)
         assert [] == kernel.iommu.ranges
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
 
 
 @pytest.mark.parametrize(
@@ -222,17 +222,17 @@ async def test_overlap_limit_and_locked_memory(
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     async with session(kernel) as client:
         assert 3 == client.limits.max_dma_maps
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
         with pytest.raises(CommandError) as refused:
-            await answer(client.dma_map(map_request(0x1000, MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(0x1000, MIB), copies(memory)))
         assert errno.EEXIST == refused.value.errno
         with pytest.raises(CommandError, match=words) as refused:
-            await answer(client.dma_map(map_request(MIB, 4 * MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(MIB, 4 * MIB), copies(memory)))
         assert errno.ENOMEM == refused.value.errno
-        await answer(client.dma_map(map_request(MIB, MIB), [os.dup(memory)]))
-        await answer(client.dma_map(map_request(2 * MIB, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(MIB, MIB), copies(memory)))
+        await answer(client.dma_map(map_request(2 * MIB, MIB), copies(memory)))
         with pytest.raises(CommandError) as refused:
-            await answer(client.dma_map(map_request(3 * MIB, MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(3 * MIB, MIB), copies(memory)))
         assert errno.ENOSPC == refused.value.errno
 
 
@@ -241,9 +241,9 @@ async def test_files_that_may_not_be_written(kernel: FakeKernel, memory: int) ->
     async with session(kernel) as client:
         readable = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
         with pytest.raises(CommandError, match="does not allow") as refused:
-            await answer(client.dma_map(map_request(0, MIB), [os.dup(readable)]))
+            await answer(client.dma_map(map_request(0, MIB), copies(readable)))
         assert errno.EACCES == refused.value.errno
-        await answer(client.dma_map(map_request(0, MIB, flags=1), [readable]))
+        await answer(client.dma_map(map_request(0, MIB, flags=1), given(readable)))
         assert [(0, MIB, 1)] == kernel.iommu.ranges
 
 
@@ -252,12 +252,12 @@ async def test_big_ranges_are_mapped_in_pieces(kernel: FakeKernel) -> None:
     fd = os.memfd_create("big")
     os.ftruncate(fd, 5 * GIB)
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(4 * GIB, 2 * GIB + MIB, offset=GIB), [os.dup(fd)]))
+        await answer(client.dma_map(map_request(4 * GIB, 2 * GIB + MIB, offset=GIB), copies(fd)))
         assert [(4 * GIB, GIB, 3), (5 * GIB, GIB, 3), (6 * GIB, MIB, 3)] == kernel.iommu.ranges
         await answer(client.dma_unmap(unmap_request(4 * GIB, 2 * GIB + MIB)))
         assert [] == kernel.iommu.ranges
         with pytest.raises(CommandError):
-            await answer(client.dma_map(map_request(4 * GIB, 4 * GIB, offset=2 * GIB), [fd]))
+            await answer(client.dma_map(map_request(4 * GIB, 4 * GIB, offset=2 * GIB), given(fd)))
         assert [] == kernel.iommu.ranges
 
 
@@ -265,7 +265,7 @@ async def test_a_map_that_takes_too_long_is_undone(kernel: FakeKernel, memory: i
     """A client that was told ETIMEDOUT has nothing mapped, and its next command comes after the clean-up."""
     async with session(kernel) as client:
         kernel.gate.clear()
-        mapping = client.dma_map(map_request(0, MIB), [os.dup(memory)])
+        mapping = client.dma_map(map_request(0, MIB), copies(memory))
         with trio.move_on_after(0.05) as scope:
             await answer(mapping)
         assert scope.cancelled_caught
@@ -274,7 +274,7 @@ async def test_a_map_that_takes_too_long_is_undone(kernel: FakeKernel, memory: i
         # Registers are read behind the mapping that is under way, not beside it.
         assert b"\x36\x1b" == await answer(client.region_read(CONFIG, 0, 2))
         assert [] == kernel.iommu.ranges
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
         assert [(0, MIB, 3)] == kernel.iommu.ranges
 
 
@@ -285,12 +285,12 @@ async def test_eventfds_reach_the_kernel(kernel: FakeKernel) -> None:
     """An interrupt of the device is a count in the client's own eventfd; the daemon keeps none of them."""
     async with session(kernel) as client:
         fds = eventfds(4)
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 4), [os.dup(fd) for fd in fds]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 4), copies(*fds)))
         kernel.device.fire(MSIX_INDEX, 2)
         assert 1 == os.eventfd_read(fds[2])
         assert {"MSIX": 4} == client.irq_summary()
         extra = eventfds(1)
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 5, 1), [os.dup(extra[0])]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 5, 1), copies(extra[0])))
         await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 2, 1), []))  # no descriptor: taken away
         kernel.device.fire(MSIX_INDEX, 2)
         kernel.device.fire(MSIX_INDEX, 5)
@@ -310,7 +310,7 @@ async def test_split_eventfds_on_a_kernel_without_resize(kernel: FakeKernel) -> 
         fds = eventfds(20)
         for start in (0, 8, 16):
             part = fds[start : start + 8]
-            await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, start, len(part)), [os.dup(f) for f in part]))
+            await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, start, len(part)), copies(*part)))
         assert {MSIX_INDEX: 20} == kernel.device.enabled
         for vector, fd in enumerate(fds):
             kernel.device.fire(MSIX_INDEX, vector)
@@ -323,9 +323,9 @@ async def test_intx_with_resample_and_mask(kernel: FakeKernel) -> None:
     """INTx takes an eventfd, mask, unmask and a resample eventfd; the kernel waits for that one itself."""
     async with session(kernel) as client:
         fd, resample = eventfds(2)
-        await answer(client.set_irqs(irq_request(0, ASSIGN, 0, 1), [os.dup(fd)]))
+        await answer(client.set_irqs(irq_request(0, ASSIGN, 0, 1), copies(fd)))
         await answer(client.set_irqs(irq_request(0, MASK, 0, 1), []))
-        await answer(client.set_irqs(irq_request(0, UNMASK_EVENTFD, 0, 1), [os.dup(resample)]))
+        await answer(client.set_irqs(irq_request(0, UNMASK_EVENTFD, 0, 1), copies(resample)))
         assert {0x10} == kernel.device.virqfds.keys()
         await answer(client.set_irqs(irq_request(0, UNMASK_EVENTFD, 0, 1), []))
         assert {} == kernel.device.virqfds
@@ -342,16 +342,16 @@ async def test_refusals_of_interrupts(kernel: FakeKernel) -> None:
         for index in IrqIndex:
             await answer(client.set_irqs(irq_request(index, DISABLE), []))
         assert [] == kernel.device.irq_calls
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), [os.dup(fds[0])]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), copies(fds[0])))
         with pytest.raises(CommandError, match="another kind of interrupt") as refused:
-            await answer(client.set_irqs(irq_request(0, ASSIGN, 0, 1), [os.dup(fds[1])]))
+            await answer(client.set_irqs(irq_request(0, ASSIGN, 0, 1), copies(fds[1])))
         assert errno.EINVAL == refused.value.errno
         with pytest.raises(CommandError, match="cannot mask") as refused:
             await answer(client.set_irqs(irq_request(MSIX_INDEX, MASK, 0, 1), []))
         assert errno.ENOTTY == refused.value.errno
         no_eventfd = os.memfd_create("x")
         with pytest.raises(CommandError) as refused:
-            await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), [no_eventfd]))
+            await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), given(no_eventfd)))
         assert errno.EINVAL == refused.value.errno
         for fd in fds:
             os.close(fd)
@@ -361,7 +361,7 @@ async def test_the_kernels_request_for_the_device_is_passed_on(kernel: FakeKerne
     """REQ, by which the kernel asks for the device back, is an eventfd of the client like any other."""
     async with session(kernel) as client:
         fd = eventfds(1)[0]
-        await answer(client.set_irqs(irq_request(IrqIndex.REQ, ASSIGN, 0, 1), [os.dup(fd)]))
+        await answer(client.set_irqs(irq_request(IrqIndex.REQ, ASSIGN, 0, 1), copies(fd)))
         kernel.device.fire(IrqIndex.REQ, 0)
         assert 1 == os.eventfd_read(fd)
         await answer(client.set_irqs(irq_request(IrqIndex.REQ, ASSIGN, 0, 1), []))
@@ -379,9 +379,9 @@ async def test_nothing_is_left_when_the_client_goes(kernel: FakeKernel, memory: 
     before = set(os.listdir("/proc/self/fd"))
     async with session(kernel) as client:
         await answer(client.region_write(CONFIG, 4, b"\x06\x00", posted=False))
-        await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+        await answer(client.dma_map(map_request(0, MIB), copies(memory)))
         fd = eventfds(1)[0]
-        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), [fd]))
+        await answer(client.set_irqs(irq_request(MSIX_INDEX, ASSIGN, 0, 1), given(fd)))
     assert {} == kernel.device.enabled
     assert 0 == kernel.device.command & 4
     assert has_reset == (kernel.device.resets > 0)
@@ -399,7 +399,7 @@ async def test_a_client_that_goes_during_a_map(kernel: FakeKernel, memory: int) 
         first = await backend.open(NoMessages())
         kernel.gate.clear()
         with trio.move_on_after(0.02):
-            await answer(first.dma_map(map_request(0, MIB), [os.dup(memory)]))
+            await answer(first.dma_map(map_request(0, MIB), copies(memory)))
         with trio.move_on_after(0.02) as scope:
             await first.close()
         assert scope.cancelled_caught

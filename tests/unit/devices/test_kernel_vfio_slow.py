@@ -15,7 +15,7 @@ import trio
 
 from daemonkit import function
 from fakevfio import FakeKernel
-from fakevfio.bed import answer, map_request, session, unmap_request, until
+from fakevfio.bed import answer, copies, map_request, session, unmap_request, until
 from fakevfio.kernel import BASE, BDF
 from rawclient import DMA_MAP, attached
 from rawclient import map_request as packed_map
@@ -81,7 +81,7 @@ async def test_progress_of_a_big_range(kernel: SlowKernel, big: int, caplog: pyt
     caplog.set_level(logging.INFO)
     kernel.costs[MAP_DMA] = 1.5
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), [os.dup(big)]))
+        await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), copies(big)))
     progress = [fields for text, fields in records(caplog, logging.INFO) if text == "mapping memory"]
     assert [("1G", 1.5), ("2G", 3.0), ("3G", 4.5)] == [(fields["done"], fields["seconds"]) for fields in progress]
     assert {"4G"} == {fields["of"] for fields in progress}
@@ -98,7 +98,7 @@ async def test_a_map_that_will_not_be_in_time_is_foreseen(
     kernel.costs[MAP_DMA] = 2.0
     async with session(kernel) as client:
         with trio.fail_after(4):
-            await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), [os.dup(big)]))
+            await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), copies(big)))
     text, fields = records(caplog, logging.WARNING)[0]
     assert "mapping memory will take longer than the client is answered in" == text
     assert ("1G", "4G") == (fields["done"], fields["of"])
@@ -110,7 +110,7 @@ async def test_quick_maps_are_quiet(kernel: SlowKernel, big: int, caplog: pytest
     caplog.set_level(logging.DEBUG)
     kernel.costs[MAP_DMA] = 0.1
     async with session(kernel) as client:
-        await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), [os.dup(big)]))
+        await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), copies(big)))
     assert ["memory mapped"] == [text for text, _ in records(caplog, logging.DEBUG) if "memory" in text]
     assert [] == records(caplog, logging.INFO) + records(caplog, logging.WARNING)
 
@@ -190,7 +190,7 @@ async def test_unmap_is_answered_when_the_kernel_has_done_it(tmp_path: Path) -> 
     os.ftruncate(memory, MIB)
     async with session(kernel) as client:
         for by_range in (True, False):
-            await answer(client.dma_map(map_request(0, MIB), [os.dup(memory)]))
+            await answer(client.dma_map(map_request(0, MIB), copies(memory)))
             kernel.holding = True
             kernel.gate.clear()
             kernel.mapping.clear()

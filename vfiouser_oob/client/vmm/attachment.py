@@ -174,7 +174,7 @@ class Attachment:
         # QEMU lets the device allocate one vector before it assigns any.
         await self.client.set_irqs(IrqIndex.MSIX, IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER, count=1)
         self._eventfds = [OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) for _ in range(config.vectors)]
-        await self.client.set_eventfds(IrqIndex.MSIX, [fd.fileno() for fd in self._eventfds])
+        await self.client.set_eventfds(IrqIndex.MSIX, self._eventfds)
 
     def hand_over(self) -> tuple[MappedRegion, list[OwnedFd]]:
         """Give BAR 0 and the vectors to the guest's driver, which owns them from now on."""

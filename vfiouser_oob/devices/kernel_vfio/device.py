@@ -45,6 +45,10 @@ class VfioDevice:
         self._offsets = [region.offset for region in self.regions]
         self._slow = self._slow_registers()
 
+    def fileno(self) -> int:
+        """Return the device's descriptor number, to lend it."""
+        return self.fd
+
     def _region(self, index: int) -> RegionDescription:
         room = _REGION_INFO_ROOM
         buffer = bytearray(room)

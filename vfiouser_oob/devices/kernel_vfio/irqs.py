@@ -8,7 +8,6 @@ enables the whole index anew.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
@@ -48,12 +47,12 @@ class KernelIrqs:
         self._kept: dict[int, dict[int, OwnedFd]] = {}
         self._enabled: dict[int, int] = {}
 
-    def set_irqs(self, request: SetIrqs, fds: Sequence[int]) -> None:
+    def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Carry out a SET_IRQS.
 
         Args:
             request: the decoded command.
-            fds: its descriptors; they stay the caller's.
+            fds: its descriptors; copies are made of those that are kept.
 
         Raises:
             CommandError: our rules or the kernel refuse it.
@@ -71,30 +70,30 @@ class KernelIrqs:
             ) from error
         self._rules.apply(request, [True] * len(fds))
 
-    def _pass_on(self, request: SetIrqs, fds: Sequence[int]) -> None:
+    def _pass_on(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         self._device.set_irqs(request.flags & _FLAGS, request.index, request.start, request.count, request.data)
 
-    def _disable(self, request: SetIrqs, fds: Sequence[int]) -> None:
+    def _disable(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         if request.index in self._active:
             self._device.disable_irqs(request.index)
             self._forget(request.index)
 
-    def _assign(self, request: SetIrqs, fds: Sequence[int]) -> None:
+    def _assign(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         index, start = request.index, request.start
         if self._flags[index] & IrqInfoFlags.NORESIZE:
             self._assign_without_resize(index, start, fds)
         else:
-            self._device.set_eventfds(_ASSIGN, index, start, fds)
+            self._device.set_eventfds(_ASSIGN, index, start, _numbers(fds))
         self._active.add(index)
 
-    def _assign_without_resize(self, index: int, start: int, fds: Sequence[int]) -> None:
+    def _assign_without_resize(self, index: int, start: int, fds: Sequence[OwnedFd]) -> None:
         kept = self._kept.setdefault(index, {})
         enabled = self._enabled.get(index, 0)
         end = start + len(fds)
         if end <= enabled:
-            self._device.set_eventfds(_ASSIGN, index, start, fds)
+            self._device.set_eventfds(_ASSIGN, index, start, _numbers(fds))
         else:
-            wanted = {vector: fd.fileno() for vector, fd in kept.items()} | dict(enumerate(fds, start))
+            wanted = kept | dict(enumerate(fds, start))
             if enabled:
                 self._device.disable_irqs(index)
                 self._active.discard(index)
@@ -103,18 +102,19 @@ class KernelIrqs:
                 self._enable(index, end, wanted)
             except OSError:
                 if enabled:
-                    self._enable(index, enabled, {vector: fd.fileno() for vector, fd in kept.items()})
+                    self._enable(index, enabled, kept)
                 raise
-        for vector, number in enumerate(fds, start):
+        for vector, fd in enumerate(fds, start):
             self._drop(index, vector)
-            kept[vector] = OwnedFd(os.dup(number))
+            kept[vector] = fd.duplicate()
 
-    def _enable(self, index: int, count: int, fds: Mapping[int, int]) -> None:
-        self._device.set_eventfds(_ASSIGN, index, 0, [fds.get(vector, -1) for vector in range(count)])
+    def _enable(self, index: int, count: int, fds: Mapping[int, OwnedFd]) -> None:
+        numbers = [fds[vector].fileno() if vector in fds else -1 for vector in range(count)]
+        self._device.set_eventfds(_ASSIGN, index, 0, numbers)
         self._enabled[index] = count
         self._active.add(index)
 
-    def _deassign(self, request: SetIrqs, fds: Sequence[int]) -> None:
+    def _deassign(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         if request.index not in self._active:
             return
         self._device.set_eventfds(request.flags & _FLAGS, request.index, request.start, [-1] * request.count)
@@ -123,9 +123,10 @@ class KernelIrqs:
         if request.index in _SINGLE:
             self._forget(request.index)
 
-    def _set_virqfd(self, request: SetIrqs, fds: Sequence[int]) -> None:
+    def _set_virqfd(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Mask and unmask eventfds, which the kernel waits for itself."""
-        self._device.set_eventfds(request.flags & _FLAGS, request.index, request.start, fds or [-1] * request.count)
+        numbers = _numbers(fds) or [-1] * request.count
+        self._device.set_eventfds(request.flags & _FLAGS, request.index, request.start, numbers)
 
     def _drop(self, index: int, vector: int) -> None:
         fd = self._kept.get(index, {}).pop(vector, None)
@@ -153,7 +154,11 @@ class KernelIrqs:
             self._forget(index)
 
 
-_CARRY_OUT: Mapping[IrqOperation, Callable[[KernelIrqs, SetIrqs, Sequence[int]], None]] = {
+def _numbers(fds: Sequence[OwnedFd]) -> list[int]:
+    return [fd.fileno() for fd in fds]
+
+
+_CARRY_OUT: Mapping[IrqOperation, Callable[[KernelIrqs, SetIrqs, Sequence[OwnedFd]], None]] = {
     IrqOperation.DISABLE: KernelIrqs._disable,
     IrqOperation.ASSIGN: KernelIrqs._assign,
     IrqOperation.DEASSIGN: KernelIrqs._deassign,

@@ -62,6 +62,35 @@ class Kernel(abc.ABC):
         """Drop a mapping."""
 
 
+class KernelFd:
+    """A descriptor that an ioctl gave, and the duty to close it.
+
+    Args:
+        kernel: the operating system that it is of.
+        fd: descriptor number; owned from now on.
+    """
+
+    def __init__(self, kernel: Kernel, fd: int) -> None:
+        self._kernel = kernel
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """Return the descriptor's number.
+
+        Raises:
+            ValueError: it was closed.
+        """
+        if self._fd < 0:
+            raise ValueError("the descriptor was closed")
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._kernel.close(fd)
+
+
 class LinuxKernel(Kernel):
     """The kernel that this process runs on.
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from vfiouser_oob.config.schema import RegionPolicy
 from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
-from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.devices.kernel_vfio.kernel import Kernel, KernelFd
 from vfiouser_oob.devices.kernel_vfio.msix import msix_areas, without_pages
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.transport.fds import HasFileno
 from vfiouser_protocol.constants import REGION_TYPE_MIGRATION, RegionFlags
 from vfiouser_protocol.regions import RegionDescription, RegionSpec, SparseArea
 
@@ -34,7 +35,7 @@ class RegionTable:
     def __init__(self, kernel: Kernel, device: VfioDevice, policy: RegionPolicy, log: Logger) -> None:
         self._kernel = kernel
         self._device = device
-        self._dma_bufs: dict[int, int] = {}
+        self._dma_bufs: dict[int, KernelFd] = {}
         self._msix = msix_areas(device.config())
         self.specs: Sequence[RegionSpec] = ()
         try:
@@ -43,11 +44,11 @@ class RegionTable:
             self.close()
             raise
 
-    def fd(self, index: int) -> int | None:
+    def fd(self, index: int) -> HasFileno | None:
         """Return the descriptor that maps a region; it stays this table's or the device's."""
         if not self.specs[index].mappable:
             return None
-        return self._dma_bufs.get(index, self._device.fd)
+        return self._dma_bufs.get(index, self._device)
 
     def _spec(self, region: RegionDescription, policy: RegionPolicy, log: Logger) -> RegionSpec:
         if region.type is not None and region.type.type == REGION_TYPE_MIGRATION:
@@ -86,16 +87,17 @@ class RegionTable:
             return False  # a dma-buf of several parts numbers its bytes otherwise than the region
         access = os.O_RDWR if region.flags & RegionFlags.WRITE else os.O_RDONLY
         try:
-            fd = self._device.export_dma_buf(region.index, region.size, access | os.O_CLOEXEC)
+            fd = KernelFd(self._kernel, self._device.export_dma_buf(region.index, region.size, access | os.O_CLOEXEC))
         except OSError as error:  # the feature is younger than most kernels
             log.debug("this kernel makes no dma-buf of a region", region=region.index, error=error.strerror)
             return False
         try:
             # Mapped once and never touched: exporting has been there longer than mapping.
-            self._kernel.munmap(self._kernel.mmap(fd, region.size, 0, writable=access == os.O_RDWR), region.size)
+            address = self._kernel.mmap(fd.fileno(), region.size, 0, writable=access == os.O_RDWR)
+            self._kernel.munmap(address, region.size)
         except OSError as error:
             log.debug("this kernel maps no dma-buf of a region", region=region.index, error=error.strerror)
-            self._kernel.close(fd)
+            fd.close()
             return False
         self._dma_bufs[region.index] = fd
         return True
@@ -104,4 +106,4 @@ class RegionTable:
         """Close the dma-bufs."""
         fds, self._dma_bufs = list(self._dma_bufs.values()), {}
         for fd in fds:
-            self._kernel.close(fd)
+            fd.close()

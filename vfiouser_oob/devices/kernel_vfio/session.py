@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -19,7 +18,7 @@ from vfiouser_oob.devices.kernel_vfio.regions import RegionTable
 from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, Worker, explain
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
-from vfiouser_oob.transport.fds import OwnedFd, close_fds
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds, take_fds
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, RegionIndex
 from vfiouser_protocol.dma import DmaRegion
@@ -80,7 +79,7 @@ class KernelVfioSession(BackendSession):
         """How many ranges the IOMMU takes, and of which pages."""
         return Capabilities(max_dma_maps=self._max_maps, pgsizes=self._opened.space.page_size)
 
-    def region_fd(self, index: int) -> int | None:
+    def region_fd(self, index: int) -> HasFileno | None:
         """Return the descriptor of a region: a dma-buf, or the device itself."""
         return self._regions.fd(index)
 
@@ -136,17 +135,16 @@ class KernelVfioSession(BackendSession):
 
     # Interrupts
 
-    def set_irqs(self, request: SetIrqs, fds: list[int]) -> Answer[None]:
-        """Hand the eventfds to the kernel; our own copies are closed at once."""
+    def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> Answer[None]:
+        """Hand the eventfds to the kernel; our own are closed at once."""
         if self._worker.busy:
-            return self._worker.submit(Job(partial(self._set_irqs, request, fds), finish=partial(close_fds, fds)))
-        try:
-            self._irqs.set_irqs(request, fds)
-        finally:
-            close_fds(fds)
+            # The job goes on when nobody waits for it any more, so they are its own.
+            owned = take_fds(fds)
+            return self._worker.submit(Job(partial(self._set_irqs, request, owned), finish=partial(close_fds, owned)))
+        self._irqs.set_irqs(request, fds)
         return None
 
-    def _set_irqs(self, request: SetIrqs, fds: list[int], job: Job[None]) -> None:
+    def _set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd], job: Job[None]) -> None:
         self._irqs.set_irqs(request, fds)
 
     def irq_summary(self) -> dict[str, int]:
@@ -155,10 +153,10 @@ class KernelVfioSession(BackendSession):
 
     # Memory
 
-    def dma_map(self, request: DmaMap, fds: list[int]) -> Answer[None]:
+    def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Map client memory for the device, at the client's addresses."""
         # A copy of its own: of descriptors that share an inode, as those of devices do, the file table keeps one.
-        fd = OwnedFd(os.dup(fds[0])) if fds else None
+        fd = fds[0].duplicate() if fds else None
         region: DmaRegion | None = None
         try:
             region = self.memory.add(request, fds)

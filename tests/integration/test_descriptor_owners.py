@@ -1,0 +1,138 @@
+"""Whose a descriptor is when its client leaves in the middle of something: never somebody else's."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+import trio.lowlevel
+
+from daemonkit import function, open_fds, serving
+from fakeserver import Answer, FakeServer
+from rawclient import DMA_MAP, REGION_READ, attached, map_request, memfd
+from vfiouser_oob.config.schema import UpstreamDevice
+from vfiouser_protocol.codec import decode, encode
+from vfiouser_protocol.constants import Command, DeviceInfoFlags
+from vfiouser_protocol.messages import DeviceInfo, IrqInfo, RegionInfo
+from vfiouser_protocol.session import CommandReceived
+
+MAGIC = 0x75666F76
+
+
+def get_info(event: CommandReceived) -> Answer:
+    """A PCI device."""
+    return Answer(encode(DeviceInfo(16, DeviceInfoFlags.PCI | DeviceInfoFlags.RESET, 9, 5)))
+
+
+def get_region_info(event: CommandReceived) -> Answer:
+    """Regions of 4096 bytes that are read and written by messages."""
+    return Answer(encode(RegionInfo(32, 3, decode(RegionInfo, event.payload).index, 0, 4096, 0)))
+
+
+def get_irq_info(event: CommandReceived) -> Answer:
+    """One interrupt of each kind."""
+    return Answer(encode(IrqInfo(16, 1, decode(IrqInfo, event.payload).index, 1)))
+
+
+@asynccontextmanager
+async def upstream(path: Path, **handlers) -> AsyncIterator[FakeServer]:
+    """An upstream server for one connection, whose answers the test decides."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        async with trio.open_nursery() as nursery:
+            server: list[FakeServer] = []
+
+            async def run() -> None:
+                await trio.lowlevel.wait_readable(listener)
+                table = {Command[name.upper()]: handler for name, handler in handlers.items()}
+                table |= {
+                    Command.DEVICE_GET_INFO: get_info,
+                    Command.DEVICE_GET_REGION_INFO: get_region_info,
+                    Command.DEVICE_GET_IRQ_INFO: get_irq_info,
+                }
+                server.append(FakeServer(listener.accept()[0], handlers=table))
+                await server[0].run()
+
+            nursery.start_soon(run)
+            yield server
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_leaves_while_its_map_waits_closes_nobodys_descriptor(tmp_path: Path) -> None:
+    """The queue's head gives its memory file to a handler that waits; leaving then must close that file once.
+
+    The number is another client's as soon as it was closed for the first time: here it is, at once.
+    """
+    read, queued, asked, go_on = trio.Event(), trio.Event(), trio.Event(), trio.Event()
+
+    async def wait_to_read(event: CommandReceived) -> Answer:
+        read.set()
+        await queued.wait()
+        return Answer(event.payload + bytes(4))
+
+    async def wait(event: CommandReceived) -> Answer:
+        asked.set()
+        await go_on.wait()
+        return Answer()
+
+    up = UpstreamDevice(socket=tmp_path / "up.sock")
+    with trio.fail_after(30):
+        async with (
+            upstream(tmp_path / "up.sock", dma_map=wait, region_read=wait_to_read),
+            serving(function(tmp_path, "f0", up)) as daemon,
+            trio.open_nursery() as nursery,
+        ):
+            victims: list[int] = []
+            async with attached(tmp_path / "f0.sock") as client:
+                # Not answered at once, so that the map behind it queues before it is begun.
+                await client.send(client.pack(REGION_READ, struct.pack("<QII", 0, 0, 4)))
+                await read.wait()
+                fd = memfd(1 << 16, "claimed")
+                await client.send(client.pack(DMA_MAP, map_request(0, 4096)), [fd])
+                os.close(fd)
+                while not daemon.functions[0].counts[DMA_MAP]:
+                    await trio.lowlevel.checkpoint()
+                queued.set()
+                await asked.wait()
+                nursery.start_soon(claim, kept("claimed"), victims)
+            while daemon.functions[0].phase != "closing":
+                await trio.lowlevel.checkpoint()
+            go_on.set()
+            while daemon.functions[0].connection is not None:
+                await trio.lowlevel.checkpoint()
+            while not victims:
+                await trio.lowlevel.checkpoint()
+            for victim in victims:
+                assert "/memfd:victim (deleted)" == os.readlink(f"/proc/self/fd/{victim}")
+                os.close(victim)
+
+
+def kept(name: str) -> list[int]:
+    """Which descriptors of this process are of a memory file."""
+    return [fd for fd, target in open_fds().items() if target == f"/memfd:{name} (deleted)"]
+
+
+async def claim(numbers: list[int], victims: list[int]) -> None:
+    """Take the first of some descriptor numbers that is free, as soon as it is."""
+    while not (free := set(numbers) - set(kept("claimed"))):
+        await trio.lowlevel.checkpoint()
+    while free.isdisjoint(victims):
+        victims.append(os.memfd_create("victim"))
+
+
+async def test_a_connection_that_cannot_be_set_up_costs_its_client_only(tmp_path: Path) -> None:
+    """A socket whose descriptor is unusable ends one client; the function serves the next."""
+    async with serving(function(tmp_path)) as daemon:
+        broken, _other = socket.socketpair()
+        with _other:
+            os.close(broken.detach())
+            await daemon.functions[0].serve_connected(broken)
+        assert "cannot be served" in str(daemon.functions[0].last_error)
+        async with attached(tmp_path / "f0.sock") as client:
+            assert MAGIC == await client.read32(0, 0)
