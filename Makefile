@@ -25,8 +25,8 @@ demo: venv-demo ## see it work without a VMM: NVMe I/O migrates to another host 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
 	$(PYTEST) $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
-test-fast: venv-dev ## run what takes two minutes: neither virtual machines nor slow tests
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not vm and not slow" $(PYTEST_ARGS)
+test-fast: venv-dev ## run what takes two minutes: no virtual machines, no attacks, no slow tests
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not vm and not slow and not hostile" $(PYTEST_ARGS)
 
 test-vm-long: venv-dev ## run the VM tests that take minutes: nested Linux, the oldest kernel, an own one with iommufd
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long

@@ -1,0 +1,60 @@
+"""The judge of the hostile suite bites: what it must not let pass, it does not."""
+
+import pytest
+
+from hostilekit import measure
+from hostilekit.attacks import ATTACKS
+from hostilekit.verdict import Felt, Health, Sample, Verdict
+
+QUIET = Felt([Sample(0.001, 0.001)] * 900, 0.003)
+WELL = Health(40.0, 20, 1)
+
+
+def verdict(**what: object) -> Verdict:
+    """A verdict with nothing wrong but this."""
+    fields = {"control": QUIET, "felt": QUIET, "before": WELL, "peak": WELL, "after": WELL, "alive": True}
+    return Verdict(name="x", **{**fields, **what})
+
+
+def test_one_stall_counts_for_all_the_reads_that_it_kept_from_being_made() -> None:
+    """A stall within the maximum is out of budget when it takes more than a hundredth of the time."""
+    once = Felt([*QUIET.samples, Sample(0.2, 0.2)], 0.003)
+    assert "p99" in (verdict(felt=once).slow() or "")
+    assert verdict(felt=QUIET).slow() is None
+
+
+def test_waiting_for_a_processor_is_not_the_daemons() -> None:
+    """A read that waited for a processor is taken as what remains of it."""
+    assert verdict(felt=Felt([Sample(2.0, 0.002)] * 900, 0.003)).slow() is None
+
+
+def test_a_busy_machine_is_no_place_to_measure() -> None:
+    """A control interval that is out of budget makes the measurement unfit."""
+    assert verdict(control=Felt([Sample(0.3, 0.3)] * 3, 0.003)).unfit() is not None
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"alive": False},
+        {"after": Health(60.0, 20, 1)},
+        {"after": Health(40.0, 21, 1)},
+        {"harm": ["x"]},
+        {"noise": ["x"]},
+        {"attack_error": "x"},
+        {"felt": Felt([], 0.003)},
+    ],
+    ids=str,
+)
+def test_what_counts(what: dict[str, object]) -> None:
+    """Each of these alone is enough."""
+    found = verdict(**what)
+    assert found.wrong(16.0) or found.slow()
+
+
+@pytest.mark.hostile
+def test_a_daemon_that_does_not_run_for_a_moment() -> None:
+    """A real daemon that is stopped for 0.4 s is seen, whatever else the machine is doing."""
+    found = measure(ATTACKS["stopped_daemon"])
+    assert found.unfit() is None
+    assert "under attack" in (found.slow() or "")
