@@ -12,8 +12,9 @@ from pathlib import Path
 import trio
 import trio.lowlevel
 
-from daemonkit import function, open_fds, serving
+from daemonkit import function, serving
 from fakeserver import Answer, FakeServer
+from openfds import open_fds
 from rawclient import DMA_MAP, REGION_READ, attached, map_request, memfd
 from vfiouser_oob.config.schema import UpstreamDevice
 from vfiouser_protocol.codec import decode, encode
