@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import logging
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ from typing import NoReturn, Protocol, cast
 
 from vfiouser_oob import __version__
 from vfiouser_oob.cli.errors import ExitCode, details, explain
+from vfiouser_oob.observability import log
 
 PROGRAM = "vfiouser-oob"
 
@@ -63,7 +66,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and end the process with exit code 2."""
-        self.exit(ExitCode.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        log.write_last([f"{self.prog}: {message} (see {self.prog} --help)"])
+        self.exit(ExitCode.USAGE)
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -94,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _complete_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     entries = {entry.name: entry for entry in COMMANDS}
@@ -118,10 +123,28 @@ def _load(entry: CommandEntry) -> Command:
 def _report(error: BaseException, args: argparse.Namespace | None) -> ExitCode:
     code, lines = explain(error)
     if getattr(args, "log_level", None) == "debug":
-        print(details(error), file=sys.stderr, end="")
-    for line in lines:
-        print(f"{PROGRAM}: {line}", file=sys.stderr)
+        log.write_last(details(error).splitlines(), logging.DEBUG)
+    log.write_last([f"{PROGRAM}: {line}" for line in lines])
     return code
+
+
+def _complete_standard_streams() -> None:
+    """Make standard streams out of nothing where the process came without, and let them take every character.
+
+    A closed descriptor would be given to the next socket, and what is meant for standard error would go to a client.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(fd, "w", closefd=False, encoding="utf-8"))  # noqa: SIM115  # open to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            # A character that the locale does not have is written as an escape, and never is an error.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _end_on_sigterm() -> None:

@@ -16,10 +16,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from vfiouser_oob.config.schema import LogFormat, LogLevel
+from vfiouser_oob.observability.sink import Sink
 
 ROOT = "vfiouser_oob"
 
@@ -220,7 +221,7 @@ def configure(
     Args:
         level: least important record that is written.
         log_format: for people or for machines.
-        stream: where to; None = standard error.
+        stream: where to; None = standard error, and then nobody waits for whoever reads it.
         environ: the environment, for JOURNAL_STREAM and NO_COLOR.
     """
     target = sys.stderr if stream is None else stream
@@ -231,24 +232,91 @@ def configure(
     else:
         colour = not journal and target.isatty() and "NO_COLOR" not in environ
         formatter = HumanFormatter(colour=colour, journal=journal)
-    handler = logging.StreamHandler(target)
+    fd = None if stream is not None else _descriptor(target)
+    handler = logging.StreamHandler(target) if fd is None else _SinkHandler(fd, formatter)
     handler.setFormatter(formatter)
     root = logging.getLogger(ROOT)
     for old in tuple(root.handlers):
         root.removeHandler(old)
+        old.close()
     root.addHandler(handler)
     root.setLevel(_LEVELS[level])
     root.propagate = False
+
+
+class _SinkHandler(logging.Handler):
+    """Hands records to a sink.
+
+    Args:
+        fd: where the sink writes; it stays the caller's.
+        formatter: makes the line that tells of lost ones.
+    """
+
+    def __init__(self, fd: int, formatter: logging.Formatter) -> None:
+        super().__init__()
+
+        def tell_lost(count: int) -> str:
+            record = logging.LogRecord(f"{ROOT}.log", logging.WARNING, __file__, 0, "", None, None)
+            record.event, record.fields = "log lines were lost, because nobody took them", {"lines": count}
+            return formatter.format(record)
+
+        self._sink = Sink(fd, tell_lost)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a record on (called by logging)."""
+        try:
+            self._sink.write(self.format(record))
+        except Exception:  # noqa: BLE001  # as logging's own handlers do: a bad record must not spoil what it tells of
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait for what was handed on, for a moment (called by logging at exit as well)."""
+        self._sink.flush()
+
+    def close(self) -> None:
+        """Take no more."""
+        self._sink.close()
+        super().close()
+
+
+def write_last(lines: Sequence[str], level: int = logging.ERROR, environ: Mapping[str, str] = os.environ) -> None:
+    """Write lines to standard error that are the process's last; waits a moment, not for ever.
+
+    Args:
+        lines: what to write.
+        level: the priority that the journal is told, where it reads them.
+        environ: the environment, for JOURNAL_STREAM.
+    """
+    for handler in logging.getLogger(ROOT).handlers:
+        handler.flush()
+    prefix = f"<{_JOURNAL_PRIORITIES[level]}>" if _is_journal(sys.stderr, environ) else ""
+    text = [f"{prefix}{line}" for line in lines]
+    fd = _descriptor(sys.stderr)
+    if fd is None:
+        print(*text, sep="\n", file=sys.stderr)  # noqa: T201
+        return
+    sink = Sink(fd, lambda count: f"{prefix}{count} lines were lost")
+    for line in text:
+        sink.write(line)
+    sink.close()
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    """The descriptor behind a stream; None for one in memory."""
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
 
 
 def _is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     # systemd names the device and inode of the stream that it connected, since a redirected one must not get
     # prefixes.
     device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
-    try:
-        status = os.fstat(stream.fileno())
-    except (OSError, ValueError):
+    fd = _descriptor(stream)
+    if fd is None:
         return False
+    status = os.fstat(fd)
     return (device, inode) == (str(status.st_dev), str(status.st_ino))
 
 

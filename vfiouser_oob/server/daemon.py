@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import trio
@@ -42,7 +43,15 @@ from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_pa
 #: Name of the control socket among systemd's sockets.
 CONTROL_NAME = "control"
 _CONTROL_MODE = 0o660
-
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+#: Signals that would end the process by default, though nobody who sends them means that; and what they may have meant.
+_WITHOUT_MEANING = MappingProxyType(
+    {
+        signal.SIGHUP: "restart the daemon to have it read its configuration again",
+        signal.SIGUSR1: "see `vfiouser-oob status`",
+        signal.SIGUSR2: "see `vfiouser-oob status`",
+    }
+)
 
 #: Starts what belongs to a daemon beside its functions, in a nursery that lasts until they are gone. Returns once it
 #: works, with a few words for the status line.
@@ -181,12 +190,13 @@ class Daemon:
     async def run(self, task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until told to stop."""
         async with self._agents, trio.open_nursery() as devices:
+            devices.start_soon(self._notifier.run)
             for function in self.functions:
                 devices.start_soon(function.run_device)
                 devices.start_soon(function.run_migration)
             if self._control is not None:
                 await devices.start(ControlServer(self).serve, self._control.sock.dup())
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            with trio.open_signal_receiver(*_ENDING, *_WITHOUT_MEANING) as signals:
                 async with trio.open_nursery() as serving:
                     serving.start_soon(self._await_signal, signals, serving.cancel_scope)
                     self._start_serving(serving)
@@ -228,7 +238,11 @@ class Daemon:
 
     async def _await_signal(self, signals: Any, scope: trio.CancelScope) -> None:
         async for number in signals:
-            self._log.info("stopping", signal=signal.Signals(number).name)
+            name = signal.Signals(number).name
+            if number in _WITHOUT_MEANING:
+                self._log.warning("signal ignored", signal=name, what_to_do=_WITHOUT_MEANING[number])
+                continue
+            self._log.info("stopping", signal=name)
             self._notifier.stopping("turning clients out")
             # Cancels the accept loops and, with them, the connections; each tears down what it holds.
             scope.cancel()

@@ -1,13 +1,17 @@
 """Telling the service manager how far we are, as sd_notify(3) does.
 
-Without NOTIFY_SOCKET nobody wants to know, and every call does nothing.
+Without NOTIFY_SOCKET nobody wants to know, and every call does nothing. A manager that is busy gets what it missed as
+soon as it reads again, in order: a unit whose READY=1 was lost would run into its start time-out.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from collections.abc import MutableMapping
+
+import trio
 
 from vfiouser_oob.observability import log
 
@@ -24,6 +28,8 @@ class Notifier:
     def __init__(self, address: str | None) -> None:
         self._address = address
         self._log = log.get("systemd.notify")
+        self._waiting: deque[bytes] = deque()
+        self._put_off = trio.Event()
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str] = os.environ, *, unset: bool = True) -> Notifier:
@@ -69,21 +75,59 @@ class Notifier:
         """
         return self._send(*_status_field(text))
 
+    async def run(self) -> None:
+        """Send what the manager did not take at once, until cancelled."""
+        while True:
+            await self._put_off.wait()
+            try:
+                with self._connected() as sock:
+                    while self._waiting:
+                        await trio.lowlevel.wait_writable(sock)
+                        self._send_waiting(sock)
+            except OSError as error:
+                self._warn(error)
+                self._waiting.clear()
+            self._put_off = trio.Event()
+
     def _send(self, *fields: str) -> bool:
         if self._address is None:
             return False
+        self._waiting.append("\n".join(fields).encode(errors="surrogateescape"))
+        try:
+            with self._connected() as sock:
+                self._send_waiting(sock)
+        except OSError as error:
+            self._warn(error)
+            self._waiting.clear()
+            return False
+        if self._waiting:
+            self._put_off.set()
+        return not self._waiting
+
+    def _connected(self) -> socket.socket:
+        assert self._address is not None
         # A leading @ stands for the NUL of the abstract namespace.
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        data = "\n".join(fields).encode(errors="surrogateescape")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-                # The event loop must not wait for a manager that does not read.
-                sock.setblocking(False)
-                sock.sendto(data, address)
-        except OSError as error:
-            self._log.warning("the service manager could not be told", fields=",".join(fields), error=error)
-            return False
-        return True
+            sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _send_waiting(self, sock: socket.socket) -> None:
+        """Send in order until the manager's queue is full."""
+        while self._waiting:
+            try:
+                sock.send(self._waiting[0])
+            except BlockingIOError:
+                return
+            self._waiting.popleft()
+
+    def _warn(self, error: OSError) -> None:
+        text = b",".join(self._waiting).decode(errors="replace")
+        self._log.warning("the service manager could not be told", fields=text, error=error.strerror)
 
 
 def _status_field(text: str | None) -> tuple[str, ...]:

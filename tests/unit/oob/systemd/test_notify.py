@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from vfiouser_oob.systemd.notify import Notifier
 
@@ -44,13 +46,38 @@ def test_a_manager_that_has_gone_does_no_harm(tmp_path: Path) -> None:
     assert not Notifier(str(tmp_path / "gone")).ready()
 
 
+def fill(notifier: Notifier) -> int:
+    """Send until the manager's queue is full; returns how many messages it took."""
+    sent = 0
+    while notifier.status(f"x{sent}"):
+        sent += 1
+        assert sent < 100_000
+    assert sent > 0
+    return sent
+
+
 def test_a_manager_that_does_not_read_cannot_block_us(tmp_path: Path) -> None:
-    """When the manager's queue is full the message is dropped and the caller goes on."""
+    """When the manager's queue is full the message is put off and the caller goes on."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "n"))
+        fill(Notifier(str(tmp_path / "n")))
+
+
+async def test_what_was_put_off_arrives_once_in_order(tmp_path: Path) -> None:
+    """READY=1 that met a full queue gets through as soon as the manager reads, behind what came before it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        manager.setblocking(False)
         notifier = Notifier(str(tmp_path / "n"))
-        sent = 0
-        while notifier.status("x"):
-            sent += 1
-            assert sent < 100_000
-        assert sent > 0
+        sent = fill(notifier)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(notifier.run)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not notifier.ready()
+            assert not notifier.stopping()
+            received = []
+            while len(received) < sent + 3:
+                await trio.lowlevel.wait_readable(manager)
+                received.append(manager.recv(1000))
+            nursery.cancel_scope.cancel()
+        assert [f"STATUS=x{n}".encode() for n in range(sent + 1)] + [b"READY=1", b"STOPPING=1"] == received

@@ -1,0 +1,75 @@
+"""Log lines on a real pipe whose reader does as it likes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from vfiouser_oob.observability.sink import Sink
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    for fd in (reader, writer):
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+
+
+def tell(count: int) -> str:
+    """How a sink tells what it lost."""
+    return f"lost {count}"
+
+
+def test_lines_arrive_in_order(pipe: tuple[int, int]) -> None:
+    """What a reader takes in time is whole and in order."""
+    reader, writer = pipe
+    sink = Sink(writer, tell)
+    for number in range(100):
+        sink.write(f"line {number}")
+    assert sink.flush(30)
+    assert [f"line {number}" for number in range(100)] == os.read(reader, 65536).decode().splitlines()
+
+
+def test_a_reader_that_does_not_read_costs_lines_only(pipe: tuple[int, int]) -> None:
+    """Nobody waits; what does not fit is counted, and the count is told once the reader reads again."""
+    reader, writer = pipe
+    line = "x" * 999
+    sink = Sink(writer, tell, most_waiting=100_000)
+    for _ in range(1000):  # a million bytes: more than the pipe and the sink hold together
+        sink.write(line)
+    assert not sink.flush(0)
+    lines: list[str] = []
+    rest = ""
+    while not any(text.startswith("lost") for text in lines):
+        *complete, rest = (rest + os.read(reader, 65536).decode()).split("\n")
+        lines += complete
+    lost = next(int(text.removeprefix("lost ")) for text in lines if text.startswith("lost"))
+    assert 1000 == lines.count(line) + lost + (rest == line)
+    assert lost > 700
+    assert sink.flush(30)
+
+
+def test_a_reader_that_has_gone_is_no_error(pipe: tuple[int, int]) -> None:
+    """A pipe without a reader swallows the lines."""
+    reader, writer = pipe
+    os.close(reader)
+    sink = Sink(writer, tell)
+    sink.write("into the void")
+    assert sink.flush(30)
+    sink.close()
+
+
+def test_every_character_can_be_written(pipe: tuple[int, int]) -> None:
+    """What came from a file name that is no UTF-8 is written as an escape."""
+    reader, writer = pipe
+    sink = Sink(writer, tell)
+    sink.write("broken \udcff name")
+    assert sink.flush(30)
+    assert b"broken \\udcff name\n" == os.read(reader, 100)
