@@ -1,12 +1,21 @@
-"""Listening UNIX sockets: made, taken over, checked, and removed again if they are ours."""
+"""Listening UNIX sockets: made, taken over, checked, and removed again if they are ours.
+
+A socket is made in a directory of its own that nobody else can look into, gets its group and mode there, listens, and
+only then appears under its name. So whoever else may write to the directory can neither put a link in the place of a
+file whose owner we are about to change, nor meet a socket that does not listen yet. (The kernel goes on calling it by
+the first name, and so does `ss`.)
+"""
 
 from __future__ import annotations
 
 import errno
 import grp
 import os
+import secrets
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,6 +25,8 @@ class ListenError(OSError):
 
 #: QEMU connects once per device; a short queue is enough for the next client to wait in.
 _BACKLOG = 16
+#: What a socket is called until it listens.
+_PRIVATE_NAME = "s"
 
 
 class Listener:
@@ -35,6 +46,8 @@ class Listener:
     @property
     def address(self) -> str:
         """Where clients connect, for logs and `status`."""
+        if self._path is not None:
+            return str(self._path)
         name = self.sock.getsockname()
         return name if isinstance(name, str) and name else "(inherited socket)"
 
@@ -58,29 +71,74 @@ def listen_on_path(path: Path, mode: int = 0o660, group: str | None = None) -> L
     Raises:
         ListenError: the path is in use, not a socket, or not permitted.
     """
+    number = None if group is None else _group_id(group)
     _clear_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        sock.bind(os.fspath(path))
-    except OSError as error:
-        sock.close()
-        raise ListenError(_bind_advice(path, error)) from error
-    try:
-        # Nobody can connect before listen(), so there is no moment with the wrong permissions.
-        if group is not None:
-            os.chown(path, -1, _group_id(group))
-        path.chmod(mode)
-        sock.listen(_BACKLOG)
+        with _private_directory(path) as (private, parent):
+            sock.bind(f"/proc/self/fd/{private}/{_PRIVATE_NAME}")
+            try:
+                _permit(private, mode, number)
+                sock.listen(_BACKLOG)
+                # Unlike a rename this takes nobody's place.
+                os.link(_PRIVATE_NAME, path.name, src_dir_fd=private, dst_dir_fd=parent)
+            except _PermissionsRefused as error:
+                wanted = f"mode {mode:#o}" + (f" and group {group}" if group is not None else "")
+                raise ListenError(f"cannot give {path} {wanted}: {error}") from error
+            finally:
+                os.unlink(_PRIVATE_NAME, dir_fd=private)
     except ListenError:
         sock.close()
-        path.unlink(missing_ok=True)
         raise
     except OSError as error:
         sock.close()
-        path.unlink(missing_ok=True)
-        wanted = f"mode {mode:#o}" + (f" and group {group}" if group is not None else "")
-        raise ListenError(f"cannot give {path} {wanted}: {error.strerror}") from error
+        raise ListenError(_bind_advice(path, error)) from error
     return Listener(sock, path)
+
+
+class _PermissionsRefused(Exception):
+    """The system does not let us give a file away."""
+
+
+def _permit(directory: int, mode: int, group: int | None) -> None:
+    try:
+        if group is not None:
+            os.chown(_PRIVATE_NAME, -1, group, dir_fd=directory, follow_symlinks=False)
+        os.chmod(_PRIVATE_NAME, mode, dir_fd=directory)
+    except OSError as error:
+        raise _PermissionsRefused(error.strerror) from error
+
+
+@contextmanager
+def _private_directory(path: Path) -> Iterator[tuple[int, int]]:
+    """Make a directory beside a file that nobody else can look into, for a moment.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Descriptors of the new directory and of its parent.
+
+    Raises:
+        OSError: it cannot be made, or somebody put another one in its place.
+    """
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        name = f".{secrets.token_hex(8)}"
+        os.mkdir(name, 0o700, dir_fd=parent)
+        try:
+            private = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                status = os.fstat(private)
+                if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                    raise OSError(errno.EPERM, f"somebody else is at work in {path.parent}")
+                yield private, parent
+            finally:
+                os.close(private)
+        finally:
+            os.rmdir(name, dir_fd=parent)
+    finally:
+        os.close(parent)
 
 
 def adopt_socket(fd: int) -> socket.socket:
@@ -126,7 +184,8 @@ def _bind_advice(path: Path, error: OSError) -> str:
     advice = {
         errno.ENOENT: f"the directory {path.parent} does not exist; create it",
         errno.EACCES: f"no permission to create a socket in {path.parent}",
-        errno.EADDRINUSE: "it has just been taken by another process",
+        errno.EROFS: f"no socket can be created in {path.parent}, which is read-only",
+        errno.EEXIST: "it has just been taken by another process",
     }
     reason = advice.get(error.errno or 0) or error.strerror or str(error)
     return f"cannot listen on {path}: {reason}"

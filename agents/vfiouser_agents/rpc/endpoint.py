@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import re
+import secrets
 import socket
 import ssl
 import stat
@@ -259,12 +260,27 @@ def _unix_listener(path: str) -> trio.SocketListener:
     try:
         # Bound without any rights for others; who else may connect is for the one who made the directory.
         os.fchmod(made.fileno(), stat.S_IRUSR | stat.S_IWUSR)
-        made.bind(path)
-        made.listen(64)
+        _appear(made, Path(path))
         return trio.SocketListener(trio.socket.from_stdlib_socket(made))
     except BaseException:
         made.close()
         raise
+
+
+def _appear(made: socket.socket, path: Path) -> None:
+    """Bind a socket so that its file appears only once it listens: whoever waits for the file can connect at once."""
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        name = f".{secrets.token_hex(8)}"
+        made.bind(f"/proc/self/fd/{parent}/{name}")
+        try:
+            made.listen(64)
+            os.rename(name, path.name, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            os.unlink(name, dir_fd=parent)
+            raise
+    finally:
+        os.close(parent)
 
 
 async def open_at(
