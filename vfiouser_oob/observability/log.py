@@ -232,8 +232,8 @@ def configure(
     else:
         colour = not journal and target.isatty() and "NO_COLOR" not in environ
         formatter = HumanFormatter(colour=colour, journal=journal)
-    fd = None if stream is not None else _descriptor(target)
-    handler = logging.StreamHandler(target) if fd is None else _SinkHandler(fd, formatter)
+    blocks = stream is None and _has_descriptor(target)
+    handler = _SinkHandler(target, formatter) if blocks else logging.StreamHandler(target)
     handler.setFormatter(formatter)
     root = logging.getLogger(ROOT)
     for old in tuple(root.handlers):
@@ -244,38 +244,30 @@ def configure(
     root.propagate = False
 
 
-class _SinkHandler(logging.Handler):
+class _SinkHandler(logging.StreamHandler[Any]):
     """Hands records to a sink.
 
     Args:
-        fd: where the sink writes; it stays the caller's.
+        target: where the sink writes; it stays the caller's.
         formatter: makes the line that tells of lost ones.
     """
 
-    def __init__(self, fd: int, formatter: logging.Formatter) -> None:
-        super().__init__()
-
+    def __init__(self, target: TextIO, formatter: logging.Formatter) -> None:
         def tell_lost(count: int) -> str:
             record = logging.LogRecord(f"{ROOT}.log", logging.WARNING, __file__, 0, "", None, None)
             record.event, record.fields = "log lines were lost, because nobody took them", {"lines": count}
             return formatter.format(record)
 
-        self._sink = Sink(fd, tell_lost)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand a record on (called by logging)."""
-        try:
-            self._sink.write(self.format(record))
-        except Exception:  # noqa: BLE001  # as logging's own handlers do: a bad record must not spoil what it tells of
-            self.handleError(record)
+        self.sink = Sink(target, tell_lost)
+        super().__init__(self.sink)
+        self.terminator = ""
 
     def flush(self) -> None:
-        """Wait for what was handed on, for a moment (called by logging at exit as well)."""
-        self._sink.flush()
+        """Do nothing: logging asks for it after each record, and nobody waits for one."""
 
     def close(self) -> None:
-        """Take no more."""
-        self._sink.close()
+        """Take no more (called by logging at exit as well)."""
+        self.sink.close()
         super().close()
 
 
@@ -288,35 +280,35 @@ def write_last(lines: Sequence[str], level: int = logging.ERROR, environ: Mappin
         environ: the environment, for JOURNAL_STREAM.
     """
     for handler in logging.getLogger(ROOT).handlers:
-        handler.flush()
+        if isinstance(handler, _SinkHandler):
+            handler.sink.flush()
     prefix = f"<{_JOURNAL_PRIORITIES[level]}>" if _is_journal(sys.stderr, environ) else ""
     text = [f"{prefix}{line}" for line in lines]
-    fd = _descriptor(sys.stderr)
-    if fd is None:
+    if not _has_descriptor(sys.stderr):
         print(*text, sep="\n", file=sys.stderr)  # noqa: T201
         return
-    sink = Sink(fd, lambda count: f"{prefix}{count} lines were lost")
+    sink = Sink(sys.stderr, lambda count: f"{prefix}{count} lines were lost")
     for line in text:
         sink.write(line)
     sink.close()
 
 
-def _descriptor(stream: TextIO) -> int | None:
-    """The descriptor behind a stream; None for one in memory."""
+def _has_descriptor(stream: TextIO) -> bool:
+    """Whether a stream leads out of this process; one in memory does not."""
     try:
-        return stream.fileno()
+        stream.fileno()
     except (OSError, ValueError):
-        return None
+        return False
+    return True
 
 
 def _is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     # systemd names the device and inode of the stream that it connected, since a redirected one must not get
     # prefixes.
     device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
-    fd = _descriptor(stream)
-    if fd is None:
+    if not _has_descriptor(stream):
         return False
-    status = os.fstat(fd)
+    status = os.fstat(stream.fileno())
     return (device, inode) == (str(status.st_dev), str(status.st_ino))
 
 

@@ -11,6 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import TextIO
 
 #: Bytes of lines that may wait; a reader that pauses for a moment loses nothing.
 MOST_WAITING = 1 << 20
@@ -22,13 +23,13 @@ class Sink:
     """Writes lines to a descriptor from a thread of its own; the thread starts with the first line.
 
     Args:
-        fd: the descriptor; it stays the caller's, and its flags are left alone.
+        stream: whose descriptor; it stays the caller's, and its flags are left alone.
         tell_lost: makes the line that says how many were dropped.
         most_waiting: bytes of lines that may wait.
     """
 
-    def __init__(self, fd: int, tell_lost: Callable[[int], str], most_waiting: int = MOST_WAITING) -> None:
-        self._fd = fd
+    def __init__(self, stream: TextIO, tell_lost: Callable[[int], str], most_waiting: int = MOST_WAITING) -> None:
+        self._stream = stream
         self._tell_lost = tell_lost
         self._most_waiting = most_waiting
         self._changed = threading.Condition()
@@ -98,6 +99,6 @@ class Sink:
     def _write(self, data: memoryview) -> None:
         try:
             while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:  # whoever read has gone, or there is no room; nobody is left who could be told
+                data = data[os.write(self._stream.fileno(), data) :]
+        except (OSError, ValueError):  # whoever read has gone, or there is no room; nobody is left who could be told
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TextIO
 
 import pytest
 
@@ -11,15 +12,15 @@ from vfiouser_oob.observability.sink import Sink
 
 
 @pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
+def pipe() -> Iterator[tuple[int, TextIO]]:
     """Both ends of a pipe."""
     reader, writer = os.pipe()
-    yield reader, writer
-    for fd in (reader, writer):
-        try:
-            os.close(fd)
-        except OSError:
-            pass
+    with os.fdopen(writer, "w") as stream:
+        yield reader, stream
+    try:
+        os.close(reader)
+    except OSError:
+        pass
 
 
 def tell(count: int) -> str:
@@ -27,7 +28,7 @@ def tell(count: int) -> str:
     return f"lost {count}"
 
 
-def test_lines_arrive_in_order(pipe: tuple[int, int]) -> None:
+def test_lines_arrive_in_order(pipe: tuple[int, TextIO]) -> None:
     """What a reader takes in time is whole and in order."""
     reader, writer = pipe
     sink = Sink(writer, tell)
@@ -37,7 +38,7 @@ def test_lines_arrive_in_order(pipe: tuple[int, int]) -> None:
     assert [f"line {number}" for number in range(100)] == os.read(reader, 65536).decode().splitlines()
 
 
-def test_a_reader_that_does_not_read_costs_lines_only(pipe: tuple[int, int]) -> None:
+def test_a_reader_that_does_not_read_costs_lines_only(pipe: tuple[int, TextIO]) -> None:
     """Nobody waits; what does not fit is counted, and the count is told once the reader reads again."""
     reader, writer = pipe
     line = "x" * 999
@@ -56,7 +57,7 @@ def test_a_reader_that_does_not_read_costs_lines_only(pipe: tuple[int, int]) -> 
     assert sink.flush(30)
 
 
-def test_a_reader_that_has_gone_is_no_error(pipe: tuple[int, int]) -> None:
+def test_a_reader_that_has_gone_is_no_error(pipe: tuple[int, TextIO]) -> None:
     """A pipe without a reader swallows the lines."""
     reader, writer = pipe
     os.close(reader)
@@ -66,7 +67,7 @@ def test_a_reader_that_has_gone_is_no_error(pipe: tuple[int, int]) -> None:
     sink.close()
 
 
-def test_every_character_can_be_written(pipe: tuple[int, int]) -> None:
+def test_every_character_can_be_written(pipe: tuple[int, TextIO]) -> None:
     """What came from a file name that is no UTF-8 is written as an escape."""
     reader, writer = pipe
     sink = Sink(writer, tell)
