@@ -28,6 +28,7 @@ from vfiouser_oob.devices.base import (
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
+from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import (
@@ -69,6 +70,7 @@ class UpstreamBackend(DeviceBackend):
         self.path = path
         self.summary = f"vfio-user:{path}"
         self._activity = activity
+        self._account = Account(f"the upstream server {path}")
         self._dma_by_message = dma_by_message
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
@@ -87,7 +89,9 @@ class UpstreamBackend(DeviceBackend):
         relay = _Relay(link)
         try:
             sock = await self._connect()
-            client = Client(sock, dma_server=relay, activity=self._activity, send_guard_s=_SEND_GUARD_S)
+            client = Client(
+                sock, dma_server=relay, activity=self._activity, send_guard_s=_SEND_GUARD_S, account=self._account
+            )
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -175,6 +175,9 @@ class FileTable:
                 known = self._files[key] = GuestFile(key, fd.take(), _is_memory(number))
         except OSError as error:
             raise CommandError(f"the descriptor of a DMA_MAP is unusable: {error.strerror}", errno.EACCES) from error
+        if not fd.closed and known.in_memory:
+            # Not the last reference to memory: there is nothing to give back, so nothing to wait for.
+            fd.close_at_once()
         known.users += 1
         return known
 

@@ -1,0 +1,122 @@
+"""A client whose descriptors cannot be closed holds up nobody: another function answers while the close is stuck."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from daemonkit import function, serving
+from rawclient import DMA_MAP, GET_INFO, REGION_READ, SET_IRQS, VERSION, RawClient, attached, connect, map_request
+from stuckfds import KINDS, Stuck, StuckFile
+from vfiouser_oob.transport.reaper import REAPER
+
+MAGIC = 0x75666F76
+READ = struct.pack("<QII", 0, 0, 4)
+
+
+@pytest.fixture(params=sorted(KINDS))
+def stuck(request: Any, tmp_path: Path) -> Iterator[Stuck]:
+    """A descriptor of each kind that there is; when it is released, everything gets closed."""
+    with KINDS[request.param](tmp_path) as made:
+        yield made
+        made.release()
+    assert REAPER.settle(30)
+
+
+def send(client: RawClient, stuck: Stuck, data: bytes, at: int = 0) -> None:
+    """Send a message with a descriptor attached to one of its bytes, and keep no copy of it."""
+    fd = stuck.give()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+    with socket.socket(fileno=os.dup(client.sock.fileno())) as plain:
+        if at:
+            plain.send(data[:at])
+        plain.sendmsg([data[at:]], rights)
+    os.close(fd)
+    stuck.arm()
+
+
+async def surplus(client: RawClient, stuck: Stuck) -> None:
+    """A command that no descriptor means anything to."""
+    send(client, stuck, client.pack(REGION_READ, READ))
+    assert (await client.receive()).flags == 1
+
+
+async def refused_irqs(client: RawClient, stuck: Stuck) -> None:
+    """A SET_IRQS whose descriptor is no eventfd."""
+    send(client, stuck, client.pack(SET_IRQS, struct.pack("<IIIII", 20, 0x24, 2, 0, 1)))
+    assert (await client.receive()).error == 22
+
+
+async def refused_map(client: RawClient, stuck: Stuck) -> None:
+    """A DMA_MAP that is longer than any file."""
+    send(client, stuck, client.pack(DMA_MAP, map_request(0, 1 << 40)))
+    assert (await client.receive()).error
+
+
+async def attached_to_a_body(client: RawClient, stuck: Stuck) -> None:
+    """A descriptor where none is expected: the kernel must not discard it in the middle of our call."""
+    send(client, stuck, client.pack(REGION_READ, READ), at=20)
+    assert (await client.receive()).flags == 1
+
+
+async def unread(client: RawClient, stuck: Stuck) -> None:
+    """A broken stream, with descriptors behind what broke it."""
+    with socket.socket(fileno=os.dup(client.sock.fileno())) as plain:
+        plain.send(struct.pack("<HHIII", 0, GET_INFO, 3, 0, 0))
+        send(client, stuck, client.pack(GET_INFO, bytes(16)))
+    with suppress(EOFError, ConnectionResetError):
+        while True:
+            await client.receive()
+
+
+async def in_a_header(client: RawClient, stuck: Stuck) -> None:
+    """A client that leaves in the middle of a header."""
+    send(client, stuck, client.pack(GET_INFO, bytes(16))[:7])
+    client.close()
+
+
+@pytest.mark.parametrize("attack", [surplus, refused_irqs, refused_map, attached_to_a_body, unread, in_a_header])
+async def test_others_are_served_while_a_close_is_stuck(
+    tmp_path: Path, stuck: Stuck, attack: Callable[[RawClient, Stuck], Awaitable[None]]
+) -> None:
+    """Wherever a foreign descriptor is closed, the attacker's function and the innocent one go on at once."""
+    with trio.fail_after(60):
+        async with (
+            serving(function(tmp_path, "f0"), function(tmp_path, "f1")),
+            attached(tmp_path / "f1.sock") as innocent,
+        ):
+            client = await connect(tmp_path / "f0.sock")
+            assert (await client.negotiate()).flags == 1
+            await attack(client, stuck)
+            assert MAGIC == await innocent.read32(0, 0)
+            client.close()
+            # The next client of the same function is served as well.
+            async with attached(tmp_path / "f0.sock") as following:
+                assert MAGIC == await following.read32(0, 0)
+            assert MAGIC == await innocent.read32(0, 0)
+            # What goes unread with a socket is released without a FLUSH, so a file holds nobody up there.
+            closed = attack is unread and isinstance(stuck, StuckFile)
+            assert closed or not REAPER.settle(0), "it was closed already: nothing was stuck"
+            stuck.release()
+
+
+async def test_a_first_message_with_a_stuck_descriptor(tmp_path: Path, stuck: Stuck) -> None:
+    """VERSION with a descriptor is refused, and the function is free for the next client at once."""
+    with trio.fail_after(60):
+        async with serving(function(tmp_path, "f0")):
+            client = await connect(tmp_path / "f0.sock")
+            send(client, stuck, client.pack(VERSION, struct.pack("<HH", 0, 0)))
+            assert (await client.receive()).error
+            client.close()
+            async with attached(tmp_path / "f0.sock") as following:
+                assert MAGIC == await following.read32(0, 0)
+            assert not REAPER.settle(0), "it was closed already: nothing was stuck"
+            stuck.release()
