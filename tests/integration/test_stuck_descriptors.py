@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import socket
 import struct
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +17,19 @@ import pytest
 import trio
 
 from daemonkit import function, serving
-from rawclient import DMA_MAP, GET_INFO, REGION_READ, SET_IRQS, VERSION, RawClient, attached, connect, map_request
-from stuckfds import KINDS, Stuck, StuckFile
+from rawclient import (
+    DMA_MAP,
+    GET_INFO,
+    REGION_READ,
+    SET_IRQS,
+    VERSION,
+    RawClient,
+    attached,
+    connect,
+    map_request,
+    memfd,
+)
+from stuckfds import KINDS, Stuck, StuckFile, stuck_file
 from vfiouser_oob.transport.reaper import REAPER
 
 MAGIC = 0x75666F76
@@ -106,6 +120,85 @@ async def test_others_are_served_while_a_close_is_stuck(
             closed = attack is unread and isinstance(stuck, StuckFile)
             assert closed or not REAPER.settle(0), "it was closed already: nothing was stuck"
             stuck.release()
+
+
+async def refused_late(client: RawClient, stuck: StuckFile) -> None:
+    """A DMA_MAP of a file whose server does not say what it is."""
+    stuck.mount.hold("GETATTR")
+    await map_file(client, stuck)
+    assert (await client.receive()).error == errno.ETIMEDOUT
+
+
+async def mapped(client: RawClient, stuck: StuckFile) -> None:
+    """A DMA_MAP of a file that nobody can close any more when the client leaves."""
+    await map_file(client, stuck)
+    assert (await client.receive()).flags == 1
+    stuck.arm()
+
+
+async def written(client: RawClient, stuck: StuckFile) -> None:
+    """A device that writes into such a file, which takes as long as its server likes."""
+    await map_file(client, stuck)
+    assert (await client.receive()).flags == 1
+    await client.enable_bus_master()
+    stuck.mount.hold("WRITE")
+    await start_write(client)
+    await trio.to_thread.run_sync(stuck.mount.caught.wait)
+
+
+async def locked(client: RawClient, stuck: StuckFile) -> None:
+    """A device that writes into memory whose inode the client has locked, by a write of its own that never ends."""
+    memory, source = memfd(1 << 16), stuck.give()
+    await client.dma_map(0, 1 << 16, memory)
+    await client.enable_bus_master()
+    stuck.mount.hold("READ")
+    page = mmap.mmap(source, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
+
+    def write() -> None:
+        os.pwrite(memory, page, 0)
+        for fd in (memory, source):
+            os.close(fd)
+
+    threading.Thread(target=write, daemon=True).start()
+    await trio.to_thread.run_sync(stuck.mount.caught.wait)
+    await start_write(client)
+
+
+async def start_write(client: RawClient) -> None:
+    """Let the device write into client memory."""
+    await client.write(0, 0x18, bytes(8))
+    await client.write32(0, 0x20, 4096)
+    await client.write32(0, 0x24, 2)
+    assert await client.read32(0, 0x28) == 1  # busy
+
+
+async def map_file(client: RawClient, stuck: StuckFile) -> None:
+    """Send a DMA_MAP of the file."""
+    fd = stuck.give()
+    await client.send(client.pack(DMA_MAP, map_request(0, 1 << 16)), [fd])
+    await trio.to_thread.run_sync(os.close, fd)
+
+
+@pytest.mark.parametrize("attack", [refused_late, mapped, written, locked] if "fuse" in KINDS else [])
+async def test_others_are_served_while_a_file_system_does_not_answer(
+    tmp_path: Path, attack: Callable[[RawClient, StuckFile], Awaitable[None]]
+) -> None:
+    """What a file system has to be asked waits in its client's thread; nobody else does."""
+    with trio.fail_after(60), stuck_file(tmp_path) as stuck:
+        async with (
+            serving(function(tmp_path, "f0"), function(tmp_path, "f1"), reply_budget_s=0.5),
+            attached(tmp_path / "f1.sock") as innocent,
+        ):
+            async with attached(tmp_path / "f0.sock") as client:
+                await attack(client, stuck)
+                assert MAGIC == await innocent.read32(0, 0)
+                assert MAGIC == await client.read32(0, 0)
+            async with attached(tmp_path / "f0.sock") as following:
+                assert MAGIC == await following.read32(0, 0)
+            assert MAGIC == await innocent.read32(0, 0)
+            assert await trio.to_thread.run_sync(stuck.mount.caught.wait, 10), "nothing was stuck"
+            stuck.release()
+        await trio.to_thread.run_sync(REAPER.settle, 30)
 
 
 async def test_a_first_message_with_a_stuck_descriptor(tmp_path: Path, stuck: Stuck) -> None:

@@ -143,7 +143,9 @@ class UpstreamSession(BackendSession):
         self._irqs = IrqSet(description.irqs)
         self._closing = False
         self._max_transfer = client.capabilities.max_data_xfer_size
-        self.memory = GuestMemory(link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False)
+        self.memory = GuestMemory(
+            link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False, account=link.account
+        )
 
     @property
     def limits(self) -> Capabilities:
@@ -214,8 +216,15 @@ class UpstreamSession(BackendSession):
 
     def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Check by our rules, then pass the file on."""
-        region = self.memory.add(request, fds)
+        if self.memory.must_wait_for(fds):
+            return self._map_later(request, fds)
+        region = self.memory.add(request, fds, self.memory.examine(fds))
         return None if region is None else self._forward_map(region)
+
+    async def _map_later(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
+        region = self.memory.add(request, fds, await self.memory.examine_later(fds))
+        if region is not None:
+            await self._forward_map(region)
 
     async def _forward_map(self, region: DmaRegion) -> None:
         fd = None if region.owner is None or self._by_message else region.owner.fd

@@ -84,6 +84,7 @@ class Connection(ClientLink):
         self.max_message_size = limits.max_message_size
         self.peer = peer
         self.capabilities = Capabilities()
+        self.account = function.account
         self.phase = "negotiating"
         self.log = log
         self._tracing = log.debug_enabled
@@ -285,7 +286,7 @@ class Connection(ClientLink):
             self._counts[event.header.command] += 1
             if event.surplus_fds:
                 close_fds(event.surplus_fds)
-            refusal = refusal_of(self.function.account, event.fds) if event.fds else None
+            refusal = refusal_of(self.account, event.fds) if event.fds else None
             if self._queue:
                 self._enqueue(event, refusal)
             else:

@@ -29,6 +29,8 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 #: Threads that close for one account at a time.
 _PER_ACCOUNT = 2
@@ -51,9 +53,11 @@ class Account:
         self.name = name
         self._received = 0
         self._closed = 0
+        #: Threads of workers that are there for it; those of clients that have gone count until they return.
+        self.threads = 0
         # The reaper's, under its lock: what is to be closed, since when each thread has been at it, and whether one has
         # been told.
-        self.waiting: deque[int] = deque()
+        self.waiting: deque[Callable[[], object]] = deque()
         self.closing: dict[int, float] = {}
         self.offered = False
 
@@ -99,9 +103,17 @@ class Reaper:
             account: where it is counted until it is closed.
             fd: its number; owned from now on.
         """
+        self._add(account, partial(os.close, fd))
+
+    def dispose(self, account: Account, work: Callable[[], object]) -> None:
+        """Give something else back soon, such as a mapping; as `close`."""
+        account.add(1)
+        self._add(account, work)
+
+    def _add(self, account: Account, work: Callable[[], object]) -> None:
         with self._changed:
             self._pending += 1
-            account.waiting.append(fd)
+            account.waiting.append(work)
             self._offer(account)
 
     def settle(self, timeout_s: float) -> bool:
@@ -131,13 +143,13 @@ class Reaper:
             while self._find_work():
                 account = self._ready.popleft()
                 account.offered = False
-                fd = account.waiting.popleft()
+                work = account.waiting.popleft()
                 account.closing[me] = time.monotonic()
                 # This close may be held up, so another thread goes on with the rest.
                 self._offer(account)
                 self._changed.release()
                 try:
-                    os.close(fd)
+                    work()
                 except (
                     OSError
                 ):  # a file system's complaint, about a file that is none of ours; it is closed all the same

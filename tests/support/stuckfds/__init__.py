@@ -68,7 +68,7 @@ class StuckFile:
 
     def give(self) -> int:
         """Open the file."""
-        return os.open(self.mount.file, os.O_RDWR)
+        return self.mount.open()
 
     def arm(self) -> None:
         """Answer no FLUSH any more."""

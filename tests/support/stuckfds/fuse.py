@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import stat
 import struct
 import threading
@@ -37,7 +38,9 @@ _MNT_DETACH = 2
 
 
 class FuseMount:
-    """A mounted file system with the one file `file`.
+    """A file system with one file, which is mounted only for the moment of opening its root.
+
+    So nobody who walks through the file system of this machine meets it, and waits.
 
     Args:
         directory: where to mount it; created.
@@ -45,14 +48,15 @@ class FuseMount:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
-        self.directory = directory
-        self.file = directory / "file"
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other"
-        if self._libc.mount(b"stuck", os.fsencode(directory), b"fuse", 0, options.encode()):
+        if libc.mount(b"stuck", os.fsencode(directory), b"fuse", 0, options.encode()):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+        self._root = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        libc.umount2(os.fsencode(directory), _MNT_DETACH)
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._waiting: list[Callable[[], None]] = []
@@ -66,10 +70,15 @@ class FuseMount:
 
     def __exit__(self, *_: object) -> None:
         self.let_go()
-        self._libc.umount2(os.fsencode(self.directory), _MNT_DETACH)
-        # What still waits in the kernel ends with the connection.
-        os.close(self._device)
+        os.eventfd_write(self._stop, 1)
         self._thread.join()
+        # What still waits in the kernel ends with its server.
+        for fd in (self._device, self._stop, self._root):
+            os.close(fd)
+
+    def open(self) -> int:
+        """Open the file for reading and writing."""
+        return os.open("file", os.O_RDWR | os.O_CLOEXEC, dir_fd=self._root)
 
     def hold(self, *names: str) -> None:
         """Answer no requests of these kinds until `let_go`."""
@@ -87,10 +96,13 @@ class FuseMount:
 
     def _serve(self) -> None:
         while True:
+            ready, _, _ = select.select([self._device, self._stop], [], [])
+            if self._stop in ready:
+                return
             try:
                 request = os.read(self._device, 1 << 17)
-            except OSError:  # unmounted
-                return
+            except (BlockingIOError, FileNotFoundError):  # whoever asked has given up
+                continue
             _, opcode, unique, node, *_ = _IN.unpack_from(request)
             name = _OPCODES.get(opcode, "")
             if name in _SILENT:
