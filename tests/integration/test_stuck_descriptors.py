@@ -33,6 +33,7 @@ from stuckfds import KINDS, Stuck, StuckFile, stuck_file
 from vfiouser_oob.transport.reaper import REAPER
 
 MAGIC = 0x75666F76
+FULL = (1 << 64) - 2
 READ = struct.pack("<QII", 0, 0, 4)
 
 
@@ -213,3 +214,44 @@ async def test_a_first_message_with_a_stuck_descriptor(tmp_path: Path, stuck: St
                 assert MAGIC == await following.read32(0, 0)
             assert not REAPER.settle(0), "it was closed already: nothing was stuck"
             stuck.release()
+
+
+async def test_a_full_eventfd_that_blocks(tmp_path: Path) -> None:
+    """A client that fills an eventfd and makes it block cannot stop us by an interrupt, and keeps its own flags."""
+    event = os.eventfd(0)
+    with trio.fail_after(30):
+        async with (
+            serving(function(tmp_path, "f0"), function(tmp_path, "f1")),
+            attached(tmp_path / "f1.sock") as innocent,
+            attached(tmp_path / "f0.sock") as client,
+        ):
+            await client.set_irqs(2, 0, 1, [event])
+            assert os.get_blocking(event), "the flag is the client's"
+            os.eventfd_write(event, FULL)
+            for flags in (0x21, 0x21):  # DATA_NONE, ACTION_TRIGGER: loopback
+                await client.succeed(SET_IRQS, struct.pack("<IIIII", 20, flags, 2, 0, 1))
+            assert MAGIC == await innocent.read32(0, 0)
+            assert os.eventfd_read(event) >= FULL
+            await client.succeed(SET_IRQS, struct.pack("<IIIII", 20, 0x21, 2, 0, 1))
+            assert 1 == os.eventfd_read(event)
+    os.close(event)
+
+
+async def test_an_eventfd_that_unmasks_and_blocks(tmp_path: Path) -> None:
+    """An eventfd that the client reads itself just before us is not waited for; its next write unmasks all the same."""
+    event, resample = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0)
+    with trio.fail_after(30):
+        async with serving(function(tmp_path, "f0")), attached(tmp_path / "f0.sock") as client:
+            await client.set_irqs(0, 0, 1, [event])
+            await client.write32(0, 0x14, 1)
+            assert 1 == os.eventfd_read(event)
+            await client.set_irqs(0, 0, 1, [resample], flags=0x14)
+            assert os.get_blocking(resample)
+            for _ in range(50):
+                os.eventfd_write(resample, 1)
+                os.eventfd_read(resample)
+                assert MAGIC == await client.read32(0, 0)
+            os.eventfd_write(resample, 1)
+            await trio.lowlevel.wait_readable(event)
+    for fd in (event, resample):
+        os.close(fd)

@@ -255,3 +255,4 @@ class GuestMemory:
         """Unmap everything and close every file."""
         self.remove_all()
         self.files.close()
+        self._worker.close()

@@ -96,7 +96,7 @@ class Worker:
 
     def __init__(self, account: Account) -> None:
         self._account = account
-        self._jobs: queue.SimpleQueue[_Job[Any]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._running = False
         self._impatient_until = 0.0
 
@@ -158,16 +158,24 @@ class Worker:
                 _thread.start_new_thread(self._loop, ())
             self._jobs.put(job)
 
+    def close(self) -> None:
+        """Let the thread end as soon as it has nothing to do, and not only after a while."""
+        with _lock:
+            if self._running:
+                self._jobs.put(None)
+
     def _loop(self) -> None:
         while True:
             try:
                 job = self._jobs.get(timeout=_IDLE_S)
             except queue.Empty:
-                with _lock:
-                    if self._jobs.empty():
-                        self._running = False
-                        self._account.threads -= 1
-                        return
+                job = None
+            if job is not None:
+                job.execute()
+                del job  # and with it what it holds on to, however long there is nothing else to do
                 continue
-            job.execute()
-            del job
+            with _lock:
+                if self._jobs.empty():
+                    self._running = False
+                    self._account.threads -= 1
+                    return
