@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import os
 
+from vfiouser_oob.transport.reaper import REAPER
+
 
 def open_fds() -> dict[int, str]:
-    """What this process has open: descriptor to target, without the listing's own descriptor."""
+    """What this process has open and will not close soon: descriptor to target, without the listing's own."""
     gc.collect()  # what earlier tests left to the collector must not go between two listings
+    assert REAPER.settle(10)
     found = {}
     for entry in os.listdir("/proc/self/fd"):
         try:

@@ -24,6 +24,7 @@ from vfiouser_oob.client.errors import ServerGone, TooLate
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
+from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, TwinSocket
 from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, PROTOCOL_MINOR, Command
@@ -53,6 +54,7 @@ class ClientOptions(TypedDict, total=False):
     activity: Activity | None
     send_guard_s: float
     trace: Callable[[str], None] | None
+    account: Account
 
 
 async def connect_socket(path: str | os.PathLike[str]) -> socket.socket:
@@ -87,6 +89,7 @@ class Connection:
         send_guard_s: `request` sends nothing when less than so many seconds of the caller's time are left, so that
             what is given up was not done; a server may still be slower than that.
         trace: takes one readable line per message, for debug logs; None: they are not made.
+        account: where the server's descriptors are counted.
     """
 
     def __init__(
@@ -101,12 +104,14 @@ class Connection:
         activity: Activity | None = None,
         send_guard_s: float = 0.0,
         trace: Callable[[str], None] | None = None,
+        account: Account = STRANGERS,
     ) -> None:
+        self._account = account
         self._limits = limits or Limits()
         self._activity = activity
         self._send_guard_s = send_guard_s
         self._session = Session(Role.CLIENT, self._limits)
-        self._main = MessageSocket(sock, self._limits.max_message_size, activity)
+        self._main = MessageSocket(sock, self._limits.max_message_size, activity, account)
         self._twin: MessageSocket | None = None
         self._twin_socket = twin_socket
         self._minor = minor
@@ -434,7 +439,7 @@ class Connection:
             fd.close()
             raise StreamError(f"the server's twin socket is unusable: {error.strerror}") from error
         fd.detach()
-        self._twin = MessageSocket(sock, self._limits.max_message_size, self._activity)
+        self._twin = MessageSocket(sock, self._limits.max_message_size, self._activity, self._account)
         self._start_channel(nursery, self._twin)
 
     def _start_channel(self, nursery: trio.Nursery, channel: MessageSocket) -> None:

@@ -17,6 +17,7 @@ from typing import TypeAlias, TypeVar
 from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
+from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
@@ -58,6 +59,8 @@ class ClientLink(abc.ABC):
 
     #: What the client announced in VERSION.
     capabilities: Capabilities
+    #: Where what it has open here is counted.
+    account: Account = STRANGERS
 
     @abc.abstractmethod
     async def dma_read(self, address: int, count: int) -> bytes:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import trio
 
+from vfiouser_oob.devices.signalling import Signaller, make_signaller, read_counter
 from vfiouser_oob.transport.fds import OwnedFd, take_fds
+from vfiouser_oob.transport.reaper import Account
+from vfiouser_oob.transport.worker import Worker
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqSet
@@ -20,10 +24,14 @@ class Eventfds:
 
     Args:
         irqs: the rules and the state; handles are `OwnedFd`.
+        signaller: how they are written to; None: the best way that this machine permits.
     """
 
-    def __init__(self, irqs: IrqSet) -> None:
+    def __init__(self, irqs: IrqSet, signaller: Signaller | None = None) -> None:
         self._irqs = irqs
+        account = Account("interrupts")
+        self._signaller = signaller or make_signaller(account)
+        self._reader = Worker(account)
         self._nursery: trio.Nursery | None = None
         #: Interrupts delivered, for `status`.
         self.delivered = 0
@@ -41,7 +49,6 @@ class Eventfds:
         self._irqs.check(request, len(fds))
         for fd in fds:
             _check_eventfd(fd)
-            os.set_blocking(fd.fileno(), False)  # a full eventfd must not stop the daemon
         handles = take_fds(fds)
         effect = self._irqs.apply(request, handles)
         for handle in effect.signal:
@@ -62,15 +69,27 @@ class Eventfds:
         while True:
             try:
                 await trio.lowlevel.wait_readable(handle.fileno())
-                os.eventfd_read(handle.fileno())
+                read_counter(handle)
             except BlockingIOError:
                 continue
+            except OSError:  # a kernel before 5.8: it may wait, so a thread does it
+                if not await self._read_in_thread(handle):
+                    return
             except (trio.ClosedResourceError, ValueError):  # replaced, or the client has gone
                 return
             if request.flags & IrqSetFlags.ACTION_MASK:
                 self._irqs.mask(request.index, vector)
             elif (waiting := self._irqs.unmask(request.index, vector)) is not None:
                 self._signal(waiting)
+
+    async def _read_in_thread(self, handle: OwnedFd) -> bool:
+        """Read a counter, however long that takes; returns whether it was read."""
+        try:
+            copy = handle.duplicate()
+            await self._reader.run(partial(os.eventfd_read, copy.fileno()), copy.close)
+        except (OSError, ValueError):  # too many wait already, or it is none that can be read
+            return False
+        return True
 
     def forget_latched(self, index: IrqIndex) -> None:
         """Forget interrupts that wait for an eventfd: the guest has switched this kind off."""
@@ -90,10 +109,7 @@ class Eventfds:
 
     def _signal(self, handle: OwnedFd) -> None:
         self.delivered += 1
-        try:
-            os.eventfd_write(handle.fileno(), 1)
-        except BlockingIOError:  # its counter is full: the client has not looked for 2^64 interrupts, or never will
-            pass
+        self._signaller.signal(handle)
 
     def summary(self) -> dict[str, int]:
         """How many vectors of each index have an eventfd."""
@@ -101,6 +117,7 @@ class Eventfds:
 
     def clear(self) -> None:
         """Drop every eventfd."""
+        self._signaller.forget()
         for handle in self._irqs.clear():
             _drop(handle)
 

@@ -123,7 +123,13 @@ class ModelSession(BackendSession):
         self._model = backend.model
         self._config = backend.model.config
         self.description = backend.description
-        self.memory = GuestMemory(link, self.limits.max_dma_maps, by_message=backend.dma_by_message, check_files=True)
+        self.memory = GuestMemory(
+            link,
+            self.limits.max_dma_maps,
+            by_message=backend.dma_by_message,
+            check_files=True,
+            account=link.account,
+        )
 
     def region_fd(self, index: int) -> HasFileno | None:
         """Return the memfd of a mappable region."""
@@ -160,9 +166,15 @@ class ModelSession(BackendSession):
         """Configure interrupts."""
         self._backend.irqs.set_irqs(request, fds)
 
-    def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
-        """Map client memory."""
-        self.memory.add(request, fds)
+    def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
+        """Map client memory; a file that is not memory is looked at in a thread."""
+        if self.memory.must_wait_for(fds):
+            return self._map_later(request, fds)
+        self.memory.add(request, fds, self.memory.examine(fds))
+        return None
+
+    async def _map_later(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
+        self.memory.add(request, fds, await self.memory.examine_later(fds))
 
     def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
         """Unmap one range; an access that a thread has under way is waited for."""

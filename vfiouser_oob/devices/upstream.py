@@ -28,6 +28,7 @@ from vfiouser_oob.devices.base import (
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
+from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import (
@@ -69,6 +70,7 @@ class UpstreamBackend(DeviceBackend):
         self.path = path
         self.summary = f"vfio-user:{path}"
         self._activity = activity
+        self._account = Account(f"the upstream server {path}")
         self._dma_by_message = dma_by_message
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
@@ -87,7 +89,9 @@ class UpstreamBackend(DeviceBackend):
         relay = _Relay(link)
         try:
             sock = await self._connect()
-            client = Client(sock, dma_server=relay, activity=self._activity, send_guard_s=_SEND_GUARD_S)
+            client = Client(
+                sock, dma_server=relay, activity=self._activity, send_guard_s=_SEND_GUARD_S, account=self._account
+            )
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -139,7 +143,9 @@ class UpstreamSession(BackendSession):
         self._irqs = IrqSet(description.irqs)
         self._closing = False
         self._max_transfer = client.capabilities.max_data_xfer_size
-        self.memory = GuestMemory(link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False)
+        self.memory = GuestMemory(
+            link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False, account=link.account
+        )
 
     @property
     def limits(self) -> Capabilities:
@@ -210,8 +216,15 @@ class UpstreamSession(BackendSession):
 
     def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Check by our rules, then pass the file on."""
-        region = self.memory.add(request, fds)
+        if self.memory.must_wait_for(fds):
+            return self._map_later(request, fds)
+        region = self.memory.add(request, fds, self.memory.examine(fds))
         return None if region is None else self._forward_map(region)
+
+    async def _map_later(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
+        region = self.memory.add(request, fds, await self.memory.examine_later(fds))
+        if region is not None:
+            await self._forward_map(region)
 
     async def _forward_map(self, region: DmaRegion) -> None:
         fd = None if region.owner is None or self._by_message else region.owner.fd

@@ -4,6 +4,10 @@ A client may truncate the file behind a mapping at any time, and touching a trun
 kill every function of the daemon. So memory is accessed by pread and pwrite on the kept descriptor. hugetlbfs has no
 write(2); there the kernel copies from a scratch file into a mapping (`preadv`), which reports EFAULT where a store of
 our own would be killed.
+
+What may wait for the client, and so is done by a thread (`worker`): every write, since pwrite takes the inode's lock,
+which the client holds for as long as it punches holes; everything about files that are not anonymous memory, since
+their file system answers when it likes. Reading memory takes no lock.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ import os
 import stat
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_oob.transport.reaper import REAPER, STRANGERS, Account
 from vfiouser_protocol.constants import DmaMapFlags
 from vfiouser_protocol.errors import CommandError, DmaFault
 
@@ -33,14 +39,19 @@ class GuestFile:
     Args:
         key: identity: device, inode and access mode.
         fd: the kept descriptor; it also pins the inode number, so that identity cannot be reused.
-        in_memory: whether it is anonymous memory (memfd, tmpfs, hugetlbfs), whose reads and writes cannot block.
+        in_memory: whether it is anonymous memory (memfd, tmpfs, hugetlbfs), whose reads do not wait for the client.
         users: how many DMA ranges lie in it.
+        accesses: how many accesses a thread has under way; it stays open until they have returned.
+        account: whose it is.
     """
 
     key: tuple[int, int, int]
     fd: OwnedFd
     in_memory: bool
     users: int = 0
+    accesses: int = 0
+    account: Account = STRANGERS
+    _closing: bool = False
     _window: HugeWindow | None = field(default=None, repr=False)
 
     @property
@@ -94,11 +105,20 @@ class GuestFile:
         if written != len(data):
             raise DmaFault(f"only {written} of {len(data)} bytes could be written to client memory")
 
+    def landed(self) -> None:
+        """An access of a thread has returned."""
+        self.accesses -= 1
+        if self._closing:
+            self.close()
+
     def close(self) -> None:
-        """Close the descriptor and drop the mapping, if there is one."""
-        if self._window is not None:
-            self._window.close()
-            self._window = None
+        """Close the descriptor and drop the mapping, if there is one, as soon as no thread uses them."""
+        self._closing = True
+        if self.accesses:
+            return
+        window, self._window = self._window, None
+        if window is not None:
+            REAPER.dispose(self.account, window.close)
         self.fd.close()
 
 
@@ -139,22 +159,68 @@ class HugeWindow:
         self._scratch.close()
 
 
-class FileTable:
-    """The files of one connection, one descriptor each."""
+class FileFacts(NamedTuple):
+    """What can be found out about a descriptor.
 
-    def __init__(self) -> None:
+    Args:
+        status: what fstat says.
+        mode: its access mode and flags.
+        in_memory: whether it is anonymous memory.
+    """
+
+    status: os.stat_result
+    mode: int
+    in_memory: bool
+
+
+def examine(fd: OwnedFd, *, in_memory: bool) -> FileFacts:
+    """Look at a descriptor; that waits for its file system, unless it is in memory.
+
+    Args:
+        fd: the descriptor.
+        in_memory: what `is_memory` said.
+
+    Raises:
+        CommandError: EACCES when it is unusable.
+    """
+    number = fd.fileno()
+    try:
+        return FileFacts(os.fstat(number), fcntl.fcntl(number, fcntl.F_GETFL), in_memory)
+    except OSError as error:
+        raise CommandError(f"the descriptor of a DMA_MAP is unusable: {error.strerror}", errno.EACCES) from error
+
+
+def is_memory(fd: OwnedFd) -> bool:
+    """Whether a descriptor is of anonymous memory; asking waits for nobody."""
+    try:
+        fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS)
+    except OSError:  # seals exist on memfd, tmpfs and hugetlbfs only
+        return False
+    return True
+
+
+class FileTable:
+    """The files of one connection, one descriptor each.
+
+    Args:
+        account: whose files they are.
+    """
+
+    def __init__(self, account: Account = STRANGERS) -> None:
+        self._account = account
         self._files: dict[tuple[int, int, int], GuestFile] = {}
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def adopt(self, fd: OwnedFd, *, flags: int, offset: int, size: int, check: bool) -> GuestFile:
+    def adopt(self, fd: OwnedFd, facts: FileFacts, *, flags: int, offset: int, size: int, check: bool) -> GuestFile:
         """Take the descriptor of a DMA_MAP, unless there is one of the same file already.
 
         The file is returned with one user more; `release` gives that up.
 
         Args:
             fd: the descriptor; empty afterwards if it was taken.
+            facts: what `examine` found.
             flags: DmaMapFlags of the range.
             offset: start of the range in the file, in bytes.
             size: bytes of the range.
@@ -163,18 +229,16 @@ class FileTable:
         Raises:
             CommandError: EACCES when the file does not allow the access, EINVAL when the range lies beyond its end.
         """
-        try:
-            number = fd.fileno()
-            status = os.fstat(number)
-            mode = fcntl.fcntl(number, fcntl.F_GETFL)
-            if check:
-                _check_usable(status, mode, flags, offset, size)
-            key = (status.st_dev, status.st_ino, mode & os.O_ACCMODE)
-            known = self._files.get(key)
-            if known is None:
-                known = self._files[key] = GuestFile(key, fd.take(), _is_memory(number))
-        except OSError as error:
-            raise CommandError(f"the descriptor of a DMA_MAP is unusable: {error.strerror}", errno.EACCES) from error
+        status, mode, in_memory = facts
+        if check:
+            _check_usable(status, mode, flags, offset, size)
+        key = (status.st_dev, status.st_ino, mode & os.O_ACCMODE)
+        known = self._files.get(key)
+        if known is None:
+            known = self._files[key] = GuestFile(key, fd.take(), in_memory, account=self._account)
+        if in_memory and not fd.closed:
+            # Not the last reference to memory: there is nothing to give back, so nothing to wait for.
+            fd.close_at_once()
         known.users += 1
         return known
 
@@ -204,11 +268,3 @@ def _check_usable(status: os.stat_result, mode: int, flags: int, offset: int, si
         raise CommandError(
             f"DMA_MAP wants bytes {offset:#x}+{size:#x} of a file of {status.st_size:#x} bytes", errno.EINVAL
         )
-
-
-def _is_memory(fd: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:  # seals exist on memfd, tmpfs and hugetlbfs only
-        return False
-    return True

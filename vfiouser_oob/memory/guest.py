@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import trio
 
-from vfiouser_oob.memory.files import FileTable, GuestFile
+from vfiouser_oob.memory.files import FileFacts, FileTable, GuestFile, examine, is_memory
 from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_oob.transport.reaper import STRANGERS, Account
+from vfiouser_oob.transport.worker import Worker
 from vfiouser_protocol.dma import DmaMap, DmaRegion
 from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.messages import DmaMap as DmaMapRequest
 from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
-#: Files on a real file system may block on the medium; one slow client must not use up trio's default threads.
-_FILE_THREADS = 8
+T = TypeVar("T")
 
 
 class DmaMessages(Protocol):
@@ -39,9 +41,18 @@ class GuestMemory:
         max_maps: how many ranges may be mapped at once.
         by_message: whether even ranges with a file are reached by messages.
         check_files: whether this process accesses the files itself, so that they must be accessible.
+        account: whose files they are.
     """
 
-    def __init__(self, messages: DmaMessages, max_maps: int, *, by_message: bool, check_files: bool) -> None:
+    def __init__(
+        self,
+        messages: DmaMessages,
+        max_maps: int,
+        *,
+        by_message: bool,
+        check_files: bool,
+        account: Account = STRANGERS,
+    ) -> None:
         self._messages = messages
         #: Whether even ranges with a file are reached by messages.
         self.by_message = by_message
@@ -50,16 +61,37 @@ class GuestMemory:
         self._check_files = check_files
         self._in_flight = 0
         self._quiet = trio.Event()
-        self._limiter = trio.CapacityLimiter(_FILE_THREADS)
+        self._worker = Worker(account)
         self.map = DmaMap(max_maps)
-        self.files = FileTable()
+        self.files = FileTable(account)
 
-    def add(self, request: DmaMapRequest, fds: Sequence[OwnedFd]) -> DmaRegion | None:
+    def must_wait_for(self, fds: Sequence[OwnedFd]) -> bool:
+        """Whether the file of a DMA_MAP has to be examined by `examine_later`, as its file system may not answer."""
+        return bool(fds) and not is_memory(fds[0])
+
+    def examine(self, fds: Sequence[OwnedFd]) -> FileFacts | None:
+        """Look at the file of a DMA_MAP, which is memory; None if there is no file."""
+        return examine(fds[0], in_memory=True) if fds else None
+
+    async def examine_later(self, fds: Sequence[OwnedFd]) -> FileFacts:
+        """Look at the file of a DMA_MAP in the client's thread.
+
+        Raises:
+            CommandError: EACCES when the descriptor is unusable, EBUSY when too much waits for the client already.
+        """
+        try:
+            copy = fds[0].duplicate()
+            return await self._worker.run(partial(examine, copy, in_memory=False), copy.close)
+        except OSError as error:
+            raise CommandError(f"the file of a DMA_MAP cannot be examined: {error.strerror}", error.errno) from error
+
+    def add(self, request: DmaMapRequest, fds: Sequence[OwnedFd], facts: FileFacts | None) -> DmaRegion | None:
         """Map a range (DMA_MAP).
 
         Args:
             request: the decoded command.
             fds: descriptors that came with it; the first is taken if it is a file that is not known yet.
+            facts: what `examine` found out about that one.
 
         Returns:
             The new region; None when the identical mapping was there already.
@@ -69,9 +101,10 @@ class GuestMemory:
         """
         file: GuestFile | None = None
         try:
-            if fds:
+            if facts is not None:
                 file = self.files.adopt(
                     fds[0],
+                    facts,
                     flags=request.flags,
                     offset=request.offset,
                     size=request.size,
@@ -155,7 +188,7 @@ class GuestMemory:
             elif file.in_memory:
                 parts.append(file.read(region.offset + offset, length))
             else:
-                parts.append(await self._in_thread(file, region.offset + offset, length))
+                parts.append(await self._in_thread(file, partial(file.read, region.offset + offset, length)))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
@@ -176,45 +209,33 @@ class GuestMemory:
             if file is None or self.by_message:
                 await self._messages.dma_write(region.address + offset, bytes(part))
             else:
-                if file.in_memory:
-                    file.write(region.offset + offset, part)
-                else:
-                    await self._write_in_thread(region.address + offset, file, region.offset + offset, bytes(part))
+                # What could change while the thread is at it, is copied.
+                kept = part if view.readonly else bytes(part)
+                await self._write_in_thread(region.address + offset, file, region.offset + offset, kept)
                 if self.on_write is not None:
                     self.on_write(region.address + offset, length)
             done += length
 
-    async def _write_in_thread(self, address: int, file: GuestFile, offset: int, part: bytes) -> None:
+    async def _write_in_thread(self, address: int, file: GuestFile, offset: int, part: bytes | memoryview) -> None:
         try:
-            await self._in_thread(file, offset, part)
+            await self._in_thread(file, partial(file.write, offset, part))
         except trio.Cancelled:
             # The thread goes on without us, so the pages may be written at any moment from now on.
             if self.on_write is not None:
                 self.on_write(address, len(part))
             raise
 
-    async def _in_thread(self, file: GuestFile, offset: int, what: int | bytes) -> bytes:
-        """Access a file that may block, on a descriptor of its own, so that the connection can end without it."""
+    async def _in_thread(self, file: GuestFile, access: Callable[[], T]) -> T:
+        """Access a file in the client's thread; the file stays open until that returns."""
+        file.accesses += 1
+        self._in_flight += 1
         try:
-            copy = GuestFile(file.key, file.fd.duplicate(), False)
+            return await self._worker.run(access, partial(self._landed, file))
         except OSError as error:
             raise DmaFault(f"client memory cannot be accessed now: {error.strerror}", error.errno) from error
-        token = trio.lowlevel.current_trio_token()
-        self._in_flight += 1
 
-        def work() -> bytes:
-            try:
-                if isinstance(what, int):
-                    return copy.read(offset, what)
-                copy.write(offset, what)
-                return b""
-            finally:
-                copy.close()
-                token.run_sync_soon(self._landed)
-
-        return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=True)
-
-    def _landed(self) -> None:
+    def _landed(self, file: GuestFile) -> None:
+        file.landed()
         self._in_flight -= 1
         if not self._in_flight:
             self._quiet.set()
@@ -234,3 +255,4 @@ class GuestMemory:
         """Unmap everything and close every file."""
         self.remove_all()
         self.files.close()
+        self._worker.close()

@@ -34,6 +34,7 @@ from vfiouser_oob.transport.fds import HasFileno, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.pieces import Pieces
+from vfiouser_oob.transport.quota import refusal_of
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, Command
@@ -83,13 +84,14 @@ class Connection(ClientLink):
         self.max_message_size = limits.max_message_size
         self.peer = peer
         self.capabilities = Capabilities()
+        self.account = function.account
         self.phase = "negotiating"
         self.log = log
         self._tracing = log.debug_enabled
         self._noise = RateLimited(log)
         self._budget_s = function.reply_budget_s
         self.session = Session(Role.SERVER, limits)
-        self.stream = MessageSocket(sock, limits.max_message_size, function.activity)
+        self.stream = MessageSocket(sock, limits.max_message_size, function.activity, function.account)
         self._twin: TwinSocket | None = None
         self.backend: BackendSession | None = None
         self.port: MigrationPort | None = None
@@ -284,10 +286,11 @@ class Connection(ClientLink):
             self._counts[event.header.command] += 1
             if event.surplus_fds:
                 close_fds(event.surplus_fds)
+            refusal = refusal_of(self.account, event.fds) if event.fds else None
             if self._queue:
-                self._enqueue(event, None)
+                self._enqueue(event, refusal)
             else:
-                self._execute(event)
+                self._execute(event, refusal)
         elif isinstance(event, ReplyReceived):
             close_fds((*event.fds, *event.surplus_fds))
             event.token.resolve(event.header, event.payload)
@@ -312,10 +315,10 @@ class Connection(ClientLink):
 
     # Answering
 
-    def _execute(self, event: CommandReceived) -> None:
+    def _execute(self, event: CommandReceived, refusal: Result | None) -> None:
         """Run a command; answer it, or hand it to the dispatcher."""
         with Contained() as outcome:
-            result = self._start(event)
+            result = self._start(event) if refusal is None else refusal
             if isinstance(result, _READY):
                 self._answer(event, result)
             else:
@@ -489,12 +492,4 @@ class Connection(ClientLink):
 
     def dma_summary(self) -> dict[str, int]:
         """What was transferred by DMA messages."""
-        dma = self._dma
-        if dma is None:
-            return {}
-        return {
-            "reads": dma.reads,
-            "writes": dma.writes,
-            "read_bytes": dma.read_bytes,
-            "written_bytes": dma.written_bytes,
-        }
+        return {} if self._dma is None else self._dma.summary()

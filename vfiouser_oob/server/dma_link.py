@@ -189,6 +189,15 @@ class DmaLink:
             raise DmaFault(f"the client refused {command.name}", pending.header.error or errno.EIO)
         return pending.payload
 
+    def summary(self) -> dict[str, int]:
+        """What was transferred, for `status`."""
+        return {
+            "reads": self.reads,
+            "writes": self.writes,
+            "read_bytes": self.read_bytes,
+            "written_bytes": self.written_bytes,
+        }
+
     def close(self) -> None:
         """Fail everything that is under way: the client has gone."""
         self._closed = True

@@ -21,6 +21,7 @@ from vfiouser_oob.server.refusal import turn_away
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
+from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.constants import Command
 
@@ -65,6 +66,8 @@ class Function:
         self.backend = backend
         self.reply_budget_s = reply_budget_s
         self.activity = activity
+        #: Descriptors of its clients, also of those that have gone.
+        self.account = Account(f"the client of {name}")
         self.log = log.bind(function=name)
         self.counts = [0] * (max(Command) + 1)
         self.connection: Connection | None = None
@@ -127,6 +130,7 @@ class Function:
         self.address = listener.address
         async with trio.open_nursery() as nursery:
             while True:
+                await self._closing()
                 sock = await self._accept(listener)
                 if sock is None:
                     continue
@@ -134,13 +138,22 @@ class Function:
                 if refusal is None:
                     await nursery.start(self._serve_client, sock)
                 else:
-                    nursery.start_soon(turn_away, sock, refusal)
+                    nursery.start_soon(turn_away, sock, refusal, self.account)
 
     async def serve_connected(self, sock: socket.socket) -> None:
         """Serve one client on a socket that is connected already, and return when it has gone."""
         self.address = "(inherited connection)"
         async with trio.open_nursery() as nursery:
             await nursery.start(self._serve_client, sock)
+
+    async def _closing(self) -> None:
+        """Wait while the descriptors of earlier clients cannot be closed: a new one could only bring more of them."""
+        if self.account.held_up:
+            text = f"no client is accepted until {self.account.held} descriptors of earlier ones can be closed"
+            self.log.error(text)
+            self.note_error(text)
+        while self.account.held_up:  # noqa: ASYNC110 - the threads that close know nothing of the event loop
+            await trio.sleep(_EXHAUSTED_WAIT_S)
 
     async def _accept(self, listener: Listener) -> socket.socket | None:
         await trio.lowlevel.wait_readable(listener.sock)

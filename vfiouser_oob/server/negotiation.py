@@ -147,7 +147,8 @@ def _make_twin(connection: Connection) -> TwinSocket | None:
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            stream = MessageSocket(ours, connection.max_message_size, connection.function.activity)
+            function = connection.function
+            stream = MessageSocket(ours, connection.max_message_size, function.activity, function.account)
             return TwinSocket(stream, OwnedFd(theirs.detach()))
     except OSError as error:
         connection.log.warning("no twin socket can be made; the main socket does its work", error=error.strerror)

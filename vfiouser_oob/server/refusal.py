@@ -8,6 +8,7 @@ import trio
 
 from vfiouser_oob.transport.fds import close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
+from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import Limits
 from vfiouser_protocol.session import CommandReceived, Role, Session
@@ -16,16 +17,17 @@ from vfiouser_protocol.session import CommandReceived, Role, Session
 _PATIENCE_S = 1.0
 
 
-async def turn_away(sock: socket.socket, number: int) -> None:
+async def turn_away(sock: socket.socket, number: int, account: Account) -> None:
     """Answer the first command with an error and close.
 
     Args:
         sock: the connected socket; owned from now on.
         number: the errno.
+        account: where its descriptors are counted.
     """
     limits = Limits()
     session = Session(Role.SERVER, limits)
-    stream = MessageSocket(sock, limits.max_message_size)
+    stream = MessageSocket(sock, limits.max_message_size, account=account)
     try:
         with trio.move_on_after(_PATIENCE_S):
             message = await stream.receive()

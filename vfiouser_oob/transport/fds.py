@@ -4,7 +4,9 @@ Rule 1: *a descriptor has one owner at every moment*: an `OwnedFd`. A plain numb
         never kept, since it may be another client's by the time that it is used again.
 Rule 2: *whoever keeps a descriptor takes it* (`take`). What it was taken out of is empty from then on, so closing that,
         however often, closes nothing.
-Rule 3: *descriptors that came with a message are lent to its handler*. The connection closes what the handler did not
+Rule 3: *a descriptor of another process is a `ForeignFd`*: closing it may take as long as that process likes, so a
+        thread does it (`reaper`), and it counts on its owner's account until it is closed.
+Rule 4: *descriptors that came with a message are lent to its handler*. The connection closes what the handler did not
         take, once the message is done with, on every path; handlers never close them.
 """
 
@@ -15,6 +17,8 @@ import warnings
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol, Self
+
+from vfiouser_oob.transport.reaper import REAPER, STRANGERS, Account
 
 
 class HasFileno(Protocol):
@@ -92,6 +96,10 @@ class OwnedFd:
         if fd >= 0:
             os.close(fd)
 
+    def close_at_once(self) -> None:
+        """Close the descriptor here and now; only where that cannot wait for anybody (see `reaper`)."""
+        self.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -107,6 +115,49 @@ class OwnedFd:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._fd if self._fd >= 0 else 'closed'})"
+
+
+class ForeignFd(OwnedFd):
+    """A descriptor that another process sent, and the duty to close it without waiting for that process.
+
+    Args:
+        fd: descriptor number; this object owns it from now on.
+        account: whose it is, where it is counted.
+    """
+
+    __slots__ = ("_account",)
+
+    def __init__(self, fd: int, account: Account = STRANGERS) -> None:
+        super().__init__(fd)
+        self._account = account
+        account.add(1)
+
+    def duplicate(self) -> Self:
+        """Return a second owner of the same open file (close-on-exec), which counts as well."""
+        return type(self)(os.dup(self.fileno()), self._account)
+
+    def take(self) -> Self:
+        """Move the descriptor to a new owner; this one is empty from now on."""
+        return type(self)(self.detach(), self._account)
+
+    def detach(self) -> int:
+        """Give the descriptor away: the caller owns the returned number, which is not counted any more."""
+        fd = super().detach()
+        self._account.remove()
+        return fd
+
+    def close(self) -> None:
+        """Close the descriptor soon; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            REAPER.close(self._account, fd)
+
+    def close_at_once(self) -> None:
+        """Close the descriptor here and now."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._account.remove()
+            os.close(fd)
 
 
 def close_fds(fds: Iterable[OwnedFd]) -> None:

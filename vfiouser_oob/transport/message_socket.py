@@ -7,11 +7,14 @@ message.
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from struct import Struct
 from typing import TypeAlias
 
@@ -19,7 +22,8 @@ import trio
 
 from vfiouser_agents.buffers import BufferPool
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
-from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
+from vfiouser_oob.transport.fds import ForeignFd, HasFileno, OwnedFd, close_fds
+from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.framing import Framer, Message
@@ -27,9 +31,9 @@ from vfiouser_protocol.framing import Framer, Message
 #: The kernel carries at most 253 descriptors per message (SCM_MAX_FD).
 _ANCILLARY_SIZE = socket.CMSG_SPACE(253 * 4)
 #: Plain numbers: the enumeration's members cost a microsecond per use.
-_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+_RECEIVE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _TRUNCATED = int(socket.MSG_CTRUNC)
-_NO_SIGNAL = int(socket.MSG_NOSIGNAL)
+_SEND = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _SOCKET_LEVEL = int(socket.SOL_SOCKET)
 _RIGHTS = int(socket.SCM_RIGHTS)
 _FD_SIZE = 4
@@ -68,20 +72,30 @@ class EndOfStream(Exception):
 
 
 class MessageSocket:
-    """A non-blocking message stream; one task reads, any task sends.
+    """A message stream that never blocks; one task reads, any task sends.
+
+    The socket's flags are left as they are, since somebody else may hold the same socket: each call says that it must
+    not wait.
 
     Args:
         sock: a connected AF_UNIX stream socket; owned from now on.
         max_message_size: bytes of the largest message to accept.
         activity: the daemon's sockets, for bounded spinning; None reads without spinning.
+        account: where the peer's descriptors are counted.
 
     Raises:
         OSError: the socket cannot be watched; it is closed.
     """
 
-    def __init__(self, sock: socket.socket, max_message_size: int, activity: Activity | None = None) -> None:
-        sock.setblocking(False)
+    def __init__(
+        self,
+        sock: socket.socket,
+        max_message_size: int,
+        activity: Activity | None = None,
+        account: Account = STRANGERS,
+    ) -> None:
         self._sock = sock
+        self._account = account
         self._fd = sock.fileno()
         self._framer = Framer(max_message_size)
         self._activity = activity
@@ -135,17 +149,19 @@ class MessageSocket:
             while True:
                 wanted = framer.bytes_wanted
                 if framer.in_body:
-                    # Descriptors come with a message's first bytes; what is attached to a body the kernel discards.
                     if wanted >= LARGE and framer.command == _STATE:
                         return self._receive_state(wanted)
-                    data = sock.recv(wanted if wanted < _PIECE else _PIECE)
+                    piece = wanted if wanted < _PIECE else _PIECE
+                    data, ancillary, flags, _ = sock.recvmsg(piece, _ANCILLARY_SIZE, _RECEIVE)
+                    if ancillary or flags & _TRUNCATED:
+                        self._discard(ancillary)
                     message = framer.feed(data) if data else None
                 else:
-                    data, ancillary, flags, _ = sock.recvmsg(wanted, _ANCILLARY_SIZE, _CLOEXEC)
-                    fds = _descriptors(ancillary) if ancillary else ()
+                    data, ancillary, flags, _ = sock.recvmsg(wanted, _ANCILLARY_SIZE, _RECEIVE)
+                    fds = self._owned(ancillary) if ancillary else ()
                     if flags & _TRUNCATED:
                         close_fds(fds)
-                        raise StreamError("descriptors of a message were lost (control data truncated)")
+                        raise StreamError(_why_lost(self))
                     message = framer.feed(data, fds) if data else None
                 if message is not None:
                     if self._pool is not None:
@@ -176,11 +192,15 @@ class MessageSocket:
             self._state, self._state_has, self._lingered = self._pool.take(size), 0, 0
         while self._state_has < size:
             try:
-                count = self._sock.recv_into(self._state[self._state_has :])
+                count, ancillary, _, _ = self._sock.recvmsg_into(
+                    [self._state[self._state_has :]], _ANCILLARY_SIZE, _RECEIVE
+                )
             except BlockingIOError:
                 if not self._lingers():
                     raise
                 continue
+            if ancillary:
+                self._discard(ancillary)
             if not count:
                 raise EndOfStream("the peer closed the connection", clean=False)
             self._state_has += count
@@ -190,6 +210,25 @@ class MessageSocket:
         # The next one is not sent before this one is answered, and that takes longer than it is worth to spin.
         self._back_to_back = False
         return message
+
+    def _owned(self, ancillary: list[tuple[int, int, bytes]]) -> list[ForeignFd]:
+        """Take over the descriptors that came with a message.
+
+        Raises:
+            StreamError: what the peer sent before cannot be closed, and there is no room for more.
+        """
+        fds = [ForeignFd(fd, self._account) for fd in _descriptors(ancillary)]
+        if self._account.held_up:
+            close_fds(fds)
+            raise StreamError(f"{self._account.held} descriptors of this peer cannot be closed; no more are taken")
+        return fds
+
+    def _discard(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+        """Give up what came with a body: descriptors come with a message's first bytes.
+
+        They are received all the same, since what the kernel discards it closes in the middle of our call.
+        """
+        close_fds(self._owned(ancillary))
 
     def _lingers(self) -> bool:
         """Wait a moment for the rest of a piece of state, unless that was in vain lately; returns whether some came."""
@@ -264,7 +303,7 @@ class MessageSocket:
             self._put_off(memoryview(data), fds)
             return
         try:
-            sent = self._send_some(data, fds) if fds else self._sock.send(data, _NO_SIGNAL)
+            sent = self._send_some(data, fds) if fds else self._sock.send(data, _SEND)
         except BlockingIOError:
             self._put_off(memoryview(data), fds)
             return
@@ -286,7 +325,7 @@ class MessageSocket:
             self.send(b"".join(pieces))
             return
         try:
-            sent = self._sock.sendmsg(pieces, (), _NO_SIGNAL)
+            sent = self._sock.sendmsg(pieces, (), _SEND)
             if sent >= LARGE:
                 # It takes the peer longer to read this than it is worth to spin.
                 self._back_to_back = False
@@ -355,8 +394,8 @@ class MessageSocket:
 
     def _send_some(self, data: bytes | memoryview, fds: Sequence[HasFileno]) -> int:
         if fds:
-            return socket.send_fds(self._sock, [data], [fd.fileno() for fd in fds], _NO_SIGNAL)
-        return self._sock.send(data, _NO_SIGNAL)
+            return socket.send_fds(self._sock, [data], [fd.fileno() for fd in fds], _SEND)
+        return self._sock.send(data, _SEND)
 
     def _put_off(self, data: memoryview, fds: Sequence[HasFileno]) -> None:
         # Whoever sent them is free to close them before their turn comes, so these are our own.
@@ -371,7 +410,8 @@ class MessageSocket:
         copies: list[OwnedFd] = []
         try:
             for fd in fds:
-                copies.append(OwnedFd(os.dup(fd.fileno())))  # noqa: PERF401 - those made so far are closed on failure
+                copy = fd.duplicate() if isinstance(fd, OwnedFd) else OwnedFd(os.dup(fd.fileno()))
+                copies.append(copy)
         except OSError as error:
             close_fds(copies)
             raise EndOfStream(
@@ -392,16 +432,30 @@ class MessageSocket:
         if self._activity is not None:
             self._activity.unregister(self._fd)
         trio.lowlevel.notify_closing(self._sock)
-        self._sock.close()
+        with suppress(OSError):  # the peer has gone already
+            self._sock.shutdown(socket.SHUT_RDWR)
+        # What is still unread goes with it, and with that the descriptors of others.
+        ForeignFd(self._sock.detach(), self._account).close()
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[OwnedFd]:
-    owned: list[OwnedFd] = []
+def _why_lost(sock: HasFileno) -> str:
+    """Say why control data was truncated: there is room for as many descriptors as the kernel carries."""
+    try:
+        OwnedFd(os.dup(sock.fileno())).close()
+    except OSError as error:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno == errno.EMFILE:
+            return f"descriptors of a message were lost: this process has all {limit} open that it may (LimitNOFILE=)"
+    return "descriptors of a message were lost (control data truncated)"
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    numbers: list[int] = []
     for level, kind, data in ancillary:
         if level == _SOCKET_LEVEL and kind == _RIGHTS:
             if len(data) == _FD_SIZE:  # usually it is one
-                owned.append(OwnedFd(*_unpack_fd(data)))
+                numbers += _unpack_fd(data)
             else:
                 whole = len(data) - len(data) % _FD_SIZE
-                owned.extend(map(OwnedFd, memoryview(data)[:whole].cast("i")))
-    return owned
+                numbers.extend(memoryview(data)[:whole].cast("i"))
+    return numbers

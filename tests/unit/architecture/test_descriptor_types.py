@@ -12,6 +12,7 @@ DESCRIPTOR = re.compile(r"(^|_)fds?$")
 #: Where numbers are what it is about, each with the reason.
 NUMBERS = {
     "vfiouser_oob/transport/fds.py": "turns numbers into owners",
+    "vfiouser_oob/transport/reaper.py": "closes numbers that nobody else has any more",
     "vfiouser_oob/transport/activity.py": "watches sockets by number; they stay their connection's",
     "vfiouser_oob/transport/listener.py": "takes over what a parent process left at a number",
     "vfiouser_oob/systemd/listen.py": "takes over what the service manager left at a number",
@@ -64,7 +65,7 @@ def test_descriptors_cross_rooms_as_owners() -> None:
 
 
 def test_only_the_owner_closes() -> None:
-    """`os.close` of a number is for `transport/fds.py` alone; everywhere else an owner is closed."""
+    """`os.close` of a number is for `fds` and `reaper` alone; everywhere else an owner is closed."""
     found = [
         f"{name}:{node.lineno}"
         for name, tree in modules()

@@ -16,6 +16,7 @@ from vfiouser_oob.devices.kernel_vfio.maps import IommuMaps
 from vfiouser_oob.devices.kernel_vfio.openers import OpenDevice
 from vfiouser_oob.devices.kernel_vfio.regions import RegionTable
 from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, Worker, explain
+from vfiouser_oob.memory.files import FileFacts
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds, take_fds
@@ -70,7 +71,7 @@ class KernelVfioSession(BackendSession):
         self._irqs = KernelIrqs(opened.device, irqs)
         self._maps = IommuMaps(opened.space, worker, log)
         self._max_maps = min(DEFAULT_MAX_DMA_MAPS, opened.space.max_maps or DEFAULT_MAX_DMA_MAPS)
-        self.memory = GuestMemory(link, self._max_maps, by_message=False, check_files=False)
+        self.memory = GuestMemory(link, self._max_maps, by_message=False, check_files=False, account=link.account)
         if not self._device.flags & DeviceInfoFlags.RESET:
             log.warning("the kernel cannot reset this function: what one client leaves in it, the next one finds")
 
@@ -155,11 +156,21 @@ class KernelVfioSession(BackendSession):
 
     def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Map client memory for the device, at the client's addresses."""
+        if self.memory.must_wait_for(fds):
+            return self._map_later(request, fds)
+        return self._map(request, fds, self.memory.examine(fds))
+
+    async def _map_later(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
+        mapping = self._map(request, fds, await self.memory.examine_later(fds))
+        if mapping is not None:
+            await mapping
+
+    def _map(self, request: DmaMap, fds: Sequence[OwnedFd], facts: FileFacts | None) -> Answer[None]:
         # A copy of its own: of descriptors that share an inode, as those of devices do, the file table keeps one.
         fd = fds[0].duplicate() if fds else None
         region: DmaRegion | None = None
         try:
-            region = self.memory.add(request, fds)
+            region = self.memory.add(request, fds, facts)
             if region is None or fd is None:
                 self._note_unmapped(request, fd)
                 return None
