@@ -194,9 +194,9 @@ class Function:
         peer = _peer_or_none(sock)
         try:
             connection = self.connection = Connection(self, sock, peer, self.log)
-        except OSError as error:  # it costs this client, and nobody else
-            self.log.error("client cannot be served; disconnected", client=peer, error=error.strerror)
-            self.note_error(f"{peer} cannot be served: {error.strerror}")
+        except (OSError, ValueError) as error:  # it costs this client, and nobody else
+            self.log.error("client cannot be served; disconnected", client=peer, error=error)
+            self.note_error(f"{peer} cannot be served: {error}")
             task_status.started()
             return
         self._vacant = trio.Event()
