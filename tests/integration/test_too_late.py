@@ -10,65 +10,21 @@ from pathlib import Path
 
 import trio
 
-from daemonkit import function, serving
-from fakeserver import Answer, FakeServer, Handler
+from fakeserver import FakeServer
 from openfds import open_fds
 from rawclient import DMA_MAP, NO_REPLY, REGION_WRITE, RESET, RawClient, attached, map_request, memfd
-from vfiouser_oob.config.schema import UpstreamDevice
-from vfiouser_oob.transport.listener import listen_on_path
-from vfiouser_protocol.codec import decode, encode
-from vfiouser_protocol.constants import Command, DeviceInfoFlags, RegionFlags
-from vfiouser_protocol.messages import DeviceInfo, IrqInfo, RegionInfo
-from vfiouser_protocol.session import CommandReceived
+from slowupstream import slow_upstream
+from vfiouser_protocol.constants import Command
 
 BUDGET_S = 0.6
-
-
-def region(event: CommandReceived) -> Answer:
-    """Every region is plain memory of one page."""
-    index = decode(RegionInfo, event.payload).index
-    return Answer(encode(RegionInfo(32, RegionFlags.READ | RegionFlags.WRITE, index, 0, 4096, 0)))
-
-
-def irq(event: CommandReceived) -> Answer:
-    """There are no interrupts."""
-    return Answer(encode(IrqInfo(16, 0, decode(IrqInfo, event.payload).index, 0)))
-
-
-HANDLERS: dict[int, Handler] = {
-    Command.DEVICE_GET_INFO: lambda _: Answer(
-        encode(DeviceInfo(16, DeviceInfoFlags.PCI | DeviceInfoFlags.RESET, 9, 5))
-    ),
-    Command.DEVICE_GET_REGION_INFO: region,
-    Command.DEVICE_GET_IRQ_INFO: irq,
-    # Never answered, while everything else is.
-    Command.DEVICE_RESET: lambda _: Answer(raw=b""),
-}
 
 
 @asynccontextmanager
 async def behind_another(directory: Path) -> AsyncIterator[tuple[RawClient, FakeServer]]:
     """A client of a function whose device is another vfio-user server, which never answers a reset."""
-    path = directory / "up.sock"
-    servers: list[FakeServer] = []
-    listener = listen_on_path(path, 0o600)
-
-    async def accept(nursery: trio.Nursery) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(listener.sock)
-            sock, _ = listener.sock.accept()
-            sock.setblocking(False)
-            servers.append(FakeServer(sock, handlers=dict(HANDLERS)))
-            await nursery.start(servers[-1].run)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(accept, nursery)
-        config = function(directory, "f0", UpstreamDevice(socket=path))
-        async with serving(config, reply_budget_s=BUDGET_S), attached(directory / "f0.sock") as client:
-            servers[-1].received.clear()
-            yield client, servers[-1]
-        nursery.cancel_scope.cancel()
-    listener.close()
+    async with slow_upstream(directory, BUDGET_S) as servers, attached(directory / "f0.sock") as client:
+        servers[-1].received.clear()
+        yield client, servers[-1]
 
 
 def write(client: RawClient, value: int, flags: int = 0) -> bytes:

@@ -127,12 +127,19 @@ class RateLimited:
         self._suppressed = 0
 
     def warning(self, event: str, **fields: Any) -> bool:
-        """Write a warning unless there were too many of late.
+        """Write a warning unless there were too many records of late.
 
         Returns:
             Whether it was written. The next one that is carries `suppressed`, the number of those that were
             not.
         """
+        return self._write(self._logger.warning, event, fields)
+
+    def info(self, event: str, **fields: Any) -> bool:
+        """Write what normally happens, unless there were too many records of late; like `warning`."""
+        return self._write(self._logger.info, event, fields)
+
+    def _write(self, write: Callable[..., None], event: str, fields: dict[str, Any]) -> bool:
         now = self._clock()
         self._tokens = min(self._burst, self._tokens + (now - self._last) / self._interval_s)
         self._last = now
@@ -143,7 +150,7 @@ class RateLimited:
         if self._suppressed:
             fields["suppressed"] = self._suppressed
             self._suppressed = 0
-        self._logger.warning(event, **fields)
+        write(event, **fields)
         return True
 
 

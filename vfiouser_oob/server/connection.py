@@ -24,7 +24,7 @@ import trio
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.migration.standing import Truth
-from vfiouser_oob.observability.log import Logger, RateLimited
+from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
 from vfiouser_oob.server.handlers import Handler, Handlers, Reply, Result
@@ -86,9 +86,11 @@ class Connection(ClientLink):
         self.capabilities = Capabilities()
         self.account = function.account
         self.phase = "negotiating"
+        #: Whether it has sent its first message.
+        self.spoken = False
         self.log = log
         self._tracing = log.debug_enabled
-        self._noise = RateLimited(log)
+        self.noise = function.noise
         self._budget_s = function.reply_budget_s
         self.session = Session(Role.SERVER, limits)
         self.stream = MessageSocket(sock, limits.max_message_size, function.activity, function.account)
@@ -145,13 +147,22 @@ class Connection(ClientLink):
         except EndOfStream as end:
             return str(end)
         except StreamError as error:
-            if error.reply is not None:
-                with suppress(EndOfStream):
-                    self.stream.send(error.reply)
-            self._noise.warning("client's stream cannot be followed; disconnected", error=str(error))
+            await self._reply_last(error.reply)
+            self.noise.warning("client's stream cannot be followed; disconnected", error=str(error))
             self.function.note_error(str(error))
             return str(error)
         return "the client left"
+
+    async def _reply_last(self, reply: bytes | None) -> None:
+        """Send the reply to a message that ends the connection, behind those to what came before it."""
+        # Those have deadlines of their own, and a moment is needed to answer the last of them.
+        with suppress(EndOfStream), trio.move_on_after(2 * self._budget_s):
+            while self._queue:
+                self._queue_drained = trio.Event()
+                await self._queue_drained.wait()
+            if reply is not None:
+                self.stream.send(reply)
+                await self.stream.flushed()
 
     async def _tear_down(self) -> None:
         if self._dma is not None:
@@ -264,7 +275,7 @@ class Connection(ClientLink):
         except EndOfStream:
             self._scope.cancel()
         except StreamError as error:
-            self._noise.warning("client's twin stream cannot be followed; disconnected", error=str(error))
+            self.noise.warning("client's twin stream cannot be followed; disconnected", error=str(error))
             self._scope.cancel()
 
     @property
@@ -294,7 +305,10 @@ class Connection(ClientLink):
         elif isinstance(event, ReplyReceived):
             close_fds((*event.fds, *event.surplus_fds))
             event.token.resolve(event.header, event.payload)
-        elif self._queue and not event.close:
+        elif event.close:
+            self._note_refusal(event)
+            raise StreamError(event.reason, event.errno, event.reply)
+        elif self._queue:
             self._enqueue(event, None)
         else:
             self._refuse(event)
@@ -305,13 +319,14 @@ class Connection(ClientLink):
             self.log.debug(describe(message.header, bytes(message.payload), len(message.fds), "<"))
 
     def _refuse(self, event: Refused) -> None:
-        close_fds(event.fds)
-        self._noise.warning("message refused", reason=event.reason)
-        self.function.note_error(event.reason)
+        self._note_refusal(event)
         if event.reply is not None:
             self.send(event.reply)
-        if event.close:
-            raise StreamError(event.reason)
+
+    def _note_refusal(self, event: Refused) -> None:
+        close_fds(event.fds)
+        self.noise.warning("message refused", reason=event.reason)
+        self.function.note_error(event.reason)
 
     # Answering
 
@@ -439,7 +454,7 @@ class Connection(ClientLink):
         number = errno_of(error, self.log, name)
         text = f"{name}: {error}"
         self.function.note_error(text)
-        self._noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
+        self.noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
         return number
 
     def send(self, data: bytes, fds: Sequence[HasFileno] = ()) -> None:

@@ -10,10 +10,7 @@ import errno
 from types import TracebackType
 
 from vfiouser_oob.observability.log import Logger
-from vfiouser_protocol.errors import DmaFault, LocalProtocolError, RemoteProtocolError, ReplyError
-
-#: Refusals that are the peer's or the device's doing; their errno goes on the wire as it is.
-EXPECTED = (RemoteProtocolError, ReplyError, DmaFault)
+from vfiouser_protocol.errors import LocalProtocolError, VfioUserError
 
 
 def errno_of(error: Exception, log: Logger, what: str) -> int:
@@ -24,7 +21,8 @@ def errno_of(error: Exception, log: Logger, what: str) -> int:
         log: where a bug is reported.
         what: which command failed, for the report.
     """
-    if isinstance(error, EXPECTED):
+    # The peer's, the device's or another server's doing, unless it says that it is ours; its errno goes on the wire.
+    if isinstance(error, VfioUserError) and not isinstance(error, LocalProtocolError):
         return error.errno
     if isinstance(error, OSError) and error.errno:
         log.warning("command failed", command=what, error=error.strerror, errno=errno.errorcode.get(error.errno, ""))

@@ -14,10 +14,10 @@ from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.port import attach
-from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained, root_cause
-from vfiouser_oob.server.refusal import turn_away
+from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
@@ -27,8 +27,10 @@ from vfiouser_protocol.constants import Command
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
-#: Out of descriptors or memory: what to do is to wait until some are given back.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+#: Connections that may say nothing at one time; QEMU says its VERSION at once.
+_MOST_SILENT = 16
+#: A client that left before it was accepted; nothing to be said, and the next one may be there.
+_HARMLESS = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
 _EXHAUSTED_WAIT_S = 0.1
 
 
@@ -79,6 +81,11 @@ class Function:
         self._events = events
         self._allow_uids = allow_uids
         self._vacant = trio.Event()
+        #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
+        self._connections: dict[Connection, trio.CancelScope] = {}
+        #: What clients can provoke is limited per function: a limit per connection is none for who reconnects.
+        self.noise = RateLimited(self.log)
+        self.visits = RateLimited(self.log, burst=20, interval_s=2.0)
         self.engine = None if migration is None else migration(name, events, self.log)
 
     # Serving
@@ -134,17 +141,16 @@ class Function:
                 sock = await self._accept(listener)
                 if sock is None:
                     continue
-                refusal = await self._refusal(_peer_or_none(sock))
-                if refusal is None:
-                    await nursery.start(self._serve_client, sock)
+                peer = _peer_or_none(sock)
+                if self._may_connect(peer):
+                    nursery.start_soon(self._serve_client, sock, peer)
                 else:
-                    nursery.start_soon(turn_away, sock, refusal, self.account)
+                    nursery.start_soon(turn_away, sock, errno.EACCES, self.account)
 
     async def serve_connected(self, sock: socket.socket) -> None:
         """Serve one client on a socket that is connected already, and return when it has gone."""
         self.address = "(inherited connection)"
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._serve_client, sock)
+        await self._serve_client(sock, _peer_or_none(sock))
 
     async def _closing(self) -> None:
         """Wait while the descriptors of earlier clients cannot be closed: a new one could only bring more of them."""
@@ -162,61 +168,89 @@ class Function:
         except BlockingIOError:
             return None
         except OSError as error:
-            if error.errno in _EXHAUSTED:
-                self.log.error("cannot accept a client now", error=error.strerror)
+            if error.errno not in _HARMLESS:
+                # Out of descriptors or memory, mostly: what to do is to wait until some are given back.
+                self.noise.warning("cannot accept a client now", error=error.strerror)
                 self.note_error(f"cannot accept a client: {error.strerror}")
                 await trio.sleep(_EXHAUSTED_WAIT_S)
             return None
         return sock
 
-    async def _refusal(self, peer: Peer | None) -> int | None:
-        """Decide about a new client, waiting for the one before it to be gone.
+    def _may_connect(self, peer: Peer | None) -> bool:
+        if self._allow_uids is None or (peer is not None and peer.uid in self._allow_uids):
+            return True
+        self.noise.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
+        self.note_error(f"{peer} may not connect")
+        return False
 
-        Returns:
-            None for a client that is welcome, otherwise the errno that it is turned away with.
+    async def claim(self, connection: Connection, deadline: float) -> None:
+        """Make a client the one that is served, waiting for the one before it to be gone.
+
+        Args:
+            connection: a client that has said what it wants; until then it keeps nobody out.
+            deadline: by trio's clock, when it has to be answered.
+
+        Raises:
+            TurnedAway: another client uses the function.
         """
-        if self._allow_uids is not None and (peer is None or peer.uid not in self._allow_uids):
-            self.log.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
-            self.note_error(f"{peer} may not connect")
-            return errno.EACCES
-        with trio.move_on_after(HANDOVER_S):
+        with trio.move_on_at(min(deadline, trio.current_time() + HANDOVER_S)):
             while self.connection is not None:
                 await self._vacant.wait()
         if self.connection is not None:
-            self.log.warning("client refused: the function is in use", client=peer, by=self.connection.peer)
-            self.note_error(f"{peer} was refused: {self.connection.peer} uses the function")
-            return errno.EBUSY
-        return None
-
-    async def _serve_client(
-        self, sock: socket.socket, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        peer = _peer_or_none(sock)
-        try:
-            connection = self.connection = Connection(self, sock, peer, self.log)
-        except (OSError, ValueError) as error:  # it costs this client, and nobody else
-            self.log.error("client cannot be served; disconnected", client=peer, error=error)
-            self.note_error(f"{peer} cannot be served: {error}")
-            task_status.started()
-            return
+            raise TurnedAway(f"{connection.peer} was refused: {self.connection.peer} uses the function", errno.EBUSY)
+        self.connection = connection
         self._vacant = trio.Event()
         self.clients_served += 1
-        self._announce("client-connected", client=str(peer))
-        task_status.started()
-        reason = "the daemon is stopping"
-        try:
-            with Contained() as outcome:
-                reason = await connection.run()
-            if outcome.error is not None:
-                reason = "an error of ours"
-                self.log.exception("bug: a connection failed unexpectedly", outcome.error)
-                self.note_error(f"connection failed: {outcome.error}")
-        finally:
-            self.connection = None
-            self._vacant.set()
-            self.phase_changed()
-            self.log.info("client detached", client=peer, reason=reason)
-            self._announce("client-disconnected", client=str(peer), reason=reason)
+        self._announce("client-connected", client=str(connection.peer))
+
+    def _leave(self, connection: Connection, reason: str) -> None:
+        """Note that a connection has ended, and let the next client in if it was the one that was served."""
+        if self.connection is not connection:
+            self.log.debug("client gone before it was served", client=connection.peer, reason=reason)
+            return
+        self.connection = None
+        self._vacant.set()
+        self.phase_changed()
+        self.visits.info("client detached", client=connection.peer, reason=reason)
+        self._announce("client-disconnected", client=str(connection.peer), reason=reason)
+
+    async def _serve_client(self, sock: socket.socket, peer: Peer | None) -> None:
+        with trio.CancelScope() as scope:
+            try:
+                connection = Connection(self, sock, peer, self.log)
+            except (OSError, ValueError) as error:  # it costs this client, and nobody else
+                self.noise.warning("client cannot be served; disconnected", client=peer, error=error)
+                self.note_error(f"{peer} cannot be served: {error}")
+                return
+            self._make_room_for(connection, scope)
+            reason = "the daemon is stopping"
+            try:
+                with Contained() as outcome:
+                    reason = await connection.run()
+                if outcome.error is not None:
+                    reason = self._explain(outcome.error)
+            finally:
+                del self._connections[connection]
+                self._leave(connection, reason)
+
+    def _make_room_for(self, connection: Connection, scope: trio.CancelScope) -> None:
+        """Let a newcomer in; where too many say nothing, the one that has been silent longest goes."""
+        self._connections[connection] = scope
+        silent = [each for each in self._connections if not each.spoken]
+        if len(silent) > _MOST_SILENT:
+            self.noise.warning("client disconnected: too many say nothing", client=silent[0].peer, silent=_MOST_SILENT)
+            self._connections[silent[0]].cancel()
+
+    def _explain(self, error: Exception) -> str:
+        """Report what ended a connection, beside its client's own doing; returns it in words."""
+        cause = root_cause(error)
+        if isinstance(cause, OSError):
+            self.noise.warning("connection ended: the system refused", error=cause.strerror or str(cause))
+            self.note_error(f"connection failed: {cause.strerror or cause}")
+            return f"the system refused: {cause.strerror or cause}"
+        self.log.exception("bug: a connection failed unexpectedly", error)
+        self.note_error(f"connection failed: {error}")
+        return "an error of ours"
 
     def close(self) -> None:
         """Give the device back."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from vfiouser_oob.devices.base import BackendUnavailable
+from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
+from vfiouser_oob.server.refusal import TurnedAway
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import MessageSocket
 from vfiouser_protocol.capabilities import Capabilities, MigrationCapability
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 #: What we offer when the device sets no tighter limit.
 OFFER = Capabilities(max_msg_fds=OUR_MAX_MSG_FDS, max_dma_maps=DEFAULT_MAX_DMA_MAPS, write_multiple=True)
-#: Seconds that a client may take for its first message; it keeps others from the function meanwhile.
+#: Seconds that a client may take for its first message; it keeps nobody from the function meanwhile.
 FIRST_MESSAGE_S = 10.0
 
 
@@ -60,11 +61,22 @@ async def negotiate_version(connection: Connection, nursery: trio.Nursery) -> bo
         EndOfStream: the client has gone.
         StreamError: the client does not speak vfio-user.
     """
-    with trio.move_on_after(FIRST_MESSAGE_S):
+    with trio.move_on_after(FIRST_MESSAGE_S) as patience:
         event = await _first_command(connection)
-        return await _answer_version(connection, event, nursery)
-    connection.log.warning("client sent no VERSION; disconnected", waited_s=FIRST_MESSAGE_S)
-    return False
+    if patience.cancelled_caught:
+        connection.noise.warning("client sent no VERSION; disconnected", waited_s=FIRST_MESSAGE_S)
+        return False
+    connection.spoken = True
+    # One deadline for all that VERSION waits for: the client before this one to leave, the device, the agent.
+    deadline = trio.current_time() + connection.function.reply_budget_s
+    try:
+        await connection.function.claim(connection, deadline)
+        return await _answer_version(connection, event, nursery, deadline)
+    except TurnedAway as refusal:
+        connection.function.note_error(refusal.reason)
+        connection.noise.warning("client turned away", client=connection.peer, reason=refusal.reason)
+        connection.send(connection.session.error_reply(event.header, refusal.errno))
+        return False
 
 
 async def _first_command(connection: Connection) -> CommandReceived:
@@ -79,31 +91,34 @@ async def _first_command(connection: Connection) -> CommandReceived:
     raise StreamError(event.reason, event.errno, event.reply)
 
 
-async def _answer_version(connection: Connection, event: CommandReceived, nursery: trio.Nursery) -> bool:
+async def _open(connection: Connection, proposed: Capabilities, deadline: float) -> BackendSession:
+    """Open the device for a client, and its migration.
+
+    Raises:
+        TurnedAway: one of them cannot be had, or not in time.
+    """
+    function = connection.function
+    late = "the device did not answer in time"
+    try:
+        with trio.fail_at(deadline):
+            backend = await function.backend.open(connection)
+            # From here on the connection closes the device, whatever happens.
+            connection.adopt(backend)
+            late = "the agent did not answer in time"
+            await function.attach_migration(connection, backend, proposed)
+    except (BackendUnavailable, trio.TooSlowError) as error:
+        raise TurnedAway(str(error) or late, errno.ENODEV) from error
+    return backend
+
+
+async def _answer_version(
+    connection: Connection, event: CommandReceived, nursery: trio.Nursery, deadline: float
+) -> bool:
     session, header = connection.session, event.header
     assert session.proposal is not None
     proposed = session.proposal.capabilities
     connection.capabilities = proposed
-    try:
-        with trio.fail_after(connection.function.reply_budget_s):
-            backend = await connection.function.backend.open(connection)
-    except (BackendUnavailable, trio.TooSlowError) as error:
-        reason = str(error) or "the device did not answer in time"
-        connection.function.note_error(reason)
-        connection.log.error("client turned away", client=connection.peer, reason=reason)
-        connection.send(session.error_reply(header, errno.ENODEV))
-        return False
-    # From here on the connection closes the device, whatever happens.
-    connection.adopt(backend)
-    try:
-        with trio.fail_after(connection.function.reply_budget_s):
-            await connection.function.attach_migration(connection, backend, proposed)
-    except (BackendUnavailable, trio.TooSlowError) as error:
-        reason = str(error) or "the agent did not answer in time"
-        connection.function.note_error(reason)
-        connection.log.error("client turned away", client=connection.peer, reason=reason)
-        connection.send(session.error_reply(header, errno.ENODEV))
-        return False
+    backend = await _open(connection, proposed, deadline)
     offer = _within(OFFER, backend.limits)
     if connection.port is not None and connection.port.migratable:
         offer = offer._replace(migration=MigrationCapability())
@@ -123,7 +138,7 @@ async def _answer_version(connection: Connection, event: CommandReceived, nurser
         twin.theirs.close()
         nursery.start_soon(connection.run_sender, twin.stream)
         nursery.start_soon(connection.read_twin, twin.stream)
-    connection.log.info(
+    connection.function.visits.info(
         "client attached",
         client=connection.peer,
         version=f"0.{agreed.minor}",

@@ -17,6 +17,20 @@ from vfiouser_protocol.session import CommandReceived, Role, Session
 _PATIENCE_S = 1.0
 
 
+class TurnedAway(Exception):
+    """A client cannot be served now.
+
+    Args:
+        reason: why, for log and status.
+        number: the errno that its VERSION is answered with.
+    """
+
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.errno = number
+
+
 async def turn_away(sock: socket.socket, number: int, account: Account) -> None:
     """Answer the first command with an error and close.
 
