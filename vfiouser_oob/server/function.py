@@ -19,7 +19,7 @@ from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.refusal import turn_away
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.listener import Listener
+from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import Capabilities
@@ -27,9 +27,6 @@ from vfiouser_protocol.constants import Command
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
-#: Out of descriptors or memory: what to do is to wait until some are given back.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
-_EXHAUSTED_WAIT_S = 0.1
 
 
 #: Builds a function's migration engine, given its name, where changes are announced, and its logger.
@@ -153,21 +150,17 @@ class Function:
             self.log.error(text)
             self.note_error(text)
         while self.account.held_up:  # noqa: ASYNC110 - the threads that close know nothing of the event loop
-            await trio.sleep(_EXHAUSTED_WAIT_S)
+            await trio.sleep(EXHAUSTED_WAIT_S)
 
     async def _accept(self, listener: Listener) -> socket.socket | None:
-        await trio.lowlevel.wait_readable(listener.sock)
         try:
-            sock, _ = listener.sock.accept()
-        except BlockingIOError:
-            return None
+            return await listener.accept()
         except OSError as error:
-            if error.errno in _EXHAUSTED:
+            if error.errno in EXHAUSTED:
                 self.log.error("cannot accept a client now", error=error.strerror)
                 self.note_error(f"cannot accept a client: {error.strerror}")
-                await trio.sleep(_EXHAUSTED_WAIT_S)
+                await trio.sleep(EXHAUSTED_WAIT_S)
             return None
-        return sock
 
     async def _refusal(self, peer: Peer | None) -> int | None:
         """Decide about a new client, waiting for the one before it to be gone.
