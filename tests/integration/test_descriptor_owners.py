@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import trio
 import trio.lowlevel
 
 from daemonkit import function, serving
 from fakeserver import Answer, FakeServer
 from openfds import open_fds
-from rawclient import DMA_MAP, REGION_READ, attached, map_request, memfd
+from rawclient import DMA_MAP, REGION_READ, RawClient, attached, map_request, memfd
 from vfiouser_oob.config.schema import UpstreamDevice
+from vfiouser_oob.control.client import ControlClient
+from vfiouser_oob.transport.reaper import REAPER
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command, DeviceInfoFlags
 from vfiouser_protocol.messages import DeviceInfo, IrqInfo, RegionInfo
@@ -132,8 +138,117 @@ async def test_a_connection_that_cannot_be_set_up_costs_its_client_only(tmp_path
     async with serving(function(tmp_path)) as daemon:
         broken, _other = socket.socketpair()
         with _other:
-            os.close(broken.detach())
+            os.close(broken.fileno())
             await daemon.functions[0].serve_connected(broken)
         assert "cannot be served" in str(daemon.functions[0].last_error)
         async with attached(tmp_path / "f0.sock") as client:
             assert MAGIC == await client.read32(0, 0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let others run until something is so."""
+    while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
+        await trio.sleep(0.01)
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """A small limit of descriptors for this process, set by the test with the returned number."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield 400
+    resource.setrlimit(resource.RLIMIT_NOFILE, old)
+
+
+async def test_one_client_leaves_descriptors_for_others(tmp_path: Path, few_descriptors: int) -> None:
+    """A client that takes all it can is refused in words, and others are served: new clients, maps, `status`."""
+    control = tmp_path / "control.sock"
+    functions = [function(tmp_path, "f0"), function(tmp_path, "f1")]
+    with trio.fail_after(30):
+        async with serving(*functions, control_socket=control) as daemon, attached(tmp_path / "f0.sock") as greedy:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few_descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            for number in range(few_descriptors):
+                fd = memfd(4096)
+                answer = await greedy.command(DMA_MAP, map_request(number << 12, 4096), [fd])
+                os.close(fd)
+                if answer.error:
+                    break
+            assert errno.EMFILE == answer.error
+            assert few_descriptors // 4 < number < few_descriptors // 2
+            assert "LimitNOFILE" in str(daemon.functions[0].last_error)
+            async with attached(tmp_path / "f1.sock") as other:
+                for number in range(32):
+                    fd = memfd(4096)
+                    await other.dma_map(number << 12, 4096, fd)
+                    os.close(fd)
+            assert 2 == await trio.to_thread.run_sync(count_functions, control)
+            # What it gives back, it may take again.
+            for number in range(8):
+                await greedy.dma_unmap(number << 12, 4096)
+            assert REAPER.settle(10)
+            fd = memfd(4096)
+            await greedy.dma_map(0, 4096, fd)
+            os.close(fd)
+
+
+def count_functions(control: Path) -> int:
+    """Ask for the status."""
+    with ControlClient(control) as client:
+        return client.status()["daemon"]["functions"]
+
+
+async def test_descriptors_that_our_own_limit_lost(tmp_path: Path, few_descriptors: int) -> None:
+    """Control data that our own limit truncated is said to be our own limit's doing, and costs the client."""
+    async with serving(function(tmp_path)) as daemon, attached(tmp_path / "f0.sock") as client:
+        fds = [memfd(4096) for _ in range(8)]
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        await client.send(client.pack(REGION_READ, struct.pack("<QII", 0, 0, 4)), fds)
+        with trio.fail_after(30), pytest.raises((EOFError, ConnectionResetError)):
+            await client.receive()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        for fd in fds:
+            os.close(fd)
+        assert "LimitNOFILE" in str(daemon.functions[0].last_error)
+
+
+async def test_an_inherited_listener_is_left_as_it_is(tmp_path: Path) -> None:
+    """A listening socket that blocks goes on blocking for its owner, and an owner who is quicker holds up nobody."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(os.fspath(tmp_path / "in.sock"))
+        listener.listen()
+        inherited = replace(function(tmp_path, "f0"), socket=None, fd=os.dup(listener.fileno()))
+        with trio.fail_after(30):
+            async with (
+                serving(inherited, function(tmp_path, "f1")),
+                attached(tmp_path / "f1.sock") as innocent,
+            ):
+                async with attached(tmp_path / "in.sock") as client:
+                    assert MAGIC == await client.read32(0, 0)
+                assert os.get_blocking(listener.fileno())
+                for _ in range(20):
+                    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stolen:
+                        stolen.connect(os.fspath(tmp_path / "in.sock"))
+                        listener.accept()[0].close()
+                    assert MAGIC == await innocent.read32(0, 0)
+                async with attached(tmp_path / "in.sock") as client:
+                    assert MAGIC == await client.read32(0, 0)
+
+
+async def test_clients_wait_while_there_is_no_descriptor_for_them(
+    tmp_path: Path, few_descriptors: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a single descriptor left, clients and control connections are accepted as soon as there is one."""
+    control = tmp_path / "control.sock"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with trio.fail_after(30):
+        async with serving(function(tmp_path), control_socket=control) as daemon:
+            with socket.socket(socket.AF_UNIX) as asking, trio.socket.socket(socket.AF_UNIX) as joining:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+                asking.connect(os.fspath(control))
+                await joining.connect(os.fspath(tmp_path / "f0.sock"))
+                await until(lambda: "cannot accept a control connection now" in caplog.text)
+                await until(lambda: "cannot accept a client" in str(daemon.functions[0].last_error))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                assert (await RawClient(joining).negotiate()).flags == 1
+                assert b"hello" in await trio.to_thread.run_sync(asking.recv, 1000)
+            assert "Traceback" not in caplog.text

@@ -7,6 +7,7 @@ import mmap
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -29,7 +30,7 @@ from rawclient import (
     map_request,
     memfd,
 )
-from stuckfds import KINDS, Stuck, StuckFile, stuck_file
+from stuckfds import KINDS, Stuck, StuckFile, lingering, stuck_file
 from vfiouser_oob.transport.reaper import REAPER
 
 MAGIC = 0x75666F76
@@ -255,3 +256,21 @@ async def test_an_eventfd_that_unmasks_and_blocks(tmp_path: Path) -> None:
             await trio.lowlevel.wait_readable(event)
     for fd in (event, resample):
         os.close(fd)
+
+
+async def test_a_daemon_ends_while_a_close_is_stuck(tmp_path: Path) -> None:
+    """Told to stop, the daemon does not wait for a socket that lingers.
+
+    A FLUSH that a FUSE server has taken and does not answer, the kernel itself waits for when a process ends.
+    """
+    path = tmp_path / "f0.sock"
+    command = [sys.executable, "-m", "vfiouser_oob", "serve", f"--socket-path={path}", "--device=model:test"]
+    with trio.fail_after(60), lingering(tmp_path) as stuck:
+        process = await trio.lowlevel.open_process([*command, "--control-socket=none"])
+        while not path.exists():  # noqa: ASYNC110 - the other process tells nobody
+            await trio.sleep(0.01)
+        async with attached(path) as client:
+            await surplus(client, stuck)
+            assert MAGIC == await client.read32(0, 0)
+            process.terminate()
+            assert 0 == await process.wait()

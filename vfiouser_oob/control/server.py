@@ -19,6 +19,7 @@ from vfiouser_oob.control import protocol
 from vfiouser_oob.control.protocol import ErrorCode, Request, RequestError
 from vfiouser_oob.control.status import StatusProvider
 from vfiouser_oob.observability import log
+from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 
 CONNECTIONS_MAX = 32
@@ -115,11 +116,26 @@ class ControlServer:
             sock: a listening UNIX stream socket; it is closed when this ends, its path stays the caller's.
             task_status: told when connections are accepted.
         """
-        sock.setblocking(False)
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-        async with listener:
-            task_status.started()
-            await trio.serve_listeners(self._connection, [listener])
+        listener = Listener(sock, None)
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    connected = await self._accept(listener)
+                    if connected is not None:
+                        nursery.start_soon(self._connection, connected)
+        finally:
+            listener.close()
+
+    async def _accept(self, listener: Listener) -> trio.SocketStream | None:
+        try:
+            sock = await listener.accept()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._refusals.warning("cannot accept a control connection now", error=error.strerror)
+                await trio.sleep(EXHAUSTED_WAIT_S)
+            return None
+        return None if sock is None else trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         self._connections += 1

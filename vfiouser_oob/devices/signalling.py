@@ -12,6 +12,7 @@ Reading has a flag for a single call, RWF_NOWAIT.
 from __future__ import annotations
 
 import _thread
+import atexit
 import ctypes
 import errno
 import os
@@ -160,10 +161,12 @@ def make_signaller(account: Account) -> Signaller:
         account: whose threads count, where threads are needed.
     """
     global _kernel
-    try:
-        _kernel = _kernel or KernelSignaller()
-    except OSError:
-        return ThreadSignaller(account)
+    if _kernel is None:
+        try:
+            _kernel = KernelSignaller()
+        except OSError:
+            return ThreadSignaller(account)
+        atexit.register(_kernel.close)
     return _kernel
 
 

@@ -19,7 +19,7 @@ from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.listener import Listener
+from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import Capabilities
@@ -31,7 +31,6 @@ HANDOVER_S = 1.0
 _MOST_SILENT = 16
 #: A client that left before it was accepted; nothing to be said, and the next one may be there.
 _HARMLESS = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
-_EXHAUSTED_WAIT_S = 0.1
 
 
 #: Builds a function's migration engine, given its name, where changes are announced, and its logger.
@@ -159,22 +158,18 @@ class Function:
             self.log.error(text)
             self.note_error(text)
         while self.account.held_up:  # noqa: ASYNC110 - the threads that close know nothing of the event loop
-            await trio.sleep(_EXHAUSTED_WAIT_S)
+            await trio.sleep(EXHAUSTED_WAIT_S)
 
     async def _accept(self, listener: Listener) -> socket.socket | None:
-        await trio.lowlevel.wait_readable(listener.sock)
         try:
-            sock, _ = listener.sock.accept()
-        except BlockingIOError:
-            return None
+            return await listener.accept()
         except OSError as error:
             if error.errno not in _HARMLESS:
                 # Out of descriptors or memory, mostly: what to do is to wait until some are given back.
                 self.noise.warning("cannot accept a client now", error=error.strerror)
                 self.note_error(f"cannot accept a client: {error.strerror}")
-                await trio.sleep(_EXHAUSTED_WAIT_S)
+                await trio.sleep(EXHAUSTED_WAIT_S)
             return None
-        return sock
 
     def _may_connect(self, peer: Peer | None) -> bool:
         if self._allow_uids is None or (peer is not None and peer.uid in self._allow_uids):

@@ -18,11 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import trio
+
 
 class ListenError(OSError):
     """A socket cannot be listened on; the text says which, why and what would help."""
 
 
+#: Out of descriptors or memory: what to do is to wait until some are given back, for so many seconds at a time.
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+EXHAUSTED_WAIT_S = 0.1
 #: QEMU connects once per device; a short queue is enough for the next client to wait in.
 _BACKLOG = 16
 #: What a socket is called until it listens.
@@ -32,14 +37,18 @@ _PRIVATE_NAME = "s"
 class Listener:
     """A listening socket and the duty to remove its file, if we made it.
 
+    Whether an inherited socket blocks is its owner's affair, who may go on using it, and is left as it is.
+
     Args:
         sock: the listening socket; owned from now on.
         path: the file that we created, or None for a socket that somebody else made.
     """
 
     def __init__(self, sock: socket.socket, path: Path | None) -> None:
-        sock.setblocking(False)
+        if path is not None:
+            sock.setblocking(False)
         self.sock = sock
+        self._threads = trio.CapacityLimiter(1)
         self._path = path
         self._inode = _inode(path) if path is not None else None
 
@@ -50,6 +59,40 @@ class Listener:
             return str(self._path)
         name = self.sock.getsockname()
         return name if isinstance(name, str) and name else "(inherited socket)"
+
+    async def accept(self) -> socket.socket | None:
+        """Wait for a client.
+
+        Returns:
+            The connected socket; None when there is no client after all.
+
+        Raises:
+            OSError: none can be taken now; one of `EXHAUSTED` if others have to give something back first.
+        """
+        await trio.lowlevel.wait_readable(self.sock)
+        try:
+            if os.get_blocking(self.sock.fileno()):
+                return await self._accept_in_thread()
+            return self.sock.accept()[0]
+        except BlockingIOError:
+            return None
+
+    async def _accept_in_thread(self) -> socket.socket | None:
+        """Accept on a socket that blocks: somebody else who has it may be quicker, and then we wait for the next."""
+        given_up = False
+
+        def accept() -> socket.socket | None:
+            sock, _ = self.sock.accept()
+            if given_up:
+                sock.close()
+                return None
+            return sock
+
+        try:
+            return await trio.to_thread.run_sync(accept, limiter=self._threads, abandon_on_cancel=True)
+        except trio.Cancelled:
+            given_up = True
+            raise
 
     def close(self) -> None:
         """Stop listening; the file is removed unless somebody replaced it meanwhile."""

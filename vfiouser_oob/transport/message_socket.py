@@ -7,7 +7,6 @@ message.
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import socket
@@ -119,7 +118,8 @@ class MessageSocket:
             try:
                 activity.register(self._fd)
             except OSError:
-                sock.close()
+                with suppress(OSError):  # it may be the socket itself that is unusable
+                    sock.close()
                 raise
 
     def fileno(self) -> int:
@@ -161,7 +161,7 @@ class MessageSocket:
                     fds = self._owned(ancillary) if ancillary else ()
                     if flags & _TRUNCATED:
                         close_fds(fds)
-                        raise StreamError(_why_lost(self))
+                        raise StreamError(_why_lost())
                     message = framer.feed(data, fds) if data else None
                 if message is not None:
                     if self._pool is not None:
@@ -438,15 +438,13 @@ class MessageSocket:
         ForeignFd(self._sock.detach(), self._account).close()
 
 
-def _why_lost(sock: HasFileno) -> str:
-    """Say why control data was truncated: there is room for as many descriptors as the kernel carries."""
-    try:
-        OwnedFd(os.dup(sock.fileno())).close()
-    except OSError as error:
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if error.errno == errno.EMFILE:
-            return f"descriptors of a message were lost: this process has all {limit} open that it may (LimitNOFILE=)"
-    return "descriptors of a message were lost (control data truncated)"
+def _why_lost() -> str:
+    """Say why control data was truncated, although there is room for as many descriptors as the kernel carries."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"descriptors of a message were lost: the {limit} that this process may have are in use (LimitNOFILE=), or a "
+        "security module refused them"
+    )
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -91,9 +91,12 @@ class Reaper:
     """Threads that close descriptors; there is one reaper in a process."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._settled = threading.Condition(lock)
         self._ready: deque[Account] = deque()
-        self._idle = 0
+        #: Threads that close nothing now, so that they will find what is ready.
+        self._free = 0
         self._pending = 0
 
     def close(self, account: Account, fd: int) -> None:
@@ -122,8 +125,8 @@ class Reaper:
         Returns:
             Whether it is.
         """
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._pending, timeout_s)
+        with self._settled:
+            return self._settled.wait_for(lambda: not self._pending, timeout_s)
 
     def _offer(self, account: Account) -> None:
         """Tell a thread about an account, unless enough of them are at it."""
@@ -131,11 +134,17 @@ class Reaper:
             return
         account.offered = True
         self._ready.append(account)
-        if self._idle >= len(self._ready):
+        if self._free >= len(self._ready):
             self._changed.notify()
-        else:
+            return
+        try:
             # Nobody waits for these threads, not even the interpreter's end.
             _thread.start_new_thread(self._run, ())
+        except RuntimeError:  # no thread is to be had now; the next close tries again
+            self._ready.pop()
+            account.offered = False
+        else:
+            self._free += 1
 
     def _run(self) -> None:
         me = threading.get_ident()
@@ -145,31 +154,29 @@ class Reaper:
                 account.offered = False
                 work = account.waiting.popleft()
                 account.closing[me] = time.monotonic()
+                self._free -= 1
                 # This close may be held up, so another thread goes on with the rest.
                 self._offer(account)
                 self._changed.release()
                 try:
                     work()
-                except (
-                    OSError
-                ):  # a file system's complaint, about a file that is none of ours; it is closed all the same
+                except OSError:  # a complaint of its file system; it is closed all the same
                     pass
                 finally:
                     self._changed.acquire()
+                self._free += 1
                 del account.closing[me]
                 account.closed()
                 self._offer(account)
                 self._pending -= 1
                 if not self._pending:
-                    self._changed.notify_all()
+                    self._settled.notify_all()
 
     def _find_work(self) -> bool:
         """Wait for an account; returns whether there is one."""
         while not self._ready:
-            self._idle += 1
-            told = self._changed.wait(_IDLE_S)
-            self._idle -= 1
-            if not told and not self._ready:
+            if not self._changed.wait(_IDLE_S) and not self._ready:
+                self._free -= 1
                 return False
         return True
 
