@@ -8,6 +8,7 @@ instead. What it cannot write in time is dropped and counted, and the count is t
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -94,11 +95,30 @@ class Sink:
             # The lost ones came after those that waited.
             if lost:
                 data += f"{self._tell_lost(lost)}\n".encode(errors="backslashreplace")
-            self._write(memoryview(data))
+            unwritten = self._write(memoryview(data))
+            if unwritten:
+                with self._changed:
+                    # The line that told of earlier losses is one of those that were not written.
+                    self._lost += unwritten.count(b"\n") + (lost - 1 if lost else 0)
 
-    def _write(self, data: memoryview) -> None:
+    def _write(self, data: memoryview) -> bytes:
+        """Write, waiting for room as long as it takes.
+
+        Args:
+            data: whole lines.
+
+        Returns:
+            What could not be written: whoever read has gone, say, or the disk is full.
+        """
         try:
             while data:
-                data = data[os.write(self._stream.fileno(), data) :]
-        except (OSError, ValueError):  # whoever read has gone, or there is no room; nobody is left who could be told
-            pass
+                fd = self._stream.fileno()
+                try:
+                    data = data[os.write(fd, data) :]
+                except BlockingIOError:  # somebody who shares the descriptor made it non-blocking
+                    room = select.poll()
+                    room.register(fd, select.POLLOUT)
+                    room.poll()
+        except (OSError, ValueError):
+            return bytes(data)
+        return b""

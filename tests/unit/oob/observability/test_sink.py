@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -55,6 +56,39 @@ def test_a_reader_that_does_not_read_costs_lines_only(pipe: tuple[int, TextIO]) 
     assert 1000 == lines.count(line) + lost + (rest == line)
     assert lost > 700
     assert sink.flush(30)
+
+
+def test_a_descriptor_that_somebody_made_non_blocking_loses_nothing(pipe: tuple[int, TextIO]) -> None:
+    """Another process that shares the pipe may set O_NONBLOCK; lines wait for room all the same."""
+    reader, writer = pipe
+    os.set_blocking(writer.fileno(), False)
+    sink = Sink(writer, tell)
+    lines = [f"{number:0999}" for number in range(300)]  # more than the pipe holds
+    for line in lines:
+        sink.write(line)
+    assert not sink.flush(0.2)
+    got = b""
+    while len(got) < 300 * 1000:
+        assert select.select([reader], [], [], 10)[0], f"the rest was lost after {len(got)} bytes"
+        got += os.read(reader, 65536)
+    assert lines == got.decode().splitlines()
+    assert sink.flush(30)
+
+
+def test_lines_that_met_a_full_disk_are_counted() -> None:
+    """What failed is told by number with the next line that gets through."""
+    reader, writer = os.pipe()
+    with open("/dev/full", "w") as stream, os.fdopen(reader) as taken:
+        sink = Sink(stream, tell)
+        for number in range(3):
+            sink.write(f"line {number}")
+            assert sink.flush(30)
+        os.dup2(writer, stream.fileno())
+        os.close(writer)
+        sink.write("room again")
+        sink.close()
+        stream.close()
+        assert "room again\nlost 3\n" == taken.read()
 
 
 def test_a_reader_that_has_gone_is_no_error(pipe: tuple[int, TextIO]) -> None:
