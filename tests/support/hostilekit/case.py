@@ -44,6 +44,11 @@ class Stage:
         return self.directory / "second.sock"
 
     @property
+    def third(self) -> Path:
+        """Socket of another function, a test device that nobody uses, for clients of the attack's own."""
+        return self.directory / "third.sock"
+
+    @property
     def control(self) -> Path:
         """The control socket."""
         return self.directory / "control.sock"
