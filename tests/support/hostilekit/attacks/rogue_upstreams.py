@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 
+from hostilekit.attacks.descriptors import Lingerer
 from hostilekit.case import Scene, Stage, attack
-from hostilekit.upstream import Link, Reply, Upstream
+from hostilekit.upstream import Link, Reply, Upstream, region_info
 from hostilekit.wire import PAYLOADS, Peer
 from rawclient import (
     CONFIG,
     DMA_MAP,
+    HEADER,
+    REGION_INFO,
     REGION_READ,
     map_request,
     memfd,
@@ -31,6 +34,30 @@ def _visit(stage: Stage) -> None:
             for command in (4, 5, 7, 9):
                 peer.command(command, PAYLOADS[command])
     except (OSError, EOFError, AssertionError):
+        pass
+
+
+@attack(Scene.UPSTREAM, seconds=3.0)
+def lingering_reply_descriptors(stage: Stage) -> None:
+    """Each answer comes with a socket that takes 45 s to close."""
+    kept: list[Lingerer] = []
+
+    def answer(link: Link, msg_id: int, payload: bytes) -> Reply | None:
+        kept.append(Lingerer())
+        body = region_info(int.from_bytes(payload[8:12], "little"), 256, 7)
+        kept[-1].send(link, HEADER.pack(msg_id, REGION_INFO, 16 + len(body), 1, 0) + body)
+        return None
+
+    going = stage.clock()
+    Upstream(stage.upstream, {REGION_INFO: answer})
+    while going():
+        _visit(stage)
+
+
+def _say_late(link: Link, msg_id: int, payload: bytes) -> None:
+    try:
+        link.say(msg_id, REGION_READ, payload)
+    except OSError:
         pass
 
 
