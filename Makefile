@@ -1,5 +1,5 @@
 # Everything runs in .venv, which tools/bootstrap.py makes. PYTHON=… chooses another interpreter, PYTEST_ARGS=… adds
-# options to pytest.
+# options to pytest, FUZZ_SECONDS=… is the time of each fuzz target.
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
@@ -7,6 +7,7 @@ endif
 PYTEST_ARGS ?=
 # Tests that run at a time. Most of them wait for a process or a socket, so two to a processor keep it busy.
 JOBS ?= $(shell echo $$(( 2 * $$(nproc) )))
+FUZZ_SECONDS ?= 60
 
 BIN := .venv/bin
 BOOTSTRAP := $(PYTHON) tools/bootstrap.py
@@ -14,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vm-long check conformance bench vm-assets proto pages clean venv venv-demo venv-dev
+.PHONY: help demo test test-fast test-vm-long check conformance fuzz bench vm-assets proto pages clean venv venv-demo venv-dev venv-fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +42,9 @@ check: venv-dev ## lint, formatting, types, import rules
 conformance: venv-dev ## judge the daemon with the conformance suite, and prove that the suite bites
 	$(PYTEST) tests/conformance $(PYTEST_ARGS)
 
+fuzz: venv-fuzz ## feed whatever reads a peer's bytes with generated ones, for minutes; steered by coverage
+	PYTHONPATH=.:protocol:agents:tests/support $(BIN)/python -m fuzzkit.rounds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
 bench: venv ## measure the daemon on this machine
 	$(BIN)/vfiouser-oob bench
 
@@ -65,3 +69,6 @@ venv-demo:
 
 venv-dev:
 	@$(BOOTSTRAP) --extra test --extra check
+
+venv-fuzz:
+	@$(BOOTSTRAP) --extra test --extra check --extra fuzz

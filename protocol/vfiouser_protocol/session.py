@@ -222,6 +222,8 @@ class Session:
 
     def _receive_version_reply(self, message: Message, waiting: Outstanding) -> ReplyReceived | Refused:
         header, payload, fds = message
+        if self.phase is not waiting.spec.phase:  # something before it ended the connection
+            return self._refuse(message, Oddity.WRONG_PHASE)
         if header.is_error:
             self._move(Event.REFUSED)
             return ReplyReceived(waiting.token, header, payload, NO_FDS, fds)

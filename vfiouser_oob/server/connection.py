@@ -17,6 +17,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -48,8 +49,9 @@ if TYPE_CHECKING:
     from vfiouser_oob.server.function import Function
 
 #: Messages answered in a row before other tasks get their turn, however they came: a client that asks again at once can
-#: keep us from ever sleeping.
+#: keep us from ever sleeping. Fewer, once they took so many seconds: some of them copy a megabyte.
 _TURN = 32
+_TURN_S = 0.002
 #: What a handler returns when there is nothing to wait for.
 _READY = (bytes, Reply, Pieces)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
@@ -244,6 +246,7 @@ class Connection(ClientLink):
         """Read and answer until the stream ends."""
         stream = self.stream
         burst = turn = 0
+        turn_ends = 0.0
         while True:
             message = stream.try_receive()
             if message is None:
@@ -260,7 +263,9 @@ class Connection(ClientLink):
             self._take(message, twin=False)
             burst += 1
             turn += 1
-            if turn >= _TURN:
+            if turn == 1:
+                turn_ends = monotonic() + _TURN_S
+            elif turn >= _TURN or monotonic() >= turn_ends:
                 stream.uncork()
                 burst = turn = 0
                 await trio.lowlevel.checkpoint()

@@ -44,6 +44,11 @@ class Stage:
         return self.directory / "second.sock"
 
     @property
+    def third(self) -> Path:
+        """Socket of another function, a test device that nobody uses, for clients of the attack's own."""
+        return self.directory / "third.sock"
+
+    @property
     def control(self) -> Path:
         """The control socket."""
         return self.directory / "control.sock"
@@ -107,12 +112,17 @@ def attack(
     spare_mb: float = 16.0,
     budget_s: float = 1.0,
     proof: bool = False,
+    possible: bool = True,
 ) -> Callable[[Callable[[Stage], None]], Callable[[Stage], None]]:
-    """Make a function a case of the suite; see `Attack` for the arguments."""
+    """Make a function a case of the suite; see `Attack` for the arguments.
+
+    Where this user on this machine cannot carry it out, it is not `possible`, and no case.
+    """
 
     def register(run: Callable[[Stage], None]) -> Callable[[Stage], None]:
         assert run.__name__ not in ATTACKS, f"there are two attacks called {run.__name__}"
-        ATTACKS[run.__name__] = Attack(run, scene, seconds, descriptors, stderr, spare_mb, budget_s, proof)
+        if possible:
+            ATTACKS[run.__name__] = Attack(run, scene, seconds, descriptors, stderr, spare_mb, budget_s, proof)
         return run
 
     return register

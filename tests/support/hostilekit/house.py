@@ -16,6 +16,8 @@ from hostilekit.case import Attack, Scene
 from hostilekit.verdict import Health
 
 READY_S = 60.0
+#: A process that does not end when it is killed waits for what nothing can end.
+GONE_S = 30.0
 #: How large the pipe is that nobody reads: the smallest that there is.
 SMALL_PIPE = 4096
 
@@ -48,6 +50,7 @@ def configuration(case: Attack, place: Path) -> str:
         f'[daemon]\ncontrol_socket = "{place}/control.sock"\nreply_budget_s = {case.budget_s:g}\n'
         f'[[function]]\nname = "first"\nsocket = "{place}/first.sock"\ndevice = {first}\n{agent.format(place=place)}'
         f'[[function]]\nname = "second"\nsocket = "{place}/second.sock"\ndevice = {second}\n'
+        f'[[function]]\nname = "third"\nsocket = "{place}/third.sock"\ndevice = {_TEST}\n'
     )
 
 
@@ -141,6 +144,6 @@ class House:
     def __exit__(self, *_: object) -> None:
         for process in reversed(self._processes):
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.wait(timeout=GONE_S)
         if self._unread is not None:
             self._unread.close()

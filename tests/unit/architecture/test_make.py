@@ -22,6 +22,7 @@ TARGETS = (
     "test-vm-long",
     "check",
     "conformance",
+    "fuzz",
     "bench",
     "vm-assets",
     "proto",

@@ -166,6 +166,17 @@ def test_client_is_refused():
     assert client.phase is Phase.CLOSED
 
 
+@pytest.mark.parametrize("flags", [1, 0x21])
+def test_client_is_answered_after_the_end(flags):
+    """Proves that the answer to VERSION is refused, as everything is, once something else ended the connection."""
+    client = Session(Role.CLIENT)
+    msg_id, _ = client.propose(Capabilities())
+    assert client.receive(message(Command.REGION_READ, bytes(16))).close
+    late = client.receive(message(Command.VERSION, encode_version({}), msg_id=msg_id, flags=flags, fds=[9]))
+    assert isinstance(late, Refused)
+    assert (late.reply, late.fds, client.phase) == (None, [9], Phase.CLOSED)
+
+
 def test_client_takes_nothing_before_version():
     """Proves that a client that is negotiating takes neither commands nor stray replies."""
     for odd in (message(Command.DMA_READ, bytes(16)), message(1, bytes(4), flags=1)):

@@ -169,3 +169,11 @@ def sizes_that_lie(stage: Stage) -> None:
                 peer.send(HEADER.pack(1, number % 20, sizes[number % len(sizes)], 0, 0) + bytes(1 << 14))
         except (OSError, EOFError, AssertionError):
             pass
+
+
+@attack()
+def replies_nobody_takes(stage: Stage) -> None:
+    """Reads of a whole region without a pause, whose replies stay in the socket."""
+    with Peer(stage.first) as peer:
+        peer.negotiate()
+        _pour(peer, peer.pack(REGION_READ, struct.pack("<QII", 0, 1, 1 << 20)) * 100, stage.clock(), read=False)
