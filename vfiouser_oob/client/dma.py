@@ -20,6 +20,8 @@ from vfiouser_protocol.session import Session
 #: Commands that may wait to be served. A server that sends more without waiting for replies has lost its
 #: senses, and what it sends is not buffered without end.
 _MAX_WAITING = 4096
+#: The same for their bytes; a server that waits for replies never has as many under way.
+_MAX_WAITING_BYTES = 64 << 20
 
 
 class DmaServer(abc.ABC):
@@ -79,6 +81,7 @@ class DmaService:
         self._session = session
         self._max_size = max_data_xfer_size
         self._waiting: deque[tuple[MessageSocket, Header | None, bytes]] = deque()
+        self._waiting_bytes = 0
         self._holds = 0
         self._work = trio.Event()
 
@@ -114,8 +117,12 @@ class DmaService:
         self._put(channel, None, reply)
 
     def _put(self, channel: MessageSocket, header: Header | None, payload: bytes) -> None:
-        if len(self._waiting) >= _MAX_WAITING:
-            raise StreamError(f"the server sent more than {_MAX_WAITING} commands without waiting; the connection ends")
+        self._waiting_bytes += len(payload)
+        if len(self._waiting) >= _MAX_WAITING or self._waiting_bytes > _MAX_WAITING_BYTES:
+            raise StreamError(
+                f"the server sent more than {_MAX_WAITING} commands, or {_MAX_WAITING_BYTES} bytes in them, without "
+                f"waiting; the connection ends"
+            )
         self._waiting.append((channel, header, payload))
         if not self._holds:
             self._work.set()
@@ -129,6 +136,7 @@ class DmaService:
         while True:
             while self._waiting and not self._holds:
                 channel, header, payload = self._waiting.popleft()
+                self._waiting_bytes -= len(payload)
                 reply = payload if header is None else await self._answer(header, payload)
                 if reply:
                     self._trace(reply)

@@ -12,7 +12,7 @@ import abc
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
@@ -20,7 +20,7 @@ from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.irq import IrqDescription
-from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, IoFdEntry, SetIrqs
 from vfiouser_protocol.regions import RegionSpec
 
 T = TypeVar("T")
@@ -52,6 +52,18 @@ class DeviceDescription:
     regions: Sequence[RegionSpec]
     irqs: Sequence[IrqDescription]
     flags: int
+
+
+class IoFds(NamedTuple):
+    """What of a region can be reached by descriptors instead of messages (DEVICE_GET_REGION_IO_FDS).
+
+    Args:
+        entries: the sub-regions.
+        fds: the descriptors that they name by position; they stay the device's.
+    """
+
+    entries: Sequence[IoFdEntry] = ()
+    fds: Sequence[int] = ()
 
 
 class ClientLink(abc.ABC):
@@ -102,6 +114,10 @@ class BackendSession(abc.ABC):
     def region_fd(self, index: int) -> HasFileno | None:
         """Return the descriptor that maps a region; it stays the backend's."""
         return None
+
+    def io_fds(self, index: int) -> Answer[IoFds]:
+        """Return the sub-regions of a region that have descriptors of their own."""
+        return IoFds()
 
     @abc.abstractmethod
     def region_read(self, region: int, offset: int, count: int) -> Answer[bytes]:

@@ -48,7 +48,9 @@ def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
 def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     device = config.device
     assert isinstance(device, UpstreamDevice)
-    return UpstreamBackend(device.socket, activity, dma_by_message=config.dma is DmaMode.MESSAGES)
+    return UpstreamBackend(
+        device.socket, activity, dma_by_message=config.dma is DmaMode.MESSAGES, max_write=device.max_write
+    )
 
 
 def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
