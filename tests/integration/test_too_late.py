@@ -6,6 +6,7 @@ import errno
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -63,7 +64,8 @@ async def behind_another(directory: Path) -> AsyncIterator[tuple[RawClient, Fake
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept, nursery)
-        config = function(directory, "f0", UpstreamDevice(socket=path))
+        # Else it would be reset for its client, before anything else.
+        config = replace(function(directory, "f0", UpstreamDevice(socket=path)), retain_state=True)
         async with serving(config, reply_budget_s=BUDGET_S), attached(directory / "f0.sock") as client:
             servers[-1].received.clear()
             yield client, servers[-1]

@@ -266,6 +266,7 @@ class FunctionConfig:
         socket_group: group of that file; None = `kvm` if we are root and there is such a group.
         allow_uids: user ids that may connect; None = whoever the file's permissions let in.
         dma: how the device reaches the client's memory.
+        retain_state: whether a client finds what the one before it left in registers and device memory.
         agent: what migrates it; None = it cannot be migrated.
         migration: how it is migrated.
         line: where the function stands in its configuration file, for messages.
@@ -279,6 +280,7 @@ class FunctionConfig:
     socket_group: str | None = None
     allow_uids: tuple[int, ...] | None = None
     dma: DmaMode = DmaMode.FILES
+    retain_state: bool = False
     agent: AgentConfig | None = None
     migration: MigrationConfig = field(default_factory=MigrationConfig)
     line: int | None = None

@@ -29,7 +29,7 @@ Answer: TypeAlias = T | Awaitable[T]
 
 
 class ResetKind(Enum):
-    """The three resets; `vfiouser_oob.server.resets` says what each does to what."""
+    """The resets; `vfiouser_oob.devices.resets` says what each does to what."""
 
     #: The client's DEVICE_RESET.
     DEVICE = "device"
@@ -37,6 +37,8 @@ class ResetKind(Enum):
     FUNCTION_LEVEL = "function-level"
     #: The client has gone.
     CONNECTION_LOST = "connection-lost"
+    #: Another client has come: it finds nothing of the one before.
+    NEW_CLIENT = "new-client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,16 @@ class BackendSession(abc.ABC):
     @abc.abstractmethod
     def dma_unmap_all(self) -> Answer[None]:
         """Unmap everything."""
+
+    def renew(self) -> Answer[None]:
+        """Make the function as if nobody had ever used it, before this client's first reply.
+
+        Nothing is to be done by a backend whose `open` has done it.
+
+        Raises:
+            BackendUnavailable: that is not possible; the client is turned away.
+        """
+        return None
 
     @abc.abstractmethod
     def reset(self) -> Answer[None]:

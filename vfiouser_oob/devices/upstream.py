@@ -70,10 +70,17 @@ class UpstreamBackend(DeviceBackend):
         activity: the daemon's sockets, for bounded spinning.
         dma_by_message: give the upstream server no memory files, so that all its DMA comes as messages.
         max_write: bytes of data in one message to the upstream server.
+        retain_state: let a client find what the one before left, as far as the upstream server keeps it.
     """
 
     def __init__(
-        self, path: Path, activity: Activity, *, dma_by_message: bool = False, max_write: int = DEFAULT_MAX_WRITE
+        self,
+        path: Path,
+        activity: Activity,
+        *,
+        dma_by_message: bool = False,
+        max_write: int = DEFAULT_MAX_WRITE,
+        retain_state: bool = False,
     ) -> None:
         self.path = path
         self.summary = f"vfio-user:{path}"
@@ -81,6 +88,7 @@ class UpstreamBackend(DeviceBackend):
         self._account = Account(f"the upstream server {path}")
         self._dma_by_message = dma_by_message
         self._max_write = max_write
+        self._retain_state = retain_state
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
 
@@ -120,7 +128,14 @@ class UpstreamBackend(DeviceBackend):
             if isinstance(error, VfioUserError):
                 raise BackendUnavailable(f"the upstream server {self.path} is unusable: {error}") from error
             raise
-        session = UpstreamSession(client, description, regions, link, by_message=self._dma_by_message)
+        session = UpstreamSession(
+            client,
+            description,
+            regions,
+            link,
+            by_message=self._dma_by_message,
+            retain_state=self._retain_state,
+        )
         self._nursery.start_soon(session.watch, link, self.path)
         return session
 
@@ -139,6 +154,7 @@ class UpstreamSession(BackendSession):
         regions: the upstream regions and their descriptors; owned from now on.
         link: the client that we serve.
         by_message: give the upstream server no memory files.
+        retain_state: do not reset the device for this client.
     """
 
     def __init__(
@@ -149,6 +165,7 @@ class UpstreamSession(BackendSession):
         link: ClientLink,
         *,
         by_message: bool,
+        retain_state: bool,
     ) -> None:
         self.description = description
         self._client = client
@@ -156,6 +173,7 @@ class UpstreamSession(BackendSession):
         self._link = link
         self._io_fds: dict[int, ClientIoFds] = {}
         self._by_message = by_message
+        self._retain_state = retain_state
         self._irqs = IrqSet(description.irqs)
         self._closing = False
         self._max_transfer = client.capabilities.max_data_xfer_size
@@ -228,6 +246,19 @@ class UpstreamSession(BackendSession):
     async def flush(self) -> None:
         """Read a register: its answer comes after everything that was sent before."""
         await self._client.region_read(RegionIndex.CONFIG, 0, 2)
+
+    def renew(self) -> Answer[None]:
+        """Have the upstream server reset the device; what memory it gives to new clients is its own affair."""
+        return None if self._retain_state else self._reset_for_client()
+
+    async def _reset_for_client(self) -> None:
+        try:
+            await self.reset()
+        except VfioUserError as error:
+            raise BackendUnavailable(
+                f"the upstream device cannot be reset, so this client would find what the last one left: {error}; "
+                "retain_state = true lets it"
+            ) from error
 
     def reset(self) -> Awaitable[None]:
         """Forward DEVICE_RESET."""

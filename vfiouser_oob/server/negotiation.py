@@ -98,8 +98,11 @@ async def _answer_version(connection: Connection, event: CommandReceived, nurser
     try:
         with trio.fail_after(connection.function.reply_budget_s):
             await connection.function.attach_migration(connection, backend, proposed)
+            renewed = backend.renew()
+            if renewed is not None:
+                await renewed
     except (BackendUnavailable, trio.TooSlowError) as error:
-        reason = str(error) or "the agent did not answer in time"
+        reason = str(error) or "the agent or the device did not answer in time"
         connection.function.note_error(reason)
         connection.log.error("client turned away", client=connection.peer, reason=reason)
         connection.send(session.error_reply(header, errno.ENODEV))
