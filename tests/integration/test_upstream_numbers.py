@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from daemonkit import function, open_fds, serving
+from daemonkit import function, serving
 from fakeserver import OFFER, Answer, Handler
+from openfds import open_fds
 from rawclient import DMA_MAP, IO_FDS, REGION_WRITE, RawClient, attached, connect, map_request
 from upstreambed import REGION_SIZE, upstream
 from vfiouser_oob.config.schema import UpstreamDevice
@@ -95,27 +96,6 @@ async def test_limits_of_an_upstream_are_no_more_than_ours(tmp_path: Path) -> No
         assert 65535 == connection.backend.limits.max_dma_maps
         assert 65535 == connection.backend.memory.map.max_regions
         await client.succeed(DMA_MAP, map_request(0, 4096))
-
-
-async def test_an_upstream_that_floods_with_dma_is_cut_off(tmp_path: Path) -> None:
-    """Megabytes of DMA_WRITE without waiting for replies end the connection long before they fill the memory."""
-    path = tmp_path / "up.sock"
-    config = function(tmp_path, "f0", UpstreamDevice(socket=path))
-    async with upstream(path) as servers, serving(config) as daemon, attached(tmp_path / "f0.sock") as client:
-        await client.dma_map(0, 1 << 20)
-        data = bytes((1 << 20) - 16)
-        payload = struct.pack("<QQ", 0, len(data)) + data
-        # The first one waits for the client's reply, which never comes.
-        for _ in range(100):
-            servers[0].submit(Command.DMA_WRITE, payload)
-        with trio.fail_after(20):
-            while not lost(daemon.functions[0].last_error):
-                await trio.lowlevel.checkpoint()
-
-
-def lost(reason: str | None) -> bool:
-    """The daemon has given its upstream up for this reason."""
-    return reason is not None and "without waiting" in reason
 
 
 @pytest.mark.parametrize(("max_write", "pieces"), [(None, [128 << 10] * 4), (1 << 20, [512 << 10])])

@@ -370,6 +370,8 @@ class Connection:
                     await channel.wait_for_data()
                     continue
                 self._dispatch(channel, message)
+                if self._dma.full:
+                    await self._dma.room()
                 burst += 1
                 if burst == _BURST:
                     # A server that never pauses must not keep the other tasks from running.
@@ -461,6 +463,7 @@ class Connection:
         if self._failure is not None:
             return
         self._failure = reason
+        self._dma.close()
         for call in list(self._outstanding):
             self._settle(call)
             name = command_name(call.command)

@@ -20,7 +20,9 @@ from vfiouser_protocol.session import Session
 #: Commands that may wait to be served. A server that sends more without waiting for replies has lost its
 #: senses, and what it sends is not buffered without end.
 _MAX_WAITING = 4096
-#: The same for their bytes; a server that waits for replies never has as many under way.
+#: Bytes of them that may wait before nothing more is read; a server that waits for replies rarely has as many.
+_HIGH_WATER = 8 << 20
+#: The same where reading has to go on, since the reply that is waited for comes behind them.
 _MAX_WAITING_BYTES = 64 << 20
 
 
@@ -84,16 +86,35 @@ class DmaService:
         self._waiting_bytes = 0
         self._holds = 0
         self._work = trio.Event()
+        self._served = trio.Event()
 
     def hold(self) -> None:
         """Serve nothing until `release`: a region access of our own is under way."""
         self._holds += 1
+        self._served.set()
 
     def release(self) -> None:
         """Take back one `hold`."""
         self._holds -= 1
         if not self._holds and self._waiting:
             self._work.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that nothing more should be read before some of it is served."""
+        return self._waiting_bytes > _HIGH_WATER and not self._holds
+
+    async def room(self) -> None:
+        """Wait until that has changed."""
+        while self.full:
+            self._served = trio.Event()
+            await self._served.wait()
+
+    def close(self) -> None:
+        """Drop what waits: nobody can be answered any more."""
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        self._served.set()
 
     def take(self, channel: MessageSocket, header: Header, payload: bytes) -> None:
         """Queue a command of the server.
@@ -137,6 +158,7 @@ class DmaService:
             while self._waiting and not self._holds:
                 channel, header, payload = self._waiting.popleft()
                 self._waiting_bytes -= len(payload)
+                self._served.set()
                 reply = payload if header is None else await self._answer(header, payload)
                 if reply:
                     self._trace(reply)

@@ -65,7 +65,7 @@ class IoFds(NamedTuple):
     """
 
     entries: Sequence[IoFdEntry] = ()
-    fds: Sequence[int] = ()
+    fds: Sequence[HasFileno] = ()
 
 
 class ClientLink(abc.ABC):

@@ -368,7 +368,7 @@ def _shown(found: ClientIoFds, most: int) -> IoFds:
     """What a client is shown, which may not take as many descriptors: without one, an access is a message."""
     entries = [entry for entry in found.reply.entries if all(number < most for number in io_fd_numbers(entry))]
     used = max((number + 1 for entry in entries for number in io_fd_numbers(entry)), default=0)
-    return IoFds(entries, [fd.fileno() for fd in found.fds[:used]])
+    return IoFds(entries, found.fds[:used])
 
 
 class _Relay(DmaServer):
