@@ -25,7 +25,6 @@ from vfiouser_agents.errors import (
     ProtocolError,
     TransportLost,
 )
-from vfiouser_agents.limits import check_capabilities
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.persist.capabilities import Facts, Source
 
@@ -143,11 +142,6 @@ class AgentLink:
             if self._session is None:
                 await self._agent.connect()
                 session = await self._agent.open(self.function_id)
-                try:
-                    check_capabilities(session.caps)
-                except ProtocolError:
-                    await session.aclose()
-                    raise
                 self._session = session
                 self._taken_over = self.begun is None
                 self._learn(session)
@@ -159,7 +153,6 @@ class AgentLink:
             return self._session
 
     def _learn(self, session: Session) -> None:
-        check_capabilities(session.caps)
         self.facts = Facts(session.caps, time.time())
         if self.told is not None:
             self.told(self.facts)

@@ -29,8 +29,6 @@ _LEAST_PORTION = 64 << 10
 _USUAL_PORTION = 1 << 20
 #: Bytes of state below which a record is not worth its head.
 _LEAST_RECORD = 4 << 10
-#: The most that is said to be left to fetch; with what is buffered it must fit into a register.
-_MOST_REMAINING = 1 << 62
 
 
 class SourcePipeline:
@@ -330,7 +328,7 @@ class SourcePipeline:
         if estimate is None or self._eof:
             return 0
         whole = estimate.stop_copy_bytes if self.final else estimate.initial_bytes + estimate.dirty_bytes
-        return min(max(0, whole - (self._offset - self._estimated_at)), _MOST_REMAINING)
+        return max(0, whole - (self._offset - self._estimated_at))
 
     def has(self, size: int) -> bool:
         """Whether a read of so many bytes can be answered without waiting for more.
