@@ -195,7 +195,8 @@ def parse_region_info(payload: bytes) -> RegionDescription:
         raise RemoteProtocolError(f"region info of {len(payload)} bytes, {_FIXED.size} are needed; not used")
     argsz, flags, index, cap_offset, size, offset = _FIXED.unpack_from(payload)
     found = _Found(index, size)
-    if size + offset > MAX_FILE_OFFSET:
+    # What cannot be mapped may say any offset: it means nothing there.
+    if size > MAX_FILE_OFFSET or (flags & RegionFlags.MMAP and size + offset > MAX_FILE_OFFSET):
         raise found.error(f"{size:#x} bytes at {offset:#x} of its file, of at most {MAX_FILE_OFFSET:#x}")
     complete = argsz <= len(payload)
     if complete and flags & RegionFlags.CAPS and cap_offset:

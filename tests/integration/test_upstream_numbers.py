@@ -60,7 +60,7 @@ LIES: dict[str, dict[int, Handler]] = {
     "regions": {Command.DEVICE_GET_INFO: lambda _: Answer(encode(DeviceInfo(16, 2, 1 << 31, 5)))},
     "irq kinds": {Command.DEVICE_GET_INFO: lambda _: Answer(encode(DeviceInfo(16, 2, 9, 1 << 31)))},
     "config size": {Command.DEVICE_GET_REGION_INFO: regions(ACCESS, 1 << 40, 0)},
-    "file offset": {Command.DEVICE_GET_REGION_INFO: regions(ACCESS, 4096, (1 << 64) - 4096)},
+    "file offset": {Command.DEVICE_GET_REGION_INFO: regions(ACCESS | RegionFlags.MMAP, 4096, (1 << 64) - 4096)},
     "region size": {Command.DEVICE_GET_REGION_INFO: regions(ACCESS, (1 << 64) - 1, 0)},
     "argsz": {Command.DEVICE_GET_REGION_INFO: regions(MAPPED, 4096, 0, argsz=(1 << 32) - 1)},
     "capabilities": {Command.DEVICE_GET_REGION_INFO: regions(MAPPED, 4096, 0, endless_chain())},
