@@ -8,17 +8,14 @@ from __future__ import annotations
 from vfiouser_agents.errors import ProtocolError
 from vfiouser_agents.values import Capabilities
 
-#: Characters of any text: a name, a reason, a detail.
-MAX_TEXT = 64 << 10
 #: Entries of any list: functions, ranges, formats.
 MAX_ITEMS = 64 << 10
-#: Pairs of any map: labels, what makes up a fingerprint.
-MAX_PAIRS = 1024
 #: Bytes of a page of the dirty log: from the smallest page of any host to its largest usual one.
 MIN_PAGE = 4096
 MAX_PAGE = 1 << 30
 #: Page sizes that the dirty log may offer: every power of two, and more.
 _MAX_PAGE_SIZES = 64
+_MAX_FORMATS = 1024
 
 
 def check_page_size(size: int) -> None:
@@ -47,10 +44,10 @@ def check_capabilities(caps: Capabilities) -> None:
     """
     if caps.max_chunk < 1:
         raise ProtocolError(f"the agent takes pieces of state of {caps.max_chunk} bytes; it must be 1 at least")
-    if len(caps.page_sizes) > _MAX_PAGE_SIZES or len(caps.formats) > MAX_PAIRS:
+    if len(caps.page_sizes) > _MAX_PAGE_SIZES or len(caps.formats) > _MAX_FORMATS:
         raise ProtocolError(
             f"the agent names {len(caps.page_sizes)} page sizes and {len(caps.formats)} formats; "
-            f"at most {_MAX_PAGE_SIZES} and {MAX_PAIRS} are believed"
+            f"at most {_MAX_PAGE_SIZES} and {_MAX_FORMATS} are believed"
         )
     if caps.dirty:
         for size in caps.page_sizes:

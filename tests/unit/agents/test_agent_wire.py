@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfiouser_agents.errors import ERRORS, AgentError, Busy, Incompatible, NoResources, ProtocolError
-from vfiouser_agents.limits import check_capabilities
 from vfiouser_agents.rpc.messages import Message, Notification, Request, Response
 from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec, error_from_map, error_to_map
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
@@ -123,38 +122,3 @@ def test_a_message_that_msgpack_cannot_carry() -> None:
     """It is refused on this side, and the connection need not end."""
     with pytest.raises(ProtocolError, match="was not sent"):
         MsgpackCodec().encode(Request(1, "m", {"x": object()}))
-
-
-@pytest.mark.parametrize(
-    ("kind", "raw"),
-    [
-        pytest.param(DirtyReport, {"ranges": [[0, 4096]] * 70_000}, id="70,000 ranges"),
-        pytest.param(Status, {"state": "running", "detail": "x" * 70_000}, id="a text of 70,000 characters"),
-        pytest.param(FunctionInfo, {"function_id": "f", "labels": {str(n): "" for n in range(2000)}}, id="2,000 pairs"),
-        pytest.param(FunctionInfo, {"function_id": "f", "labels": {"a": "x" * 70_000}}, id="a long label"),
-        pytest.param(Estimate, {"stop_copy_bytes": 10**4000}, id="a number of 4,000 digits"),
-    ],
-)
-def test_what_is_too_large_is_refused(kind: Any, raw: Any) -> None:
-    """Lists, texts, maps and numbers beyond anything real are refused, in an error of one line."""
-    with pytest.raises(WireError) as refused:
-        from_wire(kind, raw)
-    assert len(str(refused.value)) < 200
-
-
-@pytest.mark.parametrize(
-    "caps",
-    [
-        Capabilities(max_chunk=0),
-        Capabilities(max_chunk=-65_000),
-        Capabilities(dirty=True, page_sizes=(1 << 62,)),
-        Capabilities(dirty=True, page_sizes=(0,)),
-        Capabilities(dirty=True, page_sizes=(12_288,)),
-        Capabilities(page_sizes=(4096,) * 100),
-        Capabilities(formats=("a",) * 2000),
-    ],
-)
-def test_capabilities_that_cannot_be_are_refused(caps: Capabilities) -> None:
-    """A step of nothing, a page of no host: the session is not used, and the reason says why."""
-    with pytest.raises(ProtocolError):
-        check_capabilities(caps)
