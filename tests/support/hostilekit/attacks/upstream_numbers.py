@@ -122,9 +122,9 @@ def upstream_dma_flood(stage: Stage) -> None:
     with _server(stage, iter(dict, None), flood):
         while going():
             with Peer(stage.first) as peer:
-                peer.negotiate()
-                peer.sock.settimeout(0.3)
-                try:
+                try:  # the one before may be on its way out still
+                    peer.negotiate()
+                    peer.sock.settimeout(0.3)
                     peer.dma_map(0, 1 << 20)
                     while going():
                         peer.sock.recv(1 << 16)
