@@ -25,6 +25,18 @@ MESSAGE_OVERHEAD = 64
 MAX_VERSION_DATA = 64 << 10
 #: libvfio-user refuses an argsz above this for GET_REGION_IO_FDS, DMA_UNMAP and DIRTY_PAGES.
 MAX_BITMAP_ARGSZ = 1 << 20
+#: Vectors of one interrupt index: PCI's largest MSI-X table. State is kept per vector, so more is not believed.
+MAX_IRQ_VECTORS = 2048
+#: Areas of one region that may be mapped. Real devices have a handful, and a VMM makes a memory slot of each.
+MAX_SPARSE_AREAS = 1024
+#: Capabilities in the description of one region; three kinds exist.
+MAX_REGION_CAPABILITIES = 64
+#: Where a region may end in its file: the last offset that mmap() can express.
+MAX_FILE_OFFSET = (1 << 63) - 1
+#: Bytes of a PCI function's config space.
+MAX_CONFIG_SIZE = 4096
+#: Sub-regions of one region that have descriptors of their own; each needs one in a single reply.
+MAX_IO_FDS = 512
 #: Error numbers that a reply may carry (libvfio-user accepts 1…4096).
 MAX_ERRNO = 4096
 

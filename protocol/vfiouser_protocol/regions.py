@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .constants import RegionCapId, RegionFlags
 from .errors import CommandError, RemoteProtocolError
+from .limits import MAX_FILE_OFFSET, MAX_REGION_CAPABILITIES, MAX_SPARSE_AREAS
 
 #: argsz, flags, index, cap_offset, size, offset.
 _FIXED = struct.Struct("<IIIIQQ")
@@ -184,8 +185,8 @@ def parse_region_info(payload: bytes) -> RegionDescription:
         The region. Areas of size 0 are left out, unknown capabilities listed.
 
     Raises:
-        RemoteProtocolError: too short, or a capability chain that leaves the payload, goes backwards or in
-            circles, or areas that leave the region.
+        RemoteProtocolError: too short, a size that no such region can have, a capability chain that leaves the
+            payload, goes backwards or in circles or is endless, or areas that leave the region or are too many.
 
     Spec: DEVICE_GET_REGION_INFO. A reply whose argsz exceeds its length is a short form, whether or not CAPS
         is set: libvfio-user clears it, the kernel and rust-vmm keep it.
@@ -194,6 +195,9 @@ def parse_region_info(payload: bytes) -> RegionDescription:
         raise RemoteProtocolError(f"region info of {len(payload)} bytes, {_FIXED.size} are needed; not used")
     argsz, flags, index, cap_offset, size, offset = _FIXED.unpack_from(payload)
     found = _Found(index, size)
+    # What cannot be mapped may say any offset: it means nothing there.
+    if size > MAX_FILE_OFFSET or (flags & RegionFlags.MMAP and size + offset > MAX_FILE_OFFSET):
+        raise found.error(f"{size:#x} bytes at {offset:#x} of its file, of at most {MAX_FILE_OFFSET:#x}")
     complete = argsz <= len(payload)
     if complete and flags & RegionFlags.CAPS and cap_offset:
         _walk_chain(payload[:argsz], cap_offset, found)
@@ -228,7 +232,11 @@ class _Found:
 
 def _walk_chain(payload: bytes, position: int, found: _Found) -> None:
     end = _FIXED.size
+    read = 0
     while position:
+        read += 1
+        if read > MAX_REGION_CAPABILITIES:
+            raise found.error(f"more than {MAX_REGION_CAPABILITIES} capabilities")
         # Each capability must lie behind the one before: that bounds the walk and rules out circles and
         # overlaps.
         if position < end or position + _CAP_HEADER.size > len(payload):
@@ -250,6 +258,8 @@ def _read_sparse(payload: bytes, body: int, found: _Found) -> int:
     count: int = _SPARSE_COUNT.unpack_from(payload, body)[0]
     start = body + _SPARSE_COUNT.size
     end = start + count * _AREA.size
+    if count > MAX_SPARSE_AREAS:
+        raise found.error(f"{count} sparse areas, of at most {MAX_SPARSE_AREAS}")
     if end > len(payload):
         raise found.error(f"{count} sparse areas do not fit in {len(payload)} bytes")
     areas = [SparseArea(*pair) for pair in _AREA.iter_unpack(payload[start:end])]

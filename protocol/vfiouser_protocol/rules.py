@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from vfiouser_protocol.codec import decode, encode
-from vfiouser_protocol.constants import DirtyPagesFlags, Feature
-from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.constants import DirtyPagesFlags, Feature, IoFdType
+from vfiouser_protocol.errors import CommandError, RemoteProtocolError
 from vfiouser_protocol.limits import MAX_BITMAP_ARGSZ
 from vfiouser_protocol.messages import (
     DeviceFeature,
@@ -43,11 +43,12 @@ from vfiouser_protocol.messages import (
     RegionWriteReply,
     SetIrqs,
 )
-from vfiouser_protocol.messages_device import IO_FD_ENTRY_LAYOUTS, REGION_IO_FDS_FIXED
+from vfiouser_protocol.messages_device import IO_FD_ENTRY_LAYOUTS, IO_FD_NONE, REGION_IO_FDS_FIXED
 
 P = TypeVar("P", bound=Payload)
 
 _UNBOUNDED = (1 << 32) - 1
+_IO_FD_TYPES = frozenset(int(kind) for kind in IoFdType)
 _FEATURE_FIXED = 8
 #: Reply payloads of GET, as far as they are known without the device; a report's bitmap comes on top.
 FEATURE_GET_REPLY = {Feature.MIGRATION: 16, Feature.MIG_DEVICE_STATE: 16, Feature.DMA_LOGGING_REPORT: 32}
@@ -176,6 +177,35 @@ def region_io_fds_reply(request: RegionIoFds, entries: Sequence[IoFdEntry] = ())
     complete = request.argsz >= needed
     shown = tuple(entries) if complete else ()
     return RegionIoFds(needed, 0, request.index, len(entries), shown), complete
+
+
+def io_fd_numbers(entry: IoFdEntry) -> tuple[int, ...]:
+    """Return the descriptors that a sub-region names, by their position in the reply."""
+    numbers = (entry.fd_index, IO_FD_NONE if entry.shadow_mem_fd_index is None else entry.shadow_mem_fd_index)
+    return tuple(number for number in numbers if number != IO_FD_NONE)
+
+
+def check_io_fds(entries: Sequence[IoFdEntry], nfds: int, region_size: int) -> None:
+    """Check the sub-regions that a server names in its reply to DEVICE_GET_REGION_IO_FDS.
+
+    Args:
+        entries: the sub-regions.
+        nfds: descriptors that came with them.
+        region_size: bytes of the region.
+
+    Raises:
+        RemoteProtocolError: one leaves the region, is of no known type, or names a descriptor that did not come.
+    """
+    for entry in entries:
+        if entry.offset + max(1, entry.size) > region_size or entry.type not in _IO_FD_TYPES:
+            raise RemoteProtocolError(
+                f"a sub-region {entry.offset:#x}+{entry.size:#x} of type {entry.type} in a region of {region_size:#x} "
+                f"bytes; none of them is used"
+            )
+        if any(number >= nfds for number in io_fd_numbers(entry)):
+            raise RemoteProtocolError(
+                f"a sub-region with descriptors {io_fd_numbers(entry)} of {nfds}; none of them is used"
+            )
 
 
 def dirty_pages_reply(request: DirtyPages, bitmap: bytes) -> bytes:

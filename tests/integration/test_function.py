@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,11 +197,12 @@ async def test_interrupts(tmp_path: Path, backend: str) -> None:
         os.close(event)
 
 
-async def test_next_client_finds_registers_but_nothing_of_the_last(tmp_path: Path, backend: str) -> None:
-    """Registers stay over a disconnect; mappings, eventfds and bus mastering do not."""
+async def test_next_client_with_retained_state_finds_registers_only(tmp_path: Path, backend: str) -> None:
+    """With `retain_state` registers stay over a disconnect; mappings, eventfds and bus mastering do not."""
     fd = memfd(1 << 16)
     event = os.eventfd(0, os.EFD_NONBLOCK)
-    async with serving(*functions(tmp_path, backend)) as daemon:
+    retaining = [replace(each, retain_state=True) for each in functions(tmp_path, backend)]
+    async with serving(*retaining) as daemon:
         async with attached(tmp_path / "f0.sock") as client:
             await client.enable_bus_master()
             await client.dma_map(0, 1 << 16, fd)
@@ -230,8 +232,9 @@ async def test_reset_keeps_mappings(tmp_path: Path, backend: str) -> None:
         await client.set_irqs(2, 0, 1, [event])
         await client.enable_bus_master()
         await client.write32(0, 0x04, 1)
+        resets = await client.read32(0, 0x38)
         await client.succeed(RESET)
-        assert (0, 1) == (await client.read32(0, 0x04), await client.read32(0, 0x38))
+        assert (0, resets + 1) == (await client.read32(0, 0x04), await client.read32(0, 0x38))
         assert b"\0\0" == await client.read(CONFIG, 4, 2)
         assert 1 == daemon.status()["functions"][-1]["maps"]["count"]
         await client.write32(0, 0x10, 2 << 16)
@@ -243,12 +246,13 @@ async def test_function_level_reset(tmp_path: Path, backend: str) -> None:
     """The guest's FLR resets the device like DEVICE_RESET does."""
     async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
         await client.write32(0, 0x04, 1)
+        resets = await client.read32(0, 0x38)
         config = await client.read(CONFIG, 0, 256)
         offset = config[0x34]
         while config[offset] != 0x10:
             offset = config[offset + 1]
         await client.write(CONFIG, offset + 8, struct.pack("<H", 0x8000))
-        assert (0, 1) == (await client.read32(0, 0x04), await client.read32(0, 0x38))
+        assert (0, resets + 1) == (await client.read32(0, 0x04), await client.read32(0, 0x38))
 
 
 async def test_posted_and_pipelined(tmp_path: Path, backend: str) -> None:

@@ -288,6 +288,19 @@ async def test_a_short_report_is_not_believed(tmp_path: Path) -> None:
     os.close(fd)
 
 
+@pytest.mark.parametrize("size", [1 << 62, 1, 3000, 0])
+async def test_page_sizes_that_no_host_has(tmp_path: Path, size: int) -> None:
+    """One bit of a page of 2^62 bytes would be spread over 2^50: the log is not used, and reports are prompt."""
+    fd = memfd(1 << 20)
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.dma_map(0, 1 << 20, fd)
+        both.agent.inject("dirty_start", ChangesResult(lambda chosen: size))
+        await src.start_logging()
+        with trio.fail_after(1):
+            assert set() == await src.report(0, 1 << 20)
+    os.close(fd)
+
+
 async def test_dirty_log_outlives_a_reset(tmp_path: Path) -> None:
     """A reset through the agent ends its log: it is begun anew, and everything is dirty once."""
     fd = memfd(1 << 16)

@@ -137,18 +137,20 @@ async def test_stop_survives_the_agent(place: Path) -> None:
         assert AgentState.RUNNING is await state_of(place)
 
 
-async def test_stop_survives_the_client(place: Path) -> None:
-    """A client that is killed by its connection leaves a stopped function stopped; the next one may reset it."""
+@pytest.mark.parametrize("retain", [False, True])
+async def test_stop_survives_the_client(place: Path, retain: bool) -> None:
+    """A client that goes leaves a stopped function stopped; the next one finds it reset, or resets it if it likes."""
     with ClientMemory(MEMORY_SIZE, base=MEMORY_BASE) as memory:
-        async with soc(place):
+        async with soc(place, *(["--retain-state"] if retain else [])):
             async with agent_at(place) as agent:
                 session = await agent.open("f0")
                 async with Client.connect(place / "f0.sock", dma_server=memory) as client:
                     await memory.map(client)
                     await session.stop()
                 assert AgentState.STOPPED is (await session.status()).state
+            assert AgentState.STOPPED is await state_of(place)
             async with Client.connect(place / "f0.sock", dma_server=memory) as client:
-                assert AgentState.STOPPED is await state_of(place)
+                assert (AgentState.STOPPED if retain else AgentState.RUNNING) is await state_of(place)
                 await client.reset()
                 assert AgentState.RUNNING is await state_of(place)
             async with driver(place, memory) as nvme:

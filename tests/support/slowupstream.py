@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -62,7 +63,9 @@ async def slow_upstream(directory: Path, reply_budget_s: float) -> AsyncIterator
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept, nursery)
-        async with serving(function(directory, "f0", UpstreamDevice(socket=path)), reply_budget_s=reply_budget_s):
+        # Else it would be reset for its client, before anything else.
+        config = replace(function(directory, "f0", UpstreamDevice(socket=path)), retain_state=True)
+        async with serving(config, reply_budget_s=reply_budget_s):
             yield servers
         nursery.cancel_scope.cancel()
     listener.close()

@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as messages, or in shared memory that the controller polls (default: trapped)",
     )
     parser.add_argument(
+        "--retain-state",
+        action="store_true",
+        help="let a client find what the one before it left in registers and device memory, which are new otherwise",
+    )
+    parser.add_argument(
         "--shared-image",
         action="store_true",
         help="other simulators may use the image too, if they say so as well",
@@ -145,6 +150,7 @@ def options_from(args: argparse.Namespace) -> SocOptions:
         image=args.image,
         cmb=args.cmb,
         shared_image=args.shared_image,
+        retain_state=args.retain_state,
         doorbells=Doorbells(args.doorbells),
         part=args.part,
         agent=SocAgentOptions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Sequence
@@ -17,6 +18,7 @@ from vfiouser_oob.client.nursery import background_nursery
 from vfiouser_oob.client.replies import (
     DIRTY_BITMAP_OFFSET,
     bitmap_size,
+    check_length,
     check_written,
     checked_bitmap,
     close_all,
@@ -28,6 +30,7 @@ from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import Command, DmaMapFlags, DmaUnmapFlags, IrqSetFlags
 from vfiouser_protocol.errors import LocalProtocolError, RemoteProtocolError
+from vfiouser_protocol.limits import ACCEPTED_MSG_FDS, MAX_IO_FDS, MAX_IRQ_VECTORS, MAX_SPARSE_AREAS
 from vfiouser_protocol.messages import (
     DeviceInfo,
     DmaMap,
@@ -41,6 +44,7 @@ from vfiouser_protocol.messages import (
     RegionWriteMultiReply,
     SetIrqs,
 )
+from vfiouser_protocol.messages_device import REGION_IO_FDS_FIXED
 from vfiouser_protocol.regions import RegionDescription, parse_region_info
 
 _DEVICE_INFO_SIZE = 16
@@ -48,11 +52,13 @@ _IRQ_INFO_SIZE = 16
 _DMA_MAP_SIZE = 32
 _DMA_UNMAP_SIZE = 24
 _SET_IRQS_SIZE = 20
+_MULTI_WRITE_SIZE = 24
 #: Room for the capabilities of most regions, so that one exchange is enough for them.
 _REGION_INFO_ROOM = 1024
-#: What a server may ask us to make room for in GET_REGION_INFO and GET_REGION_IO_FDS (libvfio-user's own
-#: limit).
-_MAX_ARGSZ = 1 << 20
+#: What a server may ask us to make room for in GET_REGION_INFO: every area that is believed, and other capabilities.
+_MAX_REGION_INFO = _REGION_INFO_ROOM + 16 * MAX_SPARSE_AREAS
+#: The same for GET_REGION_IO_FDS, with entries of the longer form.
+_MAX_IO_FDS_INFO = REGION_IO_FDS_FIXED + 48 * MAX_IO_FDS
 _READ_WRITE = DmaMapFlags.READ | DmaMapFlags.WRITE
 #: Plain numbers for the hot path.
 _REGION_READ = int(Command.REGION_READ)
@@ -159,22 +165,28 @@ class Client(MigrationCommands):
 
         Returns:
             The region; its descriptor is the caller's.
+
+        Raises:
+            BadReply: the description is malformed, of another region, or larger than any region's can be.
         """
         reply, info = await self._region_info(index, _REGION_INFO_ROOM)
         if info.argsz > _REGION_INFO_ROOM:
             close_all(reply.fds)
-            reply, info = await self._region_info(index, min(info.argsz, _MAX_ARGSZ))
+            reply, info = await self._region_info(index, info.argsz)
         with closing_on_error(reply.fds):
             try:
                 description = parse_region_info(reply.payload)
             except RemoteProtocolError as error:
                 raise BadReply(f"the server's description of region {index} is malformed: {error}") from error
+            if description.size and description.index != index:
+                raise BadReply(f"the server described region {description.index} when asked for {index}")
         return ClientRegion(description, reply.fds[0] if reply.fds else None)
 
     async def _region_info(self, index: int, argsz: int) -> tuple[Reply, RegionInfo]:
         command = Command.DEVICE_GET_REGION_INFO
         reply = await self.request(command, encode(RegionInfo(argsz, 0, index)))
         with closing_on_error(reply.fds):
+            check_length(command, reply.payload, _MAX_REGION_INFO)
             return reply, decode_reply(RegionInfo, command, reply)
 
     async def get_region_io_fds(self, index: int) -> ClientIoFds:
@@ -185,11 +197,14 @@ class Client(MigrationCommands):
 
         Returns:
             The sub-regions; the descriptors are the caller's.
+
+        Raises:
+            BadReply: the answer is malformed, about another region, or longer than any region's can be.
         """
         reply, info = await self._io_fds(index, _REGION_INFO_ROOM)
         if info.argsz > _REGION_INFO_ROOM:
             close_all(reply.fds)
-            reply, info = await self._io_fds(index, min(info.argsz, _MAX_ARGSZ))
+            reply, info = await self._io_fds(index, info.argsz)
         return ClientIoFds(info, reply.fds)
 
     async def _io_fds(self, index: int, argsz: int) -> tuple[Reply, RegionIoFds]:
@@ -197,14 +212,24 @@ class Client(MigrationCommands):
         request = encode(RegionIoFds(argsz, 0, index))
         reply = await self.request(command, request)
         with closing_on_error(reply.fds):
+            check_length(command, reply.payload, _MAX_IO_FDS_INFO)
             return reply, decode_reply(RegionIoFds, command, reply)
 
     # Interrupts
 
     async def get_irq_info(self, index: int) -> IrqInfo:
-        """Ask for the number of vectors of an IRQ index and what it can do."""
+        """Ask for the number of vectors of an IRQ index and what it can do.
+
+        Raises:
+            BadReply: the answer is malformed, about another index, or claims more vectors than PCI has.
+        """
         reply = await self.request(Command.DEVICE_GET_IRQ_INFO, encode(IrqInfo(_IRQ_INFO_SIZE, 0, index)))
-        return decode_reply(IrqInfo, Command.DEVICE_GET_IRQ_INFO, reply)
+        info = decode_reply(IrqInfo, Command.DEVICE_GET_IRQ_INFO, reply)
+        if info.count and info.index != index:
+            raise BadReply(f"the server answered about IRQ index {info.index} when asked for {index}")
+        if info.count > MAX_IRQ_VECTORS:
+            raise BadReply(f"the server claims {info.count} vectors of IRQ index {index}, of at most {MAX_IRQ_VECTORS}")
+        return info
 
     async def set_irqs(
         self,
@@ -231,7 +256,8 @@ class Client(MigrationCommands):
             count = len(fds) or len(data)
         if fds and len(fds) != count:
             raise LocalProtocolError(f"SET_IRQS of {count} vectors with {len(fds)} descriptors")
-        step = max(1, self.capabilities.max_msg_fds) if fds else max(1, count)
+        # The kernel carries no more in one message, whatever the server says that it takes.
+        step = min(max(1, self.capabilities.max_msg_fds), ACCEPTED_MSG_FDS) if fds else max(1, count)
         for done in range(0, max(1, count), step):
             part = min(step, count - done)
             request = SetIrqs(_SET_IRQS_SIZE + len(data), int(flags), index, start + done, part, data)
@@ -297,7 +323,7 @@ class Client(MigrationCommands):
         return data + await self.region_read(region, offset + len(data), count - len(data))
 
     async def region_write(self, region: int, offset: int, data: bytes, *, posted: bool = False) -> None:
-        """Write to a region, in as many commands as the server's limit needs.
+        """Write to a region, in as many commands as the server's limit, or ours, needs.
 
         Args:
             region: region index.
@@ -305,7 +331,7 @@ class Client(MigrationCommands):
             data: the bytes.
             posted: send with NO_REPLY: returns at once, and nothing tells whether it succeeded.
         """
-        limit = self.max_data_xfer_size
+        limit = self.max_write_size
         if len(data) <= limit:
             await self._write_part(region, offset, data, posted)
             return
@@ -326,7 +352,7 @@ class Client(MigrationCommands):
         Args:
             region: region index.
             offset: offset inside the region.
-            data: the bytes, at most `max_data_xfer_size`.
+            data: the bytes, at most `max_write_size`.
 
         Returns:
             None when it is done.
@@ -341,7 +367,8 @@ class Client(MigrationCommands):
         check_written(await call.wait(), count)
 
     async def region_write_multi(self, writes: Sequence[RegionWrite], *, posted: bool = False) -> int:
-        """Write several times in one command; usable when `capabilities.write_multiple` is set.
+        """Write several times in one command, or in as few as our limit needs; usable when
+        `capabilities.write_multiple` is set.
 
         Args:
             writes: writes of one to eight bytes each, done in order.
@@ -352,12 +379,23 @@ class Client(MigrationCommands):
         """
         if not self.capabilities.write_multiple:
             raise LocalProtocolError("REGION_WRITE_MULTI was not negotiated")
-        request = encode(RegionWriteMulti(tuple(writes)))
-        if posted:
-            await self.post_when_possible(Command.REGION_WRITE_MULTI, request)
-            return len(writes)
-        reply = await self.request(Command.REGION_WRITE_MULTI, request)
-        return decode_reply(RegionWriteMultiReply, Command.REGION_WRITE_MULTI, reply).wr_cnt
+        step = max(1, self.max_write_size // _MULTI_WRITE_SIZE)
+        done = 0
+        for start in range(0, len(writes), step):
+            part = tuple(writes[start : start + step])
+            request = encode(RegionWriteMulti(part))
+            if posted:
+                await self.post_when_possible(Command.REGION_WRITE_MULTI, request)
+                done += len(part)
+                continue
+            reply = await self.request(Command.REGION_WRITE_MULTI, request)
+            written = decode_reply(RegionWriteMultiReply, Command.REGION_WRITE_MULTI, reply).wr_cnt
+            if written > len(part):
+                raise BadReply(f"the server says that it did {written} of {len(part)} writes", errno.EIO)
+            done += written
+            if written < len(part):
+                break
+        return done
 
     # Memory
 

@@ -53,6 +53,7 @@ class ClientOptions(TypedDict, total=False):
     serve_dma_when_idle: bool
     activity: Activity | None
     send_guard_s: float
+    max_write_size: int | None
     trace: Callable[[str], None] | None
     account: Account
 
@@ -88,6 +89,8 @@ class Connection:
         activity: the process's sockets, for `exchange_now`; None never spins.
         send_guard_s: `request` sends nothing when less than so many seconds of the caller's time are left, so that
             what is given up was not done; a server may still be slower than that.
+        max_write_size: bytes of data in one message at most, whatever the server says that it takes: some read a
+            message's body by a single call, and lose their place when the socket held less of it.
         trace: takes one readable line per message, for debug logs; None: they are not made.
         account: where the server's descriptors are counted.
     """
@@ -103,6 +106,7 @@ class Connection:
         serve_dma_when_idle: bool = False,
         activity: Activity | None = None,
         send_guard_s: float = 0.0,
+        max_write_size: int | None = None,
         trace: Callable[[str], None] | None = None,
         account: Account = STRANGERS,
     ) -> None:
@@ -110,6 +114,7 @@ class Connection:
         self._limits = limits or Limits()
         self._activity = activity
         self._send_guard_s = send_guard_s
+        self._max_write_size = max_write_size
         self._session = Session(Role.CLIENT, self._limits)
         self._main = MessageSocket(sock, self._limits.max_message_size, activity, account)
         self._twin: MessageSocket | None = None
@@ -150,6 +155,12 @@ class Connection:
         """Bytes of the largest transfer."""
         # A server that says 0 takes no data at all; it will refuse the single byte by itself.
         return max(1, self.capabilities.max_data_xfer_size)
+
+    @property
+    def max_write_size(self) -> int:
+        """Bytes of data in the largest message that we send."""
+        limit = self.max_data_xfer_size
+        return limit if self._max_write_size is None else min(limit, self._max_write_size)
 
     @property
     def has_twin_socket(self) -> bool:
@@ -359,6 +370,8 @@ class Connection:
                     await channel.wait_for_data()
                     continue
                 self._dispatch(channel, message)
+                if self._dma.full:
+                    await self._dma.room()
                 burst += 1
                 if burst == _BURST:
                     # A server that never pauses must not keep the other tasks from running.
@@ -450,6 +463,7 @@ class Connection:
         if self._failure is not None:
             return
         self._failure = reason
+        self._dma.close()
         for call in list(self._outstanding):
             self._settle(call)
             name = command_name(call.command)

@@ -20,6 +20,10 @@ from vfiouser_protocol.session import Session
 #: Commands that may wait to be served. A server that sends more without waiting for replies has lost its
 #: senses, and what it sends is not buffered without end.
 _MAX_WAITING = 4096
+#: Bytes of them that may wait before nothing more is read; a server that waits for replies rarely has as many.
+_HIGH_WATER = 8 << 20
+#: The same where reading has to go on, since the reply that is waited for comes behind them.
+_MAX_WAITING_BYTES = 64 << 20
 
 
 class DmaServer(abc.ABC):
@@ -79,18 +83,38 @@ class DmaService:
         self._session = session
         self._max_size = max_data_xfer_size
         self._waiting: deque[tuple[MessageSocket, Header | None, bytes]] = deque()
+        self._waiting_bytes = 0
         self._holds = 0
         self._work = trio.Event()
+        self._served = trio.Event()
 
     def hold(self) -> None:
         """Serve nothing until `release`: a region access of our own is under way."""
         self._holds += 1
+        self._served.set()
 
     def release(self) -> None:
         """Take back one `hold`."""
         self._holds -= 1
         if not self._holds and self._waiting:
             self._work.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that nothing more should be read before some of it is served."""
+        return self._waiting_bytes > _HIGH_WATER and not self._holds
+
+    async def room(self) -> None:
+        """Wait until that has changed."""
+        while self.full:
+            self._served = trio.Event()
+            await self._served.wait()
+
+    def close(self) -> None:
+        """Drop what waits: nobody can be answered any more."""
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        self._served.set()
 
     def take(self, channel: MessageSocket, header: Header, payload: bytes) -> None:
         """Queue a command of the server.
@@ -114,8 +138,12 @@ class DmaService:
         self._put(channel, None, reply)
 
     def _put(self, channel: MessageSocket, header: Header | None, payload: bytes) -> None:
-        if len(self._waiting) >= _MAX_WAITING:
-            raise StreamError(f"the server sent more than {_MAX_WAITING} commands without waiting; the connection ends")
+        self._waiting_bytes += len(payload)
+        if len(self._waiting) >= _MAX_WAITING or self._waiting_bytes > _MAX_WAITING_BYTES:
+            raise StreamError(
+                f"the server sent more than {_MAX_WAITING} commands, or {_MAX_WAITING_BYTES} bytes in them, without "
+                f"waiting; the connection ends"
+            )
         self._waiting.append((channel, header, payload))
         if not self._holds:
             self._work.set()
@@ -129,6 +157,8 @@ class DmaService:
         while True:
             while self._waiting and not self._holds:
                 channel, header, payload = self._waiting.popleft()
+                self._waiting_bytes -= len(payload)
+                self._served.set()
                 reply = payload if header is None else await self._answer(header, payload)
                 if reply:
                     self._trace(reply)

@@ -110,8 +110,8 @@ class MigrationCommands(Connection):
         return data
 
     async def mig_data_write(self, data: bytes) -> None:
-        """Load device state, in as many commands as the server's limit needs."""
-        limit = self.max_data_xfer_size
+        """Load device state, in as many commands as the server's limit, or ours, needs."""
+        limit = self.max_write_size
         view = memoryview(data)
         for start in range(0, len(data), limit):
             part = bytes(view[start : start + limit])

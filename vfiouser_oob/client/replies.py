@@ -79,6 +79,22 @@ def check_written(reply: Reply, count: int) -> None:
         raise BadReply(f"the server wrote {written} of {count} bytes", errno.EIO)
 
 
+def check_length(command: int, payload: bytes, most: int) -> None:
+    """Check the length of a reply that begins with its argsz, before any of the rest is looked at.
+
+    Args:
+        command: what was asked.
+        payload: the reply's payload.
+        most: bytes that such a reply can have.
+
+    Raises:
+        BadReply: it is longer, or says that it would be.
+    """
+    claimed = max(len(payload), int.from_bytes(payload[:4], "little"))
+    if claimed > most:
+        raise BadReply(f"the server's reply to {command_name(command)} has {claimed} bytes, of at most {most}")
+
+
 def bitmap_size(length: int, page_size: int) -> int:
     """Bytes of the dirty bitmap of a range: one bit per page, in whole 64-bit words."""
     pages = -(-length // page_size)

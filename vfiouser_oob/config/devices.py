@@ -33,6 +33,8 @@ from vfiouser_oob.config.values import (
 
 BLOCK_SIZE = 512
 CMB_MIN = 2 << 20
+MAX_WRITE_MIN = 4 << 10
+MAX_WRITE_MAX = 1 << 20
 
 
 def read_namespace_size(value: Any) -> int:
@@ -72,8 +74,22 @@ def _read_model(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
     return ModelDevice(model=model, options=NvmeOptions(**values))
 
 
+def read_write_size(value: Any) -> int:
+    """Bytes of data in one message to an upstream server: from a page to what the protocol takes by default."""
+    size = read_size(value)
+    if not MAX_WRITE_MIN <= size <= MAX_WRITE_MAX:
+        raise ValueError(f"must be from 4K to 1M, got {shown(value)}")
+    return size
+
+
+UPSTREAM_KEYS = (
+    Key("socket", read_socket_path, required=True),
+    Key("max_write", read_write_size),
+)
+
+
 def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
-    return UpstreamDevice(**read_table(raw, (Key("socket", read_socket_path, required=True),), place))
+    return UpstreamDevice(**read_table(raw, UPSTREAM_KEYS, place))
 
 
 KERNEL_VFIO_KEYS = (

@@ -31,6 +31,7 @@ from vfiouser_oob.config.values import (
     read_mode,
     read_name,
     read_state_directory,
+    read_switch,
     read_uids,
     seconds_between,
     shown,
@@ -57,6 +58,7 @@ FUNCTION_KEYS = (
     Key("socket_group", read_group),
     Key("allow_uids", read_uids),
     Key("dma", one_of(DmaMode)),
+    Key("retain_state", read_switch),
     Key("agent", lambda raw: raw),  # as `device`
     Key("migration", lambda raw: raw),
 )

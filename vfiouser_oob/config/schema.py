@@ -24,6 +24,8 @@ DEFAULT_REPLY_BUDGET_S = 4.0
 DEFAULT_SOCKET_MODE = 0o660
 # Debian, Fedora and libvirt all run QEMU in this group, so that a VM can connect on day one.
 DEFAULT_SOCKET_GROUP = "kvm"
+# A socket holds 208 KiB by default on Linux; what is larger arrives in parts, which some servers cannot read.
+DEFAULT_MAX_WRITE = 128 << 10
 CONTROL_SOCKET_NAME = "control.sock"
 
 
@@ -156,15 +158,18 @@ class UpstreamDevice:
 
     Args:
         socket: that server's UNIX socket.
+        max_write: bytes of data in one message to that server; what is larger is split.
     """
 
     kind: ClassVar[str] = "vfio-user"
 
     socket: Path
+    max_write: int = DEFAULT_MAX_WRITE
 
     def describe(self) -> str:
         """The device as ``--device`` takes it."""
-        return f"{self.kind}:{_doubled_commas(self.socket)}"
+        size = "" if self.max_write == DEFAULT_MAX_WRITE else f",max_write={format_size(self.max_write)}"
+        return f"{self.kind}:{_doubled_commas(self.socket)}{size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +266,7 @@ class FunctionConfig:
         socket_group: group of that file; None = `kvm` if we are root and there is such a group.
         allow_uids: user ids that may connect; None = whoever the file's permissions let in.
         dma: how the device reaches the client's memory.
+        retain_state: whether a client finds what the one before it left in registers and device memory.
         agent: what migrates it; None = it cannot be migrated.
         migration: how it is migrated.
         line: where the function stands in its configuration file, for messages.
@@ -274,6 +280,7 @@ class FunctionConfig:
     socket_group: str | None = None
     allow_uids: tuple[int, ...] | None = None
     dma: DmaMode = DmaMode.FILES
+    retain_state: bool = False
     agent: AgentConfig | None = None
     migration: MigrationConfig = field(default_factory=MigrationConfig)
     line: int | None = None

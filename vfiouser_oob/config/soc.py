@@ -82,6 +82,7 @@ class SocOptions:
         image: file behind the namespace; with several functions, function N uses the file `IMAGE.N`.
         cmb: bytes of controller memory buffer of each function; 0 = none.
         shared_image: other simulators may have the image open too.
+        retain_state: whether a client finds what the one before it left in a function.
         doorbells: trapped as messages, or mapped and polled.
         part: what this process plays.
         agent: the agent.
@@ -94,6 +95,7 @@ class SocOptions:
     size: int | None = None
     image: Path | None = None
     shared_image: bool = False
+    retain_state: bool = False
     cmb: int = 0
     doorbells: Doorbells = Doorbells.TRAPPED
     part: SocPart = SocPart.ALL
@@ -138,4 +140,5 @@ class SocOptions:
             name=name,
             socket=self.socket_dir / f"{name}.sock",
             device=ModelDevice(model="nvme", options=options),
+            retain_state=self.retain_state,
         )

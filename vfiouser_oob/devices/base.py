@@ -12,7 +12,7 @@ import abc
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
@@ -20,7 +20,7 @@ from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.irq import IrqDescription
-from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, IoFdEntry, SetIrqs
 from vfiouser_protocol.regions import RegionSpec
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ Answer: TypeAlias = T | Awaitable[T]
 
 
 class ResetKind(Enum):
-    """The three resets; `vfiouser_oob.server.resets` says what each does to what."""
+    """The resets; `vfiouser_oob.devices.resets` says what each does to what."""
 
     #: The client's DEVICE_RESET.
     DEVICE = "device"
@@ -37,6 +37,8 @@ class ResetKind(Enum):
     FUNCTION_LEVEL = "function-level"
     #: The client has gone.
     CONNECTION_LOST = "connection-lost"
+    #: Another client has come: it finds nothing of the one before.
+    NEW_CLIENT = "new-client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,18 @@ class DeviceDescription:
     regions: Sequence[RegionSpec]
     irqs: Sequence[IrqDescription]
     flags: int
+
+
+class IoFds(NamedTuple):
+    """What of a region can be reached by descriptors instead of messages (DEVICE_GET_REGION_IO_FDS).
+
+    Args:
+        entries: the sub-regions.
+        fds: the descriptors that they name by position; they stay the device's.
+    """
+
+    entries: Sequence[IoFdEntry] = ()
+    fds: Sequence[HasFileno] = ()
 
 
 class ClientLink(abc.ABC):
@@ -103,6 +117,10 @@ class BackendSession(abc.ABC):
         """Return the descriptor that maps a region; it stays the backend's."""
         return None
 
+    def io_fds(self, index: int) -> Answer[IoFds]:
+        """Return the sub-regions of a region that have descriptors of their own."""
+        return IoFds()
+
     @abc.abstractmethod
     def region_read(self, region: int, offset: int, count: int) -> Answer[bytes]:
         """Read `count` bytes; the connection has checked the range."""
@@ -126,6 +144,16 @@ class BackendSession(abc.ABC):
     @abc.abstractmethod
     def dma_unmap_all(self) -> Answer[None]:
         """Unmap everything."""
+
+    def renew(self) -> Answer[None]:
+        """Make the function as if nobody had ever used it, before this client's first reply.
+
+        Nothing is to be done by a backend whose `open` has done it.
+
+        Raises:
+            BackendUnavailable: that is not possible; the client is turned away.
+        """
+        return None
 
     @abc.abstractmethod
     def reset(self) -> Answer[None]:

@@ -42,13 +42,23 @@ def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
         known = ", ".join(sorted(MODELS))
         raise ConfigError(f"function {config.name!r}: there is no model {device.model!r} (there is: {known})") from None
     build: Callable[[str, object], DeviceModel] = getattr(import_module(module), name)
-    return ModelBackend(build(config.name, device.options), dma_by_message=config.dma is DmaMode.MESSAGES)
+    return ModelBackend(
+        build(config.name, device.options),
+        dma_by_message=config.dma is DmaMode.MESSAGES,
+        retain_state=config.retain_state,
+    )
 
 
 def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     device = config.device
     assert isinstance(device, UpstreamDevice)
-    return UpstreamBackend(device.socket, activity, dma_by_message=config.dma is DmaMode.MESSAGES)
+    return UpstreamBackend(
+        device.socket,
+        activity,
+        dma_by_message=config.dma is DmaMode.MESSAGES,
+        max_write=device.max_write,
+        retain_state=config.retain_state,
+    )
 
 
 def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
@@ -58,6 +68,11 @@ def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
         raise ConfigError(
             f'function {config.name!r}: dma = "messages" is not possible for a real function, whose DMA goes through '
             f"the IOMMU into the client's memory files"
+        )
+    if config.retain_state:
+        raise ConfigError(
+            f"function {config.name!r}: retain_state = true is not possible for a real function, which the kernel "
+            f"resets whenever it is opened"
         )
     # Loaded when it is used: it calls the C library directly.
     module = import_module("vfiouser_oob.devices.kernel_vfio.backend")

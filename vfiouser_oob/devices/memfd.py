@@ -20,13 +20,24 @@ class SharedMemory:
     """
 
     def __init__(self, name: str, size: int) -> None:
+        self.name = name
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._fd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.ftruncate(self._fd.fileno(), self.size)
-        fcntl.fcntl(self._fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self._map = mmap.mmap(self._fd.fileno(), self.size)
-        #: The bytes; a view that the model reads and writes.
+        self._fd, self._map = _make(name, self.size)
+        #: The bytes; a view that the model reads and writes. After `renew` it is another one.
         self.view = memoryview(self._map)
+
+    def renew(self) -> None:
+        """Become other memory, all zeros: whoever has mapped the old one reaches nothing of ours any more.
+
+        Views taken before reach the old memory, too, and keep it until they are gone.
+
+        Raises:
+            OSError: there is none to be had; everything is as before.
+        """
+        fd, mapped = _make(self.name, self.size)
+        old, self._fd, self._map = self._fd, fd, mapped
+        self.view = memoryview(mapped)
+        old.close()
 
     def fileno(self) -> int:
         """Return the descriptor to hand to clients; it stays this object's."""
@@ -41,3 +52,14 @@ class SharedMemory:
         self.view.release()
         self._map.close()
         self._fd.close()
+
+
+def _make(name: str, size: int) -> tuple[OwnedFd, mmap.mmap]:
+    fd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    try:
+        os.ftruncate(fd.fileno(), size)
+        fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return fd, mmap.mmap(fd.fileno(), size)
+    except OSError:
+        fd.close()
+        raise

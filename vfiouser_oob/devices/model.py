@@ -119,7 +119,14 @@ class DeviceModel(abc.ABC):
 
     @abc.abstractmethod
     def reset(self, kind: ResetKind) -> None:
-        """Go to the power-on state after DEVICE or FUNCTION_LEVEL; the framework has reset config space."""
+        """Go to the power-on state, shared memory included; the framework has reset config space.
+
+        With NEW_CLIENT, forget whatever else was learned from the last client as well. The framework has renewed the
+        memory of `regions`: a part of `SharedMemory.view` that was kept reaches the old one, and has to be taken anew.
+
+        Args:
+            kind: DEVICE, FUNCTION_LEVEL or NEW_CLIENT.
+        """
 
     def connected(self) -> None:
         """A client has come."""

@@ -1,7 +1,8 @@
 """The `model` backend: joins a `DeviceModel` to clients.
 
 The framework keeps config space, interrupts and guest memory, so that a model has only its own registers. The model
-outlives its clients: between two of them its registers stay and its DMA faults.
+outlives its clients: between two of them its registers stay, for an agent that still wants them, and its DMA faults.
+The next client finds it reset, with other memory behind its BARs.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from collections.abc import Sequence
 
 import trio
 
-from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, DeviceBackend, DeviceDescription
+from vfiouser_oob.devices.base import (
+    Answer,
+    BackendSession,
+    BackendUnavailable,
+    ClientLink,
+    DeviceBackend,
+    DeviceDescription,
+)
 from vfiouser_oob.devices.eventfds import Eventfds
 from vfiouser_oob.devices.model import DeviceModel, ModelMemory, ModelRegion, ResetKind
-from vfiouser_oob.devices.resets import RESETS
+from vfiouser_oob.devices.resets import RESETS, MemoryEffect
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.constants import (
@@ -37,9 +45,10 @@ class ModelBackend(DeviceBackend):
     Args:
         model: the function; owned from now on.
         dma_by_message: reach guest memory by messages even where the client sent a file.
+        retain_state: let a client find what the one before left.
     """
 
-    def __init__(self, model: DeviceModel, *, dma_by_message: bool = False) -> None:
+    def __init__(self, model: DeviceModel, *, dma_by_message: bool = False, retain_state: bool = False) -> None:
         self.model = model
         self.summary = model.summary
         self.dma_by_message = dma_by_message
@@ -48,6 +57,8 @@ class ModelBackend(DeviceBackend):
             _region_specs(model), model.irqs, DeviceInfoFlags.PCI | DeviceInfoFlags.RESET
         )
         self.session: ModelSession | None = None
+        self._retain_state = retain_state
+        self._used = False
         self._intx = False
         self._memory = _BusMasterMemory(self)
         model.attach(self)
@@ -76,7 +87,13 @@ class ModelBackend(DeviceBackend):
     # What the server asks of a backend
 
     async def open(self, link: ClientLink) -> BackendSession:
-        """Begin to serve a client."""
+        """Begin to serve a client, with a function that nobody has used."""
+        if self._used and not self._retain_state:
+            try:
+                self.reset(ResetKind.NEW_CLIENT)
+            except OSError as error:
+                raise BackendUnavailable(f"there is no new memory for its BARs: {error.strerror}") from error
+        self._used = True
         self.session = ModelSession(self, link)
         self.model.connected()
         return self.session
@@ -94,8 +111,15 @@ class ModelBackend(DeviceBackend):
         self.model.close()
 
     def reset(self, kind: ResetKind) -> None:
-        """Do what the table says for a reset."""
+        """Do what the table says for a reset.
+
+        Raises:
+            OSError: there is no new memory to be had; only some of the old was replaced, and nothing was reset.
+        """
         effect = RESETS[kind]
+        if effect.memory is MemoryEffect.RENEWED:
+            for memory in {region.memory for region in self.model.regions.values() if region.memory is not None}:
+                memory.renew()
         if effect.intx_deasserted:
             self.set_intx(False)
         if effect.eventfds_dropped:
@@ -195,7 +219,7 @@ class ModelSession(BackendSession):
         return self._backend.irqs.summary()
 
     async def close(self) -> None:
-        """Interrupts off, bus master off, memory gone; registers stay for the next client."""
+        """Interrupts off, bus master off, memory gone; registers stay until the next client comes."""
         self._backend.reset(ResetKind.CONNECTION_LOST)
         self._backend.session = None
         self._model.disconnected()

@@ -1,7 +1,7 @@
-"""The three resets, as one table.
+"""The resets, as one table.
 
-A guest, a VMM and a lost connection each reset a function, and each means something else. Everything that resets a
-function reads this table; the documentation prints it.
+A guest, a VMM, a lost connection and a new client each reset a function, and each means something else. Everything that
+resets a function reads this table; the documentation prints it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ class DirtyLogEffect(Enum):
     FORGOTTEN = "forgotten"
 
 
+class MemoryEffect(Enum):
+    """What a reset does to device memory that clients map."""
+
+    #: It stays as it is.
+    KEPT = "kept"
+    #: It reads as zeros; whoever has it mapped still reaches it.
+    CLEARED = "cleared"
+    #: It is other memory, all zeros; what the last client has mapped reaches nothing any more.
+    RENEWED = "renewed"
+
+
 @dataclass(frozen=True, slots=True)
 class ResetEffect:
     """What one reset does.
@@ -41,6 +52,7 @@ class ResetEffect:
     Args:
         config_space: config space goes to its power-on values (bus mastering and interrupts off with it).
         registers: the device's own registers and queues go to their power-on values.
+        memory: what becomes of device memory that clients map.
         bus_master_off: bus mastering is switched off.
         intx_deasserted: the INTx line is released.
         eventfds_dropped: the client's eventfds are closed.
@@ -51,6 +63,7 @@ class ResetEffect:
 
     config_space: bool
     registers: bool
+    memory: MemoryEffect
     bus_master_off: bool
     intx_deasserted: bool
     eventfds_dropped: bool
@@ -65,6 +78,7 @@ RESETS: Mapping[ResetKind, ResetEffect] = MappingProxyType(
         ResetKind.DEVICE: ResetEffect(
             config_space=True,
             registers=True,
+            memory=MemoryEffect.CLEARED,
             bus_master_off=True,
             intx_deasserted=True,
             eventfds_dropped=False,
@@ -76,6 +90,7 @@ RESETS: Mapping[ResetKind, ResetEffect] = MappingProxyType(
         ResetKind.FUNCTION_LEVEL: ResetEffect(
             config_space=True,
             registers=True,
+            memory=MemoryEffect.CLEARED,
             bus_master_off=True,
             intx_deasserted=True,
             eventfds_dropped=False,
@@ -83,16 +98,29 @@ RESETS: Mapping[ResetKind, ResetEffect] = MappingProxyType(
             migration=MigrationEffect.RESTARTS,
             dirty_log=DirtyLogEffect.KEPT,
         ),
-        # Everything of the client goes, everything of the device stays; with bus mastering off, addresses that the old
-        # guest left in the registers are never used with the next client's memory.
+        # Everything of the client goes, everything of the device stays: an agent may still save it. With bus mastering
+        # off, addresses that the guest left in the registers are used no more.
         ResetKind.CONNECTION_LOST: ResetEffect(
             config_space=False,
             registers=False,
+            memory=MemoryEffect.KEPT,
             bus_master_off=True,
             intx_deasserted=True,
             eventfds_dropped=True,
             maps_dropped=True,
             migration=MigrationEffect.FENCED,
+            dirty_log=DirtyLogEffect.FORGOTTEN,
+        ),
+        # Before the first reply to the next client, unless `retain_state` is set: nothing is left of the one before.
+        ResetKind.NEW_CLIENT: ResetEffect(
+            config_space=True,
+            registers=True,
+            memory=MemoryEffect.RENEWED,
+            bus_master_off=True,
+            intx_deasserted=True,
+            eventfds_dropped=True,
+            maps_dropped=True,
+            migration=MigrationEffect.ENDS,
             dirty_log=DirtyLogEffect.FORGOTTEN,
         ),
     }

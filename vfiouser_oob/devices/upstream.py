@@ -15,8 +15,10 @@ from pathlib import Path
 
 import trio
 
-from vfiouser_oob.client.client import Client, ClientRegion
+from vfiouser_oob.client.client import Client, ClientIoFds, ClientRegion
 from vfiouser_oob.client.dma import DmaServer
+from vfiouser_oob.client.errors import BadReply
+from vfiouser_oob.config.schema import DEFAULT_MAX_WRITE
 from vfiouser_oob.devices.base import (
     Answer,
     BackendSession,
@@ -24,6 +26,7 @@ from vfiouser_oob.devices.base import (
     ClientLink,
     DeviceBackend,
     DeviceDescription,
+    IoFds,
 )
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
@@ -40,10 +43,12 @@ from vfiouser_protocol.constants import (
     RegionIndex,
 )
 from vfiouser_protocol.dma import DmaRegion
-from vfiouser_protocol.errors import CommandError, ReplyError, VfioUserError
+from vfiouser_protocol.errors import CommandError, RemoteProtocolError, ReplyError, VfioUserError
 from vfiouser_protocol.irq import IrqDescription, IrqSet
+from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, MAX_CONFIG_SIZE
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionWrite, SetIrqs
 from vfiouser_protocol.regions import RegionDescription, RegionSpec
+from vfiouser_protocol.rules import check_io_fds, io_fd_numbers
 
 #: More regions or IRQ indices than this make QEMU refuse the device; a server that claims more is broken.
 _MAX_REGIONS = 100
@@ -64,14 +69,26 @@ class UpstreamBackend(DeviceBackend):
         path: the upstream server's socket.
         activity: the daemon's sockets, for bounded spinning.
         dma_by_message: give the upstream server no memory files, so that all its DMA comes as messages.
+        max_write: bytes of data in one message to the upstream server.
+        retain_state: let a client find what the one before left, as far as the upstream server keeps it.
     """
 
-    def __init__(self, path: Path, activity: Activity, *, dma_by_message: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        activity: Activity,
+        *,
+        dma_by_message: bool = False,
+        max_write: int = DEFAULT_MAX_WRITE,
+        retain_state: bool = False,
+    ) -> None:
         self.path = path
         self.summary = f"vfio-user:{path}"
         self._activity = activity
         self._account = Account(f"the upstream server {path}")
         self._dma_by_message = dma_by_message
+        self._max_write = max_write
+        self._retain_state = retain_state
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
 
@@ -90,7 +107,12 @@ class UpstreamBackend(DeviceBackend):
         try:
             sock = await self._connect()
             client = Client(
-                sock, dma_server=relay, activity=self._activity, send_guard_s=_SEND_GUARD_S, account=self._account
+                sock,
+                dma_server=relay,
+                activity=self._activity,
+                send_guard_s=_SEND_GUARD_S,
+                max_write_size=self._max_write,
+                account=self._account,
             )
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
@@ -106,7 +128,14 @@ class UpstreamBackend(DeviceBackend):
             if isinstance(error, VfioUserError):
                 raise BackendUnavailable(f"the upstream server {self.path} is unusable: {error}") from error
             raise
-        session = UpstreamSession(client, description, regions, link, by_message=self._dma_by_message)
+        session = UpstreamSession(
+            client,
+            description,
+            regions,
+            link,
+            by_message=self._dma_by_message,
+            retain_state=self._retain_state,
+        )
         self._nursery.start_soon(session.watch, link, self.path)
         return session
 
@@ -125,6 +154,7 @@ class UpstreamSession(BackendSession):
         regions: the upstream regions and their descriptors; owned from now on.
         link: the client that we serve.
         by_message: give the upstream server no memory files.
+        retain_state: do not reset the device for this client.
     """
 
     def __init__(
@@ -135,23 +165,31 @@ class UpstreamSession(BackendSession):
         link: ClientLink,
         *,
         by_message: bool,
+        retain_state: bool,
     ) -> None:
         self.description = description
         self._client = client
         self._regions = regions
+        self._link = link
+        self._io_fds: dict[int, ClientIoFds] = {}
         self._by_message = by_message
+        self._retain_state = retain_state
         self._irqs = IrqSet(description.irqs)
         self._closing = False
         self._max_transfer = client.capabilities.max_data_xfer_size
+        self._max_write = client.max_write_size
         self.memory = GuestMemory(
-            link, client.capabilities.max_dma_maps, by_message=by_message, check_files=False, account=link.account
+            link, self.limits.max_dma_maps, by_message=by_message, check_files=False, account=link.account
         )
 
     @property
     def limits(self) -> Capabilities:
-        """What the upstream server takes."""
+        """What the upstream server takes, as far as it can be believed."""
         theirs = self._client.capabilities
-        return theirs._replace(max_data_xfer_size=max(theirs.max_data_xfer_size, _LEAST_TRANSFER))
+        return theirs._replace(
+            max_data_xfer_size=max(theirs.max_data_xfer_size, _LEAST_TRANSFER),
+            max_dma_maps=min(theirs.max_dma_maps, DEFAULT_MAX_DMA_MAPS),
+        )
 
     async def watch(self, link: ClientLink, path: Path) -> None:
         """Tell the client's connection when the upstream server dies."""
@@ -163,6 +201,31 @@ class UpstreamSession(BackendSession):
         """Return the upstream server's descriptor of a region."""
         return self._regions[index].fd
 
+    def io_fds(self, index: int) -> Answer[IoFds]:
+        """Pass on the upstream server's descriptors of a BAR's sub-regions; asked for once, and kept with the session.
+
+        Config space stays with us: what is written there must be seen.
+        """
+        known = self._io_fds.get(index)
+        if known is not None:
+            return _shown(known, self._link.capabilities.max_msg_fds)
+        if index > RegionIndex.ROM or not self.description.regions[index].size:
+            return IoFds()
+        return self._ask_io_fds(index)
+
+    async def _ask_io_fds(self, index: int) -> IoFds:
+        try:
+            found = await self._client.get_region_io_fds(index)
+        except ReplyError:  # it does not know the command, or has none there
+            return IoFds()
+        try:
+            check_io_fds(found.reply.entries, len(found.fds), self.description.regions[index].size)
+        except RemoteProtocolError as error:
+            found.close()
+            raise BadReply(str(error)) from error
+        self._io_fds[index] = found
+        return _shown(found, self._link.capabilities.max_msg_fds)
+
     # Registers
 
     def region_read(self, region: int, offset: int, count: int) -> Answer[bytes]:
@@ -173,7 +236,7 @@ class UpstreamSession(BackendSession):
 
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> Answer[None]:
         """Forward a write, posted as it came."""
-        if len(data) > self._max_transfer or self._client.congested:
+        if len(data) > self._max_write or self._client.congested:
             return self._client.region_write(region, offset, data, posted=posted)
         if posted:
             self._client.post(Command.REGION_WRITE, encode(RegionWrite(offset, region, len(data), data)))
@@ -183,6 +246,19 @@ class UpstreamSession(BackendSession):
     async def flush(self) -> None:
         """Read a register: its answer comes after everything that was sent before."""
         await self._client.region_read(RegionIndex.CONFIG, 0, 2)
+
+    def renew(self) -> Answer[None]:
+        """Have the upstream server reset the device; what memory it gives to new clients is its own affair."""
+        return None if self._retain_state else self._reset_for_client()
+
+    async def _reset_for_client(self) -> None:
+        try:
+            await self.reset()
+        except VfioUserError as error:
+            raise BackendUnavailable(
+                f"the upstream device cannot be reset, so this client would find what the last one left: {error}; "
+                "retain_state = true lets it"
+            ) from error
 
     def reset(self) -> Awaitable[None]:
         """Forward DEVICE_RESET."""
@@ -274,6 +350,8 @@ class UpstreamSession(BackendSession):
             self.memory.close()
             for region in self._regions:
                 region.close()
+            for found in self._io_fds.values():
+                found.close()
 
     async def _quiet_device(self) -> None:
         """Interrupts off and bus mastering off."""
@@ -284,6 +362,13 @@ class UpstreamSession(BackendSession):
         if old & _BUS_MASTER:
             new = (old & ~_BUS_MASTER).to_bytes(2, "little")
             await self._client.region_write(RegionIndex.CONFIG, _COMMAND_REGISTER, new)
+
+
+def _shown(found: ClientIoFds, most: int) -> IoFds:
+    """What a client is shown, which may not take as many descriptors: without one, an access is a message."""
+    entries = [entry for entry in found.reply.entries if all(number < most for number in io_fd_numbers(entry))]
+    used = max((number + 1 for entry in entries for number in io_fd_numbers(entry)), default=0)
+    return IoFds(entries, found.fds[:used])
 
 
 class _Relay(DmaServer):
@@ -311,6 +396,9 @@ async def _describe(client: Client, regions: list[ClientRegion]) -> DeviceDescri
     for index in range(info.num_regions):
         # One by one: what was received so far is closed by the caller when a later one fails.
         regions.append(await _region(client, index))  # noqa: PERF401
+    config_size = regions[RegionIndex.CONFIG].description.size
+    if config_size > MAX_CONFIG_SIZE:
+        raise CommandError(f"its config space has {config_size} bytes, of at most {MAX_CONFIG_SIZE}")
     specs = [_spec(index, region.description) for index, region in enumerate(regions)]
     while len(specs) > PCI_NUM_REGIONS and not specs[-1].size:
         specs.pop()

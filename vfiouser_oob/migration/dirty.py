@@ -16,6 +16,7 @@ import trio
 from vfiouser_agents.api import DirtyReport, Range
 from vfiouser_agents.errors import AgentError
 from vfiouser_agents.errors import ProtocolError as AgentProtocolError
+from vfiouser_agents.limits import check_page_size
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.dma import ADDRESS_SPACE, DmaMap, DmaRegion
@@ -107,9 +108,11 @@ class DirtyTracker:
             wanted = [Range(wanted[0].iova, end - wanted[0].iova)]
         # One that an earlier life of ours has left behind is ended first.
         await self._link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
-        self._agent_page = await self._link.call(
+        agent_page = await self._link.call(
             "dirty_start", lambda session: session.dirty_start(wanted, page_size), deadline
         )
+        check_page_size(agent_page)
+        self._agent_page = agent_page
         self._link.logging = True
 
     async def stop(self, deadline: float) -> None:

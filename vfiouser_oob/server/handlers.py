@@ -11,7 +11,7 @@ import errno
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from vfiouser_oob.devices.base import Answer, BackendSession
+from vfiouser_oob.devices.base import Answer, BackendSession, IoFds
 from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
@@ -140,11 +140,11 @@ class Handlers:
         return reply if fd is None else Reply(reply, (fd,))
 
     def get_region_io_fds(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
-        """DEVICE_GET_REGION_IO_FDS: no region has ioeventfds, which is said with count 0."""
+        """DEVICE_GET_REGION_IO_FDS: a region without ioeventfds says so with count 0."""
         request = self._decode(RegionIoFds, payload)
         self._region(request.index)
-        reply, _ = region_io_fds_reply(request)
-        return encode(reply)
+        io_fds = self._session.io_fds(request.index)
+        return _io_fds_reply(request, io_fds) if isinstance(io_fds, IoFds) else _io_fds_later(request, io_fds)
 
     def get_irq_info(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_GET_IRQ_INFO."""
@@ -321,6 +321,17 @@ def _empty(done: Answer[None]) -> Result:
 async def _then(done: Awaitable[None], reply: bytes) -> bytes:
     await done
     return reply
+
+
+def _io_fds_reply(request: RegionIoFds, io_fds: IoFds) -> Result:
+    reply, complete = region_io_fds_reply(request, io_fds.entries)
+    return Reply(encode(reply), io_fds.fds) if complete and io_fds.fds else encode(reply)
+
+
+async def _io_fds_later(request: RegionIoFds, io_fds: Awaitable[IoFds]) -> bytes | Reply | Pieces:
+    result = _io_fds_reply(request, await io_fds)
+    assert isinstance(result, bytes | Reply)
+    return result
 
 
 async def _read_later(data: Awaitable[bytes], offset: int, region: int, count: int) -> bytes:

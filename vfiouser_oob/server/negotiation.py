@@ -92,7 +92,7 @@ async def _first_command(connection: Connection) -> CommandReceived:
 
 
 async def _open(connection: Connection, proposed: Capabilities, deadline: float) -> BackendSession:
-    """Open the device for a client, and its migration.
+    """Open the device for a client, and its migration; the device forgets the client before.
 
     Raises:
         TurnedAway: one of them cannot be had, or not in time.
@@ -106,6 +106,10 @@ async def _open(connection: Connection, proposed: Capabilities, deadline: float)
             connection.adopt(backend)
             late = "the agent did not answer in time"
             await function.attach_migration(connection, backend, proposed)
+            late = "the device was not reset in time"
+            renewed = backend.renew()
+            if renewed is not None:
+                await renewed
     except (BackendUnavailable, trio.TooSlowError) as error:
         raise TurnedAway(str(error) or late, errno.ENODEV) from error
     return backend

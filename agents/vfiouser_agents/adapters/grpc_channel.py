@@ -92,6 +92,8 @@ class GrpcConnection:
             reason: AgentError = TransportLost("the agent ended the connection")
         except grpc.RpcError as error:
             reason = from_status(error)
+        except ProtocolError as error:
+            reason = error
         self._in_trio(self.close, reason)
 
     def _in_trio(self, work: Callable[[Any], None], value: Any) -> None:

@@ -17,6 +17,8 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from vfiouser_agents.errors import ProtocolError
+from vfiouser_agents.limits import MAX_ITEMS
 from vfiouser_agents.rpc.methods import CLOSE, FUNCTIONS, HELLO, OPEN, PING, SESSION_METHODS, WATCH
 
 from .grpc_descriptor import FILE
@@ -158,6 +160,9 @@ def unpack(name: str, message: Any) -> dict[str, Any]:
     Args:
         name: of the message.
         message: the message.
+
+    Raises:
+        ProtocolError: it has a list of more entries than any has.
     """
     found: dict[str, Any] = {}
     for field in _PLANS[name]:
@@ -167,6 +172,9 @@ def unpack(name: str, message: Any) -> dict[str, Any]:
         if field.pairs:
             found[field.name] = dict(value)
         elif field.repeated:
+            # Before they become objects of Python, which take many times their room in the message.
+            if len(value) > MAX_ITEMS:
+                raise ProtocolError(f"{field.name} has {len(value)} entries; at most {MAX_ITEMS} are believed")
             found[field.name] = [_unpacked(field, item) for item in value]
         else:
             found[field.name] = _unpacked(field, value)

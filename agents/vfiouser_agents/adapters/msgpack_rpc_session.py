@@ -27,6 +27,7 @@ from vfiouser_agents.api import (
 )
 from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, ProtocolError, Unsupported
 from vfiouser_agents.events import EventFeed
+from vfiouser_agents.limits import check_capabilities
 from vfiouser_agents.rpc.methods import BY_OP, CLOSE, OPEN, WATCH
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
 
@@ -134,9 +135,15 @@ class RpcSession(Session):
             raise
         restarted = self._instance not in ("", link.info.instance)
         again = self._instance != ""
-        self._number, self._instance, self._link = opened.session, link.info.instance, link
         most = self._agent.largest_chunk(link.info.max_message)
-        self._caps = replace(opened.capabilities, max_chunk=min(opened.capabilities.max_chunk, most))
+        caps = replace(opened.capabilities, max_chunk=min(opened.capabilities.max_chunk, most))
+        try:
+            check_capabilities(caps)
+        except ProtocolError:
+            close_late(raw)
+            raise
+        self._number, self._instance, self._link = opened.session, link.info.instance, link
+        self._caps = caps
         self._adopted = self.migration is None
         if again:
             kind = EventKind.AGENT_RESTARTED if restarted else EventKind.RECONNECTED

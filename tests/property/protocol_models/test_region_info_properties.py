@@ -27,7 +27,7 @@ def specs(draw: st.DrawFn) -> RegionSpec:
         size=size,
         flags=draw(st.integers(0, 3)),
         areas=tuple(areas),
-        offset=draw(st.integers(0, 2**63)),
+        offset=draw(st.integers(0, 2**63 - 1 - size)),
         type=draw(st.none() | st.tuples(U32, U32)),
         msix_mappable=draw(st.booleans()),
         mappable=draw(st.booleans()),

@@ -15,7 +15,7 @@ import pytest
 
 from vfiouser_oob.cli.main import COMMANDS, build_parser
 from vfiouser_oob.config.agents import MIGRATION_KEYS
-from vfiouser_oob.config.devices import KINDS, NVME_KEYS
+from vfiouser_oob.config.devices import NVME_KEYS, UPSTREAM_KEYS
 from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, parse_config
 from vfiouser_oob.config.schema import KernelVfioDevice
 from vfiouser_oob.control.protocol import ErrorCode
@@ -138,7 +138,7 @@ def test_every_command_is_described() -> None:
         ("[daemon]", {key.name for key in DAEMON_KEYS}),
         ("[[function]]", {key.name for key in FUNCTION_KEYS}),
         ("migration", {key.name for key in MIGRATION_KEYS}),
-        ('device, kind = "vfio-user"', {KINDS["vfio-user"].first}),
+        ('device, kind = "vfio-user"', {key.name for key in UPSTREAM_KEYS}),
         ('device, kind = "kernel-vfio"', {field.name for field in dataclasses.fields(KernelVfioDevice)}),
         ('device, kind = "model"', {"model", *(key.name for key in NVME_KEYS)}),
     ],

@@ -11,6 +11,7 @@ import trio.testing
 
 from fakeserver import Answer, connected
 from vfiouser_oob.client.dma import DmaServer
+from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command
@@ -168,6 +169,56 @@ async def test_flood_without_waiting_ends_the_connection() -> None:
         for _ in range(5000):
             server.submit(Command.DMA_WRITE, encode(DmaWrite(0, 1, b"x")))
         assert "commands" in await client.wait_gone()
+
+
+async def test_flood_of_large_writes_waits_in_the_servers_socket() -> None:
+    """What is not served yet is not read, either: 64 MiB stay where they are, and arrive once there is room."""
+    gate = trio.Event()
+    memory = GatedMemory(gate)
+    async with connected(dma_server=memory) as (client, server):
+        answers = [server.submit(Command.DMA_WRITE, encode(DmaWrite(0, 1 << 20, bytes(1 << 20)))) for _ in range(64)]
+        await memory.began.wait()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert server.main.congested
+        assert client.failure is None
+        gate.set()
+        for answer in answers:
+            await answer()
+    assert 64 == memory.written
+
+
+async def test_flood_of_large_writes_that_cannot_be_served_ends_the_connection() -> None:
+    """Behind an access of our own they have to be read, since its reply comes after them; but not without end."""
+
+    def never(_: CommandReceived) -> Answer:
+        for _ in range(100):
+            server.submit(Command.DMA_WRITE, encode(DmaWrite(0, 1 << 20, bytes(1 << 20))))
+        return Answer(raw=b"")
+
+    with ClientMemory(1 << 20) as memory:
+        options = {"dma_server": memory, "serve_dma_when_idle": True}
+        async with connected(handlers={Command.REGION_READ: never}, **options) as (client, server):
+            with pytest.raises(ServerGone, match="without waiting"):
+                await client.region_read(0, 0, 4)
+
+
+class GatedMemory(DmaServer):
+    """Takes writes once a gate is open."""
+
+    def __init__(self, gate: trio.Event) -> None:
+        self.gate = gate
+        self.began = trio.Event()
+        self.written = 0
+
+    async def read(self, address: int, count: int) -> bytes:
+        """There is nothing to read."""
+        raise DmaFault("nothing to read")
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Wait for the gate."""
+        self.began.set()
+        await self.gate.wait()
+        self.written += 1
 
 
 async def test_every_message_can_be_traced() -> None:

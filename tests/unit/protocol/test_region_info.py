@@ -167,6 +167,12 @@ def test_parse_passes_over_what_it_does_not_know() -> None:
         pytest.param(reply(struct.pack("<HHII", 2, 1, 0, 3)), id="type cut off"),
         pytest.param(reply(sparse(0), cap=8), id="first in the fixed part"),
         pytest.param(reply(sparse(0), cap=4096), id="first outside"),
+        pytest.param(reply(sparse(0, *[(0, 0x1000)] * 1025)), id="1,025 areas"),
+        pytest.param(reply(b"".join(struct.pack("<HHI", 77, 1, 40 + 8 * n) for n in range(64)) + bytes(8)), id="long"),
+        pytest.param(struct.pack("<IIIIQQ", 32, R, 0, 0, 1 << 63, 0), id="region of 2^63 bytes"),
+        pytest.param(
+            struct.pack("<IIIIQQ", 32, R | MMAP, 0, 0, 4096, (1 << 63) - 1), id="ends behind what mmap reaches"
+        ),
     ],
 )
 def test_parse_refuses_lies(payload: bytes) -> None:

@@ -9,12 +9,15 @@ import pytest
 import trio
 
 from nvmebed import Machine, machine, make_function
+from nvmebed.driver import CommandFailed
 from vfiouser_oob.devices.model import ResetKind
 from vfiouser_oob.simulator.nvme.stores import FileStore
 
 READ, WRITE = 2, 1
 CSTS, CC = 0x1C, 0x14
 RDY, CFS = 1, 2
+EVENT_CONFIG, TIMESTAMP = 0xB, 0xE
+ERROR_LOG, SMART_LOG = 1, 2
 
 
 def controller_reset(m: Machine) -> None:
@@ -40,7 +43,14 @@ def disconnect(m: Machine) -> None:
     m.function.disconnected()
 
 
-RESETS = [controller_reset, device_reset, function_level_reset, disconnect]
+def new_client(m: Machine) -> None:
+    """The client goes, and another one comes."""
+    disconnect(m)
+    m.function.config.reset()
+    m.function.reset(ResetKind.NEW_CLIENT)
+
+
+RESETS = [controller_reset, device_reset, function_level_reset, disconnect, new_client]
 
 
 async def restart(m: Machine) -> None:
@@ -194,3 +204,24 @@ async def test_shutdown_waits_for_commands_in_flight() -> None:
         gate.set()
         await m.driver.status(0xC, 2 << 2)
         await m.driver.wait(m.io, cid)
+
+
+async def test_a_new_client_finds_no_features_and_no_logs_of_the_last() -> None:
+    """Saved features, the timestamp, errors, counters and hours are those of a controller that nobody has used."""
+    async with machine() as m:
+        pristine = await m.driver.log_page(SMART_LOG, 512)
+        await m.driver.set_feature(EVENT_CONFIG, 1 << 8, save=True)
+        page = m.driver.alloc(4096)
+        m.host.memory.poke(page, (1 << 40).to_bytes(8, "little"))
+        await m.driver.admin(0x09, prp1=page, cdw10=TIMESTAMP)
+        await m.driver.write_blocks(0, bytes(512))
+        with pytest.raises(CommandFailed):
+            await m.driver.log_page(0x7F, 16)
+        assert bytes(64) != await m.driver.log_page(ERROR_LOG, 64)
+        new_client(m)
+        await restart(m)
+        assert pristine == await m.driver.log_page(SMART_LOG, 512)
+        assert bytes(64) == await m.driver.log_page(ERROR_LOG, 64)
+        assert 0 == await m.driver.get_feature(EVENT_CONFIG)
+        await m.driver.admin(0x0A, prp1=page, cdw10=TIMESTAMP)
+        assert bytes(8) == m.host.memory.peek(page, 8)

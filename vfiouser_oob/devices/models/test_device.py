@@ -15,7 +15,7 @@ BAR0, 4 KiB, trapped, little-endian registers of their natural size:
     0x2c  u32  ro  error number of the last fault
     0x30  u32  rw  written: error number E, then every access to 0x34 fails with E
     0x34  u32  rw  see 0x30
-    0x38  u32  ro  resets since the function was made
+    0x38  u32  ro  resets since this client came
 
 BAR1, 1 MiB, trapped memory. BAR2, 64 KiB, shared memory: the first half may be mapped, the rest is trapped. Config
 space has 4096 bytes with MSI (4 vectors), MSI-X (16 vectors, table at 0x800 and PBA at 0xc00 of BAR0) and PCI Express
@@ -188,7 +188,7 @@ class TestDevice(DeviceModel):
 
     def reset(self, kind: ResetKind) -> None:
         """Go to the power-on state."""
-        self._resets += 1
+        self._resets = 0 if kind is ResetKind.NEW_CLIENT else self._resets + 1
         self._buffer = bytearray(BAR1_SIZE)
         self._shared.clear()
         self._power_on()

@@ -295,6 +295,11 @@ class Controller:
             self._cmb.control(0)
             self._cmb.memory.clear()
 
+    def forget(self) -> None:
+        """After `reset`: forget what outlives every reset, such as saved features and what the logs have counted."""
+        self.state.take(ControllerState())
+        self.logs.power_on_s, self.features.timestamp_ms = 0.0, None
+
     def freeze(self) -> None:
         """The client has gone: touch no memory until the next client's guest has reset the controller.
 

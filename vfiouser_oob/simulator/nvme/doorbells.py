@@ -81,6 +81,7 @@ class PolledDoorbells(TrappedDoorbells):
 
     def __init__(self, sink: DoorbellSink, memory: SharedMemory, times: PollTimes) -> None:
         super().__init__(sink)
+        self._memory = memory
         self._page = memory.view[DOORBELLS_OFFSET : DOORBELLS_OFFSET + PAGE]
         self._seen = bytes(PAGE)
         self._times = times
@@ -110,6 +111,8 @@ class PolledDoorbells(TrappedDoorbells):
     def clear(self, number: int | None = None) -> None:
         """Zero one doorbell, as creating its queue does, or all of them, as enabling the controller does."""
         start, count = (0, PAGE) if number is None else (number * DOORBELL_SIZE, DOORBELL_SIZE)
+        if number is None:  # the memory may be another one since
+            self._page = self._memory.view[DOORBELLS_OFFSET : DOORBELLS_OFFSET + PAGE]
         self._page[start : start + count] = bytes(count)
         seen = bytearray(self._seen)
         seen[start : start + count] = bytes(count)

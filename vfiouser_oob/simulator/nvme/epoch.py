@@ -120,11 +120,11 @@ class DmaPort:
         view = memoryview(data)
         for piece in self._cmb.split(address, len(data)):
             part, view = view[: piece.length], view[piece.length :]
+            if not self._epoch.alive:  # an earlier piece may have waited, and the buffer may be the next client's
+                await _stop()
             if piece.local:
                 self._cmb.write(piece.start, part)
             else:
-                if not self._epoch.alive:  # an earlier piece may have waited
-                    await _stop()
                 await self._write_client(piece.start, part)
 
     async def _write_client(self, address: int, data: bytes | memoryview) -> None:

@@ -222,11 +222,13 @@ class NvmeFunction(DeviceModel):
         self.controller.interrupts.update_level()
 
     def reset(self, kind: ResetKind) -> None:
-        """Do one of the three resets."""
+        """Do one of the resets."""
         if kind is ResetKind.CONNECTION_LOST:
             self.controller.freeze()
         else:
             self.controller.reset()
+            if kind is ResetKind.NEW_CLIENT:
+                self.controller.forget()
             self.table.reset()
             self.was_reset()
 

@@ -43,6 +43,7 @@ from vfiouser_oob.config.values import format_size, read_size
             KernelVfioDevice(bdf="10000:01:00.0", region_policy=RegionPolicy.TRAP),
         ),
         ("vfio-user:up,,x.sock", UpstreamDevice(socket=Path("up,x.sock"))),
+        ("vfio-user:up.sock,max_write=1M", UpstreamDevice(socket=Path("up.sock"), max_write=1 << 20)),
     ],
 )
 def test_short_form(text: str, expected: DeviceConfig) -> None:
@@ -68,6 +69,8 @@ def test_short_form(text: str, expected: DeviceConfig) -> None:
         ("kernel-vfio:0000:3b:20.0", "bdf must be a PCI address"),
         ("kernel-vfio:3b:00.2,region_policy=fd", "region_policy must be one of"),
         ("vfio-user:/a,b=c", "unknown key 'b'"),
+        ("vfio-user:/a,max_write=2M", "must be from 4K to 1M"),
+        ("vfio-user:/a,max_write=1K", "must be from 4K to 1M"),
     ],
 )
 def test_short_form_mistakes(text: str, words: str) -> None:

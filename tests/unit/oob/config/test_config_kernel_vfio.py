@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,10 +103,11 @@ def test_a_function_that_is_not_there_is_worth_a_warning() -> None:
     assert any("no PCI function fffe:3b:00.2" in text for text in warnings(config))
 
 
-async def test_dma_by_messages_is_refused() -> None:
-    """Hardware writes memory by itself: a configuration that wants it otherwise is a mistake, not a surprise."""
+@pytest.mark.parametrize("wish", [{"dma": DmaMode.MESSAGES}, {"retain_state": True}])
+async def test_what_is_not_possible_is_refused(wish: dict[str, Any]) -> None:
+    """Hardware writes memory by itself, and the kernel resets it: a configuration against that is a mistake."""
     device = KernelVfioDevice(bdf="0000:3b:00.2")
-    config = FunctionConfig(name="nic0", device=device, dma=DmaMode.MESSAGES)
+    config = FunctionConfig(name="nic0", device=device, **wish)
     activity = Activity()
     with pytest.raises(ConfigError, match="not possible for a real function"):
         make_backend(config, activity)

@@ -45,6 +45,7 @@ device = { kind = "vfio-user", socket = "/run/soc/f0.sock" }
 [[function]]
 name = "nvme1"
 dma = "messages"
+retain_state = true
 [function.device]
 kind = "model"
 model = "nvme"
@@ -83,6 +84,7 @@ def test_every_key_reaches_the_dataclasses() -> None:
             FunctionConfig(
                 name="nvme1",
                 dma=DmaMode.MESSAGES,
+                retain_state=True,
                 device=ModelDevice(
                     model="nvme",
                     options=NvmeOptions(
