@@ -49,6 +49,7 @@ from vfiouser_oob.simulator.nvme.spec import (
 )
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
 from vfiouser_oob.simulator.nvme.suspension import Clocks, Suspender, Suspension
+from vfiouser_oob.transport.turns import Lane
 
 if TYPE_CHECKING:
     from vfiouser_oob.devices.model import ModelHost
@@ -94,9 +95,9 @@ class Controller:
         self.state = ControllerState()
         self.interrupts = interrupts(lambda: list(self.state.completion_queues.values()))
         self.doorbells = (
-            TrappedDoorbells(self._doorbell)
+            TrappedDoorbells(self._doorbell, limits.doorbells)
             if doorbell_memory is None
-            else PolledDoorbells(self._doorbell, doorbell_memory, poll_times or PollTimes())
+            else PolledDoorbells(self._doorbell, limits.doorbells, doorbell_memory, poll_times or PollTimes())
         )
         self._cmb = cmb
         capabilities = Capabilities(limits.max_entries, limits.timeout_s, limits.page_shift_max, cmb is not None)
@@ -120,6 +121,7 @@ class Controller:
         self._events = AsyncEvents(self.state, limits.event_requests, self._complete_event)
         self._identify = Identify(identity, limits, namespaces)
         self._host: ModelHost | None = None
+        self._lane = Lane()
         #: The epoch that the registers speak of; None while disabled.
         self._engine: QueueEngine | None = None
         #: Carries out a write that was kept during a suspension: offset into BAR0, bytes.
@@ -245,6 +247,7 @@ class Controller:
             self.state,
             epoch,
             dma,
+            self._lane,
             notify=self.interrupts.notify,
             fatal=self._fatal,
             failed=self._command_failed,
@@ -261,7 +264,7 @@ class Controller:
             logs=self.logs,
             events=self._events,
         )
-        io = IoCommands(dma, self.namespaces, self.limits, self.features, self.state.counters)
+        io = IoCommands(dma, self._lane, self.namespaces, self.limits, self.features, self.state.counters)
         engine.use(admin.handlers, io.handlers, self._events.abort)
         return engine
 
