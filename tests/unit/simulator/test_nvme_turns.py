@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import time
 from collections.abc import Iterator
@@ -42,11 +43,13 @@ class Passes(trio.abc.Instrument):
 def measured() -> Iterator[Passes]:
     """Look at the passes of a block, from its first checkpoint on."""
     passes = Passes()
+    gc.disable()  # a look through all objects that the tests have made takes longer than anything here
     trio.lowlevel.add_instrument(passes)
     try:
         yield passes
     finally:
         trio.lowlevel.remove_instrument(passes)
+        gc.enable()
 
 
 async def fill_queues(m: Machine, opcode: int, **fields: int) -> None:
