@@ -100,8 +100,9 @@ async def play(steps: list[tuple[str, int]]) -> None:
             if what == "cc":
                 if value & 1 and not enabled:
                     await trio.testing.wait_all_tasks_blocked()  # a host waits for RDY to fall before it enables
-                    queue = Queue(0, ENTRIES, reference.asq, reference.acq)
-                    if 0x100000 <= reference.acq:
+                    queue = None
+                    if reference.asq:
+                        queue = Queue(0, ENTRIES, reference.asq, reference.acq)
                         m.host.memory.poke(reference.acq, bytes(16 * ENTRIES))
                 elif not value & 1:
                     queue = None
