@@ -258,7 +258,7 @@ class Controller:
             dma,
             self._lane,
             notify=self.interrupts.notify,
-            fatal=self._fatal,
+            fatal=lambda reason: self._fatal(engine, reason),
             failed=self._command_failed,
             clear_doorbell=self.doorbells.clear,
             entry_sizes_valid=self._entry_sizes_valid,
@@ -323,13 +323,14 @@ class Controller:
             self._finish_shutdown_alone()
         self.interrupts.release()
 
-    def _fatal(self, reason: str) -> None:
-        """Stop for good; only a reset helps."""
+    def _fatal(self, engine: QueueEngine, reason: str) -> None:
+        """Stop for good; only a reset helps. What fails in a life that is over does not concern the next one."""
+        if engine is not self.live_engine:
+            return
         # Any guest can cause this, and any client that goes under I/O does, so it is no warning.
         _log.info("%s: fatal error: %s", self.identity.serial, reason)
         self._set_status(Csts.CFS)
-        if self._engine is not None:
-            self._engine.epoch.end()
+        engine.epoch.end()
         self._finish_shutdown_alone()
 
     # Shutdown
@@ -440,8 +441,7 @@ class Controller:
         self.registers.load(registers)
         self.interrupts.mask = interrupt_mask
         if self._cmb is not None:
-            control = self.registers[Register.CMBMSC]
-            self._cmb.control(control if control & CmbMsc.CRE else 0)
+            self._cmb_control_written(0, self.registers[Register.CMBMSC])
 
     # Doorbells, events, errors
 

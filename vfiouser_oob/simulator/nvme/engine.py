@@ -122,6 +122,7 @@ class QueueEngine:
         await engine.stop()
         del self._state.submission_queues[qid]
         engine.completions.sources.pop(qid, None)
+        engine.completions.forget(qid)
 
     def remove_completion_queue(self, qid: int) -> None:
         """Forget a completion queue and what it did not deliver."""

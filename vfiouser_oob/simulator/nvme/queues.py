@@ -15,6 +15,7 @@ announces.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -76,6 +77,16 @@ class CompletionEngine:
         if not self._active and self.queue.pending and (self.queue.room or self.queue.writing):
             self._active = True
             self._epoch.start_soon(self._write)
+
+    def forget(self, sqid: int) -> None:
+        """Post nothing more for a submission queue that was deleted, but for what is being written."""
+        # Else a host that takes no completions could pile up more of them with every queue that it creates anew.
+        queue = self.queue
+        queue.pending = deque(
+            completion
+            for place, completion in enumerate(queue.pending)
+            if place < queue.writing or completion.sqid != sqid
+        )
 
     async def drain(self) -> None:
         """Wait until every entry that fits is written."""
