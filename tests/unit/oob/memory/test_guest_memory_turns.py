@@ -29,13 +29,14 @@ class NoMessages:
 async def test_an_access_to_thousands_of_ranges_lets_others_run() -> None:
     """Memory in windows of a few bytes is read and written right, and not in one go."""
     memory = GuestMemory(NoMessages(), WINDOWS, by_message=False, check_files=True)
-    fd = os.memfd_create("windows")
-    os.ftruncate(fd, WINDOWS * WIDTH)
+    fd = OwnedFd(os.memfd_create("windows"))
+    os.ftruncate(fd.fileno(), WINDOWS * WIDTH)
     for number in range(WINDOWS):
         # Backwards, so that no two windows that follow each other do so in the file.
         offset = (WINDOWS - 1 - number) * WIDTH
-        memory.add(DmaMap(32, 3, offset, number * WIDTH, WIDTH), [OwnedFd(os.dup(fd))])
-    os.close(fd)
+        with fd.duplicate() as sent:
+            memory.add(DmaMap(32, 3, offset, number * WIDTH, WIDTH), [sent])
+    fd.close()
     steps = 0
 
     async def other() -> None:
