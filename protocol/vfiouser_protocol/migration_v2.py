@@ -274,7 +274,15 @@ class FeatureCall(NamedTuple):
         Args:
             bitmap: the dirty pages of the range that was asked about.
         """
-        return self._got(self.payload[_FIXED:32] + bitmap)
+        return self.report_head(len(bitmap)) + bitmap
+
+    def report_head(self, size: int) -> bytes:
+        """Return what comes before the bitmap in the reply to a GET of DMA_LOGGING_REPORT.
+
+        Args:
+            size: bytes of the bitmap.
+        """
+        return encode(DeviceFeature(32 + size, self.request.flags, self.payload[_FIXED:32]))
 
     def _got(self, data: bytes) -> bytes:
         return encode(DeviceFeature(_FIXED + len(data), self.request.flags, data))

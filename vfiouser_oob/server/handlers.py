@@ -265,7 +265,9 @@ class Handlers:
         else:
             done = self._session.dma_unmap(request)
             if self._port is not None:
-                self._port.dirty.unmapped(request.address, request.size)
+                forgotten = self._port.dirty.unmapped(request.address, request.size)
+                if forgotten is not None:
+                    done = forgotten if done is None else _both(done, forgotten)
         reply = payload[:_UNMAP_SIZE]
         return reply if done is None else _then(done, reply)
 
@@ -316,6 +318,11 @@ def _with_migration(regions: Sequence[RegionSpec], view: V1View | None) -> Seque
 
 def _empty(done: Answer[None]) -> Result:
     return NO_PAYLOAD if done is None else _then(done, NO_PAYLOAD)
+
+
+async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
+    await first
+    await second
 
 
 async def _then(done: Awaitable[None], reply: bytes) -> bytes:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Generator
+from typing import TypeVar
 
 import trio
 
@@ -22,6 +24,7 @@ import trio
 SLICE_S = 0.002
 #: Tasks that a slice begins with: each does at least one piece, and small ones are not worth a pass of the loop each.
 _TOGETHER = 4
+T = TypeVar("T")
 
 
 class Lane:
@@ -45,6 +48,26 @@ class Lane:
         loop = _shared()
         if time.monotonic() >= loop.ends:
             await loop.wait(self)
+
+    async def work(self, steps: Generator[None, None, T]) -> T:
+        """Carry out work that comes in steps, each of them in a turn; it is closed if this is cancelled.
+
+        Args:
+            steps: the work.
+
+        Returns:
+            What it returns.
+        """
+        try:
+            while True:
+                if self.must_wait:
+                    await self.turn()
+                next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            steps.close()
 
 
 class _Loop:
