@@ -25,6 +25,10 @@ MESSAGE_OVERHEAD = 64
 MAX_VERSION_DATA = 64 << 10
 #: libvfio-user refuses an argsz above this for GET_REGION_IO_FDS, DMA_UNMAP and DIRTY_PAGES.
 MAX_BITMAP_ARGSZ = 1 << 20
+#: Writes of one REGION_WRITE_MULTI, and ranges of one DMA_LOGGING_START: each message is decoded in one piece. QEMU
+#: sends 200 writes and a few ranges; the kernel takes 256 ranges.
+MAX_MULTI_WRITES = 4096
+MAX_LOGGING_RANGES = 1024
 #: Error numbers that a reply may carry (libvfio-user accepts 1…4096).
 MAX_ERRNO = 4096
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -35,6 +36,7 @@ from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_oob.transport.quota import refusal_of
+from vfiouser_oob.transport.turns import SLICE_S, Lane
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, Command
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from vfiouser_oob.server.function import Function
 
 #: Messages answered in a row before other tasks get their turn, however they came: a client that asks again at once can
-#: keep us from ever sleeping.
+#: keep us from ever sleeping. One that does not wait for replies has its turn for the time of a slice only.
 _TURN = 32
 #: What a handler returns when there is nothing to wait for.
 _READY = (bytes, Reply, Pieces)
@@ -102,6 +104,7 @@ class Connection(ClientLink):
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
+        self._lane = Lane()
         self._queue_filled = trio.Event()
         self._queue_drained = trio.Event()
         self._lost: str | None = None
@@ -233,6 +236,7 @@ class Connection(ClientLink):
         """Read and answer until the stream ends."""
         stream = self.stream
         burst = turn = 0
+        began = 0.0
         while True:
             message = stream.try_receive()
             if message is None:
@@ -242,17 +246,19 @@ class Connection(ClientLink):
                     turn = 0
                     await stream.wait_for_data()
                 continue
-            if burst:
+            if not burst:
+                began = time.monotonic()
+            else:
                 # The client sends without waiting for each reply, so replies may go together. The first one of a burst
                 # does not wait: it may be the only one, and its sender a virtual CPU.
                 stream.cork()
             self._take(message, twin=False)
             burst += 1
             turn += 1
-            if turn >= _TURN:
+            if turn >= _TURN or (burst > 1 and time.monotonic() - began > SLICE_S):
                 stream.uncork()
                 burst = turn = 0
-                await trio.lowlevel.checkpoint()
+                await self._lane.rest()
                 if stream.congested or self._queue_is_full:
                     await self._make_room()
 
@@ -378,6 +384,7 @@ class Connection(ClientLink):
         """Answer in order what has to be waited for, and what queued up behind it."""
         while True:
             await self._queue_filled.wait()
+            began = time.monotonic()
             while self._queue:
                 queued = self._queue[0]
                 if isinstance(queued.event, Refused):
@@ -389,6 +396,9 @@ class Connection(ClientLink):
                 if self._hold is not None:
                     self._hold.unqueued(queued.event)
                 self._queue_drained.set()
+                if time.monotonic() - began > SLICE_S:  # what is carried out at once never waits by itself
+                    await self._lane.rest()
+                    began = time.monotonic()
             self._queue_filled = trio.Event()
 
     async def _finish(self, event: CommandReceived, queued: _Queued) -> None:

@@ -49,6 +49,13 @@ class Lane:
         if time.monotonic() >= loop.ends:
             await loop.wait(self)
 
+    async def rest(self) -> None:
+        """Let everything else have its turn now, and wait for ours if the slice is over."""
+        if self.must_wait:
+            await self.turn()
+        else:
+            await trio.lowlevel.checkpoint()
+
     async def work(self, steps: Generator[None, None, T]) -> T:
         """Carry out work that comes in steps, each of them in a turn; it is closed if this is cancelled.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Generator
 
 import trio
 
@@ -99,3 +100,28 @@ async def test_a_turn_inside_a_slice_does_not_wait() -> None:
             await lane.turn()
             assert steps == 0
         nursery.cancel_scope.cancel()
+
+
+async def test_work_in_steps_returns_what_it_made_and_is_closed_when_given_up() -> None:
+    """Steps are carried out one after the other with others between them; a cancellation ends them."""
+    lane = Lane()
+    ended = False
+
+    def steps(count: int) -> Generator[None, None, int]:
+        nonlocal ended
+        try:
+            for _ in range(count):
+                work(lane)
+                yield
+            return count
+        finally:
+            ended = True
+
+    assert await lane.work(steps(5)) == 5
+    ended = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lane.work, steps(1 << 30))
+        for _ in range(20):
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert ended
