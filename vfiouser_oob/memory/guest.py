@@ -214,11 +214,12 @@ class GuestMemory:
         done = 0
         while True:
             for region, offset, length in self.map.segments(address + done, len(view) - done, True, _RANGES_PER_TURN):
+                if done:  # one that the thread has finished goes on at once, and there may be very many
+                    await self._lane.turn()
                 await self._write_part(region, offset, view[done : done + length])
                 done += length
             if done == len(view):
                 return
-            await self._lane.turn()
 
     async def _write_part(self, region: DmaRegion, offset: int, part: memoryview) -> None:
         file: GuestFile | None = region.owner
