@@ -79,13 +79,12 @@ class CompletionEngine:
             self._epoch.start_soon(self._write)
 
     def forget(self, sqid: int) -> None:
-        """Post nothing more for a submission queue that was deleted, but for what is being written."""
+        """Drop what waits for a submission queue that was deleted and does not fit; what fits is being written."""
         # Else a host that takes no completions could pile up more of them with every queue that it creates anew.
         queue = self.queue
+        fits = max(queue.writing, queue.room)
         queue.pending = deque(
-            completion
-            for place, completion in enumerate(queue.pending)
-            if place < queue.writing or completion.sqid != sqid
+            completion for place, completion in enumerate(queue.pending) if place < fits or completion.sqid != sqid
         )
 
     async def drain(self) -> None:
