@@ -11,7 +11,7 @@ one OR per chunk that it touches, however many pages it has.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from .errors import CommandError
 from .limits import DEFAULT_MAX_BITMAP_SIZE
@@ -28,6 +28,11 @@ _CHUNK_MASK = _CHUNK_PAGES - 1
 _FULL_CHUNK = (1 << _CHUNK_PAGES) - 1
 #: Bytes of a foreign bitmap that are looked at in one go.
 _BITMAP_STEP = 512
+#: Bits of a bitmap that are made in one step, and chunks that are passed over in one.
+_UNITS_PER_STEP = 1 << 19
+_SKIPPED_PER_STEP = 1024
+#: Bytes of ones that are put into a bitmap in one step.
+_FILLED_PER_STEP = 1 << 20
 
 
 def bitmap_size(length: int, page_size: int) -> int:
@@ -85,6 +90,54 @@ def check_report_pages(iova: int, length: int, page_size: int) -> None:
         )
     if not 0 <= iova <= _ADDRESS_SPACE - length:
         raise CommandError(f"{what}: the range must end at 2^64; nothing reported", errno.EINVAL)
+
+
+def check_report(iova: int, length: int, page_size: int, max_bitmap_size: int) -> int:
+    """Refuse a report that cannot be made, or is too large.
+
+    Args:
+        iova: first address of the range; any alignment.
+        length: bytes.
+        page_size: bytes per bit.
+        max_bitmap_size: bytes of the largest bitmap.
+
+    Returns:
+        Bytes of the bitmap.
+
+    Raises:
+        CommandError: EINVAL, as `check_report_pages`, or for a bitmap over the limit.
+    """
+    check_report_pages(iova, length, page_size)
+    size = bitmap_size(length, page_size)
+    if size > max_bitmap_size:
+        raise CommandError(
+            f"dirty report of {iova:#x}+{length:#x} with pages of {page_size} bytes: a bitmap of {size} bytes, "
+            f"{max_bitmap_size} are allowed; nothing reported",
+            errno.EINVAL,
+        )
+    return size
+
+
+def fill_in_steps(bitmap: bytearray, iova: int, page_size: int, start: int, end: int) -> Generator[None, None, None]:
+    """Set the bits of all pages that share a byte with a range, a bounded number at each step.
+
+    Args:
+        bitmap: the bitmap.
+        iova: address of its first page.
+        page_size: bytes per bit.
+        start: first address of the range, not before `iova`.
+        end: one past its last address; it is not beyond the bitmap.
+    """
+    first, last = (start - iova) // page_size, -(-(end - iova) // page_size)
+    while first < last:
+        if first % 8 or last - first < 8:
+            bitmap[first >> 3] |= 1 << first % 8
+            first += 1
+            continue
+        count = min(last - first >> 3, _FILLED_PER_STEP)
+        bitmap[first >> 3 : (first >> 3) + count] = b"\xff" * count
+        first += 8 * count
+        yield
 
 
 def fold(bitmap: bytes, factor: int) -> bytes:
@@ -206,16 +259,25 @@ class DirtyLog:
         """OR bits in, of which the first is the logged page `position`."""
         number, shift = divmod(position, _CHUNK_PAGES)
         bits <<= shift
-        while bits:
-            low = bits & _FULL_CHUNK
+        data = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+        for start in range(0, len(data), _CHUNK_PAGES // 8):
+            low = int.from_bytes(data[start : start + _CHUNK_PAGES // 8], "little")
             if low:
                 self._chunks[number] = self._chunks.get(number, 0) | low
-            bits >>= _CHUNK_PAGES
             number += 1
 
     def discard(self, iova: int, length: int) -> None:
         """Forget what is known about pages that lie wholly in a range, as when it is unmapped."""
-        self._take(iova, length)
+        for _ in self.discard_in_steps(iova, length):
+            pass
+
+    def discard_in_steps(self, iova: int, length: int) -> Generator[None, None, None]:
+        """`discard`, a bounded piece of work at each step."""
+        first, end = -(-iova >> self._shift), iova + length >> self._shift
+        for number in self._overlapping(first, end):
+            if number is not None:
+                self._take(number, first, end)
+            yield
 
     def clear(self) -> None:
         """Forget everything."""
@@ -244,31 +306,65 @@ class DirtyLog:
         Spec: DMA_LOGGING_REPORT, DIRTY_PAGES GET_BITMAP, DMA_UNMAP GET_DIRTY_BITMAP. Ranges need not match
             mappings.
         """
-        check_report_pages(iova, length, page_size)
-        size = bitmap_size(length, page_size)
-        if size > self.max_bitmap_size:
-            raise CommandError(
-                f"dirty report of {iova:#x}+{length:#x} with pages of {page_size} bytes: a bitmap of {size} bytes, "
-                f"{self.max_bitmap_size} are allowed; nothing reported",
-                errno.EINVAL,
-            )
+        steps = self.report_in_steps(iova, length, page_size)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return bytes(end.value)
+
+    def report_in_steps(self, iova: int, length: int, page_size: int) -> Generator[None, None, bytearray]:
+        """`report`, a bounded piece of work at each step; what is marked meanwhile is told, or stays dirty.
+
+        Args:
+            iova: first address of the range; any alignment.
+            length: bytes.
+            page_size: bytes per bit of the answer.
+
+        Returns:
+            The bitmap. If the generator is closed before its end, everything is dirty that was.
+
+        Raises:
+            CommandError: as `report`.
+        """
+        size = check_report(iova, length, page_size, self.max_bitmap_size)
         bitmap = bytearray(size)
-        self._render(iova, length, page_size, bitmap)
-        self._reported = self._take(iova, length)
-        return bytes(bitmap)
+        first, end = iova >> self._shift, -(-(iova + length) >> self._shift)
+        whole, whole_end = -(-iova >> self._shift), iova + length >> self._shift
+        taken: list[tuple[int, int]] = []
+        complete = False
+        try:
+            for number in self._overlapping(first, end):
+                if number is not None:
+                    bits = self._chunks[number]
+                    taken.append(self._take(number, whole, whole_end))
+                    yield from self._render(iova, length, page_size, number, bits, bitmap)
+                yield
+            complete = True
+        finally:
+            if not complete:
+                self._give_back(taken)
+        self._reported = taken
+        return bitmap
 
     def undo_report(self) -> None:
         """The last report did not reach the client: what it cleared is dirty again."""
-        for number, bits in self._reported:
-            self._chunks[number] = self._chunks.get(number, 0) | bits
+        self._give_back(self._reported)
         self._reported = []
 
-    def _render(self, iova: int, length: int, page_size: int, bitmap: bytearray) -> None:
-        """Put the dirty pages of a range into a bitmap of its own page size and alignment.
+    def _give_back(self, taken: list[tuple[int, int]]) -> None:
+        for number, bits in taken:
+            if bits:
+                self._chunks[number] = self._chunks.get(number, 0) | bits
 
-        Both page sizes are powers of two, so there is a common unit, the smaller of them. Each chunk goes
-        through at most four steps: cut to the range, spread logged pages into units, move units to where the
-        range begins, and gather units into the pages of the report. Only chunks that are dirty cost anything.
+    def _render(
+        self, iova: int, length: int, page_size: int, number: int, chunk: int, bitmap: bytearray
+    ) -> Generator[None, None, None]:
+        """Put a chunk's dirty pages into a bitmap of its own page size and alignment.
+
+        Both page sizes are powers of two, so there is a common unit, the smaller of them. The chunk goes through at
+        most four steps: cut to the range, spread logged pages into units, move units to where the range begins, and
+        gather units into the pages of the report. A chunk whose pages become very many is cut into parts.
         """
         unit = min(page_size, self.page_size)
         spread = self.page_size // unit
@@ -277,9 +373,16 @@ class DirtyLog:
         pages = -(-(iova + length) >> self._shift) - first
         lead, crooked = divmod(iova - (first << self._shift), unit)
         units = -(-length // unit)
-        for number, bits in self._overlapping(first, first + pages):
-            position = (number << _CHUNK_SHIFT) - first
-            bits, position = _cut(bits, position, pages)
+        at = (number << _CHUNK_SHIFT) - first
+        if spread == gather == 1 and not lead and not crooked and not at % 8 and 0 <= at <= units - _CHUNK_PAGES:
+            bitmap[at >> 3 : at + _CHUNK_PAGES >> 3] = chunk.to_bytes(_CHUNK_PAGES >> 3, "little")
+            return
+        part = max(1, min(_CHUNK_PAGES, _UNITS_PER_STEP // spread))
+        for start in range(0, _CHUNK_PAGES, part):
+            bits = chunk >> start & (1 << part) - 1
+            if not bits:
+                continue
+            bits, position = _cut(bits, at + start, pages)
             if spread > 1:
                 bits = _replicate_int(bits, spread)
                 position *= spread
@@ -291,31 +394,34 @@ class DirtyLog:
             bits, position = _cut(bits, position, units)
             if bits:
                 _put(bitmap, *_gather(bits, position, gather))
+            if spread > 1:
+                yield
 
-    def _overlapping(self, first: int, end: int) -> list[tuple[int, int]]:
-        """The dirty chunks that share pages with [first, end), in any order."""
+    def _overlapping(self, first: int, end: int) -> Iterator[int | None]:
+        """The dirty chunks that share pages with [first, end), in any order; now and then None, for whoever counts."""
+        if first >= end:
+            return
         low, high = first >> _CHUNK_SHIFT, end - 1 >> _CHUNK_SHIFT
         chunks = self._chunks
-        if high - low < len(chunks):
-            return [(number, chunks[number]) for number in range(low, high + 1) if number in chunks]
-        return [(number, bits) for number, bits in chunks.items() if low <= number <= high]
+        numbers = range(low, high + 1) if high - low < len(chunks) else list(chunks)
+        for count, number in enumerate(numbers):
+            if low <= number <= high and number in chunks:
+                yield number
+            elif not count % _SKIPPED_PER_STEP:
+                yield None
 
-    def _take(self, iova: int, length: int) -> list[tuple[int, int]]:
-        """Clear the pages that lie wholly in a range; returns what was dirty."""
-        first = -(-iova >> self._shift)
-        end = iova + length >> self._shift
-        taken = []
-        for number, bits in self._overlapping(first, end) if first < end else ():
-            base = number << _CHUNK_SHIFT
-            low = max(first - base, 0)
-            high = min(end - base, _CHUNK_PAGES)
-            inside = bits & ((1 << high) - (1 << low))
-            taken.append((number, inside))
-            if inside == bits:
-                del self._chunks[number]
-            else:
-                self._chunks[number] = bits ^ inside
-        return taken
+    def _take(self, number: int, first: int, end: int) -> tuple[int, int]:
+        """Clear the pages of a chunk that lie in [first, end); returns the chunk and what was dirty."""
+        bits = self._chunks[number]
+        base = number << _CHUNK_SHIFT
+        low = max(first - base, 0)
+        high = min(end - base, _CHUNK_PAGES)
+        inside = bits & ((1 << high) - (1 << low)) if low < high else 0
+        if inside == bits:
+            del self._chunks[number]
+        else:
+            self._chunks[number] = bits ^ inside
+        return number, inside
 
 
 def _cut(bits: int, position: int, end: int) -> tuple[int, int]:

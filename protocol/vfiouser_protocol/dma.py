@@ -16,6 +16,7 @@ sorted list of its own. Its rules:
 from __future__ import annotations
 
 import errno
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterator
 from typing import Any, NoReturn
@@ -238,13 +239,16 @@ class DmaMap:
                 return
             yield region
 
-    def segments(self, address: int, count: int, write: bool) -> list[tuple[DmaRegion, int, int]]:
+    def segments(
+        self, address: int, count: int, write: bool, most: int = sys.maxsize
+    ) -> list[tuple[DmaRegion, int, int]]:
         """Split one DMA access into a part per region.
 
         Args:
             address: DMA address of the first byte.
             count: bytes.
             write: True if the device writes client memory.
+            most: parts that are looked for; what lies behind them is neither judged nor returned.
 
         Returns:
             (region, offset in the region, bytes) in address order; empty for a count of 0.
@@ -263,7 +267,7 @@ class DmaMap:
         what = f"DMA {'write' if write else 'read'} of {address:#x}+{count:#x}"
         parts: list[tuple[DmaRegion, int, int]] = []
         position = address
-        while position < end:
+        while position < end and len(parts) < most:
             if region is None:
                 raise DmaFault(f"{what}: {position:#x} is not mapped; nothing transferred")
             if not region.flags & need:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 from vfiouser_protocol.dirty import DirtyLog, bitmap_size, check_report_pages, logging_page_size
 from vfiouser_protocol.dma import ADDRESS_SPACE
@@ -28,7 +28,7 @@ class DmaLogging:
     """
 
     def __init__(self, max_bitmap_size: int = DEFAULT_MAX_BITMAP_SIZE) -> None:
-        self._max_bitmap_size = max_bitmap_size
+        self.max_bitmap_size = max_bitmap_size
         self._log: DirtyLog | None = None
         self._wished = 0
         self._ranges: tuple[LoggingRange, ...] = ()
@@ -92,7 +92,7 @@ class DmaLogging:
         """
         chosen, wanted = self.plan(page_size, ranges)
         if self._log is None:
-            self._log = DirtyLog(chosen, self._max_bitmap_size)
+            self._log = DirtyLog(chosen, self.max_bitmap_size)
             self._wished = page_size
             self._ranges = wanted
         return chosen
@@ -151,6 +151,15 @@ class DmaLogging:
         if not mapped:
             raise CommandError(f"dirty report of {iova:#x}+{length:#x}: nothing is mapped there", errno.ENOENT)
         self._require_active()
+
+    def unmapped_in_steps(self, iova: int, length: int) -> Generator[None, None, None]:
+        """`unmapped`, a bounded piece of work at each step."""
+        if self._log is not None:
+            yield from self._log.discard_in_steps(iova, length)
+
+    def report_in_steps(self, iova: int, length: int, page_size: int) -> Generator[None, None, bytearray]:
+        """`report`, a bounded piece of work at each step; see `DirtyLog.report_in_steps`."""
+        return self._require_active().report_in_steps(iova, length, page_size)
 
     def report(self, iova: int, length: int, page_size: int) -> bytes:
         """Read and clear the dirty bits of a range; see `DirtyLog.report`.

@@ -37,6 +37,10 @@ MAX_FILE_OFFSET = (1 << 63) - 1
 MAX_CONFIG_SIZE = 4096
 #: Sub-regions of one region that have descriptors of their own; each needs one in a single reply.
 MAX_IO_FDS = 512
+#: Writes of one REGION_WRITE_MULTI, and ranges of one DMA_LOGGING_START: each message is decoded in one piece. QEMU
+#: sends 200 writes and a few ranges; the kernel takes 256 ranges.
+MAX_MULTI_WRITES = 4096
+MAX_LOGGING_RANGES = 1024
 #: Error numbers that a reply may carry (libvfio-user accepts 1…4096).
 MAX_ERRNO = 4096
 

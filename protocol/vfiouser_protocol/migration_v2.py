@@ -18,6 +18,7 @@ from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import DeviceState, Feature, FeatureFlags, MigrationFlags
 from vfiouser_protocol.dirty import bitmap_size, check_report_pages
 from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.limits import MAX_LOGGING_RANGES
 from vfiouser_protocol.messages import (
     DeviceFeature,
     FeatureDeviceState,
@@ -274,7 +275,15 @@ class FeatureCall(NamedTuple):
         Args:
             bitmap: the dirty pages of the range that was asked about.
         """
-        return self._got(self.payload[_FIXED:32] + bitmap)
+        return self.report_head(len(bitmap)) + bitmap
+
+    def report_head(self, size: int) -> bytes:
+        """Return what comes before the bitmap in the reply to a GET of DMA_LOGGING_REPORT.
+
+        Args:
+            size: bytes of the bitmap.
+        """
+        return encode(DeviceFeature(32 + size, self.request.flags, self.payload[_FIXED:32]))
 
     def _got(self, data: bytes) -> bytes:
         return encode(DeviceFeature(_FIXED + len(data), self.request.flags, data))
@@ -313,11 +322,20 @@ def interpret_feature(payload: bytes, supported: Collection[int] = ALL_FEATURES)
         raise CommandError(f"{what}: without PROBE exactly one of GET and SET is allowed; refused")
     method = methods[wanted[0]]
     require_argsz(request.argsz, len(payload) if method.reply is None else method.reply)
+    if method.data is FeatureLoggingStart:
+        _check_range_count(request.data)
     data = None if method.data is None else decode(method.data, request.data)
     if isinstance(data, FeatureLoggingReport):
         check_report_pages(data.iova, data.length, data.page_size)
         require_argsz(request.argsz, 32 + bitmap_size(data.length, data.page_size))
     return FeatureCall(method.action, request, payload, data)
+
+
+def _check_range_count(data: bytes) -> None:
+    """Refuse more ranges than we take, before they are decoded."""
+    count = int.from_bytes(data[8:12], "little")
+    if count > MAX_LOGGING_RANGES:
+        raise CommandError(f"logging of {count} ranges; at most {MAX_LOGGING_RANGES} are taken; not started")
 
 
 def _names(methods: Collection[int]) -> str:

@@ -134,14 +134,26 @@ class MsixTable:
         """Copy the state."""
         return MsixSnapshot(bytes(self._table), bytes(self._pending), self.written)
 
+    def check(self, snapshot: MsixSnapshot) -> None:
+        """Refuse a state that this table cannot have.
+
+        Raises:
+            ValueError: it is of another size, or has bits that a client cannot write or vectors that there are not.
+        """
+        if len(snapshot.table) != len(self._table) or len(snapshot.pending) != len(self._pending):
+            raise ValueError(f"snapshot of {len(snapshot.table)} bytes for an MSI-X table of {len(self._table)}")
+        if int.from_bytes(snapshot.table, "little") & ~int.from_bytes(self._writable, "little"):
+            raise ValueError("snapshot of an MSI-X table with reserved bits set")
+        if int.from_bytes(snapshot.pending, "little") >> self.vectors:
+            raise ValueError(f"snapshot of an MSI-X table with more than {self.vectors} vectors pending")
+
     def restore(self, snapshot: MsixSnapshot) -> None:
         """Take over a state.
 
         Raises:
-            ValueError: the snapshot is of another size; nothing changed.
+            ValueError: as `check`; nothing changed.
         """
-        if len(snapshot.table) != len(self._table) or len(snapshot.pending) != len(self._pending):
-            raise ValueError(f"snapshot of {len(snapshot.table)} bytes for an MSI-X table of {len(self._table)}")
+        self.check(snapshot)
         self._table[:] = snapshot.table
         self._pending[:] = snapshot.pending
         self.written = snapshot.written

@@ -393,14 +393,25 @@ class ConfigSpace:
         """Copy the state."""
         return ConfigSnapshot(bytes(self._values), bytes(self._as_written))
 
+    def check(self, snapshot: ConfigSnapshot) -> None:
+        """Refuse a state that this config space cannot have.
+
+        Raises:
+            ValueError: it is of another size, or in a power state that the function does not have.
+        """
+        if len(snapshot.values) != self.size or len(snapshot.as_written) != self.size:
+            raise ValueError(f"snapshot of {len(snapshot.values)} bytes for a config space of {self.size}")
+        power = self._masks.power
+        if int.from_bytes(snapshot.values, "little") & power not in (0, power):
+            raise ValueError("snapshot of a config space in power state D1 or D2")
+
     def restore(self, snapshot: ConfigSnapshot) -> None:
         """Take over a state; read-only bits stay this function's own.
 
         Raises:
-            ValueError: the snapshot is of another size; nothing changed.
+            ValueError: as `check`; nothing changed.
         """
-        if len(snapshot.values) != self.size or len(snapshot.as_written) != self.size:
-            raise ValueError(f"snapshot of {len(snapshot.values)} bytes for a config space of {self.size}")
+        self.check(snapshot)
         mutable = int.from_bytes(self._writable, "little") | int.from_bytes(self._clearable, "little")
         own = int.from_bytes(self._values, "little")
         theirs = int.from_bytes(snapshot.values, "little")

@@ -282,6 +282,14 @@ async def test_write_multi(tmp_path: Path, backend: str) -> None:
         answer = await client.succeed(WRITE_MULTI, struct.pack("<Q", 3) + b"".join(writes))
         assert struct.pack("<Q", 1) == answer.payload
         assert 1 == await client.read32(0, 0x04)
+        writes[1] = writes[2]
+        for count in (200, 4096):
+            answer = await client.succeed(WRITE_MULTI, struct.pack("<Q", count) + writes[2] * (count - 1) + writes[0])
+            assert struct.pack("<Q", count) == answer.payload
+            assert 1 == await client.read32(0, 0x04)
+        too_many = struct.pack("<Q", 4097) + writes[2] * 4097
+        assert errno.EINVAL == await client.errno(WRITE_MULTI, too_many)
+        assert 1 == await client.read32(0, 0x04)
 
 
 async def test_refusals_carry_their_errno(tmp_path: Path, backend: str) -> None:

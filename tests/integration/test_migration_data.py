@@ -315,6 +315,27 @@ async def test_dirty_log_outlives_a_reset(tmp_path: Path) -> None:
     os.close(fd)
 
 
+async def test_a_reset_with_petabytes_mapped(tmp_path: Path) -> None:
+    """What is dirty as a whole is noted as such, so ranges of any size cost neither time nor memory."""
+    fd = memfd(1 << 16)
+    size = 1 << 43
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        await src.dma_map(0, 1 << 16, fd)
+        for number in range(1, 1025):
+            await src.dma_map(number * size, size)
+        await src.start_logging()
+        await src.set_state(STOP)
+        with trio.fail_after(5):
+            await src.succeed(RESET)
+            assert set(range(8)) == await src.report(0, 1 << 15)
+            assert set(range(256)) == await src.report(3 * size + (1 << 40), 1 << 20)
+            assert set() == await src.report(3 * size + (1 << 40), 1 << 20)
+            assert set(range(16)) == await src.report(1 << 15, 1 << 15, 2048)
+        await src.dma_unmap(7 * size, size)
+        assert set() == await src.report(0, 1 << 16)
+    os.close(fd)
+
+
 async def test_report_rules(tmp_path: Path) -> None:
     """Unmapped is ENOENT, not logging is EINVAL; ranges need not be mappings; pages convert; later maps count."""
     fd = memfd(1 << 20)

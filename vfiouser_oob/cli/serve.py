@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vfiouser_oob.cli.errors import ExitCode
+from vfiouser_oob.cli.long_lived import settle_objects
 from vfiouser_oob.cli.options import (
     add_control_socket_argument,
     add_logging_arguments,
@@ -143,5 +144,6 @@ def run(args: argparse.Namespace) -> int:
     from vfiouser_oob.server.daemon import run_daemon
 
     log.configure(config.log_level, config.log_format)
+    settle_objects()
     trio.run(run_daemon, config)
     return ExitCode.DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vfiouser_oob.cli.errors import ExitCode
+from vfiouser_oob.cli.long_lived import settle_objects
 from vfiouser_oob.cli.options import add_logging_arguments, count, option
 from vfiouser_oob.config.devices import read_cmb_size, read_namespace_size
 from vfiouser_oob.config.schema import Doorbells, LogFormat, LogLevel
@@ -178,5 +179,6 @@ def run(args: argparse.Namespace) -> int:
     from vfiouser_oob.simulator.soc import run_soc
 
     log.configure(options.log_level, options.log_format)
+    settle_objects()
     trio.run(run_soc, options)
     return ExitCode.DONE

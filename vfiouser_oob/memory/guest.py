@@ -12,6 +12,7 @@ import trio
 from vfiouser_oob.memory.files import FileFacts, FileTable, GuestFile, examine, is_memory
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
+from vfiouser_oob.transport.turns import Lane
 from vfiouser_oob.transport.worker import Worker
 from vfiouser_protocol.dma import DmaMap, DmaRegion
 from vfiouser_protocol.errors import CommandError, DmaFault
@@ -19,6 +20,8 @@ from vfiouser_protocol.messages import DmaMap as DmaMapRequest
 from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
 T = TypeVar("T")
+#: Ranges of one access that are looked up and used in one turn: a client may map its memory in windows of a few bytes.
+_RANGES_PER_TURN = 64
 
 
 class DmaMessages(Protocol):
@@ -61,6 +64,7 @@ class GuestMemory:
         self._check_files = check_files
         self._in_flight = 0
         self._quiet = trio.Event()
+        self._lane = Lane()
         self._worker = Worker(account)
         self.map = DmaMap(max_maps)
         self.files = FileTable(account)
@@ -181,15 +185,20 @@ class GuestMemory:
             DmaFault: no mapping allows it, or the client could not serve it.
         """
         parts = []
-        for region, offset, length in self.map.segments(address, count, False):
-            file: GuestFile | None = region.owner
-            if file is None or self.by_message:
-                parts.append(await self._messages.dma_read(region.address + offset, length))
-            elif file.in_memory:
-                parts.append(file.read(region.offset + offset, length))
-            else:
-                parts.append(await self._in_thread(file, partial(file.read, region.offset + offset, length)))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        end = address + count
+        while True:
+            for region, offset, length in self.map.segments(address, end - address, False, _RANGES_PER_TURN):
+                file: GuestFile | None = region.owner
+                if file is None or self.by_message:
+                    parts.append(await self._messages.dma_read(region.address + offset, length))
+                elif file.in_memory:
+                    parts.append(file.read(region.offset + offset, length))
+                else:
+                    parts.append(await self._in_thread(file, partial(file.read, region.offset + offset, length)))
+                address += length
+            if address >= end:
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            await self._lane.turn()
 
     async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Write client memory (device DMA write).
@@ -203,18 +212,25 @@ class GuestMemory:
         """
         view = memoryview(data)
         done = 0
-        for region, offset, length in self.map.segments(address, len(view), True):
-            part = view[done : done + length]
-            file: GuestFile | None = region.owner
-            if file is None or self.by_message:
-                await self._messages.dma_write(region.address + offset, bytes(part))
-            else:
-                # What could change while the thread is at it, is copied.
-                kept = part if view.readonly else bytes(part)
-                await self._write_in_thread(region.address + offset, file, region.offset + offset, kept)
-                if self.on_write is not None:
-                    self.on_write(region.address + offset, length)
-            done += length
+        while True:
+            for region, offset, length in self.map.segments(address + done, len(view) - done, True, _RANGES_PER_TURN):
+                if done:  # one that the thread has finished goes on at once, and there may be very many
+                    await self._lane.turn()
+                await self._write_part(region, offset, view[done : done + length])
+                done += length
+            if done == len(view):
+                return
+
+    async def _write_part(self, region: DmaRegion, offset: int, part: memoryview) -> None:
+        file: GuestFile | None = region.owner
+        if file is None or self.by_message:
+            await self._messages.dma_write(region.address + offset, bytes(part))
+            return
+        # What could change while the thread is at it, is copied.
+        kept = part if part.readonly else bytes(part)
+        await self._write_in_thread(region.address + offset, file, region.offset + offset, kept)
+        if self.on_write is not None:
+            self.on_write(region.address + offset, len(part))
 
     async def _write_in_thread(self, address: int, file: GuestFile, offset: int, part: bytes | memoryview) -> None:
         try:

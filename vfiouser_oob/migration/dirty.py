@@ -9,7 +9,8 @@ are slow, pages that are not copied are lost data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Awaitable, Generator, Iterable, Iterator
 
 import trio
 
@@ -19,6 +20,8 @@ from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.limits import check_page_size
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.transport.turns import Lane
+from vfiouser_protocol.dirty import check_report, fill_in_steps
 from vfiouser_protocol.dma import ADDRESS_SPACE, DmaMap, DmaRegion
 from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError
@@ -28,6 +31,8 @@ from vfiouser_protocol.messages import LoggingRange
 _SPAN = 8 << 30
 #: Answers in a row that say that there is more; an agent that never ends is not believed.
 _MAX_ANSWERS = 4096
+#: Regions that are looked up in one step.
+_REGIONS_PER_STEP = 1024
 
 
 class DirtyTracker:
@@ -64,6 +69,11 @@ class DirtyTracker:
         #: Bytes per page that the agent uses; 0 while it does not log.
         self._agent_page = 0
         self._blind = False
+        #: Memory that is dirty as a whole, sorted and apart: too much of it may be mapped to be marked page by page.
+        self._stale: list[tuple[int, int]] = []
+        #: What of it the last report has told.
+        self._told: list[tuple[int, int]] = []
+        self._lane = Lane()
 
     # Start and stop
 
@@ -119,6 +129,7 @@ class DirtyTracker:
         """End logging; legal at any time."""
         self.log.stop()
         self._blind = False
+        self._stale, self._told = [], []
         if self._agent_page:
             self._agent_page = 0
             self._link.logging = False
@@ -149,8 +160,7 @@ class DirtyTracker:
             await self._start_agent(page_size, ranges, deadline)
         except AgentError:
             self._blind = True
-        for region in self._memory:
-            self._mark(region.address, region.end)
+        self._stale = merged((region.address, region.end) for region in self._memory)
 
     # Reports
 
@@ -158,13 +168,23 @@ class DirtyTracker:
         """The daemon itself wrote client memory through a file."""
         self.log.mark(iova, length)
 
-    def unmapped(self, iova: int, length: int) -> None:
-        """A mapping went away."""
+    def unmapped(self, iova: int, length: int) -> Awaitable[None] | None:
+        """A mapping went away; if it was a large one, forgetting its pages has to be waited for."""
+        if not self.log.active:
+            return None
+        if length > _SPAN or self._stale:
+            return self.forget_range(iova, length)
         self.log.unmapped(iova, length)
+        return None
+
+    async def forget_range(self, iova: int, length: int) -> None:
+        """Forget the dirty pages of memory that went away."""
+        self._take_stale(iova, iova + length)
+        await self._lane.work(self.log.unmapped_in_steps(iova, length))
 
     async def report(
         self, iova: int, length: int, page_size: int, deadline: float, regions: list[DmaRegion] | None = None
-    ) -> bytes:
+    ) -> bytearray:
         """Read and clear the dirty pages of a range.
 
         Args:
@@ -178,14 +198,43 @@ class DirtyTracker:
             CommandError: nothing is mapped there, nothing is logged, or the request is impossible.
         """
         if regions is None:
-            regions = list(self._memory.overlapping(iova, length))
+            regions = await self._lane.work(_gathered(self._memory.overlapping(iova, length)))
         self.log.require_report(iova, length, mapped=bool(regions))
-        for start, end in self._spans(iova, iova + length, regions):
-            if self._blind:
-                self._mark(start, end)
-            elif self._agent_page:
+        check_report(iova, length, page_size, self.log.max_bitmap_size)
+        spans = list(self._spans(iova, iova + length, regions))
+        if self._agent_page and not self._blind:
+            for start, end in spans:
+                await self._lane.turn()
                 await self._ask(start, end, deadline)
-        return self.log.report(iova, length, page_size)
+        bitmap = await self._lane.work(self.log.report_in_steps(iova, length, page_size))
+        self._told = self._take_stale(iova, iova + length)
+        complete = False
+        try:
+            for start, end in spans if self._blind else self._told:
+                await self._lane.work(fill_in_steps(bitmap, iova, page_size, start, end))
+            complete = True
+        finally:
+            if not complete:
+                self.undo_report()
+        return bitmap
+
+    def undo_report(self) -> None:
+        """The last report did not reach the client: what it said is dirty again."""
+        self.log.undo_report()
+        self._stale = sorted([*self._stale, *self._told])
+        self._told = []
+
+    def _take_stale(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Cut a range out of what is dirty as a whole; returns what was there."""
+        stale = self._stale
+        low = bisect_right(stale, first, key=lambda item: item[1])
+        high = bisect_left(stale, last, key=lambda item: item[0])
+        found = stale[low:high]
+        if not found:
+            return []
+        rest = [(found[0][0], first), (last, found[-1][1])]
+        stale[low:high] = [(start, end) for start, end in rest if start < end]
+        return [(max(start, first), min(end, last)) for start, end in found]
 
     def by_file(self, iova: int, length: int) -> bool:
         """Whether any of a range came with a file, so that the device may write it unseen by the client."""
@@ -239,6 +288,26 @@ class DirtyTracker:
     def _mark(self, start: int, end: int) -> None:
         if start < end:
             self.log.mark(start, end - start)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges that touch; they come in order, and none overlaps another."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return joined
+
+
+def _gathered(regions: Iterator[DmaRegion]) -> Generator[None, None, list[DmaRegion]]:
+    """Make a list, a few entries at each step. The map stays as it is meanwhile: its client waits for this."""
+    found = []
+    for region in regions:
+        found.append(region)
+        if not len(found) % _REGIONS_PER_STEP:
+            yield
+    return found
 
 
 def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -27,7 +27,7 @@ from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.limits import DEFAULT_MAX_BITMAP_SIZE
 from vfiouser_protocol.messages import DmaUnmap
 
-Answer: TypeAlias = "bytes | Awaitable[bytes]"
+Answer: TypeAlias = "bytes | Awaitable[bytes | Pieces]"
 #: What is needed of configuration space to find the registers that reset the function.
 _CONFIG_HEAD = 256
 
@@ -52,14 +52,15 @@ class MigrationPort:
         self.shadow = device.shadow
         self._device = device
         self._page_size = 4096
-        bitmap = client.migration.max_bitmap_size if client.migration is not None else DEFAULT_MAX_BITMAP_SIZE
+        taken = client.migration.max_bitmap_size if client.migration is not None else DEFAULT_MAX_BITMAP_SIZE
         self.dirty = DirtyTracker(
             engine.link,
             engine.tracer,
             session.memory.map,
             device_seen=session.device_seen,
             by_message=session.memory.by_message,
-            max_bitmap_size=bitmap,
+            # Whatever the client would take: this is memory of ours, and no VMM takes more.
+            max_bitmap_size=min(taken, DEFAULT_MAX_BITMAP_SIZE),
             call_s=engine.config.call_s,
         )
         use_v1, use_v2 = _generations(engine.config, announced) if self.migratable else (False, False)
@@ -118,10 +119,10 @@ class MigrationPort:
         require_dirty_range(call, mapped=mapped, by_file=self.dirty.by_file(iova, length))
         if call.short is not None:
             return call.short
-        reply = call.reply(await self.dirty.report(iova, length, call.page_size, deadline))
+        reply = call.reply(bytes(await self.dirty.report(iova, length, call.page_size, deadline)))
         if posted:
             # A report that is not sent has told nobody anything.
-            self.dirty.log.undo_report()
+            self.dirty.undo_report()
         return reply
 
     async def unmap_dirty(self, request: DmaUnmap) -> bytes:
@@ -150,8 +151,8 @@ class MigrationPort:
         if done is not None:
             await done
         bitmap = await self.dirty.report(request.address, request.size, page_size, message_deadline(), regions)
-        self.dirty.unmapped(request.address, request.size)
-        return encode(request._replace(bitmap=bitmap))
+        await self.dirty.forget_range(request.address, request.size)
+        return encode(request._replace(bitmap=bytes(bitmap)))
 
     # What the connection tells
 

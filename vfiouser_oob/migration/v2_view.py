@@ -24,7 +24,7 @@ from vfiouser_protocol.messages import (
 from vfiouser_protocol.migration_v2 import READABLE, WRITABLE, FeatureAction, FeatureCall, interpret_feature
 from vfiouser_protocol.rules import check_request
 
-Answer: TypeAlias = "bytes | Awaitable[bytes]"
+Answer: TypeAlias = "bytes | Awaitable[bytes | Pieces]"
 #: argsz and size of a reply to MIG_DATA_READ. It is not encoded as a whole, since its data lies in several places.
 _DATA_HEAD = struct.Struct("<II")
 
@@ -70,10 +70,10 @@ class V2View:
             return self._unheard(answer)
         return answer
 
-    async def _unheard(self, answer: Awaitable[bytes]) -> bytes:
+    async def _unheard(self, answer: Awaitable[bytes | Pieces]) -> bytes | Pieces:
         """A report that is not sent has told nobody anything."""
         reply = await answer
-        self._dirty.log.undo_report()
+        self._dirty.undo_report()
         return reply
 
     def _get_state(self, call: FeatureCall) -> Answer:
@@ -97,11 +97,11 @@ class V2View:
         await self._dirty.stop(message_deadline())
         return call.echo()
 
-    async def _report(self, call: FeatureCall) -> bytes:
+    async def _report(self, call: FeatureCall) -> Pieces:
         data = call.data
         assert isinstance(data, FeatureLoggingReport)
         bitmap = await self._dirty.report(data.iova, data.length, data.page_size, message_deadline())
-        return call.report(bitmap)
+        return Pieces([call.report_head(len(bitmap)), memoryview(bitmap)])
 
     def data_read(self, payload: bytes) -> Pieces | Awaitable[Pieces]:
         """MIG_DATA_READ: in STOP_COPY short only at the end, in PRE_COPY only when there is no more for now.

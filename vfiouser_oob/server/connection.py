@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -36,6 +36,7 @@ from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_oob.transport.quota import refusal_of
+from vfiouser_oob.transport.turns import SLICE_S, Lane
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, Command
@@ -49,9 +50,8 @@ if TYPE_CHECKING:
     from vfiouser_oob.server.function import Function
 
 #: Messages answered in a row before other tasks get their turn, however they came: a client that asks again at once can
-#: keep us from ever sleeping. Fewer, once they took so many seconds: some of them copy a megabyte.
+#: keep us from ever sleeping. One that does not wait for replies has its turn for the time of a slice only.
 _TURN = 32
-_TURN_S = 0.002
 #: What a handler returns when there is nothing to wait for.
 _READY = (bytes, Reply, Pieces)
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
@@ -106,6 +106,7 @@ class Connection(ClientLink):
         self._counts = function.counts
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
+        self._lane = Lane()
         self._queue_filled = trio.Event()
         self._queue_drained = trio.Event()
         self._lost: str | None = None
@@ -246,7 +247,7 @@ class Connection(ClientLink):
         """Read and answer until the stream ends."""
         stream = self.stream
         burst = turn = 0
-        turn_ends = 0.0
+        began = 0.0
         while True:
             message = stream.try_receive()
             if message is None:
@@ -256,19 +257,19 @@ class Connection(ClientLink):
                     turn = 0
                     await stream.wait_for_data()
                 continue
-            if burst:
+            if not burst:
+                began = time.monotonic()
+            else:
                 # The client sends without waiting for each reply, so replies may go together. The first one of a burst
                 # does not wait: it may be the only one, and its sender a virtual CPU.
                 stream.cork()
             self._take(message, twin=False)
             burst += 1
             turn += 1
-            if turn == 1:
-                turn_ends = monotonic() + _TURN_S
-            elif turn >= _TURN or monotonic() >= turn_ends:
+            if turn >= _TURN or (burst > 1 and time.monotonic() - began > SLICE_S):
                 stream.uncork()
                 burst = turn = 0
-                await trio.lowlevel.checkpoint()
+                await self._lane.rest()
                 if stream.congested or self._queue_is_full:
                     await self._make_room()
 
@@ -398,6 +399,7 @@ class Connection(ClientLink):
         """Answer in order what has to be waited for, and what queued up behind it."""
         while True:
             await self._queue_filled.wait()
+            began = time.monotonic()
             while self._queue:
                 queued = self._queue[0]
                 if isinstance(queued.event, Refused):
@@ -409,6 +411,9 @@ class Connection(ClientLink):
                 if self._hold is not None:
                     self._hold.unqueued(queued.event)
                 self._queue_drained.set()
+                if time.monotonic() - began > SLICE_S:  # what is carried out at once never waits by itself
+                    await self._lane.rest()
+                    began = time.monotonic()
             self._queue_filled = trio.Event()
 
     async def _finish(self, event: CommandReceived, queued: _Queued) -> None:

@@ -16,6 +16,7 @@ from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.pieces import Pieces
+from vfiouser_oob.transport.turns import Lane
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
@@ -24,6 +25,7 @@ from vfiouser_protocol.constants import (
     RegionIndex,
 )
 from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.limits import MAX_MULTI_WRITES
 from vfiouser_protocol.messages import (
     DeviceFeature,
     DeviceInfo,
@@ -59,6 +61,8 @@ _UNMAP_KNOWN = _UNMAP_BITMAP | _UNMAP_ALL
 _MAP_SIZE = 32
 _UNMAP_SIZE = 24
 _INFO_SIZE = 16
+#: Writes of one REGION_WRITE_MULTI that are done in one turn; a VMM sends fewer.
+_WRITES_PER_TURN = 64
 
 
 class Reply(NamedTuple):
@@ -99,6 +103,7 @@ class Handlers:
         self._config_index = -1 if port is None else int(RegionIndex.CONFIG)
         self._irqs = session.description.irqs
         self._max_transfer = max_transfer
+        self._lane = Lane()
         #: Size and access of each region as plain numbers, for the hot path.
         self._bounds = [(region.size, int(region.flags)) for region in self._regions]
         named: dict[Command, Handler] = {
@@ -189,12 +194,19 @@ class Handlers:
 
     def region_write_multi(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """REGION_WRITE_MULTI: the writes in order, up to the first that fails."""
+        count = int.from_bytes(payload[:8], "little")
+        if count > MAX_MULTI_WRITES:
+            raise CommandError(
+                f"REGION_WRITE_MULTI of {count} writes; at most {MAX_MULTI_WRITES} are taken; none is done"
+            )
         return self._write_in_order(decode(RegionWriteMulti, payload).writes, no_reply)
 
     async def _write_in_order(self, writes: Sequence[RegionWrite], posted: bool) -> bytes:
         done = 0
         try:
             for offset, region, count, data in writes:
+                if done and not done % _WRITES_PER_TURN:
+                    await self._lane.turn()
                 self._check_access(region, offset, count, _WRITE)
                 result = self._write(region, offset, data, posted)
                 if result is not None:
@@ -265,7 +277,9 @@ class Handlers:
         else:
             done = self._session.dma_unmap(request)
             if self._port is not None:
-                self._port.dirty.unmapped(request.address, request.size)
+                forgotten = self._port.dirty.unmapped(request.address, request.size)
+                if forgotten is not None:
+                    done = forgotten if done is None else _both(done, forgotten)
         reply = payload[:_UNMAP_SIZE]
         return reply if done is None else _then(done, reply)
 
@@ -316,6 +330,11 @@ def _with_migration(regions: Sequence[RegionSpec], view: V1View | None) -> Seque
 
 def _empty(done: Answer[None]) -> Result:
     return NO_PAYLOAD if done is None else _then(done, NO_PAYLOAD)
+
+
+async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
+    await first
+    await second
 
 
 async def _then(done: Awaitable[None], reply: bytes) -> bytes:

@@ -17,7 +17,7 @@ from nvmebed.moving import agent_function, migrate, moved_driver, session_of, sp
 from vfiouser_agents.errors import CorruptState
 from vfiouser_oob.simulator.agent.payload import SavedParts, StateReader, StateWriter
 from vfiouser_oob.simulator.agent.state_memory import StateMemory, StateMemoryOptions
-from vfiouser_oob.simulator.nvme import snapshot
+from vfiouser_oob.simulator.nvme import snapshot, snapshot_reader
 from vfiouser_oob.simulator.nvme.stores import MemoryStore
 
 BLOCKS = 64
@@ -159,8 +159,8 @@ def test_snapshots_that_make_no_sense_are_refused(data: st.DataObject) -> None:
         )
         for name in data.draw(st.lists(st.sampled_from(sorted(raw)), min_size=1, max_size=3)):
             raw[name] = data.draw(junk)
-        with contextlib.suppress(snapshot.BadSnapshot):
-            snapshot.parse(msgpack.packb(raw), function)
+        with contextlib.suppress(snapshot_reader.BadSnapshot):
+            snapshot_reader.parse(msgpack.packb(raw), function)
     finally:
         function.close()
 

@@ -182,6 +182,7 @@ REFUSED = {
     "SET 2 short": feature(SET | 2, bytes(7)),
     "SET 6 short": feature(SET | 6, bytes(15)),
     "SET 6 ranges missing": feature(SET | 6, struct.pack("<QII", 4096, 2, 0) + bytes(16)),
+    "SET 6 1025 ranges": feature(SET | 6, struct.pack("<QII", 4096, 1025, 0) + bytes(1025 * 16)),
     "SET 6 four billion ranges": feature(SET | 6, struct.pack("<QII", 4096, 0xFFFF_FFFF, 0)),
     "GET 8 short": feature(GET | 8, REPORT[:23]),
     "GET 8 argsz": feature(GET | 8, REPORT, argsz=63),

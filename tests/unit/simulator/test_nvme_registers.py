@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from nvmebed import CommandFailed, Driver, Host, machine, make_function
+from nvmebed import CommandFailed, Driver, Host, Queue, machine, make_function
 from vfiouser_oob.devices.model import ResetKind
 from vfiouser_protocol.errors import CommandError
 
@@ -228,3 +228,64 @@ async def test_bus_master_off_is_a_fault_not_a_crash() -> None:
         await m.driver.enable()
         with pytest.raises(CommandFailed):
             await m.driver.admin(0x7F)
+
+
+@pytest.mark.parametrize("how", [1, 2])
+async def test_enabled_after_a_shutdown_while_disabled(how: int) -> None:
+    """A shutdown of a disabled controller is forgotten when it is enabled, whether SHN is cleared by that or stays."""
+    async with machine(io_queue=False) as m:
+        for kept in (0, how << 14):
+            await m.driver.disable()
+            m.driver.write32(CC, 0x460000 | how << 14)
+            await m.driver.status(SHST, 2 << 2)
+            m.driver.queues[0] = Queue(0, 32, m.driver.read64(ASQ), m.driver.read64(ACQ))
+            m.host.memory.poke(m.driver.read64(ACQ), bytes(32 * 16))
+            m.driver.write32(CC, 0x460001 | kept)
+            await m.driver.status(RDY | SHST, RDY)
+            assert 4096 == len(await m.driver.identify(1))
+
+
+async def test_shutdown_in_the_write_that_disables() -> None:
+    """EN cleared and SHN set at once: the controller is reset, and the shutdown completes."""
+    async with machine() as m:
+        m.driver.write32(CC, m.driver.cc & ~1 | 1 << 14)
+        await m.driver.status(RDY | SHST, 2 << 2)
+
+
+async def test_shutdown_in_the_write_that_enables() -> None:
+    """EN and SHN set at once: the controller becomes ready, and is shut down."""
+    async with machine(io_queue=False) as m:
+        await m.driver.disable()
+        m.driver.write32(CC, m.driver.cc | 1 << 14)
+        await m.driver.status(RDY | SHST, RDY | 2 << 2)
+
+
+async def test_shutdown_goes_on_when_the_reset_keeps_shn() -> None:
+    """A host that clears EN and leaves SHN set, and waits for SHST, does not wait for ever."""
+    async with machine() as m:
+        m.driver.write32(CC, m.driver.cc | 1 << 14)
+        await m.driver.status(SHST, 2 << 2)
+        m.driver.write32(CC, m.driver.cc & ~1 | 1 << 14)
+        await m.driver.status(RDY | SHST, 2 << 2)
+
+
+async def test_shutdown_completes_after_a_fatal_error() -> None:
+    """A fatal error while the shutdown waits for commands: CFS is set and the shutdown completes all the same."""
+    async with machine() as m:
+        page = m.driver.alloc(4096)
+        m.host.memory.hold(page, 4096)
+        m.driver.submit(m.io, 0x02, nsid=1, prp1=page)
+        await trio.testing.wait_all_tasks_blocked()
+        m.driver.write32(CC, m.driver.cc | 1 << 14)
+        await trio.testing.wait_all_tasks_blocked()
+        assert 1 << 2 == m.driver.read32(CSTS) & SHST
+        m.function.disconnected()
+        await m.driver.status(CFS | SHST, CFS | 2 << 2)
+
+
+async def test_page_size_is_fixed_while_enabled() -> None:
+    """Memory page size, command set and arbitration keep their values while EN is set."""
+    async with machine() as m:
+        m.driver.write32(CC, m.driver.cc | 15 << 7 | 7 << 4 | 7 << 11)
+        assert m.driver.cc == m.driver.read32(CC)
+        assert 4096 == len(await m.driver.identify(1))

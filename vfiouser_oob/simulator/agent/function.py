@@ -17,7 +17,7 @@ from vfiouser_agents.events import EventFeed
 from vfiouser_oob.devices.base import ResetKind
 from vfiouser_oob.simulator.agent.payload import LoadedParts, SavedParts, StateReader, StateWriter
 from vfiouser_oob.simulator.agent.state_memory import StateMemory, StateMemoryOptions
-from vfiouser_oob.simulator.nvme import snapshot
+from vfiouser_oob.simulator.nvme import snapshot, snapshot_reader
 from vfiouser_oob.simulator.nvme.function import NvmeFunction
 from vfiouser_oob.simulator.nvme.spec import Register
 from vfiouser_oob.simulator.nvme.suspension import SuspensionEnded
@@ -250,8 +250,8 @@ class AgentFunction:
             CorruptState: the controller's part makes no sense; nothing was applied.
         """
         try:
-            controller = snapshot.parse(parts.controller, self.nvme)
-        except snapshot.BadSnapshot as error:
+            controller = snapshot_reader.parse(parts.controller, self.nvme)
+        except snapshot_reader.BadSnapshot as error:
             raise CorruptState(f"{error}; nothing was applied") from error
         snapshot.apply(controller, self.nvme)
         if self.nvme.cmb_memory is not None:

@@ -22,6 +22,8 @@ _PAGE = 4096
 _WORKING_SET_PART = 16
 #: What a block begins with: its index and its version.
 _LABEL = struct.Struct("<QQ")
+#: A version that a stream brings; it goes on being raised here.
+_MAX_VERSION = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class StateMemory:
         if not 0 <= index < self.blocks or len(data) != self.length(index):
             raise ValueError(f"block {index} with {len(data)} bytes; there are {self.blocks} blocks")
         version: int = _LABEL.unpack_from(data)[1]
-        if not version or data != self._contents(index, version):
+        if not 0 < version <= _MAX_VERSION or data != self._contents(index, version):
             raise ValueError(f"block {index} does not hold what the function can have written there")
         return version
 

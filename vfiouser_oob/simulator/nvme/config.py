@@ -56,6 +56,11 @@ class ControllerLimits:
     timeout_s: float = 20.0
 
     @property
+    def doorbells(self) -> int:
+        """How many doorbells there are: two for each pair of queues, the admin queues included."""
+        return 2 * (1 + self.io_queues)
+
+    @property
     def max_transfer(self) -> int:
         """Bytes of the largest data transfer of one command."""
         return 4096 << self.mdts

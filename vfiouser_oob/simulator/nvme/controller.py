@@ -49,6 +49,7 @@ from vfiouser_oob.simulator.nvme.spec import (
 )
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
 from vfiouser_oob.simulator.nvme.suspension import Clocks, Suspender, Suspension
+from vfiouser_oob.transport.turns import Lane
 
 if TYPE_CHECKING:
     from vfiouser_oob.devices.model import ModelHost
@@ -60,6 +61,8 @@ _NOTIFY_NAMESPACE = 8
 _CMB_BASE_INVALID = 1
 _MIN_PAGE_SHIFT = 12
 _SQES_SHIFT, _CQES_SHIFT = 6, 4
+#: Fields of CC that a host must not change while the controller is enabled; they keep their values then.
+_FIXED_WHILE_ENABLED = Cc.CSS | Cc.MPS | Cc.AMS
 
 
 class Controller:
@@ -94,9 +97,9 @@ class Controller:
         self.state = ControllerState()
         self.interrupts = interrupts(lambda: list(self.state.completion_queues.values()))
         self.doorbells = (
-            TrappedDoorbells(self._doorbell)
+            TrappedDoorbells(self._doorbell, limits.doorbells)
             if doorbell_memory is None
-            else PolledDoorbells(self._doorbell, doorbell_memory, poll_times or PollTimes())
+            else PolledDoorbells(self._doorbell, limits.doorbells, doorbell_memory, poll_times or PollTimes())
         )
         self._cmb = cmb
         capabilities = Capabilities(limits.max_entries, limits.timeout_s, limits.page_shift_max, cmb is not None)
@@ -120,6 +123,7 @@ class Controller:
         self._events = AsyncEvents(self.state, limits.event_requests, self._complete_event)
         self._identify = Identify(identity, limits, namespaces)
         self._host: ModelHost | None = None
+        self._lane = Lane()
         #: The epoch that the registers speak of; None while disabled.
         self._engine: QueueEngine | None = None
         #: Carries out a write that was kept during a suspension: offset into BAR0, bytes.
@@ -127,6 +131,8 @@ class Controller:
         #: The one whose tasks `run` holds, possibly an older one that is being wound up.
         self._running: QueueEngine | None = None
         self._flush_wanted = False
+        #: Shutdowns begun; a flush that ends when another has begun completes nothing.
+        self._shutdowns = 0
         self._wakeup = trio.Event()
         self.suspender = Suspender(self, identity.serial)
         #: Told (address, bytes) of every write to the client's memory.
@@ -181,12 +187,16 @@ class Controller:
         self.registers[Register.CSTS] = self._status() & ~clear | bits
 
     def _cc_written(self, old: int, new: int) -> None:
-        if (old ^ new) & Cc.EN:
-            if new & Cc.EN:
-                self._enable(new)
-            else:
-                self._disable()
-        elif new & Cc.SHN and not old & Cc.SHN:
+        """Take a write of CC, which may change several of its fields: EN first, and then SHN as a write of its own."""
+        notified = bool(old & Cc.SHN)
+        if old & new & Cc.EN:
+            self.registers[Register.CC] = new & ~_FIXED_WHILE_ENABLED | old & _FIXED_WHILE_ENABLED
+        elif new & Cc.EN:
+            self._enable(new)
+        elif old & Cc.EN:
+            self._disable()
+            notified = False  # the reset has ended that shutdown: if SHN is still set, this is a new one
+        if new & Cc.SHN and not notified:
             self._shut_down()
 
     def _mask_set(self, _: int, written: int) -> None:
@@ -214,6 +224,7 @@ class Controller:
 
     def _enable(self, cc: int) -> None:
         self._set_status(0, clear=Csts.CFS | Csts.SHST)
+        self.state.shut_down = self._flush_wanted = False
         page_shift = _page_shift(cc)
         aqa = self.registers[Register.AQA]
         asq, acq = self.registers[Register.ASQ], self.registers[Register.ACQ]
@@ -245,8 +256,9 @@ class Controller:
             self.state,
             epoch,
             dma,
+            self._lane,
             notify=self.interrupts.notify,
-            fatal=self._fatal,
+            fatal=lambda reason: self._fatal(engine, reason),
             failed=self._command_failed,
             clear_doorbell=self.doorbells.clear,
             entry_sizes_valid=self._entry_sizes_valid,
@@ -261,7 +273,7 @@ class Controller:
             logs=self.logs,
             events=self._events,
         )
-        io = IoCommands(dma, self.namespaces, self.limits, self.features, self.state.counters)
+        io = IoCommands(dma, self._lane, self.namespaces, self.limits, self.features, self.state.counters)
         engine.use(admin.handlers, io.handlers, self._events.abort)
         return engine
 
@@ -313,19 +325,23 @@ class Controller:
             self._engine.epoch.end()
             self.state.frozen = True
             self._set_status(Csts.CFS)
+            self._finish_shutdown_alone()
         self.interrupts.release()
 
-    def _fatal(self, reason: str) -> None:
-        """Stop for good; only a reset helps."""
+    def _fatal(self, engine: QueueEngine, reason: str) -> None:
+        """Stop for good; only a reset helps. What fails in a life that is over does not concern the next one."""
+        if engine is not self.live_engine:
+            return
         # Any guest can cause this, and any client that goes under I/O does, so it is no warning.
         _log.info("%s: fatal error: %s", self.identity.serial, reason)
         self._set_status(Csts.CFS)
-        if self._engine is not None:
-            self._engine.epoch.end()
+        engine.epoch.end()
+        self._finish_shutdown_alone()
 
     # Shutdown
 
     def _shut_down(self) -> None:
+        self._shutdowns += 1
         self.state.shut_down = True
         self._set_status(Csts.SHST_OCCURRING, clear=Csts.SHST)
         engine = self._engine
@@ -335,18 +351,27 @@ class Controller:
             self._flush_wanted = True
             self._wakeup.set()
 
+    def _finish_shutdown_alone(self) -> None:
+        """The epoch has ended, and with it the task that was to complete a shutdown: complete it without the queues."""
+        if self._status() & Csts.SHST == Csts.SHST_OCCURRING:
+            self._flush_wanted = True
+            self._wakeup.set()
+
     async def _quiesce(self, engine: QueueEngine) -> None:
         await engine.quiesce()
         await self._finish_shutdown()
 
     async def _finish_shutdown(self) -> None:
+        number = self._shutdowns
         for namespace in self.namespaces.values():
             try:
                 await namespace.flush()
             except NvmeError as error:
                 _log.error("%s: shutdown without a flush: %s", self.identity.serial, error)
                 self.logs.add_error(error.field, nsid=namespace.nsid)
-        if self.state.shut_down:  # else a reset came first
+        if (
+            self.state.shut_down and number == self._shutdowns
+        ):  # else a reset, or another shutdown after one, came first
             self._set_status(Csts.SHST_COMPLETE, clear=Csts.SHST)
 
     # Suspension: what `Suspender` asks of its owner
@@ -421,8 +446,7 @@ class Controller:
         self.registers.load(registers)
         self.interrupts.mask = interrupt_mask
         if self._cmb is not None:
-            control = self.registers[Register.CMBMSC]
-            self._cmb.control(control if control & CmbMsc.CRE else 0)
+            self._cmb_control_written(0, self.registers[Register.CMBMSC])
 
     # Doorbells, events, errors
 

@@ -44,10 +44,12 @@ class TrappedDoorbells:
 
     Args:
         sink: takes (doorbell number, value).
+        count: how many doorbells there are; of the rest of the page one number stands for all.
     """
 
-    def __init__(self, sink: DoorbellSink) -> None:
+    def __init__(self, sink: DoorbellSink, count: int) -> None:
         self._sink = sink
+        self._count = count
 
     def read(self, offset: int, count: int) -> bytes:
         """Return zeros: what a doorbell reads as is not defined."""
@@ -63,8 +65,12 @@ class TrappedDoorbells:
         if offset % DOORBELL_SIZE or len(data) % DOORBELL_SIZE:
             self._sink(-1, 0)
             return
-        for index, (value,) in enumerate(struct.iter_unpack("<I", data), offset // DOORBELL_SIZE):
-            self._sink(index, value)
+        first = offset // DOORBELL_SIZE
+        inside = max(0, min(len(data), (self._count - first) * DOORBELL_SIZE))
+        for number, (value,) in enumerate(struct.iter_unpack("<I", data[:inside]), first):
+            self._sink(number, value)
+        if inside < len(data):
+            self._sink(-1, 0)
 
     def clear(self, number: int | None = None) -> None:
         """Nothing is kept, so there is nothing to clear."""
@@ -75,12 +81,13 @@ class PolledDoorbells(TrappedDoorbells):
 
     Args:
         sink: takes (doorbell number, value).
+        count: how many doorbells there are.
         memory: BAR0's shared memory; only its doorbell page is offered for mapping.
         times: how often to look.
     """
 
-    def __init__(self, sink: DoorbellSink, memory: SharedMemory, times: PollTimes) -> None:
-        super().__init__(sink)
+    def __init__(self, sink: DoorbellSink, count: int, memory: SharedMemory, times: PollTimes) -> None:
+        super().__init__(sink, count)
         self._memory = memory
         self._page = memory.view[DOORBELLS_OFFSET : DOORBELLS_OFFSET + PAGE]
         self._seen = bytes(PAGE)
@@ -128,16 +135,19 @@ class PolledDoorbells(TrappedDoorbells):
         if now == self._seen:
             return False
         seen, self._seen = self._seen, now
-        for start in range(0, PAGE, _STRIDE):  # most of the page never changes; skip it in big steps
+        used = self._count * DOORBELL_SIZE
+        for start in range(0, used, _STRIDE):  # most of them never change; skip them in big steps
             if now[start : start + _STRIDE] != seen[start : start + _STRIDE]:
                 self._ring_changed(now, seen, start)
+        if now[used:] != seen[used:]:
+            self._sink(-1, 0)
         return True
 
     def _ring_changed(self, now: bytes, seen: bytes, start: int) -> None:
         old_values = struct.unpack_from(_STRIDE_FORMAT, seen, start)
         new_values = struct.unpack_from(_STRIDE_FORMAT, now, start)
         for number, (old, new) in enumerate(zip(old_values, new_values, strict=True), start // DOORBELL_SIZE):
-            if old != new:
+            if old != new and number < self._count:
                 self._sink(number, new)
 
     async def watch(self, is_busy: Callable[[], bool]) -> None:

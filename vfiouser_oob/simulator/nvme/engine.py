@@ -10,6 +10,7 @@ from vfiouser_oob.simulator.nvme.epoch import DmaPort, Epoch
 from vfiouser_oob.simulator.nvme.queues import CompletionEngine, SubmissionEngine
 from vfiouser_oob.simulator.nvme.spec import ErrorEvent, NvmeError, Status, status_field
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
+from vfiouser_oob.transport.turns import Lane
 from vfiouser_protocol.errors import DmaFault
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class QueueEngine:
         state: which queues exist.
         epoch: where tasks run.
         dma: memory of the epoch.
+        lane: the function's turns.
         notify: called after completion entries became visible.
         fatal: called with a reason when queue memory cannot be reached.
         failed: enters a failed command into the error log.
@@ -38,6 +40,7 @@ class QueueEngine:
         state: ControllerState,
         epoch: Epoch,
         dma: DmaPort,
+        lane: Lane,
         *,
         notify: Callable[[CompletionQueue], None],
         fatal: Callable[[str], None],
@@ -47,6 +50,7 @@ class QueueEngine:
     ) -> None:
         self.epoch = epoch
         self.dma = dma
+        self._lane = lane
         self._state = state
         self._notify = notify
         self._fatal = fatal
@@ -85,7 +89,9 @@ class QueueEngine:
         self._clear_doorbell(2 * queue.qid + 1)
 
     def _serve_completion(self, queue: CompletionQueue) -> None:
-        self._completion[queue.qid] = CompletionEngine(queue, self.epoch, self.dma, self._notify, self._fatal)
+        self._completion[queue.qid] = CompletionEngine(
+            queue, self.epoch, self.dma, self._lane, self._notify, self._fatal
+        )
 
     def add_submission_queue(self, queue: SubmissionQueue) -> None:
         """Begin to serve a submission queue."""
@@ -95,7 +101,7 @@ class QueueEngine:
 
     def _serve_submission(self, queue: SubmissionQueue) -> None:
         completions = self._completion[queue.cqid]
-        engine = SubmissionEngine(queue, completions, self.epoch, self.dma, self._execute, self._fatal)
+        engine = SubmissionEngine(queue, completions, self.epoch, self.dma, self._lane, self._execute, self._fatal)
         self._submission[queue.qid] = completions.sources[queue.qid] = engine
         if self._closed:
             engine.close()
@@ -116,6 +122,7 @@ class QueueEngine:
         await engine.stop()
         del self._state.submission_queues[qid]
         engine.completions.sources.pop(qid, None)
+        engine.completions.forget(qid)
 
     def remove_completion_queue(self, qid: int) -> None:
         """Forget a completion queue and what it did not deliver."""

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vfiouser_oob.simulator.nvme.spec import EventType, LogPage, NvmeError, Status
+from vfiouser_oob.simulator.nvme.spec import (
+    ErrorEvent,
+    EventType,
+    LogPage,
+    NoticeEvent,
+    NvmeError,
+    SmartEvent,
+    Status,
+)
 from vfiouser_oob.simulator.nvme.state import AsyncEvent, ControllerState
 
 #: Reading a log page (without Retain Asynchronous Event) allows new events of its type.
@@ -16,6 +24,23 @@ _CLEARED_BY = {
     LogPage.SMART: EventType.SMART,
     LogPage.CHANGED_NAMESPACES: EventType.NOTICE,
 }
+
+
+_INFORMATION: dict[int, type[ErrorEvent] | type[SmartEvent] | type[NoticeEvent]] = {
+    EventType.ERROR: ErrorEvent,
+    EventType.SMART: SmartEvent,
+    EventType.NOTICE: NoticeEvent,
+}
+
+
+def check_event(event: AsyncEvent) -> None:
+    """Refuse an event that a controller cannot have reported.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if _CLEARED_BY.get(LogPage(event.log_page)) != event.type or event.info not in list(_INFORMATION[event.type]):
+        raise ValueError(f"an event of type {event.type}, information {event.info}, log page {event.log_page}")
 
 
 class AsyncEvents:

@@ -107,6 +107,35 @@ class Features:
         value = self.value(Feature.NUMBER_OF_QUEUES)
         return (value & 0xFFFF) + 1, (value >> 16) + 1
 
+    def check(self, key: tuple[int, int, int], value: int, *, saved: bool) -> None:
+        """Refuse a value that no host can have set.
+
+        Args:
+            key: feature, selector, namespace.
+            value: its value.
+            saved: whether it was set to be saved.
+
+        Raises:
+            ValueError: there is no such feature, selector or namespace, or the value is impossible.
+        """
+        feature, selector, nsid = key
+        spec = FEATURES.get(feature)
+        if spec is None or (saved and not spec.saveable) or feature == Feature.TIMESTAMP:
+            raise ValueError(f"feature {feature:#04x} cannot have a value")
+        selectors = {
+            Feature.INTERRUPT_VECTOR: range(self._limits.vectors),
+            Feature.TEMPERATURE_THRESHOLD: [sensor | kind << 4 for sensor in _SENSORS for kind in (0, 1)],
+        }.get(Feature(feature), [0])
+        if selector not in selectors or nsid not in (self._namespaces() if spec.per_namespace else [0]):
+            raise ValueError(f"feature {feature:#04x} has no value {selector} of namespace {nsid}")
+        possible = not value & ~spec.writable
+        if feature == Feature.NUMBER_OF_QUEUES:
+            possible = max(value & 0xFFFF, value >> 16) < self._limits.io_queues
+        elif feature == Feature.POWER_MANAGEMENT:
+            possible = possible and not value & 0x1F
+        if not possible:
+            raise ValueError(f"feature {feature:#04x} is {value:#x}")
+
     # Get Features
 
     def get(self, command: Command) -> int:

@@ -6,7 +6,7 @@ Spec: NVMe 1.4, chapter 6.
 from __future__ import annotations
 
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from vfiouser_oob.simulator.nvme.command import Command
 from vfiouser_oob.simulator.nvme.config import ControllerLimits
@@ -15,6 +15,7 @@ from vfiouser_oob.simulator.nvme.features import Features
 from vfiouser_oob.simulator.nvme.namespace import Namespace
 from vfiouser_oob.simulator.nvme.spec import BROADCAST_NSID, Feature, IoOpcode, NvmeError, Status
 from vfiouser_oob.simulator.nvme.state import Counters
+from vfiouser_oob.transport.turns import Lane
 
 Handler = Callable[[Command], Awaitable[int | None]]
 
@@ -28,6 +29,7 @@ class IoCommands:
 
     Args:
         dma: memory of the epoch.
+        lane: the function's turns, for commands that are longer than one transfer.
         namespaces: active namespaces by id.
         limits: for the largest transfer.
         features: for the volatile write cache.
@@ -37,12 +39,14 @@ class IoCommands:
     def __init__(
         self,
         dma: DmaPort,
+        lane: Lane,
         namespaces: Mapping[int, Namespace],
         limits: ControllerLimits,
         features: Features,
         counters: Counters,
     ) -> None:
         self._dma = dma
+        self._lane = lane
         self._namespaces = namespaces
         self._last_nsid = max(namespaces, default=0)
         self._max_transfer = limits.max_transfer
@@ -110,12 +114,12 @@ class IoCommands:
 
     async def _write_zeroes(self, command: Command) -> int:
         namespace, slba, count = self._blocks(command)
-        await namespace.zero(slba, count, durable=self._durable(command))
+        await namespace.zero(slba, count, self._lane, durable=self._durable(command))
         return 0
 
     async def _verify(self, command: Command) -> int:
         namespace, slba, count = self._blocks(command)
-        await namespace.verify(slba, count)
+        await namespace.verify(slba, count, self._lane)
         return 0
 
     async def _flush(self, command: Command) -> int:
@@ -134,7 +138,20 @@ class IoCommands:
         for slba, blocks in ranges:
             namespace.check_range(slba, blocks)
         if command.cdw11 & _DSM_DEALLOCATE:
-            for slba, blocks in ranges:
-                if blocks:
-                    await namespace.zero(slba, blocks, durable=False)
+            for slba, blocks in _merged(ranges):
+                await namespace.zero(slba, blocks, self._lane, durable=False)
         return 0
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges that overlap or touch, so that no block is deallocated twice; empty ones are left out."""
+    merged: list[tuple[int, int]] = []
+    for start, count in sorted(ranges):
+        if not count:
+            continue
+        first, length = merged[-1] if merged else (0, -1)
+        if start <= first + length:
+            merged[-1] = first, max(length, start + count - first)
+        else:
+            merged.append((start, count))
+    return merged

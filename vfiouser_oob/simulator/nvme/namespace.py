@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vfiouser_oob.simulator.nvme.spec import NvmeError, Status
 from vfiouser_oob.simulator.nvme.stores import BackingStore
-
-#: Bytes verified at a time, so that a Verify of 65 536 blocks does not hold as much memory.
-_VERIFY_CHUNK = 1 << 20
+from vfiouser_oob.transport.turns import Lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +86,49 @@ class Namespace:
         except OSError as error:
             raise _media_error(error, Status.WRITE_FAULT, slba) from error
 
-    async def zero(self, slba: int, count: int, *, durable: bool) -> None:
-        """Make blocks that are in range read as zeros, deallocating them."""
+    async def zero(self, slba: int, count: int, lane: Lane, *, durable: bool) -> None:
+        """Make blocks that are in range read as zeros, deallocating them.
+
+        Args:
+            slba: first block.
+            count: how many.
+            lane: whose turns are taken.
+            durable: whether to wait for the medium.
+
+        Raises:
+            NvmeError: the medium failed.
+        """
         try:
-            await self.store.discard(slba << self.lba_shift, count << self.lba_shift)
+            for first, blocks in self._pieces(slba, count, self.store.discard_piece):
+                await lane.turn()
+                await self.store.discard(first << self.lba_shift, blocks << self.lba_shift)
             if durable:
                 await self.store.flush()
         except OSError as error:
             raise _media_error(error, Status.WRITE_FAULT, slba) from error
 
-    async def verify(self, slba: int, count: int) -> None:
-        """Read blocks that are in range without using their contents."""
-        step = _VERIFY_CHUNK >> self.lba_shift
-        for first in range(slba, slba + count, step):
-            await self.read(first, min(step, slba + count - first))
+    async def verify(self, slba: int, count: int, lane: Lane) -> None:
+        """Read blocks that are in range without using their contents.
+
+        Args:
+            slba: first block.
+            count: how many.
+            lane: whose turns are taken.
+
+        Raises:
+            NvmeError: the medium failed.
+        """
+        for first, blocks in self._pieces(slba, count, self.store.read_piece):
+            await lane.turn()
+            await self.read(first, blocks)
+
+    def _pieces(self, slba: int, count: int, size: int) -> Iterator[tuple[int, int]]:
+        """Cut a range of blocks where its bytes are multiples of a size, so that whole pages stay whole."""
+        step, end = size >> self.lba_shift, slba + count
+        while slba < end:
+            stop = min(end, (slba // step + 1) * step)
+            yield slba, stop - slba
+            slba = stop
 
     async def flush(self) -> None:
         """Make everything written so far durable."""

@@ -5,7 +5,7 @@ An idle queue has no task. A doorbell starts one if there is work for it, and it
 Rule 1 (submission): a worker that is about to execute a command first makes sure that another worker will
 go on with the next one. As a task starts only when the running one yields, commands that never wait (memory
 to memory) are executed one after the other by one worker at no cost, and only a command that really waits
-is overtaken.
+is overtaken. Between two commands a worker asks for its turn (`Lane`); one that waits for it is enough for a queue.
 
 Rule 2 (completion): one writer per queue. It takes all completions that have gathered and fit, writes them
 with one access, and raises one interrupt for them. A completion is handed to it after the command's data
@@ -15,6 +15,7 @@ announces.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -23,12 +24,13 @@ from vfiouser_oob.simulator.nvme.command import Command, Completion, parse_comma
 from vfiouser_oob.simulator.nvme.epoch import DmaPort, Epoch
 from vfiouser_oob.simulator.nvme.spec import CQE_SIZE, SQE_SIZE
 from vfiouser_oob.simulator.nvme.state import CompletionQueue, SubmissionQueue
+from vfiouser_oob.transport.turns import Lane
 from vfiouser_protocol.errors import DmaFault
 
 #: Commands of one queue that are executed at once or wait for their completion entry.
 MAX_IN_FLIGHT = 64
-#: Commands after which a worker lets others run, so that one busy queue does not hold up the event loop.
-_COMMANDS_PER_SLICE = 16
+#: Completion entries that are made and written with one access.
+_MAX_ENTRIES_AT_ONCE = 256
 
 FatalError = Callable[[str], None]
 
@@ -40,6 +42,7 @@ class CompletionEngine:
         queue: the state.
         epoch: where the writer runs.
         dma: memory.
+        lane: the function's turns.
         notify: called after entries became visible to the host.
         fatal: called with a reason when the queue's memory cannot be written.
     """
@@ -49,6 +52,7 @@ class CompletionEngine:
         queue: CompletionQueue,
         epoch: Epoch,
         dma: DmaPort,
+        lane: Lane,
         notify: Callable[[CompletionQueue], None],
         fatal: FatalError,
     ) -> None:
@@ -57,6 +61,7 @@ class CompletionEngine:
         self.sources: dict[int, SubmissionEngine] = {}
         self._epoch = epoch
         self._dma = dma
+        self._lane = lane
         self._notify = notify
         self._fatal = fatal
         self._active = False
@@ -73,6 +78,15 @@ class CompletionEngine:
             self._active = True
             self._epoch.start_soon(self._write)
 
+    def forget(self, sqid: int) -> None:
+        """Drop what waits for a submission queue that was deleted and does not fit; what fits is being written."""
+        # Else a host that takes no completions could pile up more of them with every queue that it creates anew.
+        queue = self.queue
+        fits = max(queue.writing, queue.room)
+        queue.pending = deque(
+            completion for place, completion in enumerate(queue.pending) if place < fits or completion.sqid != sqid
+        )
+
     async def drain(self) -> None:
         """Wait until every entry that fits is written."""
         while self._active:
@@ -84,7 +98,7 @@ class CompletionEngine:
             # What a cancelled writer was writing is written again first: the host may have consumed it already, so
             # that there seems to be no room for it.
             while queue.pending and (room := queue.writing or queue.room):
-                count = min(len(queue.pending), room, queue.size - queue.tail)
+                count = min(len(queue.pending), room, queue.size - queue.tail, _MAX_ENTRIES_AT_ONCE)
                 entries = b"".join(
                     completion.pack(self._head_of(completion.sqid), queue.phase)
                     for completion, _ in zip(queue.pending, range(count), strict=False)
@@ -93,6 +107,8 @@ class CompletionEngine:
                 await self._dma.write(queue.base + queue.tail * CQE_SIZE, entries)
                 self._advance(count)
                 self._notify(queue)
+                if queue.pending:
+                    await self._lane.turn()
         except DmaFault as error:
             queue.writing = 0
             self._fatal(f"completion queue {queue.qid} cannot be written: {error}")
@@ -125,6 +141,7 @@ class SubmissionEngine:
         completions: where its completions go.
         epoch: where the workers run.
         dma: memory.
+        lane: the function's turns.
         execute: executes a command up to its completion; raises nothing but cancellation.
         fatal: called with a reason when the queue's memory cannot be read.
     """
@@ -135,6 +152,7 @@ class SubmissionEngine:
         completions: CompletionEngine,
         epoch: Epoch,
         dma: DmaPort,
+        lane: Lane,
         execute: Callable[[SubmissionQueue, Command], Awaitable[None]],
         fatal: FatalError,
     ) -> None:
@@ -142,10 +160,13 @@ class SubmissionEngine:
         self.completions = completions
         self._epoch = epoch
         self._dma = dma
+        self._lane = lane
         self._execute = execute
         self._fatal = fatal
         self._fetching = False
         self._starting = False
+        #: A worker without a command waits for its turn; it goes on with whatever there is then.
+        self._pausing = False
         self._begun = 0
         self._workers = 0
         self._stopped = False
@@ -154,7 +175,7 @@ class SubmissionEngine:
 
     def kick(self) -> None:
         """Start a worker if there is work that none has begun to look for."""
-        if self._starting or self._workers >= MAX_IN_FLIGHT or not self._has_work():
+        if self._starting or self._pausing or self._workers >= MAX_IN_FLIGHT or not self._has_work():
             return
         self._starting = True
         self._workers += 1
@@ -221,9 +242,13 @@ class SubmissionEngine:
 
     async def _work(self) -> None:
         self._starting = False
-        done = 0
         try:
             while self._has_work():
+                if self._lane.must_wait:
+                    if self._pausing:
+                        return
+                    await self._pause()
+                    continue
                 if not self.queue.fetched:
                     await self._fetch()
                     continue
@@ -234,14 +259,18 @@ class SubmissionEngine:
                 await self._execute(self.queue, command)
                 # A cancelled command stays where it is, to be executed again if the epoch is only suspended.
                 self.queue.executing.pop(serial, None)
-                done += 1
-                if done % _COMMANDS_PER_SLICE == 0:
-                    await trio.lowlevel.checkpoint()
         except DmaFault as error:
             self._fatal(f"submission queue {self.queue.qid} cannot be read: {error}")
         finally:
             self._workers -= 1
             self._idle = _pulse(self._idle)
+
+    async def _pause(self) -> None:
+        self._pausing = True
+        try:
+            await self._lane.turn()
+        finally:
+            self._pausing = False
 
     async def _fetch(self) -> None:
         queue = self.queue

@@ -100,6 +100,32 @@ class RegisterFile:
             if not spec.survives_reset:
                 self[register] = 0
 
+    def imagined(self, image: bytes) -> RegisterFile:
+        """Make the registers that a page shows, as those of a controller of the same kind.
+
+        Args:
+            image: the page.
+
+        Raises:
+            ValueError: it has bits that no host can set, or another kind of controller shows them.
+        """
+        other = RegisterFile(self._capabilities, {})
+        for register, spec in REGISTERS.items():
+            value = int.from_bytes(image[register : register + spec.size], "little")
+            if spec.writable and value & ~spec.writable:
+                raise ValueError(f"register {register.name} is {value:#x}")
+            other[register] = value
+        if (other[Register.CAP], other[Register.VS]) != (self._capabilities, VERSION_1_4):
+            raise ValueError("the controller has other capabilities, or is of another version")
+        if bytes(other.image) != image:
+            raise ValueError("there is something between the registers")
+        return other
+
+    @property
+    def image_bytes(self) -> bytes:
+        """A copy of the page."""
+        return bytes(self.image)
+
     def load(self, image: bytes) -> None:
         """Take over the page of another controller of the same kind."""
         self.image[:] = image

@@ -37,6 +37,10 @@ class BackingStore(abc.ABC):
     summary: str
     #: Equal for two stores only if they hold the same bytes, as far as can be told.
     identity: str
+    #: Bytes that are read, and made to read as zeros, in one turn: neither a Verify of 65 536 blocks nor a deallocation
+    #: of a whole namespace may hold up others, or hold much memory.
+    read_piece = 1 << 20
+    discard_piece = 1 << 30
 
     @abc.abstractmethod
     async def read(self, offset: int, count: int) -> bytes:
@@ -65,6 +69,10 @@ class MemoryStore(BackingStore):
     Args:
         size: bytes.
     """
+
+    # It is accessed on the event loop, which has nothing else to do meanwhile.
+    read_piece = 256 << 10
+    discard_piece = 8 << 20
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 #: Register writes that are kept; a guest that is running while its function is not would make ever more.
 MAX_KEPT_WRITES = 1024
+#: Their bytes: a driver writes 4 or 8 at a time.
+MAX_KEPT_BYTES = 64 << 10
 
 
 class SuspensionEnded(Exception):
@@ -56,6 +58,7 @@ class Suspension:
         self.clocks = Clocks(0.0, None)
         #: Offset, bytes and a number (0 where only the last write counts) to data, in the order of the writes.
         self._kept: dict[tuple[int, int, int], bytes] = {}
+        self._kept_bytes = 0
         self._changed = trio.Event()
 
     def changed(self) -> None:
@@ -79,13 +82,16 @@ class Suspension:
             CommandError: EBUSY; too many are kept already.
         """
         key = (offset, len(data), 0 if last_counts else len(self._kept) + 1)
-        self._kept.pop(key, None)
-        if len(self._kept) >= MAX_KEPT_WRITES:
+        before = self._kept.pop(key, b"")
+        size = self._kept_bytes - len(before) + len(data)
+        if len(self._kept) >= MAX_KEPT_WRITES or size > MAX_KEPT_BYTES:
+            self._kept_bytes -= len(before)
             raise CommandError(
-                f"write to register {offset:#x} of a suspended controller, which keeps {MAX_KEPT_WRITES} writes; "
-                "not done",
+                f"write of {len(data)} bytes to register {offset:#x} of a suspended controller, which keeps "
+                f"{MAX_KEPT_WRITES} writes of {MAX_KEPT_BYTES} bytes in all; not done",
                 errno.EBUSY,
             )
+        self._kept_bytes = size
         self._kept[key] = bytes(data)
 
     @property
@@ -96,6 +102,7 @@ class Suspension:
     @kept.setter
     def kept(self, writes: list[tuple[int, bytes]]) -> None:
         self._kept = {(offset, len(data), number): data for number, (offset, data) in enumerate(writes, 1)}
+        self._kept_bytes = sum(len(data) for _, data in writes)
 
 
 class Suspendable(Protocol):
