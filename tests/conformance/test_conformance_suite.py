@@ -11,7 +11,7 @@ import pytest
 from vfiouser_oob.conformance import vectors, wire
 from vfiouser_oob.conformance.case import Case, Effect, Level
 from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, coverage
+from vfiouser_oob.conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, SENTENCES, coverage
 from vfiouser_oob.conformance.select_cases import BadExpression, select
 from vfiouser_protocol.constants import Command
 
@@ -53,6 +53,17 @@ def test_a_case_says_what_it_is(case: Case) -> None:
     assert set(case.requirements) <= set(REQUIREMENTS)
     assert case.mutants
     assert (case.level is Level.COMPAT) == bool(case.compat)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.level is Level.MUST], ids=lambda case: case.name)
+def test_a_must_rests_on_the_specification(case: Case) -> None:
+    """No MUST without a requirement of the specification, of the kernel's definitions that it refers to, or of PCI."""
+    assert any(REQUIREMENTS[number].binds for number in case.requirements), case.requirements
+
+
+def test_sentences_belong_to_what_binds() -> None:
+    """Whatever is quoted is quoted for a requirement that exists, and that may be demanded."""
+    assert all(REQUIREMENTS[number].binds for number in SENTENCES)
 
 
 def test_there_are_enough_cases() -> None:

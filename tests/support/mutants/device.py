@@ -102,7 +102,7 @@ class Device:
         self.registers = bytearray(0x1000)
         struct.pack_into("<I", self.registers, 0, MAGIC)
         self.buffer = bytearray(BAR1_SIZE)
-        self.bar2[:] = bytes(BAR2_SIZE)
+        self.bar2[:] = b"mutants\0".ljust(BAR2_SIZE, b"\0")
         self.config, self.mask = _config()
         self.pending = None
         self.line = False
