@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.conformance import vectors, wire
-from vfiouser_oob.conformance.case import Case, Effect, Level
+from vfiouser_oob.conformance.case import Case, CaseFailed, Effect, Level
 from vfiouser_oob.conformance.cases import all_cases
+from vfiouser_oob.conformance.facts import parse_capabilities
 from vfiouser_oob.conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, SENTENCES, coverage
 from vfiouser_oob.conformance.select_cases import BadExpression, select
 from vfiouser_protocol.constants import Command
@@ -134,3 +135,18 @@ def test_levels_and_safety() -> None:
     safe = select(CASES, safe=True)
     assert Effect.DEVICE not in {case.effect for case in safe}
     assert len(safe) > 100
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "is not JSON"),
+        (b"[]", "is not an object"),
+        (b'{"capabilities": 1}', "is not an object"),
+    ],
+)
+def test_capabilities_of_a_hostile_server(data: bytes, words: str) -> None:
+    """Whatever a server sends for capabilities fails the case, in words."""
+    with pytest.raises(CaseFailed, match=words):
+        parse_capabilities(bytes(4) + data + b"\0")

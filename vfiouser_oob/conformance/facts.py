@@ -225,7 +225,9 @@ def parse_capabilities(payload: bytes) -> dict[str, Any]:
     try:
         data = json.loads(payload[4:-1])
     except ValueError as error:
-        raise CaseFailed(f"the version data is not JSON: {error}: {payload[4:]!r}") from None
+        raise CaseFailed(f"the version data is not JSON: {error}: {payload[4:204]!r}") from None
+    except RecursionError:
+        raise CaseFailed("the version data is JSON that is nested too deeply") from None
     check(isinstance(data, dict), f"the version data is not an object: {data!r}")
     found = data.get("capabilities", {})
     check(isinstance(found, dict), f"capabilities is not an object: {found!r}")
@@ -285,7 +287,7 @@ class Survey:
             if self._link is None:
                 self._link = self._attach()
             answer = question(self._link)
-        except (CaseFailed, NotApplicable, struct.error, ValueError, IndexError) as error:
+        except (CaseFailed, NotApplicable, struct.error, ValueError, LookupError, TypeError) as error:
             self._fresh()
             if used:
                 return self._ask(what, question)
@@ -304,6 +306,10 @@ def in_words(error: BaseException) -> str:
         return "the reply is shorter than what it says or has to hold"
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    if isinstance(error, MemoryError | OverflowError):
+        return "the server speaks of more bytes than there can be"
+    if isinstance(error, TypeError | AttributeError):
+        return "the server's JSON has a value of another type than it has to"
     return f"the reply cannot be read: {error}"
 
 

@@ -17,7 +17,10 @@ from vfiouser_oob.conformance.trial import Seen, Target, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
 #: What may go wrong while the bytes of a hostile server are looked at.
-_SURPRISES = (CaseFailed, OSError, struct.error, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
+_SURPRISES = (
+    *(CaseFailed, OSError, struct.error, ValueError, LookupError),
+    *(ArithmeticError, TypeError, AttributeError, MemoryError, RecursionError),
+)
 #: Registers of config space that are put back after a case: command, BARs, ROM address, interrupt line.
 _KEPT = ((0x04, 2), *((0x10 + 4 * bar, 4) for bar in range(6)), (0x30, 4), (0x3C, 1))
 #: How long a process that dies may take for it, and one that leaves with its client, in seconds.

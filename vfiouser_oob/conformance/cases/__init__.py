@@ -24,6 +24,7 @@ _MODULES = (
     "write_multi",
     "reset",
     "dma",
+    "dma_meanwhile",
     "feature",
     "migrate",
     "migrate_data",
