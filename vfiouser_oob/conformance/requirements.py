@@ -355,6 +355,12 @@ R398 QEMU a killed client leaves the server fit
 R399 QEMU message ids need not be consecutive
 R400 rust-vmm replies have the sizes that a fixed-size client reads
 R401 libvfio-user the sample client's sequence
+R411 PCI vendor, device, revision, class and header type are read-only
+R412 PCI the headers of capabilities are read-only
+R413 PCI the size of the MSI-X table is read-only, enable and mask bits are not
+R414 PCI the number of possible MSI vectors is read-only
+R415 PCI a function level reset resets the function, and its bit reads as 0
+R416 libvfio-user maps survive a function level reset
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the

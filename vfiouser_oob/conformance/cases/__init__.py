@@ -15,6 +15,7 @@ _MODULES = (
     "info",
     "region_info",
     "access",
+    "pci",
     "dma_map",
     "descriptors",
     "irqs",
