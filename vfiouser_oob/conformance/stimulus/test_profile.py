@@ -19,7 +19,7 @@ _BUSY, _DONE, _FAULT = 1, 2, 3
 _FROM_CLIENT, _TO_CLIENT = 1, 2
 _POLL_S = 0.002
 #: Between two DMA commands of one transfer nothing has to come for longer than this, in seconds.
-_QUIET_S = 0.02
+_QUIET_S = 0.01
 _BAR0, _BAR1 = 0, 1
 
 
