@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.conformance import vectors, wire
-from vfiouser_oob.conformance.case import Case, Effect, Level
+from vfiouser_oob.conformance.case import Case, CaseFailed, Effect, Level
 from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, coverage
+from vfiouser_oob.conformance.facts import parse_capabilities
+from vfiouser_oob.conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, SENTENCES, coverage
 from vfiouser_oob.conformance.select_cases import BadExpression, select
 from vfiouser_protocol.constants import Command
 
@@ -53,6 +54,17 @@ def test_a_case_says_what_it_is(case: Case) -> None:
     assert set(case.requirements) <= set(REQUIREMENTS)
     assert case.mutants
     assert (case.level is Level.COMPAT) == bool(case.compat)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.level is Level.MUST], ids=lambda case: case.name)
+def test_a_must_rests_on_the_specification(case: Case) -> None:
+    """No MUST without a requirement of the specification, of the kernel's definitions that it refers to, or of PCI."""
+    assert any(REQUIREMENTS[number].binds for number in case.requirements), case.requirements
+
+
+def test_sentences_belong_to_what_binds() -> None:
+    """Whatever is quoted is quoted for a requirement that exists, and that may be demanded."""
+    assert all(REQUIREMENTS[number].binds for number in SENTENCES)
 
 
 def test_there_are_enough_cases() -> None:
@@ -123,3 +135,18 @@ def test_levels_and_safety() -> None:
     safe = select(CASES, safe=True)
     assert Effect.DEVICE not in {case.effect for case in safe}
     assert len(safe) > 100
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "is not JSON"),
+        (b"[]", "is not an object"),
+        (b'{"capabilities": 1}', "is not an object"),
+    ],
+)
+def test_capabilities_of_a_hostile_server(data: bytes, words: str) -> None:
+    """Whatever a server sends for capabilities fails the case, in words."""
+    with pytest.raises(CaseFailed, match=words):
+        parse_capabilities(bytes(4) + data + b"\0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from mutants import serving
 from vfiouser_oob.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
+PLACES = [str(ROOT / part) for part in ("", "protocol", "agents", "tests/support")]
+ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join(PLACES), "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def socket_path(tmp_path: Path) -> str:
 
 def run(socket_path: str, *arguments: str) -> int:
     """Run the tool against a socket."""
-    return main(["conformance", "--socket", socket_path, "--timeout", "1", *arguments])
+    return main(["conformance", "--socket", socket_path, "--timeout", "1", "--verbose", *arguments])
 
 
 def test_all_is_well(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,13 +145,67 @@ def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert 1 == len(capsys.readouterr().err.splitlines())
 
 
-def test_no_server(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a server nothing passes, and the run ends soon."""
-    assert 1 == run(socket_path, "-k", "frame")
-    out = capsys.readouterr().out
-    assert "pass " not in out
-    assert "FAIL    FRAME-001" in out
-    assert "not run FRAME-002" in out
+@pytest.mark.parametrize("listening", [True, False])
+def test_no_server(socket_path: str, listening: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a server there is nothing to judge: one line, exit code 2, and no case is blamed."""
+    if listening:  # a socket that nobody listens on any more
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
+            left.bind(socket_path)
+    assert 2 == run(socket_path, "-k", "frame")
+    captured = capsys.readouterr()
+    assert "" == captured.out
+    assert 1 == len(captured.err.splitlines())
+    assert socket_path in captured.err
+
+
+def test_a_path_that_no_socket_can_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path over 107 bytes is said to be too long, before anything is tried."""
+    assert 2 == run(str(tmp_path / ("x" * 108)))
+    assert "107" in capsys.readouterr().err
+
+
+def test_a_good_server_fits_on_a_screen(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --verbose a whole run against a good server is told in at most 24 lines of 80 columns or a few more."""
+    with serving(socket_path):
+        assert 0 == main(["conformance", "--socket", socket_path, "--timeout", "2", "--device-profile", "test"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert "no MUST failed" in lines[-1]
+
+
+def test_an_interrupted_run_reports_what_it_has(tmp_path: Path, socket_path: str) -> None:
+    """SIGTERM ends the run; what was judged is told, and written as JSON and JUnit; the rest was not run."""
+    found = [tmp_path / "r.json", tmp_path / "r.xml"]
+    with serving(socket_path, "irq/empty-disable-hangs"):
+        arguments = ["-k", "IRQ-010 or IRQ-011 or IRQ-012", "--timeout", "60", "--verbose"]
+        arguments += ["--json", str(found[0]), "--junit", str(found[1])]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vfiouser_oob", "conformance", "--socket", socket_path, *arguments],
+            env=ENVIRON,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            assert "IRQ-010" in process.stdout.readline()
+            process.terminate()
+            rest = process.stdout.read()
+        assert 1 == process.wait(30)
+    assert "interrupted" in rest.splitlines()[-1]
+    document = json.loads(found[0].read_text())
+    assert ["passed", "not run", "not run"] == [case["verdict"] for case in document["cases"]]
+    assert "the run was interrupted" == document["interrupted"]
+    # What was not run counts for nothing.
+    assert document["requirements"]["tested"] == document["cases"][0]["requirements"]
+    assert "2" == ElementTree.parse(found[1]).getroot()[0].attrib["errors"]
+
+
+def test_a_run_has_a_bound(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--run-timeout ends the run; cases that were not run are no failures, but the run is none that passed."""
+    with serving(socket_path):
+        assert 1 == run(socket_path, "-k", "frame", "--run-timeout", "0.000001")
+    assert "the run was not over within 1e-06 s" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_hang_costs_one_case(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,15 +224,13 @@ def command(fault: str) -> str:
 
 def test_a_crash_is_noticed_and_the_server_restarted(socket_path: str) -> None:
     """A server that dies fails the case at hand, is started again, and serves the next cases."""
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "protocol", "agents"))}
-    environ["PYTHONPATH"] += os.pathsep + str(ROOT / "tests" / "support")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "vfiouser_oob", "conformance", "--socket", socket_path, "--timeout", "2"),
             *("--server-command", command("irq/unassigned-kills"), "--device-profile", "test"),
-            *("-k", "IRQ-060 or IRQ-061 or IRQ-063"),
+            *("--verbose", "-k", "IRQ-060 or IRQ-061 or IRQ-063"),
         ],
-        env=environ,
+        env=ENVIRON,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -190,6 +245,8 @@ def test_a_crash_is_noticed_and_the_server_restarted(socket_path: str) -> None:
 
 
 def test_a_server_that_cannot_be_started(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A server command that does not work is said, and no case is run."""
-    assert 1 == run(socket_path, "--server-command", "/nonexistent/server {socket}", "-k", "FRAME-001")
-    assert "the server cannot be started" in capsys.readouterr().out
+    """A server command that does not work is said in one line, exit code 2, and no case is run."""
+    assert 2 == run(socket_path, "--server-command", "/nonexistent/server {socket}", "-k", "FRAME-001")
+    captured = capsys.readouterr()
+    assert "" == captured.out
+    assert "the server cannot be started" in captured.err

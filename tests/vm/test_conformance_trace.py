@@ -29,9 +29,9 @@ def profile(path: Path) -> list[str]:
         outcome = Runner(Target(str(path))).run([case])
         log = list(server.heard)
     assert Verdict.PASSED is outcome.results[0].verdict
-    # Before it the run finds out what the device has, after it that the server still serves: each begins with VERSION.
+    # Before it the run finds out what the device has, after it, last, that the server still serves.
     begins = [index for index, (command, _) in enumerate(log) if command == 1]
-    return words(log[begins[1] : begins[2]])
+    return words(log[begins[-2] : begins[-1]])
 
 
 def words(log: list[tuple[int, bytes]]) -> list[str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
@@ -14,20 +18,25 @@ from vfiouser_oob.conformance.cases import all_cases
 from vfiouser_oob.conformance.process import ServerProcess
 from vfiouser_oob.conformance.reports.machine import as_json, as_junit
 from vfiouser_oob.conformance.reports.table import TableReport, explanation, failures_of, listing, wants_colours
-from vfiouser_oob.conformance.runner import Outcome, Result, Runner
+from vfiouser_oob.conformance.runner import RUN_S, Outcome, Result, Runner, Unreachable, Verdict
 from vfiouser_oob.conformance.select_cases import BadExpression, select
 from vfiouser_oob.conformance.stimulus import PROFILES
-from vfiouser_oob.conformance.trial import Target
+from vfiouser_oob.conformance.trial import CASE_TIMEOUTS, Target
 
 _DEFAULT_TIMEOUT_S = 5.0
 _TIMEOUT_MAX_S = 600.0
+_RUN_MAX_S = 86400.0
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, most: float = _TIMEOUT_MAX_S) -> float:
     value = float(text)
-    if not 0 < value <= _TIMEOUT_MAX_S:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {_TIMEOUT_MAX_S:g} seconds")
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {most:g} seconds")
     return value
+
+
+def _run_seconds(text: str) -> float:
+    return _seconds(text, _RUN_MAX_S)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels = [level.value.lower() for level in Level]
     parser.add_argument("--level", action="append", choices=levels, help="only cases of this level; may be repeated")
     parser.add_argument("--timeout", metavar="S", type=_seconds, default=_DEFAULT_TIMEOUT_S,
-                        help=f"time for every answer (default: {_DEFAULT_TIMEOUT_S:g} s)")  # fmt: skip
+                        help=f"time for every answer, {CASE_TIMEOUTS} times that for a case "
+                             f"(default: {_DEFAULT_TIMEOUT_S:g} s)")  # fmt: skip
+    parser.add_argument("--run-timeout", metavar="S", type=_run_seconds, default=RUN_S,
+                        help=f"time for the whole run (default: {RUN_S:g} s)")  # fmt: skip
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell every case, and what was sent and received")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there; - for standard output")
     parser.add_argument("--junit", metavar="FILE", type=Path, help="write the results there as JUnit XML")
     parser.add_argument("--list", action="store_true", help="list the cases that would run")
@@ -71,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("no case matches -k and --level")
     outcome = _run_cases(args, cases)
     _write(args, outcome)
-    return ExitCode.FAILED if failures_of(outcome, Level.MUST) else ExitCode.DONE
+    unfinished = any(result.verdict is Verdict.NOT_RUN for result in outcome.results)
+    return ExitCode.FAILED if unfinished or failures_of(outcome, Level.MUST) else ExitCode.DONE
 
 
 def _explain(name: str) -> int:
@@ -84,22 +98,45 @@ def _explain(name: str) -> int:
 
 def _run_cases(args: argparse.Namespace, cases: list[Case]) -> Outcome:
     out = sys.stderr if str(args.json) == "-" else sys.stdout
-    report = TableReport(colours=wants_colours(out))
+    report = TableReport(colours=wants_colours(out), verbose=args.verbose)
     profile = PROFILES[args.device_profile](args.timeout) if args.device_profile else None
-    target = Target(args.socket, args.destination_socket, args.timeout, profile)
     process = ServerProcess(args.server_command, args.socket) if args.server_command else None
+    target = Target(args.socket, args.destination_socket, args.timeout, profile, process)
+    done = 0
 
     def progress(result: Result) -> None:
-        print(report.line(result), file=out, flush=True)
+        nonlocal done
+        done += 1
+        if args.verbose:
+            print(report.line(result), file=out, flush=True)
+        elif out.isatty():
+            print(f"\r{done} of {len(cases)} {result.case.name:16}", end="\r", file=out, flush=True)
 
     try:
-        outcome = Runner(target, process=process, pinned=args.strict, progress=progress).run(cases)
+        with _terminated_like_interrupted():
+            runner = Runner(target, pinned=args.strict, progress=progress, limit_s=args.run_timeout)
+            outcome = runner.run(cases)
+    except Unreachable as error:
+        raise ConfigError(str(error)) from None
     finally:
         if process is not None:
-            process.stop()
-    for line in (*report.failures(outcome), *report.summary(outcome)):
+            process.close()
+    for line in report.whole(outcome):
         print(line, file=out)
     return outcome
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends the run as an interruption does: what it has is reported."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write(args: argparse.Namespace, outcome: Outcome) -> None:

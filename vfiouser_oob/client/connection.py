@@ -9,6 +9,7 @@ nothing, which is harmless.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
@@ -58,8 +59,12 @@ class ClientOptions(TypedDict, total=False):
     account: Account
 
 
+#: How long a server whose queue of clients is full is left alone, first and at most, in seconds.
+_FULL_FIRST_S, _FULL_MOST_S = 0.001, 0.05
+
+
 async def connect_socket(path: str | os.PathLike[str]) -> socket.socket:
-    """Connect to a server's socket.
+    """Connect to a server's socket; one that has no room for another client yet is waited for.
 
     Args:
         path: where the server listens.
@@ -67,13 +72,24 @@ async def connect_socket(path: str | os.PathLike[str]) -> socket.socket:
     Raises:
         OSError: nobody listens there, or it is not permitted; it carries the path.
     """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
-            await sock.connect(os.fspath(path))
-            return socket.socket(fileno=sock.detach())
-    except OSError as error:
-        error.filename = os.fspath(path)
+        sock.setblocking(False)
+        pause = _FULL_FIRST_S
+        # A UNIX socket never connects in the background: EAGAIN means that it is not connected, and nothing tells when
+        # there will be room. Waiting until it can be written to, as for TCP, would take it for connected at once.
+        while (number := sock.connect_ex(os.fspath(path))) in (errno.EAGAIN, errno.EINTR):
+            await trio.sleep(pause)
+            pause = min(2 * pause, _FULL_MOST_S)
+        if number:
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        await trio.lowlevel.checkpoint()
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError):
+            error.filename = os.fspath(path)
         raise
+    return sock
 
 
 class Connection:

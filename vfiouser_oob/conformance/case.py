@@ -22,6 +22,10 @@ class NotApplicable(Exception):
     """The device or the server lacks what the case is about; the message says what."""
 
 
+class CannotTell(Exception):
+    """Neither a pass nor a failure can be shown; the message says why."""
+
+
 class Level(Enum):
     """How binding a case is."""
 
@@ -187,7 +191,7 @@ def _refusal_body(row: Refusal) -> Body:
         link = t.link
         for request in requests:
             link.refused(request[0], request[1], request[2] if len(request) == 3 else ())
-        link.alive()
+        link.answers()
 
     return body
 

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,12 +18,24 @@ from vfiouser_protocol.constants import Command
 
 _FDS_MAX = 253
 _KEPT_BYTES = 4096
+#: Of a transcript; a server that sends for seconds must not fill our memory.
+_KEPT_RECORDS = 4096
+#: More commands of the server than this on one connection are a flood, no DMA.
+_COMMANDS_MAX = 20_000
 #: No message of a server may be larger than this; the largest transfers that any client takes are of 64 MiB.
 _SIZE_MAX = (64 << 20) + 4096
 
 
 class TimedOut(CaseFailed):
     """The server did not answer in time."""
+
+
+class NotThere(CaseFailed):
+    """Nobody listens, or takes another client, in time."""
+
+
+class OutOfTime(CaseFailed):
+    """The case as a whole took longer than it may, whatever the server kept it busy with."""
 
 
 class Closed(CaseFailed):
@@ -52,20 +65,33 @@ class Record:
 
 @dataclass(slots=True)
 class Transcript:
-    """Everything that a case sent and received.
+    """What a case sent and received, the last of it if that is much, and the time that the case has.
 
     Args:
         records: in order.
         started: monotonic time of its begin, in seconds.
+        ends: monotonic time at which the case has to be over, whatever comes, in seconds.
     """
 
-    records: list[Record] = field(default_factory=list)
+    records: deque[Record] = field(default_factory=lambda: deque(maxlen=_KEPT_RECORDS))
     started: float = field(default_factory=time.monotonic)
+    ends: float = float("inf")
 
     def add(self, direction: str, channel: str, data: bytes, fds: int) -> None:
         """Note a message or a piece of one."""
         at = time.monotonic() - self.started
         self.records.append(Record(direction, channel, data[:_KEPT_BYTES], len(data), fds, at))
+
+    def deadline(self, timeout: float) -> float:
+        """When a wait that begins now ends: with its own time, or with the case's.
+
+        Raises:
+            OutOfTime: the case's time is over.
+        """
+        now = time.monotonic()
+        if now >= self.ends:
+            raise OutOfTime(f"the case was not over within {self.ends - self.started:.1f} s")
+        return min(now + timeout, self.ends)
 
 
 class Link:
@@ -90,6 +116,8 @@ class Link:
         self.twin: Link | None = None
         #: Bytes of all data-less error replies were 16: False once one was longer.
         self.short_errors = True
+        #: How many error replies came.
+        self.refusals = 0
         self._transcript = transcript
         self._next_id = 0x4000
         self._fds: list[int] = []
@@ -103,7 +131,7 @@ class Link:
         rights = struct.pack(f"{len(fds)}i", *fds)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else []
         view = memoryview(data)
-        deadline = time.monotonic() + self.timeout
+        deadline = self._transcript.deadline(self.timeout)
         while view:
             try:
                 sent = self.sock.sendmsg([view], ancillary)
@@ -132,7 +160,7 @@ class Link:
             TimedOut: nothing, or only a part, came in time.
             Closed: the stream ended.
         """
-        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        deadline = self._transcript.deadline(self.timeout if timeout is None else timeout)
         fds: list[int] = []
         head = self._exactly(HEADER_SIZE, deadline, fds)
         early = len(fds)
@@ -155,24 +183,38 @@ class Link:
         Raises:
             CaseFailed: another reply came, or its header is wrong.
         """
-        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        deadline = self._transcript.deadline(self.timeout if timeout is None else timeout)
         while True:
             link = self._readable(deadline, f"no reply to {wire.command_name(command)} id {msg_id}")
             message = link.receive(max(0.01, deadline - time.monotonic()))
             if message.is_reply and link is self:
                 break
-            check(
-                message.flags & wire.TYPE_MASK == wire.COMMAND, f"the server sent a message of no known type: {message}"
-            )
-            link.commands.append(message)
-            self.on_command(link, message)
+            self._serve(link, message)
         same(msg_id, message.msg_id, "message id of the reply")
         same(command, message.command, "command of the reply")
         known = wire.REPLY | (wire.ERROR if message.failed else 0)
         same(hex(known), hex(message.flags), "flags of the reply")
+        self.refusals += message.failed
         if message.failed and message.payload:
             self.short_errors = False
         return message
+
+    def serve(self, seconds: float) -> bool:
+        """Wait for a command of the server and handle it; whether one came in time."""
+        try:
+            link = self._readable(self._transcript.deadline(seconds), "")
+        except TimedOut:
+            return False
+        message = link.receive()
+        check(not message.is_reply, f"a reply that nobody waits for: {message}")
+        self._serve(link, message)
+        return True
+
+    def _serve(self, link: Link, message: Message) -> None:
+        check(message.flags & wire.TYPE_MASK == wire.COMMAND, f"the server sent a message of no known type: {message}")
+        link.commands.append(message)
+        check(len(link.commands) <= _COMMANDS_MAX, f"the server sent more than {_COMMANDS_MAX} commands of its own")
+        self.on_command(link, message)
 
     def call(
         self,
@@ -208,6 +250,10 @@ class Link:
         reply = self.ok(Command.DEVICE_GET_INFO, wire.info())
         same(16, len(reply.payload), "payload of GET_INFO")
 
+    def answers(self) -> None:
+        """The connection still answers, whatever: in some states of the device commands may be refused."""
+        self.call(Command.DEVICE_GET_INFO, wire.info())
+
     def silent(self, seconds: float) -> None:
         """Nothing comes for this long."""
         if self._poll(seconds):
@@ -215,9 +261,11 @@ class Link:
 
     def ends(self, timeout: float | None = None) -> bool:
         """Whether the server closes the connection within the time; what still comes before is taken."""
+        end = time.monotonic() + (self.timeout if timeout is None else timeout)
         try:
-            while True:
-                self.receive(timeout)
+            while time.monotonic() < end:
+                self.receive(max(0.01, end - time.monotonic()))
+            return False
         except Closed:
             return True
         except CaseFailed:
@@ -245,8 +293,11 @@ class Link:
         links = {link.sock.fileno(): link for link in (self, self.twin) if link is not None}
         for fd in links:
             poller.register(fd, select.POLLIN)
-        found = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        if not found:
+        left = deadline - time.monotonic()
+        found = poller.poll(max(0.0, left) * 1000)
+        # What is there after the end is not looked at: a server that never stops sending would never be left.
+        if not found or left <= 0:
+            self._transcript.deadline(0)
             raise TimedOut(f"{why} within {self.timeout:g} s")
         # The main socket first: the end of both must be seen there.
         return next((links[fd] for fd, _ in found if links[fd] is self), links[found[0][0]])
@@ -260,11 +311,14 @@ class Link:
         poller = select.poll()
         poller.register(self.sock.fileno(), select.POLLOUT if write else select.POLLIN)
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            self._transcript.deadline(0)
             raise TimedOut(f"{why} for {self.timeout:g} s")
 
     def _exactly(self, count: int, deadline: float, fds: list[int]) -> bytes:
         data = bytearray()
         while len(data) < count:
+            if data and time.monotonic() > deadline:
+                raise TimedOut(f"the server sent {len(data)} of {count} bytes within {self.timeout:g} s")
             try:
                 more, ancillary, _, _ = self.sock.recvmsg(
                     count - len(data), socket.CMSG_SPACE(_FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC

@@ -20,16 +20,30 @@ class ClientMemory:
         address: where it begins.
         data: what it holds.
         largest: the transfer size that we announced, in bytes; more in one message fails the case.
+        writable: whether it is mapped for writing, too.
     """
 
-    def __init__(self, address: int, data: bytes, largest: int = wire.DEFAULT_TRANSFER) -> None:
+    def __init__(
+        self, address: int, data: bytes, largest: int = wire.DEFAULT_TRANSFER, *, writable: bool = True
+    ) -> None:
         self.address = address
         self.data = bytearray(data)
         self._largest = largest
+        self._writable = writable
         #: (command, address, count) of every message, in order.
         self.served: list[tuple[int, int, int]] = []
         #: Makes the reply from the right one, for servers that have to cope with others; may return b"" for none.
         self.spoil: Callable[[Message, bytes], bytes] = lambda message, reply: reply
+
+    @property
+    def moved(self) -> int:
+        """Bytes that were asked for, in all."""
+        return sum(count for _, _, count in self.served)
+
+    def takes(self, address: int, count: int, *, writes: bool) -> bool:
+        """Whether a transfer lies in it and is allowed, so that messages have to come."""
+        inside = self.address <= address and address + count <= self.address + len(self.data)
+        return inside and (self._writable or not writes)
 
     def __call__(self, link: Link, message: Message) -> None:
         """Answer a command of the server."""

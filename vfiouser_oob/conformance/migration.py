@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 
 from vfiouser_oob.conformance import wire
-from vfiouser_oob.conformance.case import CaseFailed, NotApplicable, check, same
+from vfiouser_oob.conformance.case import CannotTell, CaseFailed, NotApplicable, check, same
 from vfiouser_oob.conformance.link import Link
 from vfiouser_oob.conformance.trial import Trial
 from vfiouser_oob.conformance.wire import Message
@@ -34,7 +34,9 @@ def begin(t: Trial, link: Link | None = None) -> Link:
     """A connection to a device that migrates by DEVICE_FEATURE; in the end the device runs again."""
     t.facts.migratable()
     link = t.attach() if link is None else link
-    t.at_end(lambda: to_running(link))
+    if found := wake(link):
+        raise CannotTell(f"the device is in {found}")
+    t.at_end(lambda: back(link))
     return link
 
 
@@ -59,6 +61,8 @@ def go(link: Link, *states: int) -> None:
     """SET states that have to be reached."""
     for state in states:
         reply = try_state(link, state)
+        if reply.failed and state == RUNNING and get_state(link) == STOP:
+            raise CannotTell(f"the device stays in STOP: SET RUNNING fails with error {reply.error}, as it may")
         if reply.failed:
             raise CaseFailed(f"SET of state {name(state)} failed with error {reply.error}")
         same(name(state), name(get_state(link)), "state after SET")
@@ -77,6 +81,33 @@ def to_running(link: Link) -> None:
     if try_state(link, RUNNING).failed:
         link.call(Command.DEVICE_RESET)
         try_state(link, RUNNING)
+
+
+def wake(link: Link) -> str:
+    """Bring the device to RUNNING; says in which state it is and why it stays there, if it does."""
+    reply = link.call(FEATURE, wire.feature(_GET_STATE, argsz=16))
+    if reply.failed or len(reply.payload) < 16:
+        return ""
+    state = struct.unpack_from("<I", reply.payload, 8)[0]
+    if state == RUNNING:
+        return ""
+    error = try_state(link, RUNNING).error
+    if get_state(link) == RUNNING:
+        return ""
+    to_running(link)
+    state = get_state(link)
+    return "" if state == RUNNING else f"{name(state)}, and SET RUNNING fails with error {error}"
+
+
+def back(link: Link) -> None:
+    """Bring the device to RUNNING, by whatever way there is.
+
+    Raises:
+        CannotTell: it stays elsewhere; a device may fail a transition.
+    """
+    to_running(link)
+    if found := wake(link):
+        raise CannotTell(f"the device is in {found}")
 
 
 def read_chunk(link: Link, size: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_oob.conformance import wire
-from vfiouser_oob.conformance.case import CaseFailed, NotApplicable, check, same
+from vfiouser_oob.conformance.case import CannotTell, CaseFailed, check, same
 from vfiouser_oob.conformance.link import Link
 from vfiouser_oob.conformance.trial import Trial
 from vfiouser_oob.conformance.wire import Message
@@ -26,11 +26,9 @@ class View:
     """
 
     def __init__(self, t: Trial, link: Link) -> None:
-        if t.facts.v1_region is None:
-            raise NotApplicable("the device has no migration region")
         self.t = t
         self.link = link
-        self.index = t.facts.v1_region
+        self.index = t.facts.v1()
         self.size = t.facts.regions[self.index].size
 
     def read(self, offset: int, count: int) -> Message:
@@ -57,6 +55,8 @@ class View:
         """Write states that have to be reached."""
         for state in states:
             reply = self.try_state(state)
+            if reply.failed and state == RUNNING and self.state() == STOPPED:
+                raise CannotTell(f"the device stays stopped: running is refused with error {reply.error}, as it may")
             if reply.failed:
                 raise CaseFailed(f"device_state {NAMES[state]} failed with error {reply.error}")
             same(NAMES[state], NAMES.get(self.state(), "another one"), "device_state after it was written")
@@ -105,11 +105,36 @@ class View:
 
 def begin(t: Trial, path: str | None = None) -> View:
     """A connection to a device with a migration region; in the end the device runs again."""
-    if t.facts.v1_region is None:
-        raise NotApplicable("the device has no migration region")
+    t.facts.v1()
     view = View(t, t.attach(path=path))
-    t.at_end(view.to_running)
+    if found := wake(view):
+        raise CannotTell(f"the device is in {found}")
+    t.at_end(lambda: back(view))
     return view
+
+
+def wake(view: View) -> str:
+    """Bring the device to running; says in which state it is and why it stays there, if it does."""
+    reply = view.read(STATE, 4)
+    if reply.failed or len(reply.payload) != 20 or view.state() == RUNNING:
+        return ""
+    error = view.try_state(RUNNING).error
+    if view.state() == RUNNING:
+        return ""
+    view.to_running()
+    state = view.state()
+    return "" if state == RUNNING else f"{NAMES.get(state, state)}, and running is refused with error {error}"
+
+
+def back(view: View) -> None:
+    """Bring the device to running, by whatever way there is.
+
+    Raises:
+        CannotTell: it stays elsewhere; a device may fail a transition.
+    """
+    view.to_running()
+    if found := wake(view):
+        raise CannotTell(f"the device is in {found}")
 
 
 def save(view: View) -> list[bytes]:

@@ -24,7 +24,7 @@ R009 spec,QEMU pipelined commands are answered in order
 R010 libvfio-user an unknown command is refused
 R011 libvfio-user command 0 and commands of a generation that is not offered are refused
 R012 libvfio-user DMA_READ and DMA_WRITE from the client are refused
-R013 libvfio-user a reply that nobody waits for is not executed
+R013 spec a reply that nobody waits for is not executed
 R014 libvfio-user a message of an undefined type is not executed
 R015 libvfio-user a msg_size below 16 is an error
 R016 libvfio-user a command that needs a payload is refused without one
@@ -44,7 +44,7 @@ R029 libvfio-user failing commands do not leak descriptors
 R030 spec a client may come back
 R031 spec two clients at a time are not mixed
 R032 spec the end of a connection ends its maps and descriptors
-R033 robustness a client may leave before it reads its reply
+R033 spec a client may leave before it reads its reply
 R040 spec VERSION comes first
 R041 spec version data is optional
 R042 spec the minor version is at most the proposed one
@@ -79,7 +79,7 @@ R070 spec every capability has a default
 R071 spec the client's max_data_xfer_size limits DMA messages
 R080 spec GET_INFO has 16 bytes; PCI has 9 regions and 5 IRQ types
 R081 spec,kernel a too small argsz or payload of GET_INFO is refused
-R082 spec a larger argsz changes nothing
+R082 spec a larger argsz changes nothing, of GET_INFO and GET_IRQ_INFO
 R083 rust-vmm argsz 32 is accepted for GET_INFO and GET_IRQ_INFO
 R084 libvfio-user other request fields of GET_INFO are ignored
 R085 spec every region below num_regions is described
@@ -216,8 +216,8 @@ R231 libvfio-user DEVICE_RESET may have a payload
 R232 spec DEVICE_RESET with NO_REPLY is silent
 R233 spec maps survive DEVICE_RESET
 R234 spec,kernel DEVICE_RESET leads to RUNNING from every migration state
-R235 spec a new client finds a device that was left stopped RUNNING
-R236 spec maps, eventfds and logging end with the connection
+R235 spec a new client finds a device as it was left, or RUNNING
+R236 spec maps and eventfds end with the connection
 R237 spec registers survive the connection
 R238 QEMU QEMU's reset sequence succeeds
 R240 spec a short DEVICE_FEATURE is refused
@@ -289,6 +289,7 @@ R308 spec a bitmap is of whole 64-bit words, padding zero
 R309 kernel a write across pages makes both dirty
 R310 spec ranges limit what has to be logged
 R311 libvfio-user a new start forgets old bits
+R312 libvfio-user logging ends with the connection
 R320 spec-v1 one region is the migration region
 R321 spec-v1 its description
 R322 spec-v1 VERSION tells migration.pgsize
@@ -337,10 +338,10 @@ R372 spec DMA_WRITE has its data at byte 16
 R373 spec an error reply is a failed DMA
 R374 libvfio-user a reply that does not fit is an error
 R375 spec DMA is cut to the client's max_data_xfer_size
-R376 spec commands are served while DMA is outstanding
+R376 QEMU commands are served while DMA is outstanding
 R377 spec with a twin socket DMA goes there only
 R378 spec no DMA message for what is not mapped
-R379 robustness a client may leave while DMA is outstanding
+R379 spec a client may leave while DMA is outstanding
 R380 QEMU-v1 DMA_WRITE may be answered by a header alone
 R390 QEMU QEMU attaches
 R391 QEMU every answer comes within 5 s
@@ -354,7 +355,33 @@ R398 QEMU a killed client leaves the server fit
 R399 QEMU message ids need not be consecutive
 R400 rust-vmm replies have the sizes that a fixed-size client reads
 R401 libvfio-user the sample client's sequence
+R411 PCI vendor, device, revision, class and header type are read-only
+R412 PCI the headers of capabilities are read-only
+R413 PCI the size of the MSI-X table is read-only, enable and mask bits are not
+R414 PCI the number of possible MSI vectors is read-only
+R415 PCI a function level reset resets the function, and its bit reads as 0
+R416 libvfio-user maps survive a function level reset
 """
+
+#: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the
+#: message: their own words.
+SENTENCES: Mapping[str, str] = {
+    "R004": "If an error occurs, the reply message must only include the reply header.",
+    "R005": "Each command message must be replied to with a reply message, unless the message sets the No_Reply bit.",
+    "R007": "The server will process commands in the order they are received.",
+    "R008": "Message IDs belong entirely to the sender, can be re-used (even concurrently).",
+    "R013": "Reply (value 0x1) indicates a reply message acknowledging a previous command with the same message ID.",
+    "R024": "Both the client and the server need to know how to handle such events [of a disconnect].",
+    "R032": "All client memory regions are unmapped and cleaned up (including closing any passed file descriptors).",
+    "R033": "Both the client and the server need to know how to handle such events [of a disconnect].",
+    "R082": "This must be at least the size of the struct above.",
+    "R147": "A command to map over an existing region must be failed by the server.",
+    "R169": "The server must release all references to that DMA region before replying.",
+    "R235": "The device state should otherwise be retained.",
+    "R379": "The server and the client can disconnect from each other, either intentionally or unexpectedly.",
+}
+#: Sources that can demand something of a server; all others tell what somebody does or needs.
+BINDING = frozenset({"spec", "spec-v1", "kernel", "PCI"})
 
 #: Requirements that no case can decide from outside, and where they are looked after instead.
 NOT_FROM_OUTSIDE: Mapping[str, str] = {
@@ -380,6 +407,11 @@ class Requirement:
     id: str
     source: str
     text: str
+
+    @property
+    def binds(self) -> bool:
+        """Whether a MUST may rest on it."""
+        return not BINDING.isdisjoint(self.source.split(", "))
 
 
 def _read() -> Mapping[str, Requirement]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,14 +18,23 @@ from typing import TYPE_CHECKING, Any
 from vfiouser_oob.conformance import vectors, wire
 from vfiouser_oob.conformance.case import CaseFailed, NotApplicable, check, same
 from vfiouser_oob.conformance.facts import Facts
-from vfiouser_oob.conformance.link import Link, Transcript
+from vfiouser_oob.conformance.link import Closed, Link, NotThere, Transcript
 from vfiouser_protocol.constants import Command, RegionIndex
 
 if TYPE_CHECKING:
+    from vfiouser_oob.conformance.process import ServerProcess
     from vfiouser_oob.conformance.stimulus.base import Stimulus
 
 #: How long nothing has to come before we say that nothing comes, in seconds.
 SILENCE_S = 0.1
+#: A case may take so many times as long as an answer, and as long again to give everything back.
+CASE_TIMEOUTS = 8
+#: How often a server that is not there yet is looked for, in seconds.
+_LOOK_S = 0.005
+#: A server that leaves with its client is given so long for it before we connect, in seconds.
+_LEAVE_S = 0.5
+#: A server that is about to listen, or to take its next client: `connect` says so with these.
+_NOT_YET = (errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT, errno.EINTR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +61,14 @@ class Target:
         destination_path: of a second server with a device of the same kind, to migrate to.
         timeout: how long to wait for any answer, in seconds.
         stimulus: what makes the device do things; None = nothing can.
+        process: the server's process, if we start it.
     """
 
     socket_path: str
     destination_path: str | None = None
     timeout: float = 5.0
     stimulus: Stimulus | None = None
+    process: ServerProcess | None = None
 
 
 class Trial:
@@ -71,27 +84,41 @@ class Trial:
         self.facts = facts
         self.timeout = target.timeout
         self.transcript = Transcript()
+        self.transcript.ends = self.transcript.started + CASE_TIMEOUTS * target.timeout
         self.seen: list[Seen] = []
         #: The connection of table-driven cases, for the functions of their rows.
         self.link: Link
         self._stack = ExitStack()
         self._links: list[Link] = []
-        self._connections = 0
-        self._restore: list[Callable[[], None]] = []
+        #: How many there were.
+        self.connections = 0
+        self._restore: list[Callable[[], object]] = []
 
     # Connections
 
     def connect(self, path: str | None = None) -> Link:
-        """Connect without saying anything yet."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(self.timeout)
-            sock.connect(path or self.target.socket_path)
-        except OSError as error:
-            sock.close()
-            raise CaseFailed(f"cannot connect: {error.strerror or error}") from None
-        self._connections += 1
-        link = Link(sock, self.transcript, self.timeout, str(self._connections))
+        """Connect without saying anything yet.
+
+        A server may serve one client at a time, and it may exit when a client leaves: it is waited for, and started
+        again if we started it.
+        """
+        deadline = self.transcript.deadline(self.timeout)
+        self._awaken(path)
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            # With a time to send, and blocking, the kernel wakes us as soon as there is room for another client.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(max(_LOOK_S, deadline - time.monotonic())))
+            try:
+                sock.connect(path or self.target.socket_path)
+                break
+            except OSError as error:
+                sock.close()
+                if error.errno not in _NOT_YET or time.monotonic() >= deadline:
+                    raise NotThere(f"cannot connect: {error.strerror or error}") from None
+            self._awaken(path)
+            time.sleep(_LOOK_S)
+        self.connections += 1
+        link = Link(sock, self.transcript, self.timeout, str(self.connections))
         self._links.append(link)
         return link
 
@@ -106,13 +133,43 @@ class Trial:
             path: the server's socket; None = the one under test.
             twin: whether a granted twin socket is taken into use.
         """
-        link = self.connect(path)
-        reply = link.ok(Command.VERSION, wire.version(data, minor=minor))
+        link, reply = self.negotiate(data, minor, path)
         if twin:
             if not reply.fds:
                 raise NotApplicable("the server grants no twin socket")
             link.adopt_twin(reply.fds[0])
         return link
+
+    def negotiate(
+        self, data: bytes = vectors.QEMU_CAPABILITIES, minor: int = 0, path: str | None = None
+    ) -> tuple[Link, wire.Message]:
+        """Connect and negotiate, again and again while it is the last server's end that we ran into.
+
+        Returns:
+            The connection, and the VERSION reply.
+        """
+        deadline = self.transcript.deadline(self.timeout)
+        while True:
+            link = self.connect(path)
+            try:
+                return link, link.ok(Command.VERSION, wire.version(data, minor=minor))
+            except Closed:
+                process = self.target.process
+                gone = path is None and process is not None and process.left(deadline - time.monotonic())
+                if not gone or time.monotonic() >= deadline:
+                    raise
+                self.drop(link)
+
+    def _awaken(self, path: str | None) -> None:
+        """Have a server that listens, if we start it and no client of this case keeps the last one."""
+        process = self.target.process
+        if process is None or path is not None or self._links:
+            return
+        if self.connections and process.leaves:
+            process.left(min(_LEAVE_S, self.timeout))
+        trouble = process.crashed() or process.ensure()
+        if trouble:
+            raise CaseFailed(trouble)
 
     def attach_with(self, members: Mapping[str, Any], *, minor: int = 0, twin: bool = False) -> Link:
         """Connect and negotiate with these capabilities."""
@@ -190,6 +247,7 @@ class Trial:
     def scratch(self) -> tuple[int, int]:
         """Offset and width of a place in config space that holds what is written; it is put back afterwards."""
         if self.facts.scratch is None:
+            self.facts.known("GET_INFO", "config space", "a register that holds what is written")
             raise NotApplicable("no register was found that holds what is written to it")
         return self.facts.scratch
 
@@ -212,12 +270,13 @@ class Trial:
         """Report which of several allowed behaviours was seen."""
         self.seen.append(Seen(topic, value, recommended))
 
-    def at_end(self, action: Callable[[], None]) -> None:
+    def at_end(self, action: Callable[[], object]) -> None:
         """Do something while the case's connections still exist, last thing first."""
         self._restore.append(action)
 
     def end(self) -> None:
         """Give everything back."""
+        self.transcript.ends = time.monotonic() + CASE_TIMEOUTS * self.timeout
         try:
             while self._restore:
                 self._restore.pop()()
@@ -231,6 +290,11 @@ class Trial:
         if not link.short_errors:
             self.saw("error replies", "with a payload", recommended=False)
         link.close()
+
+
+def _timeval(seconds: float) -> bytes:
+    """A `struct timeval` that is not zero, which would mean for ever."""
+    return struct.pack("@ll", int(seconds), max(1, int(seconds % 1 * 1_000_000)))
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ import mmap
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAGIC = 0x75666F76
@@ -18,6 +19,16 @@ REGISTER_SIZES = {0x04: 4, 0x08: 8, 0x10: 4, 0x14: 4, 0x18: 8, 0x20: 4, 0x24: 4,
 #: Vectors of INTx, MSI, MSI-X, ERR, REQ; the last has none.
 IRQ_COUNTS = (1, 4, 16, 1, 0)
 IRQ_FLAGS = (7, 1, 1, 1, 1)
+#: Offset of the PCI Express capability.
+EXPRESS = 0x80
+#: Places of config space that a fault lets a client write.
+WRITABLE = {
+    "pci/identity-written": (0x08,),
+    "pci/headers-written": (0x51,),
+    "pci/extended-headers-written": (0x140,),
+    "pci/table-size-written": (0x72,),
+    "pci/msi-vectors-beyond": (0x52,),
+}
 
 
 class Refused(Exception):
@@ -53,7 +64,7 @@ class Irq:
     masked: bool = False
 
 
-def _config() -> tuple[bytearray, bytearray]:
+def _config(bad: Callable[[str], bool]) -> tuple[bytearray, bytearray]:
     """Config space at power-on, and which of its bits can be written."""
     data, mask = bytearray(4096), bytearray(4096)
     struct.pack_into("<HHHHI", data, 0, 0x1B36, 0x00F0, 0, 0x10, 0xFF000000)
@@ -66,18 +77,26 @@ def _config() -> tuple[bytearray, bytearray]:
     data[0x20] = 0x4
     mask[0x24:0x28] = b"\xff" * 4
     struct.pack_into("<BBH", data, 0x50, 0x05, 0x70, 2 << 1)
-    struct.pack_into("<BBHII", data, 0x70, 0x11, 0, IRQ_COUNTS[2] - 1, 0x800, 0xC00)
+    struct.pack_into("<BBHII", data, 0x70, 0x11, EXPRESS, IRQ_COUNTS[2] - 1, 0x800, 0xC00)
+    struct.pack_into("<BBHI", data, EXPRESS, 0x10, 0, 2, 1 << 28)
+    struct.pack_into("<IIII", data, 0x100, 0x14010003, 1, 2, 0)
+    struct.pack_into("<I", data, 0x140, 0x0001000B)
+    mask[0x52] = 0x70
     mask[0x53] = 0
     mask[0x73] = 0xC0
+    mask[EXPRESS + 9] = 0x70 | (0x80 if bad("pci/flr-stays-set") else 0)
+    for name, places in WRITABLE.items():
+        for place in places if bad(name) else ():
+            mask[place] = 0xFF
     return data, mask
 
 
 class Device:
     """State that outlives connections."""
 
-    def __init__(self, bad: object) -> None:
+    def __init__(self, bad: Callable[[str], bool]) -> None:
         self.bad = bad
-        self.config, self.mask = _config()
+        self.config, self.mask = _config(bad)
         self.memory_fd = os.memfd_create("mutants", os.MFD_CLOEXEC)
         os.ftruncate(self.memory_fd, BAR2_SIZE + PAGE)
         # The region begins a page into its file, so that a client that forgets the offset is caught.
@@ -93,6 +112,8 @@ class Device:
         self.state = 2
         self.pending: tuple[int, int, int] | None = None
         self.line = False
+        #: Function level resets that were done.
+        self.resets = 0
         self.buffer = bytearray()
         self.registers = bytearray()
         self.power_on()
@@ -102,10 +123,20 @@ class Device:
         self.registers = bytearray(0x1000)
         struct.pack_into("<I", self.registers, 0, MAGIC)
         self.buffer = bytearray(BAR1_SIZE)
-        self.bar2[:] = bytes(BAR2_SIZE)
-        self.config, self.mask = _config()
+        self.bar2[:] = b"mutants\0".ljust(BAR2_SIZE, b"\0")
+        self.config, self.mask = _config(self.bad)
         self.pending = None
         self.line = False
+
+    def function_reset(self) -> None:
+        """The function level reset of PCI Express."""
+        if self.bad("pci/flr-nothing"):
+            return
+        control = self.config[EXPRESS + 9]
+        self.power_on()
+        if self.bad("pci/flr-stays-set"):
+            self.config[EXPRESS + 9] = control
+        self.resets += 1
 
     def get(self, offset: int) -> int:
         """A 32-bit register."""
@@ -138,6 +169,8 @@ class Device:
         if region == CONFIG:
             for n, byte in enumerate(data, offset):
                 self.config[n] = self.config[n] & ~self.mask[n] | byte & self.mask[n]
+            if offset <= EXPRESS + 9 < offset + len(data) and data[EXPRESS + 9 - offset] & 0x80:
+                self.function_reset()
         elif region == 1:
             self.buffer[offset : offset + len(data)] = data
         elif region == 2:

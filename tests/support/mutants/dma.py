@@ -56,6 +56,7 @@ class Dma:
         self.dirty: set[int] = set()
         self.next_id = 1
         self.cycles = 0
+        self.limit = _MAPS_MAX
         if self.bad("session/maps-survive"):
             self.maps = getattr(session.server, "maps", self.maps)
             session.server.maps = self.maps  # type: ignore[attr-defined]
@@ -84,9 +85,9 @@ class Dma:
         new = Map(address, size, flags & 3, offset, -1, self._file(fd, flags))
         if self._known(new):
             return b""
-        if len(self.maps) >= _MAPS_MAX and bad("dma-map/limit-drops-first"):
+        if len(self.maps) >= self.limit and bad("dma-map/limit-drops-first"):
             self._release(self.maps.pop(0))
-        need("", len(self.maps) < _MAPS_MAX, 28)
+        need("", len(self.maps) < self.limit, 28)
         if fd >= 0:
             self._take(new, command)
         self.maps.append(new)

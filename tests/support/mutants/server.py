@@ -111,10 +111,13 @@ class Server:
                     return
                 sock, _ = self.listener.accept()
                 self._current = sock
-                Connection(self, sock).run()
+                heard = len(self.heard)
+                self.serve(sock)
                 self._current = None
                 self.served += 1
-                if self.bad("session/serves-once"):
+                asked = [number for number, _ in self.heard[heard:]]
+                if self.bad("session/serves-once") and asked == [1, 4]:
+                    select.select([self._stopping], [], [])  # it stays, and takes no other client
                     return
         except Crash:
             self.crashed = 1
@@ -122,6 +125,10 @@ class Server:
             self.listener.close()
             if self._current is not None:
                 self._current.close()
+
+    def serve(self, sock: socket.socket) -> None:
+        """Serve one client until it leaves."""
+        Connection(self, sock).run()
 
     def stop(self) -> None:
         """Make `run` return."""

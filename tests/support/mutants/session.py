@@ -291,12 +291,15 @@ class Session:
                 self.device.mask[0x30:0x34] = b"\x00\x00\xff\xff"
         if region == CONFIG and 0x10 <= offset < 0x14 and self.bad("region-info/bar-mask-off"):
             self.device.mask[0x10:0x14] = b"\x00\x00\xff\xff"
+        resets = self.device.resets
         try:
             value = self.migration.region_write(region, offset, data)
         except Refused:
             if not self.bad("region/device-error-lost"):
                 raise
             return
+        if self.device.resets != resets and self.bad("pci/flr-drops-maps"):
+            self.dma.end()
         if value is not None and offset == 0x10:
             self.raise_irq(value >> 16, value & 0xFFFF)
         elif value is not None and offset == 0x14:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from fakeserver import Answer, FakeServer, Handler, connected
 from openfds import open_fds
 from vfiouser_oob.client.client import Client
+from vfiouser_oob.client.connection import connect_socket
 from vfiouser_oob.client.errors import ServerGone, TooLate
 from vfiouser_oob.transport.fds import Lent
 from vfiouser_protocol.codec import decode, encode
@@ -357,3 +361,42 @@ async def test_time_that_is_lost_behind_others() -> None:
 async def _release_later(event: trio.Event) -> None:
     await trio.sleep(0.5)
     event.set()
+
+
+async def test_a_server_without_room_is_waited_for(tmp_path: Path) -> None:
+    """A full queue of clients means "not yet": connect_socket gives a socket that is connected, when there is room."""
+    path = tmp_path / "full.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, contextlib.ExitStack() as stack:
+        listener.bind(str(path))
+        listener.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        first.connect(str(path))  # the one that the kernel keeps
+        found: list[socket.socket] = []
+
+        async def connect() -> None:
+            found.append(stack.enter_context(await connect_socket(path)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect)
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            assert [] == found
+            stack.enter_context(listener.accept()[0])
+        served = stack.enter_context(listener.accept()[0])
+        assert str(path) == found[0].getpeername()
+        served.sendall(b"x")
+        assert b"x" == found[0].recv(1)
+
+
+async def test_a_wait_for_room_can_be_given_up(tmp_path: Path) -> None:
+    """A caller that has no more time gets its way, and no descriptor is left behind."""
+    path = tmp_path / "full.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
+            first.connect(str(path))
+            before = open_fds()
+            with trio.move_on_after(0.02) as scope:
+                await connect_socket(path)
+            assert scope.cancelled_caught
+            assert before == open_fds()

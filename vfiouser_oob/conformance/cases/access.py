@@ -71,7 +71,7 @@ def write_then_read(t: Trial) -> None:
         same(data.hex(), t.read_config(link, offset, width).hex(), f"register {offset:#x}")
 
 
-@AREA.case(4, MUST, "R123", "region/narrow-read-wrong")
+@AREA.case(4, COMPAT, "R123", "region/narrow-read-wrong", compat="QEMU 11")
 def widths(t: Trial) -> None:
     """Config space can be read in bytes, words and double words anywhere.
 
@@ -95,7 +95,8 @@ def whole_config(t: Trial) -> None:
     """
     size = t.facts.region(CONFIG).size
     data = t.read_config(t.attach(), 0, size)
-    check(data[:4] not in (b"\0" * 4, b"\xff" * 4), f"config space begins with {data[:4].hex()}: no device")
+    # Vendor 0xffff is what a bus says where no device is; every other value, 0 too, is some device's own.
+    check(data[:2] != b"\xff\xff", "config space begins with vendor id 0xffff: no device")
 
 
 @AREA.case(6, MUST, "R133", "region/rom-mask-off", effect=Effect.DEVICE)
@@ -159,7 +160,7 @@ def largest_transfer(t: Trial) -> None:
     t.read(t.attach(), found[0].index, 0, size)
 
 
-@AREA.case(10, MUST, "R128", "region/wide-access-torn", effect=Effect.DEVICE)
+@AREA.case(10, COMPAT, "R128", "region/wide-access-torn", compat="QEMU 11", effect=Effect.DEVICE)
 def eight_bytes(t: Trial) -> None:
     """An access of 8 bytes reaches the device as one.
 

@@ -142,8 +142,7 @@ def _migratable(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 
 
 def _logging(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
-    if not t.facts.logging:
-        raise NotApplicable("the server offers no DMA logging")
+    t.facts.logs()
     return [(FEATURE, payload) for payload in payloads]
 
 

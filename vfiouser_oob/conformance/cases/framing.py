@@ -66,19 +66,18 @@ def error_size(t: Trial) -> None:
     """An error reply is a header alone.
 
     Sends: commands that have to fail, with and without data.
-    Expects: 16 bytes; libvfio-user sends the payload of the success reply along, which is reported. More than the
-    request or the success reply would have is wrong.
+    Expects: 16 bytes. libvfio-user sends the payload of the success reply along, which the specification rules out.
     """
     link = t.attach()
     big = len(t.facts.regions) + 1000
-    for command, payload, largest in (
-        (Command.DEVICE_GET_REGION_INFO, wire.region_info(big), 32),
-        (Command.REGION_READ, wire.access(big, 0, 64), 80),
-        (Command.DEVICE_FEATURE, wire.feature(0x2FFFF), 8),
+    for command, payload in (
+        (Command.DEVICE_GET_REGION_INFO, wire.region_info(big)),
+        (Command.REGION_READ, wire.access(big, 0, 64)),
+        (Command.DEVICE_FEATURE, wire.feature(0x2FFFF)),
     ):
         reply = link.call(command, payload)
         check(reply.failed, f"{command.name} succeeded; it has to fail")
-        check(len(reply.payload) <= largest, f"the error reply to {command.name} has {len(reply.payload)} more bytes")
+        check(not reply.payload, f"the error reply to {command.name} has {len(reply.payload)} more bytes")
 
 
 @AREA.case(5, MUST, "R005", "frame/reply-to-no-reply")
@@ -94,7 +93,7 @@ def no_reply(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(6, MUST, "R006", "frame/no-reply-error")
+@AREA.case(6, SHOULD, "R006", "frame/no-reply-error")
 def no_reply_to_failures(t: Trial) -> None:
     """Not even a failure is answered when no reply is wanted.
 
@@ -155,7 +154,7 @@ def pipelined(t: Trial) -> None:
         link.reply(100 + n, commands[n % 2])
 
 
-@AREA.case(10, MUST, "R010", "frame/unknown-command-ok")
+@AREA.case(10, SHOULD, "R010", "frame/unknown-command-ok")
 def unknown_command(t: Trial) -> None:
     """A command that nobody knows is refused, and nothing else happens.
 
@@ -168,7 +167,7 @@ def unknown_command(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(11, MUST, "R011", "frame/command-zero-ok")
+@AREA.case(11, SHOULD, "R011", "frame/command-zero-ok")
 def command_zero(t: Trial) -> None:
     """Command 0 is no command.
 
@@ -180,7 +179,7 @@ def command_zero(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(12, MUST, "R012", "frame/dma-command-ok")
+@AREA.case(12, SHOULD, "R012", "frame/dma-command-ok")
 def commands_of_servers(t: Trial) -> None:
     """DMA_READ and DMA_WRITE are the server's to send.
 
@@ -213,7 +212,7 @@ def unsolicited_reply(t: Trial) -> None:
     _not_executed(t, wire.REPLY, allow_silence=True)
 
 
-@AREA.case(14, MUST, "R014", "frame/type-executed", effect=Effect.DEVICE)
+@AREA.case(14, SHOULD, "R014", "frame/type-executed", effect=Effect.DEVICE)
 def undefined_type(t: Trial) -> None:
     """A message whose type is undefined is not executed.
 
@@ -245,7 +244,7 @@ def _not_executed(t: Trial, kind: int, *, allow_silence: bool) -> None:
     t.drop(again)
 
 
-@AREA.case(15, MUST, "R015", "frame/size-8-ok")
+@AREA.case(15, SHOULD, "R015", "frame/size-8-ok")
 def too_small_size(t: Trial) -> None:
     """A msg_size smaller than the header is no message.
 
@@ -259,7 +258,7 @@ def too_small_size(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(16, MUST, "R016", "frame/no-payload-ok")
+@AREA.case(16, SHOULD, "R016", "frame/no-payload-ok")
 def missing_payload(t: Trial) -> None:
     """A command that needs a payload is refused without one.
 
@@ -272,7 +271,7 @@ def missing_payload(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(17, MUST, "R018", "frame/huge-size-waits")
+@AREA.case(17, SHOULD, "R018", "frame/huge-size-waits")
 def giant_size(t: Trial) -> None:
     """A message of two gigabytes is not waited for.
 
@@ -307,7 +306,7 @@ def body_is_no_header(t: Trial) -> None:
         return
 
 
-@AREA.case(19, MUST, "R020", "frame/split-header")
+@AREA.case(19, SHOULD, "R020", "frame/split-header")
 def split_header(t: Trial) -> None:
     """A header may come in pieces.
 
@@ -317,7 +316,7 @@ def split_header(t: Trial) -> None:
     _in_pieces(t, (5,))
 
 
-@AREA.case(20, MUST, "R021", "frame/split-body")
+@AREA.case(20, SHOULD, "R021", "frame/split-body")
 def split_body(t: Trial) -> None:
     """A body may come in pieces.
 
@@ -327,7 +326,7 @@ def split_body(t: Trial) -> None:
     _in_pieces(t, (16, 20, 27))
 
 
-@AREA.case(21, MUST, "R020 R021", "frame/split-byte")
+@AREA.case(21, SHOULD, "R020 R021", "frame/split-byte")
 def byte_by_byte(t: Trial) -> None:
     """Message boundaries have nothing to do with the pieces that a stream comes in.
 
@@ -470,7 +469,7 @@ def sizes_add_up(t: Trial) -> None:
     link.silent(SILENCE_S)
 
 
-@AREA.case(29, MUST, "R011", "frame/unoffered-command-ok@no-migration")
+@AREA.case(29, SHOULD, "R011", "frame/unoffered-command-ok@no-migration")
 def unoffered_generations(t: Trial) -> None:
     """The commands of a migration generation that the server does not offer are refused.
 

@@ -14,14 +14,13 @@ from vfiouser_oob.conformance.migration import (
     RUNNING,
     STOP,
     STOP_COPY,
+    back,
     begin,
-    get_state,
     go,
     pre_copy,
     read_chunk,
     read_stream,
     save,
-    to_running,
     try_state,
     write_chunk,
     write_stream,
@@ -134,7 +133,7 @@ def write_needs_resuming(t: Trial) -> None:
     """
     link = begin(t)
     for state in (RUNNING, STOP, STOP_COPY, *([PRE_COPY] if t.facts.pre_copy else [])):
-        to_running(link)
+        back(link)
         go(link, state)
         link.refused(WRITE, wire.mig_data(4, b"\0" * 4))
 
@@ -169,7 +168,7 @@ def save_and_load(t: Trial) -> None:
     change_state(t, link, 0x21)
     before = state_of(t, link)
     data = save(t, link)
-    to_running(link)
+    back(link)
     change_state(t, link, 0x42)
     go(link, RESUMING)
     write_stream(link, data, t.facts.transfer)
@@ -188,7 +187,7 @@ def cut_anywhere(t: Trial) -> None:
     change_state(t, link, 0x33)
     before = state_of(t, link)
     data = save(t, link)
-    to_running(link)
+    back(link)
     change_state(t, link, 0x44)
     go(link, RESUMING)
     at = 0
@@ -215,8 +214,7 @@ def half_a_stream(t: Trial) -> None:
     go(link, RESUMING)
     write_stream(link, data[: len(data) // 2], t.facts.transfer)
     check(try_state(link, STOP).failed, "SET STOP succeeded after half a stream")
-    to_running(link)
-    same(RUNNING, get_state(link), "state in the end")
+    back(link)
 
 
 @AREA.case(40, MUST, "R286 R281", "migration/load-lost")
@@ -233,7 +231,7 @@ def to_another_device(t: Trial) -> None:
     before = state_of(t, link)
     data = save(t, link)
     other = t.attach(path=path)
-    t.at_end(lambda: to_running(other))
+    t.at_end(lambda: back(other))
     go(other, RESUMING)
     write_stream(other, data, t.facts.transfer)
     go(other, RUNNING)

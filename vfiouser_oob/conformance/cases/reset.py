@@ -19,8 +19,7 @@ CONFIG = int(RegionIndex.CONFIG)
 
 def resettable(t: Trial) -> Link:
     """A connection to a device that can be reset."""
-    if not t.facts.resettable:
-        raise NotApplicable("the device does not support DEVICE_RESET")
+    t.facts.resets()
     return t.attach()
 
 
@@ -90,6 +89,7 @@ def maps_survive(t: Trial) -> None:
     Sends: DMA_MAP, DEVICE_RESET, DMA_UNMAP.
     Expects: the unmap succeeds.
     """
+    t.facts.maps()
     link = resettable(t)
     link.ok(MAP, wire.dma_map(BASE, SIZE), [t.memfd(SIZE)])
     link.ok(Command.DEVICE_RESET)
@@ -165,6 +165,7 @@ def maps_end(t: Trial) -> None:
     Sends: DMA_MAP of a locked file, and of a range without one; closes; DMA_UNMAP and DMA_MAP on a new connection.
     Expects: the file is released; the unmap fails, the map succeeds.
     """
+    t.facts.maps()
     link = t.attach()
     file = t.locked_file(SIZE)
     link.ok(MAP, wire.dma_map(BASE, SIZE), [file.to_give])

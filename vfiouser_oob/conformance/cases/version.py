@@ -323,7 +323,7 @@ def version_no_reply(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(19, MUST, "R068", "version/second-accepted")
+@AREA.case(19, SHOULD, "R068", "version/second-accepted")
 def second_version(t: Trial) -> None:
     """The version is negotiated once.
 

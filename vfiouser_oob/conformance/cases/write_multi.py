@@ -125,7 +125,7 @@ refusals(
             ],
         ),
         Refusal(
-            12, MUST, "R224", "multi/giant-count-ok",
+            12, SHOULD, "R224", "multi/giant-count-ok",
             "A giant number of entries is refused, and nothing that big is made room for.",
             "REGION_WRITE_MULTI with wr_cnt 2^61 and 2^64 - 1",
             lambda t: [(MULTI, struct.pack("<Q", count) + _one(_offered(t))[8:]) for count in (1 << 61, wire.U64)],

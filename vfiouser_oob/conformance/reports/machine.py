@@ -7,22 +7,30 @@ from xml.etree import ElementTree
 
 from vfiouser_oob.conformance import describe
 from vfiouser_oob.conformance.case import Level
-from vfiouser_oob.conformance.reports.table import failures_of
-from vfiouser_oob.conformance.requirements import REQUIREMENTS, coverage
+from vfiouser_oob.conformance.findings import findings
+from vfiouser_oob.conformance.reports.table import failures_of, requirements_tested
+from vfiouser_oob.conformance.requirements import REQUIREMENTS
 from vfiouser_oob.conformance.runner import Outcome, Result, Verdict
 
 #: Of the JSON document; raised when a field changes its meaning.
 FORMAT = 1
+#: What JUnit has one word for.
+_SKIPPED = (Verdict.NOT_APPLICABLE, Verdict.CANNOT_TELL)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """The run as a JSON document."""
-    tested = coverage(result.case for result in outcome.results if result.verdict is not Verdict.NOT_APPLICABLE)
+    share = requirements_tested(outcome)
     return {
         "format": FORMAT,
         "server": _facts(outcome),
+        "interrupted": outcome.interrupted,
         "failed": {level.value: failures_of(outcome, level) for level in Level},
-        "requirements": {"total": len(REQUIREMENTS), "tested": list(tested.covered), "share": round(tested.share, 4)},
+        "findings": [
+            {"cause": finding.cause, "server_in_trouble": finding.breaks, "cases": list(finding.names)}
+            for finding in findings(outcome)
+        ],
+        "requirements": {"total": len(REQUIREMENTS), "tested": list(share.covered), "share": round(share.share, 4)},
         "cases": [_case(result) for result in outcome.results],
     }
 
@@ -49,6 +57,7 @@ def _case(result: Result) -> dict[str, Any]:
         "summary": case.summary,
         "verdict": result.verdict.value,
         "reason": result.reason,
+        "note": result.note,
         "seconds": round(result.seconds, 4),
         "seen": [{"topic": seen.topic, "value": seen.value, "recommended": seen.recommended} for seen in result.seen],
         "transcript": [
@@ -78,7 +87,7 @@ def as_junit(outcome: Outcome) -> str:
             tests=str(len(results)),
             failures=str(sum(result.verdict is Verdict.FAILED for result in results)),
             errors=str(sum(result.verdict is Verdict.NOT_RUN for result in results)),
-            skipped=str(sum(result.verdict is Verdict.NOT_APPLICABLE for result in results)),
+            skipped=str(sum(result.verdict in _SKIPPED for result in results)),
         )
         for result in results:
             _junit_case(suite, result)
@@ -96,8 +105,8 @@ def _junit_case(suite: ElementTree.Element, result: Result) -> None:
         failure.text = _printable("\n".join(describe.transcript(result.records)))
     elif result.verdict is Verdict.NOT_RUN:
         ElementTree.SubElement(case, "error", message=message)
-    elif result.verdict is Verdict.NOT_APPLICABLE:
-        ElementTree.SubElement(case, "skipped", message=_printable(result.reason))
+    elif result.verdict in _SKIPPED:
+        ElementTree.SubElement(case, "skipped", message=f"{result.verdict.value}: {_printable(result.reason)}")
 
 
 def _printable(text: str) -> str:

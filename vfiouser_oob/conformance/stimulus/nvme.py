@@ -72,7 +72,8 @@ class NvmeProfile(NoStimulus):
     def prepare(self, link: Link) -> None:
         """Reset and enable the controller, make an I/O queue, keep what the scratch pages hold."""
         code = link.ok(Command.REGION_READ, wire.access(RegionIndex.CONFIG, 9, 3)).payload[16:]
-        check(code == b"\x02\x08\x01", f"class code {code[::-1].hex()}: the device is no NVMe controller")
+        if code != b"\x02\x08\x01":
+            raise NotApplicable(f"class code {code[::-1].hex()}: the device is no NVMe controller (--device-profile)")
         link.ok(Command.REGION_WRITE, wire.access(RegionIndex.CONFIG, 4, 2, b"\x06\x00"))
         self._set(link, _CC, 0)
         self._wait(link, 0)

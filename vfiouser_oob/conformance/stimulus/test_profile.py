@@ -6,8 +6,9 @@ import struct
 import time
 
 from vfiouser_oob.conformance import wire
-from vfiouser_oob.conformance.case import CaseFailed, check, same
+from vfiouser_oob.conformance.case import CaseFailed, NotApplicable, check, same
 from vfiouser_oob.conformance.link import Link
+from vfiouser_oob.conformance.memory import ClientMemory
 from vfiouser_oob.conformance.stimulus.base import NoStimulus
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -17,6 +18,8 @@ _ADDRESS, _COUNT, _START, _STATUS, _ERRNO, _FAIL, _FAILING = 0x18, 0x20, 0x24, 0
 _BUSY, _DONE, _FAULT = 1, 2, 3
 _FROM_CLIENT, _TO_CLIENT = 1, 2
 _POLL_S = 0.002
+#: Between two DMA commands of one transfer nothing has to come for longer than this, in seconds.
+_QUIET_S = 0.01
 _BAR0, _BAR1 = 0, 1
 
 
@@ -34,10 +37,13 @@ class TestProfile(NoStimulus):
 
     def __init__(self, timeout: float = 5.0) -> None:
         self._timeout = timeout
+        #: What was ordered last, and the bytes that had been moved by messages before.
+        self._address = self._count = self._direction = self._moved = 0
 
     def prepare(self, link: Link) -> None:
         """Check the magic number and switch bus mastering on."""
-        same(hex(MAGIC), hex(self._get(link, 0)), "magic number of the test device")
+        if (magic := self._get(link, 0)) != MAGIC:
+            raise NotApplicable(f"magic number {magic:#x}: the device is not the test device (--device-profile)")
         link.ok(Command.REGION_WRITE, wire.access(RegionIndex.CONFIG, 4, 2, b"\x06\x00"))
 
     def start_read(self, link: Link, address: int, count: int) -> None:
@@ -49,11 +55,15 @@ class TestProfile(NoStimulus):
         self._start(link, address, count, _TO_CLIENT)
 
     def finish(self, link: Link) -> int:
-        """Poll the status register."""
+        """Serve what the server asks for, then poll the status register.
+
+        A server that serves one message at a time takes no command while it waits for the reply to its own.
+        """
+        self._serve_first(link)
         deadline = time.monotonic() + self._timeout
         while (status := self._get(link, _STATUS)) == _BUSY:
             check(time.monotonic() < deadline, f"the device's DMA did not end within {self._timeout:g} s")
-            time.sleep(_POLL_S)
+            link.serve(_POLL_S)
         if status == _DONE:
             return 0
         same(_FAULT, status, "DMA status")
@@ -99,7 +109,21 @@ class TestProfile(NoStimulus):
         wide = link.ok(Command.REGION_READ, wire.access(_BAR0, _SCRATCH64, 8)).payload[16:]
         return narrow + wide + self.taken(link, 256)
 
+    def _serve_first(self, link: Link) -> None:
+        """Answer the DMA commands that have to come, until all bytes are moved or no more commands come."""
+        memory = link.on_command
+        if not isinstance(memory, ClientMemory):
+            return
+        if memory.takes(self._address, self._count, writes=self._direction == _TO_CLIENT):
+            wait = self._timeout / 4
+        else:
+            wait = _QUIET_S  # a part of it, or nothing
+        while memory.moved - self._moved < self._count and link.serve(wait):
+            wait = _QUIET_S
+
     def _start(self, link: Link, address: int, count: int, direction: int) -> None:
+        self._address, self._count, self._direction = address, count, direction
+        self._moved = link.on_command.moved if isinstance(link.on_command, ClientMemory) else 0
         link.ok(Command.REGION_WRITE, wire.access(_BAR0, _ADDRESS, 8, struct.pack("<Q", address)))
         self._set(link, _COUNT, count)
         self._set(link, _START, direction)
