@@ -23,7 +23,6 @@ import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.migration.port import MigrationPort
-from vfiouser_oob.migration.standing import Truth
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
@@ -331,7 +330,7 @@ class Connection(ClientLink):
 
     def _start_unless_held(self, event: CommandReceived) -> Result:
         hold = self._hold
-        if hold is not None and (hold.engine.truth is Truth.UNKNOWN or hold.held):
+        if hold is not None and (hold.engine.awaiting or hold.held):
             held = hold.take(event, lambda: self._carry_out_held(event))
             if held is not None:
                 return held
