@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from vfiouser_agents.api import Capabilities, Descriptor
-from vfiouser_agents.errors import Incompatible
+from vfiouser_agents.errors import Incompatible, ProtocolError
+from vfiouser_oob.migration.stream_format import DESCRIPTOR, RECORDS
 
 _TEXTS = ("format_id", "vendor", "model", "kind", "firmware")
 _NUMBERS = ("format_version", "state_max")
@@ -19,10 +21,35 @@ def encode_descriptor(descriptor: Descriptor) -> bytes:
 
     Args:
         descriptor: as the source's agent gave it.
+
+    Raises:
+        ProtocolError: no destination would take it.
     """
+    if len(descriptor.fingerprint) > _MAX_FINGERPRINT:
+        raise ProtocolError(
+            f"the agent's descriptor has a fingerprint of {len(descriptor.fingerprint)} entries; "
+            f"{_MAX_FINGERPRINT} are allowed, so the function cannot be migrated"
+        )
     fields = asdict(descriptor)
     fields["fingerprint"] = dict(sorted(descriptor.fingerprint.items()))
-    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    _require_size(sum(len(text) for text in _texts(descriptor)))  # before it costs anything to write it
+    encoded = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    _require_size(len(encoded))
+    return encoded
+
+
+def _texts(descriptor: Descriptor) -> Iterator[str]:
+    yield from (getattr(descriptor, name) for name in _TEXTS)
+    for pair in descriptor.fingerprint.items():
+        yield from pair
+
+
+def _require_size(size: int) -> None:
+    most = RECORDS[DESCRIPTOR].most
+    if size > most:
+        raise ProtocolError(
+            f"the agent's descriptor has {size} bytes or more; {most} are allowed, so the function cannot be migrated"
+        )
 
 
 def decode_descriptor(payload: bytes) -> Descriptor:
