@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -58,7 +59,29 @@ QUICK = replace(CONFIG, call_s=0.4, stop_s=0.5, data_s=0.5, retry_s=0.02)
 STATES = (STOP, PRE_COPY, STOP_COPY, RESUMING)
 
 both_generations = pytest.mark.parametrize("v1", [True, False], ids=["v1", "v2"])
-every_adapter = pytest.mark.parametrize("kind", ADAPTERS)
+
+
+def case(kind: str, v1: bool, *more: object) -> Any:
+    """A case with a name."""
+    return pytest.param(kind, v1, *more, id="-".join([kind, "v1" if v1 else "v2", *map(str, more)]))
+
+
+#: Each adapter in one of the generations, in turns, and the first one in both.
+every_adapter = pytest.mark.parametrize(
+    ("kind", "v1"), [case(ADAPTERS[0], True), *(case(kind, bool(row % 2)) for row, kind in enumerate(ADAPTERS))]
+)
+#: The first one in every state and both generations, the others in those where their agents are needed.
+every_reset = pytest.mark.parametrize(
+    ("kind", "v1", "state"),
+    [
+        *(case(ADAPTERS[0], v1, state) for v1 in (True, False) for state in (RUNNING, *STATES)),
+        *(
+            case(kind, bool((row + column) % 2), state)
+            for row, kind in enumerate(ADAPTERS[1:])
+            for column, state in enumerate((STOP, STOP_COPY, RESUMING))
+        ),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +153,6 @@ async def writes_go_on(there: Place, client: Vmm, value: int) -> None:
 # A VM that is paused and goes on
 
 
-@both_generations
 @every_adapter
 async def test_a_pause_without_an_agent(
     tmp_path: Path, kind: str, library: Path, v1: bool, caplog: pytest.LogCaptureFixture
@@ -162,7 +184,7 @@ async def test_a_pause_without_an_agent(
         await writes_go_on(there, moves.client, 9)
 
 
-@both_generations
+@pytest.mark.slow
 @every_adapter
 async def test_an_agent_that_is_away_for_a_moment(tmp_path: Path, kind: str, library: Path, v1: bool) -> None:
     """1.5 s without an agent cost time and nothing else: at stop, at cont, and at a reset of a stopped function."""
@@ -181,7 +203,6 @@ async def test_an_agent_that_is_away_for_a_moment(tmp_path: Path, kind: str, lib
         await writes_go_on(there, moves.client, 5)
 
 
-@both_generations
 @every_adapter
 async def test_cont_without_an_agent(tmp_path: Path, kind: str, library: Path, v1: bool) -> None:
     """What its agent has stopped cannot go on without it: it reads STOP, can be reset, and is brought back."""
@@ -212,9 +233,7 @@ def posted(value: int, offset: int = SCRATCH, region: int = 0) -> bytes:
 # Resets
 
 
-@both_generations
-@every_adapter
-@pytest.mark.parametrize("state", [RUNNING, *STATES])
+@every_reset
 async def test_a_reset_without_an_agent(
     tmp_path: Path, kind: str, library: Path, v1: bool, state: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -300,7 +319,6 @@ async def test_an_agent_that_holds_still(tmp_path: Path) -> None:
 # Migrations
 
 
-@both_generations
 @every_adapter
 async def test_a_source_whose_agent_goes_in_precopy(tmp_path: Path, kind: str, library: Path, v1: bool) -> None:
     """The function was never stopped: the change of state fails, it reads PRE_COPY or RUNNING, runs, and is reset."""
@@ -320,7 +338,6 @@ async def test_a_source_whose_agent_goes_in_precopy(tmp_path: Path, kind: str, l
         await whole_round(there, moves)
 
 
-@both_generations
 @every_adapter
 async def test_a_source_that_waits_out_its_agent_in_precopy(tmp_path: Path, kind: str, library: Path, v1: bool) -> None:
     """A moment without an agent at the stop is waited out, and the migration goes on."""
@@ -333,7 +350,6 @@ async def test_a_source_that_waits_out_its_agent_in_precopy(tmp_path: Path, kind
         assert 0 == await moves.set(STOP)
 
 
-@both_generations
 @pytest.mark.parametrize("handed", [False, True], ids=["before the trailer", "after the trailer"])
 @every_adapter
 async def test_a_source_whose_agent_goes_in_stop_copy(
@@ -360,7 +376,6 @@ async def test_a_source_whose_agent_goes_in_stop_copy(
         await writes_go_on(there, moves.client, 5)
 
 
-@both_generations
 @every_adapter
 async def test_a_destination_whose_agent_goes_in_load(tmp_path: Path, kind: str, library: Path, v1: bool) -> None:
     """The load is lost, the reset succeeds, and the function runs, reset, as soon as its agent is back."""
@@ -416,7 +431,6 @@ async def test_a_function_level_reset_without_an_agent(tmp_path: Path, library: 
         await whole_round(there, moves)
 
 
-@both_generations
 @every_adapter
 async def test_attach_without_an_agent(tmp_path: Path, kind: str, library: Path, v1: bool) -> None:
     """A client is let in, uses and pauses its function, and resets it, though nobody ever heard of the agent."""
@@ -454,6 +468,7 @@ async def test_the_end_of_an_outage_is_told(tmp_path: Path, caplog: pytest.LogCa
         await there.leave()
         for _ in range(20):
             await client.state()
+        for _ in range(3):
             await client.data_read_errno()
         await trio.sleep(0.5)
         assert ["no contact with the agent"] == warnings(caplog.records)

@@ -13,8 +13,9 @@ import trio
 
 from agentbed import Served, served
 from daemonkit import TEST_DEVICE, function, serving
-from migrationkit import Vmm
+from migrationkit import Vmm, until
 from rawclient import QEMU_CAPABILITIES, connect
+from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import Agent, AgentState
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_agents.registry import make_agent
@@ -33,6 +34,7 @@ class Place:
     """The function, its agent, and the daemon in between."""
 
     server: Served
+    adapter: Agent
     device: MemoryFunction
     daemon: Daemon
     path: Path
@@ -56,8 +58,11 @@ class Place:
         return self.daemon.status()["functions"][0]["migration"]
 
     async def leave(self) -> None:
-        """The agent goes: its socket is refused from now on, and what was connected is lost."""
+        """The agent goes: its socket is refused from now on, and what was connected is lost, and known to be."""
         await self.server.stop()
+        if isinstance(self.adapter, MsgpackRpcAgent):
+            rpc = self.adapter
+            await until(lambda: rpc._link is None or not rpc._link.usable)
 
     async def come_back(self) -> None:
         """The agent is there again, with the functions as they were."""
@@ -116,7 +121,7 @@ async def place(
             trio.open_nursery() as nursery,
             serving(configured, reply_budget_s=reply_budget_s, agents=agents) as daemon,
         ):
-            yield Place(server, made, daemon, directory / f"{NAME}.sock", nursery)
+            yield Place(server, agents["test"], made, daemon, directory / f"{NAME}.sock", nursery)
             nursery.cancel_scope.cancel()
 
 
