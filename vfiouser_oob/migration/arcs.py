@@ -235,8 +235,7 @@ async def travel(
             done = await persist(attempt, Backoff(retry_s, WAITING_PAUSE_MAX_S, until), agent_is_away)
         except (AgentError, VfioUserError) as error:
             unsent = isinstance(error, AgentError) and error.unsent
-            failure = StepFailed(step, error, touched=touched or (step.changes and not unsent))
-            if not step.tolerated or failure.device_failed:
-                raise failure from error
+            if not step.tolerated or (isinstance(error, AgentError) and error.fatal):
+                raise StepFailed(step, error, touched=touched or (step.changes and not unsent)) from error
         else:
             touched = touched or (step.changes and done is not False)

@@ -14,6 +14,8 @@ from vfiouser_oob.migration.stream_format import DESCRIPTOR, RECORDS
 _TEXTS = ("format_id", "vendor", "model", "kind", "firmware")
 _NUMBERS = ("format_version", "state_max")
 _MAX_FINGERPRINT = 1024
+#: Bytes of an encoded descriptor.
+_MOST = RECORDS[DESCRIPTOR].most
 
 
 def encode_descriptor(descriptor: Descriptor) -> bytes:
@@ -25,16 +27,19 @@ def encode_descriptor(descriptor: Descriptor) -> bytes:
     Raises:
         ProtocolError: no destination would take it.
     """
-    if len(descriptor.fingerprint) > _MAX_FINGERPRINT:
+    encoded, size = b"", sum(len(text) for text in _texts(descriptor))
+    entries = len(descriptor.fingerprint)
+    if entries <= _MAX_FINGERPRINT and size <= _MOST:  # before it costs anything to write it
+        fields = asdict(descriptor)
+        fields["fingerprint"] = dict(sorted(descriptor.fingerprint.items()))
+        encoded = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        size = len(encoded)
+    del descriptor  # which may be large, and would live as long as the error does
+    if entries > _MAX_FINGERPRINT or size > _MOST:
         raise ProtocolError(
-            f"the agent's descriptor has a fingerprint of {len(descriptor.fingerprint)} entries; "
-            f"{_MAX_FINGERPRINT} are allowed, so the function cannot be migrated"
+            f"the agent's descriptor has {entries} entries of a fingerprint and {size} bytes or more; "
+            f"{_MAX_FINGERPRINT} and {_MOST} are allowed, so the function cannot be migrated"
         )
-    fields = asdict(descriptor)
-    fields["fingerprint"] = dict(sorted(descriptor.fingerprint.items()))
-    _require_size(sum(len(text) for text in _texts(descriptor)))  # before it costs anything to write it
-    encoded = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-    _require_size(len(encoded))
     return encoded
 
 
@@ -42,14 +47,6 @@ def _texts(descriptor: Descriptor) -> Iterator[str]:
     yield from (getattr(descriptor, name) for name in _TEXTS)
     for pair in descriptor.fingerprint.items():
         yield from pair
-
-
-def _require_size(size: int) -> None:
-    most = RECORDS[DESCRIPTOR].most
-    if size > most:
-        raise ProtocolError(
-            f"the agent's descriptor has {size} bytes or more; {most} are allowed, so the function cannot be migrated"
-        )
 
 
 def decode_descriptor(payload: bytes) -> Descriptor:

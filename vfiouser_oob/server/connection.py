@@ -326,7 +326,7 @@ class Connection(ClientLink):
         if event.fds:
             close_fds(event.fds)
         if outcome.error is not None:
-            self._answer_error(event, outcome.error)
+            self._answer_error(event, outcome.taken())
 
     def _start_unless_held(self, event: CommandReceived) -> Result:
         hold = self._hold
@@ -356,7 +356,7 @@ class Connection(ClientLink):
         with Contained() as outcome, trio.move_on_after(self._budget_s):
             await self._carry_out_held(event)
         if outcome.error is not None:
-            self._note_error(event, outcome.error)
+            self._note_error(event, outcome.taken())
 
     def _require_time(self, event: CommandReceived, deadline: float) -> None:
         """Refuse to begin what could not be answered any more: the client would read a failure of what was done."""
@@ -408,7 +408,7 @@ class Connection(ClientLink):
         if event.fds:
             close_fds(event.fds)
         if outcome.error is not None:
-            self._answer_error(event, outcome.error)
+            self._answer_error(event, outcome.taken())
 
     def _answer(self, event: CommandReceived, result: bytes | Reply | Pieces) -> None:
         if isinstance(result, bytes):
