@@ -93,7 +93,7 @@ async def test_a_flood_of_events(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         await src.set_state(STOP_COPY)
         await until(lambda: both.source.device.feed.watched)
         caplog.clear()
-        slowest = 0.0
+        slowest, started = 0.0, trio.current_time()
         for round_ in range(100):
             for number in range(500):
                 both.source.device.feed.put(Event(EventKind.RECONNECTED, f"{round_} {number}"))
@@ -101,6 +101,8 @@ async def test_a_flood_of_events(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             await other.read32(0, 0)
             slowest = max(slowest, trio.current_time() - begun)
         told = sum(record.getMessage() == "agent event" for record in caplog.records)
-        assert 0 < told < 200, f"{told} lines for 50000 events"
+        # As many as come at once, and then a few at a time.
+        most = 64 + 200 * (trio.current_time() - started)
+        assert 0 < told < most, f"{told} lines for 50000 events"
         assert slowest < 0.25
         await src.read_stream()
