@@ -17,7 +17,8 @@
     └── ProtocolError      one side does not speak the protocol
 
 Each class carries what the daemon needs: the errno for the VMM, whether the call may be repeated, and what is known
-about the function afterwards. The class attribute `code` is what the reference protocol sends.
+about the function afterwards. The class attribute `code` is what the reference protocol sends. Whether the call can
+have reached the agent at all is in the class, too, and is known better by whoever has followed it (`delivery`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ import errno
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import ClassVar
+
+#: Characters of a message that are kept: an agent chooses it, and it ends in logs and in `status`.
+MAX_MESSAGE = 2000
 
 
 class Retry(Enum):
@@ -62,11 +66,20 @@ class AgentError(Exception):
     errno: ClassVar[int] = errno.EIO
     retry: ClassVar[Retry] = Retry.NO
     fate: ClassVar[Fate] = Fate.UNKNOWN
+    #: Nothing of the call was sent, as far as the class tells.
+    undelivered: ClassVar[bool] = False
+    #: It is no answer: nobody was reached, or whoever it was has gone.
+    away: ClassVar[bool] = False
 
     def __init__(self, message: str, *, vendor_code: str | None = None) -> None:
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
         super().__init__(message)
         self.message = message
         self.vendor_code = vendor_code
+        #: Nothing of the call can have reached the agent, so it has changed nothing.
+        self.unsent = self.undelivered
+        #: It may have had its effect all the same.
+        self.unclear = self.fate is Fate.UNKNOWN
 
     @property
     def retryable(self) -> bool:
@@ -89,6 +102,8 @@ class ConnectError(AgentError):
     errno = errno.ENOTCONN
     retry = Retry.YES
     fate = Fate.UNCHANGED
+    undelivered = True
+    away = True
 
 
 class AuthError(AgentError):
@@ -97,6 +112,8 @@ class AuthError(AgentError):
     code = "auth"
     errno = errno.EACCES
     fate = Fate.UNCHANGED
+    undelivered = True
+    away = True
 
 
 class TransportLost(AgentError):
@@ -105,6 +122,7 @@ class TransportLost(AgentError):
     code = "transport-lost"
     errno = errno.EIO
     retry = Retry.RECONNECT
+    away = True
 
 
 class DeadlineExceeded(AgentError):

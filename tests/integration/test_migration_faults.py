@@ -42,7 +42,7 @@ from migrationkit import (
     until,
 )
 from rawclient import DIRTY_PAGES, FEATURE, RESET, memfd
-from vfiouser_agents.errors import Busy
+from vfiouser_agents.errors import Busy, DeadlineExceeded
 from vfiouser_agents.faults import (
     ChangesResult,
     Delay,
@@ -226,6 +226,7 @@ async def find_back(side: Side, moves: Moves) -> None:
         with trio.fail_after(10):
             while (await moves.client.command(RESET)).error:
                 await check_truth(side, moves)
+    await until(lambda: side.engine.truth is Truth.KNOWN)
     assert RUNNING == await moves.state()
     assert side.runs
 
@@ -233,7 +234,8 @@ async def find_back(side: Side, moves: Moves) -> None:
 async def let_reset(both: Bed, side: Side, moves: Moves, fault: Fault) -> None:
     """A reset that hangs is the end of the agent's service: nothing helps but to begin it anew, and nothing runs."""
     if isinstance(fault, NeverAnswers):
-        assert errno.ETIMEDOUT == (await moves.client.command(RESET)).error
+        await moves.client.succeed(RESET)
+        assert (True, RUNNING) == (side.engine.reset_due, await moves.state())
         assert side.runs == fault.executed
         both.agent.restart()
 
@@ -273,7 +275,7 @@ async def inject(both: Bed, side: Side, op: str, fault: Fault) -> Injection:
         await side.engine.link.close(force=True)
     if op == "status":
         # It is asked for when the effect of another call is not known, and nothing may be undone.
-        both.agent.inject("resume", Drops(), function_id=side.name)
+        both.agent.inject("resume", Fails(DeadlineExceeded("late")), function_id=side.name)
     return both.agent.inject(op, fault, function_id=None if op in AGENT_WIDE else side.name)
 
 

@@ -15,10 +15,11 @@ import trio
 
 from killbed.hosts import Host, Service
 from killbed.trip import Phase, Trip
-from vfiouser_agents.api import AgentState
+from vfiouser_agents.api import AgentState, Role
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.vmm.side import Generation
-from vfiouser_protocol.constants import RegionIndex
+from vfiouser_protocol.constants import DeviceState, RegionIndex
+from vfiouser_protocol.errors import ReplyError
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,8 @@ def bed() -> Iterator[Bed]:
                 for service, notify in [(service, service.begin()) for service in kind]:
                     service.await_ready(notify)
             yield Bed(directory, *hosts)
+            # A contact that is lost is nobody's bug.
+            assert [] == [line for host in hosts for line in host.daemon.log.splitlines() if "bug:" in line]
         finally:
             for host in hosts:
                 for service in reversed(host.services):
@@ -172,3 +175,109 @@ async def test_client(bed: Bed, phase: Phase, generation: Generation) -> None:
             await migrate_again(bed, generation)
     finally:
         client.close()
+
+
+# The agent stays away: what becomes of a VM of QEMU's
+
+
+async def set_as_qemu(trip: Trip, state: DeviceState, *, there: bool = False) -> bool:
+    """As QEMU's v2 client does it: what fails is followed by a reset, and a reset that fails is the end of the VM.
+
+    Returns:
+        Whether the function got there.
+    """
+    client = trip.target.client if there else trip.place.client
+    try:
+        await client.set_device_state(state)
+    except ReplyError:
+        await client.reset()
+        assert DeviceState.RUNNING == await client.get_device_state()
+        return False
+    assert state == await client.get_device_state()
+    return True
+
+
+async def test_a_vm_is_paused_without_its_agent(bed: Bed) -> None:
+    """`stop` and `cont` without the agent, as often as one likes: the guest's queues go on, and nothing is lost."""
+    with trio.fail_after(60):
+        async with Trip.open(bed.source.socket, bed.destination.socket, Generation.V2) as trip:
+            bed.source.agent.kill()
+            try:
+                for _ in range(3):
+                    assert await set_as_qemu(trip, DeviceState.STOP)
+                    assert await set_as_qemu(trip, DeviceState.RUNNING)
+                    await trip.verify_io()
+            finally:
+                await bed.source.agent.start()
+            assert await set_as_qemu(trip, DeviceState.STOP)
+            assert STOPPED is (await bed.source.status()).state
+            assert await set_as_qemu(trip, DeviceState.RUNNING)
+            await trip.verify_io()
+        await migrate_again(bed, Generation.V2)
+
+
+async def test_a_vm_whose_agent_is_started_again(bed: Bed) -> None:
+    """An agent that is killed and started while the VM is paused, and while it goes on, costs time and nothing else."""
+    with trio.fail_after(60):
+        async with Trip.open(bed.source.socket, bed.destination.socket, Generation.V2) as trip:
+            for state, held in ((DeviceState.STOP, STOPPED), (DeviceState.RUNNING, RUNNING)):
+                await kill("agent", bed.source)
+                assert await set_as_qemu(trip, state)
+                assert held is (await bed.source.status()).state
+            await trip.verify_io()
+
+
+async def test_a_cancelled_precopy_without_the_agent(bed: Bed) -> None:
+    """The function was never stopped: the migration is cancelled without its agent, and I/O goes on."""
+    with trio.fail_after(60):
+        async with Trip.open(bed.source.socket, bed.destination.socket, Generation.V2) as trip:
+            await trip.go(Phase.PRE_COPY)
+            bed.source.agent.kill()
+            try:
+                assert await set_as_qemu(trip, DeviceState.RUNNING)
+                await trip.verify_io()
+            finally:
+                await bed.source.agent.start()
+            await trip.verify_io()
+        await stays_stopped(bed.destination, LOADING)
+        await migrate_again(bed, Generation.V2)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+async def test_a_source_whose_agent_stays_away(bed: Bed, phase: Phase) -> None:
+    """The next step fails and the reset that follows does not; nothing runs before the agent has reset it."""
+    with trio.fail_after(60):
+        async with Trip.open(bed.source.socket, bed.destination.socket, Generation.V2) as trip:
+            await trip.go(phase)
+            bed.source.agent.kill()
+            try:
+                step = DeviceState.STOP_COPY if phase is Phase.PRE_COPY else DeviceState.RUNNING
+                assert not await set_as_qemu(trip, step)
+                # The machine is reset, and paused and let go on, and lives.
+                await trip.place.client.reset()
+                assert await set_as_qemu(trip, DeviceState.STOP)
+                assert await set_as_qemu(trip, DeviceState.RUNNING)
+            finally:
+                await bed.source.agent.start()
+            assert (await bed.source.until(RUNNING)).role in (None, Role.SOURCE)
+            assert 0 == await register(trip.place.client, CC)
+            assert LOADING is (await bed.destination.status()).state
+        await stays_stopped(bed.destination, LOADING)
+        await migrate_again(bed, Generation.V2)
+
+
+@pytest.mark.parametrize("phase", [Phase.PRE_COPY, Phase.LOADING, Phase.LOADED])
+async def test_a_destination_whose_agent_stays_away(bed: Bed, phase: Phase) -> None:
+    """What was loaded never runs; the reset succeeds, and is done when the agent is back. The source goes on."""
+    with trio.fail_after(60):
+        async with Trip.open(bed.source.socket, bed.destination.socket, Generation.V2) as trip:
+            await trip.go(phase)
+            bed.destination.agent.kill()
+            try:
+                assert not await set_as_qemu(trip, DeviceState.RUNNING, there=True)
+            finally:
+                await bed.destination.agent.start()
+            await bed.destination.until(RUNNING)
+            assert 0 == await register(trip.target.client, CC)
+            await go_back(bed, trip)
+        await migrate_again(bed, Generation.V2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from vfiouser_oob.client.vmm.voyage import Voyage
 from vfiouser_oob.demo.children import Child, running
 from vfiouser_oob.demo.hosts import HOSTS, HostOptions, HostPair, two_hosts
 from vfiouser_oob.demo.workload import Workload
-from vfiouser_protocol.errors import ReplyError
 
 pytestmark = pytest.mark.slow
 
@@ -151,7 +149,7 @@ def kill_plugin(daemon: Child) -> None:
 
 
 async def test_a_plugin_that_dies_is_started_again(place: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was idle is not missed; one that held a stopped function costs one attach, with the reason logged."""
+    """One that was idle is not missed, and neither is one that held a stopped function; its end is in the log."""
     async with (
         plugin_hosts(place, library, monkeypatch) as (pair, daemons),
         Voyage.open(plugin_socket(pair, "A"), memory_size=2 << 20, pool_pages=128) as voyage,
@@ -165,11 +163,8 @@ async def test_a_plugin_that_dies_is_started_again(place: Path, library: Path, m
             await migrate(voyage, plugin_socket(pair, "A"), Generation.V2)
             kill_plugin(daemons["B"])
             await workload.next_write()
-            with pytest.raises(ReplyError) as refused:
-                await migrate(voyage, plugin_socket(pair, "B"), Generation.V2)
-            assert errno.ENODEV == refused.value.errno
-            assert "was killed by SIGKILL during" in daemons["B"].log.read_text()
             await migrate(voyage, plugin_socket(pair, "B"), Generation.V2)
+            assert "was killed by SIGKILL during" in daemons["B"].log.read_text()
             await workload.next_write()
             await workload.finish()
         await workload.verify()

@@ -71,11 +71,23 @@ def _notes(function: FunctionStatus, now: datetime) -> Iterator[str]:
         yield f"{function['name']}: last error: {printable(function['last_error'])}"
 
 
+#: What is said of a function whose agent did not do its part.
+_WITHOUT_AGENT = {
+    "paused_over_link": "paused without its agent",
+    "reset_due": "reset as soon as its agent answers",
+    "held_back": "guest writes are held back",
+}
+
+
 def _migration(migration: MigrationStatus, now: datetime) -> str:
     words = [migration["state"]]
     if not migration["known"]:
         since = migration["unknown_since"] or ""
         words = [f"unknown since {printable(since)} ({age(since, now)})", f"last known {migration['state']}"]
+    words += [said for name, said in _WITHOUT_AGENT.items() if migration[name]]  # type: ignore[literal-required]
+    if migration["agent_away_since"]:
+        since = migration["agent_away_since"]
+        words.append(f"agent away since {printable(since)} ({age(since, now)})")
     capabilities = migration["capabilities"]
     if not migration["migratable"]:
         words.append("not migratable")

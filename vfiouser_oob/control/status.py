@@ -53,10 +53,12 @@ class MigrationStatus(TypedDict):
     """The migration of a function.
 
     `state` is that of the v2 generation, ERROR included; `known` whether it is certain, otherwise it is the last one
-    that was, and `unknown_since` when that ended (ISO 8601, UTC); `owner` the generation that migrates; `fenced`
-    whether the function must be reset before anybody may use it. `bytes` counts what was taken from or given to this
-    side's stream, `buffered` what waits, `remaining` what is estimated to come. `step` is what is being done at this
-    moment.
+    that was, and `unknown_since` when that ended (ISO 8601, UTC); `agent_away_since` when the agent was first found not
+    to answer, in the same form; `paused_over_link` whether STOP is a pause without the agent; `reset_due` whether the
+    agent still owes a reset that the client was promised; `held_back` whether guest writes wait for the agent; `owner`
+    the generation that migrates; `fenced` whether the function must be reset before anybody may use it. `bytes` counts
+    what was taken from or given to this side's stream, `buffered` what waits, `remaining` what is estimated to come.
+    `step` is what is being done at this moment.
     """
 
     agent: str
@@ -64,6 +66,10 @@ class MigrationStatus(TypedDict):
     state: str
     known: bool
     unknown_since: str | None
+    agent_away_since: str | None
+    paused_over_link: bool
+    reset_due: bool
+    held_back: bool
     owner: str | None
     fenced: bool
     generation: int

@@ -17,7 +17,7 @@ from vfiouser_oob.devices.base import ResetKind
 class MigrationEffect(Enum):
     """What a reset does to a migration; in RUNNING without one, the agent is not even asked."""
 
-    #: The agent resets the function, data under way is dropped, the state is RUNNING.
+    #: The agent resets the function, later if it is away; data under way is dropped, the state is RUNNING.
     ENDS = "ends"
     #: In PRE_COPY the stream begins anew in its next generation; in every other state as ENDS.
     RESTARTS = "restarts"

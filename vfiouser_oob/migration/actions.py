@@ -14,7 +14,8 @@ from vfiouser_agents.errors import AgentError, Unsupported
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.agent_link import AgentLink
-from vfiouser_oob.migration.arcs import Do
+from vfiouser_oob.migration.arcs import Action, Do
+from vfiouser_oob.migration.backoff import Backoff, agent_is_away, persist
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descriptor, require_similar
 from vfiouser_oob.migration.destination import DestinationPipeline
@@ -22,7 +23,7 @@ from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.constants import RegionIndex
-from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.errors import CommandError, VfioUserError
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class Actions:
         self.sharing = Sharing()
         #: Told why, when the agent says that the function is broken.
         self.device_failed: Callable[[str], None] = lambda why: None
-        self.table: Mapping[Do, Callable[[float], Awaitable[None]]] = {
+        self.table: Mapping[Do, Action] = {
             Do.FLUSH: self.flush,
             Do.QUIESCE: self.quiesce,
             Do.STOP: self.stop,
@@ -116,9 +117,13 @@ class Actions:
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")
 
-    async def quiesce(self, deadline: float) -> None:
-        """No new DMA; without a step of its own, `stop` does it."""
-        await self._link.call("quiesce", _quiesce, deadline)
+    async def quiesce(self, deadline: float) -> bool:
+        """No new DMA; without a step of its own, `stop` does it.
+
+        Returns:
+            Whether there was such a step.
+        """
+        return await self._link.call("quiesce", _quiesce, deadline)
 
     async def stop(self, deadline: float) -> None:
         """Hold still."""
@@ -130,20 +135,47 @@ class Actions:
 
     async def reset_agent(self, deadline: float) -> None:
         """Reset the function through its agent, whatever it was doing."""
-        try:
-            await self._link.call("reset", lambda session: session.reset(), deadline)
-            self._link.begun = None
-        except Unsupported:
-            await self._link.leave(Outcome.FAILED, deadline, abort=True)
-            await self.resume(deadline)
+        if self._link.caps is None or self._link.caps.reset:
+            try:
+                await self._link.call("reset", lambda session: session.reset(), deadline)
+                self._link.begun = None
+                return
+            except Unsupported:
+                pass
+        await self._link.leave(Outcome.FAILED, deadline, abort=True)
+        await self.resume(deadline)
 
     async def reset_device(self, deadline: float) -> None:
-        """Reset the function through its backend."""
+        """Reset the function through its backend.
+
+        Raises:
+            CommandError: it cannot be.
+        """
         if self.device is not None:
             self.device.shadow.clear()
-            done = self.device.session.reset()
-            if done is not None:
-                await _within(done, deadline, "the device did not finish its reset in time")
+            try:
+                done = self.device.session.reset()
+                if done is not None:
+                    await _within(done, deadline, "the device did not finish its reset in time")
+            except CommandError:
+                raise
+            except VfioUserError as error:  # a lost contact is nobody's bug
+                raise CommandError(f"the device could not be reset: {error}", error.errno) from error
+
+    async def reset_device_late(self, deadline: float, *, device: bool) -> None:
+        """Reset the function once more, behind its agent, and leave configuration space as the client wrote it since.
+
+        Args:
+            deadline: when to give up.
+            device: the backend resets it, too; otherwise the guest has done so.
+        """
+        if self.device is None:
+            return
+        shadow = self.device.shadow.copy()
+        if device:
+            await self.reset_device(deadline)
+        self.device.shadow.take(shadow)
+        await self._write_config(deadline)
 
     # Saving
 
@@ -181,12 +213,22 @@ class Actions:
         await self._estimate(deadline)
         self.nursery.start_soon(self.work.source.run)
 
-    async def restart_stream(self, source: SourcePipeline, deadline: float) -> None:
-        """The function is not what was saved so far any more: begin the stream anew, in the next generation."""
+    async def restart_stream(self, source: SourcePipeline, deadline: float, pauses: Backoff) -> None:
+        """The function is not what was saved so far any more: begin the stream anew, in the next generation.
+
+        Args:
+            source: whose stream it is.
+            deadline: when to give up.
+            pauses: between attempts while the agent is away.
+        """
         await source.hold(trio.current_time())
-        try:
+
+        async def described_anew() -> bytes:
             await self._void_stream(deadline)
-            source.restart(await self.describe(deadline))
+            return await self.describe(deadline)
+
+        try:
+            source.restart(await persist(described_anew, pauses, agent_is_away))
         except AgentError:
             source.halt()  # what it has must not be taken for the function's state
             raise
@@ -323,6 +365,7 @@ async def _within(done: Awaitable[None], deadline: float, message: str) -> None:
         raise CommandError(message, errno.ETIMEDOUT)
 
 
-async def _quiesce(session: Session) -> None:
+async def _quiesce(session: Session) -> bool:
     if session.caps.p2p:
         await session.quiesce()
+    return session.caps.p2p

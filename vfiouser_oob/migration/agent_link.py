@@ -1,10 +1,12 @@
 """One function's way to its agent: a session that is opened when needed, and calls that end at a deadline.
 
 Rule 1: every call has a deadline. One that did not answer in time has an unknown effect, which is what
-        `DeadlineExceeded` says; so has one whose connection was lost.
+        `DeadlineExceeded` says; so has one whose connection was lost. One that was certainly not sent says so
+        (`AgentError.unsent`), and has none.
 Rule 2: a lost session is opened again by the next call, and a migration that was begun is taken over by its id.
 Rule 3: while nothing is to be done no session is open, so an idle function costs the agent nothing.
 Rule 4: while a session is open its events are listened to, if it has any; they are hints, on which nothing depends.
+Rule 5: an agent that is away is told of once, and once more when it is back, however often it was called meanwhile.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TypeVar
 import trio
 
 from vfiouser_agents.api import Agent, Capabilities, Event, Outcome, Role, Session, Status
+from vfiouser_agents.delivery import Delivery, followed
 from vfiouser_agents.errors import (
     AgentError,
     ConnectError,
@@ -24,15 +27,32 @@ from vfiouser_agents.errors import (
     NotFound,
     ProtocolError,
     TransportLost,
+    Unsupported,
 )
+from vfiouser_oob.migration.backoff import Pace
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.persist.capabilities import Facts, Source
 
 T = TypeVar("T")
+
+
+class Unanswered(DeadlineExceeded):
+    """Our own time for a call is over."""
+
+    away = True
+
+
 #: Calls that any session may make, whoever is in the migration.
 _ANYBODY = frozenset({"status", "reset", "describe", "check", "begin"})
 #: After these the session is of no use; the next call opens another.
 _SESSION_LOST = (TransportLost, ProtocolError, NotFound)
+#: Calls that change what the function does.
+_CHANGES = frozenset({"quiesce", "stop", "resume", "reset", "load_begin", "load_commit"})
+#: Calls whose answer shows that the agent is there; some adapters answer the others themselves.
+_CONTACT = _CHANGES - {"quiesce"} | {"status", "begin", "save"}
+#: Events that are taken in a row, and seconds until the next ones are; a watcher that is slow loses the oldest.
+_EVENTS = 16
+_EVENTS_S = 0.1
 #: Seconds to tell the agent that a session is of no use any more.
 _LET_GO_S = 5.0
 
@@ -59,6 +79,11 @@ class AgentLink:
         self.nursery: trio.Nursery | None = None
         #: The migration that was begun, for taking it over.
         self.begun: tuple[Role, str] | None = None
+        #: Since when nobody answers, as trio's clock has it and in seconds since 1970; None: somebody did at last.
+        self.away_since: float | None = None
+        self.away_time: float | None = None
+        #: How far the last call came that changes what the function does.
+        self.changing = Delivery()
         self._agent = agent
         self._tracer = tracer
         self._session: Session | None = None
@@ -99,23 +124,53 @@ class AgentLink:
         Raises:
             AgentError: of whatever kind; `DeadlineExceeded` for our own deadline.
         """
-        with self._tracer.step(name, quiet=quiet):
-            used: Session | None = None
+        used: Session | None = None
+        with self._tracer.step(name, quiet=quiet), followed() as delivery:
+            if name in _CHANGES:
+                self.changing = delivery
             self._in_use += 1
             try:
-                with trio.move_on_at(deadline) as scope:
+                with trio.move_on_at(deadline):
+                    delivery.note(sent=False)
                     used = await self._opened(name)
-                    return await work(used)
-                assert scope.cancelled_caught
-                raise DeadlineExceeded(f"the agent did not answer {name} in time; its effect is not known")
-            except _SESSION_LOST:
-                self._forget(used)
+                    delivery.note(sent=None)
+                    result = await work(used)
+                    self._answered(name)
+                    return result
+                raise _late(name, delivery)
+            except AgentError as error:
+                self._failed(name, error, used, delivery)
                 raise
             except OSError as error:
-                self._forget(used)
-                raise ConnectError(f"the agent cannot be reached: {error.strerror or error}") from error
+                lost = _lost(error, delivery)
+                self._failed(name, lost, used, delivery)
+                raise lost from error
             finally:
                 self._in_use -= 1
+
+    def _failed(self, name: str, error: AgentError, used: Session | None, delivery: Delivery) -> None:
+        """Note at an error what is known of its call, and what it says of the agent."""
+        if used is None:
+            delivery.note(sent=False)  # what was sent to open the session changes nothing
+        delivery.judge(error)
+        if isinstance(error, _SESSION_LOST):
+            self._forget(used)
+        if error.away:
+            self._missed(error)
+        elif not error.unsent and not isinstance(error, Unsupported):  # which adapters say themselves
+            self._answered(name)
+
+    def _missed(self, error: AgentError) -> None:
+        if self.away_since is None:
+            self.away_since, self.away_time = trio.current_time(), time.time()
+            self._tracer.note("no contact with the agent", error=str(error))
+            self._tracer.agent_away = True
+
+    def _answered(self, name: str) -> None:
+        if self.away_since is not None and name in _CONTACT:
+            self._tracer.tell("the agent answers again", away_s=round(trio.current_time() - self.away_since, 3))
+            self.away_since = self.away_time = None
+            self._tracer.agent_away = False
 
     def _forget(self, used: Session | None) -> None:
         if used is None or self._session is not used:
@@ -142,6 +197,7 @@ class AgentLink:
             if self._session is None:
                 await self._agent.connect()
                 session = await self._agent.open(self.function_id)
+                require_usable(session.caps)
                 self._session = session
                 self._taken_over = self.begun is None
                 self._learn(session)
@@ -176,11 +232,14 @@ class AgentLink:
         with scope:
             try:
                 async with session.watch() as events:
+                    pace = Pace(_EVENTS, _EVENTS_S)
                     async for event in events:
                         if self.facts is None or session.caps != self.facts.caps:
+                            require_usable(session.caps)
                             self._learn(session)  # the agent was started anew, and is another one now
                         if self.heard is not None:
                             self.heard(event)
+                        await pace.taken()
             except* (AgentError, OSError) as errors:
                 reason = str(errors.exceptions[0])
         if not scope.cancelled_caught:
@@ -194,12 +253,16 @@ class AgentLink:
 
     async def begin(self, role: Role, migration_id: str, deadline: float) -> None:
         """Begin a migration; one that an earlier life of ours has left behind is ended first."""
-        self.begun = (role, migration_id)
+        before, self.begun = self.begun, (role, migration_id)
         try:
             await self.call("begin", lambda session: session.begin(role, migration_id), deadline)
         except InvalidState:
             await self.call("end", lambda session: session.end(Outcome.FAILED), deadline)
             await self.call("begin", lambda session: session.begin(role, migration_id), deadline)
+        except AgentError as error:
+            if error.unsent:
+                self.begun = before
+            raise
 
     async def leave(self, outcome: Outcome, deadline: float, *, abort: bool) -> None:
         """End the migration, if one was begun; when that fails, it still counts as begun.
@@ -233,3 +296,33 @@ class AgentLink:
                 await session.aclose()
             except AgentError:  # gone already
                 pass
+
+
+def _late(name: str, delivery: Delivery) -> AgentError:
+    """The error of a call whose time is up."""
+    if delivery.unsent:
+        return ConnectError(f"the agent was not reached in time for {name}")
+    return Unanswered(f"the agent did not answer {name} in time; its effect is not known")
+
+
+def _lost(error: OSError, delivery: Delivery) -> AgentError:
+    """The error of a call that the system ended."""
+    reason = error.strerror or str(error)
+    if delivery.unsent:
+        return ConnectError(f"the agent cannot be reached: {reason}")
+    return TransportLost(f"the agent was lost: {reason}")
+
+
+def require_usable(caps: Capabilities) -> None:
+    """Refuse what an agent says of itself that nothing could be done with.
+
+    Args:
+        caps: of a session that was opened.
+
+    Raises:
+        ProtocolError: a size is impossible.
+    """
+    if caps.max_chunk < 1 or caps.max_state < 0:
+        raise ProtocolError(
+            f"the agent takes pieces of {caps.max_chunk} bytes and states of {caps.max_state}; the least is 1 and 0"
+        )

@@ -82,6 +82,11 @@ class ConfigShadow:
         self._values = bytearray(_SIZE)
         self._written = bytearray(_SIZE)
 
+    def take(self, other: ConfigShadow) -> None:
+        """Take what was written according to another shadow of the same function."""
+        self._values[:] = other._values
+        self._written[:] = other._written
+
     def copy(self) -> ConfigShadow:
         """Return a shadow of its own with the same content."""
         other = ConfigShadow()

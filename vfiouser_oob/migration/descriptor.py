@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from vfiouser_agents.api import Capabilities, Descriptor
-from vfiouser_agents.errors import Incompatible
+from vfiouser_agents.errors import Incompatible, ProtocolError
+from vfiouser_oob.migration.stream_format import DESCRIPTOR, RECORDS
 
 _TEXTS = ("format_id", "vendor", "model", "kind", "firmware")
 _NUMBERS = ("format_version", "state_max")
 _MAX_FINGERPRINT = 1024
+#: Bytes of an encoded descriptor.
+_MOST = RECORDS[DESCRIPTOR].most
 
 
 def encode_descriptor(descriptor: Descriptor) -> bytes:
@@ -19,10 +23,30 @@ def encode_descriptor(descriptor: Descriptor) -> bytes:
 
     Args:
         descriptor: as the source's agent gave it.
+
+    Raises:
+        ProtocolError: no destination would take it.
     """
-    fields = asdict(descriptor)
-    fields["fingerprint"] = dict(sorted(descriptor.fingerprint.items()))
-    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    encoded, size = b"", sum(len(text) for text in _texts(descriptor))
+    entries = len(descriptor.fingerprint)
+    if entries <= _MAX_FINGERPRINT and size <= _MOST:  # before it costs anything to write it
+        fields = asdict(descriptor)
+        fields["fingerprint"] = dict(sorted(descriptor.fingerprint.items()))
+        encoded = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        size = len(encoded)
+    del descriptor  # which may be large, and would live as long as the error does
+    if entries > _MAX_FINGERPRINT or size > _MOST:
+        raise ProtocolError(
+            f"the agent's descriptor has {entries} entries of a fingerprint and {size} bytes or more; "
+            f"{_MAX_FINGERPRINT} and {_MOST} are allowed, so the function cannot be migrated"
+        )
+    return encoded
+
+
+def _texts(descriptor: Descriptor) -> Iterator[str]:
+    yield from (getattr(descriptor, name) for name in _TEXTS)
+    for pair in descriptor.fingerprint.items():
+        yield from pair
 
 
 def decode_descriptor(payload: bytes) -> Descriptor:

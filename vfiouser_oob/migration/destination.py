@@ -14,6 +14,7 @@ import trio
 from vfiouser_agents.api import Session
 from vfiouser_agents.errors import AgentError
 from vfiouser_oob.migration.agent_link import AgentLink
+from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
 from vfiouser_oob.migration.hashing import Hasher
 from vfiouser_oob.migration.stream import Data, Descriptor, Header, PciConfig, StreamReader, Trailer
 from vfiouser_oob.migration.trace import Tracer
@@ -157,15 +158,10 @@ class DestinationPipeline:
             await session.load(offset, cast("bytes", data) if session.takes_views else _as_bytes(data))
 
         deadline = trio.current_time() + self._data_s
-        pause = self._retry_s
-        while True:
-            try:
-                return await self._link.call("load", load, deadline, quiet=True)
-            except AgentError as error:
-                if not error.retryable or trio.current_time() + pause >= deadline:
-                    raise
-            await trio.sleep(pause)
-            pause *= 2
+        await persist(
+            lambda: self._link.call("load", load, deadline, quiet=True),
+            Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline),
+        )
 
     async def finish(self, deadline: float) -> None:
         """Verify what came and let the agent apply it.
@@ -181,8 +177,13 @@ class DestinationPipeline:
             raise CommandError(f"the load has failed ({self.failure}); only a reset leads out")
         await self._wait_landed()
         trailer = self._reader.finish(await self._hasher.digest())
-        await self._link.call(
-            "load_commit", lambda session: session.load_commit(trailer.total, trailer.sha256), deadline
+        await persist(
+            lambda: self._link.call(
+                "load_commit", lambda session: session.load_commit(trailer.total, trailer.sha256), deadline
+            ),
+            Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline),
+            # What may have been applied is not applied twice.
+            lambda error: error.unsent,
         )
 
     def halt(self) -> None:

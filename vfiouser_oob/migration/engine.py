@@ -21,24 +21,23 @@ from vfiouser_agents.api import Agent, AgentState, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
-from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
-from vfiouser_oob.devices.resets import RESETS, MigrationEffect
+from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.migration.actions import Device
-from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
+from vfiouser_oob.migration.arcs import ARCS, HALT, MessageTime, StepFailed, Undo, travel
+from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, agent_is_away, persist
 from vfiouser_oob.migration.fence import Verdict, verdict
-from vfiouser_oob.migration.standing import PAUSE_MAX_S, Goal, Owner, Standing, Truth, message_deadline
+from vfiouser_oob.migration.resetting import Resetting
+from vfiouser_oob.migration.standing import Goal, Owner, Truth, message_deadline
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.capabilities import READ_S, Drawer
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc, require_path
 
-#: Of the time that a message has: for going forward, the rest is for undoing.
-_FORWARD = 0.6
 _RUNS = (DeviceState.RUNNING, DeviceState.PRE_COPY)
 
 
-class MigrationEngine(Standing):
+class MigrationEngine(Resetting):
     """The migration of one function; lives as long as the function.
 
     Args:
@@ -93,12 +92,11 @@ class MigrationEngine(Standing):
         """Ask the agent where the function is, in the background; what the client wants goes first."""
         if self._probing is not None or self._busy or self.link.begun is not None:
             return
-        pause = self.config.retry_s
+        pauses = Backoff(self.config.retry_s)
         with trio.CancelScope() as scope:
             self._probing = scope
             while not await self._ask_in_background():
-                await trio.sleep(pause)
-                pause = min(2 * pause, PAUSE_MAX_S)
+                await pauses.pause()
         if self._probing is scope:
             self._probing = None
 
@@ -165,22 +163,26 @@ class MigrationEngine(Standing):
             if not self.asked:  # the agent is away; what it stopped stays stopped, and the client gets to know later
                 return
         if self.truth is Truth.UNKNOWN and not self.fenced:
-            with trio.move_on_at(trio.current_time() + (deadline - trio.current_time()) * _FORWARD):
+            with trio.move_on_at(MessageTime.until(deadline).forward):
                 await self._settled.wait()
         if self._paused and not self._busy:
-            await self.actions.resume(deadline)
+            await persist(lambda: self.actions.resume(deadline), self._whole(deadline), agent_is_away)
             self._paused = False
             await self.link.close()
         if self.fenced or self._busy:
             self._stop_settling()
             self.work.drop_pipelines()
             try:
-                await self.actions.reset_agent(deadline)
+                await persist(lambda: self.actions.reset_agent(deadline), self._whole(deadline), agent_is_away)
             except AgentError:
                 self.fenced = True
                 raise
             await self.actions.reset_device(deadline)
             self._now(DeviceState.RUNNING, "reset for a new client")
+
+    def _whole(self, deadline: float) -> Backoff:
+        """Pauses for all of the time: without the agent a client that comes now is turned away."""
+        return Backoff(self.config.retry_s, WAITING_PAUSE_MAX_S, MessageTime.until(deadline).again)
 
     async def _ask_first(self) -> None:
         try:
@@ -209,6 +211,8 @@ class MigrationEngine(Standing):
             self.work.drop_pipelines()
             if logged:
                 self._nursery.start_soon(self._stop_logging)
+            if self.paused_over_link:
+                self._unpause("the client has gone")
             if self.state is DeviceState.RUNNING and self.truth is Truth.KNOWN:
                 await self._let_go()
             elif handed or loading or self.truth is Truth.FAILED:
@@ -252,37 +256,83 @@ class MigrationEngine(Standing):
         Raises:
             CommandError: illegal, or it failed; the state that is read afterwards is the truth.
         """
-        deadline = message_deadline()
+        time = MessageTime.until(message_deadline())
         async with self._lock:
-            await self._require_known(deadline)
+            self._take_over()
+            await self._require_known(plan, time)
             self._stop_probing()
             self._stop_leaving()
             self.require_owner(owner, "a state change")
             origin = self.state
-            now = trio.current_time()
-            forward = now + (deadline - now) * _FORWARD
-            for arc in plan(self.state_shown):
-                await self._travel(arc, origin, forward, deadline)
+            arcs = plan(self.state_shown)
+            for arc in arcs:
+                await self._go(arc, origin, time, last=arc is arcs[-1])
                 if self.state is not DeviceState.RUNNING:
                     self.owner = owner
 
-    async def _require_known(self, deadline: float) -> None:
+    async def _require_known(self, plan: Callable[[DeviceState], Sequence[Arc]], time: MessageTime) -> None:
+        if self.truth is not Truth.UNKNOWN or (self.reset_due and _is_pause(plan(self.state_shown))):
+            return
+        with trio.move_on_at(time.again):
+            await self._settled.wait()
         if self.truth is Truth.UNKNOWN:
-            now = trio.current_time()
-            with trio.move_on_at(now + (deadline - now) * _FORWARD):
-                await self._settled.wait()
-            if self.truth is Truth.UNKNOWN:
-                raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
+            raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
 
-    async def _travel(self, arc: Arc, origin: DeviceState, forward: float, deadline: float) -> None:
+    async def _go(self, arc: Arc, origin: DeviceState, time: MessageTime, *, last: bool) -> None:
+        """Take an arc: without the agent where it is not needed, or away and can be done without."""
+        pause = last and _is_pause([arc])
+        if self.reset_due and pause:
+            # It holds still in any case, and nothing of the guest reaches it.
+            self._pause_over_link("its agent is away") if arc.target is DeviceState.STOP else self._unpause("as asked")
+        elif self.paused_over_link and arc.target is DeviceState.RUNNING:
+            self._unpause("as the client asked")
+        else:
+            if self.paused_over_link:
+                await self._halt(origin, time)
+            await self._travel(arc, origin, time, pause=pause)
+
+    def _pause_over_link(self, why: str) -> None:
+        """A VM that is paused asks nothing of its function, which goes on with what it was asked before."""
+        if self.truth is Truth.KNOWN:
+            self._now(DeviceState.STOP, f"paused without its agent: {why}", over_link=True)
+        else:
+            self.state, self.paused_over_link = DeviceState.STOP, True
+
+    def _unpause(self, why: str) -> None:
+        if self.truth is Truth.KNOWN:
+            self._now(DeviceState.RUNNING, why)
+        else:
+            self.state, self.paused_over_link, self.owner = DeviceState.RUNNING, False, None
+
+    async def _halt(self, origin: DeviceState, time: MessageTime) -> None:
+        """Really stop a function that its VM has paused without it."""
+        try:
+            await travel(HALT, self.actions.table, self._bounds, time, self.config.retry_s)
+        except StepFailed as failure:
+            if failure.device_failed:
+                self._fail_device(str(failure))
+            elif failure.touched:
+                self._settle(Goal.RESUME, str(failure))
+            raise CommandError(f"it could not be stopped at {failure}; it is {self._shown}", failure.errno) from failure
+        except trio.Cancelled:
+            self._settle(Goal.RESUME, "it was given up")
+            raise
+        self._now(DeviceState.STOP, "stopped by its agent")
+
+    async def _travel(self, arc: Arc, origin: DeviceState, time: MessageTime, *, pause: bool) -> None:
         plan = ARCS[arc.source, arc.target]
         name = f"{arc.source.name} → {arc.target.name}"
+        stops = pause and arc.target is DeviceState.STOP
         try:
             with self.tracer.step("arc", arc=name) as span:
                 span.bytes = self.moved
-                await travel(plan, self.actions.table, self._bounds, forward)
+                chosen = time.once() if stops and self._long_away(time.end) else time
+                await travel(plan, self.actions.table, self._bounds, chosen, self.config.retry_s)
         except StepFailed as failure:
-            await self._undo(plan.undo, origin, failure, deadline)
+            if stops and failure.not_reached and not failure.touched:
+                self._pause_over_link(str(failure))
+                return
+            await self._undo(plan.undo, origin, failure, time.end)
             raise CommandError(f"{name} failed at {failure}; the state is {self._shown}", failure.errno) from failure
         except trio.Cancelled:
             self._given_up(plan.undo)
@@ -306,26 +356,42 @@ class MigrationEngine(Standing):
         if undo is Undo.LOAD_FAILED:
             self._leave_load(str(failure))
             return
+        undoing = _UNDOING[undo] if failure.touched else _STANDING[undo]
         try:
-            await _UNDOING[undo](self, origin, failure, deadline)
+            await undoing(self, origin, failure, deadline)
         except AgentError as error:
             if error.fate is Fate.FAILED:
                 self._fail_device(str(error))
             else:
-                self._settle(self._goal(undo), f"{failure}; then {error}")
+                sure = error.unsent and not failure.touched
+                self._settle(self._goal(undo), f"{failure}; then {error}", sure=sure)
         except trio.Cancelled:
             self._given_up(undo)
             raise
 
     async def _undo_resume(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         source = self.work.source
-        await self.actions.resume(deadline)
+        await persist(lambda: self.actions.resume(deadline), self._patience(deadline), agent_is_away)
         if origin is DeviceState.PRE_COPY and source is not None:
             # It ran again in between, so what was saved so far need not fit what comes: begin anew.
-            await self.actions.restart_stream(source, deadline)
+            await self.actions.restart_stream(source, deadline, self._patience(deadline))
             self._now(DeviceState.PRE_COPY, f"brought back: {failure}")
         else:
             self._back_to_running(f"brought back: {failure}")
+
+    async def _stand_running(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
+        """The function was not stopped, so it runs as before."""
+        source = self.work.source
+        if self.state is DeviceState.PRE_COPY and source is not None:
+            source.release()
+            self._now(DeviceState.PRE_COPY, f"it was not stopped: {failure}")
+        else:
+            self._back_to_running(f"it was not stopped: {failure}")
+
+    async def _stand_stopped(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
+        """The function was not started, so it stands still; if it is allowed, it is brought back in the background."""
+        if self._goal(Undo.LEARN) is Goal.RESUME:
+            self._settle(Goal.RESUME, str(failure), sure=True)
 
     async def _undo_leave(self, origin: DeviceState, failure: StepFailed, deadline: float) -> None:
         self.work.drop_pipelines()
@@ -358,68 +424,23 @@ class MigrationEngine(Standing):
 
         return lambda current: require_path(current, target, precopy=self.config.precopy)
 
-    # Resets
 
-    async def reset(self) -> None:
-        """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs."""
-        deadline = message_deadline()
-        if not self._busy:
-            if self.link.begun is not None:
-                await self._clear_agent(deadline)
-            await self.actions.reset_device(deadline)
-            return
-        async with self._lock:
-            await self._reset_through_agent(deadline, device=True)
-
-    async def _clear_agent(self, deadline: float) -> None:
-        """Reset an agent that has not left the migration of a function that runs; else it is told to later."""
-        now = trio.current_time()
-        self._stop_leaving()
-        try:
-            await self.actions.reset_agent(now + (deadline - now) * _FORWARD)
-            await self._agent_was_reset(deadline)
-        except AgentError:  # traced
-            self._leave_later()
-
-    async def function_reset(self) -> None:
-        """The guest has reset the function through configuration space, which the device has done already."""
-        deadline = message_deadline()
-        if self.actions.device is not None:
-            self.actions.device.shadow.clear()
-        if not self._busy:
-            return
-        async with self._lock:
-            source = self.work.source
-            restarts = RESETS[ResetKind.FUNCTION_LEVEL].migration is MigrationEffect.RESTARTS
-            if restarts and self.state is DeviceState.PRE_COPY and self.truth is Truth.KNOWN and source is not None:
-                try:
-                    await self.actions.restart_stream(source, deadline)
-                except AgentError as error:
-                    if error.fate is Fate.FAILED:
-                        self._fail_device(str(error))
-                    raise CommandError(f"the stream could not begin anew: {error}", error.errno) from error
-                await self._agent_was_reset(deadline)
-            else:
-                await self._reset_through_agent(deadline, device=False)
-
-    async def _reset_through_agent(self, deadline: float, *, device: bool) -> None:
-        self._stop_settling()
-        self._stop_leaving()
-        self.work.drop_pipelines()
-        try:
-            await self.actions.reset_agent(deadline)
-        except AgentError as error:
-            self._settle(Goal.RESET, f"the reset failed: {error}")
-            raise CommandError(f"the function could not be reset: {error}", error.errno) from error
-        except trio.Cancelled:
-            self._settle(Goal.RESET, "the reset was given up")
-            raise
-        if device:
-            await self.actions.reset_device(deadline)
-        self._now(DeviceState.RUNNING, "reset")
-        await self._agent_was_reset(deadline)
+def _is_pause(arcs: Sequence[Arc]) -> bool:
+    """Whether all that is asked for is that the VM be paused, or go on."""
+    return [(arc.source, arc.target) for arc in arcs] in _PAUSES
 
 
+_PAUSES = (
+    [(DeviceState.RUNNING, DeviceState.STOP)],
+    [(DeviceState.STOP, DeviceState.RUNNING)],
+)
+#: What is left to be done by a failed arc that has not touched the function.
+_STANDING = {
+    Undo.RESUME: MigrationEngine._stand_running,
+    Undo.LEAVE: MigrationEngine._undo_leave,
+    Undo.RESET: MigrationEngine._undo_leave,
+    Undo.LEARN: MigrationEngine._stand_stopped,
+}
 _UNDOING = {
     Undo.RESUME: MigrationEngine._undo_resume,
     Undo.LEAVE: MigrationEngine._undo_leave,

@@ -16,12 +16,13 @@ from vfiouser_agents.api import Chunk, Estimate, Phase
 from vfiouser_agents.errors import AgentError
 from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_oob.migration.agent_link import AgentLink
+from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
 from vfiouser_oob.migration.hashing import Hasher
 from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.stream_format import HEAD_SIZE
 from vfiouser_oob.migration.trace import Tracer
-from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.errors import CommandError, LocalProtocolError
 
 #: Portions of a client below which records do not follow them.
 _LEAST_PORTION = 64 << 10
@@ -29,6 +30,8 @@ _LEAST_PORTION = 64 << 10
 _USUAL_PORTION = 1 << 20
 #: Bytes of state below which a record is not worth its head.
 _LEAST_RECORD = 4 << 10
+#: Bytes of an estimate that are believed: what is shown of it has to fit into 64 bits.
+_MOST_REMAINING = 1 << 62
 
 
 class SourcePipeline:
@@ -103,25 +106,33 @@ class SourcePipeline:
     async def run(self) -> None:
         """Fetch until everything is queued, or the pipeline is halted."""
         with self._scope, self._sharing.joined():
-            hasher = self._open_stream()
-            while not self.complete:
-                if self._restarting:
-                    hasher = self._open_stream()
-                elif self._pci_due:
-                    self._pci_due = False
-                    self._make_records()
-                    self._put(self._writer.pci(self._pci()))
-                elif self._eof:
-                    digest = await hasher.digest()
-                    self._make_records()
-                    self._put(self._writer.trailer(digest))
-                    self.complete = True
-                    self._notify()
-                elif self._may_fetch:
-                    await self._fetch(hasher)
-                else:
-                    await self._changed.wait()
+            try:
+                await self._fill()
+            except LocalProtocolError as error:
+                # What cannot be a stream ends this stream, not whoever runs it.
+                self._error = AgentProtocolError(str(error))
+                self._halted = True
         self._notify()
+
+    async def _fill(self) -> None:
+        hasher = self._open_stream()
+        while not self.complete:
+            if self._restarting:
+                hasher = self._open_stream()
+            elif self._pci_due:
+                self._pci_due = False
+                self._make_records()
+                self._put(self._writer.pci(self._pci()))
+            elif self._eof:
+                digest = await hasher.digest()
+                self._make_records()
+                self._put(self._writer.trailer(digest))
+                self.complete = True
+                self._notify()
+            elif self._may_fetch:
+                await self._fetch(hasher)
+            else:
+                await self._changed.wait()
 
     def _open_stream(self) -> Hasher:
         """Begin the stream, or begin it anew."""
@@ -189,18 +200,14 @@ class SourcePipeline:
         if caps is not None and phase is Phase.PRECOPY and not caps.precopy:
             return Chunk(b"", drained=True)
         deadline = trio.current_time() + self._data_s
-        pause = self._retry_s
-        while True:
-            try:
-                chunk = await self._link.call(
-                    "save", lambda session: session.save(offset, limit, phase), deadline, quiet=True
-                )
-                return _checked(chunk, limit, phase)
-            except AgentError as error:
-                if not error.retryable or trio.current_time() + pause >= deadline:
-                    raise
-            await trio.sleep(pause)
-            pause *= 2
+
+        async def save() -> Chunk:
+            chunk = await self._link.call(
+                "save", lambda session: session.save(offset, limit, phase), deadline, quiet=True
+            )
+            return _checked(chunk, limit, phase)
+
+        return await persist(save, Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline))
 
     def _accept(self, chunk: Chunk, hasher: Hasher) -> None:
         # Nothing may be awaited in here: a chunk is taken and hashed, or asked for again.
@@ -328,7 +335,7 @@ class SourcePipeline:
         if estimate is None or self._eof:
             return 0
         whole = estimate.stop_copy_bytes if self.final else estimate.initial_bytes + estimate.dirty_bytes
-        return max(0, whole - (self._offset - self._estimated_at))
+        return max(0, min(whole, _MOST_REMAINING) - (self._offset - self._estimated_at))
 
     def has(self, size: int) -> bool:
         """Whether a read of so many bytes can be answered without waiting for more.

@@ -5,19 +5,19 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from enum import Enum
 
 import trio
 
-from vfiouser_agents.api import Agent, AgentState, Event, EventKind, Outcome, Status
+from vfiouser_agents.api import Agent, AgentState, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.migration.actions import Actions, Work
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.arcs import Bound, Undo
-from vfiouser_oob.migration.fence import AS_STATE, REACTIONS, Reaction
+from vfiouser_oob.migration.backoff import Backoff
+from vfiouser_oob.migration.fence import AS_STATE
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.capabilities import Drawer, Facts
@@ -27,10 +27,6 @@ from vfiouser_protocol.errors import CommandError, VfioUserError
 #: Kept back of a message's time so that our own answer comes before the connection's.
 _MARGIN_S = 0.05
 _MARGIN_PART = 0.05
-#: The longest pause between two attempts at something that fails.
-PAUSE_MAX_S = 5.0
-#: What the agent tells when it can be reached again, so that it is worth while to try again at once.
-_BACK = frozenset({EventKind.RECONNECTED, EventKind.AGENT_RESTARTED})
 
 
 class Owner(Enum):
@@ -101,25 +97,30 @@ class Standing:
         #: Whether the agent was asked, since the daemon began or a client left a migration behind.
         self.asked = False
         self.fenced = False
+        #: STOP is a pause without the agent: the function was never stopped, and does what it was told before.
+        self.paused_over_link = False
+        #: The client's reset was answered without the agent, which still has to do its part; until then the guest's
+        #: accesses are held.
+        self.reset_due = False
+        #: Guest accesses wait, since the function may stand still and is being brought back.
+        self.awaiting = False
         #: Told after every reset of the function through the agent, which ends its dirty log.
         self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
+        #: The reset that is settled is the backend's matter, too, and not one that the guest did through it.
+        self._resets_device = True
         self.memory = memory
         self.link.told = self._remember
-        self.link.heard = self._heard
-        self.link.lost = self._contact_lost
         self._lock = trio.Lock()
         #: Counts what may have changed the state, so that who waited meanwhile knows that something did.
         self._turn = 0
         self._turn_made = trio.Event()
-        self._word: Event | None = None
-        self._fault = ""
-        self._word_came = trio.Event()
-        self._looking = False
         self._hurry = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._settled = trio.Event()
         self._settled.set()
         self._settling: trio.CancelScope | None = None
+        #: An attempt to settle is under way.
+        self._trying = False
         self._leaving: trio.CancelScope | None = None
         self.actions.device_failed = self._fail_device
         self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
@@ -167,11 +168,16 @@ class Standing:
     @property
     def runs(self) -> bool:
         """Whether the function is known to run."""
-        return self.truth is Truth.KNOWN and self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY)
+        return self.truth is Truth.KNOWN and (self.state in _RUNS or self.paused_over_link)
+
+    @property
+    def certain(self) -> bool:
+        """Whether the state is what the function does at this moment, with no call under way that may change it."""
+        return self.truth is not Truth.UNKNOWN and not (self._trying and not self.link.changing.unsent)
 
     async def known(self) -> None:
-        """Wait until it is known what the function does."""
-        while self.truth is Truth.UNKNOWN:
+        """Wait until it is known what the function does, and nothing is being done about it."""
+        while self.awaiting:
             await self._turn_made.wait()
 
     # Changes
@@ -193,16 +199,24 @@ class Standing:
             self._fail_device(status.detail or "the agent says that the function is in ERROR")
         elif state is DeviceState.RUNNING:
             self._back_to_running("the agent says that it runs")
-        elif self.state in (DeviceState.RUNNING, DeviceState.PRE_COPY, DeviceState.RESUMING):
+        elif self.state in (*_RUNS, DeviceState.RESUMING):
             self.work.drop_pipelines()
             self._now(state, "the agent says so")
         else:
             self._now(self.state, "the agent says so")
 
-    def _now(self, state: DeviceState, why: str) -> None:
-        """The function is in this state: known."""
+    def _now(self, state: DeviceState, why: str, *, over_link: bool = False) -> None:
+        """The function is in this state: known.
+
+        Args:
+            state: which.
+            why: for people.
+            over_link: it is a pause without the agent.
+        """
         old, self.state = self._shown, state
         self.truth = Truth.KNOWN
+        self.paused_over_link = over_link
+        self.awaiting = self.reset_due = False
         self.unknown_since = None
         self._settled.set()
         if state is DeviceState.RUNNING:
@@ -220,6 +234,7 @@ class Standing:
         self._stop_settling()
         old = self._shown
         self.truth = Truth.FAILED
+        self.awaiting = self.reset_due = self.paused_over_link = False
         self.unknown_since = None
         self._turned()
         self.tracer.state(old, self._shown, why)
@@ -245,7 +260,7 @@ class Standing:
             self._nursery.start_soon(self._leave, outcome, self._leaving)
 
     async def _leave(self, outcome: Outcome, scope: trio.CancelScope) -> None:
-        pause = self.config.retry_s
+        pauses = Backoff(self.config.retry_s)
         with scope:
             while self.link.begun is not None:
                 try:
@@ -253,8 +268,7 @@ class Standing:
                 except AgentError as error:  # traced; the migration is left when the agent is back
                     if error.fatal:
                         break
-                    await trio.sleep(pause)
-                    pause = min(2 * pause, PAUSE_MAX_S)
+                    await pauses.pause()
             if self.actions.device is None:
                 await self.link.close()
         if self._leaving is scope:
@@ -267,82 +281,122 @@ class Standing:
 
     # Finding out
 
-    def _settle(self, goal: Goal, why: str) -> None:
-        """Find out in the background, and work for the goal until it is reached."""
+    def _settle(self, goal: Goal, why: str, *, sure: bool = False) -> None:
+        """Work for the goal in the background until it is reached.
+
+        Args:
+            goal: which.
+            why: for people.
+            sure: what the function does is known all the same, until a call may have changed it.
+        """
         self._stop_settling()
-        old = self._shown
-        self.truth = Truth.UNKNOWN
-        if self.unknown_since is None:
-            self.unknown_since = time.time()
-        self._turned()
-        self.tracer.state(old, self._shown, why)
+        self.awaiting = True
+        if not sure:
+            self._doubt(why)
         if self._nursery is None:  # the daemon ends; the next one asks the agent
             return
         self._settled = trio.Event()
         self._settling = trio.CancelScope()
         self._nursery.start_soon(self._settle_until_done, goal, self._settling, self._settled)
 
+    def _doubt(self, why: str) -> None:
+        """It is not known any more what the function does."""
+        old = self._shown
+        self.truth = Truth.UNKNOWN
+        if self.unknown_since is None:
+            self.unknown_since = time.time()
+        self._turned()
+        self.tracer.state(old, self._shown, why)
+
     def _stop_settling(self) -> None:
         if self._settling is not None:
             self._settling.cancel()
             self._settling = None
 
+    def _take_over(self) -> None:
+        """What is being brought back in the background is asked for by the client now, so the background leaves it.
+
+        Where a call of it may have been sent, its answer is waited for as everywhere.
+        """
+        if self._settling is None or self._settled.is_set() or self.truth is not Truth.KNOWN:
+            return
+        if self._trying and not self.link.changing.unsent:
+            self._doubt("a call of the background is under way")
+        else:
+            self._stop_settling()
+            self._settled.set()
+
     async def _settle_until_done(self, goal: Goal, scope: trio.CancelScope, settled: trio.Event) -> None:
-        pause = self.config.retry_s
+        pauses = Backoff(self.config.retry_s)
         try:
             with scope:
                 while not await self._try_settle(goal):
                     self._hurry = trio.Event()
-                    with trio.move_on_after(pause):
-                        await self._hurry.wait()
-                    pause = min(2 * pause, PAUSE_MAX_S)
+                    await pauses.pause(self._hurry)
         finally:
             settled.set()
 
     async def _try_settle(self, goal: Goal) -> bool:
         """Make one attempt; returns whether the truth is known now."""
+        self._trying = True
         try:
-            deadline = trio.current_time() + self.config.stop_s
-            if goal is Goal.LEARN:
-                status = await self.link.status(deadline)
-                if status.pending:
-                    return False
-                if status.state is AgentState.QUIESCED:
-                    # Half-way: it may not be started by us, so it is stopped, which does no harm to any copy.
-                    await self.actions.stop(deadline)
-                    status = await self.link.status(deadline)
-                    if status.state is AgentState.QUIESCED:
-                        return False
-                self._adopt(status)
-            elif goal is Goal.RESUME:
-                await self.actions.resume(deadline)
-                self._back_to_running("brought back")
-            else:
-                await self.actions.reset_agent(deadline)
-                await self.actions.reset_device(deadline)
-                await self._agent_was_reset(deadline)
-                self._back_to_running("reset")
+            await _SETTLING[goal](self, trio.current_time() + self.config.stop_s)
             if self.actions.device is None and not self._busy:
                 await self.link.close()
         except AgentError as error:
-            if error.fate is not Fate.FAILED:
-                return False
-            self._fail_device(str(error))
+            if error.fate is Fate.FAILED:
+                self._fail_device(str(error))
+                return True
+            if error.unclear and self.truth is Truth.KNOWN:
+                self._doubt(str(error))
+            return False
         except VfioUserError as error:
             self.tracer.note("the device could not be reset", error=str(error))
             return False
-        return True
+        finally:
+            self._trying = False
+        return self.truth is not Truth.UNKNOWN
+
+    async def _settle_by_asking(self, deadline: float) -> None:
+        status = await self.link.status(deadline)
+        if status.pending:
+            return
+        if status.state is AgentState.QUIESCED:
+            # Half-way: it may not be started by us, so it is stopped, which does no harm to any copy.
+            await self.actions.stop(deadline)
+            status = await self.link.status(deadline)
+            if status.state is AgentState.QUIESCED:
+                return
+        self._adopt(status)
+
+    async def _settle_by_resuming(self, deadline: float) -> None:
+        await self.actions.resume(deadline)
+        self._back_to_running("brought back")
+
+    async def _settle_by_resetting(self, deadline: float) -> None:
+        due, device = self.reset_due, self._resets_device
+        await self.actions.reset_agent(deadline)
+        if due:
+            await self.actions.reset_device_late(deadline, device=device)
+        elif device:
+            await self.actions.reset_device(deadline)
+        await self._agent_was_reset(deadline)
+        if due and self.paused_over_link:
+            self._now(DeviceState.STOP, "reset", over_link=True)
+        else:
+            self._back_to_running("reset")
 
     async def state_now(self) -> DeviceState:
-        """The state for a client that asks by message: the truth, or ERROR if not even `status` tells it."""
+        """The state for a client that asks by message: the truth, or ERROR if the agent's answer does not tell it."""
         if self.truth is Truth.FAILED:
             return DeviceState.ERROR
-        if self.truth is Truth.KNOWN:
+        if self.certain or self.reset_due:
             return self.state
         try:
             status = await self.link.status(message_deadline())
-        except AgentError:
-            return self.state_shown if self._settled.is_set() else DeviceState.ERROR
+        except AgentError as error:
+            # That nobody is there says nothing about the function.
+            return self.state_shown if self._settled.is_set() or error.unsent else DeviceState.ERROR
         return self.state_shown if self._settled.is_set() else AS_STATE.get(status.state, self.state)
 
     @property
@@ -350,88 +404,10 @@ class Standing:
         """The state for a client that must never see an error that may pass: the old one while the truth is unknown."""
         return DeviceState.ERROR if self.truth is Truth.FAILED else self.state
 
-    # What the agent tells without being asked
-
     def _remember(self, facts: Facts) -> None:
         """The agent has said what it can do."""
         if self.memory is not None and self._nursery is not None:
             self._nursery.start_soon(self.memory.remember, facts)
-
-    def _heard(self, event: Event) -> None:
-        """Take an event; what it means is looked at by a task, when nothing is being changed."""
-        if event.kind is EventKind.SIZE_CHANGED:
-            return
-        self.tracer.heard(event)
-        if event.kind in _BACK:
-            self._hurry.set()
-        self._fault = event.detail if event.kind is EventKind.DEVICE_ERROR else ""
-        if event.status is not None or event.kind is EventKind.DEVICE_ERROR:
-            self._word = event
-            self._word_came.set()
-
-    async def _listen(self) -> None:
-        """Look at the last thing that the agent has told, as long as the function lives."""
-        while True:
-            await self._word_came.wait()
-            self._word_came = trio.Event()
-            async with self._lock:  # until nothing is being changed any more
-                pass
-            if self._word is not None and self.truth is Truth.KNOWN and self.link.is_open:
-                await self._look_at(self._word)
-
-    async def _look_at(self, event: Event) -> None:
-        """Find out whether an event says that the function is not where we think; it may be older than that."""
-        failed = event.kind is EventKind.DEVICE_ERROR
-        told = event.status or Status(AgentState.ERROR, detail=event.detail)
-        if not failed and REACTIONS[self.state][told.state] is Reaction.NOTHING:
-            return
-        turn = self._turn
-        try:
-            now = await self.link.status(trio.current_time() + self.config.call_s)
-        except AgentError:  # traced
-            if not failed:
-                return
-            now = Status(AgentState.ERROR)
-        if turn != self._turn or self._lock.locked():
-            self._word_came.set()
-        elif self.truth is Truth.KNOWN:
-            self._react(now, self._fault or event.detail)
-
-    def _react(self, status: Status, detail: str) -> None:
-        """Take the agent's word about a function that nobody is changing."""
-        reaction = REACTIONS[self.state][status.state]
-        if reaction is Reaction.NOTE:
-            self.tracer.note("somebody else changes the function", agent_state=status.state.value)
-        elif reaction is Reaction.ADOPT:
-            self._adopt(replace(status, detail=status.detail or detail))
-
-    def _contact_lost(self) -> None:
-        """A session was lost. Its events are, too, until there is another; while they matter, we see to that."""
-        if self._contact_missing and self._nursery is not None and not self._looking:
-            self._looking = True
-            self._nursery.start_soon(self._look_again)
-
-    @property
-    def _contact_missing(self) -> bool:
-        """Whether nobody hears the agent of a function that somebody might move; what is not known is asked anyway."""
-        moving = self._busy or self.link.begun is not None
-        return moving and self.truth is Truth.KNOWN and not self.link.is_open
-
-    async def _look_again(self) -> None:
-        pause = self.config.retry_s
-        while self._contact_missing:
-            await trio.sleep(pause)
-            pause = min(2 * pause, PAUSE_MAX_S)
-            if self._contact_missing and not self._lock.locked():
-                await self._ask_again()
-        self._looking = False
-
-    async def _ask_again(self) -> None:
-        try:
-            status = await self.link.status(trio.current_time() + self.config.call_s)
-        except AgentError:  # traced
-            return
-        self._heard(Event(EventKind.RECONNECTED, "asked again", status))
 
     def _goal(self, undo: Undo) -> Goal:
         """What to work for in the background; a function whose state may live elsewhere is only asked about."""
@@ -446,6 +422,12 @@ class Standing:
 
 #: What stands for a state that is not known, or that only a reset leads out of.
 _SHOWN: Mapping[Truth, str] = {Truth.UNKNOWN: "UNKNOWN", Truth.FAILED: "ERROR"}
+_RUNS = (DeviceState.RUNNING, DeviceState.PRE_COPY)
+_SETTLING: Mapping[Goal, Callable[[Standing, float], Awaitable[None]]] = {
+    Goal.LEARN: Standing._settle_by_asking,
+    Goal.RESUME: Standing._settle_by_resuming,
+    Goal.RESET: Standing._settle_by_resetting,
+}
 _GOALS: Mapping[Undo, Goal] = {
     Undo.RESUME: Goal.RESUME,
     Undo.RESET: Goal.RESET,

@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from vfiouser_agents.api import Event, EventKind
+from vfiouser_agents.errors import MAX_MESSAGE
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.observability.log import Logger
 
@@ -48,6 +49,8 @@ class Tracer:
         #: Steps under way, the latest last.
         self._doing: list[str] = []
         self._progress_due = 0.0
+        #: The agent is known to be away, and people were told; what fails meanwhile is no news.
+        self.agent_away = False
         self.steps = 0
         self.failures = 0
         self.last_failure: str | None = None
@@ -118,12 +121,12 @@ class Tracer:
 
     def heard(self, event: Event) -> None:
         """Tell what the agent has told without being asked."""
-        state = None if event.status is None else event.status.state.value
+        state, detail = None if event.status is None else event.status.state.value, event.detail[:MAX_MESSAGE]
         self._events.publish(
-            "agent-event", function=self._function, event=event.kind.value, agent_state=state, detail=event.detail
+            "agent-event", function=self._function, event=event.kind.value, agent_state=state, detail=detail
         )
         tell = self._log.debug if event.kind is EventKind.STATE_CHANGED else self._log.info
-        tell("agent event", event_kind=event.kind.value, agent_state=state, detail=event.detail, lost=event.lost)
+        tell("agent event", event_kind=event.kind.value, agent_state=state, detail=detail, lost=event.lost)
 
     def unwatched(self, reason: str) -> None:
         """Note that the agent's events are not heard; nothing depends on them."""
@@ -133,9 +136,13 @@ class Tracer:
         """Log something that went wrong and was dealt with."""
         self._log.warning(text, **fields)
 
+    def tell(self, text: str, **fields: Any) -> None:
+        """Log something that is as it should be again."""
+        self._log.info(text, **fields)
+
     def _tell(self, phase: str, name: str, **fields: Any) -> None:
         self._events.publish("migration", function=self._function, step=name, arc=self.arc, phase=phase, **fields)
-        if phase == "failed" and fields["error"] != _GIVEN_UP:
+        if phase == "failed" and fields["error"] != _GIVEN_UP and not self.agent_away:
             self._log.warning("migration step failed", step=name, arc=self.arc, **fields)
         else:
             self._log.debug(f"migration step {phase}", step=name, arc=self.arc, **fields)

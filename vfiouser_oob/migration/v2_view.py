@@ -9,7 +9,7 @@ from typing import TypeAlias, cast
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.source import SourcePipeline
-from vfiouser_oob.migration.standing import Owner, Truth, message_deadline
+from vfiouser_oob.migration.standing import Owner, message_deadline
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.codec import decode
 from vfiouser_protocol.constants import DeviceState
@@ -77,7 +77,7 @@ class V2View:
         return reply
 
     def _get_state(self, call: FeatureCall) -> Answer:
-        if self._engine.truth is Truth.UNKNOWN:
+        if not self._engine.certain:
             return self._get_state_later(call)
         return call.state(self._engine.state_shown)
 

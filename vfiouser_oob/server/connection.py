@@ -24,7 +24,6 @@ import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.migration.port import MigrationPort
-from vfiouser_oob.migration.standing import Truth
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.containment import Contained, errno_of
 from vfiouser_oob.server.dma_link import DmaLink
@@ -348,11 +347,11 @@ class Connection(ClientLink):
         if event.fds:
             close_fds(event.fds)
         if outcome.error is not None:
-            self._answer_error(event, outcome.error)
+            self._answer_error(event, outcome.taken())
 
     def _start_unless_held(self, event: CommandReceived) -> Result:
         hold = self._hold
-        if hold is not None and (hold.engine.truth is Truth.UNKNOWN or hold.held):
+        if hold is not None and (hold.engine.awaiting or hold.held):
             held = hold.take(event, lambda: self._carry_out_held(event))
             if held is not None:
                 return held
@@ -378,7 +377,7 @@ class Connection(ClientLink):
         with Contained() as outcome, trio.move_on_after(self._budget_s):
             await self._carry_out_held(event)
         if outcome.error is not None:
-            self._note_error(event, outcome.error)
+            self._note_error(event, outcome.taken())
 
     def _require_time(self, event: CommandReceived, deadline: float) -> None:
         """Refuse to begin what could not be answered any more: the client would read a failure of what was done."""
@@ -434,7 +433,7 @@ class Connection(ClientLink):
         if event.fds:
             close_fds(event.fds)
         if outcome.error is not None:
-            self._answer_error(event, outcome.error)
+            self._answer_error(event, outcome.taken())
 
     def _answer(self, event: CommandReceived, result: bytes | Reply | Pieces) -> None:
         if isinstance(result, bytes):

@@ -45,6 +45,12 @@ class Contained:
     def __enter__(self) -> Contained:
         return self
 
+    def taken(self) -> Exception:
+        """Hand the error over, so that it and the frames that it holds go with whoever has dealt with it."""
+        assert self.error is not None
+        error, self.error = self.error, None
+        return error
+
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> bool:

@@ -10,6 +10,8 @@ Rule 2: replies stay in order, and nobody waits for a held write who did not hav
 Rule 3: one that wants no reply (a doorbell, usually) keeps its place until the function runs, is reset, or loses its
         client. A reset makes it void, as it would have been on the device.
 Rule 4: a read goes on while no write is held; else it waits with them, for it must not overtake them.
+Rule 5: while an agent owes a reset that the client was promised, configuration space is written at once as long as no
+        write is held: VMMs set a function up right after its reset, and wait. It is written again behind the agent's.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from vfiouser_oob.migration.engine import MigrationEngine
-from vfiouser_oob.migration.standing import Truth
 from vfiouser_oob.observability.log import Logger
-from vfiouser_protocol.constants import Command
+from vfiouser_protocol.constants import Command, RegionIndex
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.session import CommandReceived, Refused
 
@@ -88,7 +89,7 @@ class WriteHold:
             self._others -= 1
 
     def take(self, event: CommandReceived, serve: Callable[[], Awaitable[bytes]]) -> bytes | Awaitable[bytes] | None:
-        """Hold an access back, if it has to be. To be asked only while the truth is unknown, or something is held.
+        """Hold an access back, if it has to be. To be asked only while the function is awaited, or something is held.
 
         Args:
             event: the command.
@@ -100,7 +101,7 @@ class WriteHold:
         command = event.header.command
         if command == Command.DEVICE_RESET:
             self._drop("the client resets the device")
-        if not self.is_access(event) or (command not in _WRITES and not self.held):
+        if not self.is_access(event) or (not self.held and self._goes_on(event)):
             return None
         if not self._needed.is_set():
             self._log.info("guest writes are held back until it is known that the function runs")
@@ -113,6 +114,14 @@ class WriteHold:
         self._held_bytes += len(event.payload)
         return b""
 
+    def _goes_on(self, event: CommandReceived) -> bool:
+        """Whether an access goes on while nothing is held: every read, and what sets configuration space up after a
+        reset that its agent is still to do, since that is written again behind it."""
+        if event.header.command not in _WRITES:
+            return True
+        single = event.header.command == Command.REGION_WRITE and len(event.payload) >= _REGION.size
+        return self.engine.reset_due and single and _REGION.unpack_from(event.payload)[0] == RegionIndex.CONFIG
+
     async def drained(self) -> None:
         """Wait until what was held back is at the device, or void."""
         while self.held:
@@ -122,7 +131,7 @@ class WriteHold:
 
     @property
     def _closed(self) -> bool:
-        return self.engine.truth is Truth.UNKNOWN or bool(self.held)
+        return self.engine.awaiting or bool(self.held)
 
     def _notify(self) -> None:
         self._changed.set()

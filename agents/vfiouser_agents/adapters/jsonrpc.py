@@ -141,7 +141,7 @@ class MappedAgent(PrimitiveAgent):
         listed = await list_functions(self.call, self._map)
         if listed and function_id not in listed:
             raise NotFound(f"no function {function_id!r} (there are: {', '.join(listed)})")
-        function = MappedFunction(function_id, self._map, self.call)
+        function = MappedFunction(function_id, self._map, self.call, self._connected)
         if not listed:
             try:
                 told = await function.state()

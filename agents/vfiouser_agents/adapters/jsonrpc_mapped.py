@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import trio
@@ -48,12 +48,14 @@ class MappedFunction(Primitive):
         function_id: its name, in our configuration and for the vendor.
         methods: the map.
         call: calls the vendor's methods.
+        reach: makes the connection, if there is none.
     """
 
-    def __init__(self, function_id: str, methods: MethodMap, call: Caller) -> None:
+    def __init__(self, function_id: str, methods: MethodMap, call: Caller, reach: Callable[[], Awaitable[Any]]) -> None:
         self._function_id = function_id
         self._map = methods
         self._call = call
+        self._reach = reach
         self._file = None if methods.state is None else _FileOnSoc(methods.state, function_id, methods.caps.max_state)
         self._fetched = b""
 
@@ -61,6 +63,10 @@ class MappedFunction(Primitive):
     def caps(self) -> Capabilities:
         """What the map has methods for, and what the configuration adds."""
         return self._map.caps
+
+    async def reach(self) -> None:
+        """Connect."""
+        await self._reach()
 
     async def _ask(self, operation: str, **variables: Any) -> Any:
         """Call what an operation is mapped to; without a mapping nothing is done."""

@@ -25,6 +25,7 @@ from vfiouser_agents.api import (
     Session,
     Status,
 )
+from vfiouser_agents.delivery import preparing, sending
 from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, ProtocolError, Unsupported
 from vfiouser_agents.events import EventFeed
 from vfiouser_agents.limits import check_capabilities
@@ -177,12 +178,14 @@ class RpcSession(Session):
 
     async def _call(self, op: str, *args: Any) -> Any:
         row = BY_OP[op]
+        preparing()
         link = await self.attached(adopt=not row.at_once and not row.overtakes and op != "begin")
         if op in _NEEDS_MIGRATION and not self._adopted:
             raise InvalidState(
                 f"the agent was connected again and no longer knows migration {self.migration} of function "
                 f"{self._function_id}; {op} was not sent"
             )
+        sending()
         return await self._send(link, op, *args)
 
     async def describe(self) -> Descriptor:

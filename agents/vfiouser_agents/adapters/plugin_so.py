@@ -161,6 +161,10 @@ class PluginSoAgent(PrimitiveAgent):
         return PluginFunction(self, device, self._caps, self._descriptor, self.nursery)
 
 
+class _Refused(AgentError):
+    """A call of the library returned an error."""
+
+
 class PluginFunction(V1Function):
     """A device behind the library; its process is started by the first call that needs it."""
 
@@ -176,7 +180,12 @@ class PluginFunction(V1Function):
 
     async def get_state(self) -> int:
         """`get_state`."""
-        return (await self._call("get_state", host.GET_STATE))[0]
+        try:
+            return (await self._call("get_state", host.GET_STATE))[0]
+        except _Refused as error:
+            # A library that cannot even tell the state has lost its agent; only from `init` on does it connect again.
+            await self._end()
+            raise TransportLost(f"{error.message}; its process is ended", vendor_code=error.vendor_code) from error
 
     async def set_state(self, state: int) -> None:
         """`set_state`."""
@@ -212,10 +221,17 @@ class PluginFunction(V1Function):
 
     async def _call(self, name: str, op: int, value: int = 0, data: bytes = b"") -> tuple[int, bytes]:
         if not self._initialised:
-            both = f"{self._device}\0{self._agent.arg}".encode()
-            await self._ask("init", host.INIT, data=both)
-            self._initialised = True
+            await self._init()
         return await self._ask(name, op, value, data)
+
+    async def _init(self) -> None:
+        """`init`, which is where libraries connect to their agent: until then nothing was asked of it."""
+        both = f"{self._device}\0{self._agent.arg}".encode()
+        try:
+            await self._ask("init", host.INIT, data=both)
+        except _Refused as error:
+            raise ConnectError(error.message, vendor_code=error.vendor_code) from error
+        self._initialised = True
 
     async def _ask(self, name: str, op: int, value: int = 0, data: bytes = b"") -> tuple[int, bytes]:
         if self._process is not None and self._process.gone and not self._initialised:
@@ -239,7 +255,7 @@ class PluginFunction(V1Function):
         if code == host.REFUSED:
             raise ConnectError(f"{self._agent.path}: {answer.decode(errors='replace')}")
         if code:
-            raise AgentError(f"{name} of {self._agent.path} failed", vendor_code=str(code))
+            raise _Refused(f"{name} of {self._agent.path} failed", vendor_code=str(code))
         return number, answer
 
     async def _end(self) -> None:

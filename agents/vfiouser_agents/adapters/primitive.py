@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import trio
 
 from vfiouser_agents.api import Agent, AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
+from vfiouser_agents.delivery import preparing, sending
 from vfiouser_agents.dirtylog import PageLog
-from vfiouser_agents.errors import AgentError, Incompatible, Unsupported
+from vfiouser_agents.errors import AgentError, ConnectError, Incompatible, TransportLost, Unsupported
 from vfiouser_agents.ordering import CallQueue
 
 from .primitive_state import Loading, SavedStream
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+#: Seconds that letting go of everything may take.
+_LET_GO_S = 3.0
 
 
 class Primitive(ABC):
@@ -117,6 +120,13 @@ class Primitive(ABC):
         """As after a function-level reset; only called with `Capabilities.reset`."""
         raise Unsupported("this device cannot be reset by its agent")
 
+    async def reach(self) -> None:  # noqa: B027
+        """Make the connection that the next call needs, where nothing was asked before that call.
+
+        Raises:
+            ConnectError: it cannot be made; nothing was sent.
+        """
+
     async def release(self) -> None:  # noqa: B027
         """No call and no migration is under way: others may have the device."""
 
@@ -156,16 +166,22 @@ class Book:
         """The call that is being executed, or empty."""
         return self._queue.pending if self._queue is not None else self._pending
 
-    async def call(self, name: str, work: Callable[[], Awaitable[T]], *, overtakes: bool = False) -> T:
+    async def call(
+        self, name: str, work: Callable[[], Awaitable[T]], *, overtakes: bool = False, changes: bool = False
+    ) -> T:
         """Execute a call after all that came before it.
 
         Args:
             name: for `pending`.
             work: does it.
             overtakes: end the calls before it; without a queue it waits for them.
+            changes: it changes what the function does, in a block under `changing` and nowhere else.
         """
         if self._queue is not None:
+            # It is executed even when its caller gives it up, so then nobody can say that it was not sent.
             return await self._queue.call(name, partial(self._work, work), overtakes=overtakes)
+        if changes:
+            preparing()
         async with self._lock:
             self._pending = name
             try:
@@ -190,12 +206,17 @@ class Book:
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
         """Whatever ends the block early leaves the device in a state that is not known."""
+        await self.primitive.reach()
+        sending()
         before, self.uncertain = self.uncertain, True
         try:
             yield
         except Unsupported:
             self.uncertain = before
             raise
+        except ConnectError as error:
+            # The way was there when this began; it may have been lost behind the first of several messages.
+            raise TransportLost(error.message) from error
         self.uncertain = False
 
     async def refresh(self) -> None:
@@ -276,11 +297,13 @@ class PrimitiveAgent(Agent):
 
     async def aclose(self) -> None:
         """Let go of everything; functions stay as they are."""
-        for session in list(self._sessions):
-            await session.aclose()
-        books, self.books = self.books, {}
-        for book in books.values():
-            await book.primitive.aclose()
+        # Also when we are cancelled, as at the end of a daemon: what is connected is let go of in order.
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _LET_GO_S):
+            for session in list(self._sessions):
+                await session.aclose()
+            books, self.books = self.books, {}
+            for book in books.values():
+                await book.primitive.aclose()
 
     async def open(self, function_id: str) -> PrimitiveSession:
         """A session for a function."""

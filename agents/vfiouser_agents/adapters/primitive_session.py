@@ -113,7 +113,7 @@ class PrimitiveSession(Session):
                     await self._device.quiesce()
                 book.state = AgentState.QUIESCED
 
-        await self._book.call("quiesce", work)
+        await self._book.call("quiesce", work, changes=True)
 
     async def stop(self) -> None:
         """Hold still."""
@@ -128,7 +128,7 @@ class PrimitiveSession(Session):
                     await self._device.stop(book.role)
                 book.state = book.state if book.state in STILL else AgentState.STOPPED
 
-        await self._book.call("stop", work)
+        await self._book.call("stop", work, changes=True)
 
     async def resume(self) -> None:
         """Run."""
@@ -145,7 +145,7 @@ class PrimitiveSession(Session):
                 book.state = AgentState.RUNNING
             book.forget_states()
 
-        await self._book.call("resume", work)
+        await self._book.call("resume", work, changes=True)
 
     async def estimate(self) -> Estimate:
         """What the device says, or else the most that it may be."""
@@ -237,7 +237,7 @@ class PrimitiveSession(Session):
             book.spoiled = book.touched = False
             book.state = AgentState.LOADED
 
-        await self._book.call("load_commit", work)
+        await self._book.call("load_commit", work, changes=True)
 
     def _loading(self) -> Loading:
         if self._book.loading is None:
@@ -311,7 +311,7 @@ class PrimitiveSession(Session):
             book.log = None
             book.state = AgentState.RUNNING
 
-        await self._book.call("reset", work, overtakes=True)
+        await self._book.call("reset", work, overtakes=True, changes=True)
 
     async def end(self, outcome: Outcome) -> None:
         """Leave the migration."""

@@ -138,13 +138,16 @@ class RpcConnection:
             self._fail(TransportLost("the connection was closed"))
             self._outbox.close()
             self._to_send.close()
+            # Whoever handles it knows this connection: its buffers would wait for the garbage collector.
+            self._handler = NoRequests()
             # Not graceful: whoever wants to say good-bye has done so, and a dead peer must not hold us up.
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(self._stream)
 
     def _fail(self, reason: AgentError) -> None:
         if self.lost is None:
-            self.lost = reason
+            # A new one, without the frames in which it was raised: they hold what was being read.
+            self.lost = type(reason)(reason.message)
         for pending in self._pending.values():
             pending.done.set()
 

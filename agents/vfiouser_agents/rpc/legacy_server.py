@@ -52,7 +52,8 @@ async def serve_legacy(
         for listener in listeners:
             await listener.aclose()
         raise OptionError(f"this protocol carries one function; the agent has {', '.join(names) or 'none'}")
-    device = LegacyDevice(await agent.open(names[0]))
+    session = await agent.open(names[0])
+    device = LegacyDevice(session)
     turn = trio.Lock()
 
     async def serve(stream: trio.abc.Stream) -> None:
@@ -64,9 +65,14 @@ async def serve_legacy(
             finally:
                 await trio.aclose_forcefully(stream)
 
-    async with trio.open_nursery() as nursery:
-        await nursery.start(trio.serve_listeners, serve, list(listeners))
-        task_status.started()
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, serve, list(listeners))
+            task_status.started()
+    finally:
+        # A server that ends takes its claim on the function's migration along.
+        with trio.CancelScope(shield=True):
+            await session.aclose()
 
 
 class LegacyDevice:

@@ -43,15 +43,22 @@ class Trip:
 
     Args:
         driver: of the guest, at the source.
+        place: where it is.
         source: the migration interface there.
         target: where it is to go.
         destination: the migration interface there.
     """
 
     def __init__(
-        self, driver: NvmeDriver, source: MigrationSide, target: Attachment, destination: MigrationSide
+        self,
+        driver: NvmeDriver,
+        place: Attachment,
+        source: MigrationSide,
+        target: Attachment,
+        destination: MigrationSide,
     ) -> None:
         self._driver = driver
+        self.place = place
         self.source = source
         self.target = target
         self.destination = destination
@@ -75,7 +82,7 @@ class Trip:
                 source = await open_side(generation, place.client, options)
                 destination = await open_side(generation, target.client, options)
                 try:
-                    yield cls(driver, source, target, destination)
+                    yield cls(driver, place, source, target, destination)
                 finally:
                     source.close()
                     destination.close()

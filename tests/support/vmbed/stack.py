@@ -58,9 +58,13 @@ class SocConfig:
 class Stack:
     """The running pair; made by `soc_and_daemon`."""
 
-    def __init__(self, soc: LoggedProcess, daemon: LoggedProcess, socket: Path, control: Path) -> None:
+    def __init__(
+        self, soc: LoggedProcess, daemon: LoggedProcess, socket: Path, control: Path, agent: LoggedProcess | None
+    ) -> None:
         self.soc = soc
         self.daemon = daemon
+        #: The function's agent, if it has one; it may be killed.
+        self.agent = agent
         self.socket = socket
         self._control = control
 
@@ -89,7 +93,9 @@ class Stack:
 
 
 @asynccontextmanager
-async def soc_and_daemon(workdir: Path, config: SocConfig | None = None) -> AsyncIterator[Stack]:
+async def soc_and_daemon(
+    workdir: Path, config: SocConfig | None = None, *, agent: bool = False
+) -> AsyncIterator[Stack]:
     """Start the simulator, then the daemon on its first function; both are ready when this yields.
 
     At the end both are asked to stop, and must do so with status 0.
@@ -97,19 +103,26 @@ async def soc_and_daemon(workdir: Path, config: SocConfig | None = None) -> Asyn
     Args:
         workdir: for sockets and logs; its path must be short (UNIX socket addresses are).
         config: what the simulator exposes.
+        agent: the function has an agent, a process of its own, and so a migration interface.
     """
     upstream = workdir / "soc"
     upstream.mkdir()
     socket, control = workdir / "vmm.sock", workdir / "control.sock"
     arguments = (config or SocConfig()).arguments()
     async with AsyncExitStack() as stack:
-        soc = await stack.enter_async_context(
-            _service(workdir, "soc", ["simulate-soc", "--socket-dir", str(upstream), *arguments])
-        )
+        simulate = ["simulate-soc", "--socket-dir", str(upstream)]
+        only = ["--device-only"] if agent else []
+        soc = await stack.enter_async_context(_service(workdir, "soc", [*simulate, *arguments, *only]))
         serve = ["serve", "--socket-path", str(socket), "--control-socket", str(control)]
         serve += ["--device", f"vfio-user:{upstream / 'f0.sock'}"]
+        speaker: LoggedProcess | None = None
+        if agent:
+            address = f"unix://{workdir / 'agent.sock'}"
+            listen = [*simulate, "--agent-only", f"--agent-listen={address}"]
+            speaker = await stack.enter_async_context(_service(workdir, "agent", listen))
+            serve += ["--agent", f"msgpack-rpc:{address},function=f0"]
         daemon = await stack.enter_async_context(_service(workdir, "daemon", serve))
-        running = Stack(soc, daemon, socket, control)
+        running = Stack(soc, daemon, socket, control, speaker)
         yield running
         running.check_alive()
         for process in (daemon, soc):

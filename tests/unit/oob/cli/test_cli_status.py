@@ -85,6 +85,10 @@ MIGRATION: MigrationStatus = {
     "state": "RUNNING",
     "known": True,
     "unknown_since": None,
+    "agent_away_since": None,
+    "paused_over_link": False,
+    "reset_due": False,
+    "held_back": False,
     "owner": None,
     "fenced": False,
     "generation": 0,
@@ -119,6 +123,16 @@ def test_migration_line() -> None:
     since = ago(seconds=7)
     line = migration_line(known=False, unknown_since=since, state="PRE_COPY", owner="v2")
     assert f"f1: migration unknown since {since} (7s), last known PRE_COPY, by v2, agent's function f0" == line
+
+
+def test_migration_line_without_the_agent() -> None:
+    """An agent that is away is shown with since when, and so is what was done without it."""
+    since = ago(seconds=9)
+    line = migration_line(state="STOP", paused_over_link=True, agent_away_since=since)
+    away = f"agent away since {since} (9s)"
+    assert f"f1: migration STOP, paused without its agent, {away}, agent's function f0" == line
+    line = migration_line(reset_due=True, held_back=True, agent_away_since=since)
+    assert f"RUNNING, reset as soon as its agent answers, guest writes are held back, {away}," in line
 
 
 def test_migration_line_without_the_agents_word() -> None:
