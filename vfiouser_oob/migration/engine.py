@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 
 import trio
 
 from vfiouser_agents.api import Agent, AgentState, Outcome, Status
-from vfiouser_agents.errors import AgentError, Fate
+from vfiouser_agents.errors import AgentError, Fate, Unsupported
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
 from vfiouser_oob.devices.resets import RESETS, MigrationEffect
 from vfiouser_oob.migration.actions import Device
-from vfiouser_oob.migration.arcs import ARCS, StepFailed, Undo, travel
+from vfiouser_oob.migration.arcs import AHEAD, ARCS, Do, Step, StepFailed, Undo, travel
 from vfiouser_oob.migration.fence import Verdict, verdict
 from vfiouser_oob.migration.standing import PAUSE_MAX_S, Goal, Owner, Standing, Truth, message_deadline
 from vfiouser_oob.observability.log import Logger
@@ -111,17 +113,27 @@ class MigrationEngine(Standing):
         """Ask once; returns whether there is no need to ask again."""
         try:
             status = await self.link.status(trio.current_time() + self.config.call_s)
+        except Unsupported as error:
+            self._block(error)  # traced; the next client's attach asks again
+            return True
         except AgentError:  # traced; it is of interest as long as nobody ever answered
             return self.asked
+        self.blocked = None
         if not self._busy and self.link.begun is None:
             self._judge(status)
             await self.link.close()
         return True
 
+    def _block(self, error: Unsupported) -> None:
+        """Note what keeps the function from being migrated until somebody changes it; that is told once."""
+        if self.blocked != str(error):
+            self.blocked = str(error)
+            self.tracer.note("the function cannot be migrated", reason=self.blocked)
+
     def _judge(self, status: Status) -> None:
         """Take what the agent says about a function that no migration of ours is about."""
         self.asked = True
-        found = verdict(status)
+        found = verdict(status, self.link.caps)
         self.fenced = found is Verdict.FENCED
         self._paused = found is Verdict.PAUSED
         if found is Verdict.FREE:
@@ -185,10 +197,13 @@ class MigrationEngine(Standing):
     async def _ask_first(self) -> None:
         try:
             status = await self.link.status(trio.current_time() + self.config.call_s)
+        except Unsupported as error:
+            self._block(error)
+            return
         except AgentError:
             return
-        self.asked = True
-        found = verdict(status)
+        self.asked, self.blocked = True, None
+        found = verdict(status, self.link.caps)
         self.fenced = found is Verdict.FENCED
         self._paused = found is Verdict.PAUSED
         if found is Verdict.FREE:
@@ -261,8 +276,10 @@ class MigrationEngine(Standing):
             origin = self.state
             now = trio.current_time()
             forward = now + (deadline - now) * _FORWARD
-            for arc in plan(self.state_shown):
-                await self._travel(arc, origin, forward, deadline)
+            arcs = plan(self.state_shown)
+            for arc, after in zip_longest(arcs, arcs[1:]):
+                runs = arc.source is DeviceState.RUNNING and after is not None
+                await self._travel(arc, origin, forward, deadline, AHEAD.get(after.target) if runs else None)
                 if self.state is not DeviceState.RUNNING:
                     self.owner = owner
 
@@ -274,8 +291,12 @@ class MigrationEngine(Standing):
             if self.truth is Truth.UNKNOWN:
                 raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
 
-    async def _travel(self, arc: Arc, origin: DeviceState, forward: float, deadline: float) -> None:
+    async def _travel(
+        self, arc: Arc, origin: DeviceState, forward: float, deadline: float, ahead: Do | None = None
+    ) -> None:
         plan = ARCS[arc.source, arc.target]
+        if ahead is not None:
+            plan = replace(plan, steps=(Step(ahead), *plan.steps))
         name = f"{arc.source.name} → {arc.target.name}"
         try:
             with self.tracer.step("arc", arc=name) as span:

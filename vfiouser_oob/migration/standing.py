@@ -101,6 +101,8 @@ class Standing:
         #: Whether the agent was asked, since the daemon began or a client left a migration behind.
         self.asked = False
         self.fenced = False
+        #: Why the function cannot be migrated, for a reason that does not pass by itself.
+        self.blocked: str | None = None
         #: Told after every reset of the function through the agent, which ends its dirty log.
         self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
         self.memory = memory
