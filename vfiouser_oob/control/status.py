@@ -52,6 +52,7 @@ class CapabilitiesStatus(TypedDict):
 class MigrationStatus(TypedDict):
     """The migration of a function.
 
+    `blocked` is why it cannot be migrated until somebody changes what is configured.
     `state` is that of the v2 generation, ERROR included; `known` whether it is certain, otherwise it is the last one
     that was, and `unknown_since` when that ended (ISO 8601, UTC); `owner` the generation that migrates; `fenced`
     whether the function must be reset before anybody may use it. `bytes` counts what was taken from or given to this
@@ -61,6 +62,7 @@ class MigrationStatus(TypedDict):
 
     agent: str
     migratable: bool
+    blocked: str | None
     state: str
     known: bool
     unknown_since: str | None
