@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import trio
 import vendors
 from agentbed.whole_state import load_all, save_all
 from migrationkit import until
-from vfiouser_agents.adapters import plugin_host
+from vfiouser_agents.adapters import plugin_host, plugin_so
 from vfiouser_agents.adapters.plugin_so import LibraryUnusable, PluginSoAgent
 from vfiouser_agents.api import AgentState, Outcome, Phase, Role
 from vfiouser_agents.errors import (
@@ -261,21 +262,33 @@ async def test_what_the_series_leaves_open(compiled: Compiler, tmp_path: Path) -
     assert CONTENT[::-1] == (tmp_path / "d.content").read_bytes()
 
 
-async def test_what_a_library_prints_is_logged(
-    compiled: Compiler, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What the adapter logs meanwhile, whoever has configured logging before."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(plugin_so.__name__)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+async def test_what_a_library_prints_is_logged(compiled: Compiler, tmp_path: Path, logged: list[str]) -> None:
     """Whole lines to both outputs are, also without an end of the process that would empty its buffers; not a flood."""
-    caplog.set_level("INFO", "vfiouser_agents")
     talk = 'ON_GET=printf("to stdout\\n"); fprintf(stderr, "to stderr\\n")'
     async with make_agent("plugin-so", options(compiled(talk), tmp_path)) as agent:
         await (await agent.open(DEVICE)).status()
         said = {"to stdout", "to stderr"}
-        await until(lambda: said <= {line.rpartition(": ")[2] for line in caplog.messages}, 5)
-    caplog.clear()
+        await until(lambda: said <= {line.rpartition(": ")[2] for line in logged}, 5)
+    logged.clear()
     flood = 'ON_GET=for (int i = 0; i < 5000; i++) printf("line %d\\n", i); printf("the end\\n")'
     async with make_agent("plugin-so", options(compiled(flood), tmp_path)) as agent:
         await (await agent.open(DEVICE)).status()
-    assert len(caplog.messages) < 100
+    assert len(logged) < 100
 
 
 async def test_no_process_is_left(compiled: Compiler, tmp_path: Path) -> None:
