@@ -236,6 +236,12 @@ class Session(ABC):
         Ends what is under way: other calls fail with `InvalidState`, a migration is over, logging stops.
         """
 
+    async def was_reset(self) -> None:  # noqa: B027  an agent that sees the device itself need not be told
+        """The function was reset through its device: nothing holds that was saved from it or loaded into it before.
+
+        Only called where `Capabilities.reset` is not claimed; afterwards `resume` is allowed.
+        """
+
     @abstractmethod
     async def end(self, outcome: Outcome) -> None:
         """Leave the migration. Buffers are dropped; what the function does stays (LOADING becomes STOPPED)."""
@@ -265,6 +271,13 @@ class Agent(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def verify(self) -> None:  # noqa: B027  most can tell nothing before they connect
+        """Look, without connecting, whether what is configured can work at all; used outside of an event loop.
+
+        Raises:
+            OptionError: it cannot, such as a library that cannot be loaded.
+        """
 
     @abstractmethod
     async def connect(self) -> AgentInfo:

@@ -478,6 +478,10 @@ class FaultySession(Session):
         """As the inner one, with faults; ends what hangs."""
         await self._call("reset")
 
+    async def was_reset(self) -> None:
+        """As the inner one."""
+        await self.inner.was_reset()
+
     async def end(self, outcome: Outcome) -> None:
         """As the inner one, with faults."""
         await self._call("end", outcome)

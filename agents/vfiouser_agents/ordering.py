@@ -149,4 +149,7 @@ class CallQueue:
                 self._running = self._waiting.popleft()
                 await self._running.execute()
         finally:
+            # With anything left, this was cancelled, and nobody else would tell those who wait.
+            while self._waiting:
+                self._waiting.popleft().drop("the end of the agent")
             self._running = None

@@ -152,7 +152,7 @@ class SessionRules:
             InvalidState: it is half of something.
         """
         if self._function.spoiled:
-            way_out = "reset it, or load another one" if self._caps.reset else "load another one"
+            way_out = "reset it, or load another one" if self._caps.reset else "reset its device, or load another one"
             raise InvalidState(f"function {self._name} holds a state that was not committed; {way_out}")
 
     def saveable_piece(self, offset: int, limit: int, phase: Phase) -> None:

@@ -103,11 +103,12 @@ async def _usable_function(factory: Callable[[], Agent], function_id: str | None
                     function_id = await _only_function(agent)
                 session = await agent.open(function_id)
                 status = await session.status()
+                silent = not session.caps.status_query
     except trio.TooSlowError:
         raise NotUsable(f"the agent did not answer within {deadline_s:g} s") from None
     except AgentError as error:
         raise NotUsable(f"{type(error).__name__}: {error}") from error
-    if status.state is not AgentState.RUNNING or status.role is not None:
+    if not silent and (status.state is not AgentState.RUNNING or status.role is not None):
         role = f", {status.role.value} of migration {status.migration_id!r}" if status.role else ""
         raise NotUsable(f"function {function_id} is {status.state.value}{role}; it must be running and in no migration")
     return function_id

@@ -140,6 +140,24 @@ async def test_snap3_migration(tmp_path: Path) -> None:
     assert [] == here.controllers[FUNCTION].resumed
 
 
+@pytest.mark.parametrize("suspended", [False, True])
+async def test_a_vendor_without_status_is_not_believed_to_run(suspended: bool, tmp_path: Path) -> None:
+    """A new daemon takes its function for stopped, since its copy may run elsewhere, until it was told to run."""
+    snap = Snap3(FUNCTION)
+    snap.controllers[FUNCTION].suspended = suspended
+    async with (
+        vendor(SpdkServer(snap.methods()), tmp_path) as address,
+        make_agent("jsonrpc", snap_options(address, tmp_path)) as agent,
+    ):
+        session = await agent.open(FUNCTION)
+        assert AgentState.STOPPED is (await session.status()).state
+        assert suspended is snap.controllers[FUNCTION].suspended
+        await session.was_reset()
+        await session.resume()
+        assert AgentState.RUNNING is (await session.status()).state
+        assert not snap.controllers[FUNCTION].suspended
+
+
 async def test_what_snap3_lacks_is_refused(tmp_path: Path) -> None:
     """There is no quiesce of its own, no pre-copy, no dirty log and no reset, and nothing is made up for them."""
     async with (

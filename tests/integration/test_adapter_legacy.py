@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from agentbed import served
 from agentbed.whole_state import load_all, save_all
@@ -66,7 +68,7 @@ async def test_contract_of_our_own_server(transport: str, tmp_path: Path) -> Non
 
 async def test_migration() -> None:
     """States go the ways that VFIO's first protocol has, and the bytes arrive."""
-    here, there = LegacyServer(b"guest" * 1000), LegacyServer(b"other" * 1000)
+    here, there = LegacyServer(b"guest" * 1000, faithful=True), LegacyServer(b"other" * 1000, faithful=True)
     async with (
         vendor(here) as first,
         vendor(there) as second,
@@ -80,8 +82,9 @@ async def test_migration() -> None:
         for session in (sender, receiver):
             await session.end(Outcome.SUCCESS)
     assert b"guest" * 1000 == there.content
-    assert [0, SAVING] == here.states
-    assert [0, RESUMING, RUNNING] == there.states
+    assert [SAVING | RUNNING, SAVING, 0] == here.states
+    assert [RESUMING, RUNNING] == there.states
+    assert (FINISH, FINISH) == (here.requests[-1], there.requests[-1])
 
 
 async def test_a_descriptor_without_format_has_the_protocols_own() -> None:
@@ -175,7 +178,7 @@ async def test_save_cut_short() -> None:
             await session.save(100, 100, Phase.FINAL)
         assert first == await session.save(0, 100, Phase.FINAL)
         assert server.content == await save_all(session)
-        assert [0, SAVING, 0, SAVING] == server.states
+        assert [SAVING | RUNNING, SAVING, 0, SAVING, 0] == server.states
 
 
 async def test_state_larger_than_allowed() -> None:
@@ -195,7 +198,7 @@ async def test_no_state_at_all() -> None:
 async def test_device_fails_while_loading() -> None:
     """A state ERROR after a piece is DeviceFailed, and the function does not run."""
     server = LegacyServer()
-    async with vendor(server) as options, make_agent("legacy-tcp", options) as agent:
+    async with vendor(server) as options, make_agent("legacy-tcp", {**options, "call_timeout_s": 0.5}) as agent:
         session = await agent.open("device")
 
         def break_it(_: trio.SocketStream) -> object:
@@ -209,8 +212,25 @@ async def test_device_fails_while_loading() -> None:
             await session.resume()
 
 
-async def test_a_load_that_never_reached_the_device() -> None:
-    """Bytes that were only collected change nothing: once the migration has ended, the function may run again."""
+async def test_a_load_of_nothing() -> None:
+    """A load that was begun and got no byte changes nothing: once the migration has ended, it may run again."""
+    server = LegacyServer(b"as before")
+    async with vendor(server) as options, make_agent("legacy-tcp", options) as agent:
+        session = await agent.open("device")
+        await session.begin(Role.DESTINATION, "m")
+        await session.stop()
+        await session.load_begin(None)
+        with pytest.raises(InvalidState):
+            await session.resume()
+        await session.end(Outcome.FAILED)
+        await session.resume()
+        assert AgentState.RUNNING is (await session.status()).state
+    assert [RESUMING, 0, RUNNING] == server.states
+    assert b"as before" == server.content
+
+
+async def test_half_a_load_does_not_run_before_a_reset() -> None:
+    """Bytes go to the device as they come; without the rest they are not run, until the device itself was reset."""
     server = LegacyServer()
     async with vendor(server) as options, make_agent("legacy-tcp", options) as agent:
         session = await agent.open("device")
@@ -218,28 +238,120 @@ async def test_a_load_that_never_reached_the_device() -> None:
         await session.stop()
         await session.load_begin(None)
         await session.load(0, b"half a state")
-        with pytest.raises(InvalidState):
-            await session.resume()
+        assert LOAD in server.requests
         await session.end(Outcome.FAILED)
+        with pytest.raises(InvalidState, match="not committed"):
+            await session.resume()
+        await session.was_reset()
         await session.resume()
-        assert AgentState.RUNNING is (await session.status()).state
-    assert [0, RUNNING] == server.states
-    assert LOAD not in server.requests
+    assert [RESUMING, 0, RUNNING] == server.states
 
 
-async def test_cancelled_call_ends_the_connection() -> None:
-    """What is cancelled leaves no answer behind that the next call would take for its own."""
-    server = LegacyServer()
+async def test_the_commit_does_not_take_the_time_of_the_whole_state() -> None:
+    """A slow device loads while the state comes in, so that the commit has only the last piece to wait for."""
+    server, state = LegacyServer(slow_s=0.05), bytes(20 << 12)
+    async with vendor(server) as options, make_agent("legacy-tcp", {**options, "chunk_size": 4096}) as agent:
+        session = await agent.open("device")
+        await session.begin(Role.DESTINATION, "m")
+        await session.stop()
+        await session.load_begin(None)
+        for offset in range(0, len(state), 4096):
+            await session.load(offset, state[offset : offset + 4096])
+        with trio.fail_after(0.5):
+            await session.load_commit(len(state), hashlib.sha256(state).digest())
+        await session.resume()
+    assert state == server.content
+
+
+async def test_a_load_whose_connection_broke_begins_anew() -> None:
+    """A piece that was lost on its way is no reason to lose the state: the device gets everything once more."""
+    server, state = LegacyServer(), bytes(range(250)) * 100
+    async with vendor(server) as options, make_agent("legacy-tcp", {**options, "chunk_size": 4096}) as agent:
+        session = await agent.open("device")
+        await session.begin(Role.DESTINATION, "m")
+        await session.stop()
+        await session.load_begin(None)
+        await session.load(0, state[:4096])
+        server.instead[LOAD] = lambda _: "close"
+        with pytest.raises(TransportLost):
+            await session.load(4096, state[4096:8192])
+        for offset in range(4096, len(state), 4096):
+            await session.load(offset, state[offset : offset + 4096])
+        await session.load_commit(len(state), hashlib.sha256(state).digest())
+        await session.resume()
+    assert state == server.content
+
+
+@pytest.mark.parametrize("code", [SAVE, UPDATE_PENDING, GET_STATE])
+async def test_a_cancelled_call_comes_to_its_end(code: int) -> None:
+    """A source that is cancelled in stop-copy runs again, and the server, which survives no cut, is told the end."""
+    server = LegacyServer(faithful=True)
     async with vendor(server) as options, make_agent("legacy-tcp", options) as agent:
         session = await agent.open("device")
         await session.begin(Role.SOURCE, "m")
-        server.instead[GET_STATE] = lambda _: "hang"
-        with trio.move_on_after(0.05) as scope:
-            await session.stop()
-        assert scope.cancelled_caught
-        before = server.clients
+        await session.stop()
+        reached, go_on = trio.Event(), trio.Event()
+        server.before[code] = lambda: hold(reached, go_on)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.save, 0, 100, Phase.FINAL)
+            await reached.wait()
+            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.abort)
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+        await session.resume()
+        await session.end(Outcome.CANCELLED)
         assert AgentState.RUNNING is (await session.status()).state
-        assert before + 1 == server.clients
+    assert [SAVING | RUNNING, SAVING, RUNNING] == [state for state in server.states if state]
+    assert FINISH == server.requests[-1]
+    assert not server.spins
+
+
+async def hold(reached: trio.Event, go_on: trio.Event) -> None:
+    """Wait in the middle of a request."""
+    reached.set()
+    await go_on.wait()
+
+
+async def test_the_end_of_an_agent_cuts_nothing_off() -> None:
+    """An agent that is left, or cancelled, in the middle of a request lets it finish and says FINISH."""
+    server = LegacyServer(faithful=True)
+    async with vendor(server) as options:
+        reached, go_on = trio.Event(), trio.Event()
+
+        async def stop() -> None:
+            async with make_agent("legacy-tcp", options) as agent:
+                session = await agent.open("device")
+                await session.begin(Role.SOURCE, "m")
+                server.before[SET_STATE] = lambda: hold(reached, go_on)
+                await session.stop()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop)
+            await reached.wait()
+            nursery.cancel_scope.cancel()
+            go_on.set()
+        async with make_agent("legacy-tcp", options) as agent:
+            with trio.fail_after(5):
+                status = await (await agent.open("device")).status()
+        assert (AgentState.STOPPED, Role.SOURCE) == (status.state, status.role)
+
+
+async def test_the_only_place_at_the_server_is_given_back_with_the_state() -> None:
+    """A source that gave everything needs its server no more, although its migration is not over: others may come."""
+    server = LegacyServer(faithful=True)
+    async with vendor(server) as options, make_agent("legacy-tcp", options) as agent:
+        session = await agent.open("device")
+        content = await save_all(session)
+        assert (0, FINISH) == (server.state, server.requests[-1])
+        with trio.fail_after(5):
+            async with make_agent("legacy-tcp", options) as other:
+                assert AgentState.STOPPED is (await (await other.open("device")).status()).state
+        again = await session.save(0, len(content), Phase.FINAL)
+        assert (content, True) == (again.data, again.eof)
+        await session.resume()
+        assert RUNNING == server.state
 
 
 async def test_what_the_protocol_lacks_is_refused() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import trio
 
 import vendors
 from agentbed.whole_state import load_all, save_all
-from vfiouser_agents.adapters.plugin_so import PluginSoAgent
-from vfiouser_agents.api import AgentState, Outcome, Role
+from migrationkit import until
+from vfiouser_agents.adapters import plugin_host, plugin_so
+from vfiouser_agents.adapters.plugin_so import LibraryUnusable, PluginSoAgent
+from vfiouser_agents.api import AgentState, Outcome, Phase, Role
 from vfiouser_agents.errors import (
     AgentError,
     ConnectError,
@@ -86,7 +91,7 @@ async def test_migration(compiled: Compiler, tmp_path: Path) -> None:
             await session.end(Outcome.SUCCESS)
     assert CONTENT == (there / "d.content").read_bytes()
     assert ["init", DEVICE, "cleanup"] == (here / "d.log").read_text().split()
-    assert ["2", "1"] == [(directory / "d.state").read_text() for directory in (here, there)]
+    assert ["0", "1"] == [(directory / "d.state").read_text() for directory in (here, there)]
 
 
 async def test_a_descriptor_without_format_has_the_interfaces_own(compiled: Compiler, tmp_path: Path) -> None:
@@ -113,13 +118,13 @@ async def test_an_idle_process_that_dies_is_not_missed(compiled: Compiler, tmp_p
 
 #: Macros, the error, and what it says: libraries that cannot be used at all.
 UNUSABLE: list[tuple[str, list[str], type[AgentError], str]] = [
-    ("another version", ["VERSION=1"], ConnectError, "version 1; only version 0"),
-    ("no version", ["NO_VERSION"], ConnectError, "no symbol vfio_lm_get_plugin_version"),
-    ("no operations", ["NO_OPS"], ConnectError, "no symbol vfio_lm_get_plugin_ops"),
-    ("operations are NULL", ["NULL_OPS"], ConnectError, "returned NULL"),
-    ("an operation is NULL", ["NO_LOAD"], ConnectError, "no operation 'load'"),
-    ("crashes when loaded", ["ON_LOADING=raise(SIGSEGV)"], ConnectError, "killed by SIGSEGV during loading"),
-    ("exits when loaded", ["ON_LOADING=_exit(3)"], ConnectError, "exit status 3 during loading"),
+    ("another version", ["VERSION=1"], LibraryUnusable, "version 1; only version 0"),
+    ("no version", ["NO_VERSION"], LibraryUnusable, "no symbol vfio_lm_get_plugin_version"),
+    ("no operations", ["NO_OPS"], LibraryUnusable, "no symbol vfio_lm_get_plugin_ops"),
+    ("operations are NULL", ["NULL_OPS"], LibraryUnusable, "returned NULL"),
+    ("an operation is NULL", ["NO_LOAD"], LibraryUnusable, "no operation 'load'"),
+    ("crashes when loaded", ["ON_LOADING=raise(SIGSEGV)"], LibraryUnusable, "killed by SIGSEGV during loading"),
+    ("exits when loaded", ["ON_LOADING=_exit(3)"], LibraryUnusable, "exit status 3 during loading"),
     ("hangs when loaded", ["ON_LOADING=spin()"], DeadlineExceeded, "loading of .* 1 s"),
 ]
 
@@ -139,8 +144,10 @@ async def test_no_library(tmp_path: Path) -> None:
     (tmp_path / "text.so").write_text("no library")
     for name, says in [("none.so", "cannot open shared object"), ("text.so", "cannot be loaded")]:
         async with make_agent("plugin-so", options(tmp_path / name, tmp_path)) as agent:
-            with pytest.raises(ConnectError, match=says):
+            with pytest.raises(LibraryUnusable, match=says):
                 await agent.connect()
+            with pytest.raises(OptionError, match=says):
+                agent.verify()
 
 
 #: Macros, the error, and what it says: libraries that misbehave in a call of a source.
@@ -153,7 +160,7 @@ MISBEHAVING: list[tuple[str, list[str], type[AgentError], str]] = [
     ("save spins", ["ON_SAVE=spin()"], DeadlineExceeded, "save of .* process is killed"),
     ("save fails", ["ON_SAVE=return -5"], AgentError, r"save of .* \(vendor code -5\)"),
     ("exit is called", ["ON_SET=exit(0)"], TransportLost, "exit status 0 during set_state"),
-    ("set_state does nothing", ["ON_SET=return 0"], InvalidState, "in state 1 after it was told to go to 0"),
+    ("set_state does nothing", ["ON_SET=return 0"], InvalidState, "in state 1 after it was told to go to 3"),
     ("set_state fails", ["ON_SET=return -1"], AgentError, "vendor code -1"),
     ("get_state makes no sense", ["ON_GET=*value = 77; return 0"], ProtocolError, "state is 77"),
     ("closes everything", ["ON_SET=for (int i = 0; i < 64; i++) close(i)"], TransportLost, "during set_state"),
@@ -194,18 +201,94 @@ async def test_another_process_after_a_crash(compiled: Compiler, tmp_path: Path)
         assert CONTENT == await save_all(session, 5000)
 
 
-async def test_cancelled_call_kills_the_process(compiled: Compiler, tmp_path: Path) -> None:
-    """A caller does not wait for a library that hangs, and the next call is not answered by what came too late."""
-    hang_once = 'ON_SET=if (!file(device, "hung", "r")) { fclose(file(device, "hung", "w")); pause(); }'
-    async with make_agent("plugin-so", options(compiled(hang_once), tmp_path)) as agent:
+async def test_a_cancelled_call_comes_to_its_end(compiled: Compiler, tmp_path: Path) -> None:
+    """A caller does not wait for a slow library; the call ends in its own time, and what follows comes after it."""
+    wait = 'ON_SAVE=fclose(file(device, "reached", "w")); while (access(file_name(device, "go"), F_OK)) usleep(1000)'
+    async with make_agent("plugin-so", options(compiled(wait), tmp_path)) as agent:
         session = await agent.open(DEVICE)
-        await session.status()
-        with trio.move_on_after(0.5) as scope:
-            await session.stop()
-        assert scope.cancelled_caught
+        await session.begin(Role.SOURCE, "m")
+        await session.stop()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.save, 0, 100, Phase.FINAL)
+            await until((tmp_path / "d.reached").exists, 10)
+            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.resume)
+            (tmp_path / "d.go").touch()
+        await session.end(Outcome.CANCELLED)
         assert AgentState.RUNNING is (await session.status()).state
+    assert ["init", DEVICE, "cleanup"] * 2 == (tmp_path / "d.log").read_text().split(), "the process was killed"
+
+
+async def test_a_library_that_hangs_loses_its_process(compiled: Compiler, tmp_path: Path) -> None:
+    """A call that does not come back in the time that a call may take is given up, and the next one works."""
+    hang_once = 'ON_SET=if (!file(device, "hung", "r")) { fclose(file(device, "hung", "w")); pause(); }'
+    async with make_agent("plugin-so", options(compiled(hang_once), tmp_path, call_timeout_s=0.5)) as agent:
+        session = await agent.open(DEVICE)
+        with pytest.raises(DeadlineExceeded):
+            await session.stop()
         await session.stop()
         assert AgentState.STOPPED is (await session.status()).state
+
+
+def test_the_library_is_cleaned_up_when_the_daemon_is_killed(compiled: Compiler, tmp_path: Path) -> None:
+    """The process notices that nobody is there any more, also in the middle of a call, and lets go of the device."""
+    library = compiled("ON_SAVE=usleep(200000)")
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-I", "-S", plugin_host.__file__, str(theirs.fileno()), str(library)]
+    (tmp_path / "d.content").write_bytes(CONTENT)
+    with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        both = f"{DEVICE}\0{tmp_path / 'd'}".encode()
+        ours.sendall(plugin_host.REQUEST.pack(plugin_host.INIT, len(both), 0) + both)
+        ours.sendall(plugin_host.REQUEST.pack(plugin_host.SAVE, 100, 0))
+        assert ours.recv(2 * plugin_host.REPLY.size, socket.MSG_WAITALL)
+        ours.close()
+        assert 0 == process.wait(10)
+    assert ["init", DEVICE, "cleanup"] == (tmp_path / "d.log").read_text().split()
+
+
+async def test_what_the_series_leaves_open(compiled: Compiler, tmp_path: Path) -> None:
+    """`load` may return a number of bytes, and `cleanup` may be NULL."""
+    library = compiled(
+        "ON_LOAD=if (f && fwrite(state, 1, len, f) == len) { fclose(f); return (int)len; }", "NO_CLEANUP"
+    )
+    async with make_agent("plugin-so", options(library, tmp_path)) as agent:
+        agent.verify()
+        session = await agent.open(DEVICE)
+        await load_all(session, CONTENT[::-1])
+        await session.resume()
+        await session.end(Outcome.SUCCESS)
+    assert CONTENT[::-1] == (tmp_path / "d.content").read_bytes()
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What the adapter logs meanwhile, whoever has configured logging before."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(plugin_so.__name__)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+async def test_what_a_library_prints_is_logged(compiled: Compiler, tmp_path: Path, logged: list[str]) -> None:
+    """Whole lines to both outputs are, also without an end of the process that would empty its buffers; not a flood."""
+    talk = 'ON_GET=printf("to stdout\\n"); fprintf(stderr, "to stderr\\n")'
+    async with make_agent("plugin-so", options(compiled(talk), tmp_path)) as agent:
+        await (await agent.open(DEVICE)).status()
+        said = {"to stdout", "to stderr"}
+        await until(lambda: said <= {line.rpartition(": ")[2] for line in logged}, 5)
+    logged.clear()
+    flood = 'ON_GET=for (int i = 0; i < 5000; i++) printf("line %d\\n", i); printf("the end\\n")'
+    async with make_agent("plugin-so", options(compiled(flood), tmp_path)) as agent:
+        await (await agent.open(DEVICE)).status()
+    assert len(logged) < 100
 
 
 async def test_no_process_is_left(compiled: Compiler, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,14 +14,17 @@ from typing import Any
 import msgpack
 import pytest
 import trio
+import trio.lowlevel
 
 from agentbed import served
 from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import Phase, Range, Role
 from vfiouser_agents.errors import AgentError, ConnectError, ProtocolError, TransportLost
 from vfiouser_agents.memory import MemoryAgent
+from vfiouser_agents.rpc.core import NoRequests, RpcConnection
 from vfiouser_agents.rpc.endpoint import parse_address
 from vfiouser_agents.rpc.methods import PROTOCOL
+from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
 from vfiouser_agents.rpc.server import HELLO_TIMEOUT, MAX_CONNECTIONS
 
 HELLO = {"protocol": PROTOCOL, "versions": [1], "max_message": 1 << 20}
@@ -433,3 +439,38 @@ async def test_an_agent_with_a_mistake_in_it(tmp_path: Path) -> None:
         assert "secret" not in str(caught.value)
         session = await client.open("f0")
         await session.begin(Role.SOURCE, "m")
+
+
+FLOOD = """
+import socket, sys
+import msgpack
+event = {"session": 1, "event": {"kind": "size-changed", "detail": "x" * 50}}
+data = msgpack.packb([2, "session.event", [event]]) * 2000
+sock = socket.socket(fileno=int(sys.argv[1]))
+try:
+    while True:
+        sock.sendall(data)
+except OSError:
+    pass
+"""
+
+
+async def test_a_flood_of_events_has_its_turn_and_no_more(tmp_path: Path) -> None:
+    """An agent that always has sent more than was read, faster than it can be read, holds up nobody else."""
+    ours, theirs = socket.socketpair()
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    connection = RpcConnection(stream, MsgpackCodec(), NoRequests())
+    with theirs:
+        command = [sys.executable, "-c", FLOOD, str(theirs.fileno())]
+        process = await trio.lowlevel.open_process(command, pass_fds=[theirs.fileno()])
+    longest = 0.0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        while connection.received < 2 << 20:
+            before = time.monotonic()
+            await trio.lowlevel.checkpoint()
+            longest = max(longest, time.monotonic() - before)
+        connection.close(TransportLost("enough"))
+    process.kill()
+    await process.wait()
+    assert longest < 0.25

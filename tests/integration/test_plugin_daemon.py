@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,13 +15,17 @@ import pytest
 import trio
 
 import vendors
+from migrationkit import until
+from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.nursery import background_nursery
 from vfiouser_oob.client.vmm.live import LiveOptions
 from vfiouser_oob.client.vmm.side import Generation
 from vfiouser_oob.client.vmm.voyage import Voyage
+from vfiouser_oob.control.client import ControlClient
 from vfiouser_oob.demo.children import Child, running
 from vfiouser_oob.demo.hosts import HOSTS, HostOptions, HostPair, two_hosts
 from vfiouser_oob.demo.workload import Workload
+from vfiouser_protocol.constants import RegionIndex
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +154,7 @@ def kill_plugin(daemon: Child) -> None:
 
 
 async def test_a_plugin_that_dies_is_started_again(place: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was idle is not missed, and neither is one that held a stopped function; its end is in the log."""
+    """One that was idle is not missed, and neither is one whose function is stopped and has given everything."""
     async with (
         plugin_hosts(place, library, monkeypatch) as (pair, daemons),
         Voyage.open(plugin_socket(pair, "A"), memory_size=2 << 20, pool_pages=128) as voyage,
@@ -169,3 +174,95 @@ async def test_a_plugin_that_dies_is_started_again(place: Path, library: Path, m
             await workload.finish()
         await workload.verify()
         assert 0 == workload.counts.mismatches
+
+
+async def killed(daemon: Child, how: signal.Signals) -> None:
+    """End a daemon."""
+    stat = Path(f"/proc/{daemon.pid}/stat")
+    os.kill(daemon.pid, how)
+    await until(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", 15)
+
+
+async def fenced(control: Path) -> None:
+    """Wait until a daemon has asked the agent of its function, and knows that it must not run."""
+    with trio.fail_after(10):
+        while True:
+            with ControlClient(control) as client:
+                migration = (await trio.to_thread.run_sync(client.status))["functions"][0]["migration"]
+            if migration is not None and migration["fenced"]:
+                return
+            await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["ended", "killed"])
+@pytest.mark.parametrize("kind", ["plugin-so", "legacy-tcp"])
+async def test_a_source_whose_daemon_begins_anew_stays_stopped(
+    kind: str, how: signal.Signals, place: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What went to B is not run by A, whatever A's daemon has forgotten: its next client finds it reset."""
+    monkeypatch.setenv("PLUGIN_LOG", str(place / "plugin.log"))
+    options = HostOptions(size=1 << 20, tls=False, agents=LEGACY)
+    async with two_hosts(place, options, lambda line: None) as pair, AsyncExitStack() as stack:
+        config, control = place / "A" / "daemon.toml", place / "A" / "control.sock"
+        daemon, socket = pair.daemon("A"), pair.socket("A", "f0")
+        target = pair.socket("B", "f0")
+        if kind == "plugin-so":
+            daemons = {}
+            for host in HOSTS:
+                config = place / host / "plugin.toml"
+                config.write_text(configuration(pair, host, library))
+                serve = ["serve", "--config", str(config)]
+                daemons[host] = await stack.enter_async_context(running(f"plugin-{host}", serve, place))
+            config, control = place / "A" / "plugin.toml", place / "A" / "plugin.control"
+            daemon, socket, target = daemons["A"], plugin_socket(pair, "A"), plugin_socket(pair, "B")
+        async with Voyage.open(socket, memory_size=2 << 20, pool_pages=128) as voyage:
+            workload = Workload(voyage.driver, "two copies")
+            async with background_nursery() as nursery:
+                await nursery.start(workload.run)
+                await migrate(voyage, target, Generation.V2)
+                await killed(daemon, how)
+                await stack.enter_async_context(running("again-A", ["serve", "--config", str(config)], place))
+                await fenced(control)
+                async with Client.connect(socket) as client:
+                    enabled = int.from_bytes(await client.region_read(RegionIndex.BAR0, 0x14, 4), "little")
+                assert 0 == enabled, "the controller of A went on with the state that B has"
+                await workload.next_write()
+                await workload.finish()
+            await workload.verify()
+            assert 0 == workload.counts.mismatches
+
+
+async def test_a_library_that_cannot_be_loaded_blocks_migration_with_its_reason(place: Path) -> None:
+    """`check-config` finds it; a daemon serves the function all the same, and says once why it cannot be migrated."""
+    broken = place / "lm-plugin.so"
+    broken.write_text("no library")
+    text = f"""\
+[daemon]
+control_socket = "{place}/control"
+
+[[function]]
+name = "p0"
+socket = "{place}/p0.sock"
+device = {{ kind = "model", model = "test" }}
+agent = {{ kind = "plugin-so", path = "{broken}", function = "{DEVICE}" }}
+"""
+    config = place / "daemon.toml"
+    config.write_text(text)
+    command = [sys.executable, "-m", "vfiouser_oob", "check-config", str(config)]
+    checked = await trio.run_process(command, check=False, capture_stderr=True)
+    assert 2 == checked.returncode
+    assert b"p0" in checked.stderr
+    assert b"cannot be loaded" in checked.stderr
+    async with running("p0", ["serve", "--config", str(config)], place) as daemon:
+        migration = None
+        with trio.fail_after(10):
+            while migration is None or not migration["blocked"]:
+                with ControlClient(place / "control") as client:
+                    migration = (await trio.to_thread.run_sync(client.status))["functions"][0]["migration"]
+                await trio.sleep(0.02)
+        assert "cannot be loaded" in migration["blocked"]
+        assert not migration["migratable"]
+        for _ in range(2):
+            async with Client.connect(place / "p0.sock") as client:
+                assert 0x75666F76 == int.from_bytes(await client.region_read(RegionIndex.BAR0, 0, 4), "little")
+        assert 1 == daemon.log.read_text().count("the function cannot be migrated")

@@ -7,6 +7,7 @@ import sys
 
 from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.options import option
+from vfiouser_oob.config.agents import verify_agents
 from vfiouser_oob.config.load import load_config
 from vfiouser_oob.config.summary import summary, warnings
 from vfiouser_oob.config.values import read_path
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the file; warnings go to standard error and do not fail it."""
     config = load_config(args.file)
+    verify_agents(config, str(args.file))
     for line in summary(config):
         print(line)
     for warning in warnings(config):

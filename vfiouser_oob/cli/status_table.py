@@ -90,7 +90,8 @@ def _migration(migration: MigrationStatus, now: datetime) -> str:
         words.append(f"agent away since {printable(since)} ({age(since, now)})")
     capabilities = migration["capabilities"]
     if not migration["migratable"]:
-        words.append("not migratable")
+        reason = migration["blocked"]
+        words.append("not migratable" + (f": {printable(reason)}" if reason else ""))
     if capabilities["source"] != "agent":
         words.append(_HEARSAY[capabilities["source"]].format(learned=printable(capabilities["learned"] or "")))
     if migration["owner"] is not None:

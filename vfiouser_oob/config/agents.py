@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vfiouser_oob.config.schema import AgentConfig, DeviceConfig, Generations, KernelVfioDevice, MigrationConfig
+from vfiouser_oob.config.schema import (
+    AgentConfig,
+    DaemonConfig,
+    DeviceConfig,
+    Generations,
+    KernelVfioDevice,
+    MigrationConfig,
+)
 from vfiouser_oob.config.tables import Key, Place, read_table
 from vfiouser_oob.config.values import one_of, read_size, read_string, seconds_between, shown
 
@@ -131,3 +138,24 @@ def parse_agent(text: str, device: DeviceConfig, source: str | None = None) -> A
     except OptionError as error:
         place.fail(str(error))
     return read_agent({"kind": kind, **options}, place, device)
+
+
+def verify_agents(config: DaemonConfig, source: str) -> None:
+    """Look whether what the agents are configured with can work at all, such as a library; connects to nothing.
+
+    Args:
+        config: the configuration.
+        source: where it came from.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from vfiouser_agents.options import OptionError
+    from vfiouser_agents.registry import make_agent
+
+    for function in config.functions:
+        if function.agent is not None and function.agent.kind != OWN_AGENT:
+            try:
+                make_agent(function.agent.kind, function.agent.options).verify()
+            except OptionError as error:
+                Place(f'[[function]] "{function.name}": agent', source).fail(str(error))

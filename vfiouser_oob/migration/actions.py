@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from vfiouser_agents.api import Outcome, Role, Session
-from vfiouser_agents.errors import AgentError, Unsupported
+from vfiouser_agents.errors import AgentError, InvalidState, Unsupported
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.agent_link import AgentLink
@@ -134,7 +134,11 @@ class Actions:
         await self._link.call("resume", lambda session: session.resume(), deadline)
 
     async def reset_agent(self, deadline: float) -> None:
-        """Reset the function through its agent, whatever it was doing."""
+        """Reset the function through its agent, whatever it was doing.
+
+        An agent that cannot do that lets it run, but not before the device itself was reset: what it holds may be the
+        state of a function that runs elsewhere, or half of one.
+        """
         if self._link.caps is None or self._link.caps.reset:
             try:
                 await self._link.call("reset", lambda session: session.reset(), deadline)
@@ -143,6 +147,10 @@ class Actions:
             except Unsupported:
                 pass
         await self._link.leave(Outcome.FAILED, deadline, abort=True)
+        if self.device is None:
+            raise InvalidState("its agent cannot reset it, and there is no client whose device could be")
+        await self.reset_device(deadline)
+        await self._link.call("was_reset", lambda session: session.was_reset(), deadline)
         await self.resume(deadline)
 
     async def reset_device(self, deadline: float) -> None:

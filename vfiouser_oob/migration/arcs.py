@@ -134,6 +134,8 @@ ARCS: Mapping[tuple[DeviceState, DeviceState], Arc] = MappingProxyType(
         (_S.RESUMING, _S.STOP): Arc((Step(Do.LOAD_COMMIT, Bound.DATA, changes=True),), Undo.LOAD_FAILED),
     }
 )
+#: What is done before a running function is stopped, if the way leads on to there: its device is to know what for.
+AHEAD: Mapping[DeviceState, Do] = MappingProxyType({_S.STOP_COPY: Do.BEGIN_SOURCE, _S.RESUMING: Do.BEGIN_DESTINATION})
 #: For a function that its VM has paused without it: what makes it hold still, before anything that needs that.
 HALT = Arc(_HALT, Undo.LEARN)
 

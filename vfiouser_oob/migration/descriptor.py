@@ -97,6 +97,9 @@ def require_similar(theirs: Descriptor, ours: Descriptor, caps: Capabilities) ->
     ]
     formats = caps.formats or (ours.format_id,)
     if theirs.format_id not in formats:
-        reasons.append(f"format: the source has {theirs.format_id!r}, this function takes {', '.join(formats)}")
+        reasons.append(
+            f"format: the source has {theirs.format_id!r}, this function takes {', '.join(formats)}; "
+            "between adapters of different kinds, give both agents the same descriptor.format_id"
+        )
     if reasons:
         raise Incompatible(reasons)

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 
 import trio
 
 from vfiouser_agents.api import Agent, AgentState, Outcome, Status
-from vfiouser_agents.errors import AgentError, Fate
+from vfiouser_agents.errors import AgentError, Fate, Unsupported
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.migration.actions import Device
-from vfiouser_oob.migration.arcs import ARCS, HALT, MessageTime, StepFailed, Undo, travel
+from vfiouser_oob.migration.arcs import AHEAD, ARCS, HALT, Do, MessageTime, Step, StepFailed, Undo, travel
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, agent_is_away, persist
 from vfiouser_oob.migration.fence import Verdict, verdict
 from vfiouser_oob.migration.resetting import Resetting
@@ -109,17 +111,27 @@ class MigrationEngine(Resetting):
         """Ask once; returns whether there is no need to ask again."""
         try:
             status = await self.link.status(trio.current_time() + self.config.call_s)
+        except Unsupported as error:
+            self._block(error)  # traced; the next client's attach asks again
+            return True
         except AgentError:  # traced; it is of interest as long as nobody ever answered
             return self.asked
+        self.blocked = None
         if not self._busy and self.link.begun is None:
             self._judge(status)
             await self.link.close()
         return True
 
+    def _block(self, error: Unsupported) -> None:
+        """Note what keeps the function from being migrated until somebody changes it; that is told once."""
+        if self.blocked != str(error):
+            self.blocked = str(error)
+            self.tracer.note("the function cannot be migrated", reason=self.blocked)
+
     def _judge(self, status: Status) -> None:
         """Take what the agent says about a function that no migration of ours is about."""
         self.asked = True
-        found = verdict(status)
+        found = verdict(status, self.link.caps)
         self.fenced = found is Verdict.FENCED
         self._paused = found is Verdict.PAUSED
         if found is Verdict.FREE:
@@ -187,10 +199,13 @@ class MigrationEngine(Resetting):
     async def _ask_first(self) -> None:
         try:
             status = await self.link.status(trio.current_time() + self.config.call_s)
+        except Unsupported as error:
+            self._block(error)
+            return
         except AgentError:
             return
-        self.asked = True
-        found = verdict(status)
+        self.asked, self.blocked = True, None
+        found = verdict(status, self.link.caps)
         self.fenced = found is Verdict.FENCED
         self._paused = found is Verdict.PAUSED
         if found is Verdict.FREE:
@@ -265,8 +280,9 @@ class MigrationEngine(Resetting):
             self.require_owner(owner, "a state change")
             origin = self.state
             arcs = plan(self.state_shown)
-            for arc in arcs:
-                await self._go(arc, origin, time, last=arc is arcs[-1])
+            for arc, after in zip_longest(arcs, arcs[1:]):
+                runs = arc.source is DeviceState.RUNNING and after is not None
+                await self._go(arc, origin, time, AHEAD.get(after.target) if runs else None, last=after is None)
                 if self.state is not DeviceState.RUNNING:
                     self.owner = owner
 
@@ -278,7 +294,7 @@ class MigrationEngine(Resetting):
         if self.truth is Truth.UNKNOWN:
             raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
 
-    async def _go(self, arc: Arc, origin: DeviceState, time: MessageTime, *, last: bool) -> None:
+    async def _go(self, arc: Arc, origin: DeviceState, time: MessageTime, ahead: Do | None, *, last: bool) -> None:
         """Take an arc: without the agent where it is not needed, or away and can be done without."""
         pause = last and _is_pause([arc])
         if self.reset_due and pause:
@@ -289,7 +305,7 @@ class MigrationEngine(Resetting):
         else:
             if self.paused_over_link:
                 await self._halt(origin, time)
-            await self._travel(arc, origin, time, pause=pause)
+            await self._travel(arc, origin, time, ahead, pause=pause)
 
     def _pause_over_link(self, why: str) -> None:
         """A VM that is paused asks nothing of its function, which goes on with what it was asked before."""
@@ -319,8 +335,10 @@ class MigrationEngine(Resetting):
             raise
         self._now(DeviceState.STOP, "stopped by its agent")
 
-    async def _travel(self, arc: Arc, origin: DeviceState, time: MessageTime, *, pause: bool) -> None:
+    async def _travel(self, arc: Arc, origin: DeviceState, time: MessageTime, ahead: Do | None, *, pause: bool) -> None:
         plan = ARCS[arc.source, arc.target]
+        if ahead is not None:
+            plan = replace(plan, steps=(Step(ahead), *plan.steps))
         name = f"{arc.source.name} → {arc.target.name}"
         stops = pause and arc.target is DeviceState.STOP
         try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
 
-from vfiouser_agents.api import AgentState, Status
+from vfiouser_agents.api import AgentState, Capabilities, Status
 from vfiouser_protocol.constants import DeviceState
 
 
@@ -25,7 +25,7 @@ class Verdict(Enum):
     FENCED = "fenced"
 
 
-#: By what the function does, outside of a migration and in one.
+#: By what the function does, outside of a migration, and in one or perhaps in one.
 VERDICTS: Mapping[AgentState, tuple[Verdict, Verdict]] = MappingProxyType(
     {
         AgentState.RUNNING: (Verdict.FREE, Verdict.FREE),
@@ -98,10 +98,15 @@ REACTIONS: Mapping[DeviceState, Mapping[AgentState, Reaction]] = MappingProxyTyp
 )
 
 
-def verdict(status: Status) -> Verdict:
+def verdict(status: Status, caps: Capabilities | None) -> Verdict:
     """Judge a function by its agent's status.
+
+    An agent that does not itself remember migrations says of a source that gave everything no more than that it stands
+    still. So would it of one that was only paused; but whose copy may run elsewhere must not go on.
 
     Args:
         status: what the agent said.
+        caps: what it can do; None if that is not known.
     """
-    return VERDICTS[status.state][status.role is not None]
+    migrated = status.role is not None or caps is None or not caps.takeover
+    return VERDICTS[status.state][migrated]

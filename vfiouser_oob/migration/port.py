@@ -47,7 +47,7 @@ class MigrationPort:
         announced = client.migration is not None
         caps = engine.link.caps
         #: Whether the function can be migrated, as far as is known: what the agent said last, else the configuration.
-        self.migratable = caps is None or caps.stop_copy
+        self.migratable = engine.blocked is None and (caps is None or caps.stop_copy)
         self.engine = engine
         self.shadow = device.shadow
         self._device = device

@@ -104,6 +104,8 @@ class Standing:
         self.reset_due = False
         #: Guest accesses wait, since the function may stand still and is being brought back.
         self.awaiting = False
+        #: Why the function cannot be migrated, for a reason that does not pass by itself.
+        self.blocked: str | None = None
         #: Told after every reset of the function through the agent, which ends its dirty log.
         self.after_agent_reset: Callable[[float], Awaitable[None]] | None = None
         #: The reset that is settled is the backend's matter, too, and not one that the guest did through it.

@@ -23,6 +23,8 @@ from vfiouser_oob.config.schema import LogFormat, LogLevel
 from vfiouser_oob.observability.sink import Sink
 
 ROOT = "vfiouser_oob"
+#: Where the adapters write, and what vendors' libraries print in them; they know nothing of us.
+AGENTS = "vfiouser_agents"
 
 _LEVELS: Mapping[LogLevel, int] = {
     LogLevel.DEBUG: logging.DEBUG,
@@ -171,7 +173,7 @@ class HumanFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Render a record."""
         fields = "".join(f" {key}={_readable(value)}" for key, value in _fields(record).items())
-        name = record.name.removeprefix(f"{ROOT}.")
+        name = _short(record.name)
         line = f"{name}: {_one_line(_event(record))}{fields}"
         if record.exc_info:
             line += " traceback=" + json.dumps(self.formatException(record.exc_info))
@@ -201,7 +203,7 @@ class JsonFormatter(logging.Formatter):
         entry = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
-            "logger": record.name.removeprefix(f"{ROOT}."),
+            "logger": _short(record.name),
             "event": _event(record),
         }
         for key, value in _fields(record).items():
@@ -242,13 +244,15 @@ def configure(
     blocks = stream is None and _has_descriptor(target)
     handler = _SinkHandler(target, formatter) if blocks else logging.StreamHandler(target)
     handler.setFormatter(formatter)
-    root = logging.getLogger(ROOT)
-    for old in tuple(root.handlers):
-        root.removeHandler(old)
+    roots = [logging.getLogger(name) for name in (ROOT, AGENTS)]
+    for old in {old for root in roots for old in root.handlers}:
+        for root in roots:
+            root.removeHandler(old)
         old.close()
-    root.addHandler(handler)
-    root.setLevel(_LEVELS[level])
-    root.propagate = False
+    for root in roots:
+        root.addHandler(handler)
+        root.setLevel(_LEVELS[level])
+        root.propagate = False
 
 
 class _SinkHandler(logging.StreamHandler[Any]):
@@ -317,6 +321,10 @@ def _is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
         return False
     status = os.fstat(stream.fileno())
     return (device, inode) == (str(status.st_dev), str(status.st_ino))
+
+
+def _short(name: str) -> str:
+    return f"agents.{name.removeprefix(f'{AGENTS}.')}" if name.startswith(AGENTS) else name.removeprefix(f"{ROOT}.")
 
 
 def _event(record: logging.LogRecord) -> str:

@@ -51,7 +51,8 @@ def _migration(engine: MigrationEngine) -> MigrationStatus:
     caps = engine.link.caps
     return MigrationStatus(
         agent=engine.link.function_id,
-        migratable=caps is None or caps.stop_copy,
+        migratable=engine.blocked is None and (caps is None or caps.stop_copy),
+        blocked=engine.blocked,
         state=engine.state_shown.name,
         known=engine.truth is not Truth.UNKNOWN,
         unknown_since=None if engine.unknown_since is None else iso_time(engine.unknown_since),

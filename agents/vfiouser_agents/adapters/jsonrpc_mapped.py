@@ -154,6 +154,25 @@ class MappedFunction(Primitive):
         drained = self._value("save", result, "drained", bool)
         return Chunk(data, eof=eof, drained=bool(drained))
 
+    @property
+    def streams(self) -> bool:
+        """Pieces go as they come, unless the vendor wants a file, or to know the size before the first piece."""
+        begin = self._map.methods.get("load_begin")
+        known_late = begin is None or "total" not in _variables(begin.params)
+        return self._file is None and "load" in self._map.methods and known_late
+
+    async def load_open(self) -> None:
+        """Tell, if there is a method for it."""
+        await self._ask("load_begin")
+
+    async def load_piece(self, offset: int, data: bytes) -> None:
+        """Send it."""
+        await self._ask("load", offset=offset, data=base64.b64encode(data).decode(), path="")
+
+    async def load_close(self, total: int, sha256: bytes) -> None:
+        """Tell, if there is a method for it."""
+        await self._ask("load_commit", total=total, sha256=base64.b64encode(sha256).decode())
+
     async def apply(self, state: bytes, sha256: bytes) -> None:
         """Send everything, or store it as the file and have that loaded."""
         if self._file is not None:
@@ -163,9 +182,8 @@ class MappedFunction(Primitive):
         await self._ask("load_begin", total=len(state))
         size = self.caps.max_chunk
         for offset in range(0, len(state), size):
-            piece = base64.b64encode(state[offset : offset + size]).decode()
-            await self._ask("load", offset=offset, data=piece, path="")
-        await self._ask("load_commit", total=len(state), sha256=base64.b64encode(sha256).decode())
+            await self.load_piece(offset, state[offset : offset + size])
+        await self.load_close(len(state), sha256)
 
     async def _load_file(self, file: _FileOnSoc) -> None:
         try:
@@ -193,6 +211,15 @@ class MappedFunction(Primitive):
     async def reset(self) -> None:
         """Tell."""
         await self._ask("reset")
+
+
+def _variables(params: Any) -> set[str]:
+    """The names of the variables in some parameters."""
+    if isinstance(params, Mapping):
+        params = tuple(params.values())
+    if isinstance(params, list | tuple):
+        return {name for value in params for name in _variables(value)}
+    return {params[1:]} if isinstance(params, str) and params.startswith("$") else set()
 
 
 def _part(value: Any, path: str, method: str) -> Any:

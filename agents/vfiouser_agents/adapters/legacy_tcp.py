@@ -1,19 +1,21 @@
 """The wire protocol of the 2022 plug-in example, for vendors' servers that were built from it, with a careful client.
 
 The protocol has no answer to SET_STATE and LOAD_BUFFER, so both are followed by GET_STATE. It has no ids either, so a
-call that was cancelled or took too long ends the connection: what comes next could not be told from its answer. Such
-servers take one client at a time, so the connection is kept only while a migration is begun.
+request that took too long ends the connection: what comes next could not be told from its answer. One that nobody
+waits for any more is let finish all the same, since such servers do not survive a client that vanishes: they take one
+at a time, and know its end only by FINISH. So the connection is kept only while a migration needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import trio
 
 from vfiouser_agents.api import AgentInfo, Descriptor, FunctionInfo
-from vfiouser_agents.errors import AgentError, DeadlineExceeded, NotFound, ProtocolError, TransportLost
+from vfiouser_agents.errors import AgentError, NotFound, ProtocolError, TransportLost
 from vfiouser_agents.options import OptionError, number, seconds, text
 from vfiouser_agents.rpc.core import broken
 from vfiouser_agents.rpc.endpoint import Address, TlsOptions
@@ -21,12 +23,15 @@ from vfiouser_agents.rpc.legacy_messages import DEFAULT_PORT, HEADERS, MAX_CHUNK
 from vfiouser_agents.rpc.remote import Remote, read_remote_options, remote_readers
 
 from .primitive import PrimitiveAgent
+from .unbroken import unbroken
 from .vfio_v1 import V1Function, read_descriptor, v1_caps
 
 DEFAULT_CALL_TIMEOUT = 10.0
 DEFAULT_CONNECT_TIMEOUT = 5.0
 DEFAULT_MAX_STATE = 64 << 20
 FORMAT = "legacy-tcp"
+#: Seconds to tell a server that did not answer that this is the end.
+_GOOD_BYE_S = 0.1
 
 
 def _byte_order(name: str, value: Any) -> str:
@@ -76,7 +81,7 @@ class LegacyTcpAgent(PrimitiveAgent):
         chunk_size: int = MAX_CHUNK,
         descriptor: Descriptor | None = None,
     ) -> None:
-        super().__init__(detached=False)
+        super().__init__(detached=True)
         self._remote = Remote(address, tls, allow_plaintext=allow_plaintext)
         self.address = address
         self.byte_order = byte_order
@@ -138,6 +143,8 @@ class LegacyFunction(V1Function):
         self._header = HEADERS[agent.byte_order]
         self._stream: trio.abc.Stream | None = None
         self._buffer = bytearray()
+        #: The whole of the last request was sent.
+        self._sent = False
 
     async def get_state(self) -> int:
         """GET_STATE."""
@@ -163,14 +170,16 @@ class LegacyFunction(V1Function):
         """Say good-bye and close, since such servers take one client at a time."""
         stream, self._stream = self._stream, None
         self._buffer.clear()
-        if stream is None:
-            return
-        try:
-            with trio.move_on_after(self._agent.call_timeout_s):
-                await stream.send_all(self._header.pack(LegacyRequest.FINISH, 0, 0))
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-            pass  # it is gone already, which is what was wanted
-        finally:
+        if stream is not None:
+            await self._say_good_bye(stream, self._agent.call_timeout_s)
+
+    async def _say_good_bye(self, stream: trio.abc.Stream, limit_s: float) -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                with trio.move_on_after(limit_s):
+                    await stream.send_all(self._header.pack(LegacyRequest.FINISH, 0, 0))
+            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+                pass  # it is gone already, which is what was wanted
             await trio.aclose_forcefully(stream)
 
     async def aclose(self) -> None:
@@ -193,15 +202,12 @@ class LegacyFunction(V1Function):
     async def _exchange(self, data: bytes, expected: int) -> bytes:
         """Send, and take so many bytes; whatever goes wrong ends the connection."""
         done = False
+        limit = self._agent.call_timeout_s
+        too_late = f"agent {self._agent.address} did not answer within {limit:g} s; the connection is closed"
         try:
-            with trio.move_on_after(self._agent.call_timeout_s):
-                answer = await self._talk(data, expected)
-                done = True
-                return answer
-            raise DeadlineExceeded(
-                f"agent {self._agent.address} did not answer within {self._agent.call_timeout_s:g} s; "
-                "the connection is closed"
-            )
+            answer = await unbroken(partial(self._talk, data, expected), limit, too_late)
+            done = True
+            return answer
         finally:
             if not done:
                 await self._drop()
@@ -210,7 +216,9 @@ class LegacyFunction(V1Function):
         try:
             if self._stream is None:
                 self._stream = await self._agent.stream()
+            self._sent = False
             await self._stream.send_all(data)
+            self._sent = True
             while len(self._buffer) < expected:
                 piece = await self._stream.receive_some(max(4096, expected - len(self._buffer)))
                 if not piece:
@@ -228,8 +236,8 @@ class LegacyFunction(V1Function):
         return TransportLost(f"agent {self._agent.address} closed the connection after {got} of {expected} bytes")
 
     async def _drop(self) -> None:
+        """Close; a server that had the request as a whole, and is only slow, is told that this is the end."""
         stream, self._stream = self._stream, None
         self._buffer.clear()
         if stream is not None:
-            with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(stream)
+            await self._say_good_bye(stream, _GOOD_BYE_S if self._sent else 0)

@@ -10,6 +10,10 @@ with `plugin_so` over the socket, in this machine's byte order:
 A code of 0 is success, and what the library returned otherwise; `REFUSED` comes with a text. The first reply is sent
 without a request, once the library is loaded.
 
+When the daemon is gone, the call under way comes to its end if it does so in time, and the library is cleaned up: what
+is behind it may not survive a client that just vanishes. With a path alone, this program only loads the library, prints
+why it cannot be used, and exits with 1 then.
+
 Spec: QEMU RFC "vfio/migration: introduce the plugin mechanism", 24 May 2022, include/hw/vfio/vfio-migration-plugin.h.
 """
 
@@ -23,6 +27,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 
 REQUEST = struct.Struct("=IIQ")
 REPLY = struct.Struct("=iIQ")
@@ -32,7 +37,12 @@ REFUSED = -(1 << 31)
 VERSION = 0
 #: Bytes of one request or reply, beside the header: the chunks of the series.
 MAX_SIZE = 1 << 20
+#: Seconds that a library has to come to an end once the daemon is gone.
+END_S = 2.0
+#: What a library may leave out.
+_OPTIONAL = frozenset({"cleanup"})
 
+_C = ctypes.CDLL(None)
 _HANDLE = ctypes.c_void_p
 _BYTES = ctypes.POINTER(ctypes.c_uint8)
 
@@ -84,7 +94,7 @@ def load(path: str) -> Ops:
         raise Refused(f"vfio_lm_get_plugin_ops of {path} returned NULL")
     ops: Ops = found.contents
     for name, _ in Ops._fields_:
-        if not getattr(ops, name):
+        if not getattr(ops, name) and name not in _OPTIONAL:
             raise Refused(f"{path} has no operation {name!r}")
     return ops
 
@@ -125,7 +135,8 @@ class Host:
             return code, 0, b"" if code else bytes(buffer)
         if op == LOAD and data:
             buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-            return self._ops.load(self._handle, buffer, len(data)), 0, b""
+            # The series takes whatever is not negative for success, such as a number of bytes.
+            return min(self._ops.load(self._handle, buffer, len(data)), 0), 0, b""
         if op == UPDATE_PENDING:
             pending = ctypes.c_uint64()
             return self._ops.update_pending(self._handle, ctypes.byref(pending)), pending.value, b""
@@ -135,9 +146,13 @@ class Host:
             state = ctypes.c_uint32()
             return self._ops.get_state(self._handle, ctypes.byref(state)), state.value, b""
         if op == CLEANUP:
-            handle, self._handle = self._handle, None
-            return self._ops.cleanup(handle), 0, b""
+            return self.cleanup(), 0, b""
         raise Refused(f"request {op} with value {value} and {len(data)} bytes")
+
+    def cleanup(self) -> int:
+        """Have the library let go of its device, if it has one; returns what it returned."""
+        handle, self._handle = self._handle, None
+        return self._ops.cleanup(handle) if handle is not None and self._ops.cleanup else 0
 
     def _init(self, data: bytes) -> tuple[int, int, bytes]:
         if self._handle is not None:
@@ -159,16 +174,36 @@ def serve(connection: socket.socket, path: str) -> None:
     except Refused as error:
         _reply(connection, REFUSED, 0, str(error).encode())
         return
-    _reply(connection, 0, 0, b"")
-    while header := _read(connection, REQUEST.size):
-        op, size, value = REQUEST.unpack(header)
-        data = _read(connection, size) if size else b""
-        if data is None:
-            return
-        try:
-            _reply(connection, *host.execute(op, value, data))
-        except Refused as error:
-            _reply(connection, REFUSED, 0, str(error).encode())
+    try:
+        _reply(connection, 0, 0, b"")
+        while _serve_one(connection, host):
+            pass
+    except OSError:
+        pass  # the other side is gone
+    host.cleanup()
+    _flush()
+
+
+def _serve_one(connection: socket.socket, host: Host) -> bool:
+    header = _read(connection, REQUEST.size)
+    if header is None:
+        return False
+    op, size, value = REQUEST.unpack(header)
+    data = _read(connection, size) if size else b""
+    if data is None:
+        return False
+    try:
+        answer = host.execute(op, value, data)
+    except Refused as error:
+        answer = REFUSED, 0, str(error).encode()
+    _flush()
+    _reply(connection, *answer)
+    return True
+
+
+def _flush() -> None:
+    """Let out what the library has printed: the buffers of its C library do not survive a process that is killed."""
+    _C.fflush(None)
 
 
 def _reply(connection: socket.socket, code: int, value: int, data: bytes) -> None:
@@ -190,17 +225,32 @@ def _end_with_the_daemon(connection: socket.socket) -> None:
     poller = select.poll()
     poller.register(connection, select.POLLRDHUP | select.POLLHUP)
     poller.poll()
+    time.sleep(END_S)
     os._exit(1)
 
 
-def main() -> None:
-    """Run with the number of the socket and the path of the library."""
+def check(path: str) -> int:
+    """Say whether a library can be used; returns the exit status."""
+    try:
+        load(path)
+    except Refused as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def main() -> int:
+    """Run with the library's path, and before it with the number of the socket if there is one."""
     # A library that crashes is expected here, and its core holds a guest's state.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    *number, path = sys.argv[1:]
+    if not number:
+        return check(path)
+    connection = socket.socket(fileno=int(number[0]))
     threading.Thread(target=_end_with_the_daemon, args=(connection,), daemon=True).start()
-    serve(connection, sys.argv[2])
+    serve(connection, path)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

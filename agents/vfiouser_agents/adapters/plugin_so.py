@@ -1,8 +1,9 @@
 """Vendors' shared objects for the plug-in mechanism proposed for QEMU in 2022, each function in a process of its own.
 
 A library that crashes, exits, hangs or takes too long loses its process and nothing else; the next call starts another.
-The library is initialised when a migration begins and cleaned up when it ends, as that series had it, and for single
-calls outside of a migration.
+A call that nobody waits for any more is let finish all the same: what is behind the library may not survive less.
+The library is initialised when a migration begins and cleaned up when it ends, or when a source has given everything,
+as that series had it, and for single calls outside of a migration.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,6 @@ from vfiouser_agents.api import AgentInfo, Capabilities, Descriptor, FunctionInf
 from vfiouser_agents.errors import (
     AgentError,
     ConnectError,
-    DeadlineExceeded,
     NotFound,
     ProtocolError,
     TransportLost,
@@ -34,6 +36,7 @@ from vfiouser_agents.options import OptionError, number, read_options, seconds, 
 
 from . import plugin_host as host
 from .primitive import PrimitiveAgent
+from .unbroken import unbroken
 from .vfio_v1 import V1Function, read_descriptor, v1_caps
 
 _log = logging.getLogger(__name__)
@@ -46,6 +49,14 @@ _DEVICE = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _CLEANUP_S = 2.0
 #: Bytes of a line that a library prints which are logged.
 _LINE = 500
+#: Lines of one process that are logged at once, and seconds after which another one may be.
+_LINES, _LINE_S = 50, 0.2
+#: Seconds that a library may take to be loaded when a configuration is checked.
+_CHECK_S = 10.0
+
+
+class LibraryUnusable(Unsupported):
+    """The library cannot be used as it is; only somebody who changes it, or the configuration, changes that."""
 
 
 def _library(name: str, value: Any) -> Path:
@@ -102,7 +113,7 @@ class PluginSoAgent(PrimitiveAgent):
         chunk_size: int = host.MAX_SIZE,
         descriptor: Descriptor | None = None,
     ) -> None:
-        super().__init__(detached=False)
+        super().__init__(detached=True)
         self.path = path
         self.arg = arg
         self.call_timeout_s = call_timeout_s
@@ -124,11 +135,27 @@ class PluginSoAgent(PrimitiveAgent):
             raise OptionError("option 'path' is missing: the vendor's library, such as /usr/lib/vendor/lm-plugin.so")
         return cls(**read_options(options, _READERS))
 
+    def verify(self) -> None:
+        """Load the library once, in a process of its own.
+
+        Raises:
+            OptionError: it cannot be used.
+        """
+        try:
+            done = subprocess.run(
+                _command(self.path), stdin=subprocess.DEVNULL, capture_output=True, timeout=_CHECK_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise OptionError(f"path: {self.path} does not come back from being loaded within {_CHECK_S:g} s") from None
+        if done.returncode:
+            said = (done.stdout + done.stderr).decode(errors="backslashreplace").strip()
+            raise OptionError(f"path: {said or f'{self.path} {_ending(done.returncode)} while it is loaded'}")
+
     async def connect(self) -> AgentInfo:
         """Load the library once, which shows whether it can be used.
 
         Raises:
-            ConnectError: it cannot.
+            LibraryUnusable: it cannot.
         """
         if self.nursery is None:
             raise RuntimeError("an agent is used inside `async with`")
@@ -253,7 +280,7 @@ class PluginFunction(V1Function):
             if not intact:
                 await self._end()
         if code == host.REFUSED:
-            raise ConnectError(f"{self._agent.path}: {answer.decode(errors='replace')}")
+            raise ConnectError(f"{self._agent.path}: {_text(answer)}")
         if code:
             raise _Refused(f"{name} of {self._agent.path} failed", vendor_code=str(code))
         return number, answer
@@ -279,6 +306,10 @@ class PluginProcess:
         self._stream: trio.SocketStream | None = None
         self._lines: deque[str] = deque(maxlen=3)
         self._said = trio.Event()
+        #: Lines that may be logged now, when the last one came, and how many were not.
+        self._room = float(_LINES)
+        self._heard_at = time.monotonic()
+        self._left_out = 0
 
     @property
     def gone(self) -> bool:
@@ -289,16 +320,14 @@ class PluginProcess:
         """Start it and load the library.
 
         Raises:
-            ConnectError: the library cannot be used.
+            LibraryUnusable: the library cannot be used.
             DeadlineExceeded: it does not come back from being loaded.
         """
         ours, theirs = socket.socketpair()
         with theirs:
             self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-            # -I and -S: nothing that is installed beside us can come between.
-            command = [sys.executable, "-I", "-S", host.__file__, str(theirs.fileno()), str(self._agent.path)]
             self._process = await trio.lowlevel.open_process(
-                command,
+                _command(self._agent.path, theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -308,9 +337,9 @@ class PluginProcess:
         try:
             code, _, text_ = await self._answer("loading")
         except TransportLost as error:
-            raise ConnectError(error.message) from error
+            raise LibraryUnusable(error.message) from error
         if code:
-            raise ConnectError(text_.decode(errors="replace"))
+            raise LibraryUnusable(_text(text_))
 
     async def ask(self, name: str, op: int, value: int, data: bytes) -> tuple[int, int, bytes]:
         """Have the library called.
@@ -327,17 +356,17 @@ class PluginProcess:
         return await self._answer(name, host.REQUEST.pack(op, len(data), value) + data)
 
     async def _answer(self, name: str, request: bytes = b"") -> tuple[int, int, bytes]:
-        with trio.move_on_after(self._agent.call_timeout_s):
-            try:
-                return await self._talk(request)
-            except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError):
-                raise await self._death(name) from None
-        raise DeadlineExceeded(
-            f"{name} of {self._agent.path} did not return within {self._agent.call_timeout_s:g} s; "
-            "its process is killed"
-        )
+        limit = self._agent.call_timeout_s
+        too_late = f"{name} of {self._agent.path} did not return within {limit:g} s; its process is killed"
+        return await unbroken(partial(self._talk, name, request), limit, too_late)
 
-    async def _talk(self, request: bytes) -> tuple[int, int, bytes]:
+    async def _talk(self, name: str, request: bytes) -> tuple[int, int, bytes]:
+        try:
+            return await self._exchange(request)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError):
+            raise await self._death(name) from None
+
+    async def _exchange(self, request: bytes) -> tuple[int, int, bytes]:
         assert self._stream is not None
         if request:
             await self._stream.send_all(request)
@@ -363,9 +392,7 @@ class PluginProcess:
             with trio.move_on_after(0.5):
                 await self._process.wait()
         status = self._process.returncode
-        how = "closed its connection" if status is None else f"ended with exit status {status}"
-        if status is not None and status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
+        how = "closed its connection" if status is None else _ending(status)
         with trio.move_on_after(0.5):
             await self._said.wait()
         said = f" (it said: {' / '.join(self._lines)})" if self._lines else ""
@@ -390,6 +417,16 @@ class PluginProcess:
     def _hear(self, line: bytes) -> None:
         shown = line[:_LINE].decode(errors="backslashreplace")
         self._lines.append(shown)
+        now = time.monotonic()
+        self._room = min(_LINES, self._room + (now - self._heard_at) / _LINE_S)
+        self._heard_at = now
+        if self._room < 1:
+            self._left_out += 1
+            return
+        self._room -= 1
+        if self._left_out:
+            _log.warning("plug-in of %s printed too much; %d lines were left out", self._what, self._left_out)
+            self._left_out = 0
         _log.info("plug-in of %s: %s", self._what, shown)
 
     async def end(self) -> None:
@@ -405,4 +442,17 @@ class PluginProcess:
                     await self._process.stdout.aclose()
 
 
-__all__ = ["PluginSoAgent"]
+def _command(path: Path, *numbers: int) -> list[str]:
+    # -I and -S: nothing that is installed beside us can come between.
+    return [sys.executable, "-I", "-S", host.__file__, *map(str, numbers), str(path)]
+
+
+def _ending(status: int) -> str:
+    return f"ended with exit status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
+
+
+def _text(answer: bytes) -> str:
+    return answer.decode(errors="replace")
+
+
+__all__ = ["LibraryUnusable", "PluginSoAgent"]

@@ -3,9 +3,10 @@
 Vendors' interfaces have no roles, offsets, digests or names of migrations. This module keeps those on our side, for as
 long as the agent is open, and asks the device only for what it can do:
 
-- A state that is loaded is collected first, verified, and given to the device as a whole by the commit. So a state that
-  is cut or corrupt never reaches a device that could not tell.
-  A load that ends before that has changed nothing, and the function may run again once its migration has ended.
+- A state that is loaded is collected and verified. A device that takes it piece by piece (`Primitive.streams`) gets
+  each piece as it comes, so that the commit does not take the time of the whole; one that was not committed never runs.
+  Any other device gets it as a whole by the commit. Then a state that is cut or corrupt never reaches a device that
+  could not tell, and the function may run again once its migration has ended.
 - A state that was saved from a stopped function is kept until the function runs again, since such a device gives it
   once only. Each of the two takes up to `max_state` bytes of memory.
 - Another connection knows nothing of a migration: `Capabilities.takeover` is not claimed.
@@ -28,18 +29,18 @@ import trio
 from vfiouser_agents.api import Agent, AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
 from vfiouser_agents.delivery import preparing, sending
 from vfiouser_agents.dirtylog import PageLog
-from vfiouser_agents.errors import AgentError, ConnectError, Incompatible, TransportLost, Unsupported
+from vfiouser_agents.errors import AgentError, ConnectError, Incompatible, InvalidState, TransportLost, Unsupported
 from vfiouser_agents.ordering import CallQueue
 
-from .primitive_state import Loading, SavedStream
+from .primitive_state import Feed, Loading, SavedStream
 
 if TYPE_CHECKING:
     from .primitive_session import PrimitiveSession
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Seconds that letting go of everything may take.
-_LET_GO_S = 3.0
+#: Seconds in which the calls under way may come to their end when an agent is closed.
+_CLOSE_S = 3.0
 
 
 class Primitive(ABC):
@@ -75,6 +76,11 @@ class Primitive(ABC):
         """What the device says that it does; None if it does not tell."""
         return None
 
+    @property
+    def role_told(self) -> Role | None:
+        """The side of a migration that the device itself said it is on, when it was last asked; None if it does not."""
+        return None
+
     async def begin(self, role: Role, migration_id: str) -> None:  # noqa: B027
         """A migration begins; does nothing unless the device wants to know."""
 
@@ -101,9 +107,28 @@ class Primitive(ABC):
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """The next piece; offsets only grow, and 0 begins anew."""
 
-    @abstractmethod
+    async def saved(self) -> None:  # noqa: B027
+        """The whole state of a stopped function was given; whatever is asked for again is kept on this side."""
+
+    @property
+    def streams(self) -> bool:
+        """It takes a state as it comes, by `load_open` and `load_piece`; otherwise `apply` has it as a whole."""
+        return False
+
+    async def load_open(self) -> None:
+        """Get ready for a state from its beginning; only called with `streams`."""
+        raise Unsupported("this device takes no state in pieces")
+
+    async def load_piece(self, offset: int, data: bytes) -> None:
+        """Take the next piece; only called with `streams`."""
+        raise Unsupported("this device takes no state in pieces")
+
+    async def load_close(self, total: int, sha256: bytes) -> None:  # noqa: B027
+        """Everything came, and is what it should be; only called with `streams`."""
+
     async def apply(self, state: bytes, sha256: bytes) -> None:
-        """Load a whole state into the stopped device."""
+        """Load a whole state into the stopped device; only called without `streams`."""
+        raise Unsupported("this device takes no whole state")
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Log the pages that it writes, and tell the page size; only called with `Capabilities.dirty`."""
@@ -127,8 +152,11 @@ class Primitive(ABC):
             ConnectError: it cannot be made; nothing was sent.
         """
 
+    async def was_reset(self) -> None:  # noqa: B027
+        """The function was reset through the device itself; only called without `Capabilities.reset`."""
+
     async def release(self) -> None:  # noqa: B027
-        """No call and no migration is under way: others may have the device."""
+        """No call and no migration is under way, or no more of its state is needed: others may have the device."""
 
     async def aclose(self) -> None:  # noqa: B027
         """Let go of it."""
@@ -144,9 +172,12 @@ class Book:
 
     def __init__(self, primitive: Primitive, queue: CallQueue | None) -> None:
         self.primitive = primitive
-        self.state = AgentState.RUNNING
-        #: The last call that changes the state did not end well, so the device may be in another one.
-        self.uncertain = False
+        #: One that does not tell may have been stopped before we came, for a copy of it that runs elsewhere.
+        silent = not primitive.caps.status_query
+        self.state = AgentState.STOPPED if silent else AgentState.RUNNING
+        #: The last call that changes the state did not end well, or there was none and the device does not tell: it may
+        #: be in another one.
+        self.uncertain = silent
         #: A load was begun and not committed.
         self.spoiled = False
         #: Bytes of that load may have reached the device.
@@ -156,6 +187,7 @@ class Book:
         self.owner: PrimitiveSession | None = None
         self.stream: SavedStream | None = None
         self.loading: Loading | None = None
+        self.feed: Feed | None = None
         self.log: PageLog | None = None
         self._queue = queue
         self._lock = trio.Lock()
@@ -193,8 +225,25 @@ class Book:
         try:
             return await work()
         finally:
-            if self.role is None:
+            if self.role is None or self._given:
                 await self._release()
+
+    @property
+    def _given(self) -> bool:
+        """It is a source whose whole state is here, so that the device is not needed for it any more."""
+        return self.role is Role.SOURCE and self.stream is not None and self.stream.complete
+
+    async def close(self) -> None:
+        """Let go of the device, behind the calls that are under way if they come to an end."""
+        if self._queue is not None:
+            with trio.move_on_after(_CLOSE_S):
+                try:
+                    await self._queue.call("close", trio.lowlevel.checkpoint)
+                except InvalidState:
+                    pass  # nothing is executed any more
+            self._queue.abandon("the end")
+        with trio.move_on_after(_CLOSE_S):
+            await self.primitive.aclose()
 
     async def _release(self) -> None:
         try:
@@ -237,7 +286,7 @@ class Book:
     def forget_states(self) -> None:
         """The function runs: whatever was saved or loaded is of the past."""
         self.stream = None
-        self.loading = None
+        self.loading = self.feed = None
         self.spoiled = False
         self.touched = False
 
@@ -251,7 +300,7 @@ class Book:
 
     def drop_buffers(self) -> None:
         """Drop what was being saved or loaded, but for a state that could not be had again."""
-        self.loading = None
+        self.loading = self.feed = None
         if self.stream is not None and not self.stream.final_only:
             self.stream = None
         if self.state is AgentState.LOADING:
@@ -297,13 +346,13 @@ class PrimitiveAgent(Agent):
 
     async def aclose(self) -> None:
         """Let go of everything; functions stay as they are."""
-        # Also when we are cancelled, as at the end of a daemon: what is connected is let go of in order.
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + _LET_GO_S):
+        # Also at the end of a daemon, which cancels us: what is under way ends in order, and others get the device.
+        with trio.CancelScope(shield=True):
             for session in list(self._sessions):
                 await session.aclose()
             books, self.books = self.books, {}
             for book in books.values():
-                await book.primitive.aclose()
+                await book.close()
 
     async def open(self, function_id: str) -> PrimitiveSession:
         """A session for a function."""

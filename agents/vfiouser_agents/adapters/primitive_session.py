@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import trio
@@ -22,6 +23,7 @@ from vfiouser_agents.api import (
 )
 from vfiouser_agents.dirtylog import PageLog
 from vfiouser_agents.errors import (
+    AgentError,
     CorruptState,
     InvalidArgument,
     InvalidState,
@@ -30,7 +32,10 @@ from vfiouser_agents.errors import (
 from vfiouser_agents.rules import SAVES_IN, STILL, SessionRules, logged
 
 from .primitive import Book
-from .primitive_state import Loading, SavedStream
+from .primitive_state import Feed, Loading, SavedStream
+
+_log = logging.getLogger(__name__)
+_UNCERTAIN = "the device may be in another state: the last call did not end well, or none was made and it does not tell"
 
 
 class PrimitiveSession(Session):
@@ -94,8 +99,9 @@ class PrimitiveSession(Session):
         if not book.pending:
             await book.call("status", book.refresh)
         await trio.lowlevel.checkpoint()
-        detail = "the last call did not end well; the device may be in another state" if book.uncertain else ""
-        return Status(book.state, book.role, book.migration_id, book.log is not None, book.pending, detail)
+        detail = _UNCERTAIN if book.uncertain else ""
+        role = book.role or self._device.role_told
+        return Status(book.state, role, book.migration_id, book.log is not None, book.pending, detail)
 
     async def quiesce(self) -> None:
         """Stop DMA, or everything where that is one."""
@@ -140,12 +146,21 @@ class PrimitiveSession(Session):
             self._rules.working()
             self._rules.committed()
             if book.uncertain or book.state is not AgentState.RUNNING:
+                silent = book.uncertain and not self.caps.status_query
                 async with book.changing():
-                    await self._device.resume()
+                    await self._resume(silent=silent)
                 book.state = AgentState.RUNNING
             book.forget_states()
 
         await self._book.call("resume", work, changes=True)
+
+    async def _resume(self, *, silent: bool) -> None:
+        try:
+            await self._device.resume()
+        except (InvalidState, InvalidArgument):
+            if not silent:
+                raise
+            # That is how a device that does not tell its state says that it runs already.
 
     async def estimate(self) -> Estimate:
         """What the device says, or else the most that it may be."""
@@ -190,6 +205,15 @@ class PrimitiveSession(Session):
             if not arrived:
                 # Nobody knows how far the device came, so what follows would not fit to what is here.
                 self._book.stream = None
+        if stream.complete:
+            await self._tell_saved()
+
+    async def _tell_saved(self) -> None:
+        try:
+            await self._device.saved()
+        except AgentError as error:
+            # The state is here as a whole, which is what counts.
+            _log.warning("function %s gave its whole state, but not the way out: %s", self._function_id, error)
 
     async def load_begin(self, total: int | None) -> None:
         """Get ready to collect a state."""
@@ -201,7 +225,10 @@ class PrimitiveSession(Session):
             self._rules.loadable(total)
             book.stream = None
             book.loading = Loading(self.caps.max_state)
+            book.feed = Feed(self._device, book.loading, self.caps.max_chunk) if self._device.streams else None
             book.spoiled = True
+            if book.feed is not None:
+                await book.feed.catch_up()
             book.state = AgentState.LOADING
 
         await self._book.call("load_begin", work)
@@ -214,6 +241,7 @@ class PrimitiveSession(Session):
             self._rules.loadable_piece(data)
             await trio.lowlevel.checkpoint()
             self._loading().put(offset, data)
+            await self._feed()
 
         await self._book.call("load", work)
 
@@ -230,14 +258,28 @@ class PrimitiveSession(Session):
             book.touched = True
             async with book.changing():
                 try:
-                    await self._device.apply(state, sha256)
+                    await self._commit(state, sha256)
                 except InvalidArgument as error:
                     raise CorruptState(f"the device refuses the state: {error}") from error
+            book.feed = None
             book.stream = SavedStream.of(state)
             book.spoiled = book.touched = False
             book.state = AgentState.LOADED
 
         await self._book.call("load_commit", work, changes=True)
+
+    async def _feed(self) -> None:
+        """Hand on what came in, to a device that takes it by and by."""
+        if self._book.feed is not None:
+            self._book.touched = True
+            await self._book.feed.catch_up()
+
+    async def _commit(self, state: bytes, sha256: bytes) -> None:
+        if self._book.feed is None:
+            await self._device.apply(state, sha256)
+        else:
+            await self._feed()
+            await self._device.load_close(len(state), sha256)
 
     def _loading(self) -> Loading:
         if self._book.loading is None:
@@ -312,6 +354,18 @@ class PrimitiveSession(Session):
             book.state = AgentState.RUNNING
 
         await self._book.call("reset", work, overtakes=True, changes=True)
+
+    async def was_reset(self) -> None:
+        """Forget what the device has forgotten."""
+
+        async def work() -> None:
+            self._enter("was_reset", anybody=True)
+            await self._device.was_reset()
+            self._book.forget_migration()
+            self._book.forget_states()
+            await self._book.refresh()
+
+        await self._book.call("was_reset", work)
 
     async def end(self, outcome: Outcome) -> None:
         """Leave the migration."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol
 
 from vfiouser_agents.api import Chunk, Phase
 from vfiouser_agents.errors import CorruptState, InvalidArgument, NoResources, ProtocolError
@@ -106,6 +107,11 @@ class Loading:
         self._hash = hashlib.sha256()
         self._last: tuple[int, bytes] | None = None
 
+    @property
+    def data(self) -> bytearray:
+        """What came so far."""
+        return self._data
+
     def put(self, offset: int, data: bytes) -> None:
         """Take the next piece, or the last one again.
 
@@ -136,3 +142,43 @@ class Loading:
         if not self._data:
             raise CorruptState("a state of 0 bytes; nothing was applied")
         return bytes(self._data)
+
+
+class Taker(Protocol):
+    """What takes a state piece by piece."""
+
+    async def load_open(self) -> None:
+        """Get ready for a state from its beginning."""
+
+    async def load_piece(self, offset: int, data: bytes) -> None:
+        """Take the next piece."""
+
+
+class Feed:
+    """Hands a state to a device as it comes in; where a piece was lost on the way, it begins anew.
+
+    Args:
+        taker: the device.
+        loading: what comes in.
+        size: bytes of one piece at most.
+    """
+
+    def __init__(self, taker: Taker, loading: Loading, size: int) -> None:
+        self._taker = taker
+        self._loading = loading
+        self._size = size
+        self._given = 0
+        #: What the device has is what was given; never so while a piece is on its way.
+        self._intact = False
+
+    async def catch_up(self) -> None:
+        """Give what came and was not given yet."""
+        if not self._intact:
+            await self._taker.load_open()
+            self._given, self._intact = 0, True
+        while self._given < len(self._loading.data):
+            piece = bytes(self._loading.data[self._given : self._given + self._size])
+            self._intact = False
+            await self._taker.load_piece(self._given, piece)
+            self._given += len(piece)
+            self._intact = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 MAX_REQUESTS = 512
 #: Answers that were given up and never came; with more, the peer is taken for dead.
 MAX_ABANDONED = 4096
+#: Seconds for which what a peer has sent is dealt with before everybody else has a turn.
+TURN_S = 0.002
 #: Seconds that a peer which takes nothing more has to say why.
 LAST_WORDS = 0.5
 
@@ -259,6 +262,7 @@ class RpcConnection:
             self.close(broken(error))
 
     async def _read(self, nursery: trio.Nursery) -> None:
+        turn = time.monotonic() + TURN_S
         try:
             while True:
                 count, messages = await self._carrier.receive(self._codec)
@@ -267,6 +271,10 @@ class RpcConnection:
                 self.received += count
                 for message in messages:
                     await self._dispatch(message, nursery)
+                    # Also over several reads: none of them waits for a peer that always has sent more.
+                    if time.monotonic() > turn:
+                        await trio.lowlevel.checkpoint()
+                        turn = time.monotonic() + TURN_S
             self._fail(TransportLost("the peer closed the connection"))
         except ProtocolError as error:
             self._fail(error)

@@ -86,13 +86,14 @@ class LegacyDevice:
         self._session = session
         self._v1 = V1State.RUNNING
         self._left = b""
-        self._loaded = 0
+        #: Bytes that were loaded; None before the first, so that a load may still be given up.
+        self._loaded: int | None = None
         self._digest = hashlib.sha256()
 
     async def state(self) -> V1State:
         """What GET_STATE answers."""
         shown = _SHOWN[(await self._session.status()).state]
-        same = shown is V1State.STOPPED and self._v1 in (V1State.SAVING, V1State.STOPPED)
+        same = shown is V1State.STOPPED and self._v1 in (V1State.SAVING, V1State.STOPPED, V1State.RESUMING)
         same = same or (shown is V1State.RUNNING and bool(self._v1 & V1State.RUNNING))
         return self._v1 if same or self._v1 is V1State.ERROR else shown
 
@@ -122,14 +123,14 @@ class LegacyDevice:
         await self._session.begin(role, MIGRATION)
 
     async def _stop(self, before: V1State) -> None:
-        if before is V1State.RESUMING:
+        if before is V1State.RESUMING and self._loaded is not None:
             await self._session.abort()
         else:
             await self._session.stop()
 
     async def _run(self, before: V1State) -> None:
         if before is V1State.RESUMING:
-            await self._session.load_commit(self._loaded, self._digest.digest())
+            await self._session.load_commit(self._loaded or 0, self._digest.digest())
         await self._session.resume()
         await self._session.end(Outcome.SUCCESS if before is V1State.RESUMING else Outcome.CANCELLED)
 
@@ -149,8 +150,7 @@ class LegacyDevice:
     async def _resume(self, before: V1State) -> None:
         await self._begin(Role.DESTINATION)
         await self._session.stop()
-        await self._session.load_begin(None)
-        self._loaded = 0
+        self._loaded = None
         self._digest = hashlib.sha256()
 
     async def pending(self) -> int:
@@ -165,6 +165,9 @@ class LegacyDevice:
     async def load(self, data: bytes) -> None:
         """Take what LOAD_BUFFER brings; a failure becomes the state ERROR."""
         try:
+            if self._loaded is None:
+                await self._session.load_begin(None)
+                self._loaded = 0
             size = self._session.caps.max_chunk
             for begin in range(0, len(data), size):
                 await self._session.load(self._loaded, data[begin : begin + size])

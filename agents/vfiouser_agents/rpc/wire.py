@@ -2,7 +2,8 @@
 
 A dataclass is a map of its fields, an enum its value, a `Range` the pair [iova, length]. Bytes may come as base64
 where a protocol has no bytes of its own. Reading is strict about types and sizes; a key that is missing takes the
-field's default, and keys that are not known are ignored, so that either side may be newer.
+field's default, and keys that are not known are ignored, so that either side may be newer. Sizes are bounded, since all
+of it is somebody else's word.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from vfiouser_agents.api import Range
 
 _U64 = 1 << 64
+#: Characters of a text, and of all texts of a map: what is said of a function ends in streams, logs and `status`.
+MAX_TEXT = 64 << 10
+#: Pairs of a map, and elements of a list such as that of the dirty ranges.
+MAX_PAIRS, MAX_ITEMS = 1024, 1 << 20
 
 
 class WireError(ValueError):
@@ -62,10 +67,16 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _wrong(where, "a list", value)
+        if len(value) > MAX_ITEMS:
+            raise WireError(f"{where} has {len(value)} elements; allowed are {MAX_ITEMS}")
         return tuple(from_wire(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
         if not isinstance(value, Mapping) or not all(type(x) is str for pair in value.items() for x in pair):
             raise _wrong(where, "a map of text to text", value)
+        if len(value) > MAX_PAIRS or sum(len(x) for pair in value.items() for x in pair) > MAX_TEXT:
+            raise WireError(
+                f"{where} is a map of {len(value)} pairs; allowed are {MAX_PAIRS}, of {MAX_TEXT} characters"
+            )
         return dict(value)
     if hint is Range:
         return Range(*_pair(value, where))
@@ -77,6 +88,8 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
         return value if type(value) is memoryview else _from_base64(value, where)
     if type(value) is not hint:
         raise _wrong(where, hint.__name__, value)
+    if hint is str and len(value) > MAX_TEXT:
+        raise WireError(f"{where} is text of {len(value)} characters; allowed are {MAX_TEXT}")
     if hint is int and not 0 <= value < _U64:
         raise WireError(f"{where} is {value}; allowed are 0 to 2**64 - 1")
     return value

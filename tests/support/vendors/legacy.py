@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
 RUNNING, SAVING, RESUMING = 1, 2, 4
+#: The ways between states that the documentation of VFIO's first protocol has, and those that QEMU took beside them.
+WAYS = {
+    0: {0, 1, SAVING},
+    RUNNING: {0, 1, SAVING, SAVING | RUNNING, RESUMING},
+    SAVING: {0, 1, SAVING},
+    SAVING | RUNNING: {1, SAVING, SAVING | RUNNING},
+    RESUMING: {1, RESUMING},
+}
 
 
 class LegacyServer:
@@ -16,15 +24,26 @@ class LegacyServer:
     Args:
         content: its state.
         order: ``<`` or ``>``, the byte order of its machine.
+        faithful: as the example is: it spins for ever when a client vanishes without FINISH, and takes no state but
+            by the ways of `WAYS`; what it cannot do is state 6.
+        slow_s: seconds that a LOAD_BUFFER or SAVE_BUFFER takes.
     """
 
-    def __init__(self, content: bytes = bytes(range(256)) * 40, order: str = "<") -> None:
+    def __init__(
+        self, content: bytes = bytes(range(256)) * 40, order: str = "<", *, faithful: bool = False, slow_s: float = 0
+    ) -> None:
         self.content = content
+        self.faithful = faithful
+        self.slow_s = slow_s
+        #: A client has vanished, and nobody is served any more.
+        self.spins = False
         self.state = RUNNING
         self.states: list[int] = []
         self.clients = 0
         #: Does something instead of answering a request, once; by request code.
         self.instead: dict[int, Callable[[trio.SocketStream], object]] = {}
+        #: Is waited for before a request is answered, once; by request code.
+        self.before: dict[int, Callable[[], Awaitable[None]]] = {}
         #: Codes in the order in which they came.
         self.requests: list[int] = []
         self._header = struct.Struct(f"{order}IIQ")
@@ -41,12 +60,17 @@ class LegacyServer:
                 self.clients += 1
                 async with stream:
                     await self._client(stream)
+                if self.faithful and self.requests[-1:] != [7]:
+                    self.spins = True
+                    await trio.sleep_forever()
 
     async def _client(self, stream: trio.SocketStream) -> None:
         try:
             while header := await self._read(stream, 16):
                 request, size, value = self._header.unpack(header)
                 self.requests.append(request)
+                if request in self.before:
+                    await self.before.pop(request)()
                 if request in self.instead:
                     result = self.instead.pop(request)(stream)
                     if result == "close":
@@ -70,15 +94,19 @@ class LegacyServer:
         elif request == 3:
             await stream.send_all(self.reply(self.state))
         elif request == 4:
+            await trio.sleep(self.slow_s)
             assert size <= len(self.content) - self._offset, "the example would read past its end"
             await stream.send_all(self.content[self._offset : self._offset + size])
             self._offset += size
         elif request == 5:
             self._loaded += await self._read(stream, size)
+            await trio.sleep(self.slow_s)
         return request != 7
 
     def _set(self, value: int) -> None:
         self.states.append(value)
+        if self.faithful and value not in WAYS.get(self.state, ()):
+            value = 6
         if value == SAVING:
             self._offset = 0
         if value == RESUMING:

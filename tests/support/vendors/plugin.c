@@ -1,7 +1,7 @@
 /* A plug-in of the 2022 series whose device is files: ARG.state, ARG.content, ARG.loading.
  *
  * As it stands it behaves well. -DON_<OP>=<statement> makes an operation misbehave first; -DVERSION, -DNO_VERSION,
- * -DNO_OPS, -DNULL_OPS, -DNO_LOAD and -DON_LOADING change what the library exports or does when it is loaded.
+ * -DNO_OPS, -DNULL_OPS, -DNO_LOAD, -DNO_CLEANUP and -DON_LOADING change what the library exports or does when it is loaded.
  */
 #include <errno.h>
 #include <signal.h>
@@ -194,7 +194,9 @@ static struct plugin_ops ops = {
     .update_pending = plugin_update_pending,
     .set_state = plugin_set_state,
     .get_state = plugin_get_state,
+#ifndef NO_CLEANUP
     .cleanup = plugin_cleanup,
+#endif
 };
 
 #ifndef NO_VERSION
@@ -218,6 +220,7 @@ void *vfio_lm_get_plugin_ops(void)
 __attribute__((constructor)) static void loading(void)
 {
     (void)spin;
+    (void)plugin_cleanup;
     (void)ops;
 #ifdef ON_LOADING
     ON_LOADING;

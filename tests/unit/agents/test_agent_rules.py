@@ -135,7 +135,8 @@ def test_what_cannot_be_done_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("can_reset", "words"), [(True, "reset it, or load another one$"), (False, "; load another one$")]
+    ("can_reset", "words"),
+    [(True, "reset it, or load another one$"), (False, "; reset its device, or load another one$")],
 )
 def test_the_way_out_of_half_a_state(can_reset: bool, words: str) -> None:
     """Only a way that there is gets named."""

@@ -122,3 +122,22 @@ def test_a_message_that_msgpack_cannot_carry() -> None:
     """It is refused on this side, and the connection need not end."""
     with pytest.raises(ProtocolError, match="was not sent"):
         MsgpackCodec().encode(Request(1, "m", {"x": object()}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Status, {"state": "running", "detail": "x" * (65 << 10)}),
+        (
+            Descriptor,
+            {**to_wire(Descriptor("f", 1, "", "", "", "", 0)), "fingerprint": {str(n): "" for n in range(2000)}},
+        ),
+        (Descriptor, {**to_wire(Descriptor("f", 1, "", "", "", "", 0)), "fingerprint": {"a": "x" * (9 << 20)}}),
+        (DirtyReport, {"ranges": [[0, 4096]] * ((1 << 20) + 1)}),
+    ],
+    ids=["text", "pairs", "text of a map", "list"],
+)
+def test_sizes_are_bounded(kind: type, value: Any) -> None:
+    """What an agent says of a function is no place to keep a lot in."""
+    with pytest.raises(WireError, match="allowed are"):
+        from_wire(kind, value)

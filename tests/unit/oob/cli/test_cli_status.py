@@ -82,6 +82,7 @@ def test_table() -> None:
 MIGRATION: MigrationStatus = {
     "agent": "f0",
     "migratable": True,
+    "blocked": None,
     "state": "RUNNING",
     "known": True,
     "unknown_since": None,

@@ -19,10 +19,11 @@ from vfiouser_oob.observability import log
 @pytest.fixture(autouse=True)
 def _leave_logging_as_it_was() -> Iterator[None]:
     """The standard library's loggers are one per process: other tests must not see our handlers."""
-    root = logging.getLogger(log.ROOT)
-    before = root.handlers[:], root.level, root.propagate
+    roots = [logging.getLogger(name) for name in (log.ROOT, log.AGENTS)]
+    before = [(root.handlers[:], root.level, root.propagate) for root in roots]
     yield
-    root.handlers[:], root.level, root.propagate = before
+    for root, was in zip(roots, before, strict=True):
+        root.handlers[:], root.level, root.propagate = was
 
 
 def test_human_lines() -> None:
@@ -127,3 +128,11 @@ def test_rate_limit_counts_what_it_keeps_back() -> None:
     assert limited.warning("noise")
     entries = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [None, None, None, 8] == [entry.get("suppressed") for entry in entries]
+
+
+def test_what_adapters_log_is_written() -> None:
+    """Their loggers are not ours, but what they say, such as a library's output, goes where our records go."""
+    stream = io.StringIO()
+    log.configure(stream=stream)
+    logging.getLogger("vfiouser_agents.adapters.plugin_so").info("plug-in of %s: %s", "nvme0", "hello")
+    assert "agents.adapters.plugin_so: plug-in of nvme0: hello" in stream.getvalue()
