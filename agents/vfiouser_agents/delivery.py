@@ -12,11 +12,14 @@ An adapter that notes nothing is taken at its errors' word, and what is given up
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 from .errors import AgentError, Fate
+
+T = TypeVar("T")
 
 
 class Delivery:
@@ -58,6 +61,20 @@ def followed() -> Iterator[Delivery]:
         yield delivery
     finally:
         _current.reset(token)
+
+
+def carried(work: Callable[[], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+    """For adapters whose calls are executed by another task: what that one notes counts for the call of this one."""
+    delivery = _current.get()
+
+    async def run() -> T:
+        token = _current.set(delivery)
+        try:
+            return await work()
+        finally:
+            _current.reset(token)
+
+    return run
 
 
 def preparing() -> None:

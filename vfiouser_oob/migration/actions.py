@@ -146,10 +146,17 @@ class Actions:
                 return
             except Unsupported:
                 pass
-        await self._link.leave(Outcome.FAILED, deadline, abort=True)
+        try:
+            await self._link.leave(Outcome.FAILED, deadline, abort=True)
+        except AgentError as error:
+            if error.away or self.device is None:
+                raise
+            # It is stuck in what it was doing, and the reset of its device is what leads out.
+            self._link.begun = None
         if self.device is None:
             raise InvalidState("its agent cannot reset it, and there is no client whose device could be")
-        await self.reset_device(deadline)
+        # What its client has written since it was told of the reset stays.
+        await self.reset_device_late(deadline, device=True)
         await self._link.call("was_reset", lambda session: session.was_reset(), deadline)
         await self.resume(deadline)
 

@@ -262,7 +262,9 @@ class PluginFunction(V1Function):
 
     async def _ask(self, name: str, op: int, value: int = 0, data: bytes = b"") -> tuple[int, bytes]:
         if self._process is not None and self._process.gone and not self._initialised:
-            await self._end()  # it held nothing, so this call need not fail because of it
+            # It held nothing, so this call need not fail because of it.
+            _log.warning("plug-in of %s: its process %s; it is started again", self._device, self._process.ending)
+            await self._end()
         if self._process is None:
             process = PluginProcess(self._agent, f"device {self._device}")
             try:
@@ -315,6 +317,13 @@ class PluginProcess:
     def gone(self) -> bool:
         """It has ended by itself."""
         return self._process is not None and self._process.returncode is not None
+
+    @property
+    def ending(self) -> str:
+        """How it ended, for people."""
+        assert self._process is not None
+        assert self._process.returncode is not None
+        return _ending(self._process.returncode)
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Start it and load the library.

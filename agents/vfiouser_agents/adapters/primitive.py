@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import trio
 
 from vfiouser_agents.api import Agent, AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
-from vfiouser_agents.delivery import preparing, sending
+from vfiouser_agents.delivery import carried, preparing, sending
 from vfiouser_agents.dirtylog import PageLog
 from vfiouser_agents.errors import AgentError, ConnectError, Incompatible, InvalidState, TransportLost, Unsupported
 from vfiouser_agents.ordering import CallQueue
@@ -209,11 +209,15 @@ class Book:
             overtakes: end the calls before it; without a queue it waits for them.
             changes: it changes what the function does, in a block under `changing` and nowhere else.
         """
-        if self._queue is not None:
-            # It is executed even when its caller gives it up, so then nobody can say that it was not sent.
-            return await self._queue.call(name, partial(self._work, work), overtakes=overtakes)
         if changes:
             preparing()
+        if self._queue is not None:
+            try:
+                return await self._queue.call(name, carried(partial(self._work, work)), overtakes=overtakes)
+            except trio.Cancelled:
+                # It is executed even when its caller gives it up, so then nobody can say that it was not sent.
+                sending()
+                raise
         async with self._lock:
             self._pending = name
             try:

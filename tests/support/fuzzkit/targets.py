@@ -26,6 +26,7 @@ from vfiouser_oob.migration.stream import Data, Header, StreamReader, StreamRefu
 from vfiouser_oob.migration.stream_format import DATA, RECORDS, pack_head, pack_header
 from vfiouser_oob.simulator.nvme import snapshot as nvme
 from vfiouser_oob.simulator.nvme.function import NvmeFunction
+from vfiouser_oob.simulator.nvme.snapshot_reader import BadSnapshot, parse
 from vfiouser_oob.simulator.nvme.stores import MemoryStore
 from vfiouser_protocol.capabilities import (
     Capabilities,
@@ -283,8 +284,8 @@ def snapshot(data: bytes) -> None:
     if not _FUNCTION:
         _FUNCTION.append(make_function(MemoryStore(1 << 20)))
     try:
-        found = nvme.parse(data, _FUNCTION[0])
-    except nvme.BadSnapshot:
+        found = parse(data, _FUNCTION[0])
+    except BadSnapshot:
         return
     trio.run(_go_on, found)
 
@@ -322,7 +323,7 @@ async def _go_on(found: nvme.Snapshot) -> None:
         suspender = function.controller.suspender
         await suspender.suspend(0.0)
         nvme.apply(found, function)
-        nvme.parse(nvme.pack(nvme.capture(function)), function)
+        parse(nvme.pack(nvme.capture(function)), function)
         suspender.unsuspend()
         for offset in (*range(0x1000, 0x1024, 4), 0x14):
             function.region_write(0, offset, (3).to_bytes(4, "little"))
