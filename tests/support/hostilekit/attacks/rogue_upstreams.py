@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 from hostilekit.attacks.descriptors import Lingerer
 from hostilekit.case import Scene, Stage, attack
-from hostilekit.upstream import Link, Reply, Upstream, region_info
+from hostilekit.upstream import Handler, Link, Reply, Upstream, region_info
 from hostilekit.wire import PAYLOADS, Peer
 from rawclient import (
     CONFIG,
     DMA_MAP,
+    GET_INFO,
     HEADER,
+    IRQ_INFO,
     REGION_INFO,
     REGION_READ,
     map_request,
@@ -38,6 +40,39 @@ def _visit(stage: Stage) -> None:
 
 
 @attack(Scene.UPSTREAM, seconds=3.0)
+def absurd_numbers(stage: Stage) -> None:
+    """Counts and sizes of 2^26 and more, in each of the answers from which a device is made."""
+    going = stage.clock()
+    chosen = 0
+
+    def region(link: Link, msg_id: int, payload: bytes) -> Reply:
+        index = int.from_bytes(payload[8:12], "little")
+        if chosen == 1:
+            return region_info(index, 1 << 62), ()
+        if chosen == 2:  # a chain of as many areas as fit into a message
+            areas = b"".join(struct.pack("<QQ", number << 12, 4096) for number in range(60_000))
+            chain = struct.pack("<HHI", 1, 1, 0) + struct.pack("<II", 60_000, 0) + areas
+            return struct.pack("<IIIIQQ", 32 + len(chain), 0xF, index, 32, 1 << 40, 0) + chain, ()
+        return region_info(index, 256 if index == CONFIG else 0), ()
+
+    handlers: dict[int, Handler] = {
+        IRQ_INFO: lambda link, msg_id, payload: (
+            struct.pack("<4I", 16, 1, int.from_bytes(payload[8:12], "little"), _ABSURD if chosen == 0 else 1),
+            (),
+        ),
+        REGION_INFO: region,
+        GET_INFO: lambda link, msg_id, payload: (
+            struct.pack("<4I", 16, 3, *((_ABSURD, _ABSURD) if chosen == 3 else (9, 5))),
+            (),
+        ),
+    }
+    Upstream(stage.upstream, handlers)
+    while going():
+        _visit(stage)
+        chosen = (chosen + 1) % 4
+
+
+@attack(Scene.UPSTREAM, seconds=3.0)
 def lingering_reply_descriptors(stage: Stage) -> None:
     """Each answer comes with a socket that takes 45 s to close."""
     kept: list[Lingerer] = []
@@ -50,6 +85,39 @@ def lingering_reply_descriptors(stage: Stage) -> None:
 
     going = stage.clock()
     Upstream(stage.upstream, {REGION_INFO: answer})
+    while going():
+        _visit(stage)
+
+
+@attack(Scene.UPSTREAM, seconds=3.0)
+def upstream_replies_never_late_or_wrong(stage: Stage) -> None:
+    """Answers to reads that never come, come too late, twice, for other ids, or with another size."""
+    going = stage.clock()
+    turn = 0
+
+    def answer(link: Link, msg_id: int, payload: bytes) -> Reply | None:
+        nonlocal turn
+        turn += 1
+        count = int.from_bytes(payload[12:16], "little")
+        good = payload[:16] + bytes(count)
+        match turn % 6:
+            case 0:
+                return good, ()
+            case 1:
+                return None
+            case 2:
+                threading.Timer(1.3, _say_late, (link, msg_id, good)).start()
+                return None
+            case 3:
+                link.say(msg_id, REGION_READ, good)
+                return good, ()
+            case 4:
+                link.say(msg_id ^ 0x5555, REGION_READ, good)
+                return None
+            case _:
+                return good + bytes(100), ()
+
+    Upstream(stage.upstream, {REGION_READ: answer})
     while going():
         _visit(stage)
 
