@@ -18,6 +18,7 @@ from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
+from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
@@ -82,6 +83,8 @@ class Function:
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[Connection, trio.CancelScope] = {}
+        #: Clients that may not connect, and are being told so.
+        self._turning_away = 0
         #: What clients can provoke is limited per function: a limit per connection is none for who reconnects.
         self.noise = RateLimited(self.log)
         self.visits = RateLimited(self.log, burst=20, interval_s=2.0)
@@ -143,8 +146,10 @@ class Function:
                 peer = _peer_or_none(sock)
                 if self._may_connect(peer):
                     nursery.start_soon(self._serve_client, sock, peer)
+                elif self._turning_away < _MOST_SILENT:
+                    nursery.start_soon(self._turn_away, sock)
                 else:
-                    nursery.start_soon(turn_away, sock, errno.EACCES, self.account)
+                    sock.close()
 
     async def serve_connected(self, sock: socket.socket) -> None:
         """Serve one client on a socket that is connected already, and return when it has gone."""
@@ -170,6 +175,13 @@ class Function:
                 self.note_error(f"cannot accept a client: {error.strerror}")
                 await trio.sleep(EXHAUSTED_WAIT_S)
             return None
+
+    async def _turn_away(self, sock: socket.socket) -> None:
+        self._turning_away += 1
+        try:
+            await turn_away(sock, errno.EACCES, self.account)
+        finally:
+            self._turning_away -= 1
 
     def _may_connect(self, peer: Peer | None) -> bool:
         if self._allow_uids is None or (peer is not None and peer.uid in self._allow_uids):
@@ -210,6 +222,7 @@ class Function:
         self._announce("client-disconnected", client=str(connection.peer), reason=reason)
 
     async def _serve_client(self, sock: socket.socket, peer: Peer | None) -> None:
+        memory = resident()
         with trio.CancelScope() as scope:
             try:
                 connection = Connection(self, sock, peer, self.log)
@@ -227,6 +240,8 @@ class Function:
             finally:
                 del self._connections[connection]
                 self._leave(connection, reason)
+                del connection
+                give_back(memory)
 
     def _make_room_for(self, connection: Connection, scope: trio.CancelScope) -> None:
         """Let a newcomer in; where too many say nothing, the one that has been silent longest goes."""

@@ -13,6 +13,7 @@ from vfiouser_oob.simulator.nvme.config import ControllerLimits
 from vfiouser_oob.simulator.nvme.epoch import DmaPort
 from vfiouser_oob.simulator.nvme.features import Features
 from vfiouser_oob.simulator.nvme.namespace import Namespace
+from vfiouser_oob.simulator.nvme.room import Room
 from vfiouser_oob.simulator.nvme.spec import BROADCAST_NSID, Feature, IoOpcode, NvmeError, Status
 from vfiouser_oob.simulator.nvme.state import Counters
 from vfiouser_oob.transport.turns import Lane
@@ -52,6 +53,7 @@ class IoCommands:
         self._max_transfer = limits.max_transfer
         self._features = features
         self._counters = counters
+        self._data = Room()
         self.handlers: dict[int, Handler] = {
             IoOpcode.FLUSH: self._flush,
             IoOpcode.WRITE: self._write,
@@ -90,7 +92,8 @@ class IoCommands:
         namespace, slba, count = self._blocks(command)
         length = self._length(namespace, count)
         segments = await self._dma.segments(command, length)
-        await self._dma.deliver(segments, await namespace.read(slba, count))
+        async with self._data.of(length):
+            await self._dma.deliver(segments, await namespace.read(slba, count))
         self._counters.bytes_read += length
         self._counters.read_commands += 1
         return 0
@@ -98,17 +101,21 @@ class IoCommands:
     async def _write(self, command: Command) -> int:
         namespace, slba, count = self._blocks(command)
         length = self._length(namespace, count)
-        data = await self._dma.from_host(command, length)
-        await namespace.write(slba, data, durable=self._durable(command))
+        async with self._data.of(length):
+            data = await self._dma.from_host(command, length)
+            await namespace.write(slba, data, durable=self._durable(command))
         self._counters.bytes_written += length
         self._counters.write_commands += 1
         return 0
 
     async def _compare(self, command: Command) -> int:
         namespace, slba, count = self._blocks(command)
-        data = await self._dma.from_host(command, self._length(namespace, count))
+        length = self._length(namespace, count)
+        async with self._data.of(2 * length):
+            data = await self._dma.from_host(command, length)
+            same = data == await namespace.read(slba, count)
         self._counters.read_commands += 1
-        if data != await namespace.read(slba, count):
+        if not same:
             raise NvmeError(Status.COMPARE_FAILURE, f"blocks {slba}+{count} differ", lba=slba)
         return 0
 

@@ -1,0 +1,34 @@
+"""Giving memory back that a client made us use.
+
+The C library keeps what is freed for later, and one piece that is still in use keeps everything below it. After a
+client that made us hold a hundred megabytes that would be for good. Asking for it back takes a moment, so it is done by
+a thread, and only where there is something to be had.
+"""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import os
+
+#: Growth in bytes that is worth asking for.
+WORTH = 16 << 20
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+# Other C libraries than glibc have no such call, and some give memory back by themselves.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def resident() -> int:
+    """Return how much memory this process has, in bytes."""
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * _PAGE
+
+
+def give_back(since: int) -> None:
+    """Give freed memory back to the system, if the process has grown.
+
+    Args:
+        since: bytes of memory that it had before.
+    """
+    if _trim is not None and resident() - since >= WORTH:
+        _thread.start_new_thread(_trim, (0,))
