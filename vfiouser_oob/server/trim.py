@@ -7,9 +7,9 @@ a thread, and only where there is something to be had.
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import os
+import threading
 
 #: Growth in bytes that is worth asking for.
 WORTH = 16 << 20
@@ -24,11 +24,17 @@ def resident() -> int:
         return int(statm.read().split()[1]) * _PAGE
 
 
-def give_back(since: int) -> None:
+def give_back(since: int) -> threading.Thread | None:
     """Give freed memory back to the system, if the process has grown.
 
     Args:
         since: bytes of memory that it had before.
+
+    Returns:
+        The thread that does it; None if it is not worth it.
     """
-    if _trim is not None and resident() - since >= WORTH:
-        _thread.start_new_thread(_trim, (0,))
+    if _trim is None or resident() - since < WORTH:
+        return None
+    thread = threading.Thread(target=_trim, args=(0,), name="trim", daemon=True)
+    thread.start()
+    return thread
