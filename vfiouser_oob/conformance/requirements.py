@@ -361,6 +361,11 @@ R413 PCI the size of the MSI-X table is read-only, enable and mask bits are not
 R414 PCI the number of possible MSI vectors is read-only
 R415 PCI a function level reset resets the function, and its bit reads as 0
 R416 libvfio-user maps survive a function level reset
+R417 PCI the capabilities register of power management is read-only
+R418 PCI the capabilities registers of PCI Express are read-only
+R419 PCI what extended capabilities say of the function is read-only
+R420 robustness what device capabilities 2 lacks cannot be enabled
+R421 PCI a BAR may have 4 GiB and more, over two registers
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the

@@ -227,6 +227,8 @@ class Session:
             need("region/empty-region-ok", False)
             return False
         name = "region/wrap-ok" if end >= 1 << 64 else "region/past-end-ok"
+        if size >= 1 << 32 and self.bad("pci/large-end-ok"):
+            return False
         if offset == size and region == CONFIG and self.bad("region/extended-config-ok"):
             return False
         need(name, end <= size)
@@ -252,6 +254,8 @@ class Session:
         data, count = self._spoil_read(region, offset, count, data)
         if self.bad("region/read-offset-off"):
             offset += 1
+        if self.bad("pci/large-offset-cut"):
+            offset &= 0xFFFFFFFF
         return struct.pack("<QII", offset, region, count) + data
 
     def _spoil_read(self, region: int, offset: int, count: int, data: bytes) -> tuple[bytes, int]:

@@ -16,6 +16,7 @@ _MODULES = (
     "region_info",
     "access",
     "pci",
+    "pci_fields",
     "dma_map",
     "descriptors",
     "irqs",
