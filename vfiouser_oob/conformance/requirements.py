@@ -366,6 +366,11 @@ R418 PCI the capabilities registers of PCI Express are read-only
 R419 PCI what extended capabilities say of the function is read-only
 R420 robustness what device capabilities 2 lacks cannot be enabled
 R421 PCI a BAR may have 4 GiB and more, over two registers
+R422 libvfio-user GET_REGION_IO_FDS with much room is refused or answered by what there is
+R423 libvfio-user several sub-regions share a descriptor that comes once
+R424 robustness a signalled ioeventfd is read
+R425 libvfio-user a VERSION above the maximal size is turned down, and nothing else suffers
+R426 libvfio-user a trigger adds 1 to the count of the eventfd
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the

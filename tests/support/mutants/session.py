@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
     from mutants.server import Command, Connection, Server
 
 TRANSFER = 1 << 20
+
+
+#: Descriptors of the ioeventfds of BAR0.
+_IO_FD_INDEX = (0, 1, 0, 0xFFFFFFFF)
+
+
+def _read_once(fd: int) -> None:
+    """What the device does about an ioeventfd: take its count, if one comes soon."""
+    ready, _, _ = select.select([fd], [], [], 0.5)
+    if ready:
+        os.read(fd, 8)
+    os.close(fd)
 
 
 class Session:
@@ -180,14 +194,17 @@ class Session:
         return data
 
     def io_fds(self, command: Command, fds: list[int]) -> bytes:
-        """GET_REGION_IO_FDS: BAR0 has three ioeventfds that share two descriptors."""
+        """GET_REGION_IO_FDS: BAR0 has four ioeventfds, three of which share two descriptors, and one has none."""
         payload = command.payload
         argsz, flags, index, count = struct.unpack_from("<IIII", payload.ljust(16, b"\0"))
-        self.need("io-fd/small-argsz-ok", len(payload) >= 16 and 16 <= argsz <= TRANSFER)
+        if argsz > TRANSFER and self.bad("io-fd/large-argsz-kills"):
+            raise Crash
+        roomy = argsz > TRANSFER and self.bad("io-fd/large-argsz-padded")
+        self.need("io-fd/small-argsz-ok", len(payload) >= 16 and 16 <= argsz and (argsz <= TRANSFER or roomy))
         self.need("io-fd/flags-ok", not flags and not count)
         self.need("io-fd/index-ok", index < len(self.device.regions))
         self.need("", index != CONFIG or not self.bad("client/io-fds-refused"))
-        number = 3 if index == 0 else 0
+        number = 4 if index == 0 else 0
         if self.bad("io-fd/empty-region-count") and index < 11 and not self.device.regions[index].size:
             number = 2
         full = 16 + 40 * number
@@ -198,13 +215,17 @@ class Session:
         reply = struct.pack("<IIII", full, 0, index, number)
         if number and argsz >= full:
             reply += b"".join(
-                struct.pack("<QQIIIIQ", 0x100 + 8 * n, 8, 7 if self.bad("io-fd/index-outside") else n & 1, 0, 0, 0, 0)
+                struct.pack(
+                    "<QQIIIIQ", 0x100 + 8 * n, 8, 7 if self.bad("io-fd/index-outside") else _IO_FD_INDEX[n], 0, 0, 0, 0
+                )
                 for n in range(number)
             )
-            for _ in range(2):
+            for _ in range(3 if self.bad("io-fd/stray-fd") else 2):
                 fds.append(os.eventfd(0, os.EFD_CLOEXEC))
                 self.server.kept.append(fds[-1])
-        return reply
+                if not self.bad("io-fd/never-read"):
+                    threading.Thread(target=_read_once, args=(os.dup(fds[-1]),), daemon=True).start()
+        return reply + bytes(64) if roomy else reply
 
     # Regions
 
@@ -459,6 +480,8 @@ class Session:
             self._told = getattr(self, "_told", 0) + 1
             if self._told > 2:
                 return
+        if self.bad("irq/count-replaced") and select.select([fd], [], [], 0)[0]:
+            os.read(fd, 8)
         try:
             os.write(fd, struct.pack("=Q", 1))
         except OSError:
