@@ -371,6 +371,11 @@ R423 libvfio-user several sub-regions share a descriptor that comes once
 R424 robustness a signalled ioeventfd is read
 R425 libvfio-user a VERSION above the maximal size is turned down, and nothing else suffers
 R426 libvfio-user a trigger adds 1 to the count of the eventfd
+R427 libvfio-user a mapping above the size limit is refused or harmless
+R428 libvfio-user a mapping above a limit that was not announced is refused or harmless
+R429 libvfio-user DMA_UNMAP with much room is refused or done like any other
+R430 libvfio-user a bitmap that no reply can hold is refused
+R431 libvfio-user accesses of odd sizes and over two registers are refused or whole
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the

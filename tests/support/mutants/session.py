@@ -72,13 +72,32 @@ class Session:
         """The client has gone."""
         if self.bad("session/burst-and-leave-kills") and self.dma.maps:
             raise Crash
+        number, payload = self.server.heard[-1] if self.server.heard else (0, b"")
+        if number == 2:
+            self._left_in_map()
         if not self.bad("session/eventfds-survive"):
             for irq in self.irqs:
                 self.drop(irq, range(irq.count))
         self.dma.end()
         self.migration.end()
+        if number == 16 and payload[4:8] == b"\x02\0\x02\0":
+            self._left_in_transition()
         if self.bad("session/registers-cleared"):
             self.device.config[0x3C] = self.device.config[0x3C] + 7 & 0xFF
+
+    def _left_in_map(self) -> None:
+        """The client has gone; its last command was DMA_MAP."""
+        if self.bad("session/leave-in-map-kills"):
+            raise Crash
+        if self.bad("session/leave-in-map-keeps-file"):
+            self.server.kept.extend(os.dup(old.fd) for old in self.dma.maps if old.fd >= 0)
+
+    def _left_in_transition(self) -> None:
+        """The client has gone; its last command was SET of the migration state."""
+        if self.bad("session/leave-in-transition-kills"):
+            raise Crash
+        if self.bad("session/leave-in-transition-odd-state"):
+            self.device.state = 4
 
     # Information
 
@@ -272,6 +291,8 @@ class Session:
             if not self.bad("region/device-error-lost"):
                 raise
             data = bytes(count)
+        if region < 6 and count & 1 and count > 1 and self.bad("region/odd-read-kills"):
+            raise Crash
         data, count = self._spoil_read(region, offset, count, data)
         if self.bad("region/read-offset-off"):
             offset += 1
@@ -288,6 +309,8 @@ class Session:
             data += b"\0"
         if self.bad("region/wide-access-torn") and count == 8:
             data = data[:4] + bytes(4)
+        if self.bad("region/odd-read-long") and region < 6 and count in (3, 5):
+            data += b"\0" * (8 - count)
         return data, len(data)
 
     def write(self, command: Command, fds: list[int]) -> bytes:
@@ -310,6 +333,10 @@ class Session:
         self.migration.check_access(region)
         if not inside or (self.bad("region/write-lost") and data == b"\xaa"):
             return
+        if region == CONFIG and len(data) == 3 and self.bad("region/odd-write-lost"):
+            return
+        if region == CONFIG and len(data) == 2 and offset % 4 == 3 and self.bad("region/straddling-write-half"):
+            data = data[:1]
         if region == CONFIG and 0x30 <= offset < 0x34:
             self.need("", not self.bad("client/qemu-attach"))
             if self.bad("region/rom-mask-off"):

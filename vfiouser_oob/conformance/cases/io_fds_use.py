@@ -64,7 +64,7 @@ def _entries(t: Trial, link: Link) -> Iterator[tuple[list[_Entry], tuple[int, ..
         raise NotApplicable("no BAR of the device has ioeventfds")
 
 
-@AREA.case(5, SHOULD, "R211 R422", "io-fd/large-argsz-kills io-fd/large-argsz-padded")
+@AREA.case(5, SHOULD, "R422", "io-fd/large-argsz-kills io-fd/large-argsz-padded")
 def large_argsz(t: Trial) -> None:
     """Room for more than a megabyte is refused or left empty.
 
