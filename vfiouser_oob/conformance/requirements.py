@@ -361,6 +361,21 @@ R413 PCI the size of the MSI-X table is read-only, enable and mask bits are not
 R414 PCI the number of possible MSI vectors is read-only
 R415 PCI a function level reset resets the function, and its bit reads as 0
 R416 libvfio-user maps survive a function level reset
+R417 PCI the capabilities register of power management is read-only
+R418 PCI the capabilities registers of PCI Express are read-only
+R419 PCI what extended capabilities say of the function is read-only
+R420 robustness what device capabilities 2 lacks cannot be enabled
+R421 PCI a BAR may have 4 GiB and more, over two registers
+R422 libvfio-user GET_REGION_IO_FDS with much room is refused or answered by what there is
+R423 libvfio-user several sub-regions share a descriptor that comes once
+R424 robustness a signalled ioeventfd is read
+R425 libvfio-user a VERSION above the maximal size is turned down, and nothing else suffers
+R426 libvfio-user a trigger adds 1 to the count of the eventfd
+R427 libvfio-user a mapping above the size limit is refused or harmless
+R428 libvfio-user a mapping above a limit that was not announced is refused or harmless
+R429 libvfio-user DMA_UNMAP with much room is refused or done like any other
+R430 libvfio-user a bitmap that no reply can hold is refused
+R431 libvfio-user accesses of odd sizes and over two registers are refused or whole
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the

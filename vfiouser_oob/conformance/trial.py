@@ -207,9 +207,9 @@ class Trial:
         self._stack.callback(os.close, other)
         return other
 
-    def eventfd(self) -> int:
+    def eventfd(self, count: int = 0) -> int:
         """A new eventfd."""
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        fd = os.eventfd(count, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stack.callback(os.close, fd)
         return fd
 

@@ -14,13 +14,16 @@ PAGE = 4096
 BAR1_SIZE, BAR2_SIZE = 1 << 20, 64 << 10
 CONFIG, MIGRATION, READ_ONLY = 7, 9, 10
 READ, WRITE, MMAP, CAPS = 1, 2, 4, 8
-BAR_SIZES = {0: 0x1000, 1: BAR1_SIZE, 2: BAR2_SIZE, 4: 0x1000}
+#: BAR4 is a 64-bit one of 8 GiB, with nothing behind it.
+BAR_SIZES = {0: 0x1000, 1: BAR1_SIZE, 2: BAR2_SIZE, 4: 8 << 30}
 REGISTER_SIZES = {0x04: 4, 0x08: 8, 0x10: 4, 0x14: 4, 0x18: 8, 0x20: 4, 0x24: 4, 0x30: 4, 0x34: 4}
 #: Vectors of INTx, MSI, MSI-X, ERR, REQ; the last has none.
 IRQ_COUNTS = (1, 4, 16, 1, 0)
 IRQ_FLAGS = (7, 1, 1, 1, 1)
 #: Offset of the PCI Express capability.
 EXPRESS = 0x80
+#: Offset of the power management capability.
+POWER = 0xC0
 #: Places of config space that a fault lets a client write.
 WRITABLE = {
     "pci/identity-written": (0x08,),
@@ -28,6 +31,11 @@ WRITABLE = {
     "pci/extended-headers-written": (0x140,),
     "pci/table-size-written": (0x72,),
     "pci/msi-vectors-beyond": (0x52,),
+    "pci/power-written": (POWER + 2,),
+    "pci/express-written": (EXPRESS + 4,),
+    "pci/express-2-written": (EXPRESS + 0x2C,),
+    "pci/extended-fields-written": (0x106,),
+    "pci/device-control-2-beyond": (EXPRESS + 0x28,),
 }
 
 
@@ -73,12 +81,15 @@ def _config(bad: Callable[[str], bool]) -> tuple[bytearray, bytearray]:
     data[0x3D] = 1
     data[0x34] = 0x50
     for bar, size in BAR_SIZES.items():
-        struct.pack_into("<I", mask, 0x10 + 4 * bar, -size & 0xFFFFFFFF)
+        struct.pack_into("<Q", mask, 0x10 + 4 * bar, -size & (1 << 64) - 1 if bar == 4 else -size & 0xFFFFFFFF)
     data[0x20] = 0x4
-    mask[0x24:0x28] = b"\xff" * 4
+    if bad("pci/large-bar-cut"):
+        mask[0x20:0x28] = b"\xff" * 8
+        mask[0x20] = 0
     struct.pack_into("<BBH", data, 0x50, 0x05, 0x70, 2 << 1)
     struct.pack_into("<BBHII", data, 0x70, 0x11, EXPRESS, IRQ_COUNTS[2] - 1, 0x800, 0xC00)
-    struct.pack_into("<BBHI", data, EXPRESS, 0x10, 0, 2, 1 << 28)
+    struct.pack_into("<BBHI", data, EXPRESS, 0x10, POWER, 2, 1 << 28)
+    struct.pack_into("<BBH", data, POWER, 0x01, 0, 3)
     struct.pack_into("<IIII", data, 0x100, 0x14010003, 1, 2, 0)
     struct.pack_into("<I", data, 0x140, 0x0001000B)
     mask[0x52] = 0x70

@@ -85,7 +85,13 @@ class Dma:
         new = Map(address, size, flags & 3, offset, -1, self._file(fd, flags))
         if self._known(new):
             return b""
-        if len(self.maps) >= self.limit and bad("dma-map/limit-drops-first"):
+        if size >= 1 << 47 and bad("dma-map/giant-kills"):
+            raise Crash
+        if size >= 1 << 47 and bad("dma-map/giant-drops-others"):
+            self.end()
+        announced = "max_dma_maps" in self.session.connection.capabilities
+        fault = "dma-map/limit-drops-first" if announced else "dma-map/unannounced-drops-first"
+        if len(self.maps) >= self.limit and bad(fault):
             self._release(self.maps.pop(0))
         need("", len(self.maps) < self.limit, 28)
         if fd >= 0:
@@ -145,7 +151,10 @@ class Dma:
         payload, need, bad = command.payload, self.need, self.bad
         need("dma-map/small-unmap-ok", len(payload) >= 24)
         argsz, flags, address, size = struct.unpack_from("<IIQQ", payload.ljust(24, b"\0"))
-        need("dma-map/small-unmap-ok", 24 <= argsz <= TRANSFER or len(payload) < 24)
+        if argsz > TRANSFER and bad("dma-map/refused-unmap-done"):
+            self.end()
+        need("dma-map/small-unmap-ok", argsz >= 24 or len(payload) < 24)
+        need("dma-map/large-unmap-padded", argsz <= TRANSFER)
         need("", not bad("dma-map/long-unmap-refused") or len(payload) == 24)
         need("dma-map/unmap-flags-ok", not flags & ~3)
         need("dma-map/unmap-all-address-ok", not flags & 2 or not (address or size or flags & 1))
@@ -155,6 +164,8 @@ class Dma:
             return payload[:24]
         found = next((old for old in self.maps if (old.address, old.size) == (address, size)), None)
         bitmap = b""
+        if bad("dma-map/giant-bitmap-ok") and payload[36:40] == b"\xff" * 4:
+            flags = 0  # 40 bytes more than that are few
         if flags & 1 and found is not None:
             bitmap = self.session.migration.unmap_bitmap(found, argsz, payload)
         if found is None:
@@ -165,7 +176,7 @@ class Dma:
             self._release(found)
         if bad("dma-map/unmap-no-echo"):
             return b""
-        return payload[: 40 if bitmap else 24] + bitmap
+        return payload[: 40 if bitmap else 24] + bitmap + bytes(64 if argsz > TRANSFER else 0)
 
     def end(self) -> None:
         """Forget all maps."""

@@ -245,6 +245,8 @@ class Connection:
                 raise Gone
             if size > MAX_MESSAGE and self.bad("frame/huge-size-waits"):
                 time.sleep(SLOW_S)
+            if size > MAX_MESSAGE and number == 1 and self.bad("version/long-kills"):
+                raise Crash
             if not 16 <= size <= MAX_MESSAGE:
                 self._send(HEADER.pack(msg_id, number, 16, 0x21, 22))
                 raise Gone

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
     from mutants.server import Command, Connection, Server
 
 TRANSFER = 1 << 20
+
+
+#: Descriptors of the ioeventfds of BAR0.
+_IO_FD_INDEX = (0, 1, 0, 0xFFFFFFFF)
+
+
+def _read_once(fd: int) -> None:
+    """What the device does about an ioeventfd: take its count, if one comes soon."""
+    ready, _, _ = select.select([fd], [], [], 0.5)
+    if ready:
+        os.read(fd, 8)
+    os.close(fd)
 
 
 class Session:
@@ -58,13 +72,32 @@ class Session:
         """The client has gone."""
         if self.bad("session/burst-and-leave-kills") and self.dma.maps:
             raise Crash
+        number, payload = self.server.heard[-1] if self.server.heard else (0, b"")
+        if number == 2:
+            self._left_in_map()
         if not self.bad("session/eventfds-survive"):
             for irq in self.irqs:
                 self.drop(irq, range(irq.count))
         self.dma.end()
         self.migration.end()
+        if number == 16 and payload[4:8] == b"\x02\0\x02\0":
+            self._left_in_transition()
         if self.bad("session/registers-cleared"):
             self.device.config[0x3C] = self.device.config[0x3C] + 7 & 0xFF
+
+    def _left_in_map(self) -> None:
+        """The client has gone; its last command was DMA_MAP."""
+        if self.bad("session/leave-in-map-kills"):
+            raise Crash
+        if self.bad("session/leave-in-map-keeps-file"):
+            self.server.kept.extend(os.dup(old.fd) for old in self.dma.maps if old.fd >= 0)
+
+    def _left_in_transition(self) -> None:
+        """The client has gone; its last command was SET of the migration state."""
+        if self.bad("session/leave-in-transition-kills"):
+            raise Crash
+        if self.bad("session/leave-in-transition-odd-state"):
+            self.device.state = 4
 
     # Information
 
@@ -180,14 +213,17 @@ class Session:
         return data
 
     def io_fds(self, command: Command, fds: list[int]) -> bytes:
-        """GET_REGION_IO_FDS: BAR0 has three ioeventfds that share two descriptors."""
+        """GET_REGION_IO_FDS: BAR0 has four ioeventfds, three of which share two descriptors, and one has none."""
         payload = command.payload
         argsz, flags, index, count = struct.unpack_from("<IIII", payload.ljust(16, b"\0"))
-        self.need("io-fd/small-argsz-ok", len(payload) >= 16 and 16 <= argsz <= TRANSFER)
+        if argsz > TRANSFER and self.bad("io-fd/large-argsz-kills"):
+            raise Crash
+        roomy = argsz > TRANSFER and self.bad("io-fd/large-argsz-padded")
+        self.need("io-fd/small-argsz-ok", len(payload) >= 16 and 16 <= argsz and (argsz <= TRANSFER or roomy))
         self.need("io-fd/flags-ok", not flags and not count)
         self.need("io-fd/index-ok", index < len(self.device.regions))
         self.need("", index != CONFIG or not self.bad("client/io-fds-refused"))
-        number = 3 if index == 0 else 0
+        number = 4 if index == 0 else 0
         if self.bad("io-fd/empty-region-count") and index < 11 and not self.device.regions[index].size:
             number = 2
         full = 16 + 40 * number
@@ -198,13 +234,17 @@ class Session:
         reply = struct.pack("<IIII", full, 0, index, number)
         if number and argsz >= full:
             reply += b"".join(
-                struct.pack("<QQIIIIQ", 0x100 + 8 * n, 8, 7 if self.bad("io-fd/index-outside") else n & 1, 0, 0, 0, 0)
+                struct.pack(
+                    "<QQIIIIQ", 0x100 + 8 * n, 8, 7 if self.bad("io-fd/index-outside") else _IO_FD_INDEX[n], 0, 0, 0, 0
+                )
                 for n in range(number)
             )
-            for _ in range(2):
+            for _ in range(3 if self.bad("io-fd/stray-fd") else 2):
                 fds.append(os.eventfd(0, os.EFD_CLOEXEC))
                 self.server.kept.append(fds[-1])
-        return reply
+                if not self.bad("io-fd/never-read"):
+                    threading.Thread(target=_read_once, args=(os.dup(fds[-1]),), daemon=True).start()
+        return reply + bytes(64) if roomy else reply
 
     # Regions
 
@@ -227,6 +267,8 @@ class Session:
             need("region/empty-region-ok", False)
             return False
         name = "region/wrap-ok" if end >= 1 << 64 else "region/past-end-ok"
+        if size >= 1 << 32 and self.bad("pci/large-end-ok"):
+            return False
         if offset == size and region == CONFIG and self.bad("region/extended-config-ok"):
             return False
         need(name, end <= size)
@@ -249,9 +291,13 @@ class Session:
             if not self.bad("region/device-error-lost"):
                 raise
             data = bytes(count)
+        if region < 6 and count & 1 and count > 1 and self.bad("region/odd-read-kills"):
+            raise Crash
         data, count = self._spoil_read(region, offset, count, data)
         if self.bad("region/read-offset-off"):
             offset += 1
+        if self.bad("pci/large-offset-cut"):
+            offset &= 0xFFFFFFFF
         return struct.pack("<QII", offset, region, count) + data
 
     def _spoil_read(self, region: int, offset: int, count: int, data: bytes) -> tuple[bytes, int]:
@@ -263,6 +309,8 @@ class Session:
             data += b"\0"
         if self.bad("region/wide-access-torn") and count == 8:
             data = data[:4] + bytes(4)
+        if self.bad("region/odd-read-long") and region < 6 and count in (3, 5):
+            data += b"\0" * (8 - count)
         return data, len(data)
 
     def write(self, command: Command, fds: list[int]) -> bytes:
@@ -285,6 +333,10 @@ class Session:
         self.migration.check_access(region)
         if not inside or (self.bad("region/write-lost") and data == b"\xaa"):
             return
+        if region == CONFIG and len(data) == 3 and self.bad("region/odd-write-lost"):
+            return
+        if region == CONFIG and len(data) == 2 and offset % 4 == 3 and self.bad("region/straddling-write-half"):
+            data = data[:1]
         if region == CONFIG and 0x30 <= offset < 0x34:
             self.need("", not self.bad("client/qemu-attach"))
             if self.bad("region/rom-mask-off"):
@@ -455,6 +507,8 @@ class Session:
             self._told = getattr(self, "_told", 0) + 1
             if self._told > 2:
                 return
+        if self.bad("irq/count-replaced") and select.select([fd], [], [], 0)[0]:
+            os.read(fd, 8)
         try:
             os.write(fd, struct.pack("=Q", 1))
         except OSError:

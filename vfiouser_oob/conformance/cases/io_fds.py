@@ -13,10 +13,10 @@ from vfiouser_protocol.constants import Command
 AREA = Area("IO-FD", "ioeventfds", Effect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 IO_FDS = int(Command.DEVICE_GET_REGION_IO_FDS)
-_NO_FD = 0xFFFFFFFF
+NO_FD = 0xFFFFFFFF
 
 
-def _ask(link: Link, index: int, argsz: int) -> tuple[int, int, int, bytes, tuple[int, ...]]:
+def ask(link: Link, index: int, argsz: int) -> tuple[int, int, int, bytes, tuple[int, ...]]:
     """Ask for a region's ioeventfds; returns argsz, index, count, entries and descriptors."""
     reply = link.ok(IO_FDS, wire.info(argsz, 0, index))
     check(16 <= len(reply.payload) <= argsz, f"a payload of {len(reply.payload)} bytes, argsz was {argsz}")
@@ -26,7 +26,12 @@ def _ask(link: Link, index: int, argsz: int) -> tuple[int, int, int, bytes, tupl
     return size, echoed, count, reply.payload[16:], reply.fds
 
 
-def _bars(t: Trial) -> list[int]:
+def bars(t: Trial) -> list[int]:
+    """The BARs that the device has.
+
+    Raises:
+        NotApplicable: it has none.
+    """
     found = [region.index for region in t.facts.regions[:6] if region.size]
     if not found:
         raise NotApplicable("the device has no BAR")
@@ -41,8 +46,8 @@ def counts(t: Trial) -> None:
     Expects: 16 bytes: flags 0, the index, the count and the argsz that it needs; no descriptors.
     """
     link = t.attach()
-    for index in _bars(t):
-        size, _, count, entries, fds = _ask(link, index, 16)
+    for index in bars(t):
+        size, _, count, entries, fds = ask(link, index, 16)
         same((b"", ()), (entries, fds), "entries and descriptors in 16 bytes")
         stride = (size - 16) // count if count else 0
         check(size == 16 if not count else stride in (40, 48), f"argsz {size} for {count} sub-regions")
@@ -57,18 +62,18 @@ def entries(t: Trial) -> None:
     """
     link = t.attach()
     found = False
-    for index in _bars(t):
-        size, _, count, _, _ = _ask(link, index, 16)
+    for index in bars(t):
+        size, _, count, _, _ = ask(link, index, 16)
         if not count:
             continue
         found = True
-        full, _, again, data, fds = _ask(link, index, size)
+        full, _, again, data, fds = ask(link, index, size)
         same((size, count), (full, again), "argsz and count of the full answer")
         stride = (full - 16) // count
         t.saw("entries of GET_REGION_IO_FDS", f"{stride} bytes", recommended=True)
         for n in range(count):
             offset, width, number = struct.unpack_from("<QQI", data, n * stride)
-            check(number == _NO_FD or number < len(fds), f"fd_index {number} with {len(fds)} descriptors")
+            check(number == NO_FD or number < len(fds), f"fd_index {number} with {len(fds)} descriptors")
             check(offset + width <= t.facts.regions[index].size, f"a sub-region at {offset:#x} outside the region")
     if not found:
         raise NotApplicable("no BAR of the device has ioeventfds")

@@ -324,3 +324,21 @@ def every_trigger_counts(t: Trial) -> None:
     check(1 <= count <= 2, f"two triggers gave a count of {count}")
     fire(link, index, 0, 1)
     check(signalled(event, t.timeout), "the third trigger was lost")
+
+
+@AREA.case(19, SHOULD, "R197 R426", "irq/count-replaced")
+def count_is_added_to(t: Trial) -> None:
+    """A trigger adds 1 to the count of its eventfd.
+
+    Sends: SET_IRQS that assigns an eventfd with a count of 5 to vector 0, and TRIGGER with NONE of it.
+    Expects: a count of 6: nothing was taken away, and 1 was added.
+    """
+    index, _ = t.facts.vectors()
+    link = t.attach()
+    event = t.eventfd(5)
+    link.ok(SET, wire.set_irqs(TRIGGER_EVENTFD, index, 0, 1), [event])
+    fire(link, index, 0, 1)
+    found = signalled(event, t.timeout)
+    if found == 5:  # it may come later than the reply
+        found += signalled(event, t.timeout)
+    same(6, found, "count of the eventfd")

@@ -17,7 +17,7 @@ AREA = Area("PCI", "PCI configuration space", Effect.DEVICE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 CONFIG = int(RegionIndex.CONFIG)
 _HEADER, _POINTER, _EXTENDED = 0x40, 0x34, 0x100
-_MSI, _EXPRESS, _MSIX = 0x05, 0x10, 0x11
+_MSI, EXPRESS, _MSIX = 0x05, 0x10, 0x11
 #: PCIe: device capabilities and control, and the bits that announce and start a function level reset.
 _DEVCAP, _DEVCTL, _CAN_FLR, _FLR = 4, 8, 1 << 28, 1 << 15
 #: A function may take so long for its reset, in seconds.
@@ -44,21 +44,31 @@ def extended(config: bytes) -> Iterator[int]:
         at = struct.unpack_from("<I", config, at)[0] >> 20 & 0xFFC
 
 
-def _config(t: Trial) -> bytes:
+def config_of(t: Trial) -> bytes:
+    """Config space as it was found.
+
+    Raises:
+        NotApplicable: the device has none.
+    """
     if len(t.facts.config) < 256:
         t.facts.known("GET_INFO", "config space")
         raise NotApplicable("the device has no config space of at least 256 bytes")
     return t.facts.config
 
 
-def _find(t: Trial, wanted: int, name: str) -> int:
-    found = dict(capabilities(_config(t)))
+def find(t: Trial, wanted: int, name: str) -> int:
+    """Offset of a capability.
+
+    Raises:
+        NotApplicable: config space has none of this id.
+    """
+    found = dict(capabilities(config_of(t)))
     if wanted not in found:
         raise NotApplicable(f"config space has no {name} capability")
     return found[wanted]
 
 
-def _unwritable(t: Trial, link: Link, offset: int, count: int, what: str) -> None:
+def unwritable(t: Trial, link: Link, offset: int, count: int, what: str) -> None:
     """Write the complement of what is there, and expect what was there; the write may be refused or dropped."""
     found = t.read_config(link, offset, count)
     data = bytes(byte ^ 0xFF for byte in found)
@@ -77,10 +87,10 @@ def identity(t: Trial) -> None:
     Sends: the complement of vendor and device id, of revision and class code, and of the header type.
     Expects: the old values, whether the writes are dropped (PCI) or refused (libvfio-user), which is reported.
     """
-    _config(t)
+    config_of(t)
     link = t.attach()
     for offset, count in _IDENTITY:
-        _unwritable(t, link, offset, count, f"config space at {offset:#x}")
+        unwritable(t, link, offset, count, f"config space at {offset:#x}")
 
 
 @AREA.case(2, MUST, "R412", "pci/headers-written")
@@ -90,13 +100,13 @@ def headers(t: Trial) -> None:
     Sends: the complement of the pointer to the list, and of id and next pointer of each capability.
     Expects: the old values, whether the writes are dropped (PCI) or refused (libvfio-user), which is reported.
     """
-    found = list(capabilities(_config(t)))
+    found = list(capabilities(config_of(t)))
     if not found:
         raise NotApplicable("config space has no capabilities")
     link = t.attach()
-    _unwritable(t, link, _POINTER, 1, "the pointer to the capabilities")
+    unwritable(t, link, _POINTER, 1, "the pointer to the capabilities")
     for number, offset in found:
-        _unwritable(t, link, offset, 2, f"the header of capability {number:#x} at {offset:#x}")
+        unwritable(t, link, offset, 2, f"the header of capability {number:#x} at {offset:#x}")
 
 
 @AREA.case(3, MUST, "R412", "pci/extended-headers-written")
@@ -106,12 +116,12 @@ def extended_headers(t: Trial) -> None:
     Sends: the complement of the header of each extended capability.
     Expects: the old values, whether the writes are dropped (PCI) or refused (libvfio-user), which is reported.
     """
-    found = list(extended(_config(t)))
+    found = list(extended(config_of(t)))
     if not found:
         raise NotApplicable("config space has no extended capabilities")
     link = t.attach()
     for offset in found:
-        _unwritable(t, link, offset, 4, f"the header of the extended capability at {offset:#x}")
+        unwritable(t, link, offset, 4, f"the header of the extended capability at {offset:#x}")
 
 
 @AREA.case(4, MUST, "R413", "pci/table-size-written")
@@ -121,12 +131,12 @@ def msix_control(t: Trial) -> None:
     Sends: the complement of the low byte of MSI-X's message control, then 0xff to the high byte alone.
     Expects: the table's size as before; enable and mask bits set by the second.
     """
-    at = _find(t, _MSIX, "MSI-X")
+    at = find(t, _MSIX, "MSI-X")
     link = t.attach()
     control = t.read_config(link, at + 2, 2)
     size = struct.unpack("<H", control)[0] & 0x7FF
     t.at_end(lambda: t.write(link, CONFIG, at + 2, control))
-    _unwritable(t, link, at + 2, 1, "the low byte of MSI-X's message control")
+    unwritable(t, link, at + 2, 1, "the low byte of MSI-X's message control")
     alone = link.call(Command.REGION_WRITE, wire.access(CONFIG, at + 3, 1, b"\xff"))
     t.saw("a write of one byte of MSI-X's message control", "refused" if alone.failed else "accepted",
           recommended=not alone.failed)  # fmt: skip
@@ -144,7 +154,7 @@ def msi_vectors(t: Trial) -> None:
     Expects: the number of possible vectors is as before; no more than those are said to be enabled, or 7 is kept, which
     is reported.
     """
-    at = _find(t, _MSI, "MSI")
+    at = find(t, _MSI, "MSI")
     link = t.attach()
     found = t.read_config(link, at + 2, 2)
     t.at_end(lambda: t.write(link, CONFIG, at + 2, found))
@@ -186,7 +196,7 @@ def maps_survive_function_level_reset(t: Trial) -> None:
 
 def _resettable(t: Trial) -> tuple[Link, int]:
     """A connection to a function that can be reset by itself, and the offset of its PCIe capability."""
-    at = _find(t, _EXPRESS, "PCI Express")
+    at = find(t, EXPRESS, "PCI Express")
     if not struct.unpack_from("<I", t.facts.config, at + _DEVCAP)[0] & _CAN_FLR:
         raise NotApplicable("the function has no function level reset")
     return t.attach(), at
