@@ -361,6 +361,13 @@ R413 PCI the size of the MSI-X table is read-only, enable and mask bits are not
 R414 PCI the number of possible MSI vectors is read-only
 R415 PCI a function level reset resets the function, and its bit reads as 0
 R416 libvfio-user maps survive a function level reset
+R430 robustness logging can be started where there is nothing to log
+R431 robustness a device whose load failed does not run
+R432 robustness MIG_DATA_WRITE over the announced limit is refused
+R433 robustness a kept stream can be loaded again
+R434 robustness msg_size of a MIG_DATA_READ reply leaves what size says
+R435 QEMU the sequence of the client with migration
+R436 rust-vmm nothing is asked of a client that serves no commands
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the
@@ -387,7 +394,6 @@ BINDING = frozenset({"spec", "spec-v1", "kernel", "PCI"})
 NOT_FROM_OUTSIDE: Mapping[str, str] = {
     "R149": "the limit is the server's own, and it need not have one",
     "R217": "what a notified device does is its own business",
-    "R266": "needs a device whose migration can be made to fail",
     "R276": "needs a device whose migration can be made to fail",
     "R310": "a server may log more than it was asked to",
     "R332": "needs a device whose migration can be made to fail",
