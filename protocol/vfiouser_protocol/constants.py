@@ -176,6 +176,7 @@ class Feature(IntEnum):
     DMA_LOGGING_START = 6
     DMA_LOGGING_STOP = 7
     DMA_LOGGING_REPORT = 8
+    MIG_DATA_SIZE = 9
 
 
 class MigrationFlags(IntFlag):

@@ -51,7 +51,12 @@ _UNBOUNDED = (1 << 32) - 1
 _IO_FD_TYPES = frozenset(int(kind) for kind in IoFdType)
 _FEATURE_FIXED = 8
 #: Reply payloads of GET, as far as they are known without the device; a report's bitmap comes on top.
-FEATURE_GET_REPLY = {Feature.MIGRATION: 16, Feature.MIG_DEVICE_STATE: 16, Feature.DMA_LOGGING_REPORT: 32}
+FEATURE_GET_REPLY = {
+    Feature.MIGRATION: 16,
+    Feature.MIG_DEVICE_STATE: 16,
+    Feature.DMA_LOGGING_REPORT: 32,
+    Feature.MIG_DATA_SIZE: 16,
+}
 
 
 class ArgszRule(NamedTuple):

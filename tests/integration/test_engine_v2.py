@@ -170,3 +170,22 @@ async def test_incomplete_load(tmp_path: Path) -> None:
         await dst.succeed(RESET)
         assert RUNNING == await dst.state()
         assert both.destination.runs
+
+
+async def test_the_size_that_is_left(tmp_path: Path) -> None:
+    """MIG_DATA_SIZE is a figure before a save, about the state's size when it begins, and nothing at its end."""
+
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+
+        async def left() -> int:
+            reply = (await src.succeed(FEATURE, struct.pack("<II", 16, GET | 9))).payload
+            assert (16, GET | 9) == struct.unpack_from("<II", reply)
+            return int(struct.unpack_from("<Q", reply, 8)[0])
+
+        assert 1 << 20 == await left()
+        await src.set_state(STOP_COPY)
+        await src.data_read(1)
+        begun = await left()
+        stream = await src.read_stream()
+        assert len(stream) // 2 < begun < 2 * len(stream)
+        assert 0 == await left()

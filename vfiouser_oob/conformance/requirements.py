@@ -376,6 +376,13 @@ R428 libvfio-user a mapping above a limit that was not announced is refused or h
 R429 libvfio-user DMA_UNMAP with much room is refused or done like any other
 R430 libvfio-user a bitmap that no reply can hold is refused
 R431 libvfio-user accesses of odd sizes and over two registers are refused or whole
+R432 robustness MIG_DATA_WRITE over the announced limit is refused
+R433 robustness a kept stream can be loaded again
+R434 robustness msg_size of a MIG_DATA_READ reply leaves what size says
+R435 QEMU the sequence of the client with migration
+R436 rust-vmm nothing is asked of a client that serves no commands
+R437 robustness logging can be started where there is nothing to log
+R438 robustness a device whose load failed does not run
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the
@@ -402,7 +409,6 @@ BINDING = frozenset({"spec", "spec-v1", "kernel", "PCI"})
 NOT_FROM_OUTSIDE: Mapping[str, str] = {
     "R149": "the limit is the server's own, and it need not have one",
     "R217": "what a notified device does is its own business",
-    "R266": "needs a device whose migration can be made to fail",
     "R276": "needs a device whose migration can be made to fail",
     "R310": "a server may log more than it was asked to",
     "R332": "needs a device whose migration can be made to fail",

@@ -27,6 +27,8 @@ from vfiouser_protocol.rules import check_request
 Answer: TypeAlias = "bytes | Awaitable[bytes | Pieces]"
 #: argsz and size of a reply to MIG_DATA_READ. It is not encoded as a whole, since its data lies in several places.
 _DATA_HEAD = struct.Struct("<II")
+#: What MIG_DATA_SIZE says before a save has begun, in bytes: a size that no client postpones a migration for.
+_UNKNOWN_SIZE = 1 << 20
 
 
 class V2View:
@@ -52,6 +54,7 @@ class V2View:
             FeatureAction.START_LOGGING: self._start_logging,
             FeatureAction.STOP_LOGGING: self._stop_logging,
             FeatureAction.REPORT: self._report,
+            FeatureAction.GET_DATA_SIZE: self._data_size,
         }
 
     def device_feature(self, payload: bytes, *, posted: bool) -> Answer:
@@ -96,6 +99,10 @@ class V2View:
     async def _stop_logging(self, call: FeatureCall) -> bytes:
         await self._dirty.stop(message_deadline())
         return call.echo()
+
+    def _data_size(self, call: FeatureCall) -> bytes:
+        source = self._engine.work.source
+        return call.data_size(_UNKNOWN_SIZE if source is None else source.buffered + source.remaining)
 
     async def _report(self, call: FeatureCall) -> Pieces:
         data = call.data

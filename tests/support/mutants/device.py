@@ -123,6 +123,8 @@ class Device:
         self.state = 2
         self.pending: tuple[int, int, int] | None = None
         self.line = False
+        #: Whether a stream was loaded.
+        self.restored = False
         #: Function level resets that were done.
         self.resets = 0
         self.buffer = bytearray()

@@ -173,6 +173,8 @@ class Dma:
             need("dma-map/partial-unmap-ok" if near else "dma-map/unmap-nothing-ok", False, 2)
         elif not bad("dma/unmap-ignored"):
             self.maps.remove(found)
+            if bad("logging/unmap-forgets"):
+                self.session.migration.dirty.clear()
             self._release(found)
         if bad("dma-map/unmap-no-echo"):
             return b""
@@ -252,7 +254,7 @@ class Dma:
     def _read(self, address: int, count: int) -> bytes:
         data = b""
         for part, offset, size in self._parts(address, count, 1):
-            if part.fd >= 0:
+            if part.fd >= 0 and not self.bad("client/rust-asked"):
                 data += self._file_read(part, offset, size)
                 if self.bad("logging/reads-dirty"):
                     self._mark(part.address + offset, size)

@@ -180,6 +180,8 @@ class Migration:
 
     def _set_state(self, state: int) -> None:
         pre_copy = self.variant.pre_copy or self.bad("migration/unoffered-pre-copy-ok")
+        if state == 99 and self.bad("migration/odd-error-number"):
+            raise Refused(5000)
         known = state in (STOP, RUNNING, STOP_COPY, RESUMING) or (state == PRE_COPY and pre_copy)
         self.need("migration/odd-state-ok", known)
         if not known:
@@ -208,6 +210,14 @@ class Migration:
             early = b"PRECOPY." in self.loaded
             if self.bad("migration/pre-copy-load-lost") and early:
                 whole = False
+            if not whole and self.bad("migration/failed-load-odd-error"):
+                raise Refused(5000)
+            if not whole and self.bad("migration/failed-load-runs"):
+                self.device.state = RUNNING
+                raise Refused
+            if whole and self.loaded and self.bad("client/replay-refused"):
+                self.need("", not self.device.restored)
+            self.device.restored |= whole
             empty = not self.loaded  # a session that got nothing at all changes nothing
             self.loaded = bytearray()
             self.need("migration/half-stream-ok", whole or empty)
@@ -251,6 +261,8 @@ class Migration:
             data = data[:5]
         said = size if self.bad("migration/golden-read-refused") else 8 + len(data)
         tail = b"??" if self.bad("migration/short-read-odd") and len(data) < size else b""
+        if self.bad("client/padded-reads"):
+            tail = bytes(size - len(data))
         return struct.pack("<II", said, len(data)) + data + tail
 
     def write(self, command: Command, fds: list[int]) -> bytes:
@@ -261,6 +273,7 @@ class Migration:
         argsz, size = struct.unpack_from("<II", payload.ljust(8, b"\0"))
         need("migration/write-anywhere-ok", self.device.state == RESUMING)
         need("migration/bad-write-ok", len(payload) - 8 >= size)
+        need("migration/write-over-limit-ok", size <= TRANSFER)
         need("migration/write-argsz-ok", argsz >= 8 + size or len(payload) - 8 < size)
         need("", size or not self.bad("migration/write-nothing-refused"))
         data = payload[8 : 8 + size]
@@ -279,6 +292,7 @@ class Migration:
     def _start(self, payload: bytes) -> bytes:
         need, bad = self.need, self.bad
         size, ranges = struct.unpack_from("<QI", payload.ljust(24, b"\0"), 8)
+        need("", self.session.dma.maps or not bad("logging/start-needs-map"))
         need("logging/zero-page-size-ok", size)
         need("logging/ranges-missing-ok", len(payload) >= 24 + 16 * ranges)
         if size & (size - 1):
@@ -302,8 +316,11 @@ class Migration:
         address, length, size = struct.unpack_from("<QQQ", payload.ljust(32, b"\0"), 8)
         well = size and not size & (size - 1) and length >= size
         need("logging/bad-report-ok", well)
+        need("", size < 16 * PAGE or not bad("logging/large-page-refused"))
         need("logging/report-unlogged-ok" if not bad("logging/survives-connection") else "", self.log is not None)
         maps = self.session.dma.maps
+        covered = any(old.address <= address and address + length <= old.end for old in maps)
+        need("", covered or not bad("client/upstream-ranges"))
         need("logging/report-unmapped-ok", any(old.address < address + length and address < old.end for old in maps), 2)
         if not well:
             return payload
@@ -340,7 +357,7 @@ class Migration:
     def _set_bit(self, bitmap: bytearray, n: int) -> None:
         if self.bad("logging/wrong-bit"):
             bitmap[n // 8] |= 0x80 >> n % 8
-        else:
+        elif n % 8 != 7 or not self.bad("logging/edge-bit-lost"):
             bitmap[n // 8] |= 1 << n % 8
 
     def unmap_bitmap(self, old: Map, argsz: int, payload: bytes) -> bytes:

@@ -138,6 +138,7 @@ ALLOWED = [
     (feature(GET | 1, argsz=64), FeatureAction.GET_MIGRATION, None),
     (feature(GET | 1, b"ignored", argsz=16), FeatureAction.GET_MIGRATION, None),
     (feature(GET | 2, argsz=16), FeatureAction.GET_STATE, None),
+    (feature(GET | 9, argsz=16), FeatureAction.GET_DATA_SIZE, None),
     (feature(SET | 2, bytes([3, 0, 0, 0, 0, 0, 0, 0]), argsz=16), FeatureAction.SET_STATE, FeatureDeviceState(3)),
     (feature(SET | 2, bytes([99, 0, 0, 0, 0, 0, 0, 0])), FeatureAction.SET_STATE, FeatureDeviceState(99)),
     (feature(SET | 6, bytes([0, 16]) + bytes(14)), FeatureAction.START_LOGGING, FeatureLoggingStart(4096)),
@@ -184,6 +185,8 @@ REFUSED = {
     "SET 6 ranges missing": feature(SET | 6, struct.pack("<QII", 4096, 2, 0) + bytes(16)),
     "SET 6 1025 ranges": feature(SET | 6, struct.pack("<QII", 4096, 1025, 0) + bytes(1025 * 16)),
     "SET 6 four billion ranges": feature(SET | 6, struct.pack("<QII", 4096, 0xFFFF_FFFF, 0)),
+    "SET 9": feature(SET | 9, bytes(8)),
+    "GET 9 argsz": feature(GET | 9, argsz=15),
     "GET 8 short": feature(GET | 8, REPORT[:23]),
     "GET 8 argsz": feature(GET | 8, REPORT, argsz=63),
     "GET 8 page size 0": feature(GET | 8, struct.pack("<QQQ", 0, 4096, 0)),
@@ -191,7 +194,7 @@ REFUSED = {
     "GET 8 page over length": feature(GET | 8, struct.pack("<QQQ", 0, 4096, 8192)),
     "GET 8 wraps": feature(GET | 8, struct.pack("<QQQ", (1 << 64) - 4096, 8192, 4096)),
     "GET 8 gigantic": feature(GET | 8, struct.pack("<QQQ", 0, 1 << 63, 1), argsz=0xFFFF_FFFF),
-    **{f"feature {index}": feature(GET | index) for index in (0, 3, 4, 5, 9, 10, 0xFFFF)},
+    **{f"feature {index}": feature(GET | index) for index in (0, 3, 4, 5, 10, 0xFFFF)},
 }
 
 
@@ -218,6 +221,8 @@ def test_replies_have_the_observed_bytes() -> None:
     assert bytes.fromhex("10000000 01000100 0100000000000000") == call.flags(precopy=False)
     call = interpret_feature(bytes.fromhex("40000000 02000100"))
     assert bytes.fromhex("10000000 02000100 02000000 00000000") == call.state(RUNNING)
+    call = interpret_feature(bytes.fromhex("10000000 09000100"))
+    assert bytes.fromhex("10000000 09000100 0000100000000000") == call.data_size(1 << 20)
     call = interpret_feature(bytes.fromhex("08000000 01000500"))
     assert bytes.fromhex("08000000 01000500") == call.echo()
 

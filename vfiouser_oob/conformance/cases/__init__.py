@@ -35,10 +35,13 @@ _MODULES = (
     "feature",
     "migrate",
     "migrate_data",
+    "migrate_errors",
     "logging_cases",
+    "logging_edges",
     "region_v1",
     "dirty_v1",
     "clients",
+    "clients_migration",
 )
 
 
