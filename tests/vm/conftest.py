@@ -16,8 +16,12 @@ from vmbed.assets import Assets, locate
 ALONE = ("vm", "hostile")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, let those that need the machine for themselves come last, in one worker."""
+    """Where tests run side by side, let those that need the machine for themselves come last, in one worker.
+
+    It comes before the hook that looks at the groups.
+    """
     alone = {item for item in items if any(item.get_closest_marker(name) is not None for name in ALONE)}
     for item in alone:
         item.add_marker(pytest.mark.xdist_group("alone"))

@@ -123,6 +123,11 @@ class Link:
         self._fds: list[int] = []
         sock.setblocking(False)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the case has closed it."""
+        return self.sock.fileno() < 0
+
     # Sending
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:

@@ -36,7 +36,7 @@ def begin(t: Trial, link: Link | None = None) -> Link:
     link = t.attach() if link is None else link
     if found := wake(link):
         raise CannotTell(f"the device is in {found}")
-    t.at_end(lambda: back(link))
+    t.at_end(lambda: None if link.closed else back(link))
     return link
 
 

@@ -243,6 +243,7 @@ class Migration:
         payload, need = command.payload, self.need
         need("feature/offered-without-migration", self.variant.migration)
         need("migration/bad-read-ok", len(payload) >= 8)
+        need("", len(payload) <= 8 or not self.bad("client/surplus-refused"))
         argsz, size = struct.unpack_from("<II", payload.ljust(8, b"\0"))
         need("migration/read-anywhere-ok", self.device.state in SAVING)
         need("migration/bad-read-ok", argsz >= 8 + size)
