@@ -381,12 +381,9 @@ R433 robustness a kept stream can be loaded again
 R434 robustness msg_size of a MIG_DATA_READ reply leaves what size says
 R435 QEMU the sequence of the client with migration
 R436 rust-vmm nothing is asked of a client that serves no commands
-<<<<<<< HEAD
 R437 robustness logging can be started where there is nothing to log
 R438 robustness a device whose load failed does not run
-=======
-R437 libvfio-user a device that cannot be quiesced fails the command with its own error
->>>>>>> conf3
+R439 libvfio-user a device that cannot be quiesced fails the command with its own error
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the
@@ -415,7 +412,7 @@ NOT_FROM_OUTSIDE: Mapping[str, str] = {
     "R217": "what a notified device does is its own business",
     "R276": "needs a device whose migration can be made to fail",
     "R310": "a server may log more than it was asked to",
-    "R437": "needs a device whose quiescing can be made to fail",
+    "R439": "needs a device whose quiescing can be made to fail",
     "R332": "needs a device whose migration can be made to fail",
 }
 
