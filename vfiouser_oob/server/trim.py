@@ -19,21 +19,24 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def resident() -> int:
-    """Return how much memory this process has, in bytes."""
-    with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[1]) * _PAGE
+    """Return how much memory this process has, in bytes; 0 if that cannot be told, as without a free descriptor."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * _PAGE
+    except OSError:
+        return 0
 
 
 def give_back(since: int) -> threading.Thread | None:
     """Give freed memory back to the system, if the process has grown.
 
     Args:
-        since: bytes of memory that it had before.
+        since: bytes of memory that it had before; 0 if that is not known.
 
     Returns:
         The thread that does it; None if it is not worth it.
     """
-    if _trim is None or resident() - since < WORTH:
+    if _trim is None or not since or resident() - since < WORTH:
         return None
     thread = threading.Thread(target=_trim, args=(0,), name="trim", daemon=True)
     thread.start()

@@ -10,6 +10,7 @@ from vfiouser_oob.conformance.case import Area, Effect, Level, check, same
 from vfiouser_oob.conformance.cases.dma_map import MAP, UNMAP, unmap
 from vfiouser_oob.conformance.cases.info import interrupt_capabilities
 from vfiouser_oob.conformance.cases.irqs import SET, assign, check_signals, fire
+from vfiouser_oob.conformance.cases.pci import capabilities
 from vfiouser_oob.conformance.facts import parse_capabilities, parse_region, read_region
 from vfiouser_oob.conformance.link import Link
 from vfiouser_oob.conformance.trial import Trial
@@ -40,6 +41,8 @@ class Memory(NamedTuple):
     flags: int
 
 
+#: Id of the capability of power management.
+_POWER_MANAGEMENT = 1
 #: What a 64 MiB q35 guest maps at first, and after the machine's reset.
 _FIRST = (Memory(0, _RAM, 0, 3), Memory(0xFFFC0000, 0x40000, 0, 1))
 _FINAL = (
@@ -166,6 +169,9 @@ class Qemu:
             link.ok(SET, wire.set_irqs(0x21, IrqIndex.INTX, 0, 0))
         self.t.read_config(link, 4, 2)
         self.t.write(link, CONFIG, 4, b"\0\0")
+        for kind, at in capabilities(self.config):
+            if kind == _POWER_MANAGEMENT:  # is it in D0?
+                self.t.read_config(link, at + 4, 2)
         if self.t.facts.resettable:
             link.ok(Command.DEVICE_RESET)
         if self.t.read_config(link, 0x3D, 1) != b"\0":
