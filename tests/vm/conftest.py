@@ -11,22 +11,6 @@ import pytest
 
 from vmbed.assets import Assets, locate
 
-#: Markers of tests that need the machine for themselves: two guests under emulation starve each other, and a latency is
-#: worth nothing beside other tests.
-ALONE = ("vm", "hostile")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, let those that need the machine for themselves come last, in one worker.
-
-    It comes before the hook that looks at the groups.
-    """
-    alone = {item for item in items if any(item.get_closest_marker(name) is not None for name in ALONE)}
-    for item in alone:
-        item.add_marker(pytest.mark.xdist_group("alone"))
-    items.sort(key=alone.__contains__)
-
 
 @pytest.fixture(scope="session")
 def assets() -> Assets:
