@@ -39,5 +39,8 @@ def give_back(since: int) -> threading.Thread | None:
     if _trim is None or not since or resident() - since < WORTH:
         return None
     thread = threading.Thread(target=_trim, args=(0,), name="trim", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no thread to spare; then the memory stays for the next client
+        return None
     return thread
