@@ -39,7 +39,8 @@ async def test_no_more_than_fits_at_one_time() -> None:
         assert (["a"], 60) == (commands.inside, commands.room.used)
         commands.ends["a"].set()
         await trio.testing.wait_all_tasks_blocked()
-        assert (["b", "c"], 70) == (commands.inside, commands.room.used)
+        # Both were let in at once, and which of their tasks runs first is the event loop's to choose.
+        assert (["b", "c"], 70) == (sorted(commands.inside), commands.room.used)
         commands.ends["b"].set()
         commands.ends["c"].set()
     assert 0 == commands.room.used
