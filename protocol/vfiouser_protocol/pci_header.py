@@ -14,6 +14,8 @@ from .pci_registers import Registers
 
 STANDARD_SIZE = 256
 EXTENDED_SIZE = 4096
+#: Functions of one bus, without ARI: 32 devices of 8.
+FUNCTIONS_PER_BUS = 256
 _FIRST_CAPABILITY = 0x40
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.runner import Outcome, Runner, Verdict
-from vfiouser_oob.conformance.select_cases import select
-from vfiouser_oob.conformance.stimulus import PROFILES
-from vfiouser_oob.conformance.trial import Target
+from vfiouser_conformance.cases import all_cases
+from vfiouser_conformance.runner import Outcome, Runner, Verdict
+from vfiouser_conformance.select_cases import select
+from vfiouser_conformance.stimulus import PROFILES
+from vfiouser_conformance.trial import Target
 
 pytestmark = pytest.mark.slow
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mutants import serving
-from vfiouser_oob.conformance.case import Case
-from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.runner import Result, Runner, Verdict
-from vfiouser_oob.conformance.stimulus import PROFILES
-from vfiouser_oob.conformance.trial import Target
+from vfiouser_conformance.case import Case
+from vfiouser_conformance.cases import all_cases
+from vfiouser_conformance.runner import Result, Runner, Verdict
+from vfiouser_conformance.stimulus import PROFILES
+from vfiouser_conformance.trial import Target
 
 #: Shorter than what a slow mutant takes, longer than anything else, in seconds.
 TIMEOUT_S = 1.0

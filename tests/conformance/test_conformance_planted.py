@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from plantedservers import HABITS
-from vfiouser_oob.conformance.case import Case, Level
-from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.findings import findings
-from vfiouser_oob.conformance.process import ServerProcess
-from vfiouser_oob.conformance.reports.table import TableReport, requirements_tested
-from vfiouser_oob.conformance.runner import Outcome, Runner, Unreachable, Verdict
-from vfiouser_oob.conformance.select_cases import select
-from vfiouser_oob.conformance.stimulus import PROFILES
-from vfiouser_oob.conformance.trial import CASE_TIMEOUTS, Target
+from vfiouser_conformance.case import Case, Level
+from vfiouser_conformance.cases import all_cases
+from vfiouser_conformance.findings import findings
+from vfiouser_conformance.process import ServerProcess
+from vfiouser_conformance.reports.table import TableReport, requirements_tested
+from vfiouser_conformance.runner import Outcome, Runner, Unreachable, Verdict
+from vfiouser_conformance.select_cases import select
+from vfiouser_conformance.stimulus import PROFILES
+from vfiouser_conformance.trial import CASE_TIMEOUTS, Target
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 TIMEOUT_S = 5.0

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from vfiouser_oob.conformance import vectors, wire
-from vfiouser_oob.conformance.case import Case, CaseFailed, Effect, Level
-from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.facts import parse_capabilities
-from vfiouser_oob.conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, SENTENCES, coverage
-from vfiouser_oob.conformance.select_cases import BadExpression, select
+from vfiouser_conformance import vectors, wire
+from vfiouser_conformance.case import Case, CaseFailed, Effect, Level
+from vfiouser_conformance.cases import all_cases
+from vfiouser_conformance.facts import parse_capabilities
+from vfiouser_conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, SENTENCES, coverage
+from vfiouser_conformance.select_cases import BadExpression, select
 from vfiouser_protocol.constants import Command
 
 CASES = all_cases()

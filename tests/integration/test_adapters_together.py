@@ -14,17 +14,17 @@ import trio
 
 from vfiouser_agents.api import Agent
 from vfiouser_agents.registry import make_agent
+from vfiouser_agents.rpc.kinds import SERVED_KINDS
 from vfiouser_agents.rpc.protocols import PROTOCOLS
 from vfiouser_agents.testing import CheckOutcome, check_agent
 from vfiouser_oob.cli import demo
 from vfiouser_oob.client.nursery import background_nursery
-from vfiouser_oob.client.vmm.live import LiveOptions
-from vfiouser_oob.client.vmm.side import Generation
-from vfiouser_oob.client.vmm.voyage import Voyage
-from vfiouser_oob.config.soc import AGENT_PROTOCOLS
-from vfiouser_oob.demo.children import running
-from vfiouser_oob.demo.hosts import HostOptions, two_hosts
-from vfiouser_oob.demo.workload import Workload
+from vfiouser_oob.lab.demo.children import running
+from vfiouser_oob.lab.demo.hosts import HostOptions, two_hosts
+from vfiouser_oob.lab.demo.workload import Workload
+from vfiouser_oob.lab.vmm.live import LiveOptions
+from vfiouser_oob.lab.vmm.side import Generation
+from vfiouser_oob.lab.vmm.voyage import Voyage
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +38,10 @@ def place() -> Iterator[Path]:
 
 def test_the_simulator_offers_every_protocol() -> None:
     """What the simulator's option lists is what can be served."""
-    assert set(PROTOCOLS) == set(AGENT_PROTOCOLS)
+    assert set(PROTOCOLS) == set(SERVED_KINDS)
 
 
-@pytest.mark.parametrize("protocol", AGENT_PROTOCOLS)
+@pytest.mark.parametrize("protocol", SERVED_KINDS)
 async def test_contract_of_the_simulator(protocol: str, place: Path) -> None:
     """The simulated SoC keeps the contract in every protocol, as far as the protocol goes."""
     command = ["simulate-soc", f"--socket-dir={place}", "--size=1M", f"--agent-protocol={protocol}"]

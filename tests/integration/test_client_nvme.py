@@ -17,9 +17,9 @@ from openfds import open_fds
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import ClientMemory
-from vfiouser_oob.client.nvme_driver import NvmeDriver
-from vfiouser_oob.client.nvme_layout import NvmeError
-from vfiouser_oob.demo.children import Child, ChildFailed, running
+from vfiouser_oob.lab.demo.children import Child, ChildFailed, running
+from vfiouser_oob.lab.nvme.driver import NvmeDriver
+from vfiouser_oob.lab.nvme.layout import NvmeError
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import ReplyError
 

@@ -30,10 +30,10 @@ from migrationkit import (
 )
 from rawclient import connect
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.observability import log
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import listen_on_path

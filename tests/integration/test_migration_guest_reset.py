@@ -11,8 +11,8 @@ import trio
 
 from killbed.trip import Trip
 from vfiouser_oob.client.client import Client
-from vfiouser_oob.client.vmm.side import Generation
-from vfiouser_oob.demo.hosts import HostOptions, two_hosts
+from vfiouser_oob.lab.demo.hosts import HostOptions, two_hosts
+from vfiouser_oob.lab.vmm.side import Generation
 from vfiouser_protocol.constants import RegionIndex
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from killbed.hosts import Host, Service
 from killbed.trip import Phase, Trip
 from vfiouser_agents.api import AgentState, Role
 from vfiouser_oob.client.client import Client
-from vfiouser_oob.client.vmm.side import Generation
+from vfiouser_oob.lab.vmm.side import Generation
 from vfiouser_protocol.constants import DeviceState, RegionIndex
 from vfiouser_protocol.errors import ReplyError
 

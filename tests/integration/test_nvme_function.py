@@ -12,8 +12,8 @@ from daemonkit import function, serving
 from openfds import open_fds
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
-from vfiouser_oob.client.nvme_driver import NvmeDriver
 from vfiouser_oob.config.schema import DmaMode, Doorbells, ModelDevice, NvmeOptions
+from vfiouser_oob.lab.nvme.driver import NvmeDriver
 
 SIZE = 4 << 20
 

@@ -18,13 +18,13 @@ import vendors
 from migrationkit import until
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.nursery import background_nursery
-from vfiouser_oob.client.vmm.live import LiveOptions
-from vfiouser_oob.client.vmm.side import Generation
-from vfiouser_oob.client.vmm.voyage import Voyage
 from vfiouser_oob.control.client import ControlClient
-from vfiouser_oob.demo.children import Child, running
-from vfiouser_oob.demo.hosts import HOSTS, HostOptions, HostPair, two_hosts
-from vfiouser_oob.demo.workload import Workload
+from vfiouser_oob.lab.demo.children import Child, running
+from vfiouser_oob.lab.demo.hosts import HOSTS, HostOptions, HostPair, two_hosts
+from vfiouser_oob.lab.demo.workload import Workload
+from vfiouser_oob.lab.vmm.live import LiveOptions
+from vfiouser_oob.lab.vmm.side import Generation
+from vfiouser_oob.lab.vmm.voyage import Voyage
 from vfiouser_protocol.constants import RegionIndex
 
 pytestmark = pytest.mark.slow

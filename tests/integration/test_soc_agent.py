@@ -25,8 +25,8 @@ from vfiouser_agents.testing import CheckOutcome, check_agent
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
-from vfiouser_oob.client.nvme_driver import NvmeDriver
-from vfiouser_oob.demo.children import Child, running
+from vfiouser_oob.lab.demo.children import Child, running
+from vfiouser_oob.lab.nvme.driver import NvmeDriver
 from vfiouser_protocol.constants import IrqIndex
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ import trio
 
 from rawclient import GET_INFO, QEMU_CAPABILITIES, VERSION, RawClient
 from vfiouser_oob.control.client import ControlClient
-from vfiouser_oob.control.status import Status
+from vfiouser_oob.observability.status import Status
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """\

@@ -12,12 +12,12 @@ import pytest
 import trio
 
 from vfiouser_oob.client.nursery import background_nursery
-from vfiouser_oob.client.vmm.live import LiveOptions, LiveProgress, MigrationPhase
-from vfiouser_oob.client.vmm.side import Generation
-from vfiouser_oob.client.vmm.voyage import SideOptions, Voyage
-from vfiouser_oob.demo.children import Child
-from vfiouser_oob.demo.hosts import HostOptions, HostPair, two_hosts
-from vfiouser_oob.demo.workload import Workload
+from vfiouser_oob.lab.demo.children import Child
+from vfiouser_oob.lab.demo.hosts import HostOptions, HostPair, two_hosts
+from vfiouser_oob.lab.demo.workload import Workload
+from vfiouser_oob.lab.vmm.live import LiveOptions, LiveProgress, MigrationPhase
+from vfiouser_oob.lab.vmm.side import Generation
+from vfiouser_oob.lab.vmm.voyage import SideOptions, Voyage
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ import pytest
 import trio
 
 from mutants import serving
-from vfiouser_oob.conformance import describe, wire
-from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.runner import Runner, Verdict
-from vfiouser_oob.conformance.trial import Target
+from vfiouser_conformance import describe, wire
+from vfiouser_conformance.cases import all_cases
+from vfiouser_conformance.runner import Runner, Verdict
+from vfiouser_conformance.trial import Target
 from vmbed.assets import Assets
 from vmbed.qemu import QemuConfig, VfioUserDevice, start_qemu
 

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from vfiouser_oob import __version__
-from vfiouser_oob.bench.raw import BenchFailed
-from vfiouser_oob.bench.results import Result
-from vfiouser_oob.bench.stage import FULL, QUICK, measure
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
 from vfiouser_oob.cli.interruptible import run_interruptible
-from vfiouser_oob.demo.children import ChildFailed
+from vfiouser_oob.lab.bench.raw import BenchFailed
+from vfiouser_oob.lab.bench.results import Result
+from vfiouser_oob.lab.bench.stage import FULL, QUICK, measure
+from vfiouser_oob.lab.demo.children import ChildFailed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

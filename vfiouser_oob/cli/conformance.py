@@ -11,17 +11,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from vfiouser_conformance.case import Case, Level
+from vfiouser_conformance.cases import all_cases
+from vfiouser_conformance.process import ServerProcess
+from vfiouser_conformance.reports.machine import as_json, as_junit
+from vfiouser_conformance.reports.table import TableReport, explanation, failures_of, listing, wants_colours
+from vfiouser_conformance.runner import RUN_S, Outcome, Result, Runner, Unreachable, Verdict
+from vfiouser_conformance.select_cases import BadExpression, select
+from vfiouser_conformance.stimulus import PROFILES
+from vfiouser_conformance.trial import CASE_TIMEOUTS, Target
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.conformance.case import Case, Level
-from vfiouser_oob.conformance.cases import all_cases
-from vfiouser_oob.conformance.process import ServerProcess
-from vfiouser_oob.conformance.reports.machine import as_json, as_junit
-from vfiouser_oob.conformance.reports.table import TableReport, explanation, failures_of, listing, wants_colours
-from vfiouser_oob.conformance.runner import RUN_S, Outcome, Result, Runner, Unreachable, Verdict
-from vfiouser_oob.conformance.select_cases import BadExpression, select
-from vfiouser_oob.conformance.stimulus import PROFILES
-from vfiouser_oob.conformance.trial import CASE_TIMEOUTS, Target
 
 _DEFAULT_TIMEOUT_S = 5.0
 _TIMEOUT_MAX_S = 600.0

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from trio import TooSlowError
 
+from vfiouser_agents.rpc.kinds import DEFAULT_KIND, SERVED_KINDS
 from vfiouser_oob import __version__
 from vfiouser_oob.cli.demo_display import Display, print_functions, print_journeys
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode, explain, leaves
@@ -16,15 +17,15 @@ from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.cli.options import count, option
 from vfiouser_oob.config.devices import read_namespace_size
 from vfiouser_oob.config.schema import Doorbells
-from vfiouser_oob.config.soc import AGENT_PROTOCOLS, DEFAULT_AGENT_PROTOCOL, FUNCTIONS_MAX
 from vfiouser_oob.config.values import read_size
-from vfiouser_oob.demo.certificates import CertificatesUnavailable
-from vfiouser_oob.demo.children import ChildFailed
-from vfiouser_oob.demo.hosts import HostOptions
-from vfiouser_oob.demo.journey import MEMORY_SIZE, JourneyReport
-from vfiouser_oob.demo.migrate import show_migration
-from vfiouser_oob.demo.scenario import FunctionReport
-from vfiouser_oob.demo.stage import DemoOptions, show
+from vfiouser_oob.lab.demo.certificates import CertificatesUnavailable
+from vfiouser_oob.lab.demo.children import ChildFailed
+from vfiouser_oob.lab.demo.hosts import HostOptions
+from vfiouser_oob.lab.demo.journey import MEMORY_SIZE, JourneyReport
+from vfiouser_oob.lab.demo.migrate import show_migration
+from vfiouser_oob.lab.demo.scenario import FunctionReport
+from vfiouser_oob.lab.demo.stage import DemoOptions, show
+from vfiouser_protocol.pci_header import FUNCTIONS_PER_BUS
 
 _SEED_MAX = (1 << 32) - 1
 #: A process that died is the cause, what its peers noticed of it the effect.
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--functions",
         metavar="N",
-        type=count(1, FUNCTIONS_MAX),
+        type=count(1, FUNCTIONS_PER_BUS),
         default=1,
         help="how many functions; they migrate at the same time (default: 1)",
     )
@@ -70,9 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--agent",
         metavar="KIND[,KIND]",
         type=option(_read_agents),
-        default=(DEFAULT_AGENT_PROTOCOL, DEFAULT_AGENT_PROTOCOL),
-        help=f"what the agents speak, or that of each host: {', '.join(AGENT_PROTOCOLS)} "
-        f"(default: {DEFAULT_AGENT_PROTOCOL})",
+        default=(DEFAULT_KIND, DEFAULT_KIND),
+        help=f"what the agents speak, or that of each host: {', '.join(SERVED_KINDS)} (default: {DEFAULT_KIND})",
     )
     parser.add_argument(
         "--seed", metavar="N", type=count(0, _SEED_MAX), default=1, help="seed of the data (default: 1)"
@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _read_agents(text: str) -> tuple[str, str]:
     kinds = text.split(",")
-    if len(kinds) > 2 or not set(kinds) <= set(AGENT_PROTOCOLS):
-        raise ValueError(f"must be one or two of {', '.join(AGENT_PROTOCOLS)}, got {text!r}")
+    if len(kinds) > 2 or not set(kinds) <= set(SERVED_KINDS):
+        raise ValueError(f"must be one or two of {', '.join(SERVED_KINDS)}, got {text!r}")
     if "legacy-tcp" in kinds and len(set(kinds)) > 1:
         raise ValueError("legacy-tcp cannot tell another kind of agent what the function is; use it for both hosts")
     return kinds[0], kinds[-1]

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from vfiouser_oob.client.vmm.live import LiveProgress, MigrationPhase
-from vfiouser_oob.demo.journey import JourneyReport, LegReport
-from vfiouser_oob.demo.scenario import FunctionReport
+from vfiouser_oob.lab.demo.journey import JourneyReport, LegReport
+from vfiouser_oob.lab.demo.scenario import FunctionReport
+from vfiouser_oob.lab.vmm.live import LiveProgress, MigrationPhase
 
 _BAR = 24
 #: A bar is drawn this often at most, seconds.

@@ -53,7 +53,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
     CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),
-    CommandEntry("simulate-soc", "vfiouser_oob.cli.simulate_soc", "play an IPU/DPU with NVMe functions"),
+    CommandEntry("simulate-soc", "vfiouser_soc.command", "play an IPU/DPU with NVMe functions"),
     CommandEntry("agent-check", "vfiouser_oob.cli.agent_check", "check that an agent keeps its contract"),
     CommandEntry("conformance", "vfiouser_oob.cli.conformance", "judge a vfio-user server, ours or anyone's"),
     CommandEntry("demo", "vfiouser_oob.cli.demo", "show it all at work, without a VMM"),

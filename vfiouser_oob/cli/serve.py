@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,11 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: a mistake on the command line is reported without loading the whole daemon first.
     import trio
 
+    from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
 
     log.configure(config.log_level, config.log_format)
     settle_objects()
-    trio.run(run_daemon, config)
+    trio.run(partial(run_daemon, config, control=serve_control))
     return ExitCode.DONE

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from vfiouser_oob.config.values import format_size
-from vfiouser_oob.control.status import ClientStatus, FunctionStatus, MigrationStatus, Status
+from vfiouser_oob.observability.status import ClientStatus, FunctionStatus, MigrationStatus, Status
 
 #: What is said of capabilities that the agent itself has not told this daemon.
 _HEARSAY = {

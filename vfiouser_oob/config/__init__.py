@@ -24,7 +24,6 @@ from vfiouser_oob.config.schema import (
     default_control_socket,
     default_state_directory,
 )
-from vfiouser_oob.config.soc import SocOptions
 
 __all__ = [
     "AgentConfig",
@@ -42,7 +41,6 @@ __all__ = [
     "ModelDevice",
     "NvmeOptions",
     "RegionPolicy",
-    "SocOptions",
     "UpstreamDevice",
     "VfioInterface",
     "default_control_socket",

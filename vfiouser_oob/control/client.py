@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from vfiouser_oob.control import protocol
-from vfiouser_oob.control.status import Status
+from vfiouser_oob.observability.status import Status
 
 DEFAULT_TIMEOUT_S = 5.0
 # A daemon of many functions answers with a long line; a stranger on that socket must still not fill our

@@ -17,8 +17,8 @@ import trio
 from vfiouser_oob import __version__
 from vfiouser_oob.control import protocol
 from vfiouser_oob.control.protocol import ErrorCode, Request, RequestError
-from vfiouser_oob.control.status import StatusProvider
 from vfiouser_oob.observability import log
+from vfiouser_oob.observability.status import StatusProvider
 from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 
@@ -233,3 +233,16 @@ def credentials(stream: trio.SocketStream) -> tuple[Peer, frozenset[int]]:
         except OSError:  # a kernel before 4.13, or a peer with more groups than Linux allows
             raw = b""
     return peer, frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
+
+
+async def serve_control(
+    provider: StatusProvider, sock: socket.socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer questions about a daemon until cancelled.
+
+    Args:
+        provider: the daemon.
+        sock: a listening UNIX stream socket; it is closed when this ends, its path stays the caller's.
+        task_status: told when connections are accepted.
+    """
+    await ControlServer(provider).serve(sock, task_status=task_status)

@@ -8,16 +8,10 @@ from importlib import import_module
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DmaMode, FunctionConfig, KernelVfioDevice, ModelDevice, UpstreamDevice
 from vfiouser_oob.devices.base import DeviceBackend
-from vfiouser_oob.devices.model import DeviceModel
 from vfiouser_oob.devices.model_backend import ModelBackend
+from vfiouser_oob.devices.models.registry import model_builder
 from vfiouser_oob.devices.upstream import UpstreamBackend
 from vfiouser_oob.transport.activity import Activity
-
-#: Models by name: module and the function in it that builds one. Loaded when first used.
-MODELS: Mapping[str, tuple[str, str]] = {
-    "nvme": ("vfiouser_oob.simulator.nvme.build", "build"),
-    "test": ("vfiouser_oob.devices.models.test_device", "build"),
-}
 
 
 def make_backend(config: FunctionConfig, activity: Activity) -> DeviceBackend:
@@ -37,11 +31,9 @@ def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     device = config.device
     assert isinstance(device, ModelDevice)
     try:
-        module, name = MODELS[device.model]
-    except KeyError:
-        known = ", ".join(sorted(MODELS))
-        raise ConfigError(f"function {config.name!r}: there is no model {device.model!r} (there is: {known})") from None
-    build: Callable[[str, object], DeviceModel] = getattr(import_module(module), name)
+        build = model_builder(device.model)
+    except ConfigError as error:
+        raise ConfigError(f"function {config.name!r}: {error}") from error
     return ModelBackend(
         build(config.name, device.options),
         dma_by_message=config.dma is DmaMode.MESSAGES,

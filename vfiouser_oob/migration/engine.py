@@ -22,7 +22,6 @@ import trio
 from vfiouser_agents.api import Agent, AgentState, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate, Unsupported
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.migration.actions import Device
 from vfiouser_oob.migration.arcs import AHEAD, ARCS, HALT, Do, MessageTime, Step, StepFailed, Undo, travel
@@ -30,6 +29,7 @@ from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, agent_i
 from vfiouser_oob.migration.fence import Verdict, verdict
 from vfiouser_oob.migration.resetting import Resetting
 from vfiouser_oob.migration.standing import Goal, Owner, Truth, message_deadline
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.capabilities import READ_S, Drawer
 from vfiouser_protocol.constants import DeviceState

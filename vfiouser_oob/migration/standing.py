@@ -12,13 +12,13 @@ import trio
 from vfiouser_agents.api import Agent, AgentState, Outcome, Status
 from vfiouser_agents.errors import AgentError, Fate
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.migration.actions import Actions, Work
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.arcs import Bound, Undo
 from vfiouser_oob.migration.backoff import Backoff
 from vfiouser_oob.migration.fence import AS_STATE
 from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.capabilities import Drawer, Facts
 from vfiouser_protocol.constants import DeviceState

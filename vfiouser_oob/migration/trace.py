@@ -11,7 +11,7 @@ import trio
 
 from vfiouser_agents.api import Event, EventKind
 from vfiouser_agents.errors import MAX_MESSAGE
-from vfiouser_oob.control.events import EventHub
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
 
 #: Seconds between two progress events of one function; data moves in thousands of chunks, and a watcher has a life.

@@ -10,11 +10,11 @@ import mmap
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
-from vfiouser_agents.buffers import BufferPool
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.standing import Owner, message_deadline
+from vfiouser_protocol.buffers import BufferPool
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.migration_v1 import (

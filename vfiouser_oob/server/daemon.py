@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import trio
 
@@ -23,15 +23,14 @@ from vfiouser_oob import __version__
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig
-from vfiouser_oob.control.events import EventHub
-from vfiouser_oob.control.server import ControlServer
-from vfiouser_oob.control.status import DaemonStatus, Status
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.observability import log
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.observability.status import DaemonStatus, Status, StatusProvider
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import EngineMaker, Function
 from vfiouser_oob.server.status import function_status, iso_time
@@ -58,10 +57,26 @@ _WITHOUT_MEANING = MappingProxyType(
 Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
 
 
+class ServeControl(Protocol):
+    """Answers on the control socket; what does that is above this room."""
+
+    async def __call__(
+        self, provider: StatusProvider, sock: socket.socket, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Serve until cancelled.
+
+        Args:
+            provider: what is asked.
+            sock: the listening socket; its owner is this from now on.
+            task_status: told when connections are accepted.
+        """
+
+
 async def run_daemon(
     config: DaemonConfig,
     *,
     agents: AgentMaker = make_agent,
+    control: ServeControl | None = None,
     beside: Companion | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -70,6 +85,7 @@ async def run_daemon(
     Args:
         config: what to serve.
         agents: makes agents by kind and options.
+        control: answers on the control socket; without it there is none.
         beside: what else has to be there before we are ready.
         task_status: told when every socket listens.
 
@@ -78,7 +94,7 @@ async def run_daemon(
         ListenError: a socket cannot be listened on.
     """
     with ExitStack() as resources:
-        daemon = Daemon(config, resources, agents, beside)
+        daemon = Daemon(config, resources, agents, control, beside)
         await daemon.run(task_status)
 
 
@@ -89,6 +105,7 @@ class Daemon:
         config: what to serve.
         resources: closes whatever was opened, also when opening the next thing fails.
         agents: makes agents by kind and options.
+        control: answers on the control socket; without it there is none.
         beside: what else has to be there before we are ready.
     """
 
@@ -97,9 +114,11 @@ class Daemon:
         config: DaemonConfig,
         resources: ExitStack,
         agents: AgentMaker = make_agent,
+        control: ServeControl | None = None,
         beside: Companion | None = None,
     ) -> None:
         self._config = config
+        self._serve_control = control
         self._beside = beside
         self._agents = AgentPool(agents)
         self._log = log.get("daemon")
@@ -113,9 +132,9 @@ class Daemon:
         resources.callback(self._activity.close)
         _raise_fd_limit()
         inherited = inherited_sockets()
-        control = inherited.pop(CONTROL_NAME, [])
+        control_fds = inherited.pop(CONTROL_NAME, [])
         assigned = assign_sockets(config.functions, inherited)
-        self._control = self._open_control(control, resources)
+        self._control = self._open_control(control_fds, resources)
         self._listeners: list[tuple[Function, Listener]] = []
         self._connected: list[tuple[Function, socket.socket]] = []
         self.functions: list[Function] = []
@@ -175,6 +194,8 @@ class Daemon:
             self._connected.append((function, sock))
 
     def _open_control(self, inherited: list[int], resources: ExitStack) -> Listener | None:
+        if self._serve_control is None:
+            return None
         if inherited:
             listener = Listener(adopt_socket(inherited[0]), None)
         elif self._config.control_socket is not None:
@@ -194,8 +215,8 @@ class Daemon:
             for function in self.functions:
                 devices.start_soon(function.run_device)
                 devices.start_soon(function.run_migration)
-            if self._control is not None:
-                await devices.start(ControlServer(self).serve, self._control.sock.dup())
+            if self._control is not None and self._serve_control is not None:
+                await devices.start(self._serve_control, self, self._control.sock.dup())
             with trio.open_signal_receiver(*_ENDING, *_WITHOUT_MEANING) as signals:
                 async with trio.open_nursery() as serving:
                     serving.start_soon(self._await_signal, signals, serving.cancel_scope)

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import trio
 
-from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
 from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.port import attach
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained, root_cause

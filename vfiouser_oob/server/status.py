@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from vfiouser_oob.control.status import (
+from vfiouser_oob.devices.base import BackendSession
+from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
     ClientStatus,
     FunctionStatus,
@@ -12,9 +15,6 @@ from vfiouser_oob.control.status import (
     MigrationStatus,
     RegionStatus,
 )
-from vfiouser_oob.devices.base import BackendSession
-from vfiouser_oob.migration.engine import MigrationEngine
-from vfiouser_oob.migration.standing import Truth
 from vfiouser_oob.persist.capabilities import Source
 from vfiouser_oob.server.function import Function
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex

@@ -19,10 +19,10 @@ from typing import TypeAlias
 
 import trio
 
-from vfiouser_agents.buffers import BufferPool
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import ForeignFd, HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.reaper import STRANGERS, Account
+from vfiouser_protocol.buffers import BufferPool
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.framing import Framer, Message

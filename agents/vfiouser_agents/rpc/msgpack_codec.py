@@ -18,8 +18,8 @@ from typing import Any
 
 import msgpack
 
-from vfiouser_agents.buffers import BufferPool
 from vfiouser_agents.errors import ProtocolError
+from vfiouser_protocol.buffers import BufferPool
 
 from .errormap import error_from_map, error_to_map
 from .messages import DEFAULT_MAX_MESSAGE, ID_LIMIT, Buffer, Codec, Message, Notification, Request, Response

@@ -20,6 +20,7 @@ from vfiouser_oob.config.schema import (
     MigrationConfig,
     ModelDevice,
 )
+from vfiouser_oob.control.server import serve_control
 from vfiouser_oob.server.daemon import Daemon, run_daemon
 
 TEST_DEVICE = ModelDevice(model="test")
@@ -70,6 +71,6 @@ async def serving(
         state_directory=state_directory,
     )
     async with trio.open_nursery() as nursery:
-        daemon = await nursery.start(partial(run_daemon, config, agents=make))
+        daemon = await nursery.start(partial(run_daemon, config, agents=make, control=serve_control))
         yield daemon
         nursery.cancel_scope.cancel()

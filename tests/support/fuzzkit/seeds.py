@@ -21,9 +21,9 @@ from streamkit import whole_records
 from vfiouser_agents.rpc.legacy_messages import HEADERS, LegacyRequest
 from vfiouser_agents.values import Descriptor
 from vfiouser_oob.migration.descriptor import encode_descriptor
-from vfiouser_oob.simulator.nvme.snapshot import capture, pack
 from vfiouser_protocol.commands import COMMANDS
 from vfiouser_protocol.regions import RegionSpec, RegionType, SparseArea, region_info_reply
+from vfiouser_soc.nvme.snapshot import capture, pack
 
 _WHOLE, _BYTES, _FIVES = b"\0", b"\1", b"\x22"
 

@@ -24,10 +24,6 @@ from vfiouser_agents.values import Descriptor
 from vfiouser_oob.migration.descriptor import decode_descriptor
 from vfiouser_oob.migration.stream import Data, Header, StreamReader, StreamRefused
 from vfiouser_oob.migration.stream_format import DATA, RECORDS, pack_head, pack_header
-from vfiouser_oob.simulator.nvme import snapshot as nvme
-from vfiouser_oob.simulator.nvme.function import NvmeFunction
-from vfiouser_oob.simulator.nvme.snapshot_reader import BadSnapshot, parse
-from vfiouser_oob.simulator.nvme.stores import MemoryStore
 from vfiouser_protocol.capabilities import (
     Capabilities,
     accept_reply,
@@ -44,6 +40,10 @@ from vfiouser_protocol.framing import Framer, Message
 from vfiouser_protocol.migration_v2 import FeatureAction, interpret_feature
 from vfiouser_protocol.regions import parse_region_info
 from vfiouser_protocol.session import CommandReceived, Phase, Role, Session
+from vfiouser_soc.nvme import snapshot as nvme
+from vfiouser_soc.nvme.function import NvmeFunction
+from vfiouser_soc.nvme.snapshot_reader import BadSnapshot, parse
+from vfiouser_soc.nvme.stores import MemoryStore
 
 TARGETS: dict[str, Callable[[bytes], None]] = {}
 MAX_MESSAGE = 1 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 import trio
 
 from killbed.trip import Phase, Trip
-from vfiouser_oob.client.vmm.side import Generation
+from vfiouser_oob.lab.vmm.side import Generation
 from vfiouser_oob.systemd.notify import Notifier
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import trio
 
 from vfiouser_oob.client.guest import ClientMemory
-from vfiouser_oob.client.nvme_driver import NvmeDriver
-from vfiouser_oob.client.vmm.attachment import Attachment
-from vfiouser_oob.client.vmm.side import Generation, MigrationSide
-from vfiouser_oob.client.vmm.voyage import SideOptions, open_side
+from vfiouser_oob.lab.nvme.driver import NvmeDriver
+from vfiouser_oob.lab.vmm.attachment import Attachment
+from vfiouser_oob.lab.vmm.side import Generation, MigrationSide
+from vfiouser_oob.lab.vmm.voyage import SideOptions, open_side
 
 _MEMORY_BASE, _MEMORY_SIZE = 0x1_0000_0000, 2 << 20
 _CHUNK = 64 << 10

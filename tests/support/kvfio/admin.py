@@ -9,7 +9,7 @@ import trio
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
-from vfiouser_oob.client.nvme_layout import ACQ, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRY_SIZES, CSTS, DOORBELLS, SQE
+from vfiouser_oob.lab.nvme.layout import ACQ, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRY_SIZES, CSTS, DOORBELLS, SQE
 from vfiouser_protocol.constants import RegionIndex
 
 ENTRIES = 8

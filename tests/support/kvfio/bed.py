@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vfiouser_oob.config.schema import (
     VfioInterface,
 )
 from vfiouser_oob.control.client import ControlClient, ControlError
+from vfiouser_oob.control.server import serve_control
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.daemon import run_daemon
 
@@ -134,7 +136,7 @@ def _serve(config: DaemonConfig, log_file: Path, uid: int, memlock: int | None) 
     _become(uid)
     log.configure(LogLevel.DEBUG)
     try:
-        trio.run(run_daemon, config)
+        trio.run(partial(run_daemon, config, control=serve_control))
     except BaseException:
         traceback.print_exc()
         return 1

@@ -17,7 +17,7 @@ from kvfio.scenarios import IOVA, MIB, MODEL, admin_queue, eventfd, fired, refus
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
-from vfiouser_oob.client.nvme_driver import NvmeDriver
+from vfiouser_oob.lab.nvme.driver import NvmeDriver
 from vfiouser_oob.transport.fds import Lent
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags, RegionIndex
 

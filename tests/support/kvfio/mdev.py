@@ -19,9 +19,9 @@ from kvfio.scenarios import wait_until as until
 from kvfio.serial import SCR, SerialMachine, SerialPort
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory
-from vfiouser_oob.client.vmm.attachment import Attachment
-from vfiouser_oob.client.vmm.side import Generation
-from vfiouser_oob.client.vmm.voyage import open_side
+from vfiouser_oob.lab.vmm.attachment import Attachment
+from vfiouser_oob.lab.vmm.side import Generation
+from vfiouser_oob.lab.vmm.voyage import open_side
 from vfiouser_oob.transport.fds import Lent
 from vfiouser_protocol.constants import DeviceState, IrqIndex, RegionIndex
 from vfiouser_protocol.errors import VfioUserError

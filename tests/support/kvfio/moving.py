@@ -10,10 +10,10 @@ from pathlib import Path
 from kvfio.serial import SerialMachine
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
-from vfiouser_oob.client.vmm.attachment import Attachment
-from vfiouser_oob.client.vmm.live import LiveMigration, LiveOptions, LiveProgress, MigrationPhase
-from vfiouser_oob.client.vmm.side import Generation, MigrationSide
-from vfiouser_oob.client.vmm.voyage import SideOptions, open_side
+from vfiouser_oob.lab.vmm.attachment import Attachment
+from vfiouser_oob.lab.vmm.live import LiveMigration, LiveOptions, LiveProgress, MigrationPhase
+from vfiouser_oob.lab.vmm.side import Generation, MigrationSide
+from vfiouser_oob.lab.vmm.voyage import SideOptions, open_side
 from vfiouser_protocol.constants import DeviceState
 
 MIB = 1 << 20

@@ -20,9 +20,9 @@ from kvfio.nested import stock_linux, stock_qemu
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
-from vfiouser_oob.client.nvme_driver import NvmeDriver
-from vfiouser_oob.client.nvme_layout import CC, CSTS
 from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
+from vfiouser_oob.lab.nvme.driver import NvmeDriver
+from vfiouser_oob.lab.nvme.layout import CC, CSTS
 from vfiouser_oob.transport.fds import Lent
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags, RegionIndex
 from vfiouser_protocol.errors import ReplyError

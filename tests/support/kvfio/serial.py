@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 
 from kvfio.scenarios import eventfd, fired
 from vfiouser_oob.client.client import Client
-from vfiouser_oob.client.vmm.attachment import Attachment, ConfigState, save_config
-from vfiouser_oob.client.vmm.live import VirtualMachine
+from vfiouser_oob.lab.vmm.attachment import Attachment, ConfigState, save_config
+from vfiouser_oob.lab.vmm.live import VirtualMachine
 from vfiouser_oob.transport.fds import Lent
 from vfiouser_protocol.constants import IrqIndex
 

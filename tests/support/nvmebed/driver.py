@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import trio
 
 from nvmebed.host import RAM_START, Host
-from vfiouser_oob.simulator.nvme.function import NvmeFunction
+from vfiouser_soc.nvme.function import NvmeFunction
 
 PAGE = 4096
 CC_ENABLE = 6 << 16 | 4 << 20 | 1

@@ -10,12 +10,12 @@ import trio
 
 from nvmebed.driver import Driver, Queue
 from nvmebed.host import Host
-from vfiouser_oob.simulator.nvme.build import controller_identity, namespace_identity
-from vfiouser_oob.simulator.nvme.config import ControllerLimits
-from vfiouser_oob.simulator.nvme.doorbells import PollTimes
-from vfiouser_oob.simulator.nvme.function import NvmeFunction, NvmeSettings
-from vfiouser_oob.simulator.nvme.namespace import Namespace
-from vfiouser_oob.simulator.nvme.stores import BackingStore, MemoryStore
+from vfiouser_soc.nvme.build import controller_identity, namespace_identity
+from vfiouser_soc.nvme.config import ControllerLimits
+from vfiouser_soc.nvme.doorbells import PollTimes
+from vfiouser_soc.nvme.function import NvmeFunction, NvmeSettings
+from vfiouser_soc.nvme.namespace import Namespace
+from vfiouser_soc.nvme.stores import BackingStore, MemoryStore
 
 MEMORY_AND_BUS_MASTER = 6
 

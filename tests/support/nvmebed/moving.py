@@ -12,10 +12,10 @@ from nvmebed.driver import Driver
 from nvmebed.host import Host
 from nvmebed.machine import Machine
 from vfiouser_agents.api import Chunk, Outcome, Phase, Role
-from vfiouser_oob.simulator.agent.function import AgentFunction, MigrationOptions
-from vfiouser_oob.simulator.agent.session import NvmeSession
-from vfiouser_oob.simulator.agent.state_memory import StateMemoryOptions
-from vfiouser_oob.simulator.nvme.function import NvmeFunction
+from vfiouser_soc.agent.function import AgentFunction, MigrationOptions
+from vfiouser_soc.agent.session import NvmeSession
+from vfiouser_soc.agent.state_memory import StateMemoryOptions
+from vfiouser_soc.nvme.function import NvmeFunction
 
 
 def agent_function(

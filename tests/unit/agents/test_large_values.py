@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfiouser_agents.buffers import KEPT, LARGEST_KEPT, BufferPool
 from vfiouser_agents.errors import ProtocolError
 from vfiouser_agents.rpc.messages import Message, Notification, Request, Response
 from vfiouser_agents.rpc.msgpack_bulk import HEAD, LEAST, find_bulk
 from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
+from vfiouser_protocol.buffers import KEPT, LARGEST_KEPT, BufferPool
 
 NOISE = random.Random(1).randbytes(2 * LEAST)
 SIZES = st.sampled_from([0, 1, 200, LEAST - 1, LEAST, LEAST + 1, 2 * LEAST])

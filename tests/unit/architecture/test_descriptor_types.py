@@ -20,8 +20,8 @@ NUMBERS = {
     "vfiouser_oob/cli/serve.py": "the number is configuration",
     "vfiouser_oob/memory/files.py": "a mapping is made of a number within one call",
     "vfiouser_oob/client/mapping.py": "a mapping is made of a number within one call",
-    "vfiouser_oob/control/status.py": "counts them",
-    "vfiouser_oob/simulator/nvme/stores.py": "a file of its own, used in one module",
+    "vfiouser_oob/observability/status.py": "counts them",
+    "agents/vfiouser_soc/nvme/stores.py": "a file of its own, used in one module",
 }
 #: Rooms that have to do with descriptors of other processes.
 ROOMS = ("transport", "server", "client", "devices", "memory", "migration")
@@ -29,15 +29,14 @@ FOREIGN = tuple(f"vfiouser_oob/{room}/" for room in ROOMS)
 #: Rooms that speak to the kernel, or that are programs of their own.
 OUTSIDE = (
     "vfiouser_oob/devices/kernel_vfio/",
-    "vfiouser_oob/conformance/",
-    "vfiouser_oob/bench/",
-    "vfiouser_oob/demo/",
+    "vfiouser_oob/lab/bench/",
+    "vfiouser_oob/lab/demo/",
 )
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
     """The daemon's modules, by their path."""
-    for path in sorted((ROOT / "vfiouser_oob").rglob("*.py")):
+    for path in sorted([*(ROOT / "vfiouser_oob").rglob("*.py"), *(ROOT / "agents" / "vfiouser_soc").rglob("*.py")]):
         name = path.relative_to(ROOT).as_posix()
         if name not in NUMBERS and not name.startswith(OUTSIDE):
             yield name, ast.parse(path.read_text())

@@ -19,7 +19,7 @@ from vfiouser_oob.config.devices import NVME_KEYS, UPSTREAM_KEYS
 from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, parse_config
 from vfiouser_oob.config.schema import KernelVfioDevice
 from vfiouser_oob.control.protocol import ErrorCode
-from vfiouser_oob.control.status import (
+from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
     ClientStatus,
     DaemonStatus,

@@ -16,8 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = {
     "vfiouser_oob": ROOT / "vfiouser_oob",
+    "vfiouser_conformance": ROOT / "protocol" / "vfiouser_conformance",
     "vfiouser_protocol": ROOT / "protocol" / "vfiouser_protocol",
     "vfiouser_agents": ROOT / "agents" / "vfiouser_agents",
+    "vfiouser_soc": ROOT / "agents" / "vfiouser_soc",
 }
 MODULE_CAP = 800
 FUNCTION_CAP = 80
@@ -31,7 +33,7 @@ CATCH_ALL = {"vfiouser_oob/cli/main.py"}
 
 
 def modules() -> Iterator[Path]:
-    """Every module of the three packages."""
+    """Every module of the five packages."""
     for package in PACKAGES.values():
         yield from sorted(package.rglob("*.py"))
 

@@ -25,11 +25,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         return archive
 
 
-def test_exactly_three_packages(wheel: zipfile.ZipFile) -> None:
-    """The wheel has the three packages and its metadata at top level, and nothing that would collide."""
+def test_exactly_five_packages(wheel: zipfile.ZipFile) -> None:
+    """The wheel has the five packages and their metadata at top level, and nothing that would collide."""
     top = {name.split("/")[0] for name in wheel.namelist()}
     metadata = f"vfiouser_oob-{__version__}.dist-info"
-    assert {"vfiouser_oob", "vfiouser_protocol", "vfiouser_agents", metadata} == top
+    packages = {"vfiouser_oob", "vfiouser_conformance", "vfiouser_protocol", "vfiouser_agents", "vfiouser_soc"}
+    assert packages | {metadata} == top
 
 
 def test_every_module_is_in_it(wheel: zipfile.ZipFile) -> None:

@@ -15,10 +15,10 @@ from fakevfio import FakeKernel
 from fakevfio.bed import NoMessages, answer, copies, map_request, running, session, unmap_request, until
 from fakevfio.kernel import BDF, GROUP
 from rawclient import GET_INFO, attached, connect
-from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
 from vfiouser_oob.observability import log
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.status import function_status
 from vfiouser_oob.transport.activity import Activity

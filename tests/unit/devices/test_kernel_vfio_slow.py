@@ -19,11 +19,11 @@ from fakevfio.bed import answer, copies, map_request, session, unmap_request, un
 from fakevfio.kernel import BASE, BDF
 from rawclient import DMA_MAP, attached
 from rawclient import map_request as packed_map
-from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.devices.kernel_vfio import maps, worker
 from vfiouser_oob.devices.kernel_vfio import session as session_module
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
 from vfiouser_oob.observability import log
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.status import function_status
 from vfiouser_oob.transport.activity import Activity

@@ -13,7 +13,7 @@ import pytest
 
 from vfiouser_oob import __version__
 from vfiouser_oob.cli import main as cli
-from vfiouser_oob.cli import serve, simulate_soc
+from vfiouser_oob.cli import serve
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode, explain
 from vfiouser_oob.config import (
     ConfigError,
@@ -25,11 +25,11 @@ from vfiouser_oob.config import (
     LogLevel,
     ModelDevice,
     NvmeOptions,
-    SocOptions,
     default_control_socket,
 )
-from vfiouser_oob.config.soc import SocAgentOptions, SocPart
 from vfiouser_protocol.errors import CommandError
+from vfiouser_soc import command
+from vfiouser_soc.options import SocAgentOptions, SocOptions, SocPart
 
 CONFIG = """\
 [daemon]
@@ -250,7 +250,7 @@ def test_simulate_soc_options(tmp_path: Path) -> None:
         doorbells=Doorbells.POLLED,
         log_level=LogLevel.WARNING,
     )
-    assert expected == simulate_soc.options_from(args)
+    assert expected == command.options_from(args)
 
 
 def test_simulate_soc_agent_options(tmp_path: Path) -> None:
@@ -276,8 +276,8 @@ def test_simulate_soc_agent_options(tmp_path: Path) -> None:
             firmware="2",
         ),
     )
-    assert expected == simulate_soc.options_from(args)
-    plain = simulate_soc.options_from(parse("simulate-soc", "--socket-dir", str(tmp_path), "--state-churn", "1M"))
+    assert expected == command.options_from(args)
+    plain = command.options_from(parse("simulate-soc", "--socket-dir", str(tmp_path), "--state-churn", "1M"))
     assert SocAgentOptions(listen=("tcp://127.0.0.1:0",), state_churn=1 << 20) == plain.agent
     assert SocPart.ALL is plain.part
 
@@ -286,7 +286,7 @@ def test_simulate_soc_agent_options(tmp_path: Path) -> None:
 def test_simulate_soc_parts(tmp_path: Path, option: str, part: str) -> None:
     """What one process plays can be chosen."""
     args = parse("simulate-soc", "--socket-dir", str(tmp_path), option)
-    assert SocPart(part) is simulate_soc.options_from(args).part
+    assert SocPart(part) is command.options_from(args).part
 
 
 def test_check_config(capsys: pytest.CaptureFixture[str], config_file: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from vfiouser_oob.cli.status import event_line
 from vfiouser_oob.cli.status_table import age, render, short_size
-from vfiouser_oob.control.status import FunctionStatus, MigrationStatus, Status
+from vfiouser_oob.observability.status import FunctionStatus, MigrationStatus, Status
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 

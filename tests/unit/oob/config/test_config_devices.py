@@ -16,11 +16,11 @@ from vfiouser_oob.config import (
     ModelDevice,
     NvmeOptions,
     RegionPolicy,
-    SocOptions,
     UpstreamDevice,
     parse_device,
 )
 from vfiouser_oob.config.values import format_size, read_size
+from vfiouser_soc.options import SocOptions
 
 
 @pytest.mark.parametrize(

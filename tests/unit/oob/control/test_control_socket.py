@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from vfiouser_oob import __version__
 from vfiouser_oob.control import protocol, server
 from vfiouser_oob.control.client import ControlClient, ControlError
-from vfiouser_oob.control.events import EventHub
 from vfiouser_oob.control.protocol import ErrorCode, RequestError
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
-from vfiouser_oob.control.status import Status
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.observability.status import Status
 from vfiouser_oob.transport.peer import Peer
 
 STATUS: Status = {

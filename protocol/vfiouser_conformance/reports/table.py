@@ -1,0 +1,228 @@
+"""The report for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from vfiouser_conformance import describe
+from vfiouser_conformance.case import Case, Level
+from vfiouser_conformance.findings import findings
+from vfiouser_conformance.requirements import REQUIREMENTS, SENTENCES, Coverage, coverage
+from vfiouser_conformance.runner import Outcome, Result, Verdict
+
+_COLOURS = {
+    Verdict.PASSED: "32",
+    Verdict.FAILED: "31",
+    Verdict.NOT_APPLICABLE: "2",
+    Verdict.CANNOT_TELL: "33",
+    Verdict.NOT_RUN: "33",
+}
+_WORDS = {
+    Verdict.PASSED: "pass",
+    Verdict.FAILED: "FAIL",
+    Verdict.NOT_APPLICABLE: "n/a",
+    Verdict.CANNOT_TELL: "unclear",
+    Verdict.NOT_RUN: "not run",
+}
+#: What fits on a screen: causes, names of each, lines of anything else.
+_CAUSES, _NAMES, _LINES = 3, 12, 4
+
+
+def wants_colours(stream: TextIO) -> bool:
+    """Whether colours make sense there."""
+    return stream.isatty() and "NO_COLOR" not in os.environ
+
+
+class TableReport:
+    """Lines of text about a run.
+
+    Args:
+        colours: whether the text is coloured.
+        verbose: whether everything is told, or what fits on a screen.
+    """
+
+    def __init__(self, *, colours: bool, verbose: bool = False) -> None:
+        self._colours = colours
+        self._verbose = verbose
+
+    def line(self, result: Result) -> str:
+        """One case, as it ends."""
+        word = self._paint(f"{_WORDS[result.verdict]:7}", result.verdict)
+        case = result.case
+        text = f"{word} {case.name:16} {case.level.value:6} {case.summary}"
+        if result.verdict is not Verdict.PASSED:
+            text += f"\n        {result.reason}"
+        if result.note:
+            text += f"\n        {result.note}"
+        if result.restarted:
+            text += "\n        the server was started again"
+        return text
+
+    def whole(self, outcome: Outcome) -> Iterator[str]:
+        """All that is said when a run has ended."""
+        if self._verbose or failed(outcome) == 1:
+            yield from self.failures(outcome)
+        yield from self._causes(outcome)
+        yield from self._areas(outcome) if self._verbose else self._levels(outcome)
+        yield from self._behaviours(outcome)
+        yield from self._problems(outcome)
+        yield ""
+        yield self._last_line(outcome)
+
+    def failures(self, outcome: Outcome) -> Iterator[str]:
+        """Every failure with what was sent and received."""
+        for result in outcome.results:
+            if result.verdict is Verdict.FAILED:
+                yield ""
+                yield self._paint(f"{result.case.name}: {result.reason}", Verdict.FAILED)
+                yield f"  expected: {result.case.expected}"
+                for line in describe.transcript(result.records):
+                    yield f"  {line}"
+
+    def _causes(self, outcome: Outcome) -> Iterator[str]:
+        found = findings(outcome)
+        if not found:
+            return
+        yield ""
+        total = failed(outcome)
+        first = ", the most important first" if len(found) > 1 else ""
+        yield f"{total} failed by {len(found)} cause{'s' if len(found) > 1 else ''}{first}:"
+        shown = found if self._verbose else found[:_CAUSES]
+        for finding in shown:
+            levels = ", ".join(f"{count} {level.value}" for level in Level if (count := finding.count(level)))
+            yield self._paint(f"  {finding.cause} ({levels})", Verdict.FAILED)
+            yield f"    {self._names(finding.names)}"
+        if len(found) > len(shown):
+            more = len(found) - len(shown)
+            yield f"  … and {more} more cause{'s' if more > 1 else ''}: --verbose, --json FILE"
+
+    def _levels(self, outcome: Outcome) -> Iterator[str]:
+        shown = [verdict for verdict in Verdict if any(result.verdict is verdict for result in outcome.results)]
+        yield ""
+        yield f"{'level':8}" + "".join(f"{_HEADS[verdict]:>13}" for verdict in shown)
+        for level in Level:
+            results = [result for result in outcome.results if result.case.level is level]
+            counts = [sum(result.verdict is verdict for result in results) for verdict in shown]
+            if results:
+                yield f"{level.value:8}" + "".join(f"{count:>13}" for count in counts)
+
+    def _areas(self, outcome: Outcome) -> Iterator[str]:
+        yield ""
+        yield f"{'area':38} {'MUST':>9} {'SHOULD':>9} {'COMPAT':>9} {'n/a':>5}"
+        for title, results in _by_area(outcome.results):
+            cells = [f"{_score(results, level):>9}" for level in Level]
+            absent = sum(result.verdict is Verdict.NOT_APPLICABLE for result in results)
+            bad = any(result.verdict in (Verdict.FAILED, Verdict.NOT_RUN) for result in results)
+            yield self._paint(f"{title:38} {' '.join(cells)} {absent or '':>5}",
+                              Verdict.FAILED if bad else Verdict.PASSED)  # fmt: skip
+
+    def _behaviours(self, outcome: Outcome) -> Iterator[str]:
+        seen = list(dict.fromkeys(entry for result in outcome.results for entry in result.seen))
+        if not self._verbose:
+            seen = [entry for entry in seen if not entry.recommended]
+        lines = [f"{entry.topic}: {entry.value}" + ("" if entry.recommended else " (not the recommended one)")
+                 for entry in seen]  # fmt: skip
+        yield from self._listed("where several behaviours are allowed, this server's:", lines)
+
+    def _problems(self, outcome: Outcome) -> Iterator[str]:
+        lines = [f"{what}: {why}" for what, why in outcome.facts.problems.items()]
+        yield from self._listed("what could not be found out about the server:", lines)
+        unclear = [(result.reason, result) for result in outcome.results if result.verdict is Verdict.CANNOT_TELL]
+        yield from self._listed("what can be called neither passed nor failed:", self._by_reason(unclear))
+        notes = [(result.note, result) for result in outcome.results if result.note]
+        yield from self._listed("what else is to be said:", self._by_reason(notes))
+
+    def _by_reason(self, told: Sequence[tuple[str, Result]]) -> list[str]:
+        """One line per reason, with the cases that it stands for."""
+        return [
+            f"{reason}: {self._names([result.case.name for other, result in told if other == reason])}"
+            for reason in dict.fromkeys(reason for reason, _ in told)
+        ]
+
+    def _names(self, names: Sequence[str]) -> str:
+        shown = names if self._verbose or len(names) <= _NAMES else names[: _NAMES - 1]
+        return " ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+    def _listed(self, title: str, lines: Sequence[str]) -> Iterator[str]:
+        if not lines:
+            return
+        yield ""
+        yield title
+        shown = lines if self._verbose or len(lines) <= _LINES else lines[: _LINES - 1]
+        yield from (f"  {line}" for line in shown)
+        if len(lines) > len(shown):
+            yield f"  … and {len(lines) - len(shown)} more: --verbose"
+
+    def _last_line(self, outcome: Outcome) -> str:
+        counts = {verdict: sum(result.verdict is verdict for result in outcome.results) for verdict in Verdict}
+        parts = [f"{count} {verdict.value}" for verdict, count in counts.items() if count]
+        share = requirements_tested(outcome)
+        covered = f"{len(share.covered)} of {len(REQUIREMENTS)} requirements tested ({share.share:.0%})"
+        must = failures_of(outcome, Level.MUST)
+        ending = f"{must} MUST failed" if must else "no MUST failed"
+        if counts[Verdict.NOT_RUN]:
+            reason = next(result.reason for result in outcome.results if result.verdict is Verdict.NOT_RUN)
+            ending += f"; not all was run: {reason}"
+        good = not must and not counts[Verdict.NOT_RUN]
+        return self._paint(f"{', '.join(parts)}; {covered}; {ending}", Verdict.PASSED if good else Verdict.FAILED)
+
+    def _paint(self, text: str, verdict: Verdict) -> str:
+        return f"\033[{_COLOURS[verdict]}m{text}\033[0m" if self._colours else text
+
+
+#: Heads of the columns of verdicts.
+_HEADS = {verdict: verdict.value for verdict in Verdict} | {Verdict.NOT_APPLICABLE: "n/a"}
+
+
+def failures_of(outcome: Outcome, level: Level) -> int:
+    """How many cases of a level failed."""
+    return sum(result.verdict is Verdict.FAILED and result.case.level is level for result in outcome.results)
+
+
+def failed(outcome: Outcome) -> int:
+    """How many cases failed, of any level."""
+    return sum(failures_of(outcome, level) for level in Level)
+
+
+def requirements_tested(outcome: Outcome) -> Coverage:
+    """Which requirements a run tested: a case counts that passed or failed, no other."""
+    judged = (Verdict.PASSED, Verdict.FAILED)
+    return coverage(result.case for result in outcome.results if result.verdict in judged)
+
+
+def listing(cases: Sequence[Case]) -> Iterator[str]:
+    """The cases, one per line, and what they cover together."""
+    for case in cases:
+        yield f"{case.name:16} {case.level.value:6} {case.summary}"
+    found = coverage(cases)
+    yield f"{len(cases)} cases; {len(found.covered)} of {len(REQUIREMENTS)} requirements ({found.share:.0%})"
+
+
+def explanation(case: Case) -> Iterator[str]:
+    """What a case is about."""
+    level = f"{case.level.value} ({case.compat})" if case.compat else case.level.value
+    yield f"{case.name}  {level}  {case.area}"
+    yield f"  {case.summary}"
+    yield f"  sends:   {case.sent}"
+    yield f"  expects: {case.expected}"
+    yield "  why:"
+    for number in case.requirements:
+        requirement = REQUIREMENTS[number]
+        yield f"    {number} {requirement.text} ({requirement.source})"
+        if number in SENTENCES:
+            yield f'      "{SENTENCES[number]}"'
+    yield f"  planted faults that it catches: {', '.join(case.mutants)}"
+
+
+def _by_area(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+    for title in dict.fromkeys(result.case.area for result in results):
+        yield title, [result for result in results if result.case.area == title]
+
+
+def _score(results: Sequence[Result], level: Level) -> str:
+    beside = (Verdict.NOT_APPLICABLE, Verdict.CANNOT_TELL)
+    counted = [result for result in results if result.case.level is level and result.verdict not in beside]
+    passed = sum(result.verdict is Verdict.PASSED for result in counted)
+    return f"{passed}/{len(counted)}" if counted else "-"

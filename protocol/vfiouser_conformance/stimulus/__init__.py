@@ -1,0 +1,12 @@
+"""Device profiles: what makes a device that is known do DMA, raise interrupts or fail, so that this can be watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from vfiouser_conformance.stimulus.base import Stimulus
+from vfiouser_conformance.stimulus.nvme import NvmeProfile
+from vfiouser_conformance.stimulus.test_profile import TestProfile
+
+#: Makers of profiles by the name that --device-profile takes; each takes the time-out in seconds.
+PROFILES: Mapping[str, Callable[[float], Stimulus]] = {"test": TestProfile, "nvme": NvmeProfile}

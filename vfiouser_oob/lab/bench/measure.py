@@ -1,0 +1,142 @@
+"""The measurements themselves; each drives processes that `stage` has started."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from vfiouser_oob.lab.bench.peers import READ_REPLY_SIZE, READ_REQUEST_SIZE
+from vfiouser_oob.lab.bench.raw import RawClient, message
+from vfiouser_oob.lab.bench.results import Samples
+from vfiouser_protocol.codec import encode
+from vfiouser_protocol.constants import HEADER_SIZE, Command
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionRead
+
+BURST = 64
+#: Register that is read: the NVMe version, which has no side effects and no other use.
+_REGISTER = RegionRead(0x08, 0, 4)
+_MAP_REPLY_SIZE = HEADER_SIZE
+_UNMAP_REPLY_SIZE = HEADER_SIZE + 24
+_PAGE = 4096
+#: Exchanges before each round that do not count.
+_WARM_UP = 50
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def read_latency(clients: Mapping[str, RawClient], rounds: int, count: int) -> dict[str, Samples]:
+    """Round trips of a trapped 4-byte read, the same bytes for each peer, in alternating rounds.
+
+    Args:
+        clients: connected clients by name.
+        rounds: how many rounds.
+        count: round trips of each client per round.
+    """
+    request = message(Command.REGION_READ, encode(_REGISTER))
+    assert len(request) == READ_REQUEST_SIZE
+    samples = {name: Samples() for name in clients}
+    for _ in range(rounds):
+        for name, client in clients.items():
+            client.round_trips(request, READ_REPLY_SIZE, _WARM_UP)
+            samples[name].add(client.round_trips(request, READ_REPLY_SIZE, count))
+    return samples
+
+
+class MapLoad:
+    """DMA_MAP and DMA_UNMAP messages for ranges of one page each, all of one file.
+
+    Args:
+        fd: the file; stays the caller's.
+        total: how many ranges there are at most.
+    """
+
+    def __init__(self, fd: int, total: int) -> None:
+        self._fds = [fd]
+        # Each second page, so that no two ranges are neighbours, in an order that no tree likes.
+        numbers = list(range(total))
+        random.Random(1).shuffle(numbers)
+        self._addresses = [0x1_0000_0000 + 2 * _PAGE * number for number in numbers]
+
+    def grow(self, client: RawClient, start: int, end: int) -> None:
+        """Map the ranges number `start` to `end` - 1."""
+        for first in range(start, end, BURST):
+            client.burst(self._maps(first, min(first + BURST, end)), self._fds, _MAP_REPLY_SIZE)
+
+    def rate(self, client: RawClient, present: int, bursts: int) -> float:
+        """Messages per second of bursts that map and unmap 64 ranges beyond the `present` ones."""
+        maps, unmaps = self._maps(present, present + BURST), self._unmaps(present, present + BURST)
+        start = time.perf_counter()
+        for _ in range(bursts):
+            client.burst(maps, self._fds, _MAP_REPLY_SIZE)
+            client.burst(unmaps, (), _UNMAP_REPLY_SIZE)
+        return 2 * BURST * bursts / (time.perf_counter() - start)
+
+    def _maps(self, start: int, end: int) -> list[bytes]:
+        return [
+            message(Command.DMA_MAP, encode(DmaMap(32, 3, 0, address, _PAGE)), number)
+            for number, address in enumerate(self._addresses[start:end])
+        ]
+
+    def _unmaps(self, start: int, end: int) -> list[bytes]:
+        return [
+            message(Command.DMA_UNMAP, encode(DmaUnmap(24, 0, address, _PAGE)), number)
+            for number, address in enumerate(self._addresses[start:end])
+        ]
+
+
+def alternate(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Take measurements in turn, several times; returns the median of each."""
+    values: dict[str, list[float]] = {name: [] for name in measurements}
+    for _ in range(rounds):
+        for name, measure in measurements.items():
+            values[name].append(measure())
+    return {name: median(found) for name, found in values.items()}
+
+
+def attach_ms(path: Path) -> float:
+    """Milliseconds from connect() to the end of what a VMM asks before its guest runs."""
+    start = time.perf_counter()
+    with RawClient.attach(path):
+        return 1000 * (time.perf_counter() - start)
+
+
+def resident_mb(pid: int) -> float:
+    """Resident memory of a process in MB (10^6 bytes)."""
+    fields = _status_fields(Path(f"/proc/{pid}/status"))
+    return int(fields["VmRSS"].split()[0]) * 1024 / 1e6
+
+
+def wake_ups(pid: int) -> int:
+    """How often the threads of a process have gone to sleep by themselves so far, each of which ended in a
+    wake-up.
+    """
+    tasks = Path(f"/proc/{pid}/task")
+    return sum(int(_status_fields(tasks / task / "status")["voluntary_ctxt_switches"]) for task in os.listdir(tasks))
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    # The name in parentheses may hold anything, so the fields are counted from behind it.
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+
+
+def idle_cost(pids: Sequence[int], seconds: float) -> list[tuple[float, float]]:
+    """Wake-ups per second and share of a CPU, in percent, of each process while nothing happens."""
+    # What was just measured may still be settling.
+    time.sleep(0.5)
+    before = [(wake_ups(pid), cpu_seconds(pid)) for pid in pids]
+    time.sleep(seconds)
+    after = [(wake_ups(pid), cpu_seconds(pid)) for pid in pids]
+    return [
+        ((later[0] - earlier[0]) / seconds, 100 * (later[1] - earlier[1]) / seconds)
+        for earlier, later in zip(before, after, strict=True)
+    ]
+
+
+def _status_fields(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
