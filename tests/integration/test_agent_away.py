@@ -39,7 +39,7 @@ from migrationkit.away import CONFIG, Place, place, warnings
 from rawclient import CONFIG as CONFIG_REGION
 from rawclient import NO_REPLY, REGION_WRITE, RESET
 from vfiouser_agents.faults import NeverAnswers
-from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.migration.record import Certainty
 
 #: Every way to an agent; the library is a client of the same server as `legacy-tcp`.
 ADAPTERS = ("msgpack-rpc", "jsonrpc", "grpc", "legacy-tcp", "plugin-so")
@@ -146,7 +146,7 @@ async def used(
     ) as there:
         if start:
             with trio.fail_after(10):
-                await until(lambda: there.engine.asked and not there.engine.link.is_open, 10)
+                await until(lambda: there.runner.record.asked and not there.runner.link.is_open, 10)
         async with there.vmm() as client:
             yield there, Moves(client, v1)
 
@@ -178,7 +178,7 @@ async def test_a_pause_without_an_agent(
             assert trio.current_time() - begun < budget_of(kind) * (1 if round_ == 0 or kind == "plugin-so" else 0.5)
             assert 0 == await moves.set(RUNNING)
             assert RUNNING == await moves.state()
-        assert Truth.KNOWN is there.engine.truth
+        assert Certainty.KNOWN is there.runner.record.certainty
         assert ["no contact with the agent"] == warnings(caplog.records)
         assert there.status["agent_away_since"] is not None
         assert 7 == await moves.client.read32(0, SCRATCH)
@@ -221,14 +221,14 @@ async def test_cont_without_an_agent(tmp_path: Path, kind: str, library: Path, v
         assert STOP == await moves.state()
         # The VM may just as well be paused again, which changes nothing.
         assert 0 == await moves.set(STOP)
-        assert Truth.KNOWN is there.engine.truth
+        assert Certainty.KNOWN is there.runner.record.certainty
         assert await moves.set(RUNNING)
         assert STOP == await moves.state()
         # A guest that was let go all the same loses no write.
         await moves.client.send(moves.client.pack(REGION_WRITE, posted(77), flags=NO_REPLY))
         assert there.status["held_back"]
         await there.come_back()
-        await until(lambda: there.engine.runs, 10)
+        await until(lambda: there.runner.record.runs, 10)
         assert RUNNING == await moves.state()
         assert 77 == await moves.client.read32(0, SCRATCH)
 
@@ -279,7 +279,7 @@ async def test_a_reset_without_an_agent(
         await until(lambda: there.runs and not there.status["held_back"] and not there.status["reset_due"], 10)
         assert 99 == await moves.client.read32(0, SCRATCH)
         assert b"\x0b" == await moves.client.read(CONFIG_REGION, 0x3C, 1)
-        await until(lambda: there.engine.link.begun is None, 10)
+        await until(lambda: there.runner.record.begun is None, 10)
         await whole_round(there, moves)
 
 
@@ -318,9 +318,9 @@ async def test_an_agent_that_holds_still(tmp_path: Path) -> None:
         both.agent.inject("reset", NeverAnswers(), function_id="src")
         await client.succeed(RESET)
         assert RUNNING == await client.state()
-        assert (True, False) == (both.source.engine.reset_due, both.source.runs)
+        assert (True, False) == (both.source.runner.record.reset_due is not None, both.source.runs)
         both.agent.restart()
-        await until(lambda: both.source.runs and not both.source.engine.reset_due, 10)
+        await until(lambda: both.source.runs and not both.source.runner.record.reset_due, 10)
         await client.write32(0, SCRATCH, 3)
 
 
@@ -336,13 +336,13 @@ async def test_a_source_whose_agent_goes_in_precopy(tmp_path: Path, kind: str, l
         assert await moves.set(STOP_COPY)
         assert PRE_COPY == await moves.state()
         assert there.runs
-        assert Truth.KNOWN is there.engine.truth
+        assert Certainty.KNOWN is there.runner.record.certainty
         await writes_go_on(there, moves.client, 4)
         assert 0 == await moves.reset()
         assert RUNNING == await moves.state()
         await writes_go_on(there, moves.client, 5)
         await there.come_back()
-        await until(lambda: there.engine.link.begun is None, 10)
+        await until(lambda: there.runner.record.begun is None, 10)
         await whole_round(there, moves)
 
 
@@ -379,7 +379,7 @@ async def test_a_source_whose_agent_goes_in_stop_copy(
             assert not there.runs
             assert 0 == await moves.set(RUNNING)
         else:
-            await until(lambda: there.engine.runs, 10)
+            await until(lambda: there.runner.record.runs, 10)
         assert RUNNING == await moves.state()
         await writes_go_on(there, moves.client, 5)
 
@@ -436,8 +436,8 @@ async def test_a_function_level_reset_without_an_agent(tmp_path: Path, library: 
                 assert errno.EIO == await moves.client.data_read_errno()
             assert 0 == await moves.set(RUNNING)
         await there.come_back()
-        await until(lambda: there.engine.runs, 10)
-        await until(lambda: there.engine.link.begun is None, 10)
+        await until(lambda: there.runner.record.runs, 10)
+        await until(lambda: there.runner.record.begun is None, 10)
         await whole_round(there, moves)
 
 
@@ -452,7 +452,7 @@ async def test_attach_without_an_agent(tmp_path: Path, kind: str, library: Path,
         assert 0 == await moves.reset()
         await writes_go_on(there, moves.client, 6)
         await there.come_back()
-        await until(lambda: there.engine.asked, 10)
+        await until(lambda: there.runner.record.asked, 10)
         await whole_round(there, moves)
 
 
@@ -462,7 +462,7 @@ async def test_attach_waits_out_a_moment(tmp_path: Path) -> None:
         async with there.vmm() as client:
             await client.set_state(STOP_COPY)
             await client.read_stream()
-        await until(lambda: there.engine.fenced)
+        await until(lambda: there.runner.record.fenced)
         await there.leave_for(1.5)
         async with there.vmm() as client:
             assert RUNNING == await client.state()

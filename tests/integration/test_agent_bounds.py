@@ -52,7 +52,7 @@ async def test_a_descriptor_that_becomes_too_large(tmp_path: Path) -> None:
         both.agent.inject("stop", Fails(Busy("not yet")), function_id="src")
         both.agent.inject("describe", ChangesResult(lambda found: replace(found, model=HUGE)), function_id="src")
         assert await src.set_state_errno(STOP_COPY)
-        await until(lambda: both.source.engine.runs)
+        await until(lambda: both.source.runner.record.runs)
         assert both.source.runs
         assert None is next(item for item in both.daemon.functions if item.name == "src").failed
 
@@ -67,7 +67,7 @@ async def test_sizes_that_cannot_be(tmp_path: Path) -> None:
             assert 1 << 61 <= await src.v1_register(8) < 1 << 63
             await src.v1_set(1)
             both.agent.heal()
-            await both.source.engine.link.close(force=True)
+            both.source.runner.link.close(force=True)
             device = both.source.device
             device.caps, usual = replace(device.caps, max_chunk=0), device.caps
             assert errno.EPROTO == await src.set_state_errno(STOP_COPY)
@@ -83,7 +83,7 @@ async def test_a_long_message(tmp_path: Path) -> None:
         assert errno.EBUSY == await src.set_state_errno(STOP_COPY)
         served = next(item for item in both.daemon.functions if item.name == "src")
         assert len(served.last_error or "") < 2 * MAX_MESSAGE
-        assert len(both.source.engine.tracer.last_failure or "") < 2 * MAX_MESSAGE
+        assert len(both.source.runner.tracer.last_failure or "") < 2 * MAX_MESSAGE
 
 
 async def test_a_flood_of_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,7 @@ from migrationkit import (
 from rawclient import connect
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
-from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.server.function import Function
@@ -61,7 +61,7 @@ async def vmm(root: Path, kernel: FakeKernel) -> AsyncIterator[Vmm]:
         activity=activity,
         events=EventHub(),
         log=log.get("function"),
-        migration=lambda name, events, logger: MigrationEngine(name, agent, BDF, CONFIG, events, logger),
+        migration=lambda name, events, logger: MigrationRunner(name, agent, BDF, CONFIG, events, logger),
     )
     path = root / "f0.sock"
     listener = listen_on_path(path, 0o600)

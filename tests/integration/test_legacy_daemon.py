@@ -98,13 +98,13 @@ async def test_what_an_earlier_daemon_left_is_reset_before_its_next_client(left:
     server = LegacyServer(STATE)
     server.state = left
     async with hosted(tmp_path, src=server) as daemon:
-        [engine] = [each.engine for each in daemon.functions]
+        [engine] = [each.runner for each in daemon.functions]
         assert engine is not None
-        await until(lambda: engine.fenced)
+        await until(lambda: engine.record.fenced)
         assert [] == server.states
         async with vmm(tmp_path, "src") as src:
             assert RUNNING == await src.state()
-            assert not engine.fenced
+            assert not engine.record.fenced
     assert ([0, 1] if left == 4 else [1]) == server.states
 
 

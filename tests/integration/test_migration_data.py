@@ -39,7 +39,7 @@ async def test_prefetch_is_bounded(tmp_path: Path) -> None:
     async with bed(tmp_path, state_size=4 << 20) as both, both.source.vmm() as src:
         await src.set_state(STOP_COPY)
         await src.data_read(1000)
-        source = both.source.engine.work.source
+        source = both.source.runner.steps.source
         assert source is not None
         await until(lambda: source.buffered > FAST.chunk_size + 1000)
         fetched = both.source.device.calls.count("save")
@@ -125,7 +125,7 @@ async def test_an_agent_without_precopy(tmp_path: Path) -> None:
     """The client may enter PRE_COPY all the same: it gets the descriptor early, and the state after the stop."""
     async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
         with_caps(both.source.device, precopy=False)
-        both.source.engine.link.facts = Facts(both.source.device.caps, 0.0)
+        both.source.runner.link.facts = Facts(both.source.device.caps, 0.0)
         await src.set_state(PRE_COPY)
         head = await src.data_read(4096)
         assert b'"kind":"test"' in head
@@ -174,7 +174,7 @@ async def test_one_deadline(tmp_path: Path, side: str, op: str) -> None:
         stream = await stream_of(both.source)
         async with both.source.vmm() as src, both.destination.vmm() as dst:
             await src.dma_map(0, 1 << 16, fd)
-            await until(lambda: both.source.engine.asked and both.destination.engine.asked)
+            await until(lambda: both.source.runner.record.asked and both.destination.runner.record.asked)
             hung = both.agent.inject(op, NeverAnswers(), count=None, function_id=side)
             if op == "status":  # asked when a resumption may have had its effect
                 both.agent.inject("resume", Drops(), count=None, function_id=side)
@@ -211,7 +211,7 @@ async def test_slow_data(tmp_path: Path) -> None:
         stream = await src.data_read(200_000)
         assert 0 < len(stream) < 65536
         both.agent.inject("save", Delay(0.6), after=2, function_id="src")
-        await until(lambda: both.source.engine.work.source.buffered > 65536)  # type: ignore[union-attr]
+        await until(lambda: both.source.runner.steps.source.buffered > 65536)  # type: ignore[union-attr]
         await src.set_state(STOP_COPY)
         errors = []
         while len(errors) < 50:

@@ -38,7 +38,7 @@ from vfiouser_agents.faults import Drops, Fails, FaultyAgent, NeverAnswers
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction, MemorySession
 from vfiouser_oob.config.schema import AgentConfig, MigrationConfig
 from vfiouser_oob.control.client import ControlClient
-from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.migration.record import Certainty
 
 STATES = [STOP, PRE_COPY, STOP_COPY, RESUMING]
 
@@ -83,7 +83,7 @@ async def test_a_failure_is_seen_without_a_call(tmp_path: Path, state: int) -> N
         await client.set_state(state)
         await watched(side)
         side.device.fail("a fuse has blown")
-        await until(lambda: side.engine.truth is Truth.FAILED)
+        await until(lambda: side.runner.record.certainty is Certainty.FAILED)
         assert (ERROR, V1_ERROR) == (await client.state(), await client.v1_state())
         assert errno.EINVAL == await client.set_state_errno(RUNNING)
         assert errno.EBUSY == await client.v1_set_errno(V1_RUNNING)
@@ -116,7 +116,7 @@ async def test_a_failure_is_seen_in_v1(tmp_path: Path, state: int) -> None:
         await client.v1_set(state)
         await watched(side)
         side.device.fail()
-        await until(lambda: side.engine.truth is Truth.FAILED)
+        await until(lambda: side.runner.record.certainty is Certainty.FAILED)
         assert (V1_ERROR, ERROR) == (await client.v1_state(), await client.state())
         assert errno.EINVAL == await client.v1_set_errno(V1_RUNNING)
         await client.succeed(RESET)
@@ -137,7 +137,7 @@ async def test_status_shows_a_failure(tmp_path: Path) -> None:
         await watched(place.side)
         assert "STOP" == await trio.to_thread.run_sync(ask)
         place.side.device.fail()
-        await until(lambda: place.side.engine.truth is Truth.FAILED)
+        await until(lambda: place.side.runner.record.certainty is Certainty.FAILED)
         assert "ERROR" == await trio.to_thread.run_sync(ask)
 
 
@@ -156,7 +156,7 @@ async def test_a_read_under_way_fails_at_once(tmp_path: Path) -> None:
                 nursery.start_soon(read)
                 await until(lambda: "save" in both.agent.seen)
                 both.source.device.fail()
-                await until(lambda: both.source.engine.truth is Truth.FAILED)
+                await until(lambda: both.source.runner.record.certainty is Certainty.FAILED)
 
 
 async def test_a_failure_that_status_does_not_confirm_in_time(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ async def test_a_failure_that_status_does_not_confirm_in_time(tmp_path: Path) ->
         await watched(both.source)
         both.agent.inject("status", NeverAnswers(), count=None)
         both.source.device.fail("and nobody to ask")
-        await until(lambda: both.source.engine.truth is Truth.FAILED)
+        await until(lambda: both.source.runner.record.certainty is Certainty.FAILED)
         assert (ERROR, V1_ERROR) == (await client.state(), await client.v1_state())
 
 
@@ -179,7 +179,7 @@ async def test_a_failure_that_a_reset_has_mended(tmp_path: Path) -> None:
             await client.succeed(RESET)
             assert RUNNING == await client.state()
             await trio.testing.wait_all_tasks_blocked(0.005)
-            assert (RUNNING, Truth.KNOWN) == (await client.state(), both.source.engine.truth)
+            assert (RUNNING, Certainty.KNOWN) == (await client.state(), both.source.runner.record.certainty)
 
 
 # Somebody else at the agent
@@ -192,7 +192,7 @@ async def test_somebody_else_stops_the_function(tmp_path: Path) -> None:
         await client.set_state(PRE_COPY)
         await watched(side)
         side.device.move(AgentState.STOPPED)
-        await until(lambda: side.engine.state_shown == STOP)
+        await until(lambda: side.runner.record.state_shown == STOP)
         assert (STOP, V1_STOPPED) == (await client.state(), await client.v1_state())
         assert await client.data_read_errno()
         await client.set_state(STOP_COPY)
@@ -209,7 +209,7 @@ async def test_somebody_else_resets_the_function(tmp_path: Path) -> None:
             await client.set_state(state)
             await watched(side)
             side.device.reset()
-            await until(lambda: side.engine.state_shown == RUNNING)
+            await until(lambda: side.runner.record.state_shown == RUNNING)
             assert (RUNNING, V1_RUNNING) == (await client.state(), await client.v1_state())
             assert side.runs
 
@@ -258,7 +258,7 @@ async def test_nothing_is_watched_without_a_session(tmp_path: Path) -> None:
     """Listening ends with the session, and leaves neither task nor session behind, after losses neither."""
     async with far(tmp_path) as place:
         side = place.side
-        await until(lambda: side.engine.asked and not side.engine.link.is_open)
+        await until(lambda: side.runner.record.asked and not side.runner.link.is_open)
         await until(lambda: not side.device.feed.watched and not place.client.sessions)
         async with side.vmm() as client:
             assert not side.device.feed.watched
@@ -267,7 +267,7 @@ async def test_nothing_is_watched_without_a_session(tmp_path: Path) -> None:
                 await watched(side)
                 side.agent.inject("resume", Drops())
                 await client.set_state_errno(RUNNING)
-                await until(lambda: side.engine.truth is Truth.KNOWN)
+                await until(lambda: side.runner.record.certainty is Certainty.KNOWN)
                 await client.set_state(RUNNING)
         await until(lambda: not side.device.feed.watched and not place.client.sessions)
         assert not place.client.migrating
@@ -376,7 +376,7 @@ async def test_a_lost_contact_is_watched_again(tmp_path: Path) -> None:
             if not meanwhile:
                 await watched(side)
                 assert STOP == await client.state()
-        await until(lambda: side.engine.truth is Truth.FAILED)
+        await until(lambda: side.runner.record.certainty is Certainty.FAILED)
         assert (ERROR, V1_ERROR) == (await client.state(), await client.v1_state())
 
 
@@ -394,10 +394,10 @@ async def test_a_session_lost_in_a_call_is_watched_again(tmp_path: Path, op: str
             side.agent.inject("status", Fails(TransportLost("cut")))
             side.device.feed.put(Event(EventKind.STATE_CHANGED, "so it seems", Status(AgentState.RUNNING)))
         await until(lambda: side.agent.seen["open"] > 2)
-        await until(lambda: side.engine.link.is_open)
+        await until(lambda: side.runner.link.is_open)
         await watched(side)
         side.device.fail()
-        await until(lambda: side.engine.truth is Truth.FAILED)
+        await until(lambda: side.runner.record.certainty is Certainty.FAILED)
 
 
 async def test_a_contact_that_nobody_needs_any_more(tmp_path: Path) -> None:
@@ -411,10 +411,10 @@ async def test_a_contact_that_nobody_needs_any_more(tmp_path: Path) -> None:
             before = side.agent.seen["status"]
             side.device.feed.put(Event(EventKind.STATE_CHANGED, "so it seems", Status(AgentState.RUNNING)))
             await until(lambda: side.agent.seen["status"] > before)
-        await until(lambda: side.runs and not side.engine.link.is_open)
+        await until(lambda: side.runs and not side.runner.link.is_open)
         opened = side.agent.seen["open"]
         await trio.testing.wait_all_tasks_blocked(0.5)
-        assert (opened, False) == (side.agent.seen["open"], side.engine.link.is_open)
+        assert (opened, False) == (side.agent.seen["open"], side.runner.link.is_open)
         assert not place.client.sessions
 
 
@@ -425,13 +425,13 @@ async def test_a_contact_that_is_back_is_used_at_once(tmp_path: Path) -> None:
         for op, count in (("stop", 1), ("resume", 2)):
             side.agent.inject(op, Fails(DeadlineExceeded("the device is slow")), count=count)
         assert errno.ETIMEDOUT == await client.set_state_errno(STOP)
-        assert side.engine.truth is Truth.UNKNOWN
+        assert side.runner.record.certainty is Certainty.UNKNOWN
         await until(lambda: side.agent.seen["resume"] == 2)
         await trio.testing.wait_all_tasks_blocked(0.05)  # it has been answered, too
         await watched(side)
         await place.server.stop()
         await place.server.start()
-        await until(lambda: side.runs and side.engine.truth is Truth.KNOWN)
+        await until(lambda: side.runs and side.runner.record.certainty is Certainty.KNOWN)
 
 
 async def test_a_flood_of_events(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ from vfiouser_agents.faults import (
 )
 from vfiouser_agents.memory import MemoryFunction
 from vfiouser_oob.config.schema import MigrationConfig, UpstreamDevice
-from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.migration.record import Certainty
 
 pytestmark = pytest.mark.slow
 
@@ -190,7 +190,7 @@ FROM_V1 = {value: state for state, value in TO_V1.items()}
 async def check_truth(side: Side, moves: Moves) -> None:
     """What the client reads is what the function does, as far as anybody can know."""
     state = await moves.state()
-    if side.engine.truth is Truth.KNOWN:
+    if side.runner.record.certainty is Certainty.KNOWN:
         assert side.runs == (state in (RUNNING, PRE_COPY)), (state, side.device.state)
 
 
@@ -226,7 +226,7 @@ async def find_back(side: Side, moves: Moves) -> None:
         with trio.fail_after(10):
             while (await moves.client.command(RESET)).error:
                 await check_truth(side, moves)
-    await until(lambda: side.engine.truth is Truth.KNOWN)
+    await until(lambda: side.runner.record.certainty is Certainty.KNOWN)
     assert RUNNING == await moves.state()
     assert side.runs
 
@@ -235,7 +235,7 @@ async def let_reset(both: Bed, side: Side, moves: Moves, fault: Fault) -> None:
     """A reset that hangs is the end of the agent's service: nothing helps but to begin it anew, and nothing runs."""
     if isinstance(fault, NeverAnswers):
         await moves.client.succeed(RESET)
-        assert (True, RUNNING) == (side.engine.reset_due, await moves.state())
+        assert (True, RUNNING) == (side.runner.record.reset_due is not None, await moves.state())
         assert side.runs == fault.executed
         both.agent.restart()
 
@@ -271,8 +271,8 @@ async def inject(both: Bed, side: Side, op: str, fault: Fault) -> Injection:
     """Let the side's next call of that name fail."""
     if op in AGENT_WIDE:
         # Only a session that is not open yet is opened.
-        await until(lambda: side.engine.link.begun is None)
-        await side.engine.link.close(force=True)
+        await until(lambda: side.runner.record.begun is None)
+        side.runner.link.close(force=True)
     if op == "status":
         # It is asked for when the effect of another call is not known, and nothing may be undone.
         both.agent.inject("resume", Fails(DeadlineExceeded("late")), function_id=side.name)
@@ -498,7 +498,7 @@ async def test_unknown_state(tmp_path: Path) -> None:
         assert await src.set_state_errno(STOP)
         assert await src.v1_set_errno(V1_STOPPED)
         both.agent.heal()
-        await until(lambda: both.source.engine.truth is Truth.KNOWN)
+        await until(lambda: both.source.runner.record.certainty is Certainty.KNOWN)
         assert RUNNING == await src.state()
         assert both.source.runs
         await src.set_state(STOP)

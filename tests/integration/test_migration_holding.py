@@ -27,7 +27,7 @@ from rawclient import (
 from vfiouser_agents.api import AgentState
 from vfiouser_agents.errors import Busy, DeadlineExceeded
 from vfiouser_agents.faults import Fails
-from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.migration.record import Certainty
 from vfiouser_oob.server import holding
 
 BUDGET_S = 1.0
@@ -76,7 +76,7 @@ async def unknown(directory: Path) -> AsyncIterator[tuple[Bed, Vmm, Spy]]:
         both.agent.inject("stop", Fails(DeadlineExceeded("slow"), executed=True))
         both.agent.inject("resume", Fails(Busy("not now")), count=None, function_id="src")
         assert await client.set_state_errno(STOP)
-        assert Truth.UNKNOWN is both.source.engine.truth
+        assert Certainty.UNKNOWN is both.source.runner.record.certainty
         assert AgentState.STOPPED is both.source.device.state
         yield both, client, spy
 
@@ -110,7 +110,7 @@ async def test_a_write_whose_time_is_up(tmp_path: Path) -> None:
         assert errno.ETIMEDOUT == await client.errno(REGION_WRITE, write(1))
         assert BUDGET_S * 0.9 <= trio.current_time() - begun <= BUDGET_S + 1
         both.agent.heal()
-        await until(lambda: both.source.runs and both.source.engine.truth is Truth.KNOWN)
+        await until(lambda: both.source.runs and both.source.runner.record.certainty is Certainty.KNOWN)
         await client.write32(0, SCRATCH, 2)
         assert [2] == spy.values
 

@@ -75,7 +75,7 @@ async def test_source_with_its_trailer_stays_stopped(tmp_path: Path, leave_stop_
             await src.read_stream()
             if leave_stop_copy:
                 await src.set_state(STOP)
-        await until(lambda: both.source.engine.fenced)
+        await until(lambda: both.source.runner.record.fenced)
         assert AgentState.STOPPED is both.source.device.state
         async with both.source.vmm() as src:
             assert RUNNING == await src.state()
@@ -105,7 +105,7 @@ async def test_destination_stays_stopped(tmp_path: Path, loaded: int | None) -> 
             await dst.write_stream(stream[:loaded])
             if loaded is None:
                 await dst.set_state(STOP)
-        await until(lambda: both.destination.engine.fenced)
+        await until(lambda: both.destination.runner.record.fenced)
         assert not both.destination.runs
         async with both.destination.vmm() as dst:
             assert RUNNING == await dst.state()
@@ -137,7 +137,7 @@ async def test_fence_is_asked_of_the_agent(tmp_path: Path, state: AgentState, mi
     if migrating:
         device.role, device.migration_id = Role.SOURCE, "m"
     async with one(tmp_path, device) as side:
-        await until(lambda: side.engine.asked)
+        await until(lambda: side.runner.record.asked)
         paused = state is AgentState.QUIESCED or (state is AgentState.STOPPED and not migrating)
         free = state is AgentState.RUNNING
         assert state is device.state
@@ -169,7 +169,7 @@ async def test_attach_and_reset_without_an_agent(tmp_path: Path) -> None:
     """A function that runs is used and reset without its agent, and is taken for migratable."""
     device = MemoryFunction("x")
     async with one(tmp_path, device) as side:
-        await until(lambda: side.engine.asked)
+        await until(lambda: side.runner.record.asked)
         for op in ("connect", "open", "status"):
             side.agent.inject(op, NeverAnswers(), count=None)
         with trio.fail_after(0.3):
@@ -189,7 +189,7 @@ async def test_agent_that_was_away_is_asked_when_it_is_back(tmp_path: Path) -> N
             assert not side.runs
             side.agent.heal()
             await until(lambda: side.runs)
-            await until(lambda: not side.engine.fenced)
+            await until(lambda: not side.runner.record.fenced)
             assert RUNNING == await client.state()
 
 
@@ -294,7 +294,7 @@ async def test_guest_reset_that_the_agent_does_not_follow(tmp_path: Path, op: st
 async def test_guest_reset_without_migration_leaves_the_agent_alone(tmp_path: Path) -> None:
     """A function-level reset in RUNNING is the device's own business."""
     async with bed(tmp_path) as both, both.source.vmm() as src:
-        await until(lambda: both.source.engine.asked)
+        await until(lambda: both.source.runner.record.asked)
         before = list(both.source.device.calls)
         await function_level_reset(src)
         assert before == both.source.device.calls
@@ -329,7 +329,7 @@ async def test_config_space_as_last_written(tmp_path: Path) -> None:
 async def test_nothing_is_left(tmp_path: Path) -> None:
     """Migrations that end well, badly or not at all leave no descriptor and no session."""
     async with bed(tmp_path) as both:
-        await until(lambda: both.source.engine.asked and both.destination.engine.asked)
+        await until(lambda: both.source.runner.record.asked and both.destination.runner.record.asked)
         before = None
         for round_ in range(3):
             async with both.source.vmm() as src, both.destination.vmm() as dst:
@@ -339,7 +339,7 @@ async def test_nothing_is_left(tmp_path: Path) -> None:
                 await dst.read(V1_REGION, 4096, 8)
                 if round_ == 1:
                     await dst.data_write(b"V")
-            await until(lambda: both.source.runs and not both.source.engine.link.is_open)
+            await until(lambda: both.source.runs and not both.source.runner.link.is_open)
             await until(lambda: all(item.connection is None for item in both.daemon.functions))
             after = len(open_fds())
             assert before in (None, after)
@@ -353,9 +353,9 @@ async def test_nothing_is_left_by_a_client_that_is_waited_for_in_vain(tmp_path: 
         async with both.source.vmm() as src:
             await src.read(V1_REGION, 4096, 8)
             assert any("src-migration" in target for target in open_fds().values())
-            await both.source.engine._lock.acquire()
+            await both.source.runner._lock.acquire()
         await until(lambda: function_.connection is None)
-        both.source.engine._lock.release()
+        both.source.runner._lock.release()
         assert [] == [target for target in open_fds().values() if "-migration" in target]
 
 

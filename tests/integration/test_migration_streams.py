@@ -62,7 +62,7 @@ async def refuse(side: Side, stream: bytes, chunk: int = 30_000) -> tuple[int, s
             error = error or await dst.data_write_errno(stream[start : start + chunk])
         late = await dst.set_state_errno(RUNNING)
         assert late
-        why = side.engine.tracer.last_failure or ""
+        why = side.runner.tracer.last_failure or ""
         assert RESUMING == await dst.state()
         assert not side.runs
         assert before == side.device.digest()

@@ -37,7 +37,7 @@ def migration_status(both: Bed, name: str) -> Any:
 
 async def at_rest(side: Side) -> None:
     """What is asked when a client comes has been answered."""
-    await until(lambda: side.engine.asked and side.engine.tracer.doing is None and not side.engine.link.is_open)
+    await until(lambda: side.runner.record.asked and side.runner.tracer.doing is None and not side.runner.link.is_open)
 
 
 async def test_events_of_every_step(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ async def test_a_step_outside_of_an_arc_has_none(tmp_path: Path) -> None:
         both.agent.inject("save", Delay(0.05), count=None, function_id="src")
         await src.set_state(PRE_COPY)
         await src.data_read(1)
-        assert "" == both.source.engine.tracer.arc
+        assert "" == both.source.runner.tracer.arc
         watcher = both.daemon.subscribe()
         await src.succeed(13)
         told = [item["arc"] for item in events_of(watcher) if item["type"] == "migration"]
@@ -156,11 +156,11 @@ async def test_status_names_the_step_under_way(tmp_path: Path) -> None:
 async def test_what_was_given_up_is_no_failure(tmp_path: Path) -> None:
     """A question that gives way to the client's request is told as given up, and counts as no failure."""
     async with bed(tmp_path) as both:
-        await until(lambda: both.source.engine.asked)
+        await until(lambda: both.source.runner.record.asked)
         both.agent.inject("status", Delay(0.3), function_id="src")
         watcher = both.daemon.subscribe()
         async with both.source.vmm() as src:
-            await until(lambda: both.source.engine.tracer.doing == "status")
+            await until(lambda: both.source.runner.tracer.doing == "status")
             await src.set_state(STOP)
             failed = [item for item in events_of(watcher) if item.get("phase") == "failed"]
             assert [("status", "given up")] == [(item["step"], item["error"]) for item in failed]

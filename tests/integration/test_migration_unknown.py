@@ -16,7 +16,7 @@ from rawclient import RESET
 from vfiouser_agents.api import AgentState
 from vfiouser_agents.errors import DeadlineExceeded, InvalidState
 from vfiouser_agents.faults import Drops, Fails, Fault, NeverAnswers
-from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.migration.record import Certainty
 
 SLOW = Fails(DeadlineExceeded("the device is slow"))
 #: Nothing is repeated by itself within a test.
@@ -49,7 +49,7 @@ async def test_a_stop_with_an_unknown_end(tmp_path: Path, agent_state: AgentStat
             both.agent.inject(op, SLOW, count=count)
         assert errno.ETIMEDOUT == await client.set_state_errno(STOP)
         await until(lambda: both.agent.seen["resume"] == 2)
-        assert Truth.UNKNOWN is side.engine.truth
+        assert Certainty.UNKNOWN is side.runner.record.certainty
         side.device.state = agent_state
         assert (v2, v1) == (await client.state(), await client.v1_state())
         found = migration_of(side)
@@ -89,7 +89,7 @@ async def test_unknown_since_the_first_doubt(tmp_path: Path) -> None:
         assert errno.EIO == await client.set_state_errno(STOP)
         assert since == migration_of(side)["unknown_since"]
         both.agent.heal()
-        await until(lambda: side.engine.truth is Truth.KNOWN)
+        await until(lambda: side.runner.record.certainty is Certainty.KNOWN)
         assert (RUNNING, V1_RUNNING, side.runs) == (await client.state(), await client.v1_state(), True)
 
 
@@ -105,7 +105,7 @@ async def test_quiesced_after_the_point_of_no_return(tmp_path: Path, fault: Faul
         both.agent.inject("status", Drops(), count=1)
         resumed = side.device.calls.count("resume")
         assert await client.set_state_errno(RUNNING)
-        assert Truth.UNKNOWN is side.engine.truth
+        assert Certainty.UNKNOWN is side.runner.record.certainty
         assert "STOP" == migration_of(side)["state"]
         side.device.state = AgentState.QUIESCED
         both.agent.heal()
@@ -115,7 +115,7 @@ async def test_quiesced_after_the_point_of_no_return(tmp_path: Path, fault: Faul
             await client.succeed(RESET)
             assert side.runs
             return
-        await until(lambda: side.engine.truth is Truth.KNOWN)
+        await until(lambda: side.runner.record.certainty is Certainty.KNOWN)
         assert AgentState.STOPPED is side.device.state
         assert (STOP, V1_STOPPED) == (await client.state(), await client.v1_state())
         assert resumed == side.device.calls.count("resume")
@@ -131,7 +131,7 @@ async def test_quiesced_after_a_clear_refusal(tmp_path: Path) -> None:
         await client.read_stream()
         both.agent.inject("resume", Quiesces(side))
         assert await client.set_state_errno(RUNNING)
-        await until(lambda: side.engine.truth is Truth.KNOWN)
+        await until(lambda: side.runner.record.certainty is Certainty.KNOWN)
         assert (STOP, AgentState.STOPPED) == (await client.state(), side.device.state)
 
 

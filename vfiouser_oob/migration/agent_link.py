@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 import trio
 
-from vfiouser_agents.api import Agent, Capabilities, Event, Outcome, Role, Session, Status
+from vfiouser_agents.api import Agent, Capabilities, Outcome, Session, Status
 from vfiouser_agents.delivery import Delivery, followed
 from vfiouser_agents.errors import (
     AgentError,
@@ -30,6 +31,9 @@ from vfiouser_agents.errors import (
     Unsupported,
 )
 from vfiouser_oob.migration.backoff import Pace
+from vfiouser_oob.migration.events import BeganAtAgent
+from vfiouser_oob.migration.host import Host, Job
+from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.persist.capabilities import Facts, Source
 
@@ -64,21 +68,13 @@ class AgentLink:
         agent: the agent; shared with other functions.
         function_id: the agent's name for the function.
         tracer: where steps are traced.
+        host: knows which migration was begun, and is told of what the agent says of itself.
     """
 
-    def __init__(self, agent: Agent, function_id: str, tracer: Tracer) -> None:
+    def __init__(self, agent: Agent, function_id: str, tracer: Tracer, host: Host) -> None:
         self.function_id = function_id
         #: What is known of the agent's capabilities; None if nothing is.
         self.facts: Facts | None = None
-        #: Told when a session was opened and `facts` are what the agent says now.
-        self.told: Callable[[Facts], None] | None = None
-        #: Told of each of the agent's events, and that an open session was lost.
-        self.heard: Callable[[Event], None] | None = None
-        self.lost: Callable[[], None] | None = None
-        #: Where sessions are watched; None: they are not.
-        self.nursery: trio.Nursery | None = None
-        #: The migration that was begun, for taking it over.
-        self.begun: tuple[Role, str] | None = None
         #: Since when nobody answers, as trio's clock has it and in seconds since 1970; None: somebody did at last.
         self.away_since: float | None = None
         self.away_time: float | None = None
@@ -86,14 +82,13 @@ class AgentLink:
         self.changing = Delivery()
         self._agent = agent
         self._tracer = tracer
+        self._host = host
         self._session: Session | None = None
-        self._watching: trio.CancelScope | None = None
+        #: The session that the migration belongs to, if it is open.
+        self._member: Session | None = None
+        self._watching = Job(host.background)
         self._opening = trio.Lock()
         self._in_use = 0
-        #: Whether the open session is the one that the migration belongs to.
-        self._taken_over = True
-        #: Whether the agent logs dirty pages for us, so that it will be asked for them.
-        self.logging = False
 
     @property
     def is_open(self) -> bool:
@@ -176,22 +171,13 @@ class AgentLink:
         if used is None or self._session is not used:
             return
         self._session = None
-        self._end_watch()
-        if self.nursery is not None:
-            # Not left as it is: an adapter would go on to restore it with every new connection.
-            self.nursery.start_soon(self._let_go, used)
-        if self.lost is not None:
-            self.lost()
-
-    async def _let_go(self, session: Session) -> None:
-        with trio.move_on_after(_LET_GO_S):
-            try:
-                await session.aclose()
-            except (AgentError, OSError):  # gone already
-                pass
+        self._watching.cancel()
+        # Not left as it is: an adapter would go on to restore it with every new connection.
+        self._host.background.begin(_let_go, used)
+        self._host.contact_lost()
 
     async def _opened(self, name: str) -> Session:
-        if self._session is not None and (self._taken_over or name in _ANYBODY):
+        if self._session is not None and (self._session is self._member or name in _ANYBODY):
             return self._session
         async with self._opening:
             if self._session is None:
@@ -199,51 +185,38 @@ class AgentLink:
                 session = await self._agent.open(self.function_id)
                 require_usable(session.caps)
                 self._session = session
-                self._taken_over = self.begun is None
+                self._member = session if self._host.record.begun is None else None
                 self._learn(session)
-                self._begin_watch(session)
-            if name not in _ANYBODY and not self._taken_over:
-                if self.begun is not None:
-                    await self._session.begin(*self.begun)
-                self._taken_over = True
+                self._watching.cancel()
+                self._watching.begin(partial(self._watch, session))
+            if name not in _ANYBODY and self._session is not self._member:
+                begun = self._host.record.begun
+                if begun is not None:
+                    await self._session.begin(begun.role, begun.id)
+                self._member = self._session
             return self._session
 
     def _learn(self, session: Session) -> None:
         self.facts = Facts(session.caps, time.time())
-        if self.told is not None:
-            self.told(self.facts)
+        self._host.learned(self.facts)
 
     # The agent's events
 
-    def _begin_watch(self, session: Session) -> None:
-        self._end_watch()
-        if self.nursery is not None:
-            self._watching = trio.CancelScope()
-            self.nursery.start_soon(self._watch, session, self._watching)
-
-    def _end_watch(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            self._watching = None
-
-    async def _watch(self, session: Session, scope: trio.CancelScope) -> None:
+    async def _watch(self, session: Session) -> None:
         """Hand on what the agent tells of itself; that it tells nothing changes nothing."""
         reason = "it has ended"
-        with scope:
-            try:
-                async with session.watch() as events:
-                    pace = Pace(_EVENTS, _EVENTS_S)
-                    async for event in events:
-                        if self.facts is None or session.caps != self.facts.caps:
-                            require_usable(session.caps)
-                            self._learn(session)  # the agent was started anew, and is another one now
-                        if self.heard is not None:
-                            self.heard(event)
-                        await pace.taken()
-            except* (AgentError, OSError) as errors:
-                reason = str(errors.exceptions[0])
-        if not scope.cancelled_caught:
-            self._tracer.unwatched(reason)
+        try:
+            async with session.watch() as events:
+                pace = Pace(_EVENTS, _EVENTS_S)
+                async for event in events:
+                    if self.facts is None or session.caps != self.facts.caps:
+                        require_usable(session.caps)
+                        self._learn(session)  # the agent was started anew, and is another one now
+                    self._host.heard(event)
+                    await pace.taken()
+        except* (AgentError, OSError) as errors:
+            reason = str(errors.exceptions[0])
+        self._tracer.unwatched(reason)
 
     # Calls
 
@@ -251,17 +224,23 @@ class AgentLink:
         """Ask where the function is."""
         return await self.call("status", lambda session: session.status(), deadline)
 
-    async def begin(self, role: Role, migration_id: str, deadline: float) -> None:
-        """Begin a migration; one that an earlier life of ours has left behind is ended first."""
-        before, self.begun = self.begun, (role, migration_id)
+    async def begin(self, begun: Begun, deadline: float) -> None:
+        """Begin a migration; one that an earlier life of ours has left behind is ended first.
+
+        Args:
+            begun: which.
+            deadline: when to give up.
+        """
+        before = self._host.record.begun
+        self._host.feed(BeganAtAgent(begun))
         try:
-            await self.call("begin", lambda session: session.begin(role, migration_id), deadline)
+            await self.call("begin", lambda session: session.begin(begun.role, begun.id), deadline)
         except InvalidState:
             await self.call("end", lambda session: session.end(Outcome.FAILED), deadline)
-            await self.call("begin", lambda session: session.begin(role, migration_id), deadline)
+            await self.call("begin", lambda session: session.begin(begun.role, begun.id), deadline)
         except AgentError as error:
             if error.unsent:
-                self.begun = before
+                self._host.feed(BeganAtAgent(before))
             raise
 
     async def leave(self, outcome: Outcome, deadline: float, *, abort: bool) -> None:
@@ -275,27 +254,32 @@ class AgentLink:
         Raises:
             AgentError: it could not be ended.
         """
-        if self.begun is not None:
+        if self._host.record.begun is not None:
             if abort:
                 await self.call("abort", lambda session: session.abort(), deadline)
             await self.call("end", lambda session: session.end(outcome), deadline)
-            self.begun = None
+            self._host.feed(BeganAtAgent(None))
 
-    async def close(self, *, force: bool = False) -> None:
-        """Let go of the session; nothing changes for the function.
+    def close(self, *, force: bool = False) -> None:
+        """Let go of the session; nothing changes for the function, and nobody waits for it.
 
         Args:
             force: also while something still uses it.
         """
-        if (self._in_use or self.logging) and not force:
+        if (self._in_use or self._host.record.logging) and not force:
             return
         session, self._session = self._session, None
-        self._end_watch()
+        self._watching.cancel()
         if session is not None:
-            try:
-                await session.aclose()
-            except AgentError:  # gone already
-                pass
+            self._host.background.begin(_let_go, session)
+
+
+async def _let_go(session: Session) -> None:
+    with trio.move_on_after(_LET_GO_S):
+        try:
+            await session.aclose()
+        except (AgentError, OSError):  # gone already
+            pass
 
 
 def _late(name: str, delivery: Delivery) -> AgentError:

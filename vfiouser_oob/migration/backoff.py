@@ -72,6 +72,17 @@ class Pace:
             await trio.sleep_until(self._end)
 
 
+async def until_done(attempt: Callable[[], Awaitable[bool]], pauses: Backoff) -> None:
+    """Make attempts until one says that it is done.
+
+    Args:
+        attempt: makes one; returns whether no other is needed.
+        pauses: between them.
+    """
+    while not await attempt():
+        await pauses.pause()
+
+
 def repeatable(error: AgentError) -> bool:
     """The call may be made again, whatever it is that failed."""
     return error.retryable

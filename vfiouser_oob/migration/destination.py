@@ -6,6 +6,7 @@ forwarded, the descriptor before any state; one piece is at the agent while the 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Callable
 from typing import cast
 
@@ -16,6 +17,7 @@ from vfiouser_agents.errors import AgentError
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
 from vfiouser_oob.migration.hashing import Hasher
+from vfiouser_oob.migration.host import Background
 from vfiouser_oob.migration.stream import Data, Descriptor, Header, PciConfig, StreamReader, Trailer
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.errors import CommandError
@@ -30,7 +32,7 @@ class DestinationPipeline:
     Args:
         link: the agent, which was told that a load begins.
         tracer: where progress is told.
-        nursery: where pieces are forwarded.
+        background: where pieces are forwarded.
         check: judges the source's descriptor.
         data_s: seconds within which the agent has to take a piece.
         retry_s: seconds before the first repetition of what may be repeated.
@@ -41,7 +43,7 @@ class DestinationPipeline:
         self,
         link: AgentLink,
         tracer: Tracer,
-        nursery: trio.Nursery,
+        background: Background,
         *,
         check: Check,
         data_s: float,
@@ -50,7 +52,7 @@ class DestinationPipeline:
     ) -> None:
         self._link = link
         self._tracer = tracer
-        self._nursery = nursery
+        self._background = background
         self._check = check
         self._data_s = data_s
         self._retry_s = retry_s
@@ -61,19 +63,10 @@ class DestinationPipeline:
         self._landed = trio.Event()
         self._landed.set()
         self._error: AgentError | None = None
-        #: Bytes of the stream that the client gave.
-        self.written = 0
         #: Bytes of state that went to the agent.
         self.loaded = 0
         #: Payload of the `pci` record, once it came.
         self.pci: bytes | None = None
-        #: Why the load cannot succeed any more.
-        self.failure: str | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether the trailer came."""
-        return self._reader.complete
 
     async def write(self, data: bytes | memoryview, deadline: float) -> None:
         """Take the next bytes of the stream.
@@ -83,34 +76,20 @@ class DestinationPipeline:
             deadline: when the message has to be answered.
 
         Raises:
-            CommandError: the stream is refused, or the agent refused a piece; the load is lost.
+            CommandError: the stream is refused; the load is lost.
+            AgentError: the agent refused a piece, or what it is of; the load is lost.
         """
-        if self.failure is not None:
-            raise CommandError(f"the load has failed ({self.failure}); only a reset leads out")
-        self.written += len(data)
-        whole = False
-        try:
-            for record in self._reader.feed(data):
-                if isinstance(record, Data):
-                    await self._take_data(record, deadline)
-                elif isinstance(record, Descriptor):
-                    await self._check(record.payload, deadline)
-                elif isinstance(record, PciConfig):
-                    self.pci = record.payload
-                elif isinstance(record, Header) and record.restart:
-                    await self._restart(deadline)
-                else:
-                    assert isinstance(record, Header | Trailer)
-            whole = True
-        except AgentError as error:
-            self.failure = str(error)
-            raise CommandError(f"the state was refused: {error}", error.errno) from error
-        except CommandError as error:
-            self.failure = str(error)
-            raise
-        finally:
-            if not whole and self.failure is None:
-                self.failure = "a write was given up half-way"
+        for record in self._reader.feed(data):
+            if isinstance(record, Data):
+                await self._take_data(record, deadline)
+            elif isinstance(record, Descriptor):
+                await self._check(record.payload, deadline)
+            elif isinstance(record, PciConfig):
+                self.pci = record.payload
+            elif isinstance(record, Header) and record.restart:
+                await self._restart(deadline)
+            else:
+                assert isinstance(record, Header | Trailer)
 
     async def _restart(self, deadline: float) -> None:
         """The source's function was reset: what came before is void."""
@@ -133,7 +112,9 @@ class DestinationPipeline:
             await self._wait_landed()
             self._landed = trio.Event()
             piece = record.data[start : start + caps.max_chunk]
-            self._nursery.start_soon(self._forward, record.offset + start, piece)
+            if not self._background.begin(self._forward, record.offset + start, piece):
+                self._landed.set()
+                raise CommandError("the daemon is stopping; nothing is loaded any more", errno.EIO)
 
     async def _wait_landed(self) -> None:
         await self._landed.wait()
@@ -173,8 +154,6 @@ class DestinationPipeline:
             CommandError: the stream is not whole.
             AgentError: the agent does not apply it.
         """
-        if self.failure is not None:
-            raise CommandError(f"the load has failed ({self.failure}); only a reset leads out")
         await self._wait_landed()
         trailer = self._reader.finish(await self._hasher.digest())
         await persist(

@@ -19,6 +19,8 @@ from vfiouser_agents.errors import AgentError
 from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.limits import check_page_size
 from vfiouser_oob.migration.agent_link import AgentLink
+from vfiouser_oob.migration.events import Logging
+from vfiouser_oob.migration.host import Host
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.transport.turns import Lane
 from vfiouser_protocol.dirty import check_report, fill_in_steps
@@ -41,6 +43,7 @@ class DirtyTracker:
     Args:
         link: the function's agent.
         tracer: where failures are told.
+        host: told whether the agent logs.
         memory: the client's mappings.
         device_seen: whether every write of the device goes through this process.
         by_message: whether every write of the device goes through the client.
@@ -52,6 +55,7 @@ class DirtyTracker:
         self,
         link: AgentLink,
         tracer: Tracer,
+        host: Host,
         memory: DmaMap,
         *,
         device_seen: bool,
@@ -61,6 +65,7 @@ class DirtyTracker:
     ) -> None:
         self._link = link
         self._tracer = tracer
+        self._host = host
         self._memory = memory
         self._device_seen = device_seen
         self._by_message = by_message
@@ -123,7 +128,7 @@ class DirtyTracker:
         )
         check_page_size(agent_page)
         self._agent_page = agent_page
-        self._link.logging = True
+        self._host.feed(Logging(True))
 
     async def stop(self, deadline: float) -> None:
         """End logging; legal at any time."""
@@ -132,7 +137,7 @@ class DirtyTracker:
         self._stale, self._told = [], []
         if self._agent_page:
             self._agent_page = 0
-            self._link.logging = False
+            self._host.feed(Logging(False))
             try:
                 await self._link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
             except AgentError:  # traced; a log that nobody reads does no harm
@@ -141,7 +146,6 @@ class DirtyTracker:
     def forget(self) -> bool:
         """The client has gone, and with it its memory; returns whether the agent has to be told."""
         self.log.stop()
-        self._link.logging = False
         logged, self._agent_page = bool(self._agent_page), 0
         return logged
 
@@ -155,7 +159,7 @@ class DirtyTracker:
             return
         page_size, ranges = self.log.page_size, self.log.ranges
         self._agent_page = 0
-        self._link.logging = False
+        self._host.feed(Logging(False))
         try:
             await self._start_agent(page_size, ranges, deadline)
         except AgentError:

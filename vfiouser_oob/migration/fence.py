@@ -98,8 +98,8 @@ REACTIONS: Mapping[DeviceState, Mapping[AgentState, Reaction]] = MappingProxyTyp
 )
 
 
-def verdict(status: Status, caps: Capabilities | None) -> Verdict:
-    """Judge a function by its agent's status.
+def maybe_migrated(status: Status, caps: Capabilities | None) -> bool:
+    """Whether a migration may have left the function where it is.
 
     An agent that does not itself remember migrations says of a source that gave everything no more than that it stands
     still. So would it of one that was only paused; but whose copy may run elsewhere must not go on.
@@ -108,5 +108,4 @@ def verdict(status: Status, caps: Capabilities | None) -> Verdict:
         status: what the agent said.
         caps: what it can do; None if that is not known.
     """
-    migrated = status.role is not None or caps is None or not caps.takeover
-    return VERDICTS[status.state][migrated]
+    return status.role is not None or caps is None or not caps.takeover

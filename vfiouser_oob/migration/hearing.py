@@ -3,110 +3,118 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import trio
 
 from vfiouser_agents.api import AgentState, Event, EventKind, Status
 from vfiouser_agents.errors import AgentError
+from vfiouser_oob.config.schema import MigrationConfig
+from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import Backoff
+from vfiouser_oob.migration.events import Heard
 from vfiouser_oob.migration.fence import REACTIONS, Reaction
-from vfiouser_oob.migration.standing import Standing, Truth
-from vfiouser_protocol.constants import DeviceState
+from vfiouser_oob.migration.host import Host, Job
+from vfiouser_oob.migration.record import Certainty
+from vfiouser_oob.migration.trace import Tracer
 
 #: What the agent tells when it can be reached again, so that it is worth while to try again at once.
 _BACK = frozenset({EventKind.RECONNECTED, EventKind.AGENT_RESTARTED})
 
 
-class Hearing(Standing):
-    """A standing whose agent is listened to; takes what `Standing` takes."""
+class Hearing:
+    """Listens to the agent of one function.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.link.heard = self._heard
-        self.link.lost = self._contact_lost
-        self._word: Event | None = None
-        self._fault = ""
-        self._word_came = trio.Event()
-        self._looking = False
+    Args:
+        host: whose record says where the function ought to be.
+        link: the agent.
+        tracer: where events are told.
+        config: the function's migration settings.
+        changing: held while somebody changes the state.
+    """
 
-    @property
-    def _at_agent(self) -> DeviceState:
-        """Where the agent ought to have the function: a pause without it, it knows nothing of."""
-        return DeviceState.RUNNING if self.paused_over_link else self.state
+    def __init__(
+        self, host: Host, link: AgentLink, tracer: Tracer, config: MigrationConfig, changing: trio.Lock
+    ) -> None:
+        self._host = host
+        self._link = link
+        self._tracer = tracer
+        self._config = config
+        self._changing = changing
+        #: The last thing that matters, until it is looked at.
+        self._latest: Event | None = None
+        self._came = trio.Event()
+        self._looking = Job(host.background)
 
-    def _heard(self, event: Event) -> None:
-        """Take an event; what it means is looked at by a task, when nothing is being changed."""
+    def heard(self, event: Event) -> bool:
+        """Take an event; what it means is looked at when nothing is being changed.
+
+        Args:
+            event: what the agent has told.
+
+        Returns:
+            Whether the agent can be reached again.
+        """
         if event.kind is EventKind.SIZE_CHANGED:
-            return
-        self.tracer.heard(event)
-        if event.kind in _BACK:
-            self._hurry.set()
-        self._fault = event.detail if event.kind is EventKind.DEVICE_ERROR else ""
+            return False
+        self._tracer.heard(event)
         if event.status is not None or event.kind is EventKind.DEVICE_ERROR:
-            self._word = event
-            self._word_came.set()
+            self._latest = event
+            self._came.set()
+        return event.kind in _BACK
 
-    async def _listen(self) -> None:
+    async def listen(self) -> None:
         """Look at the last thing that the agent has told, as long as the function lives."""
         while True:
-            await self._word_came.wait()
-            self._word_came = trio.Event()
-            async with self._lock:  # until nothing is being changed any more
+            await self._came.wait()
+            self._came = trio.Event()
+            async with self._changing:  # until nothing is being changed any more
                 pass
-            if self._word is not None and self.truth is Truth.KNOWN and self.link.is_open:
-                await self._look_at(self._word)
+            known = self._host.record.certainty is Certainty.KNOWN
+            if self._latest is not None and known and self._link.is_open:
+                await self._look_at(self._latest)
 
     async def _look_at(self, event: Event) -> None:
         """Find out whether an event says that the function is not where we think; it may be older than that."""
         failed = event.kind is EventKind.DEVICE_ERROR
         told = event.status or Status(AgentState.ERROR, detail=event.detail)
-        if not failed and REACTIONS[self._at_agent][told.state] is Reaction.NOTHING:
+        before = self._host.record
+        if not failed and REACTIONS[before.at_agent][told.state] is Reaction.NOTHING:
             return
-        turn = self._turn
         try:
-            now = await self.link.status(trio.current_time() + self.config.call_s)
+            now = await self._link.status(trio.current_time() + self._config.call_s)
         except AgentError:  # traced
             if not failed:
                 return
             now = Status(AgentState.ERROR)
-        if turn != self._turn or self._lock.locked():
-            self._word_came.set()
-        elif self.truth is Truth.KNOWN:
-            self._react(now, self._fault or event.detail)
+        if before.changes != self._host.record.changes or self._changing.locked():
+            self._came.set()
+            return
+        # A fault that was told meanwhile says more than what made us ask.
+        last = self._latest if self._latest is not None and self._latest.kind is EventKind.DEVICE_ERROR else event
+        self._host.feed(Heard(replace(now, detail=now.detail or last.detail)))
 
-    def _react(self, status: Status, detail: str) -> None:
-        """Take the agent's word about a function that nobody is changing."""
-        reaction = REACTIONS[self._at_agent][status.state]
-        if reaction is Reaction.NOTE:
-            self.tracer.note("somebody else changes the function", agent_state=status.state.value)
-        elif reaction is Reaction.ADOPT:
-            self._stop_settling()
-            self._adopt(replace(status, detail=status.detail or detail))
-
-    def _contact_lost(self) -> None:
+    def contact_lost(self) -> None:
         """A session was lost. Its events are, too, until there is another; while they matter, we see to that."""
-        if self._contact_missing and self._nursery is not None and not self._looking:
-            self._looking = True
-            self._nursery.start_soon(self._look_again)
+        if self._missing:
+            self._looking.begin(self._look_again)
 
     @property
-    def _contact_missing(self) -> bool:
+    def _missing(self) -> bool:
         """Whether nobody hears the agent of a function that somebody might move; what is not known is asked anyway."""
-        moving = self._busy or self.link.begun is not None
-        return moving and self.truth is Truth.KNOWN and not self.link.is_open
+        record = self._host.record
+        moving = record.busy or record.begun is not None
+        return moving and record.certainty is Certainty.KNOWN and not self._link.is_open
 
     async def _look_again(self) -> None:
-        pauses = Backoff(self.config.retry_s)
-        while self._contact_missing:
+        pauses = Backoff(self._config.retry_s)
+        while self._missing:
             await pauses.pause()
-            if self._contact_missing and not self._lock.locked():
-                await self._ask_again()
-        self._looking = False
+            if self._missing and not self._changing.locked():
+                await self._ask()
 
-    async def _ask_again(self) -> None:
+    async def _ask(self) -> None:
         try:
-            status = await self.link.status(trio.current_time() + self.config.call_s)
+            status = await self._link.status(trio.current_time() + self._config.call_s)
         except AgentError:  # traced
             return
-        self._heard(Event(EventKind.RECONNECTED, "asked again", status))
+        self._host.heard(Event(EventKind.RECONNECTED, "asked again", status))

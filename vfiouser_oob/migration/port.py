@@ -10,11 +10,13 @@ from typing import TypeAlias
 
 from vfiouser_oob.config.schema import Generations, MigrationConfig
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
-from vfiouser_oob.migration.actions import Device
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
-from vfiouser_oob.migration.engine import MigrationEngine
-from vfiouser_oob.migration.standing import message_deadline
+from vfiouser_oob.migration.message_time import message_deadline
+from vfiouser_oob.migration.record import Owner
+from vfiouser_oob.migration.runner import MigrationRunner
+from vfiouser_oob.migration.steps import Device
+from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.migration.v2_view import V2View
 from vfiouser_oob.transport.pieces import Pieces
@@ -36,36 +38,26 @@ class MigrationPort:
     """What a connection asks of the migration engine; made by `attach`.
 
     Args:
-        engine: the function's engine.
+        runner: the function's.
         device: the device as opened for this client.
         name: the function's name.
         client: what the client announced.
     """
 
-    def __init__(self, engine: MigrationEngine, device: Device, name: str, client: Capabilities) -> None:
+    def __init__(self, runner: MigrationRunner, device: Device, name: str, client: Capabilities) -> None:
         session = device.session
         announced = client.migration is not None
-        caps = engine.link.caps
+        caps = runner.link.caps
         #: Whether the function can be migrated, as far as is known: what the agent said last, else the configuration.
-        self.migratable = engine.blocked is None and (caps is None or caps.stop_copy)
-        self.engine = engine
+        self.migratable = runner.record.blocked is None and (caps is None or caps.stop_copy)
+        self.runner = runner
         self.shadow = device.shadow
         self._device = device
         self._page_size = 4096
-        taken = client.migration.max_bitmap_size if client.migration is not None else DEFAULT_MAX_BITMAP_SIZE
-        self.dirty = DirtyTracker(
-            engine.link,
-            engine.tracer,
-            session.memory.map,
-            device_seen=session.device_seen,
-            by_message=session.memory.by_message,
-            # Whatever the client would take: this is memory of ours, and no VMM takes more.
-            max_bitmap_size=min(taken, DEFAULT_MAX_BITMAP_SIZE),
-            call_s=engine.config.call_s,
-        )
-        use_v1, use_v2 = _generations(engine.config, announced) if self.migratable else (False, False)
+        self.dirty = device.dirty
+        use_v1, use_v2 = _generations(runner.config, announced) if self.migratable else (False, False)
         index = max(RegionIndex.MIGRATION, len(session.description.regions))
-        self.v1 = V1View(engine, name, index, engine.config.v1_data_size) if use_v1 else None
+        self.v1 = V1View(Transfer(runner, Owner.V1), name, index, runner.config.v1_data_size) if use_v1 else None
         self._use_v2 = use_v2
         self.v2: V2View | None = None
 
@@ -79,9 +71,10 @@ class MigrationPort:
         """
         self._page_size = page_size or self._page_size
         if self._use_v2:
-            self.v2 = V2View(self.engine, self.dirty, client.max_data_xfer_size, offer.max_data_xfer_size)
+            transfer = Transfer(self.runner, Owner.V2)
+            limits = (client.max_data_xfer_size, offer.max_data_xfer_size)
+            self.v2 = V2View(transfer, self.dirty, self.runner.config, *limits)
         self._device.session.memory.on_write = self.dirty.wrote
-        self.engine.after_agent_reset = self.dirty.rearm
 
     # Commands
 
@@ -168,7 +161,7 @@ class MigrationPort:
         """The client has gone."""
         self._device.session.memory.on_write = None
         try:
-            await self.engine.detach(logged=self.dirty.forget())
+            await self.runner.detach(logged=self.dirty.forget())
         finally:
             if self.v1 is not None:
                 self.v1.close()
@@ -185,11 +178,11 @@ def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:
     }[config.generations]
 
 
-async def attach(engine: MigrationEngine, session: BackendSession, name: str, client: Capabilities) -> MigrationPort:
+async def attach(runner: MigrationRunner, session: BackendSession, name: str, client: Capabilities) -> MigrationPort:
     """Connect a client to the migration of its function.
 
     Args:
-        engine: the function's engine.
+        runner: the function's.
         session: the device as opened for the client.
         name: the function's name.
         client: what the client announced.
@@ -197,11 +190,23 @@ async def attach(engine: MigrationEngine, session: BackendSession, name: str, cl
     Raises:
         BackendUnavailable: the function must not run before it was reset, and that cannot be done now.
     """
-    device = Device(session, ConfigShadow())
+    taken = client.migration.max_bitmap_size if client.migration is not None else DEFAULT_MAX_BITMAP_SIZE
+    dirty = DirtyTracker(
+        runner.link,
+        runner.tracer,
+        runner,
+        session.memory.map,
+        device_seen=session.device_seen,
+        by_message=session.memory.by_message,
+        # Whatever the client would take: this is memory of ours, and no VMM takes more.
+        max_bitmap_size=min(taken, DEFAULT_MAX_BITMAP_SIZE),
+        call_s=runner.config.call_s,
+    )
+    device = Device(session, ConfigShadow(), dirty)
     try:
         head = session.region_read(RegionIndex.CONFIG, 0, _CONFIG_HEAD)
         device.shadow.learn(head if isinstance(head, bytes) else await head)
     except (VfioUserError, OSError) as error:
         raise BackendUnavailable(f"the device's configuration space cannot be read: {error}") from error
-    await engine.attach(device)
-    return MigrationPort(engine, device, name, client)
+    await runner.attach(device)
+    return MigrationPort(runner, device, name, client)

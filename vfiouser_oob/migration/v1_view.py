@@ -11,9 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 from vfiouser_oob.devices.memfd import SharedMemory
-from vfiouser_oob.migration.engine import MigrationEngine
-from vfiouser_oob.migration.source import SourcePipeline
-from vfiouser_oob.migration.standing import Owner, message_deadline
+from vfiouser_oob.migration.transfer import Left, Transfer
 from vfiouser_protocol.buffers import BufferPool
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
@@ -40,14 +38,14 @@ class V1View:
     """The migration region of one connection.
 
     Args:
-        engine: the function's engine.
+        transfer: moves the state.
         name: the function's name, for the shared memory.
         index: of the region.
         data_size: bytes of the data section, whole pages.
     """
 
-    def __init__(self, engine: MigrationEngine, name: str, index: int, data_size: int) -> None:
-        self._engine = engine
+    def __init__(self, transfer: Transfer, name: str, index: int, data_size: int) -> None:
+        self._transfer = transfer
         self._name = name
         self._layout = RegionLayout(mmap.PAGESIZE, data_size)
         self._iteration = Iteration(self._layout)
@@ -114,7 +112,7 @@ class V1View:
             CommandError: EINVAL as for `read`, EBUSY while the other generation migrates.
         """
         place = self._layout.locate(offset, len(data))
-        self._engine.require_owner(Owner.V1, "a write to the migration region")
+        self._transfer.require("a write to the migration region")
         self._follow()
         if isinstance(place, DataAccess):
             self._iteration.require_data_access(write=True)
@@ -130,86 +128,81 @@ class V1View:
 
     def _follow(self) -> None:
         """Let the iteration follow the engine; while the other generation migrates, there is nothing to iterate."""
-        mine = self._engine.owner in (None, Owner.V1)
-        self._iteration.enter(self._engine.state_shown if mine else DeviceState.RUNNING)
+        self._iteration.enter(self._transfer.state if self._transfer.mine else DeviceState.RUNNING)
 
     # Registers
 
     def _read_state(self) -> bytes:
-        value = FROM_V2[self._engine.state_shown] | self._reserved
+        value = FROM_V2[self._transfer.state] | self._reserved
         return pack_register(Register.DEVICE_STATE, value)
 
     async def _write_state(self, value: int) -> None:
-        await self._engine.request(lambda current: require_transition(current, value), Owner.V1)
+        await self._transfer.request(lambda current: require_transition(current, value))
         self._reserved = value & ~STATE_MASK & 0xFFFF_FFFF
         self._pool.drop()
         self._follow()
 
     def _read_pending(self) -> ReadAnswer:
         self._iteration.begin_pending()
-        source = self._engine.work.source
-        if source is None or self._iteration.state not in (DeviceState.PRE_COPY, DeviceState.STOP_COPY):
+        left = self._transfer.left
+        if left is None or self._iteration.state not in (DeviceState.PRE_COPY, DeviceState.STOP_COPY):
             return self._pending(0)
-        if source.final or source.buffered or self._iteration.chunk:
-            return self._pending(self._amount(source))
-        return self._pending_later(source)
+        if left.final or left.buffered or self._iteration.chunk:
+            return self._pending(self._amount(left))
+        return self._pending_later()
 
-    async def _pending_later(self, source: SourcePipeline) -> bytes:
+    async def _pending_later(self) -> bytes:
         """Before the stop it says 0 if the agent has nothing now."""
-        await source.prepare(1, message_deadline())
-        return self._pending(self._amount(source) if source.buffered else 0)
+        await self._transfer.prepare(1)
+        left = self._transfer.left
+        return self._pending(self._amount(left) if left is not None and left.buffered else 0)
 
     def _pending(self, amount: int) -> bytes:
         return pack_register(Register.PENDING_BYTES, self._iteration.pending(amount))
 
-    def _amount(self, source: SourcePipeline) -> int:
+    def _amount(self, left: Left) -> int:
         """Bytes that are there or expected."""
-        if source.exhausted:
+        if left.exhausted:
             return self._iteration.chunk
-        return max(_SOMETHING, self._iteration.chunk + source.buffered + source.remaining)
+        return max(_SOMETHING, self._iteration.chunk + left.buffered + left.remaining)
 
     def _read_offset(self) -> ReadAnswer:
         if not self._iteration.offset():
             return self._offset_read()
-        source = self._engine.work.source
-        if source is None:
+        if self._transfer.left is None:
             raise CommandError("data_offset was read while no state is being saved")
-        if not source.has(self._layout.data_size):
-            return self._offset_later(source)
-        self._fill(source)
+        if not self._transfer.has(self._layout.data_size):
+            return self._offset_later()
+        self._fill()
         return self._offset_read()
 
-    async def _offset_later(self, source: SourcePipeline) -> bytes:
-        await source.prepare(self._layout.data_size, message_deadline())
-        self._fill(source)
+    async def _offset_later(self) -> bytes:
+        await self._transfer.prepare(self._layout.data_size)
+        self._fill()
         return self._offset_read()
 
     def _offset_read(self) -> bytes:
         return pack_register(Register.DATA_OFFSET, self._layout.data_start)
 
-    def _fill(self, source: SourcePipeline) -> None:
+    def _fill(self) -> None:
         """Put the next portion into the data section."""
         start = end = self._layout.data_start
-        for piece in source.take(self._layout.data_size):
+        for piece in self._transfer.read(self._layout.data_size):
             self.memory.view[end : end + len(piece)] = piece
             end += len(piece)
         self._iteration.prepared(end - start)
 
     def _read_size(self) -> bytes:
         size = self._iteration.size()
-        source = self._engine.work.source
-        if source is not None and source.exhausted:
-            # The client knows now how much of the last chunk there is, and has it: this is the point of no return.
-            self._engine.work.trailer_handed = True
+        self._transfer.delivered()  # the client knows now how much of the chunk there is, and has it
         return pack_register(Register.DATA_SIZE, size)
 
     async def _consume(self, size: int) -> None:
-        destination = self._engine.work.destination
-        if destination is None:
+        if not self._transfer.loading:
             raise CommandError("data_size was written while no state is being loaded")
         if size:
             start = self._layout.data_start
             # Copied once: the client can still write the original.
             copy = self._pool.take(size)
             copy[:] = self.memory.view[start : start + size]
-            await destination.write(copy.toreadonly(), message_deadline())
+            await self._transfer.write(copy.toreadonly())

@@ -6,10 +6,10 @@ import struct
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias, cast
 
+from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.migration.dirty import DirtyTracker
-from vfiouser_oob.migration.engine import MigrationEngine
-from vfiouser_oob.migration.source import SourcePipeline
-from vfiouser_oob.migration.standing import Owner, message_deadline
+from vfiouser_oob.migration.message_time import message_deadline
+from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.codec import decode
 from vfiouser_protocol.constants import DeviceState
@@ -21,7 +21,14 @@ from vfiouser_protocol.messages import (
     MigDataRead,
     MigDataWrite,
 )
-from vfiouser_protocol.migration_v2 import READABLE, WRITABLE, FeatureAction, FeatureCall, interpret_feature
+from vfiouser_protocol.migration_v2 import (
+    READABLE,
+    WRITABLE,
+    FeatureAction,
+    FeatureCall,
+    interpret_feature,
+    require_path,
+)
 from vfiouser_protocol.rules import check_request
 
 Answer: TypeAlias = "bytes | Awaitable[bytes | Pieces]"
@@ -35,20 +42,24 @@ class V2View:
     """The v2 commands of one connection.
 
     Args:
-        engine: the function's engine.
+        transfer: moves the state.
         dirty: the connection's dirty log.
+        config: the function's migration settings.
         max_read: bytes that the client takes per MIG_DATA_READ.
         max_write: bytes that we take per MIG_DATA_WRITE.
     """
 
-    def __init__(self, engine: MigrationEngine, dirty: DirtyTracker, max_read: int, max_write: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, transfer: Transfer, dirty: DirtyTracker, config: MigrationConfig, max_read: int, max_write: int
+    ) -> None:
+        self._transfer = transfer
         self._dirty = dirty
+        self._config = config
         self._max_read = max_read
         self._max_write = max_write
         self._actions: Mapping[FeatureAction, Callable[[FeatureCall], Answer]] = {
             FeatureAction.PROBED: lambda call: call.echo(),
-            FeatureAction.GET_MIGRATION: lambda call: call.flags(precopy=engine.config.precopy),
+            FeatureAction.GET_MIGRATION: lambda call: call.flags(precopy=config.precopy),
             FeatureAction.GET_STATE: self._get_state,
             FeatureAction.SET_STATE: self._set_state,
             FeatureAction.START_LOGGING: self._start_logging,
@@ -80,16 +91,17 @@ class V2View:
         return reply
 
     def _get_state(self, call: FeatureCall) -> Answer:
-        if not self._engine.certain:
+        if not self._transfer.certain:
             return self._get_state_later(call)
-        return call.state(self._engine.state_shown)
+        return call.state(self._transfer.state)
 
     async def _get_state_later(self, call: FeatureCall) -> bytes:
-        return call.state(await self._engine.state_now())
+        return call.state(await self._transfer.state_now())
 
     async def _set_state(self, call: FeatureCall) -> bytes:
         assert isinstance(call.data, FeatureDeviceState)
-        await self._engine.request(self._engine.plan_for(call.data.device_state), Owner.V2)
+        wanted = call.data.device_state
+        await self._transfer.request(lambda current: require_path(current, wanted, precopy=self._config.precopy))
         return call.echo()
 
     async def _start_logging(self, call: FeatureCall) -> bytes:
@@ -101,8 +113,8 @@ class V2View:
         return call.echo()
 
     def _data_size(self, call: FeatureCall) -> bytes:
-        source = self._engine.work.source
-        return call.data_size(_UNKNOWN_SIZE if source is None else source.buffered + source.remaining)
+        left = self._transfer.left
+        return call.data_size(_UNKNOWN_SIZE if left is None else left.buffered + left.remaining)
 
     async def _report(self, call: FeatureCall) -> Pieces:
         data = call.data
@@ -122,23 +134,20 @@ class V2View:
         request = decode(MigDataRead, payload)
         check_request(request, self._max_read)
         self._require(READABLE, "MIG_DATA_READ")
-        source = self._engine.work.source
-        if source is None:
-            raise CommandError("MIG_DATA_READ while no state is being saved")
-        if not request.size or source.has(request.size):
-            return self._portion(source, request.size)
-        return self._portion_later(source, request.size)
+        if not request.size or self._transfer.has(request.size):
+            return self._portion(request.size)
+        return self._portion_later(request.size)
 
-    async def _portion_later(self, source: SourcePipeline, size: int) -> Pieces:
-        await source.prepare(size, message_deadline())
-        return self._portion(source, size)
+    async def _portion_later(self, size: int) -> Pieces:
+        await self._transfer.prepare(size)
+        return self._portion(size)
 
-    def _portion(self, source: SourcePipeline, size: int) -> Pieces:
-        data = source.take(size) if size else []
+    def _portion(self, size: int) -> Pieces:
+        data = self._transfer.read(size) if size else []
         if size:
-            self._engine.work.trailer_handed |= source.exhausted
+            self._transfer.delivered()
         count = sum(map(len, data))
-        padding = bytes(size - count) if self._engine.config.pad_reads else b""
+        padding = bytes(size - count) if self._config.pad_reads else b""
         return Pieces((_DATA_HEAD.pack(_DATA_HEAD.size + count, count), *data, padding))
 
     async def data_write(self, payload: bytes) -> bytes:
@@ -154,16 +163,15 @@ class V2View:
         request = decode(MigDataWrite, cast("bytes", memoryview(payload)))
         check_request(request, self._max_write)
         self._require(WRITABLE, "MIG_DATA_WRITE")
-        destination = self._engine.work.destination
-        if destination is None:
+        if not self._transfer.loading:
             raise CommandError("MIG_DATA_WRITE while no state is being loaded")
         if request.size:
-            await destination.write(request.data, message_deadline())
+            await self._transfer.write(request.data)
         return b""
 
     def _require(self, states: frozenset[DeviceState], what: str) -> None:
-        self._engine.require_owner(Owner.V2, what)
-        state = self._engine.state_shown
+        self._transfer.require(what)
+        state = self._transfer.state
         if state not in states:
             allowed = " or ".join(sorted(item.name for item in states))
             raise CommandError(f"{what} in {state.name}; it is for {allowed}")

@@ -231,7 +231,7 @@ class Connection(ClientLink):
             self.port.negotiated(client, offer, migration_pgsize)
             self.stream.make_room()
             v1 = self.port.v1
-            self._hold = WriteHold(self.port.engine, -1 if v1 is None else v1.index, self._carry_out, self.log)
+            self._hold = WriteHold(self.port.runner, -1 if v1 is None else v1.index, self._carry_out, self.log)
             self.port.held_by(self._hold.drained)
             self._start = self._start_unless_held
         self._handlers = Handlers(self.backend, offer.max_data_xfer_size, self.port).table
@@ -351,7 +351,7 @@ class Connection(ClientLink):
 
     def _start_unless_held(self, event: CommandReceived) -> Result:
         hold = self._hold
-        if hold is not None and (hold.engine.awaiting or hold.held):
+        if hold is not None and (hold.runner.record.awaiting or hold.held):
             held = hold.take(event, lambda: self._carry_out_held(event))
             if held is not None:
                 return held

@@ -25,8 +25,8 @@ from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
-from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
+from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
@@ -178,10 +178,10 @@ class Daemon:
         identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
         memory = self._memory.drawer(config.name, identity)
 
-        def make(name: str, events: EventHub, logger: log.Logger) -> MigrationEngine:
-            engine = MigrationEngine(name, connected, agent.function, config.migration, events, logger, memory)
-            engine.actions.sharing = self._sharing
-            return engine
+        def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
+            return MigrationRunner(
+                name, connected, agent.function, config.migration, events, logger, memory, self._sharing
+            )
 
         return make
 

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
-from vfiouser_oob.migration.engine import MigrationEngine
 from vfiouser_oob.migration.port import attach
+from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.server.connection import Connection
@@ -35,7 +35,7 @@ _HARMLESS = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
 
 
 #: Builds a function's migration engine, given its name, where changes are announced, and its logger.
-EngineMaker: TypeAlias = Callable[[str, EventHub, Logger], MigrationEngine]
+EngineMaker: TypeAlias = Callable[[str, EventHub, Logger], MigrationRunner]
 
 
 class Function:

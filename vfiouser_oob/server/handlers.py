@@ -167,7 +167,7 @@ class Handlers:
 
     def reset(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_RESET."""
-        return _empty(self._session.reset() if self._port is None else self._port.engine.reset())
+        return _empty(self._session.reset() if self._port is None else self._port.runner.reset())
 
     # Registers
 
@@ -230,7 +230,7 @@ class Handlers:
         done = self._session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
         if done is not None:
             await done
-        await self._port.engine.function_reset()
+        await self._port.runner.function_reset()
 
     def _region(self, index: int) -> RegionSpec:
         if index >= len(self._regions):

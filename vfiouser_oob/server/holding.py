@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.log import Logger
 from vfiouser_protocol.constants import Command, RegionIndex
 from vfiouser_protocol.errors import CommandError
@@ -42,7 +42,7 @@ class WriteHold:
     """The held accesses of one connection. `run` has to run while it is used.
 
     Args:
-        engine: knows whether the function runs.
+        runner: knows whether the function runs.
         migration_region: index of the region that is the engine's own; -1 if there is none.
         carry_out: does a held write that wants no reply; its failure is the connection's to report.
         log: a logger with the function's fields.
@@ -50,12 +50,12 @@ class WriteHold:
 
     def __init__(
         self,
-        engine: MigrationEngine,
+        runner: MigrationRunner,
         migration_region: int,
         carry_out: Callable[[CommandReceived], Awaitable[None]],
         log: Logger,
     ) -> None:
-        self.engine = engine
+        self.runner = runner
         #: Writes that want no reply, in the order of their arrival.
         self.held: deque[CommandReceived] = deque()
         self._held_bytes = 0
@@ -120,7 +120,11 @@ class WriteHold:
         if event.header.command not in _WRITES:
             return True
         single = event.header.command == Command.REGION_WRITE and len(event.payload) >= _REGION.size
-        return self.engine.reset_due and single and _REGION.unpack_from(event.payload)[0] == RegionIndex.CONFIG
+        return (
+            self.runner.record.reset_due is not None
+            and single
+            and _REGION.unpack_from(event.payload)[0] == RegionIndex.CONFIG
+        )
 
     async def drained(self) -> None:
         """Wait until what was held back is at the device, or void."""
@@ -131,7 +135,7 @@ class WriteHold:
 
     @property
     def _closed(self) -> bool:
-        return self.engine.awaiting or bool(self.held)
+        return self.runner.record.awaiting or bool(self.held)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -147,24 +151,24 @@ class WriteHold:
         return await serve()
 
     def _require_running(self) -> None:
-        if not self.engine.runs:
-            raise CommandError(f"the function does not run; it is {self.engine.state_shown.name}", errno.EIO)
+        if not self.runner.record.runs:
+            raise CommandError(f"the function does not run; it is {self.runner.record.state_shown.name}", errno.EIO)
 
     async def run(self) -> None:
         """Let go what is held, whenever the truth is known."""
         while True:
             await self._needed.wait()
-            await self.engine.known()
-            if self.engine.runs:
+            await self.runner.known()
+            if self.runner.record.runs:
                 await self._let_go()
             else:
-                self._drop(f"the function does not run; it is {self.engine.state_shown.name}")
+                self._drop(f"the function does not run; it is {self.runner.record.state_shown.name}")
             if not self._closed:
                 self._needed = trio.Event()
                 self._notify()
 
     async def _let_go(self) -> None:
-        while self.held and self.engine.runs:
+        while self.held and self.runner.record.runs:
             event = self.held[0]
             await self._carry_out(event)
             # It may have been made void meanwhile.

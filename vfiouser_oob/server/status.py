@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from vfiouser_oob.devices.base import BackendSession
-from vfiouser_oob.migration.engine import MigrationEngine
-from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.migration.record import Certainty
+from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
     ClientStatus,
@@ -45,39 +45,38 @@ def function_status(function: Function) -> FunctionStatus:
     )
 
 
-def _migration(engine: MigrationEngine) -> MigrationStatus:
+def _migration(runner: MigrationRunner) -> MigrationStatus:
     """Describe a migration."""
-    source = engine.work.source
-    caps = engine.link.caps
+    record, source, caps = runner.record, runner.steps.source, runner.link.caps
     return MigrationStatus(
-        agent=engine.link.function_id,
-        migratable=engine.blocked is None and (caps is None or caps.stop_copy),
-        blocked=engine.blocked,
-        state=engine.state_shown.name,
-        known=engine.truth is not Truth.UNKNOWN,
-        unknown_since=None if engine.unknown_since is None else iso_time(engine.unknown_since),
-        agent_away_since=None if engine.link.away_time is None else iso_time(engine.link.away_time),
-        paused_over_link=engine.paused_over_link,
-        reset_due=engine.reset_due,
-        held_back=engine.awaiting,
-        owner=None if engine.owner is None else engine.owner.value,
-        fenced=engine.fenced,
+        agent=runner.link.function_id,
+        migratable=record.blocked is None and (caps is None or caps.stop_copy),
+        blocked=record.blocked,
+        state=record.state_shown.name,
+        known=record.certainty is not Certainty.UNKNOWN,
+        unknown_since=None if record.unknown_since is None else iso_time(record.unknown_since),
+        agent_away_since=None if runner.link.away_time is None else iso_time(runner.link.away_time),
+        paused_over_link=record.over_link,
+        reset_due=record.reset_due is not None,
+        held_back=record.awaiting,
+        owner=None if record.owner is None else record.owner.value,
+        fenced=record.fenced,
         generation=source.generation if source is not None else 0,
-        bytes=engine.moved,
+        bytes=runner.steps.moved,
         buffered=source.buffered if source is not None else 0,
         remaining=source.remaining if source is not None else 0,
-        step=engine.tracer.doing,
-        steps=engine.tracer.steps,
-        failures=engine.tracer.failures,
-        last_failure=engine.tracer.last_failure,
-        capabilities=_capabilities(engine),
+        step=runner.tracer.doing,
+        steps=runner.tracer.steps,
+        failures=runner.tracer.failures,
+        last_failure=runner.tracer.last_failure,
+        capabilities=_capabilities(runner),
     )
 
 
-def _capabilities(engine: MigrationEngine) -> CapabilitiesStatus:
+def _capabilities(runner: MigrationRunner) -> CapabilitiesStatus:
     """Describe what the agent can do, and how that is known."""
-    facts = engine.link.facts
-    problem = None if engine.memory is None else engine.memory.problem
+    facts = runner.link.facts
+    problem = None if runner.memory is None else runner.memory.problem
     if facts is None:
         return CapabilitiesStatus(
             source=Source.CONFIGURATION.value, learned=None, stop_copy=None, precopy=None, dirty=None, problem=problem

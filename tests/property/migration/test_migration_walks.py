@@ -38,7 +38,7 @@ from rawclient import CONFIG, RESET
 from vfiouser_agents.errors import Busy
 from vfiouser_agents.faults import Drops, Fails
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.migration.standing import Truth
+from vfiouser_oob.migration.record import Certainty
 
 CONFIGURED = MigrationConfig(chunk_size=4096, v1_data_size=4096, call_s=0.5, stop_s=0.5, data_s=0.5, retry_s=0.005)
 V1 = {
@@ -82,11 +82,11 @@ class Player:
     async def look(self) -> None:
         """Compare what is read with what is."""
         state, v1 = await self.client.state(), V1[await self.client.v1_state()]
-        engine, runs = self.side.engine, self.side.runs
-        if engine.truth is not Truth.UNKNOWN:
+        engine, runs = self.side.runner, self.side.runs
+        if engine.record.certainty is not Certainty.UNKNOWN:
             assert state == v1
             assert runs == (state in (RUNNING, PRE_COPY)), (state, self.side.device.state)
-        self.must_stand |= engine.work.trailer_handed or state == RESUMING
+        self.must_stand |= engine.record.handed or state == RESUMING
         if self.must_stand:
             assert not runs
 
@@ -136,7 +136,7 @@ class Walk:
     async def _read(self, player: Player, size: int) -> None:
         answer = await player.client.command(17, (8 + size).to_bytes(4, "little") + size.to_bytes(4, "little"))
         player.taken += answer.payload[8:]
-        if player.side.engine.work.trailer_handed:
+        if player.side.runner.record.handed:
             self.stream, player.taken = player.taken, b""
 
     async def _iterate(self, player: Player, count: int) -> None:
@@ -174,7 +174,7 @@ async def walk(steps: list[tuple[str, str, object]]) -> None:
     """Make the moves, look after each, and see that nothing is left at the end."""
     with tempfile.TemporaryDirectory() as directory:
         async with bed(Path(directory), config=CONFIGURED, reply_budget_s=1.5, state_size=20_000) as both:
-            await until(lambda: both.source.engine.asked and both.destination.engine.asked)
+            await until(lambda: both.source.runner.record.asked and both.destination.runner.record.asked)
             before = len(open_fds())
             walk_ = Walk(both)
             for side in (both.source, both.destination):
@@ -187,12 +187,12 @@ async def walk(steps: list[tuple[str, str, object]]) -> None:
             for player in walk_.players.values():
                 await player.stack.aclose()
             await until(lambda: all(item.connection is None for item in both.daemon.functions))
-            await until(lambda: both.source.engine.truth is not Truth.UNKNOWN)
-            await until(lambda: both.destination.engine.truth is not Truth.UNKNOWN)
+            await until(lambda: both.source.runner.record.certainty is not Certainty.UNKNOWN)
+            await until(lambda: both.destination.runner.record.certainty is not Certainty.UNKNOWN)
             assert before == len(open_fds())
             for side in (both.source, both.destination):
-                assert side.engine.work.source is None
-                assert side.engine.work.destination is None
+                assert side.runner.steps.source is None
+                assert side.runner.steps.destination is None
                 async with side.vmm() as client:
                     assert RUNNING == await client.state()
                     assert side.runs

@@ -28,7 +28,7 @@ from vfiouser_agents.api import AgentState
 from vfiouser_agents.faults import FaultyAgent
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_oob.config.schema import AgentConfig, DeviceConfig, DmaMode, FunctionConfig, MigrationConfig
-from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.server.daemon import Daemon
 
 ERROR, STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = range(8)
@@ -185,8 +185,8 @@ class Side:
     agent: FaultyAgent
 
     @property
-    def engine(self) -> MigrationEngine:
-        """Its engine."""
+    def runner(self) -> MigrationRunner:
+        """Its migration."""
         engine = next(function.engine for function in self.daemon.functions if function.name == self.name)
         assert engine is not None
         return engine

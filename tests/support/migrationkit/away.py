@@ -20,7 +20,7 @@ from vfiouser_agents.api import Agent, AgentState
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob.config.schema import AgentConfig, DeviceConfig, MigrationConfig
-from vfiouser_oob.migration.engine import MigrationEngine
+from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.server.daemon import Daemon
 
 #: As shipped, but with small pieces of state.
@@ -41,8 +41,8 @@ class Place:
     nursery: trio.Nursery
 
     @property
-    def engine(self) -> MigrationEngine:
-        """Its engine."""
+    def runner(self) -> MigrationRunner:
+        """Its migration."""
         engine = self.daemon.functions[0].engine
         assert engine is not None
         return engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vfiouser_agents.api import AgentState, Capabilities, Role, Status
-from vfiouser_oob.migration.fence import Verdict, verdict
+from vfiouser_oob.migration.fence import VERDICTS, Verdict, maybe_migrated
 
 REMEMBERS, FORGETS = Capabilities(takeover=True), Capabilities(takeover=False)
 
@@ -25,4 +25,4 @@ REMEMBERS, FORGETS = Capabilities(takeover=True), Capabilities(takeover=False)
 )
 def test_verdicts(state: AgentState, role: Role | None, caps: Capabilities | None, expected: Verdict) -> None:
     """A function that stands still is free to go on only if its agent knows that it was in no migration."""
-    assert expected is verdict(Status(state, role), caps)
+    assert expected is VERDICTS[state][maybe_migrated(Status(state, role), caps)]

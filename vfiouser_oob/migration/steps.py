@@ -1,4 +1,4 @@
-"""What each step of an arc does: the methods behind the names of `arcs.Do`."""
+"""What each step of a plan does: the methods behind the names of `plans.Do`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import errno
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import trio
 
-from vfiouser_agents.api import Outcome, Role, Session
+from vfiouser_agents.api import Outcome, Role, Session, Status
 from vfiouser_agents.errors import AgentError, InvalidState, Unsupported
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.agent_link import AgentLink
-from vfiouser_oob.migration.arcs import Action, Do
-from vfiouser_oob.migration.backoff import Backoff, agent_is_away, persist
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descriptor, require_similar
 from vfiouser_oob.migration.destination import DestinationPipeline
+from vfiouser_oob.migration.dirty import DirtyTracker
+from vfiouser_oob.migration.events import BeganAtAgent, DeviceBroke
+from vfiouser_oob.migration.host import Host
+from vfiouser_oob.migration.plans import Do
+from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.sharing import Sharing
 from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import CommandError, VfioUserError
+
+#: Takes a step by a deadline.
+Action: TypeAlias = Callable[[float], Awaitable["bool | Status | None"]]
 
 
 @dataclass(slots=True)
@@ -33,60 +40,39 @@ class Device:
     Args:
         session: the backend's session.
         shadow: configuration space as the client wrote it.
+        dirty: its log of dirty pages.
         drained: waits until no write of the guest is held back any more; None if none ever is.
     """
 
     session: BackendSession
     shadow: ConfigShadow
+    dirty: DirtyTracker
     drained: Callable[[], Awaitable[None]] | None = None
 
 
-@dataclass(slots=True)
-class Work:
-    """What a migration under way holds; all of it goes with RUNNING or a reset.
-
-    Args:
-        source: the saving side's pipeline.
-        destination: the loading side's pipeline.
-        trailer_handed: the client has the whole state: this function must not run again unless it says so.
-        committed: a state was loaded and applied, so what runs next is the migrated function.
-    """
-
-    source: SourcePipeline | None = None
-    destination: DestinationPipeline | None = None
-    trailer_handed: bool = False
-    committed: bool = False
-
-    def drop_pipelines(self) -> None:
-        """Stop moving data and forget what is buffered."""
-        if self.source is not None:
-            self.source.halt()
-        if self.destination is not None:
-            self.destination.halt()
-        self.source = self.destination = None
-
-
-class Actions:
+class Steps:
     """The steps, as methods that take a deadline.
 
     Args:
         link: the function's agent.
         config: its migration settings.
         tracer: where steps are traced.
+        host: knows what was begun, and is told of what is found out.
+        sharing: with whom memory for state is shared; a daemon has one for all its functions.
     """
 
-    def __init__(self, link: AgentLink, config: MigrationConfig, tracer: Tracer) -> None:
+    def __init__(self, link: AgentLink, config: MigrationConfig, tracer: Tracer, host: Host, sharing: Sharing) -> None:
         self._link = link
         self._config = config
         self._tracer = tracer
-        self.nursery: trio.Nursery | None = None
+        self._host = host
+        self._sharing = sharing
+        #: The device, as the attached client has it.
         self.device: Device | None = None
-        self.work = Work()
-        #: With whom memory for state is shared; a daemon has one for all its functions.
-        self.sharing = Sharing()
-        #: Told why, when the agent says that the function is broken.
-        self.device_failed: Callable[[str], None] = lambda why: None
-        self.table: Mapping[Do, Action] = {
+        #: The saving side's pipeline, and the loading side's.
+        self.source: SourcePipeline | None = None
+        self.destination: DestinationPipeline | None = None
+        self._table: Mapping[Do, Action] = {
             Do.FLUSH: self.flush,
             Do.QUIESCE: self.quiesce,
             Do.STOP: self.stop,
@@ -97,13 +83,64 @@ class Actions:
             Do.START_STREAM: self.start_stream,
             Do.HOLD_STREAM: self.hold_stream,
             Do.FINISH_STREAM: self.finish_stream,
+            Do.RESTART_STREAM: self.restart_stream,
             Do.DROP_STREAM: self.drop_stream,
             Do.ABORT: self.abort,
             Do.END_CANCELLED: self.end_cancelled,
             Do.END: self.end,
             Do.LOAD_BEGIN: self.load_begin,
             Do.LOAD_COMMIT: self.load_commit,
+            Do.ASK: self._link.status,
+            Do.RESET_AGENT: self.reset_agent,
+            Do.RESET_DEVICE: self.reset_device,
+            Do.RESET_DEVICE_AGAIN: self.reset_device_again,
+            Do.WRITE_CONFIG: self.write_config,
+            Do.REARM_LOG: self.rearm_log,
+            Do.CLOSE: self.close,
         }
+
+    async def take(self, do: Do, deadline: float) -> bool | Status | None:
+        """Take a step.
+
+        Args:
+            do: which.
+            deadline: when to give up, as trio's clock has it.
+
+        Returns:
+            What the agent said, if it was asked; else False if there was nothing to do.
+
+        Raises:
+            AgentError: the agent did not do its part.
+            VfioUserError: the device did not do its, or the stream is not whole.
+        """
+        return await self._table[do](deadline)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of the stream that the client took, or gave."""
+        stream = self._host.record.stream
+        return 0 if stream is None else stream.position
+
+    def drop_pipelines(self) -> None:
+        """Stop moving data and forget what is buffered."""
+        if self.source is not None:
+            self.source.halt()
+        if self.destination is not None:
+            self.destination.halt()
+        self.source = self.destination = None
+
+    def halt_source(self) -> None:
+        """What was saved must not be taken for the function's state any more."""
+        if self.source is not None:
+            self.source.halt()
+
+    def release_source(self) -> None:
+        """Fetching goes on as before."""
+        if self.source is not None:
+            self.source.release()
+
+    def _broken(self, why: str) -> None:
+        self._host.feed(DeviceBroke(why))
 
     # The device
 
@@ -142,7 +179,7 @@ class Actions:
         if self._link.caps is None or self._link.caps.reset:
             try:
                 await self._link.call("reset", lambda session: session.reset(), deadline)
-                self._link.begun = None
+                self._host.feed(BeganAtAgent(None))
                 return
             except Unsupported:
                 pass
@@ -152,11 +189,11 @@ class Actions:
             if error.away or self.device is None:
                 raise
             # It is stuck in what it was doing, and the reset of its device is what leads out.
-            self._link.begun = None
+            self._host.feed(BeganAtAgent(None))
         if self.device is None:
             raise InvalidState("its agent cannot reset it, and there is no client whose device could be")
         # What its client has written since it was told of the reset stays.
-        await self.reset_device_late(deadline, device=True)
+        await self.reset_device_again(deadline)
         await self._link.call("was_reset", lambda session: session.was_reset(), deadline)
         await self.resume(deadline)
 
@@ -177,20 +214,23 @@ class Actions:
             except VfioUserError as error:  # a lost contact is nobody's bug
                 raise CommandError(f"the device could not be reset: {error}", error.errno) from error
 
-    async def reset_device_late(self, deadline: float, *, device: bool) -> None:
-        """Reset the function once more, behind its agent, and leave configuration space as the client wrote it since.
-
-        Args:
-            deadline: when to give up.
-            device: the backend resets it, too; otherwise the guest has done so.
-        """
-        if self.device is None:
-            return
-        shadow = self.device.shadow.copy()
-        if device:
+    async def reset_device_again(self, deadline: float) -> None:
+        """Reset the device behind its agent, and leave configuration space as the client wrote it since."""
+        if self.device is not None:
+            shadow = self.device.shadow.copy()
             await self.reset_device(deadline)
-        self.device.shadow.take(shadow)
-        await self._write_config(deadline)
+            self.device.shadow.take(shadow)
+            await self.write_config(deadline)
+
+    async def rearm_log(self, deadline: float) -> None:
+        """Begin the agent's log of dirty pages anew, which has ended with its reset."""
+        if self.device is not None:
+            await self.device.dirty.rearm(deadline)
+
+    async def close(self, deadline: float) -> None:
+        """Let go of the session."""
+        self._link.close()
+        await trio.lowlevel.checkpoint()
 
     # Saving
 
@@ -199,22 +239,20 @@ class Actions:
         await self._begin(Role.SOURCE, deadline)
 
     async def _begin(self, role: Role, deadline: float) -> None:
-        begun = self._link.begun
-        if begun is not None and begun[0] is not role:
+        begun = self._host.record.begun
+        if begun is not None and begun.role is not role:
             await self._link.leave(Outcome.CANCELLED, deadline, abort=True)
             begun = None
-        name = uuid.uuid4().hex if begun is None else begun[1]
-        await self._link.begin(role, name, deadline)
+        await self._link.begin(begun or Begun(role, uuid.uuid4().hex), deadline)
         caps = self._link.caps
         if caps is not None and not caps.stop_copy:
             raise Unsupported("the agent cannot save this function's state; it cannot be migrated")
 
     async def open_stream(self, deadline: float) -> None:
         """Begin to fetch the state."""
-        assert self.nursery is not None
         assert self.device is not None
         descriptor = await self.describe(deadline)
-        self.work.source = SourcePipeline(
+        self.source = SourcePipeline(
             self._link,
             self._tracer,
             descriptor=descriptor,
@@ -222,31 +260,24 @@ class Actions:
             chunk_size=self._config.chunk_size,
             data_s=self._config.data_s,
             retry_s=self._config.retry_s,
-            device_failed=self.device_failed,
-            sharing=self.sharing,
+            device_failed=self._broken,
+            sharing=self._sharing,
         )
         await self._estimate(deadline)
-        self.nursery.start_soon(self.work.source.run)
+        self._host.background.begin(self.source.run)
 
-    async def restart_stream(self, source: SourcePipeline, deadline: float, pauses: Backoff) -> None:
-        """The function is not what was saved so far any more: begin the stream anew, in the next generation.
+    @property
+    def _saving(self) -> SourcePipeline:
+        if self.source is None:
+            raise CommandError("the state that was being saved was dropped", errno.EIO)
+        return self.source
 
-        Args:
-            source: whose stream it is.
-            deadline: when to give up.
-            pauses: between attempts while the agent is away.
-        """
+    async def restart_stream(self, deadline: float) -> None:
+        """The function is not what was saved so far any more: begin the stream anew, in the next epoch."""
+        source = self._saving
         await source.hold(trio.current_time())
-
-        async def described_anew() -> bytes:
-            await self._void_stream(deadline)
-            return await self.describe(deadline)
-
-        try:
-            source.restart(await persist(described_anew, pauses, agent_is_away))
-        except AgentError:
-            source.halt()  # what it has must not be taken for the function's state
-            raise
+        await self._void_stream(deadline)
+        source.restart(await self.describe(deadline))
         await self._estimate(deadline)
 
     async def _void_stream(self, deadline: float) -> None:
@@ -263,8 +294,7 @@ class Actions:
 
     async def _estimate(self, deadline: float) -> None:
         """Ask how much there is; a figure for progress and `pending_bytes`, so a failure is no matter."""
-        source = self.work.source
-        assert source is not None
+        source = self._saving
         try:
             source.estimated(await self._link.call("estimate", lambda session: session.estimate(), deadline))
         except AgentError:
@@ -272,29 +302,26 @@ class Actions:
 
     async def start_stream(self, deadline: float) -> None:
         """Fetch what can be had while the function runs."""
-        assert self.work.source is not None
-        self.work.source.release()
+        self._saving.release()
         await trio.lowlevel.checkpoint()
 
     async def hold_stream(self, deadline: float) -> None:
         """Let the chunk under way arrive."""
-        assert self.work.source is not None
-        await self.work.source.hold(deadline)
+        await self._saving.hold(deadline)
 
     async def finish_stream(self, deadline: float) -> None:
         """Go on to the end of the state."""
-        assert self.work.source is not None
         await self._estimate(deadline)
-        self.work.source.finish()
+        self._saving.finish()
 
     async def drop_stream(self, deadline: float) -> None:
         """Forget what was fetched."""
-        self.work.drop_pipelines()
+        self.drop_pipelines()
         await trio.lowlevel.checkpoint()
 
     async def abort(self, deadline: float) -> None:
         """Tell the agent to forget, unless the client has everything."""
-        if not self.work.trailer_handed:
+        if not self._host.record.handed:
             await self._link.call("abort", lambda session: session.abort(), deadline)
 
     async def end_cancelled(self, deadline: float) -> None:
@@ -303,7 +330,7 @@ class Actions:
 
     async def end(self, deadline: float) -> None:
         """Leave the migration, if there was one."""
-        outcome = Outcome.SUCCESS if self.work.committed else Outcome.CANCELLED
+        outcome = Outcome.SUCCESS if self._host.record.committed else Outcome.CANCELLED
         await self._link.leave(outcome, deadline, abort=False)
 
     # Loading
@@ -314,19 +341,18 @@ class Actions:
 
     async def load_begin(self, deadline: float) -> None:
         """Get the agent ready for a state."""
-        assert self.nursery is not None
         assert self.device is not None
         await self._link.call("load_begin", lambda session: session.load_begin(None), deadline)
         # From here on it has what the client writes while it loads, which wins over what the stream brings.
         self.device.shadow.clear()
-        self.work.destination = DestinationPipeline(
+        self.destination = DestinationPipeline(
             self._link,
             self._tracer,
-            self.nursery,
+            self._host.background,
             check=self.check,
             data_s=self._config.data_s,
             retry_s=self._config.retry_s,
-            device_failed=self.device_failed,
+            device_failed=self._broken,
         )
 
     async def check(self, payload: bytes, deadline: float) -> None:
@@ -339,21 +365,21 @@ class Actions:
 
     async def load_commit(self, deadline: float) -> None:
         """Apply what came; if nothing came, the load was cancelled and the function is left reset."""
-        destination = self.work.destination
-        assert destination is not None
-        if not destination.written:
+        destination, failure = self.destination, self._host.record.load_failure
+        if destination is None or failure is not None:
+            raise CommandError(f"the load has failed ({failure or 'it was dropped'}); only a reset leads out")
+        if not self.moved:
             await self.reset_agent(deadline)
             await self.reset_device(deadline)
             await self.stop(deadline)
-            self.work.drop_pipelines()
+            self.drop_pipelines()
             return
         with self._tracer.step("commit") as span:
-            span.bytes = destination.written
+            span.bytes = self.moved
             self._take_config(destination.pci)
             await destination.finish(deadline)
-            await self._write_config(deadline)
-        self.work.drop_pipelines()
-        self.work.committed = True
+            await self.write_config(deadline)
+        self.drop_pipelines()
 
     def _take_config(self, payload: bytes | None) -> None:
         """Take configuration space as the source's client wrote it; nothing is applied yet that it could spoil."""
@@ -364,9 +390,10 @@ class Actions:
             except ValueError as error:
                 raise CommandError(f"the state has {error}; the load has failed", errno.EILSEQ) from error
 
-    async def _write_config(self, deadline: float) -> None:
+    async def write_config(self, deadline: float) -> None:
         """Write configuration space as both clients together want it; what this side's client wrote has won."""
-        assert self.device is not None
+        if self.device is None:
+            return
         for offset, data in self.device.shadow.writes():
             done = self.device.session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
             if done is not None:

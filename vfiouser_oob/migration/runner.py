@@ -1,0 +1,460 @@
+"""Carries out what the machine asks for: one per function, which lives as long as the function.
+
+The record is what is known, `feed` is the only place that changes it. An errand's steps are taken one after the other,
+each with its part of the message's time; what nobody waits for is done by jobs in the background.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import trio
+
+from vfiouser_agents.api import Agent, Outcome, Status
+from vfiouser_agents.api import Event as AgentEvent
+from vfiouser_agents.errors import AgentError, Unsupported
+from vfiouser_oob.config.schema import MigrationConfig
+from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
+from vfiouser_oob.devices.resets import RESETS, MigrationEffect
+from vfiouser_oob.migration import events as ev
+from vfiouser_oob.migration.agent_link import AgentLink
+from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, agent_is_away, persist, until_done
+from vfiouser_oob.migration.fence import AS_STATE, maybe_migrated
+from vfiouser_oob.migration.hearing import Hearing
+from vfiouser_oob.migration.host import Background, Job
+from vfiouser_oob.migration.machine import advance
+from vfiouser_oob.migration.message_time import MessageTime, message_deadline
+from vfiouser_oob.migration.plans import PAUSES, PLANS, Again, Bound, Do, Fall, Manner, arc_name
+from vfiouser_oob.migration.record import Certainty, Failure, Owner, Record
+from vfiouser_oob.migration.sharing import Sharing
+from vfiouser_oob.migration.steps import Device, Steps
+from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.persist.capabilities import READ_S, Drawer, Facts
+from vfiouser_protocol.constants import DeviceState
+from vfiouser_protocol.errors import CommandError, VfioUserError
+from vfiouser_protocol.migration_v2 import Arc
+
+_NEVER = float("-inf")
+
+
+class MigrationRunner:
+    """The migration of one function.
+
+    Args:
+        name: the function's name.
+        agent: its agent; entered and left by the caller.
+        function_id: the agent's name for it.
+        config: its migration settings.
+        events: where changes are announced.
+        log: a logger with the function's fields.
+        memory: where the agent's capabilities are kept beyond the daemon's end; None: nowhere.
+        sharing: with whom memory for state is shared; a daemon has one for all its functions.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        agent: Agent,
+        function_id: str,
+        config: MigrationConfig,
+        events: EventHub,
+        log: Logger,
+        memory: Drawer | None = None,
+        sharing: Sharing | None = None,
+    ) -> None:
+        self.config = config
+        self.memory = memory
+        self.record = Record()
+        self.background = Background()
+        self.tracer = Tracer(name, events, log)
+        self.link = AgentLink(agent, function_id, self.tracer, self)
+        self.steps = Steps(self.link, config, self.tracer, self, sharing or Sharing())
+        self._lock = trio.Lock()
+        self._hearing = Hearing(self, self.link, self.tracer, config, self._lock)
+        self._changed = trio.Event()
+        self._hurry = trio.Event()
+        self._running = trio.Event()
+        self._settling, self._leaving, self._probing = (Job(self.background) for _ in range(3))
+        self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
+        self._effects: Mapping[type[ev.Effect], Callable[[Any], None]] = {
+            ev.Settle: lambda _: self._settling.begin(self._settle),
+            ev.Cease: lambda _: self._settling.cancel(),
+            ev.Leave: lambda effect: self._leaving.begin(partial(self._leave, effect.outcome)),
+            ev.CeaseLeaving: lambda _: self._leaving.cancel(),
+            ev.Probe: lambda _: self._probing.begin(self._probe),
+            ev.CeaseProbing: lambda _: self._probing.cancel(),
+            ev.Drop: lambda _: self.steps.drop_pipelines(),
+            ev.HaltSource: lambda _: self.steps.halt_source(),
+            ev.ReleaseSource: lambda _: self.steps.release_source(),
+            ev.LetGo: lambda effect: self.link.close(force=effect.force),
+            ev.StopLogging: self._stop_logging_later,
+            ev.Tell: lambda effect: self.tracer.state(effect.old, effect.new, effect.why),
+            ev.Note: lambda effect: self.tracer.note(effect.text, **effect.fields),
+        }
+
+    async def run(self) -> None:
+        """Run the tasks; runs as long as the function does."""
+        if self.memory is not None:
+            self.link.facts = await self.memory.recall()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.background.run)
+            nursery.start_soon(self._hearing.listen)
+            self._running.set()
+            self._probing.begin(self._probe)
+
+    async def ready(self) -> None:
+        """Wait until what was remembered is known, as far as the disk answers in time."""
+        with trio.move_on_after(2 * READ_S):
+            await self._running.wait()
+
+    # The machine
+
+    def feed(self, event: ev.Event) -> ev.Take | ev.Answer | None:
+        """Take an event, and do what it asks for.
+
+        Args:
+            event: what has happened.
+
+        Returns:
+            What an errand needs next, if that has changed.
+        """
+        self.record, effects = advance(self.record, event, time.time())
+        if not isinstance(event, ev.Moved):  # which nobody waits for
+            self._changed.set()
+            self._changed = trio.Event()
+        due: ev.Take | ev.Answer | None = None
+        for effect in effects:
+            if isinstance(effect, ev.Take | ev.Answer):
+                due = effect
+            else:
+                self._effects[type(effect)](effect)
+        return due
+
+    async def _until(self, wanted: Callable[[], bool]) -> None:
+        while not wanted():
+            await self._changed.wait()
+
+    async def _carry_out(self, event: ev.Event, message: MessageTime) -> None:
+        """Feed what the client asks for, and take the steps that it needs.
+
+        Raises:
+            CommandError: it failed; the state that is read afterwards is the truth.
+        """
+        due = self.feed(event)
+        while isinstance(due, ev.Take):
+            errand = self.record.errand
+            assert errand is not None
+            if PLANS[errand.plan].fall is Fall.ARC:
+                due = await self._travel(errand.plan, due, message)
+            else:
+                due = self.feed(await self._take(due, message))
+        if due is not None and due.text is not None:
+            raise CommandError(due.text, due.errno)
+
+    async def _travel(self, arc: str, due: ev.Take, message: MessageTime) -> ev.Take | ev.Answer | None:
+        """Take the steps of an arc, as one traced step."""
+        following: ev.Take | ev.Answer | None = due
+        try:
+            with self.tracer.step("arc", arc=arc) as span:
+                span.bytes = self.steps.moved
+                while isinstance(following, ev.Take) and self.record.errand and self.record.errand.plan == arc:
+                    outcome = await self._take(following, message)
+                    step = following.step
+                    following = self.feed(outcome)
+                    left = self.record.errand is None or self.record.errand.plan != arc
+                    if left and isinstance(outcome, ev.Refused):
+                        raise _ArcFailed(f"{step.do.value}: {outcome.failure}")
+        except _ArcFailed:  # it is traced; what follows is known
+            pass
+        return following
+
+    async def _take(self, due: ev.Take, message: MessageTime) -> ev.Taken | ev.Refused:
+        """Take a step, attempting again what is worth it; given up, that is fed before the cancellation goes on."""
+        step = due.step
+        until = _NEVER if step.again is Again.NOTHING else self._patience(due, message)
+        try:
+            said = await persist(
+                lambda: self.steps.take(step.do, self._deadline(due, message)),
+                Backoff(self.config.retry_s, WAITING_PAUSE_MAX_S, until),
+                agent_is_away,
+            )
+        except (AgentError, VfioUserError) as error:
+            if isinstance(error, Unsupported) and due.manner is Manner.ATTACHING and step.do is Do.ASK:
+                self.feed(ev.Blocked(str(error)))
+            return ev.Refused(_failure(error))
+        except trio.Cancelled:
+            if due.manner is not Manner.BACKGROUND:  # whose goal stands
+                self.feed(ev.Abandoned())
+            raise
+        if isinstance(said, Status):
+            return ev.Taken(status=said, migrated=maybe_migrated(said, self.link.caps))
+        return ev.Taken(did=said is not False)
+
+    def _deadline(self, due: ev.Take, message: MessageTime) -> float:
+        """When an attempt of a step that begins now has to be over."""
+        now = trio.current_time()
+        if due.manner is Manner.FORWARD:
+            return min(message.attempt, now + self._bounds[due.step.bound])
+        if due.manner is Manner.ATTACHING and due.step.do is Do.ASK:
+            return min(message.end, now + self.config.call_s)
+        if due.manner is Manner.RESETTING and due.step.do is Do.RESET_AGENT:
+            return message.agent
+        return message.end
+
+    def _patience(self, due: ev.Take, message: MessageTime) -> float:
+        """Until when a step is attempted again; if others have waited for the agent in vain before, it is not."""
+        if due.manner is Manner.ATTACHING:
+            return message.again
+        if due.manner is Manner.FORWARD:
+            return _NEVER if due.pausing and self._long_away(message.end) else message.again
+        return _NEVER if self._long_away(message.end) else message.agent
+
+    def _long_away(self, deadline: float) -> bool:
+        """Whether the agent has been away for so long that others have waited for it in vain."""
+        now = trio.current_time()
+        return self.link.away_since is not None and now - self.link.away_since > (deadline - now) / 2
+
+    # Coming and going of clients
+
+    async def attach(self, device: Device) -> None:
+        """Make the function fit for a new client, before its first reply.
+
+        Args:
+            device: the device as opened for the client.
+
+        Raises:
+            BackendUnavailable: the function must not run before it was reset, and that cannot be done now.
+        """
+        await self._running.wait()
+        message = MessageTime.until(message_deadline())
+        async with self._lock:
+            self.steps.device = device
+            self.feed(ev.ClientCame())
+            try:
+                with trio.move_on_at(message.forward):
+                    await self._until(lambda: self.record.fenced or self._found_out)
+                await self._carry_out(ev.FitWanted(), message)
+            except CommandError as error:
+                raise BackendUnavailable(
+                    f"the function was stopped for a migration and cannot be reset now: {error}"
+                ) from error
+            finally:
+                if not self.record.attached:
+                    self.steps.device = None
+
+    async def detach(self, *, logged: bool) -> None:
+        """The client has gone: bring a source back that it did not take, fence what may live elsewhere.
+
+        Args:
+            logged: the agent logs dirty pages that nobody will ask for any more.
+        """
+        async with self._lock:
+            self.steps.device = None
+            self.feed(ev.ClientWent(logged))
+
+    def _stop_logging_later(self, effect: ev.StopLogging) -> None:
+        self.background.begin(self._stop_logging)
+
+    async def _stop_logging(self) -> None:
+        try:
+            deadline = trio.current_time() + self.config.call_s
+            await self.link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
+        except AgentError:  # traced; the next start ends it first
+            pass
+        if not self.record.busy:
+            self.link.close()
+
+    # What the client asks for
+
+    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], owner: Owner) -> None:
+        """Change the state.
+
+        Args:
+            plan: the arcs that lead from a state to where the client wants to be.
+            owner: the generation that asks.
+
+        Raises:
+            CommandError: illegal, or it failed; the state that is read afterwards is the truth.
+        """
+        message = MessageTime.until(message_deadline())
+        async with self._lock:
+            self.feed(ev.TakenOver(under_way=not self.certain))
+            await self._require_known(plan, message)
+            self.require_owner(owner, "a state change")
+            arcs = tuple(arc_name(arc.source, arc.target) for arc in plan(self.record.state_shown))
+            if arcs:
+                await self._carry_out(ev.Requested(arcs, owner), message)
+
+    async def _require_known(self, plan: Callable[[DeviceState], Sequence[Arc]], message: MessageTime) -> None:
+        record = self.record
+        if record.certainty is not Certainty.UNKNOWN:
+            return
+        arcs = [arc_name(arc.source, arc.target) for arc in plan(record.state_shown)]
+        if record.reset_due and len(arcs) == 1 and arcs[0] in PAUSES:
+            return
+        with trio.move_on_at(message.again):
+            await self._until(lambda: self.settled)
+        if self.record.certainty is Certainty.UNKNOWN:
+            raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
+
+    def require_owner(self, owner: Owner, what: str) -> None:
+        """Refuse a command of the generation that does not own the migration.
+
+        Args:
+            owner: whose command it is.
+            what: the command's name.
+
+        Raises:
+            CommandError: EBUSY.
+        """
+        holder = self.record.owner
+        if holder not in (None, owner):
+            assert holder is not None
+            raise CommandError(
+                f"{what}: the migration belongs to generation {holder.value} until RUNNING or a reset", errno.EBUSY
+            )
+
+    async def reset(self) -> None:
+        """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs.
+
+        Raises:
+            CommandError: the device cannot be reset, or the agent says that the function is broken for good.
+        """
+        await self._reset(ev.ResetAsked())
+
+    async def function_reset(self) -> None:
+        """The guest has reset the function through configuration space, which the device has done already."""
+        if self.steps.device is not None:
+            self.steps.device.shadow.clear()
+        effect = RESETS[ResetKind.FUNCTION_LEVEL].migration
+        await self._reset(ev.GuestReset(restarts=effect is MigrationEffect.RESTARTS))
+
+    async def _reset(self, event: ev.Event) -> None:
+        message = MessageTime.until(message_deadline())
+        async with self._lock:
+            await self._carry_out(event, message)
+
+    # What others want to know
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to be found out, or nobody does so any more."""
+        return self.record.goal is None or not self.background.is_open
+
+    @property
+    def certain(self) -> bool:
+        """Whether the state is what the function does at this moment, with no call under way that may change it."""
+        errand = self.record.errand
+        trying = errand is not None and PLANS[errand.plan].manner is Manner.BACKGROUND
+        return self.record.certainty is not Certainty.UNKNOWN and not (trying and not self.link.changing.unsent)
+
+    async def known(self) -> None:
+        """Wait until it is known what the function does, and nothing is being done about it."""
+        await self._until(lambda: not self.record.awaiting)
+
+    @property
+    def _found_out(self) -> bool:
+        return self.settled or self.record.certainty is not Certainty.UNKNOWN
+
+    async def settle(self) -> None:
+        """Wait until nothing is left to be brought back; for an orderly end of the daemon."""
+        await self._until(lambda: self.settled)
+
+    async def state_now(self) -> DeviceState:
+        """The state for a client that asks by message: the truth, or ERROR if the agent's answer does not tell it."""
+        record = self.record
+        if record.certainty is Certainty.FAILED:
+            return DeviceState.ERROR
+        if self.certain or record.reset_due:
+            return record.state
+        try:
+            status = await self.link.status(message_deadline())
+        except AgentError as error:
+            # That nobody is there says nothing about the function.
+            return self.record.state_shown if self.settled or error.unsent else DeviceState.ERROR
+        return self.record.state_shown if self.settled else AS_STATE.get(status.state, self.record.state)
+
+    # The background
+
+    async def _settle(self) -> None:
+        """Work for the record's goal until it is reached."""
+        pauses = Backoff(self.config.retry_s)
+        while self.record.goal is not None:
+            await self._attempt(MessageTime.until(trio.current_time() + self.config.stop_s))
+            if self.record.goal is not None:
+                self._hurry = trio.Event()
+                await pauses.pause(self._hurry)
+
+    async def _attempt(self, message: MessageTime) -> None:
+        due = self.feed(ev.AttemptDue())
+        while isinstance(due, ev.Take):
+            errand = self.record.errand
+            outcome = await self._take(due, message)
+            if self.record.errand is not errand:  # somebody else has taken over
+                return
+            due = self.feed(outcome)
+
+    async def _leave(self, outcome: Outcome) -> None:
+        """End what was begun at the agent; a migration is left when the agent is back."""
+
+        async def left() -> bool:
+            try:
+                await self.link.leave(outcome, trio.current_time() + self.config.call_s, abort=True)
+            except AgentError as error:  # traced
+                return error.fatal
+            return True
+
+        await until_done(left, Backoff(self.config.retry_s))
+        if not self.record.attached:
+            self.link.close()
+
+    async def _probe(self) -> None:
+        """Ask the agent where the function is; what the client wants goes first."""
+        if self.record.busy or self.record.begun is not None:
+            return
+
+        async def asked() -> bool:
+            try:
+                status = await self.link.status(trio.current_time() + self.config.call_s)
+            except Unsupported as error:
+                self.feed(ev.Blocked(str(error)))  # the next client's attach asks again
+                return True
+            except AgentError:  # traced; it is of interest as long as nobody ever answered
+                return self.record.asked
+            self.feed(ev.Probed(status, maybe_migrated(status, self.link.caps)))
+            return True
+
+        await until_done(asked, Backoff(self.config.retry_s))
+
+    # What the link tells
+
+    def learned(self, facts: Facts) -> None:
+        """The agent has said what it can do."""
+        if self.memory is not None:
+            self.background.begin(self.memory.remember, facts)
+
+    def heard(self, event: AgentEvent) -> None:
+        """The agent has told something without being asked."""
+        if self._hearing.heard(event):
+            self._hurry.set()
+
+    def contact_lost(self) -> None:
+        """A session was lost."""
+        self._hearing.contact_lost()
+
+
+class _ArcFailed(Exception):
+    """A step of an arc was refused, which ends its trace."""
+
+
+def _failure(error: AgentError | VfioUserError) -> Failure:
+    if isinstance(error, AgentError):
+        away = agent_is_away(error)
+        return Failure(str(error), error.errno, error.unsent, error.unclear, away, error.fatal)
+    return Failure(str(error), error.errno)
