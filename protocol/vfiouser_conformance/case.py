@@ -61,7 +61,6 @@ class Case:
         sent: what is sent.
         expected: what is expected.
         run: the function.
-        mutants: the planted faults of the tests' server, each of which makes it fail.
         effect: what it may do to the device.
         compat: for COMPAT, whose behaviour it rests on.
     """
@@ -74,7 +73,6 @@ class Case:
     sent: str
     expected: str
     run: Body
-    mutants: tuple[str, ...]
     effect: Effect
     compat: str = ""
 
@@ -99,7 +97,6 @@ class Area:
         number: int,
         level: Level,
         requirements: str,
-        mutant: str,
         *,
         effect: Effect | None = None,
         compat: str = "",
@@ -110,14 +107,13 @@ class Area:
             number: the case's number in its area.
             level: how binding it is.
             requirements: ids, separated by blanks.
-            mutant: the planted faults that make it fail, separated by blanks.
             effect: what it may do to the device; None = as its area.
             compat: for COMPAT, whose behaviour it rests on.
         """
 
         def add(body: Body) -> Body:
             summary, sent, expected = _parts(inspect.getdoc(body) or "")
-            self.add(number, level, requirements, mutant, (summary, sent, expected), body, effect, compat)
+            self.add(number, level, requirements, (summary, sent, expected), body, effect, compat)
             return body
 
         return add
@@ -127,7 +123,6 @@ class Area:
         number: int,
         level: Level,
         requirements: str,
-        mutant: str,
         text: tuple[str, str, str],
         body: Body,
         effect: Effect | None = None,
@@ -144,7 +139,6 @@ class Area:
                 sent=text[1],
                 expected=text[2],
                 run=body,
-                mutants=tuple(mutant.split()),
                 effect=self.effect if effect is None else effect,
                 compat=compat,
             )
@@ -159,7 +153,6 @@ class Refusal:
         number: the case's number in its area.
         level: how binding it is.
         requirements: ids, separated by blanks.
-        mutant: the planted fault that makes the server take the request.
         summary: one sentence: what a pass proves.
         sent: what is sent.
         make: builds the requests, as (command, payload) or (command, payload, descriptors).
@@ -169,7 +162,6 @@ class Refusal:
     number: int
     level: Level
     requirements: str
-    mutant: str
     summary: str
     sent: str
     make: Callable[[Trial], Sequence[tuple[int, bytes] | tuple[int, bytes, Sequence[int]]]]
@@ -181,7 +173,7 @@ def refusals(area: Area, rows: Sequence[Refusal]) -> None:
     for row in rows:
         text = (row.summary, row.sent, "an error reply with any error number; the connection goes on")
         body = _refusal_body(row)
-        area.add(row.number, row.level, row.requirements, row.mutant, text, body, row.effect)
+        area.add(row.number, row.level, row.requirements, text, body, row.effect)
 
 
 def _refusal_body(row: Refusal) -> Body:

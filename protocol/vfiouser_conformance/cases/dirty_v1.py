@@ -49,7 +49,7 @@ def _get(link: Link) -> list[int]:
     return [n for n in range(8 * size) if bitmap[n // 8] >> n % 8 & 1]
 
 
-@AREA.case(1, SHOULD, "R349", "dirty/second-start-refused")
+@AREA.case(1, SHOULD, "R349")
 def start_and_stop(t: Trial) -> None:
     """Logging can be started and stopped, each twice.
 
@@ -63,7 +63,7 @@ def start_and_stop(t: Trial) -> None:
         same(16, link.ok(DIRTY, request).size, "size of the DIRTY_PAGES reply")
 
 
-@AREA.case(2, SHOULD, "R351", "dirty/offered-without-migration@no-migration")
+@AREA.case(2, SHOULD, "R351")
 def without_migration(t: Trial) -> None:
     """A device without migration logs nothing.
 
@@ -77,7 +77,7 @@ def without_migration(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(3, COMPAT, "R353", "dirty/bitmap-at-48", compat="QEMU's v1 forks")
+@AREA.case(3, COMPAT, "R353", compat="QEMU's v1 forks")
 def clean(t: Trial) -> None:
     """A clean report is all zero, and its bitmap is at byte 40.
 
@@ -93,7 +93,7 @@ def clean(t: Trial) -> None:
     same(b"\0" * 8, reply.payload[40:], "bitmap")
 
 
-@AREA.case(4, MUST, "R353 R305", "dirty/wrong-bit", effect=Effect.DEVICE)
+@AREA.case(4, MUST, "R353 R305", effect=Effect.DEVICE)
 def written_pages(t: Trial) -> None:
     """Pages that the device wrote are reported once.
 
@@ -108,7 +108,7 @@ def written_pages(t: Trial) -> None:
     same([], _get(link), "dirty pages of the second report")
 
 
-@AREA.case(5, MUST, "R354", "dirty/short-leaks")
+@AREA.case(5, MUST, "R354")
 def small_argsz(t: Trial) -> None:
     """Without room for the bitmap the reply says how much is needed, and shows nothing else.
 
@@ -128,7 +128,7 @@ def small_argsz(t: Trial) -> None:
         check(not rest.strip(b"\0") or rest == request[8 : 8 + len(rest)], f"a shortened reply has {rest.hex()}")
 
 
-@AREA.case(6, SHOULD, "R357", "dirty/sub-range-wrong", effect=Effect.DEVICE)
+@AREA.case(6, SHOULD, "R357", effect=Effect.DEVICE)
 def sub_range(t: Trial) -> None:
     """A part of a map can be asked about.
 
@@ -143,7 +143,7 @@ def sub_range(t: Trial) -> None:
     t.saw("GET_BITMAP of a part of a map", "refused" if reply.failed else "accepted", recommended=not reply.failed)
 
 
-@AREA.case(7, SHOULD, "R358", "dirty/message-memory-dirty")
+@AREA.case(7, SHOULD, "R358")
 def without_descriptor(t: Trial) -> None:
     """Memory without a descriptor is the client's to log.
 
@@ -156,7 +156,7 @@ def without_descriptor(t: Trial) -> None:
     check(reply.failed or not reply.payload[40:].strip(b"\0"), "pages without a descriptor are reported dirty")
 
 
-@AREA.case(8, COMPAT, "R360", "dirty/unmap-by-argsz", compat="QEMU's v1 forks")
+@AREA.case(8, COMPAT, "R360", compat="QEMU's v1 forks")
 def bitmap_of_unmap(t: Trial) -> None:
     """DMA_UNMAP with a bitmap goes by the bitmap's size, not by argsz.
 
@@ -173,7 +173,7 @@ def bitmap_of_unmap(t: Trial) -> None:
         same(56, len(reply.payload), "payload of the DMA_UNMAP reply")
 
 
-@AREA.case(9, MUST, "R361", "dirty/stopped-refused", effect=Effect.DEVICE)
+@AREA.case(9, MUST, "R361", effect=Effect.DEVICE)
 def while_stopped(t: Trial) -> None:
     """The log can be read while the device is stopped.
 
@@ -199,13 +199,13 @@ refusals(
     AREA,
     (
         Refusal(
-            20, MUST, "R350", "dirty/short-ok",
+            20, MUST, "R350",
             "A DIRTY_PAGES that is too small is refused.",
             "DIRTY_PAGES START with 4 bytes, and with argsz 4",
             lambda t: _logged(t, START[:4], struct.pack("<II", 4, 1), start=False),
         ),
         Refusal(
-            21, MUST, "R352", "dirty/flags-ok",
+            21, MUST, "R352",
             "Exactly one thing is asked for.",
             "DIRTY_PAGES with the flags 0, 3, 5 and 8",
             lambda t: _logged(
@@ -213,13 +213,13 @@ refusals(
             ),
         ),
         Refusal(
-            22, MUST, "R355", "dirty/get-short-ok",
+            22, MUST, "R355",
             "A GET_BITMAP without its range is refused.",
             "GET_BITMAP with 8 and 39 bytes",
             lambda t: _logged(t, *(wire.dirty_get(BASE, SIZE)[:size] for size in (8, 39))),
         ),
         Refusal(
-            23, MUST, "R356", "dirty/sizes-ok",
+            23, MUST, "R356",
             "The bitmap has the size that range and page size give.",
             "GET_BITMAP with page size 0, with 3000, and with a bitmap of 16 bytes where 8 are needed",
             lambda t: _logged(
@@ -230,7 +230,7 @@ refusals(
             ),
         ),
         Refusal(
-            24, SHOULD, "R359", "dirty/get-unstarted-ok",
+            24, SHOULD, "R359",
             "There is no report without logging.",
             "GET_BITMAP before START",
             lambda t: _logged(t, wire.dirty_get(BASE, SIZE), start=False),

@@ -58,7 +58,7 @@ def by_messages(t: Trial, link: Link, size: int = SIZE, flags: int = 3, seed: in
     return memory
 
 
-@AREA.case(1, MUST, "R159", "dma/map-not-shared")
+@AREA.case(1, MUST, "R159")
 def through_a_file(t: Trial) -> None:
     """Device and client see the same memory of a mapped file.
 
@@ -79,7 +79,7 @@ def through_a_file(t: Trial) -> None:
           recommended=not link.commands)  # fmt: skip
 
 
-@AREA.case(2, MUST, "R160", "dma/offset-ignored")
+@AREA.case(2, MUST, "R160")
 def offset_of_a_file(t: Trial) -> None:
     """DMA goes to the place in the file that the map says.
 
@@ -96,7 +96,7 @@ def offset_of_a_file(t: Trial) -> None:
     same(pattern(SMALL, 3), os.pread(fd, SMALL, 0x102000), "the file after the device's write")
 
 
-@AREA.case(3, MUST, "R370 R371", "dma/read-data-shifted")
+@AREA.case(3, MUST, "R370 R371")
 def read_by_messages(t: Trial) -> None:
     """Memory without a descriptor is read by DMA_READ.
 
@@ -111,7 +111,7 @@ def read_by_messages(t: Trial) -> None:
     same(SMALL, sum(count for _, _, count in memory.served), "bytes that were asked for")
 
 
-@AREA.case(4, MUST, "R372", "dma/write-data-shifted")
+@AREA.case(4, MUST, "R372")
 def write_by_messages(t: Trial) -> None:
     """Memory without a descriptor is written by DMA_WRITE.
 
@@ -125,7 +125,7 @@ def write_by_messages(t: Trial) -> None:
     same(pattern(SMALL, 4), bytes(memory.data[0x2000 : 0x2000 + SMALL]), "what the device wrote")
 
 
-@AREA.case(5, MUST, "R373", "dma/error-reply-ignored")
+@AREA.case(5, MUST, "R373")
 def error_reply(t: Trial) -> None:
     """An error reply is a DMA that failed, and nothing worse.
 
@@ -145,7 +145,7 @@ def error_reply(t: Trial) -> None:
     into_device(link, device, BASE, SMALL)
 
 
-@AREA.case(6, SHOULD, "R374", "dma/odd-reply-taken")
+@AREA.case(6, SHOULD, "R374")
 def replies_that_do_not_fit(t: Trial) -> None:
     """A reply that does not fit its command is no success.
 
@@ -171,7 +171,7 @@ def replies_that_do_not_fit(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(7, MUST, "R071 R375", "dma/client-limit-ignored")
+@AREA.case(7, MUST, "R071 R375")
 def client_limit(t: Trial) -> None:
     """DMA messages are not larger than the client's max_data_xfer_size.
 
@@ -198,7 +198,7 @@ def _ascending(memory: ClientMemory, count: int) -> None:
     same(count, sum(size for _, _, size in memory.served), "bytes of the DMA messages")
 
 
-@AREA.case(8, COMPAT, "R375", "dma/client-limit-ignored", compat="libvfio-user's sample client")
+@AREA.case(8, COMPAT, "R375", compat="libvfio-user's sample client")
 def tiny_limit(t: Trial) -> None:
     """A client that takes 1024 bytes at a time gets 1024 at a time.
 
@@ -213,7 +213,7 @@ def tiny_limit(t: Trial) -> None:
     same(pattern(SIZE)[:SMALL], into_device(link, device, BASE, SMALL), "what the device read")
 
 
-@AREA.case(10, MUST, "R377", "dma/twin-unused")
+@AREA.case(10, MUST, "R377")
 def twin_socket(t: Trial) -> None:
     """With a twin socket the server's commands go there, and only there.
 
@@ -229,7 +229,7 @@ def twin_socket(t: Trial) -> None:
     check(not link.commands, "a DMA command came on the main socket")
 
 
-@AREA.case(11, MUST, "R378", "dma/unmapped-asked")
+@AREA.case(11, MUST, "R378")
 def unmapped(t: Trial) -> None:
     """DMA to what is not mapped fails without a message.
 
@@ -247,7 +247,7 @@ def unmapped(t: Trial) -> None:
     check(not beyond, f"DMA messages for what is not mapped: {[hex(address) for address in beyond]}")
 
 
-@AREA.case(12, MUST, "R157 R378", "dma/read-only-written")
+@AREA.case(12, MUST, "R157 R378")
 def read_only_map(t: Trial) -> None:
     """What is mapped for reading is not written.
 
@@ -267,7 +267,7 @@ def read_only_map(t: Trial) -> None:
     same(pattern(SMALL, 2), into_device(link, device, BASE + 2 * SIZE, SMALL), "what the device read")
 
 
-@AREA.case(13, MUST, "R168", "dma/unmap-ignored")
+@AREA.case(13, MUST, "R168")
 def after_unmap(t: Trial) -> None:
     """After DMA_UNMAP the device cannot reach the memory.
 
@@ -286,7 +286,7 @@ def after_unmap(t: Trial) -> None:
     same(pattern(SIZE, 3), os.pread(fd, SIZE, 0), "the file after DMA_UNMAP")
 
 
-@AREA.case(16, COMPAT, "R380", "dma/bare-write-reply-refused", compat="QEMU's v1 forks")
+@AREA.case(16, COMPAT, "R380", compat="QEMU's v1 forks")
 def bare_write_reply(t: Trial) -> None:
     """A DMA_WRITE may be answered by a header alone.
 
@@ -302,7 +302,7 @@ def bare_write_reply(t: Trial) -> None:
     same(0, device.finish(link), "error of the DMA write")
 
 
-@AREA.case(17, MUST, "R159", "dma/adjacent-refused")
+@AREA.case(17, MUST, "R159")
 def across_maps(t: Trial) -> None:
     """One DMA may reach over maps that lie side by side, with and without a file.
 
@@ -324,7 +324,7 @@ def across_maps(t: Trial) -> None:
     same(pattern(count, 9)[SMALL:], bytes(memory.data[:SMALL]), "the begin of the memory behind it")
 
 
-@AREA.case(18, SHOULD, "R154", "dma/cut-file-kills")
+@AREA.case(18, SHOULD, "R154")
 def file_cut_short(t: Trial) -> None:
     """A file that the client cuts short does not kill the server.
 
@@ -342,7 +342,7 @@ def file_cut_short(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(19, COMPAT, "R376", "dma/waits-in-handler", compat="QEMU 11")
+@AREA.case(19, COMPAT, "R376", compat="QEMU 11")
 def quiet_client(t: Trial) -> None:
     """No answer to a region access waits for DMA: some clients serve DMA only while no access of theirs is outstanding.
 
@@ -370,7 +370,7 @@ def quiet_client(t: Trial) -> None:
     same(pattern(SMALL, 2), bytes(memory.data[:SMALL]), "what the device wrote")
 
 
-@AREA.case(20, MUST, "R394 R371", "dma/odd-count")
+@AREA.case(20, MUST, "R394 R371")
 def sizes(t: Trial) -> None:
     """DMA of any size arrives whole.
 
@@ -391,7 +391,7 @@ def sizes(t: Trial) -> None:
         same(expected, bytes(memory.data), f"memory after a write of {count} bytes")
 
 
-@AREA.case(21, MUST, "R233", "dma/reset-stops-maps")
+@AREA.case(21, MUST, "R233")
 def dma_after_reset(t: Trial) -> None:
     """After DEVICE_RESET the device can use the maps from before.
 

@@ -53,7 +53,7 @@ def _until_asked(t: Trial, link: Link, start: Callable[[], None], held: list[Mes
         return
 
 
-@AREA.case(9, COMPAT, "R376", "dma/commands-wait", compat="QEMU 11")
+@AREA.case(9, COMPAT, "R376", compat="QEMU 11")
 def commands_meanwhile(t: Trial) -> None:
     """Commands of the client are served while the server waits for a DMA reply.
 
@@ -91,7 +91,7 @@ def commands_meanwhile(t: Trial) -> None:
     same(pattern(SIZE)[:SMALL], device.taken(link, SMALL), "what the device read")
 
 
-@AREA.case(14, MUST, "R169", "dma/unmap-early")
+@AREA.case(14, MUST, "R169")
 def unmap_during_dma(t: Trial) -> None:
     """DMA_UNMAP is answered when DMA in the range has stopped.
 
@@ -120,7 +120,7 @@ def unmap_during_dma(t: Trial) -> None:
     same(served, len(memory.served), "DMA messages until the reply to DMA_UNMAP, and in all")
 
 
-@AREA.case(15, MUST, "R379", "dma/leave-kills")
+@AREA.case(15, MUST, "R379")
 def leave_during_dma(t: Trial) -> None:
     """A client that leaves while a DMA reply is outstanding does no harm.
 

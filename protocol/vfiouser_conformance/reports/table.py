@@ -213,7 +213,6 @@ def explanation(case: Case) -> Iterator[str]:
         yield f"    {number} {requirement.text} ({requirement.source})"
         if number in SENTENCES:
             yield f'      "{SENTENCES[number]}"'
-    yield f"  planted faults that it catches: {', '.join(case.mutants)}"
 
 
 def _by_area(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
