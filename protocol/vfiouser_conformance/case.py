@@ -50,7 +50,7 @@ class Effect(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One case.
+    """One demand on a server, and the function that finds out whether it is met.
 
     Args:
         name: area and number, e.g. ``DMA-MAP-004``.
@@ -146,7 +146,7 @@ class Area:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedRequest:
     """A row of a table of requests that have to fail.
 
     Args:
@@ -168,7 +168,7 @@ class Refusal:
     effect: Effect | None = None
 
 
-def refusals(area: Area, rows: Sequence[Refusal]) -> None:
+def refusals(area: Area, rows: Sequence[RefusedRequest]) -> None:
     """Add a case per row: each request gets an error reply, and the connection goes on."""
     for row in rows:
         text = (row.summary, row.sent, "an error reply with any error number; the connection goes on")
@@ -176,7 +176,7 @@ def refusals(area: Area, rows: Sequence[Refusal]) -> None:
         area.add(row.number, row.level, row.requirements, text, body, row.effect)
 
 
-def _refusal_body(row: Refusal) -> Body:
+def _refusal_body(row: RefusedRequest) -> Body:
     def body(t: Trial) -> None:
         t.link = t.attach()
         requests = row.make(t)  # it may need another connection than the usual one

@@ -10,7 +10,7 @@ from vfiouser_conformance.case import (
     Effect,
     Level,
     NotApplicable,
-    Refusal,
+    RefusedRequest,
     check,
     refusals,
     same,
@@ -256,7 +256,7 @@ def _one_way(t: Trial) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             20, MUST, "R113",
             "A region that is not implemented cannot be accessed.",
             "REGION_READ and REGION_WRITE of 4 bytes of a region of size 0",
@@ -265,7 +265,7 @@ refusals(
                 (WRITE, wire.access(t.facts.empty_region(), 0, 4, b"\0" * 4)),
             ],
         ),
-        Refusal(
+        RefusedRequest(
             21, MUST, "R114",
             "A region that does not exist cannot be accessed.",
             "REGION_READ and REGION_WRITE of region num_regions + 90 and 0xffffffff",
@@ -275,13 +275,13 @@ refusals(
                 (WRITE, wire.access(len(t.facts.regions) + 90, 0, 4, b"\0" * 4)),
             ],
         ),
-        Refusal(
+        RefusedRequest(
             22, MUST, "R115",
             "An access does not reach beyond its region.",
             "REGION_READ of 4 bytes at the size of config space minus 2, at its size, and far behind",
             lambda t: [(READ, wire.access(CONFIG, _past_config(t) + delta, 4)) for delta in (-2, 0, 1 << 40)],
         ),
-        Refusal(
+        RefusedRequest(
             23, MUST, "R116",
             "Offset and count are added without wrapping.",
             "REGION_READ of 4 bytes at 2^64 - 1 and 2^64 - 4, and of 16 at 2^64 - 8",
@@ -289,37 +289,37 @@ refusals(
                 (READ, wire.access(CONFIG, wire.U64 - back, count)) for back, count in ((0, 4), (3, 4), (7, 16))
             ],
         ),
-        Refusal(
+        RefusedRequest(
             24, MUST, "R117",
             "An access is not larger than the announced transfer size.",
             "REGION_READ of max_data_xfer_size + 1 and of 0xffffffff bytes",
             lambda t: [(READ, wire.access(0, 0, count)) for count in (t.facts.transfer + 1, 0xFFFFFFFF)],
         ),
-        Refusal(
+        RefusedRequest(
             25, MUST, "R118",
             "A request that is shorter than its fixed part is refused.",
             "REGION_READ and REGION_WRITE with 8 and 15 bytes",
             lambda t: [(command, wire.access(CONFIG, 0, 4)[:size]) for command in (READ, WRITE) for size in (8, 15)],
         ),
-        Refusal(
+        RefusedRequest(
             26, MUST, "R119",
             "The data of a write has the length that count says.",
             "REGION_WRITE with count 4 and 0, 2 and 8 bytes of data, to a register of config space that ignores writes",
             lambda t: [(WRITE, wire.access(CONFIG, 0, 4, b"\0" * size)) for size in (0, 2, 8)],
         ),
-        Refusal(
+        RefusedRequest(
             27, SHOULD, "R122",
             "Not even an access of no bytes may start beyond the region.",
             "REGION_READ and REGION_WRITE with count 0 at the size of config space plus 1",
             lambda t: [(command, wire.access(CONFIG, _past_config(t) + 1, 0)) for command in (READ, WRITE)],
         ),
-        Refusal(
+        RefusedRequest(
             28, MUST, "R125",
             "A config space of 256 bytes ends there.",
             "REGION_READ of 4 bytes at the size of config space",
             lambda t: [(READ, wire.access(CONFIG, _past_config(t), 4))],
         ),
-        Refusal(
+        RefusedRequest(
             29, SHOULD, "R129",
             "A region that lacks the READ or WRITE flag cannot be accessed that way.",
             "REGION_WRITE to read-only regions, REGION_READ of write-only ones",

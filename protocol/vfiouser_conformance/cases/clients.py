@@ -12,7 +12,7 @@ from vfiouser_conformance.cases.info import interrupt_capabilities
 from vfiouser_conformance.cases.irqs import SET, assign, check_signals, fire
 from vfiouser_conformance.cases.pci import capabilities
 from vfiouser_conformance.facts import parse_capabilities, parse_region, read_region
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DmaUnmapFlags, IrqIndex, RegionFlags, RegionIndex
 
@@ -300,12 +300,12 @@ def asks_for_io_fds(t: Trial) -> None:
             link.ok(Command.DEVICE_GET_REGION_IO_FDS, wire.info(16, 0, region.index))
 
 
-def _regions(link: Link) -> int:
+def _regions(link: RawLink) -> int:
     """How many regions this client is told of; a migration region may be shown to some clients only."""
     return int(wire.INFO.unpack_from(link.ok(Command.DEVICE_GET_INFO, wire.info()).payload)[2])
 
 
-def _fixed(link: Link, command: int, payload: bytes, size: int, fds: list[int] | None = None) -> bytes:
+def _fixed(link: RawLink, command: int, payload: bytes, size: int, fds: list[int] | None = None) -> bytes:
     """Send a command and read exactly so many bytes, as a client does that does not look at msg_size."""
     msg_id = link.command(command, payload, fds or [])
     reply = link.reply(msg_id, command)

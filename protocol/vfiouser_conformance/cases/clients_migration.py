@@ -12,7 +12,7 @@ from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, unmap
 from vfiouser_conformance.cases.irqs import SET, assign
 from vfiouser_conformance.cases.logging_cases import start_request
 from vfiouser_conformance.cases.migrate_data import READ, change_state, state_of
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import (
     FEATURE,
     PRE_COPY,
@@ -31,7 +31,7 @@ from vfiouser_conformance.migration import (
     write_stream,
 )
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, IrqIndex
 
 COMPAT = Level.COMPAT
@@ -213,7 +213,7 @@ def _upstream_loads(t: Trial, stream: list[bytes], before: bytes) -> None:
     same(before.hex(), state_of(t, link).hex(), "state of the device after the migration")
 
 
-def _no_commands(link: Link, message: Message) -> None:
+def _no_commands(link: RawLink, message: Received) -> None:
     raise CaseFailed(f"the server sent {message}, which this client never reads")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.dma import out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration_v1 import STOP_COPY, STOPPED, begin
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command
@@ -20,7 +20,7 @@ _PAGE = wire.PAGE
 START, STOP = struct.pack("<II", 8, 1), struct.pack("<II", 8, 2)
 
 
-def _attach(t: Trial) -> Link:
+def _attach(t: Trial) -> RawLink:
     """A connection with logging off, whatever an earlier client left, and off again when the case ends."""
     t.facts.v1()
     t.facts.maps()  # what is not mapped is not logged
@@ -30,7 +30,7 @@ def _attach(t: Trial) -> Link:
     return link
 
 
-def _begin(t: Trial, *, start: bool = True) -> Link:
+def _begin(t: Trial, *, start: bool = True) -> RawLink:
     """A connection with 16 pages of file mapped, and logging started."""
     link = _attach(t)
     link.ok(MAP, wire.dma_map(BASE, SIZE), [t.memfd(SIZE)])
@@ -39,7 +39,7 @@ def _begin(t: Trial, *, start: bool = True) -> Link:
     return link
 
 
-def _get(link: Link) -> list[int]:
+def _get(link: RawLink) -> list[int]:
     """Dirty pages of the mapped file."""
     reply = link.ok(DIRTY, wire.dirty_get(BASE, SIZE))
     size = wire.bitmap_bytes(SIZE, _PAGE)
@@ -198,13 +198,13 @@ def _logged(t: Trial, *payloads: bytes, start: bool = True) -> list[tuple[int, b
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             20, MUST, "R350",
             "A DIRTY_PAGES that is too small is refused.",
             "DIRTY_PAGES START with 4 bytes, and with argsz 4",
             lambda t: _logged(t, START[:4], struct.pack("<II", 4, 1), start=False),
         ),
-        Refusal(
+        RefusedRequest(
             21, MUST, "R352",
             "Exactly one thing is asked for.",
             "DIRTY_PAGES with the flags 0, 3, 5 and 8",
@@ -212,13 +212,13 @@ refusals(
                 t, *(struct.pack("<II", 48, flags) + wire.dirty_get(BASE, SIZE)[8:] for flags in (0, 3, 5, 8))
             ),
         ),
-        Refusal(
+        RefusedRequest(
             22, MUST, "R355",
             "A GET_BITMAP without its range is refused.",
             "GET_BITMAP with 8 and 39 bytes",
             lambda t: _logged(t, *(wire.dirty_get(BASE, SIZE)[:size] for size in (8, 39))),
         ),
-        Refusal(
+        RefusedRequest(
             23, MUST, "R356",
             "The bitmap has the size that range and page size give.",
             "GET_BITMAP with page size 0, with 3000, and with a bitmap of 16 bytes where 8 are needed",
@@ -229,7 +229,7 @@ refusals(
                 wire.dirty_get(BASE, SIZE, bitmap=16),
             ),
         ),
-        Refusal(
+        RefusedRequest(
             24, SHOULD, "R359",
             "There is no report without logging.",
             "GET_BITMAP before START",

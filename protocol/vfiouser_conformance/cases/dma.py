@@ -8,11 +8,11 @@ import struct
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, unmap
-from vfiouser_conformance.link import Link
-from vfiouser_conformance.memory import ClientMemory
+from vfiouser_conformance.link import RawLink
+from vfiouser_conformance.memory import ServedMemory
 from vfiouser_conformance.stimulus.base import Stimulus
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command
 
 AREA = Area("DMA", "DMA", Effect.DEVICE)
@@ -29,30 +29,30 @@ def pattern(count: int, seed: int = 1) -> bytes:
     return (block * (count // 4096 + 1))[:count]
 
 
-def ready(t: Trial, link: Link) -> Stimulus:
+def ready(t: Trial, link: RawLink) -> Stimulus:
     """The device, brought up on a connection."""
     t.stimulus.prepare(link)
     return t.stimulus
 
 
-def into_device(link: Link, device: Stimulus, address: int, count: int) -> bytes:
+def into_device(link: RawLink, device: Stimulus, address: int, count: int) -> bytes:
     """Make the device read client memory; returns what it got."""
     device.start_read(link, address, count)
     same(0, device.finish(link), f"error of a DMA read of {count} bytes at {address:#x}")
     return device.taken(link, count)
 
 
-def out_of_device(link: Link, device: Stimulus, address: int, data: bytes) -> None:
+def out_of_device(link: RawLink, device: Stimulus, address: int, data: bytes) -> None:
     """Make the device write to client memory."""
     device.load(link, data)
     device.start_write(link, address, len(data))
     same(0, device.finish(link), f"error of a DMA write of {len(data)} bytes at {address:#x}")
 
 
-def by_messages(t: Trial, link: Link, size: int = SIZE, flags: int = 3, seed: int = 1) -> ClientMemory:
+def by_messages(t: Trial, link: RawLink, size: int = SIZE, flags: int = 3, seed: int = 1) -> ServedMemory:
     """Map memory without a descriptor and serve it."""
     largest = getattr(link, "largest", wire.DEFAULT_TRANSFER)
-    memory = ClientMemory(BASE, pattern(size, seed), largest, writable=bool(flags & 2))
+    memory = ServedMemory(BASE, pattern(size, seed), largest, writable=bool(flags & 2))
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, size, 0, flags))
     return memory
@@ -153,9 +153,9 @@ def replies_that_do_not_fit(t: Trial) -> None:
     Expects: the device reports an error, or the connection ends; the next client is served.
     """
     spoilers = (
-        lambda message, reply: ClientMemory.success(message, struct.pack("<QQ", BASE + 0x77000, SMALL) + reply[32:]),
-        lambda message, reply: ClientMemory.success(message, reply[16:48]),
-        lambda message, reply: ClientMemory.success(message, struct.pack("<QQ", BASE, 1 << 40) + reply[32:]),
+        lambda message, reply: ServedMemory.success(message, struct.pack("<QQ", BASE + 0x77000, SMALL) + reply[32:]),
+        lambda message, reply: ServedMemory.success(message, reply[16:48]),
+        lambda message, reply: ServedMemory.success(message, struct.pack("<QQ", BASE, 1 << 40) + reply[32:]),
     )
     for spoil in spoilers:
         link = t.attach()
@@ -181,7 +181,7 @@ def client_limit(t: Trial) -> None:
     link = t.attach_with({"max_msg_fds": 8, "max_data_xfer_size": 4096})
     device = ready(t, link)
     count = min(0x10000, device.largest)
-    memory = ClientMemory(BASE, pattern(SIZE), 4096)
+    memory = ServedMemory(BASE, pattern(SIZE), 4096)
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, SIZE))
     same(pattern(SIZE)[:count], into_device(link, device, BASE, count), "what the device read")
@@ -192,7 +192,7 @@ def client_limit(t: Trial) -> None:
     _ascending(memory, count)
 
 
-def _ascending(memory: ClientMemory, count: int) -> None:
+def _ascending(memory: ServedMemory, count: int) -> None:
     addresses = [address for _, address, _ in memory.served]
     same(sorted(addresses), addresses, "addresses of the DMA messages")
     same(count, sum(size for _, _, size in memory.served), "bytes of the DMA messages")
@@ -207,7 +207,7 @@ def tiny_limit(t: Trial) -> None:
     """
     link = t.attach_with({"max_msg_fds": 32, "max_data_xfer_size": 1024}, minor=2)
     device = ready(t, link)
-    memory = ClientMemory(BASE, pattern(SIZE), 1024)
+    memory = ServedMemory(BASE, pattern(SIZE), 1024)
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, SIZE))
     same(pattern(SIZE)[:SMALL], into_device(link, device, BASE, SMALL), "what the device read")
@@ -296,7 +296,7 @@ def bare_write_reply(t: Trial) -> None:
     link = t.attach()
     device = ready(t, link)
     by_messages(t, link).spoil = lambda message, reply: (
-        ClientMemory.success(message, b"") if message.command == Command.DMA_WRITE else reply
+        ServedMemory.success(message, b"") if message.command == Command.DMA_WRITE else reply
     )
     device.start_write(link, BASE, SMALL)
     same(0, device.finish(link), "error of the DMA write")
@@ -312,7 +312,7 @@ def across_maps(t: Trial) -> None:
     link = t.attach()
     device = ready(t, link)
     fd = t.memfd(SIZE, content=pattern(SIZE, 7))
-    memory = ClientMemory(BASE + SIZE, pattern(SIZE, 8))
+    memory = ServedMemory(BASE + SIZE, pattern(SIZE, 8))
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, SIZE), [fd])
     link.ok(MAP, wire.dma_map(BASE + SIZE, SIZE))
@@ -352,13 +352,13 @@ def quiet_client(t: Trial) -> None:
     """
     link = t.attach()
     device = ready(t, link)
-    memory = ClientMemory(BASE, pattern(SIZE))
-    waiting: list[tuple[Link, Message]] = []
+    memory = ServedMemory(BASE, pattern(SIZE))
+    waiting: list[tuple[RawLink, Received]] = []
     link.on_command = lambda at, message: waiting.append((at, message))
     link.ok(MAP, wire.dma_map(BASE, SIZE))
     call = link.call
 
-    def serving(*args: object, **kwargs: object) -> Message:
+    def serving(*args: object, **kwargs: object) -> Received:
         reply = call(*args, **kwargs)  # type: ignore[arg-type]
         while waiting:
             memory(*waiting.pop(0))

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DmaUnmapFlags
 
@@ -24,7 +24,7 @@ _PATIENCE = 4096
 _UNANNOUNCED = 16
 
 
-def unmap(link: Link, address: int, size: int) -> None:
+def unmap(link: RawLink, address: int, size: int) -> None:
     """DMA_UNMAP that has to succeed."""
     request = wire.dma_unmap(address, size)
     same(request.hex(), link.ok(UNMAP, request).payload.hex(), "payload of the DMA_UNMAP reply")
@@ -391,7 +391,7 @@ def beyond_the_file(t: Trial) -> None:
     link.alive()
 
 
-def _mapped(t: Trial) -> Link:
+def _mapped(t: Trial) -> RawLink:
     t.facts.maps()
     t.link.ok(MAP, wire.dma_map(BASE, SIZE))
     return t.link
@@ -412,7 +412,7 @@ def _requests(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             40, MUST, "R142",
             "A DMA_MAP that is too small is refused.",
             "DMA_MAP with 16 and 31 bytes, and with argsz 0 and 31",
@@ -422,25 +422,25 @@ refusals(
                 *((MAP, wire.dma_map(BASE, SIZE, argsz=argsz)) for argsz in (0, 31)),
             ),
         ),
-        Refusal(
+        RefusedRequest(
             41, SHOULD, "R144",
             "Flags of DMA_MAP that mean nothing yet are refused.",
             "DMA_MAP with the flags 0x13 and 0x80000003",
             lambda t: _maps(t, *[(MAP, wire.dma_map(BASE, SIZE, 0, flags)) for flags in (0x13, 0x80000003)]),
         ),
-        Refusal(
+        RefusedRequest(
             42, SHOULD, "R145",
             "What says how a descriptor is used needs a descriptor.",
             "DMA_MAP with the flags MMAP 0x4 and FILE_IO 0x8, without a descriptor",
             lambda t: _maps(t, *[(MAP, wire.dma_map(BASE, SIZE, 0, flags)) for flags in (0x7, 0xB)]),
         ),
-        Refusal(
+        RefusedRequest(
             43, SHOULD, "R151",
             "A mapping of nothing is refused.",
             "DMA_MAP of size 0, with and without a descriptor",
             lambda t: _maps(t, (MAP, wire.dma_map(BASE, 0)), (MAP, wire.dma_map(BASE, 0), [t.memfd(SIZE)])),
         ),
-        Refusal(
+        RefusedRequest(
             44, MUST, "R152",
             "A mapping does not wrap around the end of addresses.",
             "DMA_MAP of two pages at 2^64 - 4096, and of size 2^64 - 1 at 4096",
@@ -450,7 +450,7 @@ refusals(
                 (MAP, wire.dma_map(_PAGE, wire.U64)),
             ),
         ),
-        Refusal(
+        RefusedRequest(
             45, MUST, "R164",
             "A DMA_UNMAP that is too small is refused.",
             "DMA_UNMAP of a mapping with 16 and 23 bytes, and with argsz 0 and 23",
@@ -460,13 +460,13 @@ refusals(
                 *(wire.dma_unmap(BASE, SIZE, 0, argsz) for argsz in (0, 23)),
             ),
         ),
-        Refusal(
+        RefusedRequest(
             46, SHOULD, "R165",
             "Flags of DMA_UNMAP that mean nothing are refused.",
             "DMA_UNMAP of a mapping with the flags 0x4 and 0x80000000",
             lambda t: _requests(t, *(wire.dma_unmap(BASE, SIZE, flags) for flags in (0x4, 0x80000000))),
         ),
-        Refusal(
+        RefusedRequest(
             47, SHOULD, "R167",
             "DMA_UNMAP of everything has neither address nor size nor bitmap.",
             "DMA_UNMAP with ALL and the address and size of a mapping, and with ALL and GET_DIRTY_BITMAP",

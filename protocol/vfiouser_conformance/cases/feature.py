@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.migration import FEATURE, RUNNING, begin, get_state, name, set_request
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import MigrationFlags
@@ -149,31 +149,31 @@ def _logging(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             20, MUST, "R240",
             "A DEVICE_FEATURE without its fixed part is refused.",
             "DEVICE_FEATURE with 4 and 7 bytes",
             lambda t: _migratable(t, wire.feature(GET | 1)[:4], wire.feature(GET | 1)[:7]),
         ),
-        Refusal(
+        RefusedRequest(
             21, MUST, "R242",
             "GET without room for the reply is refused.",
             "GET of feature 1 and 2 with argsz 0, 8 and 15",
             lambda t: _migratable(t, *(wire.feature(GET | n, argsz=size) for n in (1, 2) for size in (0, 8, 15))),
         ),
-        Refusal(
+        RefusedRequest(
             22, MUST, "R244 R246",
             "The migration feature cannot be set.",
             "SET, and PROBE and SET, of feature 1",
             lambda t: _migratable(t, wire.feature(SET | 1, b"\0" * 8), wire.feature(PROBE | SET | 1)),
         ),
-        Refusal(
+        RefusedRequest(
             23, MUST, "R246",
             "PROBE of a method that a feature lacks fails.",
             "PROBE and GET of features 6 and 7, PROBE and SET of feature 8",
             lambda t: _logging(t, *(wire.feature(PROBE | flags) for flags in (GET | 6, GET | 7, SET | 8))),
         ),
-        Refusal(
+        RefusedRequest(
             24, MUST, "R247 R251",
             "Features that vfio-user does not have are refused.",
             "PROBE of 77, GET of 0, 3, 4, 5, 10, 0xffff (9 is what QEMU's client with migration asks for)",
@@ -181,33 +181,33 @@ refusals(
                 t, wire.feature(PROBE | 77), *(wire.feature(GET | n, argsz=64) for n in (0, 3, 4, 5, 10, 0xFFFF))
             ),
         ),
-        Refusal(
+        RefusedRequest(
             25, SHOULD, "R249",
             "PROBE without room for its reply is refused.",
             "PROBE and GET of feature 1 with argsz 0",
             lambda t: _migratable(t, wire.feature(PROBE | GET | 1, argsz=0)),
         ),
-        Refusal(
+        RefusedRequest(
             26, MUST, "R250",
             "Without PROBE exactly one of GET and SET is asked for.",
             "GET and SET of feature 2, and neither",
             lambda t: _migratable(t, wire.feature(GET | SET | 2, b"\2\0\0\0\0\0\0\0"), wire.feature(2, b"\0" * 8)),
             Effect.DEVICE,
         ),
-        Refusal(
+        RefusedRequest(
             27, MUST, "R251",
             "Flags that do not exist are refused.",
             "GET of feature 1 with bits 19 and 31",
             lambda t: _migratable(t, *(wire.feature(GET | 1 | bit, argsz=16) for bit in (1 << 19, 1 << 31))),
         ),
-        Refusal(
+        RefusedRequest(
             28, MUST, "R253",
             "SET without room for its reply is refused.",
             "SET of state RUNNING with argsz 8 and 15",
             lambda t: _migratable(t, *(struct.pack("<I", size) + set_request(RUNNING)[4:] for size in (8, 15))),
             Effect.DEVICE,
         ),
-        Refusal(
+        RefusedRequest(
             29, SHOULD, "R254",
             "SET of the state needs the state.",
             "SET of feature 2 without data, and with 2 bytes of it",

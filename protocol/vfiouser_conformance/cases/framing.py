@@ -7,7 +7,7 @@ import time
 
 from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
-from vfiouser_conformance.link import Closed, Link
+from vfiouser_conformance.link import Closed, RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -192,7 +192,7 @@ def commands_of_servers(t: Trial) -> None:
     link.alive()
 
 
-def _refused_or_closed(link: Link, data: bytes, what: str) -> None:
+def _refused_or_closed(link: RawLink, data: bytes, what: str) -> None:
     """Send something that is no good command: an error reply or the end of the connection, never a success."""
     try:
         link.send(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DeviceInfoFlags, IrqIndex, IrqInfoFlags
 
@@ -230,25 +230,25 @@ _GET, _IRQ = int(Command.DEVICE_GET_INFO), int(Command.DEVICE_GET_IRQ_INFO)
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             10, MUST, "R081",
             "A client without room for the reply is refused.",
             "GET_INFO with argsz 0 and 15",
             lambda t: [(_GET, wire.info(0)), (_GET, wire.info(15))],
         ),
-        Refusal(
+        RefusedRequest(
             11, MUST, "R081",
             "A request that is shorter than its fixed part is refused.",
             "GET_INFO with 4 and 15 bytes",
             lambda t: [(_GET, wire.info()[:4]), (_GET, wire.info()[:15])],
         ),
-        Refusal(
+        RefusedRequest(
             30, MUST, "R103",
             "An IRQ index that does not exist is refused.",
             "GET_IRQ_INFO of index num_irqs and 0xffffffff",
             lambda t: [(_IRQ, wire.info(16, 0, len(t.facts.irqs))), (_IRQ, wire.info(16, 0, 0xFFFFFFFF))],
         ),
-        Refusal(
+        RefusedRequest(
             31, MUST, "R104",
             "GET_IRQ_INFO without room for the reply, or shorter than its fixed part, is refused.",
             "GET_IRQ_INFO with argsz 8 and 15, and with 8 and 15 bytes",

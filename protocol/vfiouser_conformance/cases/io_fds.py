@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command
 
@@ -16,7 +16,7 @@ IO_FDS = int(Command.DEVICE_GET_REGION_IO_FDS)
 NO_FD = 0xFFFFFFFF
 
 
-def ask(link: Link, index: int, argsz: int) -> tuple[int, int, int, bytes, tuple[int, ...]]:
+def ask(link: RawLink, index: int, argsz: int) -> tuple[int, int, int, bytes, tuple[int, ...]]:
     """Ask for a region's ioeventfds; returns argsz, index, count, entries and descriptors."""
     reply = link.ok(IO_FDS, wire.info(argsz, 0, index))
     check(16 <= len(reply.payload) <= argsz, f"a payload of {len(reply.payload)} bytes, argsz was {argsz}")
@@ -112,19 +112,19 @@ def golden(t: Trial) -> None:
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             10, MUST, "R210",
             "Flags and count of the request are 0.",
             "GET_REGION_IO_FDS with flags 1, and with count 1",
             lambda t: [(IO_FDS, wire.info(16, 1, 0, 0)), (IO_FDS, wire.info(16, 0, 0, 1))],
         ),
-        Refusal(
+        RefusedRequest(
             11, MUST, "R211",
             "A client without room for the fixed part is refused.",
             "GET_REGION_IO_FDS with argsz 0 and 15, and with 15 bytes",
             lambda t: [(IO_FDS, wire.info(0)), (IO_FDS, wire.info(15)), (IO_FDS, wire.info()[:15])],
         ),
-        Refusal(
+        RefusedRequest(
             12, MUST, "R212",
             "A region index that does not exist is refused.",
             "GET_REGION_IO_FDS of region num_regions and 0xffffffff",

@@ -15,7 +15,7 @@ from vfiouser_conformance import wire
 from vfiouser_conformance.case import CannotTell, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.io_fds import AREA as AREA
 from vfiouser_conformance.cases.io_fds import IO_FDS, NO_FD, ask, bars
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import IoFdType
 
@@ -44,7 +44,7 @@ class _Entry:
     fd: int | None
 
 
-def _entries(t: Trial, link: Link) -> Iterator[tuple[list[_Entry], tuple[int, ...]]]:
+def _entries(t: Trial, link: RawLink) -> Iterator[tuple[list[_Entry], tuple[int, ...]]]:
     """The entries of each BAR that has some, and the descriptors that came with them."""
     none = True
     for index in bars(t):

@@ -6,14 +6,14 @@ from vfiouser_conformance import wire
 from vfiouser_conformance.case import Effect, Level, NotApplicable, check
 from vfiouser_conformance.cases.irqs import AREA as AREA
 from vfiouser_conformance.cases.irqs import SET, UNMASK_NONE, assign, check_signals
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial, signalled
 from vfiouser_protocol.constants import IrqIndex
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
 
 
-def _ready(t: Trial) -> Link:
+def _ready(t: Trial) -> RawLink:
     link = t.attach()
     t.stimulus.prepare(link)
     return link

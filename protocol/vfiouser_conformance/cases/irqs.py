@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial, signalled
 from vfiouser_protocol.constants import Command, IrqIndex
 
@@ -15,7 +15,7 @@ TRIGGER_NONE, TRIGGER_BOOL, TRIGGER_EVENTFD = 0x21, 0x22, 0x24
 MASK_NONE, UNMASK_NONE = 0x09, 0x11
 
 
-def assign(t: Trial, link: Link, index: int, start: int, count: int) -> list[int]:
+def assign(t: Trial, link: RawLink, index: int, start: int, count: int) -> list[int]:
     """Give vectors new eventfds; returns them."""
     events = [t.eventfd() for _ in range(count)]
     reply = link.ok(SET, wire.set_irqs(TRIGGER_EVENTFD, index, start, count), events)
@@ -23,7 +23,7 @@ def assign(t: Trial, link: Link, index: int, start: int, count: int) -> list[int
     return events
 
 
-def fire(link: Link, index: int, start: int, count: int) -> None:
+def fire(link: RawLink, index: int, start: int, count: int) -> None:
     """Trigger vectors by loopback."""
     link.ok(SET, wire.set_irqs(TRIGGER_NONE, index, start, count))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.dma import into_device, out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import FEATURE
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 
 AREA = Area("LOGGING", "DMA logging (DEVICE_FEATURE)", Effect.SESSION)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
@@ -29,7 +29,7 @@ def _offered(t: Trial) -> None:
     t.facts.maps()  # what is not mapped is not logged
 
 
-def _begin(t: Trial, *, start: bool = True) -> Link:
+def _begin(t: Trial, *, start: bool = True) -> RawLink:
     """A connection with 16 pages of file mapped, and logging started."""
     link = _attach(t)
     link.ok(MAP, wire.dma_map(BASE, SIZE), [t.memfd(SIZE)])
@@ -38,7 +38,7 @@ def _begin(t: Trial, *, start: bool = True) -> Link:
     return link
 
 
-def _attach(t: Trial) -> Link:
+def _attach(t: Trial) -> RawLink:
     """A connection with logging off, whatever an earlier client left, and off again when the case ends."""
     _offered(t)
     link = t.attach()
@@ -47,16 +47,16 @@ def _attach(t: Trial) -> Link:
     return link
 
 
-def _end(link: Link) -> None:
+def _end(link: RawLink) -> None:
     """STOP; some servers refuse to stop what is stopped."""
     link.call(FEATURE, wire.feature(_STOP))
 
 
-def _start(link: Link, page_size: int = _PAGE) -> Message:
+def _start(link: RawLink, page_size: int = _PAGE) -> Received:
     return link.ok(FEATURE, start_request(page_size))
 
 
-def _report(link: Link, address: int = BASE, length: int = SIZE, page_size: int = _PAGE) -> bytes:
+def _report(link: RawLink, address: int = BASE, length: int = SIZE, page_size: int = _PAGE) -> bytes:
     """A report that has to succeed; returns its bitmap."""
     request = wire.log_report(address, length, page_size)
     reply = link.ok(FEATURE, request)
@@ -71,7 +71,7 @@ def _pages(bitmap: bytes) -> list[int]:
     return [n for n in range(8 * len(bitmap)) if bitmap[n // 8] >> n % 8 & 1]
 
 
-def _dirty(t: Trial, link: Link, *pages: int) -> None:
+def _dirty(t: Trial, link: RawLink, *pages: int) -> None:
     """Make the device write to pages of the mapped file."""
     device = ready(t, link)
     for page in pages:
@@ -367,19 +367,19 @@ def _unlogged(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             30, MUST, "R291",
             "Logging needs a page size.",
             "START with page size 0",
             lambda t: _unlogged(t, start_request(0)),
         ),
-        Refusal(
+        RefusedRequest(
             31, SHOULD, "R293",
             "Logging that is started cannot be started with another page size.",
             "START with 4096, then with 65536",
             lambda t: _logged(t, start_request(65536)),
         ),
-        Refusal(
+        RefusedRequest(
             32, SHOULD, "R295",
             "Ranges that a START announces have to be there.",
             "START with num_ranges 2 and none, with one, and with 2^32 - 1",
@@ -387,7 +387,7 @@ refusals(
                 t, start_request(_PAGE, 2), start_request(_PAGE, 2, b"\0" * 16), start_request(_PAGE, 0xFFFFFFFF)
             ),
         ),
-        Refusal(
+        RefusedRequest(
             33, MUST, "R301",
             "A report needs a page size that is a power of two and fits into its range.",
             "REPORT with page size 0, 3000, and one larger than the range",
@@ -395,19 +395,19 @@ refusals(
                 t, *(wire.log_report(BASE, SIZE, size, 4096) for size in (0, 3000, 2 * SIZE))
             ),
         ),
-        Refusal(
+        RefusedRequest(
             34, SHOULD, "R302",
             "There is no report without logging.",
             "REPORT of a mapped range before START",
             lambda t: _unlogged(t, wire.log_report(BASE, SIZE, _PAGE)),
         ),
-        Refusal(
+        RefusedRequest(
             35, SHOULD, "R303",
             "There is no report of what is not mapped.",
             "REPORT of a range where nothing is mapped",
             lambda t: _logged(t, wire.log_report(BASE + 16 * SIZE, SIZE, _PAGE)),
         ),
-        Refusal(
+        RefusedRequest(
             36, MUST, "R256",
             "A report without room for its bitmap is refused.",
             "REPORT with argsz 32 and 39, where 40 are needed",

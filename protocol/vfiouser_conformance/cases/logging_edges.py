@@ -8,7 +8,7 @@ from vfiouser_conformance.cases.dma import out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, unmap
 from vfiouser_conformance.cases.logging_cases import AREA as AREA
 from vfiouser_conformance.cases.logging_cases import start_request
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import FEATURE
 from vfiouser_conformance.trial import Trial
 
@@ -18,7 +18,7 @@ _STOP = 0x20007
 _LARGE = 16 * _PAGE
 
 
-def _begin(t: Trial, *sizes: int) -> Link:
+def _begin(t: Trial, *sizes: int) -> RawLink:
     """A connection that logs, with files of these sizes mapped side by side."""
     t.facts.logs()
     t.facts.maps()
@@ -33,14 +33,14 @@ def _begin(t: Trial, *sizes: int) -> Link:
     return link
 
 
-def _dirty(t: Trial, link: Link, *pages: int) -> None:
+def _dirty(t: Trial, link: RawLink, *pages: int) -> None:
     """Make the device write to these pages."""
     device = ready(t, link)
     for page in pages:
         out_of_device(link, device, BASE + page * _PAGE, pattern(_PAGE, page + 1))
 
 
-def _report(link: Link, address: int, length: int, page_size: int = _PAGE) -> list[int]:
+def _report(link: RawLink, address: int, length: int, page_size: int = _PAGE) -> list[int]:
     """The pages of a report that has to succeed."""
     bitmap = link.ok(FEATURE, wire.log_report(address, length, page_size)).payload[32:]
     same(wire.bitmap_bytes(length, page_size), len(bitmap), "bytes of the bitmap")

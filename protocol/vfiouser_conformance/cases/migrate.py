@@ -8,8 +8,8 @@ from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, CannotTell, CaseFailed, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma import by_messages, into_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE
-from vfiouser_conformance.link import Closed, Link, TimedOut
-from vfiouser_conformance.memory import ClientMemory
+from vfiouser_conformance.link import Closed, RawLink, TimedOut
+from vfiouser_conformance.memory import ServedMemory
 from vfiouser_conformance.migration import (
     FEATURE,
     PRE_COPY,
@@ -48,7 +48,7 @@ def initial(t: Trial) -> None:
     same(name(RUNNING), name(get_state(t.attach())), "state")
 
 
-def _enter(t: Trial, link: Link, state: int) -> None:
+def _enter(t: Trial, link: RawLink, state: int) -> None:
     """Bring the device from anywhere to a state; a device in RESUMING has a whole stream."""
     back(link)
     if state == RESUMING:
@@ -59,7 +59,7 @@ def _enter(t: Trial, link: Link, state: int) -> None:
         go(link, state)
 
 
-def _arcs(t: Trial, link: Link, sources: tuple[int, ...], targets: tuple[int, ...]) -> None:
+def _arcs(t: Trial, link: RawLink, sources: tuple[int, ...], targets: tuple[int, ...]) -> None:
     for source in sources:
         for target in targets:
             _enter(t, link, source)
@@ -280,7 +280,7 @@ def pre_copy_runs(t: Trial) -> None:
     device = ready(t, link)
     by_messages(t, link)
     go(link, PRE_COPY)
-    assert isinstance(link.on_command, ClientMemory)
+    assert isinstance(link.on_command, ServedMemory)
     expected = bytes(link.on_command.data[:4096])
     same(expected, into_device(link, device, BASE, 4096), "what the device read in PRE_COPY")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.migrate import AREA as AREA
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import (
     PRE_COPY,
     RESUMING,
@@ -138,7 +138,7 @@ def write_needs_resuming(t: Trial) -> None:
         link.refused(WRITE, wire.mig_data(4, b"\0" * 4))
 
 
-def state_of(t: Trial, link: Link) -> bytes:
+def state_of(t: Trial, link: RawLink) -> bytes:
     """What identifies the device's state, as far as it can be told."""
     if t.target.stimulus is not None and t.target.stimulus.name == "test":
         return t.target.stimulus.state(link)
@@ -148,7 +148,7 @@ def state_of(t: Trial, link: Link) -> bytes:
     return b""
 
 
-def change_state(t: Trial, link: Link, seed: int) -> None:
+def change_state(t: Trial, link: RawLink, seed: int) -> None:
     """Give the device a state that differs from others, as far as that can be done."""
     if t.target.stimulus is not None and t.target.stimulus.name == "test":
         t.target.stimulus.change_state(link, seed)
@@ -361,7 +361,7 @@ def _loading(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             50, MUST, "R273",
             "A MIG_DATA_READ that is too small, or has no room for its reply, is refused.",
             "MIG_DATA_READ with 4 and 7 bytes, and of 64 bytes with argsz 8 and 71, in STOP_COPY",
@@ -370,7 +370,7 @@ refusals(
             ),
             Effect.DEVICE,
         ),
-        Refusal(
+        RefusedRequest(
             51, MUST, "R279",
             "A MIG_DATA_WRITE that has fewer data than it says is refused.",
             "MIG_DATA_WRITE with 4 and 7 bytes, of 64 bytes with 8, and of 2^32 - 1, in RESUMING",
@@ -380,7 +380,7 @@ refusals(
             ),
             Effect.DEVICE,
         ),
-        Refusal(
+        RefusedRequest(
             52, SHOULD, "R279",
             "A MIG_DATA_WRITE whose argsz is smaller than itself is refused.",
             "MIG_DATA_WRITE of 8 bytes with argsz 8, in RESUMING",

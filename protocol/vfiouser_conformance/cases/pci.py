@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, unmap
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -68,7 +68,7 @@ def find(t: Trial, wanted: int, name: str) -> int:
     return found[wanted]
 
 
-def unwritable(t: Trial, link: Link, offset: int, count: int, what: str) -> None:
+def unwritable(t: Trial, link: RawLink, offset: int, count: int, what: str) -> None:
     """Write the complement of what is there, and expect what was there; the write may be refused or dropped."""
     found = t.read_config(link, offset, count)
     data = bytes(byte ^ 0xFF for byte in found)
@@ -194,7 +194,7 @@ def maps_survive_function_level_reset(t: Trial) -> None:
     unmap(link, BASE, SIZE)
 
 
-def _resettable(t: Trial) -> tuple[Link, int]:
+def _resettable(t: Trial) -> tuple[RawLink, int]:
     """A connection to a function that can be reset by itself, and the offset of its PCIe capability."""
     at = find(t, EXPRESS, "PCI Express")
     if not struct.unpack_from("<I", t.facts.config, at + _DEVCAP)[0] & _CAN_FLR:
@@ -202,7 +202,7 @@ def _resettable(t: Trial) -> tuple[Link, int]:
     return t.attach(), at
 
 
-def _reset(t: Trial, link: Link, at: int) -> None:
+def _reset(t: Trial, link: RawLink, at: int) -> None:
     control = struct.unpack("<H", t.read_config(link, at + _DEVCTL, 2))[0]
     t.write(link, CONFIG, at + _DEVCTL, struct.pack("<H", control | _FLR))
     time.sleep(_FLR_S)

@@ -10,7 +10,7 @@ from vfiouser_conformance.case import Level, NotApplicable, same
 from vfiouser_conformance.cases.pci import AREA as AREA
 from vfiouser_conformance.cases.pci import CONFIG, EXPRESS, config_of, extended, find, unwritable
 from vfiouser_conformance.facts import Region
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command
 
@@ -134,11 +134,11 @@ def _second(t: Trial, at: int) -> bool:
     return t.facts.config[at + 2] & 15 >= 2 and at + 0x3C <= 256
 
 
-def _word(t: Trial, link: Link, offset: int) -> int:
+def _word(t: Trial, link: RawLink, offset: int) -> int:
     return int(struct.unpack("<H", t.read_config(link, offset, 2))[0])
 
 
-def _try(t: Trial, link: Link, offset: int, bits: int, field: int) -> None:
+def _try(t: Trial, link: RawLink, offset: int, bits: int, field: int) -> None:
     """Set bits of a word in place of a field, which may be refused; what was there is put back in the end."""
     found = t.read_config(link, offset, 2)
     t.at_end(lambda: link.call(Command.REGION_WRITE, wire.access(CONFIG, offset, 2, found)))

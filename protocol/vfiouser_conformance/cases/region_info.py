@@ -8,11 +8,21 @@ import struct
 from collections.abc import Iterator
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Area, CannotTell, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import (
+    Area,
+    CannotTell,
+    Effect,
+    Level,
+    NotApplicable,
+    RefusedRequest,
+    check,
+    refusals,
+    same,
+)
 from vfiouser_conformance.facts import Region
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, RegionCapId, RegionFlags, RegionIndex
 
 AREA = Area("REGION-INFO", "region information and mapping", Effect.NONE)
@@ -21,13 +31,13 @@ _KNOWN_FLAGS = 0xF
 _BARS = range(6)
 
 
-def _ask(link: Link, index: int, argsz: int = 32) -> Message:
+def _ask(link: RawLink, index: int, argsz: int = 32) -> Received:
     reply = link.ok(Command.DEVICE_GET_REGION_INFO, wire.region_info(index, argsz))
     check(32 <= len(reply.payload) <= max(argsz, 32), f"{len(reply.payload)} bytes came, argsz was {argsz}")
     return reply
 
 
-def _fields(reply: Message) -> tuple[int, int, int, int, int, int]:
+def _fields(reply: Received) -> tuple[int, int, int, int, int, int]:
     argsz, flags, index, cap_offset, size, offset = wire.REGION_INFO.unpack_from(reply.payload)
     return argsz, flags, index, cap_offset, size, offset
 
@@ -374,7 +384,7 @@ def bar_masks(t: Trial) -> None:
             same(hex(region.size), hex((~(mask & ~low) + 1) & ((1 << width) - 1)), f"size of BAR{bar} by its register")
 
 
-def _mask(t: Trial, link: Link, bar: int, wide: bool) -> int:
+def _mask(t: Trial, link: RawLink, bar: int, wide: bool) -> int:
     value = 0
     for n in range(1 + wide):
         offset = 0x10 + 4 * (bar + n)
@@ -441,19 +451,19 @@ _INFO = int(Command.DEVICE_GET_REGION_INFO)
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             30, MUST, "R086",
             "A region index that does not exist is refused.",
             "GET_REGION_INFO of region num_regions and 0xffffffff",
             lambda t: [(_INFO, wire.region_info(len(t.facts.regions))), (_INFO, wire.region_info(0xFFFFFFFF))],
         ),
-        Refusal(
+        RefusedRequest(
             31, MUST, "R088",
             "A client without room for the fixed part is refused.",
             "GET_REGION_INFO with argsz 0, 8 and 31",
             lambda t: [(_INFO, wire.region_info(0, argsz)) for argsz in (0, 8, 31)],
         ),
-        Refusal(
+        RefusedRequest(
             32, MUST, "R088",
             "A request that is shorter than its fixed part is refused.",
             "GET_REGION_INFO with 8, 16 and 31 bytes",

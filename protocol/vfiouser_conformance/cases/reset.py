@@ -8,7 +8,7 @@ from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP, unmap
 from vfiouser_conformance.cases.irqs import SET, assign
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial, signalled
 from vfiouser_protocol.constants import Command, IrqIndex, RegionIndex
 
@@ -17,7 +17,7 @@ MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 CONFIG = int(RegionIndex.CONFIG)
 
 
-def resettable(t: Trial) -> Link:
+def resettable(t: Trial) -> RawLink:
     """A connection to a device that can be reset."""
     t.facts.resets()
     return t.attach()

@@ -12,9 +12,9 @@ from typing import Any
 from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.facts import parse_capabilities
-from vfiouser_conformance.link import Closed, Link, TimedOut
+from vfiouser_conformance.link import Closed, RawLink, TimedOut
 from vfiouser_conformance.trial import SILENCE_S, Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, RegionIndex
 
 AREA = Area("VERSION", "version negotiation", Effect.NONE)
@@ -23,7 +23,7 @@ _TRANSFER_MAX = 64 << 20
 _PROPOSED = json.loads(vectors.QEMU_CAPABILITIES[:-1])["capabilities"]
 
 
-def negotiate(t: Trial, data: bytes = b"", *, minor: int = 0) -> tuple[Link, Message]:
+def negotiate(t: Trial, data: bytes = b"", *, minor: int = 0) -> tuple[RawLink, Received]:
     """Connect and propose; the reply has to be a success of major version 0."""
     link = t.connect()
     reply = link.ok(Command.VERSION, wire.version(data, minor=minor))
@@ -32,7 +32,7 @@ def negotiate(t: Trial, data: bytes = b"", *, minor: int = 0) -> tuple[Link, Mes
     return link, reply
 
 
-def minor_of(reply: Message) -> int:
+def minor_of(reply: Received) -> int:
     """The minor version of a reply."""
     return int(struct.unpack_from("<HH", reply.payload)[1])
 

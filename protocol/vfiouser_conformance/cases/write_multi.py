@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -106,7 +106,7 @@ def _not_offered(t: Trial) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
+        RefusedRequest(
             10, MUST, "R223",
             "The message has as many entries as it says.",
             "REGION_WRITE_MULTI with wr_cnt 2 and one entry, and with wr_cnt 1 and two",
@@ -115,7 +115,7 @@ refusals(
                 (MULTI, wire.write_multi([(CONFIG, t.scratch()[0], b"\0")] * 2, 1)),
             ],
         ),
-        Refusal(
+        RefusedRequest(
             11, MUST, "R223",
             "An entry has at most 8 bytes.",
             "REGION_WRITE_MULTI with an entry of count 9, and of count 0xffffffff",
@@ -124,13 +124,13 @@ refusals(
                 for count in (9, 0xFFFFFFFF)
             ],
         ),
-        Refusal(
+        RefusedRequest(
             12, SHOULD, "R224",
             "A giant number of entries is refused, and nothing that big is made room for.",
             "REGION_WRITE_MULTI with wr_cnt 2^61 and 2^64 - 1",
             lambda t: [(MULTI, struct.pack("<Q", count) + _one(_offered(t))[8:]) for count in (1 << 61, wire.U64)],
         ),
-        Refusal(
+        RefusedRequest(
             13, SHOULD, "R220",
             "What was not agreed is refused.",
             "REGION_WRITE_MULTI on a connection whose client did not propose it",
