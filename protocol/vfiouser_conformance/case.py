@@ -50,7 +50,7 @@ class Effect(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One case.
+    """One demand on a server, and the function that finds out whether it is met.
 
     Args:
         name: area and number, e.g. ``DMA-MAP-004``.
@@ -61,7 +61,6 @@ class Case:
         sent: what is sent.
         expected: what is expected.
         run: the function.
-        mutants: the planted faults of the tests' server, each of which makes it fail.
         effect: what it may do to the device.
         compat: for COMPAT, whose behaviour it rests on.
     """
@@ -74,7 +73,6 @@ class Case:
     sent: str
     expected: str
     run: Body
-    mutants: tuple[str, ...]
     effect: Effect
     compat: str = ""
 
@@ -99,7 +97,6 @@ class Area:
         number: int,
         level: Level,
         requirements: str,
-        mutant: str,
         *,
         effect: Effect | None = None,
         compat: str = "",
@@ -110,14 +107,13 @@ class Area:
             number: the case's number in its area.
             level: how binding it is.
             requirements: ids, separated by blanks.
-            mutant: the planted faults that make it fail, separated by blanks.
             effect: what it may do to the device; None = as its area.
             compat: for COMPAT, whose behaviour it rests on.
         """
 
         def add(body: Body) -> Body:
             summary, sent, expected = _parts(inspect.getdoc(body) or "")
-            self.add(number, level, requirements, mutant, (summary, sent, expected), body, effect, compat)
+            self.add(number, level, requirements, (summary, sent, expected), body, effect, compat)
             return body
 
         return add
@@ -127,7 +123,6 @@ class Area:
         number: int,
         level: Level,
         requirements: str,
-        mutant: str,
         text: tuple[str, str, str],
         body: Body,
         effect: Effect | None = None,
@@ -144,7 +139,6 @@ class Area:
                 sent=text[1],
                 expected=text[2],
                 run=body,
-                mutants=tuple(mutant.split()),
                 effect=self.effect if effect is None else effect,
                 compat=compat,
             )
@@ -152,14 +146,13 @@ class Area:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedRequest:
     """A row of a table of requests that have to fail.
 
     Args:
         number: the case's number in its area.
         level: how binding it is.
         requirements: ids, separated by blanks.
-        mutant: the planted fault that makes the server take the request.
         summary: one sentence: what a pass proves.
         sent: what is sent.
         make: builds the requests, as (command, payload) or (command, payload, descriptors).
@@ -169,22 +162,21 @@ class Refusal:
     number: int
     level: Level
     requirements: str
-    mutant: str
     summary: str
     sent: str
     make: Callable[[Trial], Sequence[tuple[int, bytes] | tuple[int, bytes, Sequence[int]]]]
     effect: Effect | None = None
 
 
-def refusals(area: Area, rows: Sequence[Refusal]) -> None:
+def refusals(area: Area, rows: Sequence[RefusedRequest]) -> None:
     """Add a case per row: each request gets an error reply, and the connection goes on."""
     for row in rows:
         text = (row.summary, row.sent, "an error reply with any error number; the connection goes on")
         body = _refusal_body(row)
-        area.add(row.number, row.level, row.requirements, row.mutant, text, body, row.effect)
+        area.add(row.number, row.level, row.requirements, text, body, row.effect)
 
 
-def _refusal_body(row: Refusal) -> Body:
+def _refusal_body(row: RefusedRequest) -> Body:
     def body(t: Trial) -> None:
         t.link = t.attach()
         requests = row.make(t)  # it may need another connection than the usual one

@@ -14,7 +14,7 @@ from vfiouser_protocol.constants import Command
 _SHOWN = 64
 
 
-class _Layout(NamedTuple):
+class _PayloadHead(NamedTuple):
     """How a payload begins.
 
     Args:
@@ -29,24 +29,24 @@ class _Layout(NamedTuple):
 
 
 _FOUR = "<IIII"
-_REQUESTS: Mapping[int, _Layout] = {
-    Command.VERSION: _Layout("<HH", "major minor", "version data"),
-    Command.DMA_MAP: _Layout("<IIQQQ", "argsz flags offset address size"),
-    Command.DMA_UNMAP: _Layout("<IIQQ", "argsz flags address size", "bitmap"),
-    Command.DEVICE_GET_INFO: _Layout(_FOUR, "argsz flags num_regions num_irqs"),
-    Command.DEVICE_GET_REGION_INFO: _Layout("<IIIIQQ", "argsz flags index cap_offset size offset", "capabilities"),
-    Command.DEVICE_GET_REGION_IO_FDS: _Layout(_FOUR, "argsz flags index count", "entries"),
-    Command.DEVICE_GET_IRQ_INFO: _Layout(_FOUR, "argsz flags index count"),
-    Command.DEVICE_SET_IRQS: _Layout("<IIIII", "argsz flags index start count", "data"),
-    Command.REGION_READ: _Layout("<QII", "offset region count", "data"),
-    Command.REGION_WRITE: _Layout("<QII", "offset region count", "data"),
-    Command.DMA_READ: _Layout("<QQ", "address count", "data"),
-    Command.DMA_WRITE: _Layout("<QQ", "address count", "data"),
-    Command.DIRTY_PAGES: _Layout("<II", "argsz flags", "range and bitmap"),
-    Command.REGION_WRITE_MULTI: _Layout("<Q", "wr_cnt", "entries"),
-    Command.DEVICE_FEATURE: _Layout("<II", "argsz flags", "data"),
-    Command.MIG_DATA_READ: _Layout("<II", "argsz size", "data"),
-    Command.MIG_DATA_WRITE: _Layout("<II", "argsz size", "data"),
+_REQUESTS: Mapping[int, _PayloadHead] = {
+    Command.VERSION: _PayloadHead("<HH", "major minor", "version data"),
+    Command.DMA_MAP: _PayloadHead("<IIQQQ", "argsz flags offset address size"),
+    Command.DMA_UNMAP: _PayloadHead("<IIQQ", "argsz flags address size", "bitmap"),
+    Command.DEVICE_GET_INFO: _PayloadHead(_FOUR, "argsz flags num_regions num_irqs"),
+    Command.DEVICE_GET_REGION_INFO: _PayloadHead("<IIIIQQ", "argsz flags index cap_offset size offset", "capabilities"),
+    Command.DEVICE_GET_REGION_IO_FDS: _PayloadHead(_FOUR, "argsz flags index count", "entries"),
+    Command.DEVICE_GET_IRQ_INFO: _PayloadHead(_FOUR, "argsz flags index count"),
+    Command.DEVICE_SET_IRQS: _PayloadHead("<IIIII", "argsz flags index start count", "data"),
+    Command.REGION_READ: _PayloadHead("<QII", "offset region count", "data"),
+    Command.REGION_WRITE: _PayloadHead("<QII", "offset region count", "data"),
+    Command.DMA_READ: _PayloadHead("<QQ", "address count", "data"),
+    Command.DMA_WRITE: _PayloadHead("<QQ", "address count", "data"),
+    Command.DIRTY_PAGES: _PayloadHead("<II", "argsz flags", "range and bitmap"),
+    Command.REGION_WRITE_MULTI: _PayloadHead("<Q", "wr_cnt", "entries"),
+    Command.DEVICE_FEATURE: _PayloadHead("<II", "argsz flags", "data"),
+    Command.MIG_DATA_READ: _PayloadHead("<II", "argsz size", "data"),
+    Command.MIG_DATA_WRITE: _PayloadHead("<II", "argsz size", "data"),
 }
 _HEXADECIMAL = {"flags", "offset", "address", "size"}
 

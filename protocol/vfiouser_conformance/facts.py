@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import CannotTell, CaseFailed, NotApplicable, check
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_protocol.constants import (
     REGION_SUBTYPE_MIGRATION,
     REGION_TYPE_MIGRATION,
@@ -45,7 +45,7 @@ EVERYTHING = (
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """One region.
+    """What the server says of one region.
 
     Args:
         index: its index.
@@ -72,8 +72,8 @@ class Region:
 
 
 @dataclass(slots=True)
-class Facts:
-    """What was found.
+class ServerFacts:
+    """What the server offers, found out before the first case, so that a case can tell what applies.
 
     Args:
         capabilities: of the VERSION reply.
@@ -242,13 +242,13 @@ class Survey:
         drop: closes one.
     """
 
-    def __init__(self, attach: Callable[[], Link], drop: Callable[[Link], None]) -> None:
-        self.facts = Facts()
+    def __init__(self, attach: Callable[[], RawLink], drop: Callable[[RawLink], None]) -> None:
+        self.facts = ServerFacts()
         self._attach = attach
         self._drop = drop
-        self._link: Link | None = None
+        self._link: RawLink | None = None
 
-    def run(self, version: wire.Message) -> Facts:
+    def run(self, version: wire.Received) -> ServerFacts:
         """Ask for everything; what fails is noted, not raised.
 
         Args:
@@ -280,7 +280,7 @@ class Survey:
             self._drop(self._link)
             self._link = None
 
-    def _ask(self, what: str, question: Callable[[Link], T]) -> T | None:
+    def _ask(self, what: str, question: Callable[[RawLink], T]) -> T | None:
         """One question; asked again on a fresh connection if it failed on one that others had used."""
         used = self._link is not None
         try:
@@ -313,27 +313,27 @@ def in_words(error: BaseException) -> str:
     return f"the reply cannot be read: {error}"
 
 
-def _read_version(facts: Facts, version: wire.Message) -> None:
+def _read_version(facts: ServerFacts, version: wire.Received) -> None:
     facts.capabilities = parse_capabilities(version.payload)
     facts.minor = struct.unpack_from("<HH", version.payload)[1]
 
 
-def _read_info(link: Link) -> tuple[int, int, int]:
+def _read_info(link: RawLink) -> tuple[int, int, int]:
     _, flags, regions, irqs = wire.INFO.unpack_from(link.ok(Command.DEVICE_GET_INFO, wire.info()).payload)
     return flags, regions, irqs
 
 
-def _region(index: int, link: Link) -> Region:
+def _region(index: int, link: RawLink) -> Region:
     return read_region(link, index)
 
 
-def _read_irq(index: int, link: Link) -> tuple[int, int]:
+def _read_irq(index: int, link: RawLink) -> tuple[int, int]:
     payload = link.ok(Command.DEVICE_GET_IRQ_INFO, wire.info(16, 0, index)).payload
     _, flags, _, count = wire.INFO.unpack_from(payload)
     return flags, count
 
 
-def read_region(link: Link, index: int) -> Region:
+def read_region(link: RawLink, index: int) -> Region:
     """Ask for a region as clients do: with the short form first, then with what it says is needed."""
     payload = link.ok(Command.DEVICE_GET_REGION_INFO, wire.region_info(index)).payload
     argsz = struct.unpack_from("<I", payload)[0]
@@ -361,14 +361,14 @@ def parse_region(index: int, payload: bytes) -> Region:
     return Region(index, size, flags, offset, argsz, tuple(areas), kind)
 
 
-def _read_config(link: Link, facts: Facts) -> None:
+def _read_config(link: RawLink, facts: ServerFacts) -> None:
     if len(facts.regions) <= RegionIndex.CONFIG or not facts.regions[RegionIndex.CONFIG].size:
         return
     size = min(facts.regions[RegionIndex.CONFIG].size, wire.PAGE)
     facts.config = link.ok(Command.REGION_READ, wire.access(RegionIndex.CONFIG, 0, size)).payload[16:]
 
 
-def _find_scratch(link: Link, facts: Facts) -> None:
+def _find_scratch(link: RawLink, facts: ServerFacts) -> None:
     if len(facts.config) < 64:
         return
     for offset, width, value in _candidates(facts.config):
@@ -394,17 +394,17 @@ def _candidates(config: bytes) -> list[tuple[int, int, bytes]]:
     return found
 
 
-def _find_migration(link: Link, facts: Facts) -> None:
+def _find_migration(link: RawLink, facts: ServerFacts) -> None:
     reply = link.call(Command.DEVICE_FEATURE, wire.feature(0x10001, argsz=16))
     if not reply.failed and len(reply.payload) >= 16:
         facts.migration = struct.unpack_from("<Q", reply.payload, 8)[0]
 
 
-def _find_logging(link: Link, facts: Facts) -> None:
+def _find_logging(link: RawLink, facts: ServerFacts) -> None:
     facts.logging = not link.call(Command.DEVICE_FEATURE, wire.feature(0x60006)).failed
 
 
-def _find_maps(link: Link, facts: Facts) -> None:
+def _find_maps(link: RawLink, facts: ServerFacts) -> None:
     """A server whose device does no DMA may ignore maps: it agrees to any, and to unmapping what is not there."""
     requests = (
         (Command.DMA_UNMAP, wire.dma_unmap(_NOWHERE, 4 * wire.PAGE)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vfiouser_conformance.case import Level
-from vfiouser_conformance.runner import Outcome, Result, Verdict
+from vfiouser_conformance.runner import CaseResult, CaseVerdict, RunOutcome
 
 #: What differs from case to case although the cause is one: numbers, and bytes in hexadecimal.
 _VARIABLE = re.compile(r"0x[0-9a-f]+|'[0-9a-f]*'|\b[0-9a-f]{8,}\b|\d+")
@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"0x[0-9a-f]+|'[0-9a-f]*'|\b[0-9a-f]{8,}\b|\d+")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One cause.
+    """A cause of failures, and the cases that failed by it.
 
     Args:
         cause: in words, as the first of the cases told it.
@@ -24,7 +24,7 @@ class Finding:
     """
 
     cause: str
-    results: tuple[Result, ...]
+    results: tuple[CaseResult, ...]
     breaks: bool
 
     def count(self, level: Level) -> int:
@@ -43,15 +43,15 @@ class Finding:
         return must > 0, self.breaks, must, len(self.results)
 
 
-def findings(outcome: Outcome) -> Sequence[Finding]:
+def findings(outcome: RunOutcome) -> Sequence[Finding]:
     """The causes of all failures, the most important one first."""
-    grouped: dict[str, list[Result]] = {}
+    grouped: dict[str, list[CaseResult]] = {}
     for result in outcome.results:
-        if result.verdict is Verdict.FAILED:
+        if result.verdict is CaseVerdict.FAILED:
             grouped.setdefault(_VARIABLE.sub("#", _cause(result)), []).append(result)
     found = [Finding(_cause(results[0]), tuple(results), bool(results[0].trouble)) for results in grouped.values()]
     return sorted(found, key=lambda finding: finding.rank, reverse=True)
 
 
-def _cause(result: Result) -> str:
+def _cause(result: CaseResult) -> str:
     return result.trouble or result.reason

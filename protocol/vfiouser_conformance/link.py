@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import CaseFailed, check, same
-from vfiouser_conformance.wire import HEADER, HEADER_SIZE, Message
+from vfiouser_conformance.wire import HEADER, HEADER_SIZE, Received
 from vfiouser_protocol.constants import Command
 
 _FDS_MAX = 253
@@ -94,8 +94,8 @@ class Transcript:
         return min(now + timeout, self.ends)
 
 
-class Link:
-    """One connection.
+class RawLink:
+    """A connection on which a case decides every byte, and which notes what passes.
 
     Args:
         sock: connected, of any blocking mode.
@@ -109,11 +109,11 @@ class Link:
         self.timeout = timeout
         self.name = name
         #: Called with each command that the server sends while we wait for a reply.
-        self.on_command: Callable[[Link, Message], None] = refuse_command
+        self.on_command: Callable[[RawLink, Received], None] = refuse_command
         #: Commands of the server that were seen.
-        self.commands: list[Message] = []
+        self.commands: list[Received] = []
         #: The second socket for the server's commands, if it was granted.
-        self.twin: Link | None = None
+        self.twin: RawLink | None = None
         #: Bytes of all data-less error replies were 16: False once one was longer.
         self.short_errors = True
         #: How many error replies came.
@@ -158,7 +158,7 @@ class Link:
 
     # Receiving
 
-    def receive(self, timeout: float | None = None) -> Message:
+    def receive(self, timeout: float | None = None) -> Received:
         """Take the next message, whatever it is.
 
         Raises:
@@ -180,9 +180,9 @@ class Link:
             raise type(failure)(f"{failure} (inside a message that announced {size} bytes)") from None
         self._transcript.add("<", self.name, head + payload, len(fds))
         self._fds.extend(fds)
-        return Message(msg_id, command, size, flags, error, payload, tuple(fds), early == len(fds))
+        return Received(msg_id, command, size, flags, error, payload, tuple(fds), early == len(fds))
 
-    def reply(self, msg_id: int, command: int, timeout: float | None = None) -> Message:
+    def reply(self, msg_id: int, command: int, timeout: float | None = None) -> Received:
         """Wait for the reply to a command; commands of the server are handled meanwhile.
 
         Raises:
@@ -215,7 +215,7 @@ class Link:
         self._serve(link, message)
         return True
 
-    def _serve(self, link: Link, message: Message) -> None:
+    def _serve(self, link: RawLink, message: Received) -> None:
         check(message.flags & wire.TYPE_MASK == wire.COMMAND, f"the server sent a message of no known type: {message}")
         link.commands.append(message)
         check(len(link.commands) <= _COMMANDS_MAX, f"the server sent more than {_COMMANDS_MAX} commands of its own")
@@ -229,13 +229,13 @@ class Link:
         *,
         flags: int = 0,
         timeout: float | None = None,
-    ) -> Message:
+    ) -> Received:
         """Send a command and wait for its reply."""
         return self.reply(self.command(command, payload, fds, flags=flags), command, timeout)
 
     def ok(
         self, command: int, payload: bytes = b"", fds: Sequence[int] = (), *, timeout: float | None = None
-    ) -> Message:
+    ) -> Received:
         """A command that has to succeed."""
         reply = self.call(command, payload, fds, timeout=timeout)
         if reply.failed:
@@ -287,13 +287,13 @@ class Link:
 
     # Below
 
-    def adopt_twin(self, fd: int) -> Link:
+    def adopt_twin(self, fd: int) -> RawLink:
         """Use a received descriptor as the twin socket."""
         self._fds.remove(fd)
-        self.twin = Link(socket.socket(fileno=fd), self._transcript, self.timeout, f"{self.name}t")
+        self.twin = RawLink(socket.socket(fileno=fd), self._transcript, self.timeout, f"{self.name}t")
         return self.twin
 
-    def _readable(self, deadline: float, why: str) -> Link:
+    def _readable(self, deadline: float, why: str) -> RawLink:
         poller = select.poll()
         links = {link.sock.fileno(): link for link in (self, self.twin) if link is not None}
         for fd in links:
@@ -343,7 +343,7 @@ class Link:
         return bytes(data)
 
 
-def refuse_command(link: Link, message: Message) -> None:
+def refuse_command(link: RawLink, message: Received) -> None:
     """Answer a command of the server as QEMU answers one that it cannot place: no such device."""
     if not message.flags & wire.NO_REPLY:
         link.send(wire.pack(message.command, msg_id=message.msg_id, flags=wire.REPLY | wire.ERROR, error=19))

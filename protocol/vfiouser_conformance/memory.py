@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import CaseFailed, check
-from vfiouser_conformance.link import Link
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.link import RawLink
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command
 
 _ENODEV, _EINVAL = 19, 22
 
 
-class ClientMemory:
+class ServedMemory:
     """Serves DMA_READ and DMA_WRITE on a range of addresses.
 
     Args:
@@ -33,7 +33,7 @@ class ClientMemory:
         #: (command, address, count) of every message, in order.
         self.served: list[tuple[int, int, int]] = []
         #: Makes the reply from the right one, for servers that have to cope with others; may return b"" for none.
-        self.spoil: Callable[[Message, bytes], bytes] = lambda message, reply: reply
+        self.spoil: Callable[[Received, bytes], bytes] = lambda message, reply: reply
 
     @property
     def moved(self) -> int:
@@ -45,13 +45,13 @@ class ClientMemory:
         inside = self.address <= address and address + count <= self.address + len(self.data)
         return inside and (self._writable or not writes)
 
-    def __call__(self, link: Link, message: Message) -> None:
+    def __call__(self, link: RawLink, message: Received) -> None:
         """Answer a command of the server."""
         reply = self.spoil(message, self._answer(message))
         if reply:
             link.send(reply)
 
-    def _answer(self, message: Message) -> bytes:
+    def _answer(self, message: Received) -> bytes:
         check(message.command in (Command.DMA_READ, Command.DMA_WRITE), f"the server sent {message}")
         check(not message.fds, "the server sent a descriptor with a DMA command")
         check(len(message.payload) >= 16, f"{message} has a payload of {len(message.payload)} bytes")
@@ -71,10 +71,10 @@ class ClientMemory:
         return self.success(message, message.payload[:16] + bytes(self.data[begin : begin + count]))
 
     @staticmethod
-    def success(message: Message, payload: bytes) -> bytes:
+    def success(message: Received, payload: bytes) -> bytes:
         """A success reply."""
         return wire.pack(message.command, payload, msg_id=message.msg_id, flags=wire.REPLY)
 
     @staticmethod
-    def _error(message: Message, number: int) -> bytes:
+    def _error(message: Received, number: int) -> bytes:
         return wire.pack(message.command, msg_id=message.msg_id, flags=wire.REPLY | wire.ERROR, error=number)

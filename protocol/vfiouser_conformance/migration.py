@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import CannotTell, CaseFailed, NotApplicable, check, same
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, DeviceState
 
 ERROR, STOP, RUNNING, STOP_COPY, RESUMING = (
@@ -30,7 +30,7 @@ _STREAM_MAX = 256 << 20
 FEATURE = int(Command.DEVICE_FEATURE)
 
 
-def begin(t: Trial, link: Link | None = None) -> Link:
+def begin(t: Trial, link: RawLink | None = None) -> RawLink:
     """A connection to a device that migrates by DEVICE_FEATURE; in the end the device runs again."""
     t.facts.migratable()
     link = t.attach() if link is None else link
@@ -40,7 +40,7 @@ def begin(t: Trial, link: Link | None = None) -> Link:
     return link
 
 
-def get_state(link: Link) -> int:
+def get_state(link: RawLink) -> int:
     """The device's migration state."""
     payload = link.ok(FEATURE, wire.feature(_GET_STATE, argsz=16)).payload
     same(16, len(payload), "payload of GET MIG_DEVICE_STATE")
@@ -52,12 +52,12 @@ def set_request(state: int) -> bytes:
     return wire.feature(_SET_STATE, struct.pack("<II", state, 0))
 
 
-def try_state(link: Link, state: int) -> Message:
+def try_state(link: RawLink, state: int) -> Received:
     """SET the state, whatever comes of it."""
     return link.call(FEATURE, set_request(state))
 
 
-def go(link: Link, *states: int) -> None:
+def go(link: RawLink, *states: int) -> None:
     """SET states that have to be reached."""
     for state in states:
         reply = try_state(link, state)
@@ -76,14 +76,14 @@ def name(state: int) -> str:
         return f"state {state}"
 
 
-def to_running(link: Link) -> None:
+def to_running(link: RawLink) -> None:
     """Bring the device back, by whatever way there is."""
     if try_state(link, RUNNING).failed:
         link.call(Command.DEVICE_RESET)
         try_state(link, RUNNING)
 
 
-def wake(link: Link) -> str:
+def wake(link: RawLink) -> str:
     """Bring the device to RUNNING; says in which state it is and why it stays there, if it does."""
     reply = link.call(FEATURE, wire.feature(_GET_STATE, argsz=16))
     if reply.failed or len(reply.payload) < 16:
@@ -99,7 +99,7 @@ def wake(link: Link) -> str:
     return "" if state == RUNNING else f"{name(state)}, and SET RUNNING fails with error {error}"
 
 
-def back(link: Link) -> None:
+def back(link: RawLink) -> None:
     """Bring the device to RUNNING, by whatever way there is.
 
     Raises:
@@ -110,7 +110,7 @@ def back(link: Link) -> None:
         raise CannotTell(f"the device is in {found}")
 
 
-def read_chunk(link: Link, size: int) -> bytes:
+def read_chunk(link: RawLink, size: int) -> bytes:
     """One MIG_DATA_READ; padding behind the data is cut off."""
     reply = link.ok(Command.MIG_DATA_READ, wire.mig_data(size))
     check(len(reply.payload) >= 8, f"a MIG_DATA_READ reply of {len(reply.payload)} bytes")
@@ -121,7 +121,7 @@ def read_chunk(link: Link, size: int) -> bytes:
     return reply.payload[8 : 8 + done]
 
 
-def read_stream(link: Link, limit: int, sizes: Iterable[int] = ()) -> bytes:
+def read_stream(link: RawLink, limit: int, sizes: Iterable[int] = ()) -> bytes:
     """The whole stream of a device in STOP_COPY, in chunks of these sizes, then of a usual one."""
     found = bytearray()
     wanted = iter(sizes)
@@ -134,18 +134,18 @@ def read_stream(link: Link, limit: int, sizes: Iterable[int] = ()) -> bytes:
             return bytes(found)
 
 
-def write_chunk(link: Link, data: bytes) -> None:
+def write_chunk(link: RawLink, data: bytes) -> None:
     """One MIG_DATA_WRITE that has to succeed."""
     same(16, link.ok(Command.MIG_DATA_WRITE, wire.mig_data(len(data), data)).size, "size of the MIG_DATA_WRITE reply")
 
 
-def write_stream(link: Link, data: bytes, size: int) -> None:
+def write_stream(link: RawLink, data: bytes, size: int) -> None:
     """A whole stream into a device in RESUMING."""
     for at in range(0, len(data), size):
         write_chunk(link, data[at : at + size])
 
 
-def save(t: Trial, link: Link) -> bytes:
+def save(t: Trial, link: RawLink) -> bytes:
     """Stop the device and take its stream; it ends in STOP."""
     go(link, STOP, STOP_COPY)
     data = read_stream(link, t.facts.transfer)

@@ -6,9 +6,9 @@ import struct
 
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import CannotTell, CaseFailed, check, same
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command
 
 STOPPED, RUNNING, STOP_COPY, PRE_COPY, RESUMING = 0, 1, 2, 3, 4
@@ -25,17 +25,17 @@ class View:
         link: the connection.
     """
 
-    def __init__(self, t: Trial, link: Link) -> None:
+    def __init__(self, t: Trial, link: RawLink) -> None:
         self.t = t
         self.link = link
         self.index = t.facts.v1()
         self.size = t.facts.regions[self.index].size
 
-    def read(self, offset: int, count: int) -> Message:
+    def read(self, offset: int, count: int) -> Received:
         """REGION_READ of the region, whatever comes of it."""
         return self.link.call(Command.REGION_READ, wire.access(self.index, offset, count))
 
-    def write(self, offset: int, data: bytes) -> Message:
+    def write(self, offset: int, data: bytes) -> Received:
         """REGION_WRITE to the region, whatever comes of it."""
         return self.link.call(Command.REGION_WRITE, wire.access(self.index, offset, len(data), data))
 
@@ -47,7 +47,7 @@ class View:
         """device_state."""
         return int.from_bytes(self.t.read(self.link, self.index, STATE, 4), "little")
 
-    def try_state(self, state: int) -> Message:
+    def try_state(self, state: int) -> Received:
         """Write device_state, whatever comes of it."""
         return self.write(STATE, struct.pack("<I", state))
 

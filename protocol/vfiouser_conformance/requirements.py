@@ -419,15 +419,13 @@ NOT_FROM_OUTSIDE: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """One requirement.
+    """What the specification, the kernel, PCI or a client asks for.
 
     Args:
-        id: as cases cite it.
         source: where it comes from.
         text: what it asks for.
     """
 
-    id: str
     source: str
     text: str
 
@@ -439,7 +437,7 @@ class Requirement:
 
 def _read() -> Mapping[str, Requirement]:
     rows = (line.split(" ", 2) for line in _TABLE.strip().splitlines())
-    return {number: Requirement(number, source.replace(",", ", "), text) for number, source, text in rows}
+    return {number: Requirement(source.replace(",", ", "), text) for number, source, text in rows}
 
 
 REQUIREMENTS: Mapping[str, Requirement] = _read()

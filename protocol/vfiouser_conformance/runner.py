@@ -11,8 +11,8 @@ from enum import Enum
 
 from vfiouser_conformance import migration, migration_v1, vectors, wire
 from vfiouser_conformance.case import CannotTell, Case, CaseFailed, NotApplicable
-from vfiouser_conformance.facts import EVERYTHING, Facts, Survey, in_words
-from vfiouser_conformance.link import Closed, Link, NotThere, Record
+from vfiouser_conformance.facts import EVERYTHING, ServerFacts, Survey, in_words
+from vfiouser_conformance.link import Closed, NotThere, RawLink, Record
 from vfiouser_conformance.trial import Seen, Target, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -37,7 +37,7 @@ class Unreachable(Exception):
     """There is no server to judge; the message says why."""
 
 
-class Verdict(Enum):
+class CaseVerdict(Enum):
     """What came of a case."""
 
     PASSED = "passed"
@@ -50,8 +50,8 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What came of one case.
+class CaseResult:
+    """How a case went, and what has to be said about it.
 
     Args:
         case: which.
@@ -66,7 +66,7 @@ class Result:
     """
 
     case: Case
-    verdict: Verdict
+    verdict: CaseVerdict
     reason: str = ""
     seconds: float = 0.0
     seen: tuple[Seen, ...] = ()
@@ -77,7 +77,7 @@ class Result:
 
 
 @dataclass(slots=True)
-class Outcome:
+class RunOutcome:
     """What came of a run.
 
     Args:
@@ -87,8 +87,8 @@ class Outcome:
         interrupted: why the run ended before its last case; empty = it did not.
     """
 
-    facts: Facts
-    results: list[Result] = field(default_factory=list)
+    facts: ServerFacts
+    results: list[CaseResult] = field(default_factory=list)
     pinned: bool = False
     interrupted: str = ""
 
@@ -108,7 +108,7 @@ class Runner:
         target: Target,
         *,
         pinned: bool = False,
-        progress: Callable[[Result], None] = lambda result: None,
+        progress: Callable[[CaseResult], None] = lambda result: None,
         limit_s: float = RUN_S,
     ) -> None:
         self._target = target
@@ -119,16 +119,16 @@ class Runner:
         self._ends = float("inf")
         #: What an earlier case left the device in, where it had to leave it; empty = nothing.
         self._stuck = ""
-        self.facts = Facts()
+        self.facts = ServerFacts()
 
-    def run(self, cases: Sequence[Case]) -> Outcome:
+    def run(self, cases: Sequence[Case]) -> RunOutcome:
         """Find out what the server has, then run the cases in order; an interruption ends the run, with what it has.
 
         Raises:
             Unreachable: there is no server.
         """
         self._ends = time.monotonic() + self._limit_s
-        outcome = Outcome(self.facts, pinned=self._pinned)
+        outcome = RunOutcome(self.facts, pinned=self._pinned)
         try:
             self._start_first()
             self.facts = outcome.facts = self._discover()
@@ -136,11 +136,11 @@ class Runner:
         except KeyboardInterrupt:
             outcome.interrupted = "the run was interrupted"
         for case in cases[len(outcome.results) :]:
-            outcome.results.append(Result(case, Verdict.NOT_RUN, outcome.interrupted))
+            outcome.results.append(CaseResult(case, CaseVerdict.NOT_RUN, outcome.interrupted))
             self._progress(outcome.results[-1])
         return outcome
 
-    def _run_cases(self, cases: Sequence[Case], outcome: Outcome) -> None:
+    def _run_cases(self, cases: Sequence[Case], outcome: RunOutcome) -> None:
         """Run cases until the last, or until the server is gone or the time is over."""
         for case in cases:
             if time.monotonic() >= self._ends:
@@ -179,21 +179,21 @@ class Runner:
         finally:
             trial.end()
 
-    def _trial(self, facts: Facts) -> Trial:
+    def _trial(self, facts: ServerFacts) -> Trial:
         trial = Trial(self._target, facts)
         trial.transcript.ends = min(trial.transcript.ends, self._ends)
         return trial
 
-    def _run_case(self, case: Case) -> tuple[Result, str]:
+    def _run_case(self, case: Case) -> tuple[CaseResult, str]:
         if self._process is not None:
             self._process.ensure()
         trial = self._trial(self.facts)
         began = time.monotonic()
         verdict, reason, note = self._judge(case, trial)
-        trouble = self._aftermath(case) if trial.connections or verdict is Verdict.FAILED else ""
+        trouble = self._aftermath(case) if trial.connections or verdict is CaseVerdict.FAILED else ""
         restarted, gone = False, ""
         if trouble:
-            verdict = Verdict.FAILED
+            verdict = CaseVerdict.FAILED
             reason = f"{reason}; then {trouble}" if reason else trouble
             gone = self._restart()
             restarted = not gone
@@ -201,30 +201,30 @@ class Runner:
             gone = self._restart()
             restarted, self._stuck = not gone, ""
         odd = [seen for seen in trial.seen if not seen.recommended]
-        if verdict is Verdict.PASSED and self._pinned and odd:
-            verdict = Verdict.FAILED
+        if verdict is CaseVerdict.PASSED and self._pinned and odd:
+            verdict = CaseVerdict.FAILED
             reason = f"allowed, but not recommended: {odd[0].topic}: {odd[0].value}"
-        records = tuple(trial.transcript.records) if verdict in (Verdict.FAILED, Verdict.CANNOT_TELL) else ()
+        records = tuple(trial.transcript.records) if verdict in (CaseVerdict.FAILED, CaseVerdict.CANNOT_TELL) else ()
         seconds = time.monotonic() - began
-        return Result(case, verdict, reason, seconds, tuple(trial.seen), records, restarted, trouble, note), gone
+        return CaseResult(case, verdict, reason, seconds, tuple(trial.seen), records, restarted, trouble, note), gone
 
-    def _judge(self, case: Case, trial: Trial) -> tuple[Verdict, str, str]:
+    def _judge(self, case: Case, trial: Trial) -> tuple[CaseVerdict, str, str]:
         """Run a case and give everything back; returns the verdict, its reason, and what else has to be said."""
-        verdict, reason, note = Verdict.PASSED, "", ""
+        verdict, reason, note = CaseVerdict.PASSED, "", ""
         stuck = self._stuck
         try:
             case.run(trial)
         except NotApplicable as error:
-            verdict, reason = Verdict.NOT_APPLICABLE, str(error)
+            verdict, reason = CaseVerdict.NOT_APPLICABLE, str(error)
         except CannotTell as error:
-            verdict, reason = Verdict.CANNOT_TELL, str(error)
+            verdict, reason = CaseVerdict.CANNOT_TELL, str(error)
         except _SURPRISES as error:
-            verdict, reason = Verdict.FAILED, in_words(error)
+            verdict, reason = CaseVerdict.FAILED, in_words(error)
             unknown = next(iter(self.facts.problems.items()), None)
             if isinstance(error, LookupError) and unknown is not None:
-                verdict, reason = Verdict.CANNOT_TELL, f"{unknown[0]} could not be found out: {unknown[1]}"
+                verdict, reason = CaseVerdict.CANNOT_TELL, f"{unknown[0]} could not be found out: {unknown[1]}"
             elif stuck:
-                verdict, reason = Verdict.CANNOT_TELL, f"{stuck}; this failed then: {reason}"
+                verdict, reason = CaseVerdict.CANNOT_TELL, f"{stuck}; this failed then: {reason}"
         try:
             trial.end()
         except NotApplicable:
@@ -260,7 +260,7 @@ class Runner:
             trial.end()
         return ""
 
-    def _wake(self, trial: Trial, link: Link, case: Case) -> str:
+    def _wake(self, trial: Trial, link: RawLink, case: Case) -> str:
         """Bring the device to RUNNING if the case left it elsewhere; says where it is left if that cannot be done.
 
         A server may keep the state when its client leaves, and refuse other commands in it.
@@ -289,14 +289,14 @@ class Runner:
         self._process.stop()
         return self._process.ensure()
 
-    def _discover(self) -> Facts:
+    def _discover(self) -> ServerFacts:
         if time.monotonic() >= self._ends:
-            return Facts()
-        trial = self._trial(Facts())
+            return ServerFacts()
+        trial = self._trial(ServerFacts())
         trial.transcript.ends = min(trial.transcript.started + _SURVEY_TIMEOUTS * self._target.timeout, self._ends)
         crashes: list[str] = []
 
-        def attach() -> Link:
+        def attach() -> RawLink:
             try:
                 return trial.attach()
             except CaseFailed:
@@ -321,7 +321,7 @@ class Runner:
                 self._stays(trial)
             facts = Survey(attach, trial.drop).run(reply)
         except (*_SURPRISES, NotApplicable) as error:
-            facts = Facts(problems=dict.fromkeys(EVERYTHING, f"negotiation failed: {in_words(error)}"))
+            facts = ServerFacts(problems=dict.fromkeys(EVERYTHING, f"negotiation failed: {in_words(error)}"))
         finally:
             trial.end()
         if self._process is not None and (ended := self._process.crashed(0.1 if crashes else 0)):
@@ -332,7 +332,7 @@ class Runner:
         return facts
 
 
-def _put_back(trial: Trial, link: Link) -> None:
+def _put_back(trial: Trial, link: RawLink) -> None:
     """Write the registers of config space that a case changed as they were found."""
     found = trial.facts.config
     if len(found) < 64:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import CaseFailed, NotApplicable, check, same
-from vfiouser_conformance.facts import Facts
-from vfiouser_conformance.link import Closed, Link, NotThere, Transcript
+from vfiouser_conformance.facts import ServerFacts
+from vfiouser_conformance.link import Closed, NotThere, RawLink, Transcript
 from vfiouser_protocol.constants import Command, RegionIndex
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is tested.
+    """The server under test, and how it is reached and stirred.
 
     Args:
         socket_path: of the server.
@@ -72,14 +72,14 @@ class Target:
 
 
 class Trial:
-    """One run of one case.
+    """One run of one case: what the case may use, all of which is given back at the end.
 
     Args:
         target: what is tested.
         facts: what is known of it.
     """
 
-    def __init__(self, target: Target, facts: Facts) -> None:
+    def __init__(self, target: Target, facts: ServerFacts) -> None:
         self.target = target
         self.facts = facts
         self.timeout = target.timeout
@@ -87,16 +87,16 @@ class Trial:
         self.transcript.ends = self.transcript.started + CASE_TIMEOUTS * target.timeout
         self.seen: list[Seen] = []
         #: The connection of table-driven cases, for the functions of their rows.
-        self.link: Link
+        self.link: RawLink
         self._stack = ExitStack()
-        self._links: list[Link] = []
+        self._links: list[RawLink] = []
         #: How many there were.
         self.connections = 0
         self._restore: list[Callable[[], object]] = []
 
     # Connections
 
-    def connect(self, path: str | None = None) -> Link:
+    def connect(self, path: str | None = None) -> RawLink:
         """Connect without saying anything yet.
 
         A server may serve one client at a time, and it may exit when a client leaves: it is waited for, and started
@@ -118,13 +118,13 @@ class Trial:
             self._awaken(path)
             time.sleep(_LOOK_S)
         self.connections += 1
-        link = Link(sock, self.transcript, self.timeout, str(self.connections))
+        link = RawLink(sock, self.transcript, self.timeout, str(self.connections))
         self._links.append(link)
         return link
 
     def attach(
         self, data: bytes = vectors.QEMU_CAPABILITIES, *, minor: int = 0, path: str | None = None, twin: bool = False
-    ) -> Link:
+    ) -> RawLink:
         """Connect and negotiate.
 
         Args:
@@ -142,7 +142,7 @@ class Trial:
 
     def negotiate(
         self, data: bytes = vectors.QEMU_CAPABILITIES, minor: int = 0, path: str | None = None
-    ) -> tuple[Link, wire.Message]:
+    ) -> tuple[RawLink, wire.Received]:
         """Connect and negotiate, again and again while it is the last server's end that we ran into.
 
         Returns:
@@ -171,7 +171,7 @@ class Trial:
         if trouble:
             raise CaseFailed(trouble)
 
-    def attach_with(self, members: Mapping[str, Any], *, minor: int = 0, twin: bool = False) -> Link:
+    def attach_with(self, members: Mapping[str, Any], *, minor: int = 0, twin: bool = False) -> RawLink:
         """Connect and negotiate with these capabilities."""
         return self.attach(wire.capabilities(members), minor=minor, twin=twin)
 
@@ -185,7 +185,7 @@ class Trial:
             raise NotApplicable("no second server was given (--destination-socket)")
         return self.target.destination_path
 
-    def drop(self, link: Link) -> None:
+    def drop(self, link: RawLink) -> None:
         """Close a connection now."""
         self._links.remove(link)
         self._close(link)
@@ -251,18 +251,18 @@ class Trial:
             raise NotApplicable("no register was found that holds what is written to it")
         return self.facts.scratch
 
-    def read(self, link: Link, region: int, offset: int, count: int) -> bytes:
+    def read(self, link: RawLink, region: int, offset: int, count: int) -> bytes:
         """REGION_READ that has to succeed, whole."""
         reply = link.ok(Command.REGION_READ, wire.access(region, offset, count))
         same((offset, region, count), wire.ACCESS.unpack_from(reply.payload), "offset, region, count of REGION_READ")
         same(count, len(reply.payload) - 16, "bytes that REGION_READ gave")
         return reply.payload[16:]
 
-    def write(self, link: Link, region: int, offset: int, data: bytes) -> None:
+    def write(self, link: RawLink, region: int, offset: int, data: bytes) -> None:
         """REGION_WRITE that has to succeed."""
         link.ok(Command.REGION_WRITE, wire.access(region, offset, len(data), data))
 
-    def read_config(self, link: Link, offset: int, count: int) -> bytes:
+    def read_config(self, link: RawLink, offset: int, count: int) -> bytes:
         """Read config space."""
         return self.read(link, RegionIndex.CONFIG, offset, count)
 
@@ -286,7 +286,7 @@ class Trial:
             self._links.clear()
             self._stack.close()
 
-    def _close(self, link: Link) -> None:
+    def _close(self, link: RawLink) -> None:
         if not link.short_errors:
             self.saw("error replies", "with a payload", recommended=False)
         link.close()

@@ -36,8 +36,8 @@ U64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One message as it came.
+class Received:
+    """A message that came from the server, taken apart but not judged.
 
     Args:
         msg_id: the header's message id.

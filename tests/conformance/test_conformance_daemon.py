@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vfiouser_conformance.cases import all_cases
-from vfiouser_conformance.runner import Outcome, Runner, Verdict
+from vfiouser_conformance.runner import CaseVerdict, Runner, RunOutcome
 from vfiouser_conformance.select_cases import select
 from vfiouser_conformance.stimulus import PROFILES
 from vfiouser_conformance.trial import Target
@@ -61,7 +61,7 @@ def model(path: Path, *, retain_state: bool = False) -> contextlib.AbstractConte
     return program(path, "serve", "--config", str(config))
 
 
-def judge(target: Target) -> Outcome:
+def judge(target: Target) -> RunOutcome:
     """Run all cases strictly."""
     return Runner(target, pinned=True).run(all_cases())
 
@@ -70,10 +70,10 @@ def judge(target: Target) -> Outcome:
 NOTHING_LEFT = {"SESSION-011": "allowed, but not recommended: registers at the end of a connection: reset"}
 
 
-def failures(outcome: Outcome) -> dict[str, str]:
+def failures(outcome: RunOutcome) -> dict[str, str]:
     """What did not pass although it applies, but for what the memory of the device, all zeros, cannot show."""
-    good = (Verdict.PASSED, Verdict.NOT_APPLICABLE)
-    blank = ("REGION-INFO-014", Verdict.CANNOT_TELL)
+    good = (CaseVerdict.PASSED, CaseVerdict.NOT_APPLICABLE)
+    blank = ("REGION-INFO-014", CaseVerdict.CANNOT_TELL)
     return {
         result.case.name: result.reason
         for result in outcome.results
@@ -81,9 +81,9 @@ def failures(outcome: Outcome) -> dict[str, str]:
     }
 
 
-def passed(outcome: Outcome, prefixes: Sequence[str]) -> dict[str, int]:
+def passed(outcome: RunOutcome, prefixes: Sequence[str]) -> dict[str, int]:
     """How many cases of areas passed."""
-    names = [result.case.name for result in outcome.results if result.verdict is Verdict.PASSED]
+    names = [result.case.name for result in outcome.results if result.verdict is CaseVerdict.PASSED]
     return {prefix: sum(name.startswith(prefix) for name in names) for prefix in prefixes}
 
 

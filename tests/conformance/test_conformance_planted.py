@@ -18,7 +18,7 @@ from vfiouser_conformance.cases import all_cases
 from vfiouser_conformance.findings import findings
 from vfiouser_conformance.process import ServerProcess
 from vfiouser_conformance.reports.table import TableReport, requirements_tested
-from vfiouser_conformance.runner import Outcome, Runner, Unreachable, Verdict
+from vfiouser_conformance.runner import CaseVerdict, Runner, RunOutcome, Unreachable
 from vfiouser_conformance.select_cases import select
 from vfiouser_conformance.stimulus import PROFILES
 from vfiouser_conformance.trial import CASE_TIMEOUTS, Target
@@ -31,7 +31,7 @@ RECONNECTING = "SESSION or FRAME-01 or FRAME-02 or VERSION-01 or CLIENT or R031 
 
 
 def judge(path: Path, habit: str, cases: Sequence[Case] = CASES, *, drives: bool = True, timeout: float = TIMEOUT_S,
-          own: bool = True) -> Outcome:  # fmt: skip
+          own: bool = True) -> RunOutcome:  # fmt: skip
     """Run cases against a process with this habit.
 
     Args:
@@ -57,15 +57,15 @@ def judge(path: Path, habit: str, cases: Sequence[Case] = CASES, *, drives: bool
         process.close()
 
 
-def of(outcome: Outcome, *verdicts: Verdict, level: Level | None = None) -> dict[str, str]:
+def of(outcome: RunOutcome, *verdicts: CaseVerdict, level: Level | None = None) -> dict[str, str]:
     """Cases with these verdicts, and why."""
     results = [result for result in outcome.results if result.verdict in verdicts]
     return {result.case.name: result.reason for result in results if level in (None, result.case.level)}
 
 
-def bad(outcome: Outcome) -> dict[str, str]:
+def bad(outcome: RunOutcome) -> dict[str, str]:
     """What neither passed nor did not apply."""
-    return of(outcome, Verdict.FAILED, Verdict.CANNOT_TELL, Verdict.NOT_RUN)
+    return of(outcome, CaseVerdict.FAILED, CaseVerdict.CANNOT_TELL, CaseVerdict.NOT_RUN)
 
 
 def test_every_habit_is_tried() -> None:
@@ -97,11 +97,11 @@ def test_an_odd_but_correct_server(habit: str, own: bool, tmp_path: Path) -> Non
 def test_a_device_that_cannot_run_again(tmp_path: Path) -> None:
     """A device may fail a transition: what needs it cannot be told, and nothing else is blamed."""
     outcome = judge(tmp_path, "stays-stopped")
-    assert {} == of(outcome, Verdict.FAILED)
-    unclear = of(outcome, Verdict.CANNOT_TELL)
+    assert {} == of(outcome, CaseVerdict.FAILED)
+    unclear = of(outcome, CaseVerdict.CANNOT_TELL)
     assert [] == [name for name in unclear if not name.startswith(("MIGRATION-", "CLIENT-"))]
     assert [] == [f"{name}: {reason}" for name, reason in unclear.items() if "RUNNING" not in reason]
-    passed = of(outcome, Verdict.PASSED)
+    passed = of(outcome, CaseVerdict.PASSED)
     assert {"MIGRATION-006", "MIGRATION-031", "MIGRATION-032"} <= set(passed)
     notes = {result.case.name: result.note for result in outcome.results}
     assert "could not be put back" in notes["MIGRATION-031"]
@@ -110,13 +110,13 @@ def test_a_device_that_cannot_run_again(tmp_path: Path) -> None:
 def test_a_device_that_is_left_stopped(tmp_path: Path) -> None:
     """Where nobody can start the server again, what one case leaves behind fails no other."""
     outcome = judge(tmp_path, "stays-stopped", select(CASES, expression="MIGRATION or REGION or V1"), own=False)
-    assert {} == of(outcome, Verdict.FAILED, level=Level.MUST)
+    assert {} == of(outcome, CaseVerdict.FAILED, level=Level.MUST)
 
 
 def test_a_server_that_keeps_the_state(tmp_path: Path) -> None:
     """The specification has a server retain the device's state: only those who build on the contrary may complain."""
     outcome = judge(tmp_path, "keeps-state", own=False)
-    assert {} == of(outcome, Verdict.FAILED, level=Level.MUST) | of(outcome, Verdict.FAILED, level=Level.SHOULD)
+    assert {} == of(outcome, CaseVerdict.FAILED, level=Level.MUST) | of(outcome, CaseVerdict.FAILED, level=Level.SHOULD)
     assert {"LOGGING-015"} == set(bad(outcome))
 
 
@@ -126,16 +126,16 @@ def test_a_server_that_keeps_the_state(tmp_path: Path) -> None:
 def test_a_server_that_takes_one_message_at_a_time(habit: str, failed: set[str], tmp_path: Path) -> None:
     """It owes no answer while it is owed one: this is what COMPAT cases are for."""
     outcome = judge(tmp_path, habit, timeout=2.0)
-    assert failed == set(of(outcome, Verdict.FAILED))
-    assert failed == set(of(outcome, Verdict.FAILED, level=Level.COMPAT))
-    assert {"DMA-014"} == set(of(outcome, Verdict.CANNOT_TELL))
+    assert failed == set(of(outcome, CaseVerdict.FAILED))
+    assert failed == set(of(outcome, CaseVerdict.FAILED, level=Level.COMPAT))
+    assert {"DMA-014"} == set(of(outcome, CaseVerdict.CANNOT_TELL))
 
 
 def test_a_server_without_dma(tmp_path: Path) -> None:
     """A server whose device does no DMA may ignore maps: what it says about them is not judged."""
     outcome = judge(tmp_path, "agrees-to-maps", drives=False)
-    assert {} == of(outcome, Verdict.FAILED, level=Level.MUST) | of(outcome, Verdict.FAILED, level=Level.SHOULD)
-    reasons = of(outcome, Verdict.NOT_APPLICABLE)
+    assert {} == of(outcome, CaseVerdict.FAILED, level=Level.MUST) | of(outcome, CaseVerdict.FAILED, level=Level.SHOULD)
+    reasons = of(outcome, CaseVerdict.NOT_APPLICABLE)
     for name in ("DMA-MAP-013", "DMA-MAP-040", "SESSION-005", "SESSION-009"):
         assert "ignores DMA maps" in reasons[name]
 
@@ -144,9 +144,9 @@ def test_a_server_that_loses_its_place(tmp_path: Path) -> None:
     """One command that it refuses does not spoil what is found out with others, and what is absent is n/a."""
     outcome = judge(tmp_path, "loses-its-place", timeout=2.0)
     assert {} == outcome.facts.problems
-    assert {} == of(outcome, Verdict.FAILED, level=Level.MUST)
+    assert {} == of(outcome, CaseVerdict.FAILED, level=Level.MUST)
     assert {"FRAME-029", "FD-004", "FEATURE-007"} == set(bad(outcome))
-    assert "offers no migration" in of(outcome, Verdict.NOT_APPLICABLE)["MIGRATION-002"]
+    assert "offers no migration" in of(outcome, CaseVerdict.NOT_APPLICABLE)["MIGRATION-002"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_server_that_loses_its_place(tmp_path: Path) -> None:
 def test_a_chain_that_leads_nowhere(habit: str, words: str, tmp_path: Path) -> None:
     """Capabilities that point anywhere but on end the case, in words of ours."""
     outcome = judge(tmp_path, habit, select(CASES, expression="REGION-INFO"))
-    reasons = of(outcome, Verdict.FAILED)
+    reasons = of(outcome, CaseVerdict.FAILED)
     assert {"REGION-INFO-012", "REGION-INFO-013"} <= set(reasons)
     assert all(words in reasons[name] for name in ("REGION-INFO-012", "REGION-INFO-013"))
     assert not any("error:" in reason or "Error" in reason for reason in reasons.values())
@@ -171,7 +171,7 @@ def test_a_flood(tmp_path: Path) -> None:
     """A server that never stops sending commands of its own keeps no case longer than its time."""
     cases = select(CASES, expression="INFO-020 or FRAME-008 or FRAME-009")
     outcome = judge(tmp_path, "floods", cases, timeout=0.3)
-    assert {"INFO-020", "FRAME-008", "FRAME-009"} == set(of(outcome, Verdict.FAILED))
+    assert {"INFO-020", "FRAME-008", "FRAME-009"} == set(of(outcome, CaseVerdict.FAILED))
     assert all(result.seconds < 3 * CASE_TIMEOUTS * 0.3 for result in outcome.results)
 
 
@@ -183,7 +183,7 @@ def test_one_crash_is_one_finding(tmp_path: Path) -> None:
     assert {"FRAME-008", "INFO-020"} < set(finding.names)
     assert len(finding.names) > 6
     # The survey, too, asked what kills the server: the first case does not take the blame.
-    assert Verdict.PASSED is outcome.results[0].verdict
+    assert CaseVerdict.PASSED is outcome.results[0].verdict
     assert any("SIGSEGV" in reason for reason in outcome.facts.problems.values())
     lines = list(TableReport(colours=False).whole(outcome))
     assert "SIGSEGV" in lines[2]
@@ -211,8 +211,8 @@ def test_a_server_that_leaves_and_cannot_be_started(tmp_path: Path) -> None:
 def test_what_was_not_run_was_not_tested(tmp_path: Path) -> None:
     """A server that dies in the middle of a run leaves little to count."""
     outcome = judge(tmp_path, "crashes-late", select(CASES, expression="FRAME"), timeout=0.3, own=False)
-    ran = [result for result in outcome.results if result.verdict in (Verdict.PASSED, Verdict.FAILED)]
-    assert {"FRAME-009"} == set(of(outcome, Verdict.FAILED))
+    ran = [result for result in outcome.results if result.verdict in (CaseVerdict.PASSED, CaseVerdict.FAILED)]
+    assert {"FRAME-009"} == set(of(outcome, CaseVerdict.FAILED))
     assert 10 > len(ran)
     covered = {number for result in ran for number in result.case.requirements}
     assert covered == set(requirements_tested(outcome).covered)

@@ -49,7 +49,7 @@ class Wire:
 
     def messages(self) -> list[Message]:
         """Every message that is complete by now."""
-        found = []
+        found: list[Message] = []
         while True:
             data, fds = self.recvmsg(self.framer.bytes_wanted)
             if not data:

@@ -10,7 +10,7 @@ import trio
 from mutants import serving
 from vfiouser_conformance import describe, wire
 from vfiouser_conformance.cases import all_cases
-from vfiouser_conformance.runner import Runner, Verdict
+from vfiouser_conformance.runner import CaseVerdict, Runner
 from vfiouser_conformance.trial import Target
 from vmbed.assets import Assets
 from vmbed.qemu import QemuConfig, VfioUserDevice, start_qemu
@@ -28,7 +28,7 @@ def profile(path: Path) -> list[str]:
     with serving(str(path)) as server:
         outcome = Runner(Target(str(path))).run([case])
         log = list(server.heard)
-    assert Verdict.PASSED is outcome.results[0].verdict
+    assert CaseVerdict.PASSED is outcome.results[0].verdict
     # Before it the run finds out what the device has, after it, last, that the server still serves.
     begins = [index for index, (command, _) in enumerate(log) if command == 1]
     return words(log[begins[-2] : begins[-1]])

@@ -16,7 +16,7 @@ from vfiouser_conformance.cases import all_cases
 from vfiouser_conformance.process import ServerProcess
 from vfiouser_conformance.reports.machine import as_json, as_junit
 from vfiouser_conformance.reports.table import TableReport, explanation, failures_of, listing, wants_colours
-from vfiouser_conformance.runner import RUN_S, Outcome, Result, Runner, Unreachable, Verdict
+from vfiouser_conformance.runner import RUN_S, CaseResult, CaseVerdict, Runner, RunOutcome, Unreachable
 from vfiouser_conformance.select_cases import BadExpression, select
 from vfiouser_conformance.stimulus import PROFILES
 from vfiouser_conformance.trial import CASE_TIMEOUTS, Target
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("no case matches -k and --level")
     outcome = _run_cases(args, cases)
     _write(args, outcome)
-    unfinished = any(result.verdict is Verdict.NOT_RUN for result in outcome.results)
+    unfinished = any(result.verdict is CaseVerdict.NOT_RUN for result in outcome.results)
     return ExitCode.FAILED if unfinished or failures_of(outcome, Level.MUST) else ExitCode.DONE
 
 
@@ -96,7 +96,7 @@ def _explain(name: str) -> int:
     raise ConfigError(f"there is no case {name} (see vfiouser-oob conformance --list)")
 
 
-def _run_cases(args: argparse.Namespace, cases: list[Case]) -> Outcome:
+def _run_cases(args: argparse.Namespace, cases: list[Case]) -> RunOutcome:
     out = sys.stderr if str(args.json) == "-" else sys.stdout
     report = TableReport(colours=wants_colours(out), verbose=args.verbose)
     profile = PROFILES[args.device_profile](args.timeout) if args.device_profile else None
@@ -104,7 +104,7 @@ def _run_cases(args: argparse.Namespace, cases: list[Case]) -> Outcome:
     target = Target(args.socket, args.destination_socket, args.timeout, profile, process)
     done = 0
 
-    def progress(result: Result) -> None:
+    def progress(result: CaseResult) -> None:
         nonlocal done
         done += 1
         if args.verbose:
@@ -139,7 +139,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _write(args: argparse.Namespace, outcome: Outcome) -> None:
+def _write(args: argparse.Namespace, outcome: RunOutcome) -> None:
     document = json.dumps(as_json(outcome), indent=2) + "\n"
     try:
         if str(args.json) == "-":

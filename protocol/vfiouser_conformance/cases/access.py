@@ -10,7 +10,7 @@ from vfiouser_conformance.case import (
     Effect,
     Level,
     NotApplicable,
-    Refusal,
+    RefusedRequest,
     check,
     refusals,
     same,
@@ -24,7 +24,7 @@ CONFIG = int(RegionIndex.CONFIG)
 READ, WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
 
 
-@AREA.case(1, MUST, "R110", "region/read-offset-off")
+@AREA.case(1, MUST, "R110")
 def read_echo(t: Trial) -> None:
     """A read repeats what was asked for and gives the data behind it.
 
@@ -40,7 +40,7 @@ def read_echo(t: Trial) -> None:
     same(t.facts.config[:4].hex(), reply.payload[16:].hex(), "vendor and device id")
 
 
-@AREA.case(2, MUST, "R111", "region/write-no-echo", effect=Effect.DEVICE)
+@AREA.case(2, MUST, "R111", effect=Effect.DEVICE)
 def write_echo(t: Trial) -> None:
     """A write is confirmed with what was written.
 
@@ -54,7 +54,7 @@ def write_echo(t: Trial) -> None:
     same(wire.access(CONFIG, offset, width).hex(), reply.payload.hex(), "payload of the reply")
 
 
-@AREA.case(3, MUST, "R112", "region/write-lost", effect=Effect.DEVICE)
+@AREA.case(3, MUST, "R112", effect=Effect.DEVICE)
 def write_then_read(t: Trial) -> None:
     """What is written is read.
 
@@ -71,7 +71,7 @@ def write_then_read(t: Trial) -> None:
         same(data.hex(), t.read_config(link, offset, width).hex(), f"register {offset:#x}")
 
 
-@AREA.case(4, COMPAT, "R123", "region/narrow-read-wrong", compat="QEMU 11")
+@AREA.case(4, COMPAT, "R123", compat="QEMU 11")
 def widths(t: Trial) -> None:
     """Config space can be read in bytes, words and double words anywhere.
 
@@ -86,7 +86,7 @@ def widths(t: Trial) -> None:
                  f"{width} bytes at {offset:#x}")  # fmt: skip
 
 
-@AREA.case(5, MUST, "R124 R131", "region/short-read")
+@AREA.case(5, MUST, "R124 R131")
 def whole_config(t: Trial) -> None:
     """Config space can be read as a whole: QEMU begins with that and takes no less.
 
@@ -99,7 +99,7 @@ def whole_config(t: Trial) -> None:
     check(data[:2] != b"\xff\xff", "config space begins with vendor id 0xffff: no device")
 
 
-@AREA.case(6, MUST, "R133", "region/rom-mask-off", effect=Effect.DEVICE)
+@AREA.case(6, MUST, "R133", effect=Effect.DEVICE)
 def rom_register(t: Trial) -> None:
     """The ROM register agrees with the ROM region.
 
@@ -116,7 +116,7 @@ def rom_register(t: Trial) -> None:
     same(hex(size), hex(-mask & 0xFFFFFFFF), "size of the ROM by its register")
 
 
-@AREA.case(7, SHOULD, "R121", "region/empty-access-refused")
+@AREA.case(7, SHOULD, "R121")
 def count_zero(t: Trial) -> None:
     """An access of no bytes is no error.
 
@@ -131,7 +131,7 @@ def count_zero(t: Trial) -> None:
         t.saw("reply to an access of 0 bytes", f"{len(reply.payload)} bytes", recommended=bool(reply.payload))
 
 
-@AREA.case(8, SHOULD, "R120", "region/long-read-refused")
+@AREA.case(8, SHOULD, "R120")
 def read_with_surplus(t: Trial) -> None:
     """A read whose request is too long is answered all the same.
 
@@ -143,7 +143,7 @@ def read_with_surplus(t: Trial) -> None:
     link.ok(READ, wire.access(CONFIG, 0, 4, b"\0" * 8))
 
 
-@AREA.case(9, MUST, "R132", "region/large-read-refused")
+@AREA.case(9, MUST, "R132")
 def largest_transfer(t: Trial) -> None:
     """A transfer of the announced size works in one message.
 
@@ -160,7 +160,7 @@ def largest_transfer(t: Trial) -> None:
     t.read(t.attach(), found[0].index, 0, size)
 
 
-@AREA.case(10, COMPAT, "R128", "region/wide-access-torn", compat="QEMU 11", effect=Effect.DEVICE)
+@AREA.case(10, COMPAT, "R128", compat="QEMU 11", effect=Effect.DEVICE)
 def eight_bytes(t: Trial) -> None:
     """An access of 8 bytes reaches the device as one.
 
@@ -177,7 +177,7 @@ def eight_bytes(t: Trial) -> None:
         same(value.hex(), t.read(link, region, offset, 8).hex(), "64-bit register")
 
 
-@AREA.case(11, MUST, "R130 R004", "region/device-error-lost", effect=Effect.DEVICE)
+@AREA.case(11, MUST, "R130 R004", effect=Effect.DEVICE)
 def device_error(t: Trial) -> None:
     """The device's own error number reaches the client.
 
@@ -194,7 +194,7 @@ def device_error(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(12, MUST, "R115 R119", "region/refused-write-applied", effect=Effect.DEVICE)
+@AREA.case(12, MUST, "R115 R119", effect=Effect.DEVICE)
 def refused_write_touches_nothing(t: Trial) -> None:
     """A write that is refused has written nothing.
 
@@ -218,7 +218,7 @@ def refused_write_touches_nothing(t: Trial) -> None:
     same(before[-2:].hex(), after[-2:].hex(), "end of config space after a refused write")
 
 
-@AREA.case(13, MUST, "R131", "region/long-read")
+@AREA.case(13, MUST, "R131")
 def never_more_than_asked(t: Trial) -> None:
     """A read never gives more than was asked for.
 
@@ -256,8 +256,8 @@ def _one_way(t: Trial) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
-            20, MUST, "R113", "region/empty-region-ok",
+        RefusedRequest(
+            20, MUST, "R113",
             "A region that is not implemented cannot be accessed.",
             "REGION_READ and REGION_WRITE of 4 bytes of a region of size 0",
             lambda t: [
@@ -265,8 +265,8 @@ refusals(
                 (WRITE, wire.access(t.facts.empty_region(), 0, 4, b"\0" * 4)),
             ],
         ),
-        Refusal(
-            21, MUST, "R114", "region/index-ok",
+        RefusedRequest(
+            21, MUST, "R114",
             "A region that does not exist cannot be accessed.",
             "REGION_READ and REGION_WRITE of region num_regions + 90 and 0xffffffff",
             lambda t: [
@@ -275,52 +275,52 @@ refusals(
                 (WRITE, wire.access(len(t.facts.regions) + 90, 0, 4, b"\0" * 4)),
             ],
         ),
-        Refusal(
-            22, MUST, "R115", "region/past-end-ok",
+        RefusedRequest(
+            22, MUST, "R115",
             "An access does not reach beyond its region.",
             "REGION_READ of 4 bytes at the size of config space minus 2, at its size, and far behind",
             lambda t: [(READ, wire.access(CONFIG, _past_config(t) + delta, 4)) for delta in (-2, 0, 1 << 40)],
         ),
-        Refusal(
-            23, MUST, "R116", "region/wrap-ok",
+        RefusedRequest(
+            23, MUST, "R116",
             "Offset and count are added without wrapping.",
             "REGION_READ of 4 bytes at 2^64 - 1 and 2^64 - 4, and of 16 at 2^64 - 8",
             lambda t: [
                 (READ, wire.access(CONFIG, wire.U64 - back, count)) for back, count in ((0, 4), (3, 4), (7, 16))
             ],
         ),
-        Refusal(
-            24, MUST, "R117", "region/over-transfer-ok",
+        RefusedRequest(
+            24, MUST, "R117",
             "An access is not larger than the announced transfer size.",
             "REGION_READ of max_data_xfer_size + 1 and of 0xffffffff bytes",
             lambda t: [(READ, wire.access(0, 0, count)) for count in (t.facts.transfer + 1, 0xFFFFFFFF)],
         ),
-        Refusal(
-            25, MUST, "R118", "region/short-payload-ok",
+        RefusedRequest(
+            25, MUST, "R118",
             "A request that is shorter than its fixed part is refused.",
             "REGION_READ and REGION_WRITE with 8 and 15 bytes",
             lambda t: [(command, wire.access(CONFIG, 0, 4)[:size]) for command in (READ, WRITE) for size in (8, 15)],
         ),
-        Refusal(
-            26, MUST, "R119", "region/data-length-ok",
+        RefusedRequest(
+            26, MUST, "R119",
             "The data of a write has the length that count says.",
             "REGION_WRITE with count 4 and 0, 2 and 8 bytes of data, to a register of config space that ignores writes",
             lambda t: [(WRITE, wire.access(CONFIG, 0, 4, b"\0" * size)) for size in (0, 2, 8)],
         ),
-        Refusal(
-            27, SHOULD, "R122", "region/empty-past-end-ok",
+        RefusedRequest(
+            27, SHOULD, "R122",
             "Not even an access of no bytes may start beyond the region.",
             "REGION_READ and REGION_WRITE with count 0 at the size of config space plus 1",
             lambda t: [(command, wire.access(CONFIG, _past_config(t) + 1, 0)) for command in (READ, WRITE)],
         ),
-        Refusal(
-            28, MUST, "R125", "region/extended-config-ok",
+        RefusedRequest(
+            28, MUST, "R125",
             "A config space of 256 bytes ends there.",
             "REGION_READ of 4 bytes at the size of config space",
             lambda t: [(READ, wire.access(CONFIG, _past_config(t), 4))],
         ),
-        Refusal(
-            29, SHOULD, "R129", "region/flags-ignored",
+        RefusedRequest(
+            29, SHOULD, "R129",
             "A region that lacks the READ or WRITE flag cannot be accessed that way.",
             "REGION_WRITE to read-only regions, REGION_READ of write-only ones",
             _one_way,

@@ -13,7 +13,7 @@ SHOULD = Level.SHOULD
 _ODD = ((0, 3), (1, 2), (2, 4), (3, 2), (0, 5), (4, 7))
 
 
-@AREA.case(30, SHOULD, "R115 R431", "region/odd-write-lost region/straddling-write-half", effect=Effect.DEVICE)
+@AREA.case(30, SHOULD, "R115 R431", effect=Effect.DEVICE)
 def odd_writes(t: Trial) -> None:
     """A write of an odd size, or over two registers, is refused or done whole.
 
@@ -40,7 +40,7 @@ def odd_writes(t: Trial) -> None:
         t.write(link, CONFIG, offset, old)
 
 
-@AREA.case(31, SHOULD, "R131 R431", "region/odd-read-long region/odd-read-kills", effect=Effect.DEVICE)
+@AREA.case(31, SHOULD, "R131 R431", effect=Effect.DEVICE)
 def odd_reads(t: Trial) -> None:
     """A read of an odd size, or over two registers, is refused or done whole.
 

@@ -12,7 +12,7 @@ from vfiouser_conformance.cases.info import interrupt_capabilities
 from vfiouser_conformance.cases.irqs import SET, assign, check_signals, fire
 from vfiouser_conformance.cases.pci import capabilities
 from vfiouser_conformance.facts import parse_capabilities, parse_region, read_region
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DmaUnmapFlags, IrqIndex, RegionFlags, RegionIndex
 
@@ -197,7 +197,7 @@ class Qemu:
         self.t.drop(self.link)
 
 
-@AREA.case(1, COMPAT, "R390 R391 R061", "client/qemu-attach", compat="QEMU 11")
+@AREA.case(1, COMPAT, "R390 R391 R061", compat="QEMU 11")
 def qemu_attach(t: Trial) -> None:
     """QEMU 11 attaches the device.
 
@@ -208,7 +208,7 @@ def qemu_attach(t: Trial) -> None:
     Qemu(t).attach()
 
 
-@AREA.case(2, COMPAT, "R390 R392 R203 R007", "client/qemu-run", compat="QEMU 11")
+@AREA.case(2, COMPAT, "R390 R392 R203 R007", compat="QEMU 11")
 def qemu_run(t: Trial) -> None:
     """QEMU 11 runs a guest with the device.
 
@@ -233,7 +233,7 @@ def qemu_run(t: Trial) -> None:
     unmap(link, 0xFE001000, 0x1000)
 
 
-@AREA.case(3, COMPAT, "R397 R236", "client/qemu-leave", compat="QEMU 11")
+@AREA.case(3, COMPAT, "R397 R236", compat="QEMU 11")
 def qemu_leave(t: Trial) -> None:
     """QEMU 11 unplugs the device, and another QEMU attaches it.
 
@@ -246,7 +246,7 @@ def qemu_leave(t: Trial) -> None:
     Qemu(t).attach()
 
 
-@AREA.case(4, COMPAT, "R393 R238", "client/qemu-resets", compat="QEMU 11")
+@AREA.case(4, COMPAT, "R393 R238", compat="QEMU 11")
 def qemu_system_reset(t: Trial) -> None:
     """QEMU 11 resets its machine several times.
 
@@ -261,7 +261,7 @@ def qemu_system_reset(t: Trial) -> None:
         qemu.map(_FINAL)
 
 
-@AREA.case(5, COMPAT, "R394 R141", "client/qemu-private", compat="QEMU 11")
+@AREA.case(5, COMPAT, "R394 R141", compat="QEMU 11")
 def qemu_private_memory(t: Trial) -> None:
     """QEMU 11 attaches with memory that is not shared: no map has a descriptor.
 
@@ -271,7 +271,7 @@ def qemu_private_memory(t: Trial) -> None:
     Qemu(t, shared=False).attach()
 
 
-@AREA.case(6, COMPAT, "R062 R025", "client/old-qemu", compat="QEMU's v1 forks")
+@AREA.case(6, COMPAT, "R062 R025", compat="QEMU's v1 forks")
 def old_qemu(t: Trial) -> None:
     """The older QEMU forks attach the device.
 
@@ -287,7 +287,7 @@ def old_qemu(t: Trial) -> None:
             qemu.link.ok(Command.DEVICE_GET_REGION_INFO, wire.region_info(index, argsz))
 
 
-@AREA.case(7, COMPAT, "R213", "client/io-fds-refused", compat="an older QEMU fork")
+@AREA.case(7, COMPAT, "R213", compat="an older QEMU fork")
 def asks_for_io_fds(t: Trial) -> None:
     """A client that asks every region for ioeventfds gets answers.
 
@@ -300,12 +300,12 @@ def asks_for_io_fds(t: Trial) -> None:
             link.ok(Command.DEVICE_GET_REGION_IO_FDS, wire.info(16, 0, region.index))
 
 
-def _regions(link: Link) -> int:
+def _regions(link: RawLink) -> int:
     """How many regions this client is told of; a migration region may be shown to some clients only."""
     return int(wire.INFO.unpack_from(link.ok(Command.DEVICE_GET_INFO, wire.info()).payload)[2])
 
 
-def _fixed(link: Link, command: int, payload: bytes, size: int, fds: list[int] | None = None) -> bytes:
+def _fixed(link: RawLink, command: int, payload: bytes, size: int, fds: list[int] | None = None) -> bytes:
     """Send a command and read exactly so many bytes, as a client does that does not look at msg_size."""
     msg_id = link.command(command, payload, fds or [])
     reply = link.reply(msg_id, command)
@@ -315,7 +315,7 @@ def _fixed(link: Link, command: int, payload: bytes, size: int, fds: list[int] |
     return reply.payload
 
 
-@AREA.case(8, COMPAT, "R400 R085 R209", "client/rust-sizes", compat="rust-vmm")
+@AREA.case(8, COMPAT, "R400 R085 R209", compat="rust-vmm")
 def rust_vmm(t: Trial) -> None:
     """rust-vmm's client, which reads fixed sizes and looks at nothing else, attaches the device.
 
@@ -347,7 +347,7 @@ def rust_vmm(t: Trial) -> None:
         _fixed(link, Command.DEVICE_RESET, b"", 16)
 
 
-@AREA.case(9, COMPAT, "R401 R166", "client/sample", compat="libvfio-user's sample client")
+@AREA.case(9, COMPAT, "R401 R166", compat="libvfio-user's sample client")
 def sample_client(t: Trial) -> None:
     """libvfio-user's sample client works with the device, as far as it does not drive its own sample device.
 
@@ -371,7 +371,7 @@ def sample_client(t: Trial) -> None:
     link.ok(UNMAP, wire.dma_unmap(0, 0, int(DmaUnmapFlags.ALL)))
 
 
-@AREA.case(10, MUST, "R041 R070", "client/minimal-refused")
+@AREA.case(10, MUST, "R041 R070")
 def minimal_client(t: Trial) -> None:
     """A client that offers nothing and asks for little is served.
 
@@ -387,7 +387,7 @@ def minimal_client(t: Trial) -> None:
     link.ok(MAP, wire.dma_map(0, 0x1000))
 
 
-@AREA.case(11, COMPAT, "R042 R059", "client/small-limits", compat="clients with small limits")
+@AREA.case(11, COMPAT, "R042 R059", compat="clients with small limits")
 def small_limits(t: Trial) -> None:
     """A client that takes one descriptor and 256 bytes at a time is served.
 

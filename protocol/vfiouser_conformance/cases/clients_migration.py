@@ -12,7 +12,7 @@ from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, unmap
 from vfiouser_conformance.cases.irqs import SET, assign
 from vfiouser_conformance.cases.logging_cases import start_request
 from vfiouser_conformance.cases.migrate_data import READ, change_state, state_of
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import (
     FEATURE,
     PRE_COPY,
@@ -31,7 +31,7 @@ from vfiouser_conformance.migration import (
     write_stream,
 )
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, IrqIndex
 
 COMPAT = Level.COMPAT
@@ -54,7 +54,7 @@ _QEMU_RANGES = (
 )
 
 
-@AREA.case(12, COMPAT, "R433", "client/replay-refused", compat="clients that keep a stream, as snapshots do")
+@AREA.case(12, COMPAT, "R433", compat="clients that keep a stream, as snapshots do")
 def replays_a_stream(t: Trial) -> None:
     """A client that keeps the whole stream can load it again, and again later.
 
@@ -77,7 +77,7 @@ def replays_a_stream(t: Trial) -> None:
         same(before.hex(), state_of(t, link).hex(), f"state of the device after load {n + 1}")
 
 
-@AREA.case(13, COMPAT, "R434", "client/padded-reads", compat="clients that go by msg_size")
+@AREA.case(13, COMPAT, "R434", compat="clients that go by msg_size")
 def goes_by_the_header(t: Trial) -> None:
     """A client that reads only the headers of MIG_DATA_READ, and takes what follows them for data, gets the stream.
 
@@ -154,7 +154,6 @@ class _Upstream:
     14,
     COMPAT,
     "R435",
-    "client/upstream-ranges client/surplus-refused",
     compat="QEMU's client with migration, in review",
 )
 def upstream_qemu_migrates(t: Trial) -> None:
@@ -214,11 +213,11 @@ def _upstream_loads(t: Trial, stream: list[bytes], before: bytes) -> None:
     same(before.hex(), state_of(t, link).hex(), "state of the device after the migration")
 
 
-def _no_commands(link: Link, message: Message) -> None:
+def _no_commands(link: RawLink, message: Received) -> None:
     raise CaseFailed(f"the server sent {message}, which this client never reads")
 
 
-@AREA.case(15, COMPAT, "R436 R400", "client/rust-asked", compat="rust-vmm, Cloud Hypervisor")
+@AREA.case(15, COMPAT, "R436 R400", compat="rust-vmm, Cloud Hypervisor")
 def rust_vmm_is_asked_nothing(t: Trial) -> None:
     """rust-vmm's client, which never reads a command of the server, has its device's DMA done all the same.
 

@@ -12,7 +12,7 @@ AREA = Area("FD", "descriptors", Effect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 
 
-@AREA.case(1, SHOULD, "R026", "fd/surplus-kept")
+@AREA.case(1, SHOULD, "R026")
 def surplus(t: Trial) -> None:
     """A descriptor that a command has no use for is closed, and the command executed.
 
@@ -26,7 +26,7 @@ def surplus(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(2, SHOULD, "R027", "fd/many-kept")
+@AREA.case(2, SHOULD, "R027")
 def many(t: Trial) -> None:
     """Twenty descriptors that nobody wants are all closed.
 
@@ -40,7 +40,7 @@ def many(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(3, SHOULD, "R029", "fd/refused-kept")
+@AREA.case(3, SHOULD, "R029")
 def failing_commands(t: Trial) -> None:
     """Commands that fail do not keep their descriptors.
 
@@ -57,7 +57,7 @@ def failing_commands(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(4, SHOULD, "R026 R029", "fd/by-command-kept")
+@AREA.case(4, SHOULD, "R026 R029")
 def every_command(t: Trial) -> None:
     """No command keeps a descriptor that it has no use for.
 
@@ -82,7 +82,7 @@ def every_command(t: Trial) -> None:
         witness.check_closed(f"after {command.name}")
 
 
-@AREA.case(5, SHOULD, "R029 R006", "fd/no-reply-kept")
+@AREA.case(5, SHOULD, "R029 R006")
 def without_reply(t: Trial) -> None:
     """Commands that want no reply do not keep descriptors either.
 
@@ -97,7 +97,7 @@ def without_reply(t: Trial) -> None:
     witness.check_closed("after commands without reply")
 
 
-@AREA.case(6, SHOULD, "R020", "fd/split-lost", effect=Effect.SESSION)
+@AREA.case(6, SHOULD, "R020", effect=Effect.SESSION)
 def descriptor_with_the_first_byte(t: Trial) -> None:
     """A descriptor that comes with the first byte of a message belongs to it, however the message is cut.
 
@@ -115,7 +115,7 @@ def descriptor_with_the_first_byte(t: Trial) -> None:
     check(signalled(event, t.timeout), "the eventfd was not signalled")
 
 
-@AREA.case(7, SHOULD, "R027", "fd/most-kept")
+@AREA.case(7, SHOULD, "R027")
 def as_many_as_the_kernel_takes(t: Trial) -> None:
     """The largest number of descriptors that one message can carry is closed, too.
 
@@ -136,7 +136,7 @@ def as_many_as_the_kernel_takes(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(8, MUST, "R032 R029", "fd/half-message-kept")
+@AREA.case(8, MUST, "R032 R029")
 def half_a_message(t: Trial) -> None:
     """Descriptors of a message that never becomes whole are closed with the connection.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.dma import out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration_v1 import STOP_COPY, STOPPED, begin
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command
@@ -20,7 +20,7 @@ _PAGE = wire.PAGE
 START, STOP = struct.pack("<II", 8, 1), struct.pack("<II", 8, 2)
 
 
-def _attach(t: Trial) -> Link:
+def _attach(t: Trial) -> RawLink:
     """A connection with logging off, whatever an earlier client left, and off again when the case ends."""
     t.facts.v1()
     t.facts.maps()  # what is not mapped is not logged
@@ -30,7 +30,7 @@ def _attach(t: Trial) -> Link:
     return link
 
 
-def _begin(t: Trial, *, start: bool = True) -> Link:
+def _begin(t: Trial, *, start: bool = True) -> RawLink:
     """A connection with 16 pages of file mapped, and logging started."""
     link = _attach(t)
     link.ok(MAP, wire.dma_map(BASE, SIZE), [t.memfd(SIZE)])
@@ -39,7 +39,7 @@ def _begin(t: Trial, *, start: bool = True) -> Link:
     return link
 
 
-def _get(link: Link) -> list[int]:
+def _get(link: RawLink) -> list[int]:
     """Dirty pages of the mapped file."""
     reply = link.ok(DIRTY, wire.dirty_get(BASE, SIZE))
     size = wire.bitmap_bytes(SIZE, _PAGE)
@@ -49,7 +49,7 @@ def _get(link: Link) -> list[int]:
     return [n for n in range(8 * size) if bitmap[n // 8] >> n % 8 & 1]
 
 
-@AREA.case(1, SHOULD, "R349", "dirty/second-start-refused")
+@AREA.case(1, SHOULD, "R349")
 def start_and_stop(t: Trial) -> None:
     """Logging can be started and stopped, each twice.
 
@@ -63,7 +63,7 @@ def start_and_stop(t: Trial) -> None:
         same(16, link.ok(DIRTY, request).size, "size of the DIRTY_PAGES reply")
 
 
-@AREA.case(2, SHOULD, "R351", "dirty/offered-without-migration@no-migration")
+@AREA.case(2, SHOULD, "R351")
 def without_migration(t: Trial) -> None:
     """A device without migration logs nothing.
 
@@ -77,7 +77,7 @@ def without_migration(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(3, COMPAT, "R353", "dirty/bitmap-at-48", compat="QEMU's v1 forks")
+@AREA.case(3, COMPAT, "R353", compat="QEMU's v1 forks")
 def clean(t: Trial) -> None:
     """A clean report is all zero, and its bitmap is at byte 40.
 
@@ -93,7 +93,7 @@ def clean(t: Trial) -> None:
     same(b"\0" * 8, reply.payload[40:], "bitmap")
 
 
-@AREA.case(4, MUST, "R353 R305", "dirty/wrong-bit", effect=Effect.DEVICE)
+@AREA.case(4, MUST, "R353 R305", effect=Effect.DEVICE)
 def written_pages(t: Trial) -> None:
     """Pages that the device wrote are reported once.
 
@@ -108,7 +108,7 @@ def written_pages(t: Trial) -> None:
     same([], _get(link), "dirty pages of the second report")
 
 
-@AREA.case(5, MUST, "R354", "dirty/short-leaks")
+@AREA.case(5, MUST, "R354")
 def small_argsz(t: Trial) -> None:
     """Without room for the bitmap the reply says how much is needed, and shows nothing else.
 
@@ -128,7 +128,7 @@ def small_argsz(t: Trial) -> None:
         check(not rest.strip(b"\0") or rest == request[8 : 8 + len(rest)], f"a shortened reply has {rest.hex()}")
 
 
-@AREA.case(6, SHOULD, "R357", "dirty/sub-range-wrong", effect=Effect.DEVICE)
+@AREA.case(6, SHOULD, "R357", effect=Effect.DEVICE)
 def sub_range(t: Trial) -> None:
     """A part of a map can be asked about.
 
@@ -143,7 +143,7 @@ def sub_range(t: Trial) -> None:
     t.saw("GET_BITMAP of a part of a map", "refused" if reply.failed else "accepted", recommended=not reply.failed)
 
 
-@AREA.case(7, SHOULD, "R358", "dirty/message-memory-dirty")
+@AREA.case(7, SHOULD, "R358")
 def without_descriptor(t: Trial) -> None:
     """Memory without a descriptor is the client's to log.
 
@@ -156,7 +156,7 @@ def without_descriptor(t: Trial) -> None:
     check(reply.failed or not reply.payload[40:].strip(b"\0"), "pages without a descriptor are reported dirty")
 
 
-@AREA.case(8, COMPAT, "R360", "dirty/unmap-by-argsz", compat="QEMU's v1 forks")
+@AREA.case(8, COMPAT, "R360", compat="QEMU's v1 forks")
 def bitmap_of_unmap(t: Trial) -> None:
     """DMA_UNMAP with a bitmap goes by the bitmap's size, not by argsz.
 
@@ -173,7 +173,7 @@ def bitmap_of_unmap(t: Trial) -> None:
         same(56, len(reply.payload), "payload of the DMA_UNMAP reply")
 
 
-@AREA.case(9, MUST, "R361", "dirty/stopped-refused", effect=Effect.DEVICE)
+@AREA.case(9, MUST, "R361", effect=Effect.DEVICE)
 def while_stopped(t: Trial) -> None:
     """The log can be read while the device is stopped.
 
@@ -198,28 +198,28 @@ def _logged(t: Trial, *payloads: bytes, start: bool = True) -> list[tuple[int, b
 refusals(
     AREA,
     (
-        Refusal(
-            20, MUST, "R350", "dirty/short-ok",
+        RefusedRequest(
+            20, MUST, "R350",
             "A DIRTY_PAGES that is too small is refused.",
             "DIRTY_PAGES START with 4 bytes, and with argsz 4",
             lambda t: _logged(t, START[:4], struct.pack("<II", 4, 1), start=False),
         ),
-        Refusal(
-            21, MUST, "R352", "dirty/flags-ok",
+        RefusedRequest(
+            21, MUST, "R352",
             "Exactly one thing is asked for.",
             "DIRTY_PAGES with the flags 0, 3, 5 and 8",
             lambda t: _logged(
                 t, *(struct.pack("<II", 48, flags) + wire.dirty_get(BASE, SIZE)[8:] for flags in (0, 3, 5, 8))
             ),
         ),
-        Refusal(
-            22, MUST, "R355", "dirty/get-short-ok",
+        RefusedRequest(
+            22, MUST, "R355",
             "A GET_BITMAP without its range is refused.",
             "GET_BITMAP with 8 and 39 bytes",
             lambda t: _logged(t, *(wire.dirty_get(BASE, SIZE)[:size] for size in (8, 39))),
         ),
-        Refusal(
-            23, MUST, "R356", "dirty/sizes-ok",
+        RefusedRequest(
+            23, MUST, "R356",
             "The bitmap has the size that range and page size give.",
             "GET_BITMAP with page size 0, with 3000, and with a bitmap of 16 bytes where 8 are needed",
             lambda t: _logged(
@@ -229,8 +229,8 @@ refusals(
                 wire.dirty_get(BASE, SIZE, bitmap=16),
             ),
         ),
-        Refusal(
-            24, SHOULD, "R359", "dirty/get-unstarted-ok",
+        RefusedRequest(
+            24, SHOULD, "R359",
             "There is no report without logging.",
             "GET_BITMAP before START",
             lambda t: _logged(t, wire.dirty_get(BASE, SIZE), start=False),

@@ -8,11 +8,11 @@ import struct
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, unmap
-from vfiouser_conformance.link import Link
-from vfiouser_conformance.memory import ClientMemory
+from vfiouser_conformance.link import RawLink
+from vfiouser_conformance.memory import ServedMemory
 from vfiouser_conformance.stimulus.base import Stimulus
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command
 
 AREA = Area("DMA", "DMA", Effect.DEVICE)
@@ -29,36 +29,36 @@ def pattern(count: int, seed: int = 1) -> bytes:
     return (block * (count // 4096 + 1))[:count]
 
 
-def ready(t: Trial, link: Link) -> Stimulus:
+def ready(t: Trial, link: RawLink) -> Stimulus:
     """The device, brought up on a connection."""
     t.stimulus.prepare(link)
     return t.stimulus
 
 
-def into_device(link: Link, device: Stimulus, address: int, count: int) -> bytes:
+def into_device(link: RawLink, device: Stimulus, address: int, count: int) -> bytes:
     """Make the device read client memory; returns what it got."""
     device.start_read(link, address, count)
     same(0, device.finish(link), f"error of a DMA read of {count} bytes at {address:#x}")
     return device.taken(link, count)
 
 
-def out_of_device(link: Link, device: Stimulus, address: int, data: bytes) -> None:
+def out_of_device(link: RawLink, device: Stimulus, address: int, data: bytes) -> None:
     """Make the device write to client memory."""
     device.load(link, data)
     device.start_write(link, address, len(data))
     same(0, device.finish(link), f"error of a DMA write of {len(data)} bytes at {address:#x}")
 
 
-def by_messages(t: Trial, link: Link, size: int = SIZE, flags: int = 3, seed: int = 1) -> ClientMemory:
+def by_messages(t: Trial, link: RawLink, size: int = SIZE, flags: int = 3, seed: int = 1) -> ServedMemory:
     """Map memory without a descriptor and serve it."""
     largest = getattr(link, "largest", wire.DEFAULT_TRANSFER)
-    memory = ClientMemory(BASE, pattern(size, seed), largest, writable=bool(flags & 2))
+    memory = ServedMemory(BASE, pattern(size, seed), largest, writable=bool(flags & 2))
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, size, 0, flags))
     return memory
 
 
-@AREA.case(1, MUST, "R159", "dma/map-not-shared")
+@AREA.case(1, MUST, "R159")
 def through_a_file(t: Trial) -> None:
     """Device and client see the same memory of a mapped file.
 
@@ -79,7 +79,7 @@ def through_a_file(t: Trial) -> None:
           recommended=not link.commands)  # fmt: skip
 
 
-@AREA.case(2, MUST, "R160", "dma/offset-ignored")
+@AREA.case(2, MUST, "R160")
 def offset_of_a_file(t: Trial) -> None:
     """DMA goes to the place in the file that the map says.
 
@@ -96,7 +96,7 @@ def offset_of_a_file(t: Trial) -> None:
     same(pattern(SMALL, 3), os.pread(fd, SMALL, 0x102000), "the file after the device's write")
 
 
-@AREA.case(3, MUST, "R370 R371", "dma/read-data-shifted")
+@AREA.case(3, MUST, "R370 R371")
 def read_by_messages(t: Trial) -> None:
     """Memory without a descriptor is read by DMA_READ.
 
@@ -111,7 +111,7 @@ def read_by_messages(t: Trial) -> None:
     same(SMALL, sum(count for _, _, count in memory.served), "bytes that were asked for")
 
 
-@AREA.case(4, MUST, "R372", "dma/write-data-shifted")
+@AREA.case(4, MUST, "R372")
 def write_by_messages(t: Trial) -> None:
     """Memory without a descriptor is written by DMA_WRITE.
 
@@ -125,7 +125,7 @@ def write_by_messages(t: Trial) -> None:
     same(pattern(SMALL, 4), bytes(memory.data[0x2000 : 0x2000 + SMALL]), "what the device wrote")
 
 
-@AREA.case(5, MUST, "R373", "dma/error-reply-ignored")
+@AREA.case(5, MUST, "R373")
 def error_reply(t: Trial) -> None:
     """An error reply is a DMA that failed, and nothing worse.
 
@@ -145,7 +145,7 @@ def error_reply(t: Trial) -> None:
     into_device(link, device, BASE, SMALL)
 
 
-@AREA.case(6, SHOULD, "R374", "dma/odd-reply-taken")
+@AREA.case(6, SHOULD, "R374")
 def replies_that_do_not_fit(t: Trial) -> None:
     """A reply that does not fit its command is no success.
 
@@ -153,9 +153,9 @@ def replies_that_do_not_fit(t: Trial) -> None:
     Expects: the device reports an error, or the connection ends; the next client is served.
     """
     spoilers = (
-        lambda message, reply: ClientMemory.success(message, struct.pack("<QQ", BASE + 0x77000, SMALL) + reply[32:]),
-        lambda message, reply: ClientMemory.success(message, reply[16:48]),
-        lambda message, reply: ClientMemory.success(message, struct.pack("<QQ", BASE, 1 << 40) + reply[32:]),
+        lambda message, reply: ServedMemory.success(message, struct.pack("<QQ", BASE + 0x77000, SMALL) + reply[32:]),
+        lambda message, reply: ServedMemory.success(message, reply[16:48]),
+        lambda message, reply: ServedMemory.success(message, struct.pack("<QQ", BASE, 1 << 40) + reply[32:]),
     )
     for spoil in spoilers:
         link = t.attach()
@@ -171,7 +171,7 @@ def replies_that_do_not_fit(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(7, MUST, "R071 R375", "dma/client-limit-ignored")
+@AREA.case(7, MUST, "R071 R375")
 def client_limit(t: Trial) -> None:
     """DMA messages are not larger than the client's max_data_xfer_size.
 
@@ -181,7 +181,7 @@ def client_limit(t: Trial) -> None:
     link = t.attach_with({"max_msg_fds": 8, "max_data_xfer_size": 4096})
     device = ready(t, link)
     count = min(0x10000, device.largest)
-    memory = ClientMemory(BASE, pattern(SIZE), 4096)
+    memory = ServedMemory(BASE, pattern(SIZE), 4096)
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, SIZE))
     same(pattern(SIZE)[:count], into_device(link, device, BASE, count), "what the device read")
@@ -192,13 +192,13 @@ def client_limit(t: Trial) -> None:
     _ascending(memory, count)
 
 
-def _ascending(memory: ClientMemory, count: int) -> None:
+def _ascending(memory: ServedMemory, count: int) -> None:
     addresses = [address for _, address, _ in memory.served]
     same(sorted(addresses), addresses, "addresses of the DMA messages")
     same(count, sum(size for _, _, size in memory.served), "bytes of the DMA messages")
 
 
-@AREA.case(8, COMPAT, "R375", "dma/client-limit-ignored", compat="libvfio-user's sample client")
+@AREA.case(8, COMPAT, "R375", compat="libvfio-user's sample client")
 def tiny_limit(t: Trial) -> None:
     """A client that takes 1024 bytes at a time gets 1024 at a time.
 
@@ -207,13 +207,13 @@ def tiny_limit(t: Trial) -> None:
     """
     link = t.attach_with({"max_msg_fds": 32, "max_data_xfer_size": 1024}, minor=2)
     device = ready(t, link)
-    memory = ClientMemory(BASE, pattern(SIZE), 1024)
+    memory = ServedMemory(BASE, pattern(SIZE), 1024)
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, SIZE))
     same(pattern(SIZE)[:SMALL], into_device(link, device, BASE, SMALL), "what the device read")
 
 
-@AREA.case(10, MUST, "R377", "dma/twin-unused")
+@AREA.case(10, MUST, "R377")
 def twin_socket(t: Trial) -> None:
     """With a twin socket the server's commands go there, and only there.
 
@@ -229,7 +229,7 @@ def twin_socket(t: Trial) -> None:
     check(not link.commands, "a DMA command came on the main socket")
 
 
-@AREA.case(11, MUST, "R378", "dma/unmapped-asked")
+@AREA.case(11, MUST, "R378")
 def unmapped(t: Trial) -> None:
     """DMA to what is not mapped fails without a message.
 
@@ -247,7 +247,7 @@ def unmapped(t: Trial) -> None:
     check(not beyond, f"DMA messages for what is not mapped: {[hex(address) for address in beyond]}")
 
 
-@AREA.case(12, MUST, "R157 R378", "dma/read-only-written")
+@AREA.case(12, MUST, "R157 R378")
 def read_only_map(t: Trial) -> None:
     """What is mapped for reading is not written.
 
@@ -267,7 +267,7 @@ def read_only_map(t: Trial) -> None:
     same(pattern(SMALL, 2), into_device(link, device, BASE + 2 * SIZE, SMALL), "what the device read")
 
 
-@AREA.case(13, MUST, "R168", "dma/unmap-ignored")
+@AREA.case(13, MUST, "R168")
 def after_unmap(t: Trial) -> None:
     """After DMA_UNMAP the device cannot reach the memory.
 
@@ -286,7 +286,7 @@ def after_unmap(t: Trial) -> None:
     same(pattern(SIZE, 3), os.pread(fd, SIZE, 0), "the file after DMA_UNMAP")
 
 
-@AREA.case(16, COMPAT, "R380", "dma/bare-write-reply-refused", compat="QEMU's v1 forks")
+@AREA.case(16, COMPAT, "R380", compat="QEMU's v1 forks")
 def bare_write_reply(t: Trial) -> None:
     """A DMA_WRITE may be answered by a header alone.
 
@@ -296,13 +296,13 @@ def bare_write_reply(t: Trial) -> None:
     link = t.attach()
     device = ready(t, link)
     by_messages(t, link).spoil = lambda message, reply: (
-        ClientMemory.success(message, b"") if message.command == Command.DMA_WRITE else reply
+        ServedMemory.success(message, b"") if message.command == Command.DMA_WRITE else reply
     )
     device.start_write(link, BASE, SMALL)
     same(0, device.finish(link), "error of the DMA write")
 
 
-@AREA.case(17, MUST, "R159", "dma/adjacent-refused")
+@AREA.case(17, MUST, "R159")
 def across_maps(t: Trial) -> None:
     """One DMA may reach over maps that lie side by side, with and without a file.
 
@@ -312,7 +312,7 @@ def across_maps(t: Trial) -> None:
     link = t.attach()
     device = ready(t, link)
     fd = t.memfd(SIZE, content=pattern(SIZE, 7))
-    memory = ClientMemory(BASE + SIZE, pattern(SIZE, 8))
+    memory = ServedMemory(BASE + SIZE, pattern(SIZE, 8))
     link.on_command = memory
     link.ok(MAP, wire.dma_map(BASE, SIZE), [fd])
     link.ok(MAP, wire.dma_map(BASE + SIZE, SIZE))
@@ -324,7 +324,7 @@ def across_maps(t: Trial) -> None:
     same(pattern(count, 9)[SMALL:], bytes(memory.data[:SMALL]), "the begin of the memory behind it")
 
 
-@AREA.case(18, SHOULD, "R154", "dma/cut-file-kills")
+@AREA.case(18, SHOULD, "R154")
 def file_cut_short(t: Trial) -> None:
     """A file that the client cuts short does not kill the server.
 
@@ -342,7 +342,7 @@ def file_cut_short(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(19, COMPAT, "R376", "dma/waits-in-handler", compat="QEMU 11")
+@AREA.case(19, COMPAT, "R376", compat="QEMU 11")
 def quiet_client(t: Trial) -> None:
     """No answer to a region access waits for DMA: some clients serve DMA only while no access of theirs is outstanding.
 
@@ -352,13 +352,13 @@ def quiet_client(t: Trial) -> None:
     """
     link = t.attach()
     device = ready(t, link)
-    memory = ClientMemory(BASE, pattern(SIZE))
-    waiting: list[tuple[Link, Message]] = []
+    memory = ServedMemory(BASE, pattern(SIZE))
+    waiting: list[tuple[RawLink, Received]] = []
     link.on_command = lambda at, message: waiting.append((at, message))
     link.ok(MAP, wire.dma_map(BASE, SIZE))
     call = link.call
 
-    def serving(*args: object, **kwargs: object) -> Message:
+    def serving(*args: object, **kwargs: object) -> Received:
         reply = call(*args, **kwargs)  # type: ignore[arg-type]
         while waiting:
             memory(*waiting.pop(0))
@@ -370,7 +370,7 @@ def quiet_client(t: Trial) -> None:
     same(pattern(SMALL, 2), bytes(memory.data[:SMALL]), "what the device wrote")
 
 
-@AREA.case(20, MUST, "R394 R371", "dma/odd-count")
+@AREA.case(20, MUST, "R394 R371")
 def sizes(t: Trial) -> None:
     """DMA of any size arrives whole.
 
@@ -391,7 +391,7 @@ def sizes(t: Trial) -> None:
         same(expected, bytes(memory.data), f"memory after a write of {count} bytes")
 
 
-@AREA.case(21, MUST, "R233", "dma/reset-stops-maps")
+@AREA.case(21, MUST, "R233")
 def dma_after_reset(t: Trial) -> None:
     """After DEVICE_RESET the device can use the maps from before.
 

@@ -26,7 +26,7 @@ _LOGGING_STOP = 0x20007
 _GET_BITMAP = 1
 
 
-@AREA.case(24, SHOULD, "R427", "dma-map/giant-kills dma-map/giant-drops-others")
+@AREA.case(24, SHOULD, "R427")
 def giant_mapping(t: Trial) -> None:
     """A mapping that is too large is refused, or does no harm.
 
@@ -47,7 +47,7 @@ def giant_mapping(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(25, SHOULD, "R428", "dma-map/unannounced-drops-first")
+@AREA.case(25, SHOULD, "R428")
 def unannounced_limit(t: Trial) -> None:
     """One mapping too many is refused where no limit was announced, and changes nothing of the others.
 
@@ -68,7 +68,7 @@ def unannounced_limit(t: Trial) -> None:
         unmap(link, BASE + (taken - 1) * _PAGE, _PAGE)
 
 
-@AREA.case(26, SHOULD, "R429", "dma-map/refused-unmap-done dma-map/large-unmap-padded")
+@AREA.case(26, SHOULD, "R429")
 def unmap_with_much_room(t: Trial) -> None:
     """A DMA_UNMAP that has room for more than a megabyte is refused, or done like any other.
 
@@ -88,7 +88,7 @@ def unmap_with_much_room(t: Trial) -> None:
             link.refused(UNMAP, wire.dma_unmap(BASE, SIZE))
 
 
-@AREA.case(27, SHOULD, "R430", "dma-map/giant-bitmap-ok")
+@AREA.case(27, SHOULD, "R430")
 def giant_bitmap(t: Trial) -> None:
     """A bitmap that no reply can hold is refused, and the mapping stays.
 

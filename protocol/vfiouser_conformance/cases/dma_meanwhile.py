@@ -9,10 +9,10 @@ from vfiouser_conformance.case import CannotTell, CaseFailed, Level, check, same
 from vfiouser_conformance.cases.dma import AREA as AREA
 from vfiouser_conformance.cases.dma import SIZE, SMALL, by_messages, into_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, UNMAP
-from vfiouser_conformance.link import Closed, Link
-from vfiouser_conformance.memory import ClientMemory
+from vfiouser_conformance.link import Closed, RawLink
+from vfiouser_conformance.memory import ServedMemory
 from vfiouser_conformance.trial import SILENCE_S, Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command
 
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
@@ -22,7 +22,9 @@ class _Asked(Exception):
     """A DMA command came."""
 
 
-def _until_asked(t: Trial, link: Link, start: Callable[[], None], held: list[Message], *, inside: bool = False) -> None:
+def _until_asked(
+    t: Trial, link: RawLink, start: Callable[[], None], held: list[Received], *, inside: bool = False
+) -> None:
     """Start a DMA and wait for its first command, which is kept, not answered.
 
     Args:
@@ -36,7 +38,7 @@ def _until_asked(t: Trial, link: Link, start: Callable[[], None], held: list[Mes
         CannotTell: it does, but may not: nothing can be sent meanwhile.
     """
 
-    def asked(_: Link, message: Message) -> None:
+    def asked(_: RawLink, message: Received) -> None:
         held.append(message)
         raise _Asked
 
@@ -53,7 +55,7 @@ def _until_asked(t: Trial, link: Link, start: Callable[[], None], held: list[Mes
         return
 
 
-@AREA.case(9, COMPAT, "R376", "dma/commands-wait", compat="QEMU 11")
+@AREA.case(9, COMPAT, "R376", compat="QEMU 11")
 def commands_meanwhile(t: Trial) -> None:
     """Commands of the client are served while the server waits for a DMA reply.
 
@@ -62,7 +64,7 @@ def commands_meanwhile(t: Trial) -> None:
     """
     link = t.attach()
     device = ready(t, link)
-    held: list[Message] = []
+    held: list[Received] = []
     link.on_command = lambda _, message: held.append(message)
     link.ok(MAP, wire.dma_map(BASE, SIZE))
     device.start_read(link, BASE, SMALL)
@@ -72,7 +74,7 @@ def commands_meanwhile(t: Trial) -> None:
         held.append(message)
     first = link.command(Command.DEVICE_GET_INFO, wire.info())
     second = link.command(Command.DEVICE_GET_IRQ_INFO, wire.info())
-    memory = ClientMemory(BASE, pattern(SIZE))
+    memory = ServedMemory(BASE, pattern(SIZE))
     try:
         link.reply(first, Command.DEVICE_GET_INFO, SILENCE_S * 3)
         answered, t_first = "before the DMA's end", True
@@ -91,7 +93,7 @@ def commands_meanwhile(t: Trial) -> None:
     same(pattern(SIZE)[:SMALL], device.taken(link, SMALL), "what the device read")
 
 
-@AREA.case(14, MUST, "R169", "dma/unmap-early")
+@AREA.case(14, MUST, "R169")
 def unmap_during_dma(t: Trial) -> None:
     """DMA_UNMAP is answered when DMA in the range has stopped.
 
@@ -102,7 +104,7 @@ def unmap_during_dma(t: Trial) -> None:
     device = ready(t, link)
     count = min(0x20000, device.largest)
     memory = by_messages(t, link)
-    held: list[Message] = []
+    held: list[Received] = []
     _until_asked(t, link, lambda: device.start_read(link, BASE, count), held)
     msg_id = link.command(UNMAP, wire.dma_unmap(BASE, SIZE))
     link.on_command = lambda at, message: memory(at, message)  # the profile need not wait for all of the DMA
@@ -120,7 +122,7 @@ def unmap_during_dma(t: Trial) -> None:
     same(served, len(memory.served), "DMA messages until the reply to DMA_UNMAP, and in all")
 
 
-@AREA.case(15, MUST, "R379", "dma/leave-kills")
+@AREA.case(15, MUST, "R379")
 def leave_during_dma(t: Trial) -> None:
     """A client that leaves while a DMA reply is outstanding does no harm.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.migration import FEATURE, RUNNING, begin, get_state, name, set_request
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import MigrationFlags
@@ -16,7 +16,7 @@ GET, SET, PROBE = 0x10000, 0x20000, 0x40000
 _KNOWN = int(MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY)
 
 
-@AREA.case(1, MUST, "R241 R243", "feature/migration-flags-empty")
+@AREA.case(1, MUST, "R241 R243")
 def migration(t: Trial) -> None:
     """The migration feature says what the device can.
 
@@ -35,7 +35,7 @@ def migration(t: Trial) -> None:
         check(not flags & MigrationFlags.P2P, f"migration flags {flags:#x} have P2P")
 
 
-@AREA.case(2, MUST, "R245", "feature/probe-no-echo")
+@AREA.case(2, MUST, "R245")
 def probe_get(t: Trial) -> None:
     """PROBE repeats its request when the method is there.
 
@@ -47,7 +47,7 @@ def probe_get(t: Trial) -> None:
     same(request.hex(), t.attach().ok(FEATURE, request).payload.hex(), "payload")
 
 
-@AREA.case(3, MUST, "R247", "feature/probe-alone-refused")
+@AREA.case(3, MUST, "R247")
 def probe_alone(t: Trial) -> None:
     """PROBE alone asks whether a feature exists.
 
@@ -61,7 +61,7 @@ def probe_alone(t: Trial) -> None:
         same(request.hex(), link.ok(FEATURE, request).payload.hex(), "payload")
 
 
-@AREA.case(4, MUST, "R248", "feature/probe-both-refused")
+@AREA.case(4, MUST, "R248")
 def probe_both(t: Trial) -> None:
     """PROBE may ask for GET and SET at once.
 
@@ -73,7 +73,7 @@ def probe_both(t: Trial) -> None:
     same(request.hex(), t.attach().ok(FEATURE, request).payload.hex(), "payload")
 
 
-@AREA.case(5, MUST, "R255 R265", "feature/set-no-echo", effect=Effect.DEVICE)
+@AREA.case(5, MUST, "R255 R265", effect=Effect.DEVICE)
 def set_echo(t: Trial) -> None:
     """SET repeats its request when it is done.
 
@@ -85,7 +85,7 @@ def set_echo(t: Trial) -> None:
     same(request.hex(), link.ok(FEATURE, request).payload.hex(), "payload")
 
 
-@AREA.case(6, MUST, "R241", "feature/golden-refused")
+@AREA.case(6, MUST, "R241")
 def golden(t: Trial) -> None:
     """The golden bytes of GET of the migration feature get a golden reply.
 
@@ -101,7 +101,7 @@ def golden(t: Trial) -> None:
     same("1000000001000100", reply.payload[:8].hex(), "argsz and flags")
 
 
-@AREA.case(7, SHOULD, "R252", "feature/offered-without-migration@no-migration")
+@AREA.case(7, SHOULD, "R252")
 def without_migration(t: Trial) -> None:
     """A device without migration has no migration features.
 
@@ -124,7 +124,7 @@ def without_migration(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(8, MUST, "R245", "feature/probe-sets", effect=Effect.DEVICE)
+@AREA.case(8, MUST, "R245", effect=Effect.DEVICE)
 def probe_changes_nothing(t: Trial) -> None:
     """PROBE of SET sets nothing.
 
@@ -149,66 +149,66 @@ def _logging(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
-            20, MUST, "R240", "feature/short-ok",
+        RefusedRequest(
+            20, MUST, "R240",
             "A DEVICE_FEATURE without its fixed part is refused.",
             "DEVICE_FEATURE with 4 and 7 bytes",
             lambda t: _migratable(t, wire.feature(GET | 1)[:4], wire.feature(GET | 1)[:7]),
         ),
-        Refusal(
-            21, MUST, "R242", "feature/small-argsz-ok",
+        RefusedRequest(
+            21, MUST, "R242",
             "GET without room for the reply is refused.",
             "GET of feature 1 and 2 with argsz 0, 8 and 15",
             lambda t: _migratable(t, *(wire.feature(GET | n, argsz=size) for n in (1, 2) for size in (0, 8, 15))),
         ),
-        Refusal(
-            22, MUST, "R244 R246", "feature/set-migration-ok",
+        RefusedRequest(
+            22, MUST, "R244 R246",
             "The migration feature cannot be set.",
             "SET, and PROBE and SET, of feature 1",
             lambda t: _migratable(t, wire.feature(SET | 1, b"\0" * 8), wire.feature(PROBE | SET | 1)),
         ),
-        Refusal(
-            23, MUST, "R246", "feature/probe-wrong-method-ok",
+        RefusedRequest(
+            23, MUST, "R246",
             "PROBE of a method that a feature lacks fails.",
             "PROBE and GET of features 6 and 7, PROBE and SET of feature 8",
             lambda t: _logging(t, *(wire.feature(PROBE | flags) for flags in (GET | 6, GET | 7, SET | 8))),
         ),
-        Refusal(
-            24, MUST, "R247 R251", "feature/unknown-ok",
+        RefusedRequest(
+            24, MUST, "R247 R251",
             "Features that vfio-user does not have are refused.",
             "PROBE of 77, GET of 0, 3, 4, 5, 10, 0xffff (9 is what QEMU's client with migration asks for)",
             lambda t: _migratable(
                 t, wire.feature(PROBE | 77), *(wire.feature(GET | n, argsz=64) for n in (0, 3, 4, 5, 10, 0xFFFF))
             ),
         ),
-        Refusal(
-            25, SHOULD, "R249", "feature/probe-argsz-ok",
+        RefusedRequest(
+            25, SHOULD, "R249",
             "PROBE without room for its reply is refused.",
             "PROBE and GET of feature 1 with argsz 0",
             lambda t: _migratable(t, wire.feature(PROBE | GET | 1, argsz=0)),
         ),
-        Refusal(
-            26, MUST, "R250", "feature/get-and-set-ok",
+        RefusedRequest(
+            26, MUST, "R250",
             "Without PROBE exactly one of GET and SET is asked for.",
             "GET and SET of feature 2, and neither",
             lambda t: _migratable(t, wire.feature(GET | SET | 2, b"\2\0\0\0\0\0\0\0"), wire.feature(2, b"\0" * 8)),
             Effect.DEVICE,
         ),
-        Refusal(
-            27, MUST, "R251", "feature/unknown-flag-ok",
+        RefusedRequest(
+            27, MUST, "R251",
             "Flags that do not exist are refused.",
             "GET of feature 1 with bits 19 and 31",
             lambda t: _migratable(t, *(wire.feature(GET | 1 | bit, argsz=16) for bit in (1 << 19, 1 << 31))),
         ),
-        Refusal(
-            28, MUST, "R253", "feature/set-argsz-ok",
+        RefusedRequest(
+            28, MUST, "R253",
             "SET without room for its reply is refused.",
             "SET of state RUNNING with argsz 8 and 15",
             lambda t: _migratable(t, *(struct.pack("<I", size) + set_request(RUNNING)[4:] for size in (8, 15))),
             Effect.DEVICE,
         ),
-        Refusal(
-            29, SHOULD, "R254", "feature/set-short-ok",
+        RefusedRequest(
+            29, SHOULD, "R254",
             "SET of the state needs the state.",
             "SET of feature 2 without data, and with 2 bytes of it",
             lambda t: _migratable(t, wire.feature(SET | 2), wire.feature(SET | 2, b"\2\0")),

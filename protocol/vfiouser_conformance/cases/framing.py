@@ -7,7 +7,7 @@ import time
 
 from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
-from vfiouser_conformance.link import Closed, Link
+from vfiouser_conformance.link import Closed, RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -18,7 +18,7 @@ _BYTE_PAUSE_S = 0.002
 _INFO = wire.info()
 
 
-@AREA.case(1, MUST, "R001 R002", "frame/reply-id")
+@AREA.case(1, MUST, "R001 R002")
 def reply_header(t: Trial) -> None:
     """A reply repeats the command's message id and command number and has type 1.
 
@@ -34,7 +34,7 @@ def reply_header(t: Trial) -> None:
     link.silent(0)
 
 
-@AREA.case(2, MUST, "R001", "frame/golden-info")
+@AREA.case(2, MUST, "R001")
 def golden_bytes(t: Trial) -> None:
     """The golden bytes of the simplest command get the golden bytes of its reply.
 
@@ -49,7 +49,7 @@ def golden_bytes(t: Trial) -> None:
     same("10000000", reply.payload[:4].hex(), "argsz of the reply")
 
 
-@AREA.case(3, MUST, "R003", "frame/error-flag")
+@AREA.case(3, MUST, "R003")
 def error_header(t: Trial) -> None:
     """A command that fails gets a reply with the ERROR bit and a number that is no negative one.
 
@@ -61,7 +61,7 @@ def error_header(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(4, MUST, "R004", "frame/error-payload-huge")
+@AREA.case(4, MUST, "R004")
 def error_size(t: Trial) -> None:
     """An error reply is a header alone.
 
@@ -80,7 +80,7 @@ def error_size(t: Trial) -> None:
         check(not reply.payload, f"the error reply to {command.name} has {len(reply.payload)} more bytes")
 
 
-@AREA.case(5, MUST, "R005", "frame/reply-to-no-reply")
+@AREA.case(5, MUST, "R005")
 def no_reply(t: Trial) -> None:
     """A command that wants no reply gets none.
 
@@ -93,7 +93,7 @@ def no_reply(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(6, SHOULD, "R006", "frame/no-reply-error")
+@AREA.case(6, SHOULD, "R006")
 def no_reply_to_failures(t: Trial) -> None:
     """Not even a failure is answered when no reply is wanted.
 
@@ -107,7 +107,7 @@ def no_reply_to_failures(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(7, MUST, "R005 R007", "frame/no-reply-lost", effect=Effect.DEVICE)
+@AREA.case(7, MUST, "R005 R007", effect=Effect.DEVICE)
 def posted_write(t: Trial) -> None:
     """A posted write is executed, and a later read sees it.
 
@@ -125,7 +125,7 @@ def posted_write(t: Trial) -> None:
         same(value, t.read_config(link, offset, width), "what was written with NO_REPLY")
 
 
-@AREA.case(8, MUST, "R008", "frame/duplicate-ids")
+@AREA.case(8, MUST, "R008")
 def same_id_twice(t: Trial) -> None:
     """Two outstanding commands may have the same id.
 
@@ -140,7 +140,7 @@ def same_id_twice(t: Trial) -> None:
     link.reply(7, Command.DEVICE_GET_INFO)
 
 
-@AREA.case(9, MUST, "R009", "frame/out-of-order")
+@AREA.case(9, MUST, "R009")
 def pipelined(t: Trial) -> None:
     """Fifty commands in one piece are answered in their order.
 
@@ -154,7 +154,7 @@ def pipelined(t: Trial) -> None:
         link.reply(100 + n, commands[n % 2])
 
 
-@AREA.case(10, SHOULD, "R010", "frame/unknown-command-ok")
+@AREA.case(10, SHOULD, "R010")
 def unknown_command(t: Trial) -> None:
     """A command that nobody knows is refused, and nothing else happens.
 
@@ -167,7 +167,7 @@ def unknown_command(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(11, SHOULD, "R011", "frame/command-zero-ok")
+@AREA.case(11, SHOULD, "R011")
 def command_zero(t: Trial) -> None:
     """Command 0 is no command.
 
@@ -179,7 +179,7 @@ def command_zero(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(12, SHOULD, "R012", "frame/dma-command-ok")
+@AREA.case(12, SHOULD, "R012")
 def commands_of_servers(t: Trial) -> None:
     """DMA_READ and DMA_WRITE are the server's to send.
 
@@ -192,7 +192,7 @@ def commands_of_servers(t: Trial) -> None:
     link.alive()
 
 
-def _refused_or_closed(link: Link, data: bytes, what: str) -> None:
+def _refused_or_closed(link: RawLink, data: bytes, what: str) -> None:
     """Send something that is no good command: an error reply or the end of the connection, never a success."""
     try:
         link.send(data)
@@ -202,7 +202,7 @@ def _refused_or_closed(link: Link, data: bytes, what: str) -> None:
     check(reply.failed, f"{what} was answered with success")
 
 
-@AREA.case(13, MUST, "R013", "frame/reply-executed", effect=Effect.DEVICE)
+@AREA.case(13, MUST, "R013", effect=Effect.DEVICE)
 def unsolicited_reply(t: Trial) -> None:
     """A reply that nobody waits for is not executed.
 
@@ -212,7 +212,7 @@ def unsolicited_reply(t: Trial) -> None:
     _not_executed(t, wire.REPLY, allow_silence=True)
 
 
-@AREA.case(14, SHOULD, "R014", "frame/type-executed", effect=Effect.DEVICE)
+@AREA.case(14, SHOULD, "R014", effect=Effect.DEVICE)
 def undefined_type(t: Trial) -> None:
     """A message whose type is undefined is not executed.
 
@@ -244,7 +244,7 @@ def _not_executed(t: Trial, kind: int, *, allow_silence: bool) -> None:
     t.drop(again)
 
 
-@AREA.case(15, SHOULD, "R015", "frame/size-8-ok")
+@AREA.case(15, SHOULD, "R015")
 def too_small_size(t: Trial) -> None:
     """A msg_size smaller than the header is no message.
 
@@ -258,7 +258,7 @@ def too_small_size(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(16, SHOULD, "R016", "frame/no-payload-ok")
+@AREA.case(16, SHOULD, "R016")
 def missing_payload(t: Trial) -> None:
     """A command that needs a payload is refused without one.
 
@@ -271,7 +271,7 @@ def missing_payload(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(17, SHOULD, "R018", "frame/huge-size-waits")
+@AREA.case(17, SHOULD, "R018")
 def giant_size(t: Trial) -> None:
     """A message of two gigabytes is not waited for.
 
@@ -285,7 +285,7 @@ def giant_size(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(18, SHOULD, "R019", "frame/body-parsed-as-header")
+@AREA.case(18, SHOULD, "R019")
 def body_is_no_header(t: Trial) -> None:
     """What follows a bad header is never taken for a message.
 
@@ -306,7 +306,7 @@ def body_is_no_header(t: Trial) -> None:
         return
 
 
-@AREA.case(19, SHOULD, "R020", "frame/split-header")
+@AREA.case(19, SHOULD, "R020")
 def split_header(t: Trial) -> None:
     """A header may come in pieces.
 
@@ -316,7 +316,7 @@ def split_header(t: Trial) -> None:
     _in_pieces(t, (5,))
 
 
-@AREA.case(20, SHOULD, "R021", "frame/split-body")
+@AREA.case(20, SHOULD, "R021")
 def split_body(t: Trial) -> None:
     """A body may come in pieces.
 
@@ -326,7 +326,7 @@ def split_body(t: Trial) -> None:
     _in_pieces(t, (16, 20, 27))
 
 
-@AREA.case(21, SHOULD, "R020 R021", "frame/split-byte")
+@AREA.case(21, SHOULD, "R020 R021")
 def byte_by_byte(t: Trial) -> None:
     """Message boundaries have nothing to do with the pieces that a stream comes in.
 
@@ -357,7 +357,7 @@ def _in_pieces(t: Trial, cuts: tuple[int, ...]) -> None:
     same(32, reply.size, "msg_size of the reply")
 
 
-@AREA.case(22, SHOULD, "R022", "frame/reserved-bits-refused")
+@AREA.case(22, SHOULD, "R022")
 def reserved_flags(t: Trial) -> None:
     """Bits of the flags that mean nothing yet are ignored.
 
@@ -369,7 +369,7 @@ def reserved_flags(t: Trial) -> None:
         check(not link.call(Command.DEVICE_GET_INFO, _INFO, flags=flags).failed, f"flags {flags:#x} were refused")
 
 
-@AREA.case(23, SHOULD, "R023", "frame/error-bit-refused")
+@AREA.case(23, SHOULD, "R023")
 def error_in_command(t: Trial) -> None:
     """The ERROR bit and the error field mean nothing in a command.
 
@@ -382,7 +382,7 @@ def error_in_command(t: Trial) -> None:
         check(not link.reply(4, Command.DEVICE_GET_INFO).failed, f"flags {flags:#x} error {error} were refused")
 
 
-@AREA.case(24, MUST, "R024", "frame/half-message-kills")
+@AREA.case(24, MUST, "R024")
 def half_messages(t: Trial) -> None:
     """A client that leaves in the middle of a message does no harm.
 
@@ -398,7 +398,7 @@ def half_messages(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(25, MUST, "R033", "frame/early-leave-kills")
+@AREA.case(25, MUST, "R033")
 def leaving_before_the_reply(t: Trial) -> None:
     """A client that leaves before it has its reply does no harm.
 
@@ -412,7 +412,7 @@ def leaving_before_the_reply(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(26, MUST, "R001 R391", "frame/slow-reply")
+@AREA.case(26, MUST, "R001 R391")
 def answers_in_time(t: Trial) -> None:
     """Every answer comes within the five seconds that clients wait.
 
@@ -432,7 +432,7 @@ def answers_in_time(t: Trial) -> None:
     check(slowest < limit, f"one of 200 replies took {slowest:.1f} s")
 
 
-@AREA.case(27, MUST, "R009", "frame/flood-lost")
+@AREA.case(27, MUST, "R009")
 def flood(t: Trial) -> None:
     """A client that sends much before it reads anything gets every reply.
 
@@ -446,7 +446,7 @@ def flood(t: Trial) -> None:
         link.reply(n, Command.DEVICE_GET_INFO)
 
 
-@AREA.case(28, MUST, "R002", "frame/reply-size")
+@AREA.case(28, MUST, "R002")
 def sizes_add_up(t: Trial) -> None:
     """The msg_size of every reply is what the reply has.
 
@@ -469,7 +469,7 @@ def sizes_add_up(t: Trial) -> None:
     link.silent(SILENCE_S)
 
 
-@AREA.case(29, SHOULD, "R011", "frame/unoffered-command-ok@no-migration")
+@AREA.case(29, SHOULD, "R011")
 def unoffered_generations(t: Trial) -> None:
     """The commands of a migration generation that the server does not offer are refused.
 

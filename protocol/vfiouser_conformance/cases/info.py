@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DeviceInfoFlags, IrqIndex, IrqInfoFlags
 
@@ -24,7 +24,7 @@ def _info(t: Trial, payload: bytes) -> tuple[int, int, int, int]:
     return argsz, flags, regions, irqs
 
 
-@AREA.case(1, MUST, "R080", "info/argsz-zero")
+@AREA.case(1, MUST, "R080")
 def get_info(t: Trial) -> None:
     """GET_INFO describes the device in 16 bytes.
 
@@ -38,7 +38,7 @@ def get_info(t: Trial) -> None:
         check(irqs >= _PCI_IRQS, f"a PCI device with {irqs} IRQ types")
 
 
-@AREA.case(2, COMPAT, "R080", "info/not-pci", compat="QEMU 11")
+@AREA.case(2, COMPAT, "R080", compat="QEMU 11")
 def info_for_qemu(t: Trial) -> None:
     """The device is one that QEMU attaches.
 
@@ -51,7 +51,7 @@ def info_for_qemu(t: Trial) -> None:
     check(3 <= irqs <= 50, f"{irqs} IRQ types")
 
 
-@AREA.case(3, MUST, "R082 R083", "info/argsz-echoed")
+@AREA.case(3, MUST, "R082 R083")
 def larger_argsz(t: Trial) -> None:
     """More room than needed changes nothing.
 
@@ -62,7 +62,7 @@ def larger_argsz(t: Trial) -> None:
         same(16, _info(t, wire.info(argsz))[0], f"argsz of the reply to argsz {argsz}")
 
 
-@AREA.case(4, COMPAT, "R025", "info/long-payload-refused", compat="QEMU's v1 forks")
+@AREA.case(4, COMPAT, "R025", compat="QEMU's v1 forks")
 def longer_payload(t: Trial) -> None:
     """A request that has more than the fields we know is answered like one that has not.
 
@@ -72,7 +72,7 @@ def longer_payload(t: Trial) -> None:
     _info(t, wire.info(20) + b"\0\0\0\0")
 
 
-@AREA.case(5, SHOULD, "R084", "info/request-fields-refused")
+@AREA.case(5, SHOULD, "R084")
 def fields_of_the_request(t: Trial) -> None:
     """What a request has in the reply's fields is ignored.
 
@@ -82,7 +82,7 @@ def fields_of_the_request(t: Trial) -> None:
     same(_info(t, wire.info()), _info(t, wire.info(16, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF)), "GET_INFO")
 
 
-@AREA.case(6, MUST, "R080", "info/changes")
+@AREA.case(6, MUST, "R080")
 def stable(t: Trial) -> None:
     """The device does not change while it is looked at.
 
@@ -107,7 +107,7 @@ def _irq(t: Trial, index: int, argsz: int = 16) -> tuple[int, int, int, int]:
     return size, flags, echoed, count
 
 
-@AREA.case(20, MUST, "R102", "info/irq-index-not-echoed")
+@AREA.case(20, MUST, "R102")
 def get_irq_info(t: Trial) -> None:
     """Every IRQ type can be asked about.
 
@@ -121,7 +121,7 @@ def get_irq_info(t: Trial) -> None:
         check(not count or flags & IrqInfoFlags.EVENTFD, f"IRQ index {index} cannot be signalled by eventfd")
 
 
-@AREA.case(21, MUST, "R102", "info/too-many-vectors")
+@AREA.case(21, MUST, "R102")
 def irq_limits(t: Trial) -> None:
     """A PCI function has no more vectors than PCI allows.
 
@@ -136,7 +136,7 @@ def irq_limits(t: Trial) -> None:
     check(msi & (msi - 1) == 0, f"{msi} MSI vectors")
 
 
-@AREA.case(22, SHOULD, "R106", "info/empty-irq-refused")
+@AREA.case(22, SHOULD, "R106")
 def empty_irq_type(t: Trial) -> None:
     """A type without vectors is described, not refused.
 
@@ -150,7 +150,7 @@ def empty_irq_type(t: Trial) -> None:
         same(0, _irq(t, index)[3], "count")
 
 
-@AREA.case(23, SHOULD, "R105", "info/intx-no-automask")
+@AREA.case(23, SHOULD, "R105")
 def intx_flags(t: Trial) -> None:
     """INTx, a level, can be masked and masks itself.
 
@@ -168,7 +168,7 @@ def intx_flags(t: Trial) -> None:
     t.saw("INTx flags", "MASKABLE and AUTOMASKED", recommended=True)
 
 
-@AREA.case(24, MUST, "R083 R082", "info/irq-argsz-echoed")
+@AREA.case(24, MUST, "R083 R082")
 def irq_larger_argsz(t: Trial) -> None:
     """More room than needed changes nothing for GET_IRQ_INFO.
 
@@ -179,7 +179,7 @@ def irq_larger_argsz(t: Trial) -> None:
         _irq(t, 0, argsz)
 
 
-@AREA.case(25, MUST, "R102", "info/msix-count-off")
+@AREA.case(25, MUST, "R102")
 def counts_match_config(t: Trial) -> None:
     """The vectors of MSI and MSI-X are those of the capabilities in config space.
 
@@ -209,7 +209,7 @@ def interrupt_capabilities(config: bytes) -> dict[int, tuple[int, int]]:
     return found
 
 
-@AREA.case(26, MUST, "R080", "info/golden-irq")
+@AREA.case(26, MUST, "R080")
 def golden_irq_info(t: Trial) -> None:
     """The golden bytes of GET_IRQ_INFO get a reply whose fixed fields are the golden ones.
 
@@ -230,26 +230,26 @@ _GET, _IRQ = int(Command.DEVICE_GET_INFO), int(Command.DEVICE_GET_IRQ_INFO)
 refusals(
     AREA,
     (
-        Refusal(
-            10, MUST, "R081", "info/small-argsz-ok",
+        RefusedRequest(
+            10, MUST, "R081",
             "A client without room for the reply is refused.",
             "GET_INFO with argsz 0 and 15",
             lambda t: [(_GET, wire.info(0)), (_GET, wire.info(15))],
         ),
-        Refusal(
-            11, MUST, "R081", "info/short-payload-ok",
+        RefusedRequest(
+            11, MUST, "R081",
             "A request that is shorter than its fixed part is refused.",
             "GET_INFO with 4 and 15 bytes",
             lambda t: [(_GET, wire.info()[:4]), (_GET, wire.info()[:15])],
         ),
-        Refusal(
-            30, MUST, "R103", "info/irq-index-ok",
+        RefusedRequest(
+            30, MUST, "R103",
             "An IRQ index that does not exist is refused.",
             "GET_IRQ_INFO of index num_irqs and 0xffffffff",
             lambda t: [(_IRQ, wire.info(16, 0, len(t.facts.irqs))), (_IRQ, wire.info(16, 0, 0xFFFFFFFF))],
         ),
-        Refusal(
-            31, MUST, "R104", "info/irq-argsz-ok",
+        RefusedRequest(
+            31, MUST, "R104",
             "GET_IRQ_INFO without room for the reply, or shorter than its fixed part, is refused.",
             "GET_IRQ_INFO with argsz 8 and 15, and with 8 and 15 bytes",
             lambda t: [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Level, NotApplicable, Refusal, refusals
+from vfiouser_conformance.case import Level, NotApplicable, RefusedRequest, refusals
 from vfiouser_conformance.cases.irqs import AREA as AREA
 from vfiouser_conformance.cases.irqs import SET
 from vfiouser_conformance.trial import Trial
@@ -35,8 +35,8 @@ def _request(t: Trial, flags: int, start: int, count: int, data: bytes = b"") ->
 refusals(
     AREA,
     (
-        Refusal(
-            30, MUST, "R181", "irq/short-ok",
+        RefusedRequest(
+            30, MUST, "R181",
             "A SET_IRQS that is too small is refused.",
             "SET_IRQS with 8 and 19 bytes, and with argsz 0 and 19",
             lambda t: [
@@ -44,34 +44,34 @@ refusals(
                 *((SET, wire.set_irqs(0x21, _index(t), 0, 0, argsz=argsz)) for argsz in (0, 19)),
             ],
         ),
-        Refusal(
-            31, MUST, "R182", "irq/index-ok",
+        RefusedRequest(
+            31, MUST, "R182",
             "An IRQ index that does not exist is refused.",
             "SET_IRQS of index num_irqs and 0xffffffff",
             lambda t: [(SET, wire.set_irqs(0x21, index, 0, 1)) for index in (len(t.facts.irqs), 0xFFFFFFFF)],
         ),
-        Refusal(
-            32, MUST, "R183", "irq/two-actions-ok",
+        RefusedRequest(
+            32, MUST, "R183",
             "Exactly one action is asked for.",
             "SET_IRQS with MASK and UNMASK, with MASK and TRIGGER, and with none",
             lambda t: [_request(t, flags, 0, 1) for flags in (0x19, 0x29, 0x01)],
         ),
-        Refusal(
-            33, MUST, "R184", "irq/two-data-ok",
+        RefusedRequest(
+            33, MUST, "R184",
             "Exactly one kind of data is given.",
             "SET_IRQS with NONE and BOOL, with NONE and EVENTFD, with none, and with flags 0",
             lambda t: [
                 _request(t, 0x23, 0, 1, b"\x01"), _request(t, 0x25, 0, 1), _request(t, 0x20, 0, 1), _request(t, 0, 0, 1)
             ],
         ),
-        Refusal(
-            34, MUST, "R185", "irq/start-ok",
+        RefusedRequest(
+            34, MUST, "R185",
             "The first vector is one that there is.",
             "TRIGGER with NONE that starts at the number of vectors, and at 0xffffffff",
             lambda t: [_request(t, 0x21, start, 1) for start in (_count(t), 0xFFFFFFFF)],
         ),
-        Refusal(
-            35, MUST, "R186", "irq/range-ok",
+        RefusedRequest(
+            35, MUST, "R186",
             "All vectors of a range are ones that there are.",
             "TRIGGER with NONE of one vector too many, of 0xffffffff, and of a range that wraps",
             lambda t: [
@@ -80,40 +80,40 @@ refusals(
                 _request(t, 0x21, _count(t) - 1, 0xFFFFFFFF),
             ],
         ),
-        Refusal(
-            36, SHOULD, "R187", "irq/mask-err-ok",
+        RefusedRequest(
+            36, SHOULD, "R187",
             "ERR and REQ cannot be masked.",
             "MASK and UNMASK with NONE of them",
             lambda t: [(SET, wire.set_irqs(flags, index, 0, 1)) for index in _single(t) for flags in (0x09, 0x11)],
         ),
-        Refusal(
-            37, MUST, "R188", "irq/two-err-ok",
+        RefusedRequest(
+            37, MUST, "R188",
             "ERR and REQ have one vector.",
             "TRIGGER with NONE of two vectors of them",
             lambda t: [(SET, wire.set_irqs(0x21, index, 0, 2)) for index in _single(t)],
         ),
-        Refusal(
-            38, SHOULD, "R189", "irq/start-of-nothing-ok",
+        RefusedRequest(
+            38, SHOULD, "R189",
             "A range of nothing starts at 0.",
             "TRIGGER with NONE, start 1 and count 0",
             lambda t: [_request(t, 0x21, 1, 0)],
         ),
-        Refusal(
-            39, MUST, "R190", "irq/mask-nothing-ok",
+        RefusedRequest(
+            39, MUST, "R190",
             "Only TRIGGER with NONE may have count 0.",
             "count 0 with MASK and NONE, TRIGGER and BOOL, TRIGGER and EVENTFD",
             lambda t: [_request(t, flags, 0, 0) for flags in (0x09, 0x22, 0x24)],
         ),
-        Refusal(
-            40, SHOULD, "R191", "irq/fd-without-eventfd-ok",
+        RefusedRequest(
+            40, SHOULD, "R191",
             "Descriptors come with EVENTFD only.",
             "TRIGGER with NONE, and with BOOL, with an eventfd",
             lambda t: [
                 (*_request(t, 0x21, 0, 1), [t.eventfd()]), (*_request(t, 0x22, 0, 1, b"\x01"), [t.eventfd()])
             ],
         ),
-        Refusal(
-            41, MUST, "R192", "irq/fd-count-ok",
+        RefusedRequest(
+            41, MUST, "R192",
             "There are as many descriptors as vectors, or none.",
             "EVENTFD of one vector with two eventfds, and of two with one",
             lambda t: [
@@ -121,8 +121,8 @@ refusals(
                 *([(*_request(t, 0x24, 0, 2), [t.eventfd()])] if _count(t) > 1 else []),
             ],
         ),
-        Refusal(
-            42, MUST, "R193", "irq/bool-length-ok",
+        RefusedRequest(
+            42, MUST, "R193",
             "There are as many booleans as vectors.",
             "TRIGGER with BOOL of one vector with none and two booleans",
             lambda t: [_request(t, 0x22, 0, 1), _request(t, 0x22, 0, 1, b"\x01\x01")],
@@ -131,7 +131,7 @@ refusals(
 )  # fmt: skip
 
 
-@AREA.case(50, MUST, "R191 R192 R029", "irq/refused-fds-kept")
+@AREA.case(50, MUST, "R191 R192 R029")
 def refused_descriptors(t: Trial) -> None:
     """Descriptors of a SET_IRQS that is refused are closed.
 

@@ -22,7 +22,7 @@ from vfiouser_conformance.trial import Trial
 MUST = Level.MUST
 
 
-@AREA.case(16, MUST, "R032 R033", "session/leave-in-map-keeps-file session/leave-in-map-kills", effect=Effect.SESSION)
+@AREA.case(16, MUST, "R032 R033", effect=Effect.SESSION)
 def gone_before_the_map(t: Trial) -> None:
     """A client that leaves before its DMA_MAP is answered leaves no mapping.
 
@@ -41,7 +41,7 @@ def gone_before_the_map(t: Trial) -> None:
     again.alive()
 
 
-@AREA.case(17, MUST, "R033 R235", "session/leave-in-transition-kills session/leave-in-transition-odd-state")
+@AREA.case(17, MUST, "R033 R235")
 def gone_before_the_state(t: Trial) -> None:
     """A client that leaves before its SET of the state is answered leaves a device that serves the next.
 

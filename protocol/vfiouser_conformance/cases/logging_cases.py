@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.dma import into_device, out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import FEATURE
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 
 AREA = Area("LOGGING", "DMA logging (DEVICE_FEATURE)", Effect.SESSION)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
@@ -29,7 +29,7 @@ def _offered(t: Trial) -> None:
     t.facts.maps()  # what is not mapped is not logged
 
 
-def _begin(t: Trial, *, start: bool = True) -> Link:
+def _begin(t: Trial, *, start: bool = True) -> RawLink:
     """A connection with 16 pages of file mapped, and logging started."""
     link = _attach(t)
     link.ok(MAP, wire.dma_map(BASE, SIZE), [t.memfd(SIZE)])
@@ -38,7 +38,7 @@ def _begin(t: Trial, *, start: bool = True) -> Link:
     return link
 
 
-def _attach(t: Trial) -> Link:
+def _attach(t: Trial) -> RawLink:
     """A connection with logging off, whatever an earlier client left, and off again when the case ends."""
     _offered(t)
     link = t.attach()
@@ -47,16 +47,16 @@ def _attach(t: Trial) -> Link:
     return link
 
 
-def _end(link: Link) -> None:
+def _end(link: RawLink) -> None:
     """STOP; some servers refuse to stop what is stopped."""
     link.call(FEATURE, wire.feature(_STOP))
 
 
-def _start(link: Link, page_size: int = _PAGE) -> Message:
+def _start(link: RawLink, page_size: int = _PAGE) -> Received:
     return link.ok(FEATURE, start_request(page_size))
 
 
-def _report(link: Link, address: int = BASE, length: int = SIZE, page_size: int = _PAGE) -> bytes:
+def _report(link: RawLink, address: int = BASE, length: int = SIZE, page_size: int = _PAGE) -> bytes:
     """A report that has to succeed; returns its bitmap."""
     request = wire.log_report(address, length, page_size)
     reply = link.ok(FEATURE, request)
@@ -71,14 +71,14 @@ def _pages(bitmap: bytes) -> list[int]:
     return [n for n in range(8 * len(bitmap)) if bitmap[n // 8] >> n % 8 & 1]
 
 
-def _dirty(t: Trial, link: Link, *pages: int) -> None:
+def _dirty(t: Trial, link: RawLink, *pages: int) -> None:
     """Make the device write to pages of the mapped file."""
     device = ready(t, link)
     for page in pages:
         out_of_device(link, device, BASE + page * _PAGE, pattern(_PAGE, page + 1))
 
 
-@AREA.case(1, MUST, "R290", "logging/page-size-zero-said")
+@AREA.case(1, MUST, "R290")
 def start(t: Trial) -> None:
     """Logging starts, and the reply says with which page size.
 
@@ -92,7 +92,7 @@ def start(t: Trial) -> None:
     check(size and size & (size - 1) == 0, f"a page size of {size}")
 
 
-@AREA.case(2, SHOULD, "R292", "logging/second-start-forgets-mode")
+@AREA.case(2, SHOULD, "R292")
 def start_twice(t: Trial) -> None:
     """A second START changes nothing.
 
@@ -105,7 +105,7 @@ def start_twice(t: Trial) -> None:
     _report(link)
 
 
-@AREA.case(3, SHOULD, "R294", "logging/odd-page-size-broken")
+@AREA.case(3, SHOULD, "R294")
 def odd_page_size(t: Trial) -> None:
     """A page size that is no power of two is refused or replaced.
 
@@ -121,7 +121,7 @@ def odd_page_size(t: Trial) -> None:
     t.saw("START with page size 3000", f"page size {size}", recommended=size != 3000)
 
 
-@AREA.case(4, SHOULD, "R296", "logging/second-stop-refused")
+@AREA.case(4, SHOULD, "R296")
 def stop_twice(t: Trial) -> None:
     """Logging can be stopped when it is stopped.
 
@@ -133,7 +133,7 @@ def stop_twice(t: Trial) -> None:
         link.ok(FEATURE, request)
 
 
-@AREA.case(5, MUST, "R297", "logging/clean-is-dirty")
+@AREA.case(5, MUST, "R297")
 def clean_report(t: Trial) -> None:
     """What the device did not write is reported clean.
 
@@ -144,7 +144,7 @@ def clean_report(t: Trial) -> None:
     same([], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(6, MUST, "R308", "logging/bitmap-short")
+@AREA.case(6, MUST, "R308")
 def bitmap_sizes(t: Trial) -> None:
     """A bitmap is of whole 64-bit words, and the bits behind its end are zero.
 
@@ -159,7 +159,7 @@ def bitmap_sizes(t: Trial) -> None:
         same([], _pages(_report(link, address, pages * _PAGE)), "dirty pages")
 
 
-@AREA.case(7, MUST, "R298 R305", "logging/wrong-bit", effect=Effect.DEVICE)
+@AREA.case(7, MUST, "R298 R305", effect=Effect.DEVICE)
 def written_page(t: Trial) -> None:
     """A page that the device wrote is reported, as bit n % 8 of byte n // 8.
 
@@ -171,7 +171,7 @@ def written_page(t: Trial) -> None:
     same([3, 11], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(8, MUST, "R299", "logging/stale-bit", effect=Effect.DEVICE)
+@AREA.case(8, MUST, "R299", effect=Effect.DEVICE)
 def reporting_clears(t: Trial) -> None:
     """A report forgets what it reported.
 
@@ -186,7 +186,7 @@ def reporting_clears(t: Trial) -> None:
     same([5], _pages(_report(link)), "dirty pages of the third report")
 
 
-@AREA.case(9, MUST, "R300", "logging/page-size-ignored", effect=Effect.DEVICE)
+@AREA.case(9, MUST, "R300", effect=Effect.DEVICE)
 def other_page_sizes(t: Trial) -> None:
     """A report may have larger or smaller pages than the log.
 
@@ -201,7 +201,7 @@ def other_page_sizes(t: Trial) -> None:
     check(found and set(found) <= {6, 7}, f"dirty pages of 2048 bytes: {found}")
 
 
-@AREA.case(10, SHOULD, "R304", "logging/sub-range-wrong", effect=Effect.DEVICE)
+@AREA.case(10, SHOULD, "R304", effect=Effect.DEVICE)
 def any_range(t: Trial) -> None:
     """A report may be of a part of a map, or of several.
 
@@ -225,7 +225,7 @@ def any_range(t: Trial) -> None:
     t.saw("REPORT of two maps", "accepted", recommended=True)
 
 
-@AREA.case(11, SHOULD, "R306", "logging/late-map-lost", effect=Effect.DEVICE)
+@AREA.case(11, SHOULD, "R306", effect=Effect.DEVICE)
 def mapped_later(t: Trial) -> None:
     """What is mapped after START is logged, too.
 
@@ -239,7 +239,7 @@ def mapped_later(t: Trial) -> None:
     same([6], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(12, MUST, "R307", "logging/reads-dirty", effect=Effect.DEVICE)
+@AREA.case(12, MUST, "R307", effect=Effect.DEVICE)
 def reads_are_clean(t: Trial) -> None:
     """What the device reads is not dirty.
 
@@ -251,7 +251,7 @@ def reads_are_clean(t: Trial) -> None:
     same([], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(13, SHOULD, "R309", "logging/first-page-only", effect=Effect.DEVICE)
+@AREA.case(13, SHOULD, "R309", effect=Effect.DEVICE)
 def across_pages(t: Trial) -> None:
     """A write across a border makes both pages dirty.
 
@@ -267,7 +267,7 @@ def across_pages(t: Trial) -> None:
     same([4, 5], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(14, SHOULD, "R311", "logging/restart-keeps", effect=Effect.DEVICE)
+@AREA.case(14, SHOULD, "R311", effect=Effect.DEVICE)
 def restart(t: Trial) -> None:
     """A new START begins clean.
 
@@ -281,7 +281,7 @@ def restart(t: Trial) -> None:
     same([], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(15, COMPAT, "R312", "logging/survives-connection", compat="libvfio-user")
+@AREA.case(15, COMPAT, "R312", compat="libvfio-user")
 def ends_with_the_connection(t: Trial) -> None:
     """Logging ends with its connection.
 
@@ -298,7 +298,7 @@ def ends_with_the_connection(t: Trial) -> None:
     again.refused(FEATURE, wire.log_report(BASE, SIZE, _PAGE))
 
 
-@AREA.case(16, MUST, "R297", "logging/golden-refused")
+@AREA.case(16, MUST, "R297")
 def golden(t: Trial) -> None:
     """The golden bytes of REPORT get a golden reply.
 
@@ -314,7 +314,7 @@ def golden(t: Trial) -> None:
     same(expected, reply.payload.hex(), "payload")
 
 
-@AREA.case(17, COMPAT, "R173 R161", "logging/unmap-no-bitmap", effect=Effect.DEVICE, compat="libvfio-user")
+@AREA.case(17, COMPAT, "R173 R161", effect=Effect.DEVICE, compat="libvfio-user")
 def bitmap_of_unmap(t: Trial) -> None:
     """DMA_UNMAP can give the bitmap of what it unmaps.
 
@@ -334,7 +334,7 @@ def bitmap_of_unmap(t: Trial) -> None:
         link.refused(UNMAP, wire.dma_unmap(BASE, SIZE))
 
 
-@AREA.case(18, COMPAT, "R174", "logging/bad-unmap-bitmap-ok", compat="libvfio-user")
+@AREA.case(18, COMPAT, "R174", compat="libvfio-user")
 def bad_bitmap_of_unmap(t: Trial) -> None:
     """A DMA_UNMAP whose bitmap does not fit is refused, and the map stays.
 
@@ -367,48 +367,48 @@ def _unlogged(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
-            30, MUST, "R291", "logging/zero-page-size-ok",
+        RefusedRequest(
+            30, MUST, "R291",
             "Logging needs a page size.",
             "START with page size 0",
             lambda t: _unlogged(t, start_request(0)),
         ),
-        Refusal(
-            31, SHOULD, "R293", "logging/other-start-ok",
+        RefusedRequest(
+            31, SHOULD, "R293",
             "Logging that is started cannot be started with another page size.",
             "START with 4096, then with 65536",
             lambda t: _logged(t, start_request(65536)),
         ),
-        Refusal(
-            32, SHOULD, "R295", "logging/ranges-missing-ok",
+        RefusedRequest(
+            32, SHOULD, "R295",
             "Ranges that a START announces have to be there.",
             "START with num_ranges 2 and none, with one, and with 2^32 - 1",
             lambda t: _unlogged(
                 t, start_request(_PAGE, 2), start_request(_PAGE, 2, b"\0" * 16), start_request(_PAGE, 0xFFFFFFFF)
             ),
         ),
-        Refusal(
-            33, MUST, "R301", "logging/bad-report-ok",
+        RefusedRequest(
+            33, MUST, "R301",
             "A report needs a page size that is a power of two and fits into its range.",
             "REPORT with page size 0, 3000, and one larger than the range",
             lambda t: _logged(
                 t, *(wire.log_report(BASE, SIZE, size, 4096) for size in (0, 3000, 2 * SIZE))
             ),
         ),
-        Refusal(
-            34, SHOULD, "R302", "logging/report-unlogged-ok",
+        RefusedRequest(
+            34, SHOULD, "R302",
             "There is no report without logging.",
             "REPORT of a mapped range before START",
             lambda t: _unlogged(t, wire.log_report(BASE, SIZE, _PAGE)),
         ),
-        Refusal(
-            35, SHOULD, "R303", "logging/report-unmapped-ok",
+        RefusedRequest(
+            35, SHOULD, "R303",
             "There is no report of what is not mapped.",
             "REPORT of a range where nothing is mapped",
             lambda t: _logged(t, wire.log_report(BASE + 16 * SIZE, SIZE, _PAGE)),
         ),
-        Refusal(
-            36, MUST, "R256", "logging/small-argsz-ok",
+        RefusedRequest(
+            36, MUST, "R256",
             "A report without room for its bitmap is refused.",
             "REPORT with argsz 32 and 39, where 40 are needed",
             lambda t: _logged(t, *(wire.log_report(BASE, SIZE, _PAGE, size) for size in (32, 39))),

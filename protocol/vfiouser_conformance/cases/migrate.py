@@ -8,8 +8,8 @@ from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, CannotTell, CaseFailed, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma import by_messages, into_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE
-from vfiouser_conformance.link import Closed, Link, TimedOut
-from vfiouser_conformance.memory import ClientMemory
+from vfiouser_conformance.link import Closed, RawLink, TimedOut
+from vfiouser_conformance.memory import ServedMemory
 from vfiouser_conformance.migration import (
     FEATURE,
     PRE_COPY,
@@ -37,7 +37,7 @@ MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _STATES = (STOP, RUNNING, STOP_COPY, RESUMING)
 
 
-@AREA.case(1, MUST, "R260", "migration/starts-stopped", effect=Effect.NONE)
+@AREA.case(1, MUST, "R260", effect=Effect.NONE)
 def initial(t: Trial) -> None:
     """A device begins in RUNNING.
 
@@ -48,7 +48,7 @@ def initial(t: Trial) -> None:
     same(name(RUNNING), name(get_state(t.attach())), "state")
 
 
-def _enter(t: Trial, link: Link, state: int) -> None:
+def _enter(t: Trial, link: RawLink, state: int) -> None:
     """Bring the device from anywhere to a state; a device in RESUMING has a whole stream."""
     back(link)
     if state == RESUMING:
@@ -59,7 +59,7 @@ def _enter(t: Trial, link: Link, state: int) -> None:
         go(link, state)
 
 
-def _arcs(t: Trial, link: Link, sources: tuple[int, ...], targets: tuple[int, ...]) -> None:
+def _arcs(t: Trial, link: RawLink, sources: tuple[int, ...], targets: tuple[int, ...]) -> None:
     for source in sources:
         for target in targets:
             _enter(t, link, source)
@@ -75,7 +75,7 @@ def _arcs(t: Trial, link: Link, sources: tuple[int, ...], targets: tuple[int, ..
                 same(name(target), name(get_state(link)), f"state after {what}")
 
 
-@AREA.case(2, MUST, "R261 R262", "migration/arc-lost")
+@AREA.case(2, MUST, "R261 R262")
 def arcs(t: Trial) -> None:
     """Every state can be reached from every other, over those in between.
 
@@ -85,7 +85,7 @@ def arcs(t: Trial) -> None:
     _arcs(t, begin(t), _STATES, _STATES)
 
 
-@AREA.case(3, MUST, "R261 R262", "migration/pre-copy-arc-lost")
+@AREA.case(3, MUST, "R261 R262")
 def pre_copy_arcs(t: Trial) -> None:
     """The arcs of PRE_COPY are there, and the one that is not is not.
 
@@ -98,7 +98,7 @@ def pre_copy_arcs(t: Trial) -> None:
     _arcs(t, link, _STATES, (PRE_COPY,))
 
 
-@AREA.case(4, MUST, "R263", "migration/odd-state-ok")
+@AREA.case(4, MUST, "R263")
 def odd_states(t: Trial) -> None:
     """States that do not exist cannot be set.
 
@@ -111,7 +111,7 @@ def odd_states(t: Trial) -> None:
         same(name(RUNNING), name(get_state(link)), f"state after SET of {state}")
 
 
-@AREA.case(5, MUST, "R264", "migration/stop-copy-to-pre-copy-ok")
+@AREA.case(5, MUST, "R264")
 def no_way_back(t: Trial) -> None:
     """A device in STOP_COPY does not go to PRE_COPY.
 
@@ -124,7 +124,7 @@ def no_way_back(t: Trial) -> None:
     same(name(STOP_COPY), name(get_state(link)), "state")
 
 
-@AREA.case(6, MUST, "R265", "migration/self-arc-refused")
+@AREA.case(6, MUST, "R265")
 def same_state(t: Trial) -> None:
     """The state that the device is in can be set, and loses nothing.
 
@@ -141,7 +141,7 @@ def same_state(t: Trial) -> None:
     same(len(whole), min(len(data + rest), t.facts.transfer), "bytes of the stream, read in one piece and in two")
 
 
-@AREA.case(7, MUST, "R267", "migration/set-early")
+@AREA.case(7, MUST, "R267")
 def set_is_done(t: Trial) -> None:
     """SET is answered when the state is reached.
 
@@ -161,7 +161,7 @@ def set_is_done(t: Trial) -> None:
         same(name(state), name(struct.unpack_from("<I", payload, 8)[0]), "state right after SET")
 
 
-@AREA.case(8, MUST, "R289", "migration/unoffered-pre-copy-ok@no-pre-copy")
+@AREA.case(8, MUST, "R289")
 def without_pre_copy(t: Trial) -> None:
     """Without the PRE_COPY flag there is no PRE_COPY state.
 
@@ -176,7 +176,7 @@ def without_pre_copy(t: Trial) -> None:
     same(name(RUNNING), name(get_state(link)), "state")
 
 
-@AREA.case(9, SHOULD, "R283", "migration/stopped-silent")
+@AREA.case(9, SHOULD, "R283")
 def commands_while_stopped(t: Trial) -> None:
     """A stopped device still answers.
 
@@ -200,7 +200,7 @@ def commands_while_stopped(t: Trial) -> None:
     t.saw("commands while stopped", f"refused: {names}" if refused else "served", recommended=not refused)
 
 
-@AREA.case(10, MUST, "R234", "migration/reset-keeps-state")
+@AREA.case(10, MUST, "R234")
 def reset(t: Trial) -> None:
     """DEVICE_RESET brings a device back to RUNNING from every state.
 
@@ -221,7 +221,7 @@ def reset(t: Trial) -> None:
     t.saw("DEVICE_RESET while migrating", ", ".join(odd) or "RUNNING", recommended=not odd)
 
 
-@AREA.case(11, MUST, "R235", "migration/disconnect-keeps-state")
+@AREA.case(11, MUST, "R235")
 def disconnect(t: Trial) -> None:
     """A device that a client left stopped serves the next client.
 
@@ -244,7 +244,7 @@ def disconnect(t: Trial) -> None:
     t.saw("migration state at the end of a connection", "kept" if kept else "RUNNING", recommended=not kept)
 
 
-@AREA.case(12, MUST, "R284", "migration/stopped-dma")
+@AREA.case(12, MUST, "R284")
 def stopped_device_is_quiet(t: Trial) -> None:
     """A stopped device does no DMA.
 
@@ -268,7 +268,7 @@ def stopped_device_is_quiet(t: Trial) -> None:
     check(not link.commands, "a stopped device sent DMA commands")
 
 
-@AREA.case(13, MUST, "R285", "migration/pre-copy-stops")
+@AREA.case(13, MUST, "R285")
 def pre_copy_runs(t: Trial) -> None:
     """A device in PRE_COPY works.
 
@@ -280,12 +280,12 @@ def pre_copy_runs(t: Trial) -> None:
     device = ready(t, link)
     by_messages(t, link)
     go(link, PRE_COPY)
-    assert isinstance(link.on_command, ClientMemory)
+    assert isinstance(link.on_command, ServedMemory)
     expected = bytes(link.on_command.data[:4096])
     same(expected, into_device(link, device, BASE, 4096), "what the device read in PRE_COPY")
 
 
-@AREA.case(14, MUST, "R261", "migration/golden-refused")
+@AREA.case(14, MUST, "R261")
 def golden(t: Trial) -> None:
     """The golden bytes that stop a device stop it.
 

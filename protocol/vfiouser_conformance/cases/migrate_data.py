@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.migrate import AREA as AREA
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import (
     PRE_COPY,
     RESUMING,
@@ -33,7 +33,7 @@ READ, WRITE = int(Command.MIG_DATA_READ), int(Command.MIG_DATA_WRITE)
 _MORE = 1 << 16
 
 
-@AREA.case(30, MUST, "R268", "migration/read-anywhere-ok")
+@AREA.case(30, MUST, "R268")
 def read_needs_saving(t: Trial) -> None:
     """The stream is read in saving states only.
 
@@ -46,7 +46,7 @@ def read_needs_saving(t: Trial) -> None:
         link.refused(READ, wire.mig_data(64))
 
 
-@AREA.case(31, MUST, "R269 R271", "migration/read-restarts")
+@AREA.case(31, MUST, "R269 R271")
 def read_goes_on(t: Trial) -> None:
     """Each read goes on where the last one ended, whatever the sizes.
 
@@ -62,7 +62,7 @@ def read_goes_on(t: Trial) -> None:
     same(len(whole), len(pieces), "bytes of the stream in large pieces, and in small ones")
 
 
-@AREA.case(32, MUST, "R270", "migration/end-repeats")
+@AREA.case(32, MUST, "R270")
 def end_of_stream(t: Trial) -> None:
     """The stream ends with a short read, and stays at its end.
 
@@ -77,7 +77,7 @@ def end_of_stream(t: Trial) -> None:
         same(0, len(read_chunk(link, size)), "bytes behind the end of the stream")
 
 
-@AREA.case(33, SHOULD, "R272", "migration/client-limit-ignored")
+@AREA.case(33, SHOULD, "R272")
 def client_limit(t: Trial) -> None:
     """A read is not larger than the client's max_data_xfer_size.
 
@@ -93,7 +93,7 @@ def client_limit(t: Trial) -> None:
     link.ok(READ, wire.mig_data(4096))
 
 
-@AREA.case(34, SHOULD, "R274", "migration/short-read-odd")
+@AREA.case(34, SHOULD, "R274")
 def short_read(t: Trial) -> None:
     """A short read has a short reply.
 
@@ -109,7 +109,7 @@ def short_read(t: Trial) -> None:
     t.saw("short MIG_DATA_READ replies", "filled up" if extra else "short", recommended=not extra)
 
 
-@AREA.case(35, SHOULD, "R275", "migration/read-nothing-refused")
+@AREA.case(35, SHOULD, "R275")
 def read_nothing(t: Trial) -> None:
     """A read of no bytes is no error.
 
@@ -124,7 +124,7 @@ def read_nothing(t: Trial) -> None:
     same(len(read_stream(link, t.facts.transfer)), len(rest), "bytes of the stream after a read of nothing")
 
 
-@AREA.case(36, MUST, "R278", "migration/write-anywhere-ok")
+@AREA.case(36, MUST, "R278")
 def write_needs_resuming(t: Trial) -> None:
     """The stream is written in RESUMING only.
 
@@ -138,7 +138,7 @@ def write_needs_resuming(t: Trial) -> None:
         link.refused(WRITE, wire.mig_data(4, b"\0" * 4))
 
 
-def state_of(t: Trial, link: Link) -> bytes:
+def state_of(t: Trial, link: RawLink) -> bytes:
     """What identifies the device's state, as far as it can be told."""
     if t.target.stimulus is not None and t.target.stimulus.name == "test":
         return t.target.stimulus.state(link)
@@ -148,7 +148,7 @@ def state_of(t: Trial, link: Link) -> bytes:
     return b""
 
 
-def change_state(t: Trial, link: Link, seed: int) -> None:
+def change_state(t: Trial, link: RawLink, seed: int) -> None:
     """Give the device a state that differs from others, as far as that can be done."""
     if t.target.stimulus is not None and t.target.stimulus.name == "test":
         t.target.stimulus.change_state(link, seed)
@@ -157,7 +157,7 @@ def change_state(t: Trial, link: Link, seed: int) -> None:
         t.write(link, 7, offset, bytes([seed]) * width)
 
 
-@AREA.case(37, MUST, "R277 R286", "migration/load-lost")
+@AREA.case(37, MUST, "R277 R286")
 def save_and_load(t: Trial) -> None:
     """A device that loads its own stream is what it was when it was saved.
 
@@ -176,7 +176,7 @@ def save_and_load(t: Trial) -> None:
     same(before.hex(), state_of(t, link).hex(), "state of the device after it was loaded")
 
 
-@AREA.case(38, MUST, "R281", "migration/chunks-matter")
+@AREA.case(38, MUST, "R281")
 def cut_anywhere(t: Trial) -> None:
     """The stream may be cut anywhere.
 
@@ -200,7 +200,7 @@ def cut_anywhere(t: Trial) -> None:
     same(before.hex(), state_of(t, link).hex(), "state of the device after it was loaded")
 
 
-@AREA.case(39, MUST, "R282", "migration/half-stream-ok")
+@AREA.case(39, MUST, "R282")
 def half_a_stream(t: Trial) -> None:
     """A device that got half a stream does not start with it.
 
@@ -217,7 +217,7 @@ def half_a_stream(t: Trial) -> None:
     back(link)
 
 
-@AREA.case(40, MUST, "R286 R281", "migration/load-lost")
+@AREA.case(40, MUST, "R286 R281")
 def to_another_device(t: Trial) -> None:
     """A device saved here goes on there.
 
@@ -238,7 +238,7 @@ def to_another_device(t: Trial) -> None:
     same(before.hex(), state_of(t, other).hex(), "state of the second device")
 
 
-@AREA.case(41, MUST, "R287", "migration/second-save-empty")
+@AREA.case(41, MUST, "R287")
 def second_save(t: Trial) -> None:
     """A second save begins at the beginning.
 
@@ -256,7 +256,7 @@ def second_save(t: Trial) -> None:
     go(link, STOP, RUNNING)
 
 
-@AREA.case(42, MUST, "R285 R286", "migration/pre-copy-load-lost")
+@AREA.case(42, MUST, "R285 R286")
 def with_pre_copy(t: Trial) -> None:
     """A save that begins while the device runs is whole.
 
@@ -280,7 +280,7 @@ def with_pre_copy(t: Trial) -> None:
     same(before.hex(), state_of(t, link).hex(), "state of the device after it was loaded")
 
 
-@AREA.case(43, SHOULD, "R288", "migration/cancelled-goes-on")
+@AREA.case(43, SHOULD, "R288")
 def cancelled(t: Trial) -> None:
     """A cancelled pre-copy leaves nothing behind.
 
@@ -300,7 +300,7 @@ def cancelled(t: Trial) -> None:
     go(link, STOP, RUNNING)
 
 
-@AREA.case(44, MUST, "R269", "migration/golden-read-refused")
+@AREA.case(44, MUST, "R269")
 def golden_read(t: Trial) -> None:
     """The golden bytes of MIG_DATA_READ read.
 
@@ -316,7 +316,7 @@ def golden_read(t: Trial) -> None:
     same(8 + size, argsz, "argsz")
 
 
-@AREA.case(45, MUST, "R269 R009", "migration/pipelined-read-mixed")
+@AREA.case(45, MUST, "R269 R009")
 def pipelined_reads(t: Trial) -> None:
     """Reads that are sent in one piece give the stream in its order.
 
@@ -334,7 +334,7 @@ def pipelined_reads(t: Trial) -> None:
     same(sorted(sizes, reverse=True), sizes, "sizes of ten reads of 8 bytes")
 
 
-@AREA.case(46, SHOULD, "R280", "migration/write-nothing-refused")
+@AREA.case(46, SHOULD, "R280")
 def write_nothing(t: Trial) -> None:
     """A write of no bytes is no error.
 
@@ -361,8 +361,8 @@ def _loading(t: Trial, *payloads: bytes) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
-            50, MUST, "R273", "migration/bad-read-ok",
+        RefusedRequest(
+            50, MUST, "R273",
             "A MIG_DATA_READ that is too small, or has no room for its reply, is refused.",
             "MIG_DATA_READ with 4 and 7 bytes, and of 64 bytes with argsz 8 and 71, in STOP_COPY",
             lambda t: _saving(
@@ -370,8 +370,8 @@ refusals(
             ),
             Effect.DEVICE,
         ),
-        Refusal(
-            51, MUST, "R279", "migration/bad-write-ok",
+        RefusedRequest(
+            51, MUST, "R279",
             "A MIG_DATA_WRITE that has fewer data than it says is refused.",
             "MIG_DATA_WRITE with 4 and 7 bytes, of 64 bytes with 8, and of 2^32 - 1, in RESUMING",
             lambda t: _loading(
@@ -380,8 +380,8 @@ refusals(
             ),
             Effect.DEVICE,
         ),
-        Refusal(
-            52, SHOULD, "R279", "migration/write-argsz-ok",
+        RefusedRequest(
+            52, SHOULD, "R279",
             "A MIG_DATA_WRITE whose argsz is smaller than itself is refused.",
             "MIG_DATA_WRITE of 8 bytes with argsz 8, in RESUMING",
             lambda t: _loading(t, wire.mig_data(8, b"\0" * 8, argsz=8)),

@@ -36,7 +36,7 @@ def _number(t: Trial, what: str, number: int) -> None:
     t.saw(f"error of {what}", errno.errorcode[number], recommended=True)
 
 
-@AREA.case(15, SHOULD, "R266 R268 R278 R263", "migration/odd-error-number")
+@AREA.case(15, SHOULD, "R266 R268 R278 R263")
 def refusals_have_numbers(t: Trial) -> None:
     """What cannot be done in a state fails with an error number, and leaves the state.
 
@@ -54,7 +54,7 @@ def refusals_have_numbers(t: Trial) -> None:
         same(name(RUNNING), name(get_state(link)), f"state after {what}")
 
 
-@AREA.case(16, SHOULD, "R266 R438", "migration/failed-load-runs migration/failed-load-odd-error")
+@AREA.case(16, SHOULD, "R266 R438")
 def failing_transition(t: Trial) -> None:
     """A transition that fails says why, and the device does not run with what it could not load.
 
@@ -75,7 +75,7 @@ def failing_transition(t: Trial) -> None:
     back(link)
 
 
-@AREA.case(53, SHOULD, "R432", "migration/write-over-limit-ok")
+@AREA.case(53, SHOULD, "R432")
 def write_over_the_limit(t: Trial) -> None:
     """A MIG_DATA_WRITE with more data than the server said it takes is refused.
 

@@ -8,11 +8,21 @@ import struct
 from collections.abc import Iterator
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Area, CannotTell, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import (
+    Area,
+    CannotTell,
+    Effect,
+    Level,
+    NotApplicable,
+    RefusedRequest,
+    check,
+    refusals,
+    same,
+)
 from vfiouser_conformance.facts import Region
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, RegionCapId, RegionFlags, RegionIndex
 
 AREA = Area("REGION-INFO", "region information and mapping", Effect.NONE)
@@ -21,13 +31,13 @@ _KNOWN_FLAGS = 0xF
 _BARS = range(6)
 
 
-def _ask(link: Link, index: int, argsz: int = 32) -> Message:
+def _ask(link: RawLink, index: int, argsz: int = 32) -> Received:
     reply = link.ok(Command.DEVICE_GET_REGION_INFO, wire.region_info(index, argsz))
     check(32 <= len(reply.payload) <= max(argsz, 32), f"{len(reply.payload)} bytes came, argsz was {argsz}")
     return reply
 
 
-def _fields(reply: Message) -> tuple[int, int, int, int, int, int]:
+def _fields(reply: Received) -> tuple[int, int, int, int, int, int]:
     argsz, flags, index, cap_offset, size, offset = wire.REGION_INFO.unpack_from(reply.payload)
     return argsz, flags, index, cap_offset, size, offset
 
@@ -46,7 +56,7 @@ def _mappable(t: Trial) -> list[Region]:
     return found
 
 
-@AREA.case(1, MUST, "R085", "region-info/middle-refused")
+@AREA.case(1, MUST, "R085")
 def every_index(t: Trial) -> None:
     """Every region below num_regions can be asked about.
 
@@ -62,7 +72,7 @@ def every_index(t: Trial) -> None:
         check(not flags & ~_KNOWN_FLAGS, f"region {index} has the unknown flags {flags:#x}")
 
 
-@AREA.case(2, MUST, "R087", "region-info/empty-has-flags")
+@AREA.case(2, MUST, "R087")
 def empty_regions(t: Trial) -> None:
     """A region that is not implemented has size 0 and flags 0.
 
@@ -79,7 +89,7 @@ def empty_regions(t: Trial) -> None:
         same((), reply.fds, "descriptors")
 
 
-@AREA.case(3, MUST, "R089", "region-info/argsz-echoed")
+@AREA.case(3, MUST, "R089")
 def larger_argsz(t: Trial) -> None:
     """More room than needed changes nothing for a region without capabilities.
 
@@ -97,7 +107,7 @@ def larger_argsz(t: Trial) -> None:
             same((32, 32, 0, 0), (len(reply.payload), size, flags & RegionFlags.CAPS, cap_offset), "32-byte form")
 
 
-@AREA.case(4, MUST, "R090 R093", "region-info/short-too-long")
+@AREA.case(4, MUST, "R090 R093")
 def short_form(t: Trial) -> None:
     """Without room for the capabilities the reply is 32 bytes and says how much room is needed.
 
@@ -115,7 +125,7 @@ def short_form(t: Trial) -> None:
         t.saw("CAPS in a short GET_REGION_INFO reply", "clear" if clear else "set", recommended=clear)
 
 
-@AREA.case(5, COMPAT, "R094", "region-info/caps-without-offset", compat="QEMU 11")
+@AREA.case(5, COMPAT, "R094", compat="QEMU 11")
 def short_form_flag(t: Trial) -> None:
     """CAPS never comes with cap_offset 0, as the kernel does it and QEMU does not take it over the socket.
 
@@ -132,7 +142,7 @@ def short_form_flag(t: Trial) -> None:
                 same(0, cap_offset, "cap_offset without CAPS")
 
 
-@AREA.case(6, SHOULD, "R090", "region-info/fd-in-short-form")
+@AREA.case(6, SHOULD, "R090")
 def short_form_without_fd(t: Trial) -> None:
     """The descriptor comes with the full form only: clients keep the one of the last reply.
 
@@ -147,7 +157,7 @@ def short_form_without_fd(t: Trial) -> None:
         same((), _ask(link, region.index).fds, f"descriptors in the short form of region {region.index}")
 
 
-@AREA.case(7, SHOULD, "R091", "region-info/partial-caps")
+@AREA.case(7, SHOULD, "R091")
 def room_for_a_part(t: Trial) -> None:
     """Capabilities come whole or not at all.
 
@@ -162,7 +172,7 @@ def room_for_a_part(t: Trial) -> None:
         same(region.argsz, _fields(reply)[0], "argsz")
 
 
-@AREA.case(8, MUST, "R092 R107", "region-info/full-form-short")
+@AREA.case(8, MUST, "R092 R107")
 def full_form(t: Trial) -> None:
     """With enough room everything comes.
 
@@ -179,7 +189,7 @@ def full_form(t: Trial) -> None:
             check(len(reply.fds) <= 1, f"{len(reply.fds)} descriptors came")
 
 
-@AREA.case(9, MUST, "R092", "region-info/no-fd")
+@AREA.case(9, MUST, "R092")
 def descriptor(t: Trial) -> None:
     """A region that may be mapped comes with exactly one descriptor, which can be mapped.
 
@@ -195,7 +205,7 @@ def descriptor(t: Trial) -> None:
                 _view(t, region, reply.fds[0], offset, size)
 
 
-@AREA.case(10, COMPAT, "R028", "region-info/fd-late", compat="QEMU 11")
+@AREA.case(10, COMPAT, "R028", compat="QEMU 11")
 def descriptor_with_header(t: Trial) -> None:
     """The descriptor comes with the first byte of the reply.
 
@@ -208,7 +218,7 @@ def descriptor_with_header(t: Trial) -> None:
         check(reply.fds and reply.fds_in_header, "the descriptor did not come with the header of the reply")
 
 
-@AREA.case(11, MUST, "R093", "region-info/over-argsz")
+@AREA.case(11, MUST, "R093")
 def never_more_than_argsz(t: Trial) -> None:
     """No reply is larger than the client's room for it.
 
@@ -221,7 +231,7 @@ def never_more_than_argsz(t: Trial) -> None:
             _ask(link, region.index, argsz)
 
 
-@AREA.case(12, MUST, "R095 R096", "region-info/cap-chain-loop")
+@AREA.case(12, MUST, "R095 R096")
 def capability_chain(t: Trial) -> None:
     """Capabilities form a chain inside the reply.
 
@@ -251,7 +261,7 @@ def _chain(region: Region, payload: bytes) -> Iterator[tuple[int, int, int]]:
         at = following
 
 
-@AREA.case(13, MUST, "R095", "region-info/area-outside")
+@AREA.case(13, MUST, "R095")
 def sparse_areas(t: Trial) -> None:
     """Mappable areas are pages inside their region and do not overlap.
 
@@ -290,7 +300,7 @@ def _view(t: Trial, region: Region, fd: int, offset: int, size: int) -> mmap.mma
     return t.map(fd, size, region.offset + offset)
 
 
-@AREA.case(14, MUST, "R097 R127", "region-info/map-garbage")
+@AREA.case(14, MUST, "R097 R127")
 def mapping_shows_reads(t: Trial) -> None:
     """A mapped area shows what REGION_READ gives.
 
@@ -313,7 +323,7 @@ def mapping_shows_reads(t: Trial) -> None:
         raise CannotTell("all bytes that were read are equal: any mapping of such memory would show the same")
 
 
-@AREA.case(15, MUST, "R097 R098 R396", "region-info/map-is-copy region-info/map-shows-other", effect=Effect.DEVICE)
+@AREA.case(15, MUST, "R097 R098 R396", effect=Effect.DEVICE)
 def mapping_is_shared(t: Trial) -> None:
     """What is written through the mapping is read by messages, and the other way round.
 
@@ -337,7 +347,7 @@ def mapping_is_shared(t: Trial) -> None:
             t.write(link, region.index, offset + at, b"\0" * 8)
 
 
-@AREA.case(16, MUST, "R099", "region-info/odd-bar-size")
+@AREA.case(16, MUST, "R099")
 def bar_sizes(t: Trial) -> None:
     """The size of every BAR is a power of two, or 0.
 
@@ -349,7 +359,7 @@ def bar_sizes(t: Trial) -> None:
         check(size & (size - 1) == 0, f"BAR{region.index} has {size:#x} bytes")
 
 
-@AREA.case(17, MUST, "R099 R126", "region-info/bar-mask-off", effect=Effect.DEVICE)
+@AREA.case(17, MUST, "R099 R126", effect=Effect.DEVICE)
 def bar_masks(t: Trial) -> None:
     """The BAR registers of config space tell the sizes of the regions.
 
@@ -374,7 +384,7 @@ def bar_masks(t: Trial) -> None:
             same(hex(region.size), hex((~(mask & ~low) + 1) & ((1 << width) - 1)), f"size of BAR{bar} by its register")
 
 
-def _mask(t: Trial, link: Link, bar: int, wide: bool) -> int:
+def _mask(t: Trial, link: RawLink, bar: int, wide: bool) -> int:
     value = 0
     for n in range(1 + wide):
         offset = 0x10 + 4 * (bar + n)
@@ -385,7 +395,7 @@ def _mask(t: Trial, link: Link, bar: int, wide: bool) -> int:
     return value
 
 
-@AREA.case(18, MUST, "R100", "region-info/upper-half-has-size")
+@AREA.case(18, MUST, "R100")
 def upper_halves(t: Trial) -> None:
     """The region behind a 64-bit BAR has size 0.
 
@@ -404,7 +414,7 @@ def upper_halves(t: Trial) -> None:
         raise NotApplicable("the device has no 64-bit BAR")
 
 
-@AREA.case(19, MUST, "R101", "region-info/config-size")
+@AREA.case(19, MUST, "R101")
 def config_size(t: Trial) -> None:
     """Config space has 256 or 4096 bytes, for reading and writing.
 
@@ -419,7 +429,7 @@ def config_size(t: Trial) -> None:
     same(int(both), region.flags & both, "READ and WRITE of config space")
 
 
-@AREA.case(20, MUST, "R107", "region-info/changes")
+@AREA.case(20, MUST, "R107")
 def stable(t: Trial) -> None:
     """A region's description does not change.
 
@@ -441,20 +451,20 @@ _INFO = int(Command.DEVICE_GET_REGION_INFO)
 refusals(
     AREA,
     (
-        Refusal(
-            30, MUST, "R086", "region-info/index-ok",
+        RefusedRequest(
+            30, MUST, "R086",
             "A region index that does not exist is refused.",
             "GET_REGION_INFO of region num_regions and 0xffffffff",
             lambda t: [(_INFO, wire.region_info(len(t.facts.regions))), (_INFO, wire.region_info(0xFFFFFFFF))],
         ),
-        Refusal(
-            31, MUST, "R088", "region-info/small-argsz-ok",
+        RefusedRequest(
+            31, MUST, "R088",
             "A client without room for the fixed part is refused.",
             "GET_REGION_INFO with argsz 0, 8 and 31",
             lambda t: [(_INFO, wire.region_info(0, argsz)) for argsz in (0, 8, 31)],
         ),
-        Refusal(
-            32, MUST, "R088", "region-info/short-payload-ok",
+        RefusedRequest(
+            32, MUST, "R088",
             "A request that is shorter than its fixed part is refused.",
             "GET_REGION_INFO with 8, 16 and 31 bytes",
             lambda t: [(_INFO, wire.region_info(0)[:size]) for size in (8, 16, 31)],

@@ -33,7 +33,7 @@ MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _OLD_QEMU = "QEMU's v1 forks"
 
 
-@AREA.case(1, MUST, "R320 R321", "v1/empty-region", effect=Effect.NONE)
+@AREA.case(1, MUST, "R320 R321", effect=Effect.NONE)
 def description(t: Trial) -> None:
     """The migration region is found by its TYPE capability, and can be read and written.
 
@@ -48,7 +48,7 @@ def description(t: Trial) -> None:
     check(region.size > REGISTERS, f"the migration region has {region.size} bytes")
 
 
-@AREA.case(2, MUST, "R322", "v1/no-pgsize", effect=Effect.NONE)
+@AREA.case(2, MUST, "R322", effect=Effect.NONE)
 def page_size(t: Trial) -> None:
     """A server with a migration region tells its page size in VERSION.
 
@@ -61,7 +61,7 @@ def page_size(t: Trial) -> None:
     check(size and size & (size - 1) == 0, f"migration.pgsize is {size}")
 
 
-@AREA.case(3, MUST, "R323", "v1/starts-stopped", effect=Effect.NONE)
+@AREA.case(3, MUST, "R323", effect=Effect.NONE)
 def initial(t: Trial) -> None:
     """A device begins as running.
 
@@ -71,7 +71,7 @@ def initial(t: Trial) -> None:
     same("running", NAMES.get(View(t, t.attach()).state()), "device_state")
 
 
-@AREA.case(4, SHOULD, "R324", "v1/odd-widths-ok")
+@AREA.case(4, SHOULD, "R324")
 def widths(t: Trial) -> None:
     """Registers are accessed with their own size.
 
@@ -83,7 +83,7 @@ def widths(t: Trial) -> None:
         check(view.read(offset, count).failed, f"a read of {count} bytes at {offset} succeeded")
 
 
-@AREA.case(5, SHOULD, "R325", "v1/reserved-has-value")
+@AREA.case(5, SHOULD, "R325")
 def reserved(t: Trial) -> None:
     """The reserved register has no value.
 
@@ -98,7 +98,7 @@ def reserved(t: Trial) -> None:
     t.saw("the reserved register of the migration region", seen, recommended=seen == "ignored")
 
 
-@AREA.case(6, MUST, "R326", "v1/transition-lost")
+@AREA.case(6, MUST, "R326")
 def transitions(t: Trial) -> None:
     """The transitions that every client needs are there.
 
@@ -113,7 +113,7 @@ def transitions(t: Trial) -> None:
     load(view, chunks)
 
 
-@AREA.case(7, MUST, "R327", "v1/forbidden-ok")
+@AREA.case(7, MUST, "R327")
 def forbidden(t: Trial) -> None:
     """The transitions that make no sense are refused, and change nothing.
 
@@ -129,7 +129,7 @@ def forbidden(t: Trial) -> None:
             same(NAMES[source], NAMES.get(view.state()), "device_state after a refused write")
 
 
-@AREA.case(8, MUST, "R328", "v1/invalid-state-ok")
+@AREA.case(8, MUST, "R328")
 def invalid(t: Trial) -> None:
     """Invalid states are refused.
 
@@ -142,7 +142,7 @@ def invalid(t: Trial) -> None:
         same("running", NAMES.get(view.state()), "device_state")
 
 
-@AREA.case(9, COMPAT, "R329", "v1/self-refused", compat=_OLD_QEMU)
+@AREA.case(9, COMPAT, "R329", compat=_OLD_QEMU)
 def self_transitions(t: Trial) -> None:
     """A state may be written again.
 
@@ -155,7 +155,7 @@ def self_transitions(t: Trial) -> None:
     view.go(STOP_COPY, STOP_COPY)
 
 
-@AREA.case(10, COMPAT, "R330", "v1/cancel-refused", compat=_OLD_QEMU)
+@AREA.case(10, COMPAT, "R330", compat=_OLD_QEMU)
 def cancel(t: Trial) -> None:
     """A pre-copy can be cancelled.
 
@@ -169,7 +169,7 @@ def cancel(t: Trial) -> None:
     check(save(view) is not None, "no stream")
 
 
-@AREA.case(11, SHOULD, "R331", "v1/paused-breaks")
+@AREA.case(11, SHOULD, "R331")
 def paused(t: Trial) -> None:
     """A stopped device can be saved: its machine was paused.
 
@@ -184,7 +184,7 @@ def paused(t: Trial) -> None:
     t.saw("stopped to stop-and-copy", "refused" if refused else "accepted", recommended=not refused)
 
 
-@AREA.case(12, SHOULD, "R333", "v1/reserved-bits-stop")
+@AREA.case(12, SHOULD, "R333")
 def reserved_bits(t: Trial) -> None:
     """Bits of device_state that mean nothing do no harm.
 
@@ -196,7 +196,7 @@ def reserved_bits(t: Trial) -> None:
     same("running", NAMES.get(view.state() & 7), "low bits of device_state")
 
 
-@AREA.case(13, MUST, "R334 R343", "v1/load-lost")
+@AREA.case(13, MUST, "R334 R343")
 def save_and_load(t: Trial) -> None:
     """A device that loads its own stream is what it was when it was saved.
 
@@ -213,7 +213,7 @@ def save_and_load(t: Trial) -> None:
     same(before.hex(), state_of(t, view.link).hex(), "state of the device after it was loaded")
 
 
-@AREA.case(14, MUST, "R335 R343", "v1/pre-copy-load-lost")
+@AREA.case(14, MUST, "R335 R343")
 def with_pre_copy(t: Trial) -> None:
     """A save that begins while the device runs is whole, however early the device is stopped.
 
@@ -234,7 +234,7 @@ def with_pre_copy(t: Trial) -> None:
     same(before.hex(), state_of(t, view.link).hex(), "state of the device after it was loaded")
 
 
-@AREA.case(15, MUST, "R336", "v1/offset-moves")
+@AREA.case(15, MUST, "R336")
 def constant_offset(t: Trial) -> None:
     """data_offset and data_size stay the same in an iteration.
 
@@ -249,7 +249,7 @@ def constant_offset(t: Trial) -> None:
     same(1, len(found), "number of different data_offset and data_size")
 
 
-@AREA.case(16, SHOULD, "R337", "v1/out-of-order-ok")
+@AREA.case(16, SHOULD, "R337")
 def out_of_order(t: Trial) -> None:
     """data_offset and data_size mean nothing before pending_bytes was read.
 
@@ -263,7 +263,7 @@ def out_of_order(t: Trial) -> None:
             check(view.read(offset, 8).failed, f"register {offset} was given in {NAMES[state]} out of its order")
 
 
-@AREA.case(17, SHOULD, "R338", "v1/pending-again")
+@AREA.case(17, SHOULD, "R338")
 def stays_finished(t: Trial) -> None:
     """pending_bytes stays 0 when the stream has ended.
 
@@ -276,7 +276,7 @@ def stays_finished(t: Trial) -> None:
     same([0, 0, 0], [view.register(PENDING) for _ in range(3)], "pending_bytes behind the end")
 
 
-@AREA.case(18, SHOULD, "R339", "v1/read-only-written")
+@AREA.case(18, SHOULD, "R339")
 def read_only_registers(t: Trial) -> None:
     """Registers that the device owns cannot be written.
 
@@ -290,7 +290,7 @@ def read_only_registers(t: Trial) -> None:
         check(view.write(offset, b"\0" * 8).failed, f"a write of register {offset} succeeded")
 
 
-@AREA.case(19, COMPAT, "R340", "v1/narrow-data-wrong", compat=_OLD_QEMU)
+@AREA.case(19, COMPAT, "R340", compat=_OLD_QEMU)
 def narrow_data(t: Trial) -> None:
     """The data can be read in pieces of any natural size.
 
@@ -309,7 +309,7 @@ def narrow_data(t: Trial) -> None:
         same(whole.hex(), b"".join(parts).hex(), f"data in pieces of {width} bytes")
 
 
-@AREA.case(20, MUST, "R341", "v1/map-stale")
+@AREA.case(20, MUST, "R341")
 def mapped_data(t: Trial) -> None:
     """The mapped data section shows what messages show.
 
@@ -338,7 +338,7 @@ def mapped_data(t: Trial) -> None:
     check(compared, "no byte of the data section can be mapped although the region says so")
 
 
-@AREA.case(21, SHOULD, "R342", "v1/dead-space-ok")
+@AREA.case(21, SHOULD, "R342")
 def dead_space(t: Trial) -> None:
     """Between registers and data there is nothing.
 
@@ -352,7 +352,7 @@ def dead_space(t: Trial) -> None:
     check(view.read(REGISTERS, 8).failed, "a read between registers and data succeeded")
 
 
-@AREA.case(22, COMPAT, "R344", "v1/parts-refused", compat=_OLD_QEMU)
+@AREA.case(22, COMPAT, "R344", compat=_OLD_QEMU)
 def chunk_in_parts(t: Trial) -> None:
     """A chunk may be given in parts, to a device with less room.
 
@@ -368,7 +368,7 @@ def chunk_in_parts(t: Trial) -> None:
     load(view, parts)
 
 
-@AREA.case(23, MUST, "R345", "v1/reset-keeps")
+@AREA.case(23, MUST, "R345")
 def reset_running_states(t: Trial) -> None:
     """DEVICE_RESET ends a pre-copy, and a load.
 
@@ -378,7 +378,7 @@ def reset_running_states(t: Trial) -> None:
     _reset(t, (PRE_COPY, RESUMING), tolerant=False)
 
 
-@AREA.case(24, SHOULD, "R346", "v1/reset-stopped-breaks")
+@AREA.case(24, SHOULD, "R346")
 def reset_stopped_states(t: Trial) -> None:
     """DEVICE_RESET brings a stopped device back.
 
@@ -404,7 +404,7 @@ def _reset(t: Trial, states: tuple[int, ...], *, tolerant: bool) -> None:
         t.saw("DEVICE_RESET of a stopped device (v1)", "refused" if refused else "accepted", recommended=not refused)
 
 
-@AREA.case(25, COMPAT, "R347", "v1/disconnect-keeps", compat="libvfio-user's v1")
+@AREA.case(25, COMPAT, "R347", compat="libvfio-user's v1")
 def disconnect(t: Trial) -> None:
     """A device that a client left in any state is found running by the next.
 
@@ -421,7 +421,7 @@ def disconnect(t: Trial) -> None:
         t.drop(again.link)
 
 
-@AREA.case(26, SHOULD, "R348", "v1/stopped-silent")
+@AREA.case(26, SHOULD, "R348")
 def commands_while_stopped(t: Trial) -> None:
     """A stopped device still answers.
 
@@ -442,7 +442,7 @@ def commands_while_stopped(t: Trial) -> None:
     t.saw("commands while stopped (v1)", "refused" if refused else "served", recommended=not refused)
 
 
-@AREA.case(27, MUST, "R343", "v1/load-lost")
+@AREA.case(27, MUST, "R343")
 def to_another_device(t: Trial) -> None:
     """A device saved here goes on there.
 
@@ -459,7 +459,7 @@ def to_another_device(t: Trial) -> None:
     same(before.hex(), state_of(t, other.link).hex(), "state of the second device")
 
 
-@AREA.case(28, MUST, "R334", "v1/size-beyond")
+@AREA.case(28, MUST, "R334")
 def pending_adds_up(t: Trial) -> None:
     """Data lies inside the region, and there is some while pending_bytes says so.
 

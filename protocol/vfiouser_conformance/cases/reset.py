@@ -8,7 +8,7 @@ from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP, unmap
 from vfiouser_conformance.cases.irqs import SET, assign
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial, signalled
 from vfiouser_protocol.constants import Command, IrqIndex, RegionIndex
 
@@ -17,13 +17,13 @@ MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 CONFIG = int(RegionIndex.CONFIG)
 
 
-def resettable(t: Trial) -> Link:
+def resettable(t: Trial) -> RawLink:
     """A connection to a device that can be reset."""
     t.facts.resets()
     return t.attach()
 
 
-@AREA.case(1, MUST, "R017 R230", "session/reset-payload")
+@AREA.case(1, MUST, "R017 R230")
 def reset(t: Trial) -> None:
     """DEVICE_RESET has no payload, neither way.
 
@@ -38,7 +38,7 @@ def reset(t: Trial) -> None:
     same(t.facts.config[:4].hex(), t.read_config(link, 0, 4).hex(), "vendor and device id after the reset")
 
 
-@AREA.case(2, MUST, "R230", "session/reset-nothing")
+@AREA.case(2, MUST, "R230")
 def power_on_values(t: Trial) -> None:
     """After DEVICE_RESET the command register is off.
 
@@ -58,7 +58,7 @@ def power_on_values(t: Trial) -> None:
         same("00" * place[2], t.read(link, *place).hex(), "scratch register after the reset")
 
 
-@AREA.case(3, SHOULD, "R231", "session/long-reset-refused")
+@AREA.case(3, SHOULD, "R231")
 def reset_with_payload(t: Trial) -> None:
     """A payload of DEVICE_RESET is ignored.
 
@@ -68,7 +68,7 @@ def reset_with_payload(t: Trial) -> None:
     same(16, resettable(t).ok(Command.DEVICE_RESET, b"\0" * 4).size, "size of the reply")
 
 
-@AREA.case(4, MUST, "R232", "session/reset-answers-no-reply")
+@AREA.case(4, MUST, "R232")
 def reset_without_reply(t: Trial) -> None:
     """DEVICE_RESET with NO_REPLY is silent, and done.
 
@@ -82,7 +82,7 @@ def reset_without_reply(t: Trial) -> None:
     link.silent(SILENCE_S)
 
 
-@AREA.case(5, MUST, "R233", "session/reset-drops-maps")
+@AREA.case(5, MUST, "R233")
 def maps_survive(t: Trial) -> None:
     """Maps survive DEVICE_RESET.
 
@@ -96,7 +96,7 @@ def maps_survive(t: Trial) -> None:
     unmap(link, BASE, SIZE)
 
 
-@AREA.case(6, COMPAT, "R238 R393", "session/qemu-reset-refused", compat="QEMU 11")
+@AREA.case(6, COMPAT, "R238 R393", compat="QEMU 11")
 def reset_as_qemu(t: Trial) -> None:
     """QEMU's reset of a machine works.
 
@@ -121,7 +121,7 @@ def reset_as_qemu(t: Trial) -> None:
     link.ok(MAP, wire.dma_map(0xE0000, 0x20000, 0, 1))
 
 
-@AREA.case(7, MUST, "R030", "session/serves-once", effect=Effect.NONE)
+@AREA.case(7, MUST, "R030", effect=Effect.NONE)
 def reconnect(t: Trial) -> None:
     """A client may come again and again.
 
@@ -134,7 +134,7 @@ def reconnect(t: Trial) -> None:
         t.drop(link)
 
 
-@AREA.case(8, SHOULD, "R031", "session/second-client-mixed", effect=Effect.NONE)
+@AREA.case(8, SHOULD, "R031", effect=Effect.NONE)
 def second_client(t: Trial) -> None:
     """A second client is not mixed up with the first.
 
@@ -158,7 +158,7 @@ def second_client(t: Trial) -> None:
     first.silent(SILENCE_S / 2)
 
 
-@AREA.case(9, MUST, "R032 R236", "session/maps-survive", effect=Effect.SESSION)
+@AREA.case(9, MUST, "R032 R236", effect=Effect.SESSION)
 def maps_end(t: Trial) -> None:
     """Maps end with their connection.
 
@@ -178,7 +178,7 @@ def maps_end(t: Trial) -> None:
     again.ok(MAP, wire.dma_map(BASE, 2 * SIZE))
 
 
-@AREA.case(10, MUST, "R032 R236", "session/eventfds-survive", effect=Effect.SESSION)
+@AREA.case(10, MUST, "R032 R236", effect=Effect.SESSION)
 def eventfds_end(t: Trial) -> None:
     """Eventfds end with their connection.
 
@@ -195,7 +195,7 @@ def eventfds_end(t: Trial) -> None:
     check(not signalled(events[0], SILENCE_S), "an eventfd of the connection before was signalled")
 
 
-@AREA.case(11, SHOULD, "R237", "session/registers-cleared")
+@AREA.case(11, SHOULD, "R237")
 def registers_survive(t: Trial) -> None:
     """Registers survive a connection, unless the server resets the device, which is reported.
 
@@ -215,7 +215,7 @@ def registers_survive(t: Trial) -> None:
     t.saw("registers at the end of a connection", "kept" if now == value else "reset", recommended=now == value)
 
 
-@AREA.case(12, COMPAT, "R398", "session/burst-and-leave-kills", effect=Effect.SESSION, compat="QEMU 11")
+@AREA.case(12, COMPAT, "R398", effect=Effect.SESSION, compat="QEMU 11")
 def killed_client(t: Trial) -> None:
     """A client that is killed in the middle of its attach leaves the server fit for the next.
 
@@ -232,7 +232,7 @@ def killed_client(t: Trial) -> None:
     file.check_released("of a client that was killed")
 
 
-@AREA.case(13, MUST, "R230", "session/reset-twice-refused")
+@AREA.case(13, MUST, "R230")
 def reset_twice(t: Trial) -> None:
     """A device that was just reset can be reset.
 
@@ -245,7 +245,7 @@ def reset_twice(t: Trial) -> None:
         check(not link.reply(n, Command.DEVICE_RESET).failed, "DEVICE_RESET failed")
 
 
-@AREA.case(14, SHOULD, "R230", "session/reset-unsupported-ok@no-reset")
+@AREA.case(14, SHOULD, "R230")
 def reset_unsupported(t: Trial) -> None:
     """A device that cannot be reset says so.
 
@@ -259,7 +259,7 @@ def reset_unsupported(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(15, COMPAT, "R399", "session/ids-in-sequence", effect=Effect.NONE, compat="QEMU 11")
+@AREA.case(15, COMPAT, "R399", effect=Effect.NONE, compat="QEMU 11")
 def ids_skip(t: Trial) -> None:
     """Message ids need not follow one another: QEMU shares one counter among its devices.
 

@@ -12,9 +12,9 @@ from typing import Any
 from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
 from vfiouser_conformance.facts import parse_capabilities
-from vfiouser_conformance.link import Closed, Link, TimedOut
+from vfiouser_conformance.link import Closed, RawLink, TimedOut
 from vfiouser_conformance.trial import SILENCE_S, Trial
-from vfiouser_conformance.wire import Message
+from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, RegionIndex
 
 AREA = Area("VERSION", "version negotiation", Effect.NONE)
@@ -23,7 +23,7 @@ _TRANSFER_MAX = 64 << 20
 _PROPOSED = json.loads(vectors.QEMU_CAPABILITIES[:-1])["capabilities"]
 
 
-def negotiate(t: Trial, data: bytes = b"", *, minor: int = 0) -> tuple[Link, Message]:
+def negotiate(t: Trial, data: bytes = b"", *, minor: int = 0) -> tuple[RawLink, Received]:
     """Connect and propose; the reply has to be a success of major version 0."""
     link = t.connect()
     reply = link.ok(Command.VERSION, wire.version(data, minor=minor))
@@ -32,12 +32,12 @@ def negotiate(t: Trial, data: bytes = b"", *, minor: int = 0) -> tuple[Link, Mes
     return link, reply
 
 
-def minor_of(reply: Message) -> int:
+def minor_of(reply: Received) -> int:
     """The minor version of a reply."""
     return int(struct.unpack_from("<HH", reply.payload)[1])
 
 
-@AREA.case(1, MUST, "R041", "version/refuses-no-json")
+@AREA.case(1, MUST, "R041")
 def without_data(t: Trial) -> None:
     """Version data is optional.
 
@@ -53,7 +53,7 @@ def without_data(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(2, MUST, "R042 R043", "version/minor-too-high")
+@AREA.case(2, MUST, "R042 R043")
 def minor_versions(t: Trial) -> None:
     """The minor version of the reply is at most the proposed one.
 
@@ -69,7 +69,7 @@ def minor_versions(t: Trial) -> None:
         t.drop(link)
 
 
-@AREA.case(3, MUST, "R059", "version/unknown-member")
+@AREA.case(3, MUST, "R059")
 def unknown_members(t: Trial) -> None:
     """Members that the server does not know are ignored.
 
@@ -82,7 +82,7 @@ def unknown_members(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(4, MUST, "R070", "version/refuses-empty-object")
+@AREA.case(4, MUST, "R070")
 def empty_object(t: Trial) -> None:
     """Every capability has a default.
 
@@ -92,7 +92,7 @@ def empty_object(t: Trial) -> None:
     negotiate(t, b"{}\0")[0].alive()
 
 
-@AREA.case(5, MUST, "R060", "version/unproposed-capability")
+@AREA.case(5, MUST, "R060")
 def subset(t: Trial) -> None:
     """The reply has no capability that was not proposed.
 
@@ -120,7 +120,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-@AREA.case(6, MUST, "R060 R064 R065", "version/float-capability")
+@AREA.case(6, MUST, "R060 R064 R065")
 def types_of_capabilities(t: Trial) -> None:
     """Capabilities have the types that the specification gives them.
 
@@ -139,7 +139,7 @@ def _check_types(found: dict[str, Any]) -> None:
         check(expected is not int or value >= 0, f"capability {name} is negative: {value!r}")
 
 
-@AREA.case(7, COMPAT, "R061", "version/reply-too-long", compat="QEMU 11")
+@AREA.case(7, COMPAT, "R061", compat="QEMU 11")
 def fits_qemu(t: Trial) -> None:
     """The reply is not longer than QEMU's request, whose buffer takes it, and says 0.0.
 
@@ -151,7 +151,7 @@ def fits_qemu(t: Trial) -> None:
     same(0, minor_of(reply), "minor version")
 
 
-@AREA.case(8, COMPAT, "R062", "version/reply-too-long", compat="QEMU's v1 forks")
+@AREA.case(8, COMPAT, "R062", compat="QEMU's v1 forks")
 def fits_old_qemu(t: Trial) -> None:
     """The reply is not longer than the request of the older QEMU forks.
 
@@ -162,7 +162,7 @@ def fits_old_qemu(t: Trial) -> None:
     check(reply.size <= 120, f"the reply has {reply.size} bytes; the client takes 120")
 
 
-@AREA.case(9, COMPAT, "R064 R065", "version/odd-limits", compat="QEMU 11")
+@AREA.case(9, COMPAT, "R064 R065", compat="QEMU 11")
 def limits_for_qemu(t: Trial) -> None:
     """The limits of the reply are ones that QEMU accepts.
 
@@ -182,7 +182,7 @@ def limits_for_qemu(t: Trial) -> None:
         check(pages >= 4096 and pages % 4096 == 0, f"a page size of {pages}")
 
 
-@AREA.case(10, MUST, "R069", "version/no-nul")
+@AREA.case(10, MUST, "R069")
 def ends_with_nul(t: Trial) -> None:
     """The version data of the reply ends with a NUL that msg_size counts.
 
@@ -196,7 +196,7 @@ def ends_with_nul(t: Trial) -> None:
         t.drop(link)
 
 
-@AREA.case(11, COMPAT, "R400", "version/no-capabilities-member", compat="rust-vmm")
+@AREA.case(11, COMPAT, "R400", compat="rust-vmm")
 def has_capabilities(t: Trial) -> None:
     """The reply has version data with a `capabilities` member, which rust-vmm's client cannot do without.
 
@@ -211,7 +211,7 @@ def has_capabilities(t: Trial) -> None:
     check(migration is None or isinstance(migration.get("pgsize"), int), f"migration is {migration}")
 
 
-@AREA.case(12, MUST, "R063", "version/offers-write-multi")
+@AREA.case(12, MUST, "R063")
 def write_multiple(t: Trial) -> None:
     """`write_multiple` is true only where REGION_WRITE_MULTI works.
 
@@ -225,7 +225,7 @@ def write_multiple(t: Trial) -> None:
     same(struct.pack("<Q", 0), payload, "writes done by an empty REGION_WRITE_MULTI")
 
 
-@AREA.case(13, SHOULD, "R054", "version/big-pgsize-refused")
+@AREA.case(13, SHOULD, "R054")
 def smaller_page_size(t: Trial) -> None:
     """Of two migration page sizes the smaller one is used.
 
@@ -243,7 +243,7 @@ def smaller_page_size(t: Trial) -> None:
     t.saw("migration.pgsize other than the host's", "accepted", recommended=True)
 
 
-@AREA.case(14, MUST, "R056", "version/twin-bad-index")
+@AREA.case(14, MUST, "R056")
 def twin_socket(t: Trial) -> None:
     """A granted twin socket comes with the reply and is a connected socket.
 
@@ -265,7 +265,7 @@ def twin_socket(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(15, MUST, "R057", "version/twin-unasked")
+@AREA.case(15, MUST, "R057")
 def twin_unasked(t: Trial) -> None:
     """A twin socket that nobody asked for is not granted.
 
@@ -280,7 +280,7 @@ def twin_unasked(t: Trial) -> None:
         t.drop(link)
 
 
-@AREA.case(16, SHOULD, "R058", "version/twin-without-fds")
+@AREA.case(16, SHOULD, "R058")
 def twin_without_fds(t: Trial) -> None:
     """A client that takes no descriptors gets no twin socket.
 
@@ -293,7 +293,7 @@ def twin_without_fds(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(17, SHOULD, "R066", "version/fd-kept")
+@AREA.case(17, SHOULD, "R066")
 def version_with_fd(t: Trial) -> None:
     """A descriptor that comes with VERSION is closed.
 
@@ -306,7 +306,7 @@ def version_with_fd(t: Trial) -> None:
     witness.check_closed("with or after VERSION")
 
 
-@AREA.case(18, SHOULD, "R067", "version/no-reply-silent")
+@AREA.case(18, SHOULD, "R067")
 def version_no_reply(t: Trial) -> None:
     """VERSION is answered in any case.
 
@@ -323,7 +323,7 @@ def version_no_reply(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(19, SHOULD, "R068", "version/second-accepted")
+@AREA.case(19, SHOULD, "R068")
 def second_version(t: Trial) -> None:
     """The version is negotiated once.
 
@@ -340,7 +340,7 @@ def second_version(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(20, MUST, "R040", "version/skipped")
+@AREA.case(20, MUST, "R040")
 def version_first(t: Trial) -> None:
     """Nothing works before VERSION.
 
@@ -362,7 +362,7 @@ def version_first(t: Trial) -> None:
     t.attach().alive()
 
 
-@AREA.case(21, MUST, "R070", "version/refuses-odd-order")
+@AREA.case(21, MUST, "R070")
 def odd_json(t: Trial) -> None:
     """JSON is read as JSON: order, spacing and escapes do not matter.
 
@@ -373,7 +373,7 @@ def odd_json(t: Trial) -> None:
     negotiate(t, data)[0].alive()
 
 
-@AREA.case(22, COMPAT, "R059", "version/refuses-old-names", compat="clients from before 2021")
+@AREA.case(22, COMPAT, "R059", compat="clients from before 2021")
 def old_names(t: Trial) -> None:
     """Names of capabilities that drafts used are ignored like any unknown one.
 

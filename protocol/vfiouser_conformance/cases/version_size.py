@@ -14,7 +14,7 @@ SHOULD = Level.SHOULD
 _LONG = 4 << 20
 
 
-@AREA.case(50, SHOULD, "R018 R425", "version/long-kills")
+@AREA.case(50, SHOULD, "R018 R425")
 def longer_than_the_maximum(t: Trial) -> None:
     """A VERSION that is longer than any message may be does no harm.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, Refusal, check, refusals, same
+from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -22,7 +22,7 @@ def _register(t: Trial) -> int:
     return t.scratch()[0]
 
 
-@AREA.case(1, MUST, "R222", "multi/count-off")
+@AREA.case(1, MUST, "R222")
 def with_reply(t: Trial) -> None:
     """Three writes are done, and the reply says three.
 
@@ -36,7 +36,7 @@ def with_reply(t: Trial) -> None:
     same("33", t.read_config(link, offset, 1).hex(), "register")
 
 
-@AREA.case(2, MUST, "R221 R395", "multi/order-lost")
+@AREA.case(2, MUST, "R221 R395")
 def flood_without_reply(t: Trial) -> None:
     """Two hundred writes in one message are applied in their order, and nothing is answered.
 
@@ -52,7 +52,7 @@ def flood_without_reply(t: Trial) -> None:
     link.silent(SILENCE_S)
 
 
-@AREA.case(3, SHOULD, "R225", "multi/goes-on")
+@AREA.case(3, SHOULD, "R225")
 def failing_write(t: Trial) -> None:
     """A write that fails ends the message; the ones before it stay done.
 
@@ -72,7 +72,7 @@ def failing_write(t: Trial) -> None:
     same("5a", t.read_config(link, offset, 1).hex(), "register")
 
 
-@AREA.case(4, MUST, "R222", "multi/golden-refused")
+@AREA.case(4, MUST, "R222")
 def golden(t: Trial) -> None:
     """The golden bytes of REGION_WRITE_MULTI are two writes.
 
@@ -106,8 +106,8 @@ def _not_offered(t: Trial) -> list[tuple[int, bytes]]:
 refusals(
     AREA,
     (
-        Refusal(
-            10, MUST, "R223", "multi/length-ok",
+        RefusedRequest(
+            10, MUST, "R223",
             "The message has as many entries as it says.",
             "REGION_WRITE_MULTI with wr_cnt 2 and one entry, and with wr_cnt 1 and two",
             lambda t: [
@@ -115,8 +115,8 @@ refusals(
                 (MULTI, wire.write_multi([(CONFIG, t.scratch()[0], b"\0")] * 2, 1)),
             ],
         ),
-        Refusal(
-            11, MUST, "R223", "multi/nine-bytes-ok",
+        RefusedRequest(
+            11, MUST, "R223",
             "An entry has at most 8 bytes.",
             "REGION_WRITE_MULTI with an entry of count 9, and of count 0xffffffff",
             lambda t: [
@@ -124,14 +124,14 @@ refusals(
                 for count in (9, 0xFFFFFFFF)
             ],
         ),
-        Refusal(
-            12, SHOULD, "R224", "multi/giant-count-ok",
+        RefusedRequest(
+            12, SHOULD, "R224",
             "A giant number of entries is refused, and nothing that big is made room for.",
             "REGION_WRITE_MULTI with wr_cnt 2^61 and 2^64 - 1",
             lambda t: [(MULTI, struct.pack("<Q", count) + _one(_offered(t))[8:]) for count in (1 << 61, wire.U64)],
         ),
-        Refusal(
-            13, SHOULD, "R220", "multi/unagreed-ok",
+        RefusedRequest(
+            13, SHOULD, "R220",
             "What was not agreed is refused.",
             "REGION_WRITE_MULTI on a connection whose client did not propose it",
             lambda t: [(MULTI, _one(t))] if t.facts.scratch and not t.facts.writes_multi else _not_offered(t),

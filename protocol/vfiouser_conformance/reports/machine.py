@@ -10,15 +10,15 @@ from vfiouser_conformance.case import Level
 from vfiouser_conformance.findings import findings
 from vfiouser_conformance.reports.table import failures_of, requirements_tested
 from vfiouser_conformance.requirements import REQUIREMENTS
-from vfiouser_conformance.runner import Outcome, Result, Verdict
+from vfiouser_conformance.runner import CaseResult, CaseVerdict, RunOutcome
 
 #: Of the JSON document; raised when a field changes its meaning.
 FORMAT = 1
 #: What JUnit has one word for.
-_SKIPPED = (Verdict.NOT_APPLICABLE, Verdict.CANNOT_TELL)
+_SKIPPED = (CaseVerdict.NOT_APPLICABLE, CaseVerdict.CANNOT_TELL)
 
 
-def as_json(outcome: Outcome) -> dict[str, Any]:
+def as_json(outcome: RunOutcome) -> dict[str, Any]:
     """The run as a JSON document."""
     share = requirements_tested(outcome)
     return {
@@ -35,7 +35,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _facts(outcome: Outcome) -> dict[str, Any]:
+def _facts(outcome: RunOutcome) -> dict[str, Any]:
     facts = outcome.facts
     return {
         "capabilities": facts.capabilities,
@@ -47,7 +47,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _case(result: Result) -> dict[str, Any]:
+def _case(result: CaseResult) -> dict[str, Any]:
     case = result.case
     return {
         "name": case.name,
@@ -75,7 +75,7 @@ def _case(result: Result) -> dict[str, Any]:
     }
 
 
-def as_junit(outcome: Outcome) -> str:
+def as_junit(outcome: RunOutcome) -> str:
     """The run as JUnit XML: a suite per area; a failed COMPAT case is a failure, too, and says its level."""
     suites = ElementTree.Element("testsuites", name="vfio-user conformance")
     for title in dict.fromkeys(result.case.area for result in outcome.results):
@@ -85,8 +85,8 @@ def as_junit(outcome: Outcome) -> str:
             "testsuite",
             name=title,
             tests=str(len(results)),
-            failures=str(sum(result.verdict is Verdict.FAILED for result in results)),
-            errors=str(sum(result.verdict is Verdict.NOT_RUN for result in results)),
+            failures=str(sum(result.verdict is CaseVerdict.FAILED for result in results)),
+            errors=str(sum(result.verdict is CaseVerdict.NOT_RUN for result in results)),
             skipped=str(sum(result.verdict in _SKIPPED for result in results)),
         )
         for result in results:
@@ -95,15 +95,15 @@ def as_junit(outcome: Outcome) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
 
 
-def _junit_case(suite: ElementTree.Element, result: Result) -> None:
+def _junit_case(suite: ElementTree.Element, result: CaseResult) -> None:
     case = ElementTree.SubElement(
         suite, "testcase", classname=result.case.area, name=result.case.name, time=f"{result.seconds:.4f}"
     )
     message = f"{result.case.level.value}: {_printable(result.reason)}"
-    if result.verdict is Verdict.FAILED:
+    if result.verdict is CaseVerdict.FAILED:
         failure = ElementTree.SubElement(case, "failure", message=message)
         failure.text = _printable("\n".join(describe.transcript(result.records)))
-    elif result.verdict is Verdict.NOT_RUN:
+    elif result.verdict is CaseVerdict.NOT_RUN:
         ElementTree.SubElement(case, "error", message=message)
     elif result.verdict in _SKIPPED:
         ElementTree.SubElement(case, "skipped", message=f"{result.verdict.value}: {_printable(result.reason)}")

@@ -10,21 +10,21 @@ from vfiouser_conformance import describe
 from vfiouser_conformance.case import Case, Level
 from vfiouser_conformance.findings import findings
 from vfiouser_conformance.requirements import REQUIREMENTS, SENTENCES, Coverage, coverage
-from vfiouser_conformance.runner import Outcome, Result, Verdict
+from vfiouser_conformance.runner import CaseResult, CaseVerdict, RunOutcome
 
 _COLOURS = {
-    Verdict.PASSED: "32",
-    Verdict.FAILED: "31",
-    Verdict.NOT_APPLICABLE: "2",
-    Verdict.CANNOT_TELL: "33",
-    Verdict.NOT_RUN: "33",
+    CaseVerdict.PASSED: "32",
+    CaseVerdict.FAILED: "31",
+    CaseVerdict.NOT_APPLICABLE: "2",
+    CaseVerdict.CANNOT_TELL: "33",
+    CaseVerdict.NOT_RUN: "33",
 }
 _WORDS = {
-    Verdict.PASSED: "pass",
-    Verdict.FAILED: "FAIL",
-    Verdict.NOT_APPLICABLE: "n/a",
-    Verdict.CANNOT_TELL: "unclear",
-    Verdict.NOT_RUN: "not run",
+    CaseVerdict.PASSED: "pass",
+    CaseVerdict.FAILED: "FAIL",
+    CaseVerdict.NOT_APPLICABLE: "n/a",
+    CaseVerdict.CANNOT_TELL: "unclear",
+    CaseVerdict.NOT_RUN: "not run",
 }
 #: What fits on a screen: causes, names of each, lines of anything else.
 _CAUSES, _NAMES, _LINES = 3, 12, 4
@@ -47,12 +47,12 @@ class TableReport:
         self._colours = colours
         self._verbose = verbose
 
-    def line(self, result: Result) -> str:
+    def line(self, result: CaseResult) -> str:
         """One case, as it ends."""
         word = self._paint(f"{_WORDS[result.verdict]:7}", result.verdict)
         case = result.case
         text = f"{word} {case.name:16} {case.level.value:6} {case.summary}"
-        if result.verdict is not Verdict.PASSED:
+        if result.verdict is not CaseVerdict.PASSED:
             text += f"\n        {result.reason}"
         if result.note:
             text += f"\n        {result.note}"
@@ -60,7 +60,7 @@ class TableReport:
             text += "\n        the server was started again"
         return text
 
-    def whole(self, outcome: Outcome) -> Iterator[str]:
+    def whole(self, outcome: RunOutcome) -> Iterator[str]:
         """All that is said when a run has ended."""
         if self._verbose or failed(outcome) == 1:
             yield from self.failures(outcome)
@@ -71,17 +71,17 @@ class TableReport:
         yield ""
         yield self._last_line(outcome)
 
-    def failures(self, outcome: Outcome) -> Iterator[str]:
+    def failures(self, outcome: RunOutcome) -> Iterator[str]:
         """Every failure with what was sent and received."""
         for result in outcome.results:
-            if result.verdict is Verdict.FAILED:
+            if result.verdict is CaseVerdict.FAILED:
                 yield ""
-                yield self._paint(f"{result.case.name}: {result.reason}", Verdict.FAILED)
+                yield self._paint(f"{result.case.name}: {result.reason}", CaseVerdict.FAILED)
                 yield f"  expected: {result.case.expected}"
                 for line in describe.transcript(result.records):
                     yield f"  {line}"
 
-    def _causes(self, outcome: Outcome) -> Iterator[str]:
+    def _causes(self, outcome: RunOutcome) -> Iterator[str]:
         found = findings(outcome)
         if not found:
             return
@@ -92,14 +92,14 @@ class TableReport:
         shown = found if self._verbose else found[:_CAUSES]
         for finding in shown:
             levels = ", ".join(f"{count} {level.value}" for level in Level if (count := finding.count(level)))
-            yield self._paint(f"  {finding.cause} ({levels})", Verdict.FAILED)
+            yield self._paint(f"  {finding.cause} ({levels})", CaseVerdict.FAILED)
             yield f"    {self._names(finding.names)}"
         if len(found) > len(shown):
             more = len(found) - len(shown)
             yield f"  … and {more} more cause{'s' if more > 1 else ''}: --verbose, --json FILE"
 
-    def _levels(self, outcome: Outcome) -> Iterator[str]:
-        shown = [verdict for verdict in Verdict if any(result.verdict is verdict for result in outcome.results)]
+    def _levels(self, outcome: RunOutcome) -> Iterator[str]:
+        shown = [verdict for verdict in CaseVerdict if any(result.verdict is verdict for result in outcome.results)]
         yield ""
         yield f"{'level':8}" + "".join(f"{_HEADS[verdict]:>13}" for verdict in shown)
         for level in Level:
@@ -108,17 +108,17 @@ class TableReport:
             if results:
                 yield f"{level.value:8}" + "".join(f"{count:>13}" for count in counts)
 
-    def _areas(self, outcome: Outcome) -> Iterator[str]:
+    def _areas(self, outcome: RunOutcome) -> Iterator[str]:
         yield ""
         yield f"{'area':38} {'MUST':>9} {'SHOULD':>9} {'COMPAT':>9} {'n/a':>5}"
         for title, results in _by_area(outcome.results):
             cells = [f"{_score(results, level):>9}" for level in Level]
-            absent = sum(result.verdict is Verdict.NOT_APPLICABLE for result in results)
-            bad = any(result.verdict in (Verdict.FAILED, Verdict.NOT_RUN) for result in results)
+            absent = sum(result.verdict is CaseVerdict.NOT_APPLICABLE for result in results)
+            bad = any(result.verdict in (CaseVerdict.FAILED, CaseVerdict.NOT_RUN) for result in results)
             yield self._paint(f"{title:38} {' '.join(cells)} {absent or '':>5}",
-                              Verdict.FAILED if bad else Verdict.PASSED)  # fmt: skip
+                              CaseVerdict.FAILED if bad else CaseVerdict.PASSED)  # fmt: skip
 
-    def _behaviours(self, outcome: Outcome) -> Iterator[str]:
+    def _behaviours(self, outcome: RunOutcome) -> Iterator[str]:
         seen = list(dict.fromkeys(entry for result in outcome.results for entry in result.seen))
         if not self._verbose:
             seen = [entry for entry in seen if not entry.recommended]
@@ -126,15 +126,15 @@ class TableReport:
                  for entry in seen]  # fmt: skip
         yield from self._listed("where several behaviours are allowed, this server's:", lines)
 
-    def _problems(self, outcome: Outcome) -> Iterator[str]:
+    def _problems(self, outcome: RunOutcome) -> Iterator[str]:
         lines = [f"{what}: {why}" for what, why in outcome.facts.problems.items()]
         yield from self._listed("what could not be found out about the server:", lines)
-        unclear = [(result.reason, result) for result in outcome.results if result.verdict is Verdict.CANNOT_TELL]
+        unclear = [(result.reason, result) for result in outcome.results if result.verdict is CaseVerdict.CANNOT_TELL]
         yield from self._listed("what can be called neither passed nor failed:", self._by_reason(unclear))
         notes = [(result.note, result) for result in outcome.results if result.note]
         yield from self._listed("what else is to be said:", self._by_reason(notes))
 
-    def _by_reason(self, told: Sequence[tuple[str, Result]]) -> list[str]:
+    def _by_reason(self, told: Sequence[tuple[str, CaseResult]]) -> list[str]:
         """One line per reason, with the cases that it stands for."""
         return [
             f"{reason}: {self._names([result.case.name for other, result in told if other == reason])}"
@@ -155,40 +155,42 @@ class TableReport:
         if len(lines) > len(shown):
             yield f"  … and {len(lines) - len(shown)} more: --verbose"
 
-    def _last_line(self, outcome: Outcome) -> str:
-        counts = {verdict: sum(result.verdict is verdict for result in outcome.results) for verdict in Verdict}
+    def _last_line(self, outcome: RunOutcome) -> str:
+        counts = {verdict: sum(result.verdict is verdict for result in outcome.results) for verdict in CaseVerdict}
         parts = [f"{count} {verdict.value}" for verdict, count in counts.items() if count]
         share = requirements_tested(outcome)
         covered = f"{len(share.covered)} of {len(REQUIREMENTS)} requirements tested ({share.share:.0%})"
         must = failures_of(outcome, Level.MUST)
         ending = f"{must} MUST failed" if must else "no MUST failed"
-        if counts[Verdict.NOT_RUN]:
-            reason = next(result.reason for result in outcome.results if result.verdict is Verdict.NOT_RUN)
+        if counts[CaseVerdict.NOT_RUN]:
+            reason = next(result.reason for result in outcome.results if result.verdict is CaseVerdict.NOT_RUN)
             ending += f"; not all was run: {reason}"
-        good = not must and not counts[Verdict.NOT_RUN]
-        return self._paint(f"{', '.join(parts)}; {covered}; {ending}", Verdict.PASSED if good else Verdict.FAILED)
+        good = not must and not counts[CaseVerdict.NOT_RUN]
+        return self._paint(
+            f"{', '.join(parts)}; {covered}; {ending}", CaseVerdict.PASSED if good else CaseVerdict.FAILED
+        )
 
-    def _paint(self, text: str, verdict: Verdict) -> str:
+    def _paint(self, text: str, verdict: CaseVerdict) -> str:
         return f"\033[{_COLOURS[verdict]}m{text}\033[0m" if self._colours else text
 
 
 #: Heads of the columns of verdicts.
-_HEADS = {verdict: verdict.value for verdict in Verdict} | {Verdict.NOT_APPLICABLE: "n/a"}
+_HEADS = {verdict: verdict.value for verdict in CaseVerdict} | {CaseVerdict.NOT_APPLICABLE: "n/a"}
 
 
-def failures_of(outcome: Outcome, level: Level) -> int:
+def failures_of(outcome: RunOutcome, level: Level) -> int:
     """How many cases of a level failed."""
-    return sum(result.verdict is Verdict.FAILED and result.case.level is level for result in outcome.results)
+    return sum(result.verdict is CaseVerdict.FAILED and result.case.level is level for result in outcome.results)
 
 
-def failed(outcome: Outcome) -> int:
+def failed(outcome: RunOutcome) -> int:
     """How many cases failed, of any level."""
     return sum(failures_of(outcome, level) for level in Level)
 
 
-def requirements_tested(outcome: Outcome) -> Coverage:
+def requirements_tested(outcome: RunOutcome) -> Coverage:
     """Which requirements a run tested: a case counts that passed or failed, no other."""
-    judged = (Verdict.PASSED, Verdict.FAILED)
+    judged = (CaseVerdict.PASSED, CaseVerdict.FAILED)
     return coverage(result.case for result in outcome.results if result.verdict in judged)
 
 
@@ -213,16 +215,15 @@ def explanation(case: Case) -> Iterator[str]:
         yield f"    {number} {requirement.text} ({requirement.source})"
         if number in SENTENCES:
             yield f'      "{SENTENCES[number]}"'
-    yield f"  planted faults that it catches: {', '.join(case.mutants)}"
 
 
-def _by_area(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+def _by_area(results: Sequence[CaseResult]) -> Iterator[tuple[str, list[CaseResult]]]:
     for title in dict.fromkeys(result.case.area for result in results):
         yield title, [result for result in results if result.case.area == title]
 
 
-def _score(results: Sequence[Result], level: Level) -> str:
-    beside = (Verdict.NOT_APPLICABLE, Verdict.CANNOT_TELL)
+def _score(results: Sequence[CaseResult], level: Level) -> str:
+    beside = (CaseVerdict.NOT_APPLICABLE, CaseVerdict.CANNOT_TELL)
     counted = [result for result in results if result.case.level is level and result.verdict not in beside]
-    passed = sum(result.verdict is Verdict.PASSED for result in counted)
+    passed = sum(result.verdict is CaseVerdict.PASSED for result in counted)
     return f"{passed}/{len(counted)}" if counted else "-"

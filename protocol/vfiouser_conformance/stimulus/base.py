@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from vfiouser_conformance.case import NotApplicable
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 
 
 class Stimulus(Protocol):
@@ -25,43 +25,43 @@ class Stimulus(Protocol):
     def in_use(self) -> bool:
         """Whether there is something to put back."""
 
-    def prepare(self, link: Link) -> None:
+    def prepare(self, link: RawLink) -> None:
         """Bring the device up, with bus mastering on; called once per connection, before anything else."""
 
-    def release(self, link: Link) -> None:
+    def release(self, link: RawLink) -> None:
         """Put back what the profile uses of the device, on a connection that was prepared."""
 
-    def start_read(self, link: Link, address: int, count: int) -> None:
+    def start_read(self, link: RawLink, address: int, count: int) -> None:
         """Make the device read so many bytes of client memory; does not wait for the end."""
 
-    def start_write(self, link: Link, address: int, count: int) -> None:
+    def start_write(self, link: RawLink, address: int, count: int) -> None:
         """Make the device write so many bytes to client memory; does not wait for the end."""
 
-    def finish(self, link: Link) -> int:
+    def finish(self, link: RawLink) -> int:
         """Wait for the end of what was started; returns 0 or an error number (a positive one if it is not known)."""
 
-    def load(self, link: Link, data: bytes) -> None:
+    def load(self, link: RawLink, data: bytes) -> None:
         """Say what the next `start_write` writes."""
 
-    def taken(self, link: Link, count: int) -> bytes:
+    def taken(self, link: RawLink, count: int) -> bytes:
         """What the last `start_read` read."""
 
-    def raise_irq(self, link: Link, index: int, vector: int) -> None:
+    def raise_irq(self, link: RawLink, index: int, vector: int) -> None:
         """Make the device raise an interrupt of MSI, MSI-X, ERR or REQ once."""
 
-    def set_intx(self, link: Link, asserted: bool) -> None:
+    def set_intx(self, link: RawLink, asserted: bool) -> None:
         """Drive the device's INTx line."""
 
-    def failing_access(self, link: Link, number: int) -> tuple[int, int]:
+    def failing_access(self, link: RawLink, number: int) -> tuple[int, int]:
         """Make accesses of 4 bytes fail with this error number; returns region and offset of such a place."""
 
     def scratch(self) -> tuple[int, int, int]:
         """Region, offset and width in bytes of a register that holds what is written and that a reset clears."""
 
-    def change_state(self, link: Link, seed: int) -> None:
+    def change_state(self, link: RawLink, seed: int) -> None:
         """Give the device a state of its own that its migration has to carry."""
 
-    def state(self, link: Link) -> bytes:
+    def state(self, link: RawLink) -> bytes:
         """What identifies that state."""
 
 
@@ -72,7 +72,7 @@ class NoStimulus:
     granule = 1
     largest = 0
 
-    def prepare(self, link: Link) -> None:
+    def prepare(self, link: RawLink) -> None:
         """Nothing to bring up."""
 
     @property
@@ -80,26 +80,26 @@ class NoStimulus:
         """Nothing to put back."""
         return False
 
-    def release(self, link: Link) -> None:
+    def release(self, link: RawLink) -> None:
         """Nothing to put back."""
 
-    def load(self, link: Link, data: bytes) -> None:
+    def load(self, link: RawLink, data: bytes) -> None:
         """Cannot choose what is written."""
         raise _cannot(self.name, "write data of our choice")
 
-    def taken(self, link: Link, count: int) -> bytes:
+    def taken(self, link: RawLink, count: int) -> bytes:
         """Cannot show what was read."""
         raise _cannot(self.name, "show what it read")
 
-    def raise_irq(self, link: Link, index: int, vector: int) -> None:
+    def raise_irq(self, link: RawLink, index: int, vector: int) -> None:
         """Cannot raise single interrupts."""
         raise _cannot(self.name, "raise an interrupt of our choice")
 
-    def set_intx(self, link: Link, asserted: bool) -> None:
+    def set_intx(self, link: RawLink, asserted: bool) -> None:
         """Cannot drive INTx."""
         raise _cannot(self.name, "drive its INTx line")
 
-    def failing_access(self, link: Link, number: int) -> tuple[int, int]:
+    def failing_access(self, link: RawLink, number: int) -> tuple[int, int]:
         """Cannot fail."""
         raise _cannot(self.name, "fail accesses")
 
@@ -107,11 +107,11 @@ class NoStimulus:
         """Has no such register."""
         raise _cannot(self.name, "hold a value in a register that a reset clears")
 
-    def change_state(self, link: Link, seed: int) -> None:
+    def change_state(self, link: RawLink, seed: int) -> None:
         """Has no state of its own."""
         raise _cannot(self.name, "be given a state of its own")
 
-    def state(self, link: Link) -> bytes:
+    def state(self, link: RawLink) -> bytes:
         """Has no state of its own."""
         raise _cannot(self.name, "show its state")
 

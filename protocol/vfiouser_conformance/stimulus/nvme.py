@@ -13,7 +13,7 @@ import time
 
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import CaseFailed, NotApplicable, check, same
-from vfiouser_conformance.link import Link
+from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.stimulus.base import NoStimulus
 from vfiouser_protocol.constants import Command, IrqIndex, RegionIndex
 
@@ -69,7 +69,7 @@ class NvmeProfile(NoStimulus):
 
     # Bringing it up
 
-    def prepare(self, link: Link) -> None:
+    def prepare(self, link: RawLink) -> None:
         """Reset and enable the controller, make an I/O queue, keep what the scratch pages hold."""
         code = link.ok(Command.REGION_READ, wire.access(RegionIndex.CONFIG, 9, 3)).payload[16:]
         if code != b"\x02\x08\x01":
@@ -93,7 +93,7 @@ class NvmeProfile(NoStimulus):
             self._now(link, self._io, _IO_READ, *self._data(QUEUES + _BOUNCE, _SCRATCH))
             self._saved = self._memory[_BOUNCE : _BOUNCE + _SCRATCH]
 
-    def _map(self, link: Link) -> None:
+    def _map(self, link: RawLink) -> None:
         fd = os.memfd_create("conformance-nvme", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, _SIZE)
@@ -110,7 +110,7 @@ class NvmeProfile(NoStimulus):
         """Whether the scratch pages were used."""
         return self._saved is not None
 
-    def _find_scratch(self, link: Link) -> None:
+    def _find_scratch(self, link: RawLink) -> None:
         self._now(link, self._admin, _IDENTIFY, QUEUES + _BOUNCE, 0, 1)
         blocks = struct.unpack_from("<Q", self._memory, _BOUNCE)[0]
         format_ = self._memory[_BOUNCE + 26] & 15
@@ -120,38 +120,38 @@ class NvmeProfile(NoStimulus):
             raise NotApplicable(f"namespace 1 of the controller has {blocks} blocks")
         self._first = blocks - used
 
-    def release(self, link: Link) -> None:
+    def release(self, link: RawLink) -> None:
         """Put the scratch pages back."""
         if self._saved is not None:
             self.load(link, self._saved)
 
     # What cases ask for
 
-    def load(self, link: Link, data: bytes) -> None:
+    def load(self, link: RawLink, data: bytes) -> None:
         """Write to the scratch pages."""
         whole = data.ljust(-(-len(data) // _PAGE) * _PAGE, b"\0")
         self._memory[_BOUNCE : _BOUNCE + len(whole)] = whole
         self._now(link, self._io, _IO_WRITE, *self._data(QUEUES + _BOUNCE, len(whole)))
 
-    def taken(self, link: Link, count: int) -> bytes:
+    def taken(self, link: RawLink, count: int) -> bytes:
         """Read the scratch pages."""
         size = -(-count // _PAGE) * _PAGE
         self._now(link, self._io, _IO_READ, *self._data(QUEUES + _BOUNCE, size))
         return self._memory[_BOUNCE : _BOUNCE + count]
 
-    def start_write(self, link: Link, address: int, count: int) -> None:
+    def start_write(self, link: RawLink, address: int, count: int) -> None:
         """An NVMe Read of the scratch pages to the address."""
         self._submit(link, self._io, _IO_READ, *self._data(address, count))
 
-    def start_read(self, link: Link, address: int, count: int) -> None:
+    def start_read(self, link: RawLink, address: int, count: int) -> None:
         """An NVMe Write of the scratch pages from the address."""
         self._submit(link, self._io, _IO_WRITE, *self._data(address, count))
 
-    def finish(self, link: Link) -> int:
+    def finish(self, link: RawLink) -> int:
         """Wait for the command; one that failed is an I/O error."""
         return self._complete(link, self._io)
 
-    def raise_irq(self, link: Link, index: int, vector: int) -> None:
+    def raise_irq(self, link: RawLink, index: int, vector: int) -> None:
         """A completion of the admin queue raises vector 0 of MSI-X."""
         if (index, vector) != (IrqIndex.MSIX, 0):
             raise NotApplicable("an NVMe controller's admin queue raises vector 0 of MSI-X only")
@@ -160,7 +160,7 @@ class NvmeProfile(NoStimulus):
 
     # Below
 
-    def _enable_msix(self, link: Link) -> None:
+    def _enable_msix(self, link: RawLink) -> None:
         config = link.ok(Command.REGION_READ, wire.access(RegionIndex.CONFIG, 0, 256)).payload[16:]
         at, seen = config[0x34], 0
         while at >= 0x40 and seen < 48:
@@ -174,12 +174,12 @@ class NvmeProfile(NoStimulus):
         second = address + _PAGE if count > _PAGE else 0
         return address, second, 1, self._first & 0xFFFFFFFF, self._first >> 32, count // self._block - 1
 
-    def _now(self, link: Link, queue: _Queue, opcode: int, *arguments: int) -> None:
+    def _now(self, link: RawLink, queue: _Queue, opcode: int, *arguments: int) -> None:
         self._submit(link, queue, opcode, *arguments)
         same(0, self._complete(link, queue), f"error of NVMe command {opcode:#x} of queue {queue.number}")
 
     def _submit(
-        self, link: Link, queue: _Queue, opcode: int, first: int, second: int = 0, namespace: int = 0, *words: int
+        self, link: RawLink, queue: _Queue, opcode: int, first: int, second: int = 0, namespace: int = 0, *words: int
     ) -> None:
         rest = (*words, *(0,) * (6 - len(words)))
         entry = struct.pack("<BBHIQQQQ6I", opcode, 0, queue.tail, namespace, 0, 0, first, second, *rest)
@@ -188,7 +188,7 @@ class NvmeProfile(NoStimulus):
         queue.tail = (queue.tail + 1) % _ENTRIES
         self._set(link, _DOORBELLS + 8 * queue.number, queue.tail)
 
-    def _complete(self, link: Link, queue: _Queue) -> int:
+    def _complete(self, link: RawLink, queue: _Queue) -> int:
         deadline = time.monotonic() + self._timeout
         at = queue.completions + 16 * queue.head + 14
         while (status := struct.unpack_from("<H", self._memory, at)[0]) & 1 != queue.phase:
@@ -201,15 +201,15 @@ class NvmeProfile(NoStimulus):
         self._set(link, _DOORBELLS + 8 * queue.number + 4, queue.head)
         return _IO_ERROR if status >> 1 else 0
 
-    def _wait(self, link: Link, ready: int) -> None:
+    def _wait(self, link: RawLink, ready: int) -> None:
         deadline = time.monotonic() + self._timeout
         while self._get(link, _CSTS) & 1 != ready:
             if time.monotonic() > deadline:
                 raise CaseFailed(f"CSTS.RDY is not {ready} within {self._timeout:g} s")
             time.sleep(_POLL_S)
 
-    def _get(self, link: Link, offset: int) -> int:
+    def _get(self, link: RawLink, offset: int) -> int:
         return int(struct.unpack_from("<I", link.ok(Command.REGION_READ, wire.access(0, offset, 4)).payload, 16)[0])
 
-    def _set(self, link: Link, offset: int, value: int) -> None:
+    def _set(self, link: RawLink, offset: int, value: int) -> None:
         link.ok(Command.REGION_WRITE, wire.access(0, offset, 4, struct.pack("<I", value)))

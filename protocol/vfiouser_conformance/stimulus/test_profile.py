@@ -7,8 +7,8 @@ import time
 
 from vfiouser_conformance import wire
 from vfiouser_conformance.case import CaseFailed, NotApplicable, check, same
-from vfiouser_conformance.link import Link
-from vfiouser_conformance.memory import ClientMemory
+from vfiouser_conformance.link import RawLink
+from vfiouser_conformance.memory import ServedMemory
 from vfiouser_conformance.stimulus.base import NoStimulus
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -40,21 +40,21 @@ class TestProfile(NoStimulus):
         #: What was ordered last, and the bytes that had been moved by messages before.
         self._address = self._count = self._direction = self._moved = 0
 
-    def prepare(self, link: Link) -> None:
+    def prepare(self, link: RawLink) -> None:
         """Check the magic number and switch bus mastering on."""
         if (magic := self._get(link, 0)) != MAGIC:
             raise NotApplicable(f"magic number {magic:#x}: the device is not the test device (--device-profile)")
         link.ok(Command.REGION_WRITE, wire.access(RegionIndex.CONFIG, 4, 2, b"\x06\x00"))
 
-    def start_read(self, link: Link, address: int, count: int) -> None:
+    def start_read(self, link: RawLink, address: int, count: int) -> None:
         """Copy client memory to BAR1."""
         self._start(link, address, count, _FROM_CLIENT)
 
-    def start_write(self, link: Link, address: int, count: int) -> None:
+    def start_write(self, link: RawLink, address: int, count: int) -> None:
         """Copy BAR1 to client memory."""
         self._start(link, address, count, _TO_CLIENT)
 
-    def finish(self, link: Link) -> int:
+    def finish(self, link: RawLink) -> int:
         """Serve what the server asks for, then poll the status register.
 
         A server that serves one message at a time takes no command while it waits for the reply to its own.
@@ -69,23 +69,23 @@ class TestProfile(NoStimulus):
         same(_FAULT, status, "DMA status")
         return self._get(link, _ERRNO) or 5
 
-    def load(self, link: Link, data: bytes) -> None:
+    def load(self, link: RawLink, data: bytes) -> None:
         """Fill the beginning of BAR1."""
         link.ok(Command.REGION_WRITE, wire.access(_BAR1, 0, len(data), data))
 
-    def taken(self, link: Link, count: int) -> bytes:
+    def taken(self, link: RawLink, count: int) -> bytes:
         """Read the beginning of BAR1."""
         return link.ok(Command.REGION_READ, wire.access(_BAR1, 0, count)).payload[16:]
 
-    def raise_irq(self, link: Link, index: int, vector: int) -> None:
+    def raise_irq(self, link: RawLink, index: int, vector: int) -> None:
         """Write the interrupt register."""
         self._set(link, _INTERRUPT, index << 16 | vector)
 
-    def set_intx(self, link: Link, asserted: bool) -> None:
+    def set_intx(self, link: RawLink, asserted: bool) -> None:
         """Write the line register."""
         self._set(link, _LINE, int(asserted))
 
-    def failing_access(self, link: Link, number: int) -> tuple[int, int]:
+    def failing_access(self, link: RawLink, number: int) -> tuple[int, int]:
         """Say with what the failing register fails."""
         self._set(link, _FAIL, number)
         return _BAR0, _FAILING
@@ -94,7 +94,7 @@ class TestProfile(NoStimulus):
         """The 64-bit scratch register."""
         return _BAR0, _SCRATCH64, 8
 
-    def change_state(self, link: Link, seed: int) -> None:
+    def change_state(self, link: RawLink, seed: int) -> None:
         """Fill the scratch registers and the beginning of BAR1."""
         self._set(link, _SCRATCH32, seed * 0x01010101 & 0xFFFFFFFF)
         link.ok(
@@ -103,16 +103,16 @@ class TestProfile(NoStimulus):
         )
         self.load(link, bytes((seed + n) & 0xFF for n in range(256)))
 
-    def state(self, link: Link) -> bytes:
+    def state(self, link: RawLink) -> bytes:
         """The scratch registers and the beginning of BAR1."""
         narrow = link.ok(Command.REGION_READ, wire.access(_BAR0, _SCRATCH32, 4)).payload[16:]
         wide = link.ok(Command.REGION_READ, wire.access(_BAR0, _SCRATCH64, 8)).payload[16:]
         return narrow + wide + self.taken(link, 256)
 
-    def _serve_first(self, link: Link) -> None:
+    def _serve_first(self, link: RawLink) -> None:
         """Answer the DMA commands that have to come, until all bytes are moved or no more commands come."""
         memory = link.on_command
-        if not isinstance(memory, ClientMemory):
+        if not isinstance(memory, ServedMemory):
             return
         if memory.takes(self._address, self._count, writes=self._direction == _TO_CLIENT):
             wait = self._timeout / 4
@@ -121,18 +121,18 @@ class TestProfile(NoStimulus):
         while memory.moved - self._moved < self._count and link.serve(wait):
             wait = _QUIET_S
 
-    def _start(self, link: Link, address: int, count: int, direction: int) -> None:
+    def _start(self, link: RawLink, address: int, count: int, direction: int) -> None:
         self._address, self._count, self._direction = address, count, direction
-        self._moved = link.on_command.moved if isinstance(link.on_command, ClientMemory) else 0
+        self._moved = link.on_command.moved if isinstance(link.on_command, ServedMemory) else 0
         link.ok(Command.REGION_WRITE, wire.access(_BAR0, _ADDRESS, 8, struct.pack("<Q", address)))
         self._set(link, _COUNT, count)
         self._set(link, _START, direction)
 
-    def _get(self, link: Link, offset: int) -> int:
+    def _get(self, link: RawLink, offset: int) -> int:
         payload = link.ok(Command.REGION_READ, wire.access(_BAR0, offset, 4)).payload
         if len(payload) != 20:
             raise CaseFailed(f"a read of a register gave {len(payload) - 16} bytes")
         return int(struct.unpack_from("<I", payload, 16)[0])
 
-    def _set(self, link: Link, offset: int, value: int) -> None:
+    def _set(self, link: RawLink, offset: int, value: int) -> None:
         link.ok(Command.REGION_WRITE, wire.access(_BAR0, offset, 4, struct.pack("<I", value)))

@@ -156,7 +156,8 @@ class FakeServer:
 
     def submit(self, command: int, payload: bytes, **options: Any) -> Callable[[], Awaitable[ReplyReceived]]:
         """Send a command; the result waits for its reply."""
-        done, replies = trio.Event(), []
+        done = trio.Event()
+        replies: list[ReplyReceived] = []
         _, data = self.session.command(command, payload, (done, replies), **options)
         (self.twin or self.main).send(data)
 

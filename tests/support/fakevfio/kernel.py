@@ -327,7 +327,7 @@ class FakeKernel(Kernel):
         bitmap = self.iommu.written(iova, size, page)
         if room < len(bitmap):
             raise fail(errno.EINVAL)
-        (ctypes.c_uint8 * len(bitmap)).from_address(address)[:] = bitmap
+        ctypes.memmove(address, bitmap, len(bitmap))
 
     def _iommu_info(self, buffer: bytearray) -> None:
         windows = () if self.iommu.emulated else WINDOWS
@@ -357,7 +357,7 @@ class FakeKernel(Kernel):
             _, ioas, _, _, address, _ = struct.unpack("<IIIIQQ", buffer)
             assert ioas == 5
             flat = [number for window in WINDOWS for number in window]
-            (ctypes.c_uint64 * len(flat)).from_address(address)[:] = flat
+            ctypes.memmove(address, struct.pack(f"<{len(flat)}Q", *flat), 8 * len(flat))
             struct.pack_into("<IIQQ", buffer, 8, len(WINDOWS), 0, address, 4096)
         elif request == IOMMUFD + 0xF:
             self._map_file(buffer)

@@ -37,6 +37,7 @@ from vfiouser_protocol.commands import COMMANDS
 from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError, StreamError, VfioUserError
 from vfiouser_protocol.framing import Framer, Message
+from vfiouser_protocol.messages import FeatureLoggingStart
 from vfiouser_protocol.migration_v2 import FeatureAction, interpret_feature
 from vfiouser_protocol.regions import parse_region_info
 from vfiouser_protocol.session import CommandReceived, Phase, Role, Session
@@ -180,6 +181,7 @@ def features(data: bytes) -> None:
     if call.action is FeatureAction.START_LOGGING:
         log = DmaLogging()
         start = call.data
+        assert isinstance(start, FeatureLoggingStart)
         try:
             log.start(start.page_size, start.ranges)
         except VfioUserError:

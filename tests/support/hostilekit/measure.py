@@ -122,7 +122,7 @@ def _attack(case: Attack, house: House, before: Health) -> tuple[str | None, Hea
     try:
         while attacker.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
-            peak = Health(*map(max, peak, house.health()))
+            peak = peak.most(house.health())
         error = None
         if attacker.poll() is None:
             error = f"it did not end within {GRACE_S:g} s of its time"

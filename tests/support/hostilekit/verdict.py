@@ -78,6 +78,10 @@ class Health(NamedTuple):
     fds: int
     threads: int
 
+    def most(self, other: Health) -> Health:
+        """The larger of each figure."""
+        return Health(max(self.rss_mb, other.rss_mb), max(self.fds, other.fds), max(self.threads, other.threads))
+
 
 @dataclass
 class Verdict:

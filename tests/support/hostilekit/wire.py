@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from rawclient import (
     DMA_MAP,
@@ -77,8 +78,8 @@ class Peer:
     def receive(self) -> Answer:
         """Take the next message."""
         first = len(self.received)
-        fields = HEADER.unpack(self._exactly(16))
-        return Answer(*fields, self._exactly(fields[2] - 16), self.received[first:])
+        msg_id, command, size, flags, error = HEADER.unpack(self._exactly(16))
+        return Answer(msg_id, command, size, flags, error, self._exactly(size - 16), self.received[first:])
 
     def _exactly(self, count: int) -> bytes:
         data = b""
@@ -136,7 +137,7 @@ class Peer:
             os.close(fd)
         self.received.clear()
 
-    def __enter__(self) -> Peer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

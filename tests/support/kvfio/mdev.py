@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -174,12 +175,19 @@ def mdev_removed() -> None:
 
 # Migration
 
+#: What a client does with the source's socket, the destination's, and a generation.
+Journey = Callable[[Path, Path, Generation], Awaitable[None]]
 
-def between(work: Callable[[Path, Path, Generation], object], source: str = HERE, destination: str = THERE) -> None:
+
+def _to(work: Journey, there: Path, generation: Generation, here: Path) -> Awaitable[None]:
+    return work(here, there, generation)
+
+
+def between(work: Journey, source: str = HERE, destination: str = THERE) -> None:
     """Run a client of two daemons, for each generation."""
     with daemon(source, migrates=True, name="a") as first, daemon(destination, migrates=True, name="b") as second:
         for generation in Generation:
-            client(lambda path, g=generation: work(path, second.socket, g), first)  # type: ignore[misc, return-value]
+            client(partial(_to, work, second.socket, generation), first)
 
 
 async def move_work(here: Path, there: Path, generation: Generation) -> None:

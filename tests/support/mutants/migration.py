@@ -63,7 +63,7 @@ class Migration:
         self.cancelled = False
         self.region: RegionV1 | None = None
         if self.variant.migration:
-            self.region = RegionV1(self)
+            self.region = RegionV1(self, session.server)
         if self.bad("migration/starts-stopped"):
             self.device.state = STOP
         if self.bad("logging/survives-connection"):

@@ -12,7 +12,7 @@ from mutants.device import MIGRATION, MMAP, PAGE, READ, WRITE, Refused, Region
 
 if TYPE_CHECKING:
     from mutants.migration import Migration
-    from mutants.server import Command
+    from mutants.server import Command, Server
 
 STOPPED, RUNNING, STOP_COPY, PRE_COPY, RESUMING = 0, 1, 2, 3, 4
 DATA, ROOM, CHUNK = 0x1000, 0x10000, 0x300
@@ -29,10 +29,9 @@ _EARLY = b"PRECOPY."
 class RegionV1:
     """The region's registers and data, for one connection."""
 
-    def __init__(self, migration: Migration) -> None:
-        self.migration, self.device = migration, migration.device
-        self.bad, self.need = migration.bad, migration.need
-        server = migration.session.server
+    def __init__(self, migration: Migration, server: Server) -> None:
+        self.migration, self.device = migration, server.device
+        self.bad, self.need = server.bad, server.need
         self.state = STOPPED if self.bad("v1/starts-stopped") else getattr(server, "v1_state", RUNNING)
         self.fd = os.memfd_create("region", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, DATA + ROOM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 import trio
 
@@ -42,6 +43,20 @@ class Queue:
     sq_head: int = 0
     order: list[int] = field(default_factory=list)
     automatic: bool = True
+
+
+class Fields(TypedDict, total=False):
+    """What a command may say besides its opcode."""
+
+    nsid: int
+    prp1: int
+    prp2: int
+    cdw10: int
+    cdw11: int
+    cdw12: int
+    cdw13: int
+    cid: int
+    flags: int
 
 
 class Driver:
@@ -208,12 +223,12 @@ class Driver:
             raise CommandFailed(status)
         return result
 
-    async def admin(self, opcode: int, **fields: int) -> int:
+    async def admin(self, opcode: int, **fields: Unpack[Fields]) -> int:
         """Execute an admin command."""
         queue = self.queues[0]
         return await self.wait(queue, self.submit(queue, opcode, **fields))
 
-    async def io(self, opcode: int, queue: Queue | None = None, **fields: int) -> int:
+    async def io(self, opcode: int, queue: Queue | None = None, **fields: Unpack[Fields]) -> int:
         """Execute a command on namespace 1."""
         queue = queue or self.queues[1]
         fields.setdefault("nsid", 1)
@@ -293,5 +308,13 @@ class Driver:
         return await self.admin(0x0A, nsid=nsid, cdw10=select << 8 | feature, cdw11=selector)
 
 
-def _blocks(slba: int, count: int, *, fua: bool = False) -> dict[str, int]:
+class _Blocks(TypedDict):
+    """The fields that say which blocks a command is about."""
+
+    cdw10: int
+    cdw11: int
+    cdw12: int
+
+
+def _blocks(slba: int, count: int, *, fua: bool = False) -> _Blocks:
     return {"cdw10": slba & 0xFFFFFFFF, "cdw11": slba >> 32, "cdw12": (count - 1) | fua << 30}

@@ -78,11 +78,13 @@ async def _stop_keeps_changing(self: MemorySession, right: Any, offset: int, lim
 
 
 async def _never_eof(self: MemorySession, right: Any, *args: Any) -> Chunk:
-    return replace(await right(self, *args), eof=False)
+    chunk: Chunk = await right(self, *args)
+    return replace(chunk, eof=False)
 
 
 async def _too_much(self: MemorySession, right: Any, offset: int, limit: int, phase: Phase) -> Chunk:
-    return await right(self, offset, limit + 1, phase)
+    chunk: Chunk = await right(self, offset, limit + 1, phase)
+    return chunk
 
 
 async def _skips(self: MemorySession, right: Any, offset: int, limit: int, phase: Phase) -> Chunk:
@@ -123,7 +125,8 @@ async def _estimates_wrong(self: MemorySession, right: Any) -> Estimate:
 
 
 async def _always_running(self: MemorySession, right: Any) -> Status:
-    return replace(await right(self), state=AgentState.RUNNING)
+    status: Status = await right(self)
+    return replace(status, state=AgentState.RUNNING)
 
 
 async def _abort_fails(self: MemorySession, right: Any) -> None:

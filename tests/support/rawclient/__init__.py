@@ -74,9 +74,9 @@ class RawClient:
     async def receive(self) -> Answer:
         """Take the next message, reply or command."""
         first = len(self.received)
-        fields = HEADER.unpack(await self._exactly(16))
-        payload = await self._exactly(fields[2] - 16) if fields[2] > 16 else b""
-        return Answer(*fields, payload, self.received[first:])
+        msg_id, command, size, flags, error = HEADER.unpack(await self._exactly(16))
+        payload = await self._exactly(size - 16) if size > 16 else b""
+        return Answer(msg_id, command, size, flags, error, payload, self.received[first:])
 
     async def command(self, command: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = 0) -> Answer:
         """Send a command and take the next message, which must be its reply."""

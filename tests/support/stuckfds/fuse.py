@@ -10,6 +10,7 @@ import stat
 import struct
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -109,7 +110,7 @@ class FuseMount:
                 continue
             with self._lock:
                 if name in self._held:
-                    self._waiting.append(lambda r=request, u=unique, n=name, i=node: self._answer(r, u, n, i))
+                    self._waiting.append(partial(self._answer, request, unique, name, node))
                     self.caught.set()
                     continue
             self._answer(request, unique, name, node)

@@ -63,8 +63,8 @@ def _serve(sock: socket.socket, answers: Answers, attached: Callable[[socket.soc
                 request = peer.receive()
                 if request.flags & 1:
                     continue
-                make = answers.get(request.command, lambda payload: b"")
-                body = make(request.payload)
+                make = answers.get(request.command)
+                body = make(request.payload) if make is not None else b""
                 peer.send(HEADER.pack(request.msg_id, request.command, 16 + len(body), 1, 0) + body)
                 if request.command == 2:
                     attached(peer.sock)
