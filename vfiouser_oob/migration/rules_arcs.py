@@ -191,7 +191,12 @@ def then_pre_copy(turn: Turn, errand: Errand) -> None:
 
 def then_stand(turn: Turn, errand: Errand) -> None:
     """What was to be done is done, and the state is what it was."""
-    if errand.missing is not None:  # the agent has not left its migration, and is told to later
+    missing = errand.missing
+    if missing is not None and missing.fatal:
+        turn.broken(str(missing))
+        turn.answer(str(missing), missing.errno)
+        return
+    if missing is not None:  # the agent has not left its migration, and is told to later
         turn.leave(Outcome.CANCELLED)
     if errand.failure is not None:
         _told(turn, errand)

@@ -1,0 +1,215 @@
+"""Random lives of a source and a destination: the machine's promises hold whatever fails, at any step.
+
+Never do two copies run; what is read is the truth; what is not known has a way back. The client is sane: it starts one
+of the two that have the state, and not the other one.
+"""
+
+from __future__ import annotations
+
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from machinekit import Fate, Script, Side
+from vfiouser_agents.api import AgentState, Status
+from vfiouser_oob.migration import events as ev
+from vfiouser_oob.migration.fence import REACTIONS
+from vfiouser_oob.migration.record import RUNS, Certainty, Record
+from vfiouser_protocol.constants import DeviceState
+
+S = DeviceState
+fates = st.one_of(
+    st.just(()),
+    st.lists(st.sampled_from(Fate), max_size=6),
+    st.lists(st.one_of(st.just(Fate.DONE), st.sampled_from(Fate)), max_size=12),
+)
+
+
+def scripted(plan: list[Fate] | tuple[()]) -> Script:
+    """Steps end as planned, those behind the plan well."""
+    left = list(plan)
+    return lambda do: left.pop(0) if left else Fate.DONE
+
+
+class Lives(RuleBasedStateMachine):
+    """A source that has the guest's state, and a destination that may get it."""
+
+    @initialize(asked=st.booleans())
+    def begin(self, asked: bool) -> None:
+        """A source that runs, and a destination that has nobody's state."""
+        self.source = Side(Record(asked=asked))
+        self.destination = Side(Record(asked=asked), live=False)
+        #: The stream up to its trailer was read, and by whom it may be run then.
+        self.read = False
+        self.decided: Side | None = None
+        for side in (self.source, self.destination):
+            side.come()
+
+    def sides(self) -> tuple[Side, Side]:
+        """Both."""
+        return self.source, self.destination
+
+    # The source
+
+    @precondition(lambda self: self.source.record.attached and self.source.record.certainty is not Certainty.UNKNOWN)
+    @rule(wanted=st.sampled_from([S.STOP, S.STOP_COPY, S.PRE_COPY, S.RUNNING]), plan=fates)
+    def move_source(self, wanted: DeviceState, plan: list[Fate]) -> None:
+        """The client asks for a state of the source."""
+        record = self.source.record
+        if record.certainty is Certainty.FAILED or record.state is S.RESUMING:
+            return
+        if wanted in RUNS:
+            if record.handed and self.decided is self.destination:
+                return
+            self.decided = self.source if record.handed else self.decided
+        if (record.state, wanted) == (S.STOP_COPY, S.PRE_COPY):
+            return
+        answer = self.source.request(wanted, scripted(plan))
+        assert answer is None or answer.text is None or answer.errno
+
+    @precondition(lambda self: self.source.record.saves and self.source.record.state in (S.PRE_COPY, S.STOP_COPY))
+    @rule(end=st.booleans())
+    def read_source(self, end: bool) -> None:
+        """The client reads some of the state, or the rest."""
+        end = end and self.source.record.state is S.STOP_COPY
+        self.source.feed(ev.Moved(self.source.position + 10, handed=end))
+        if end and self.decided is None:
+            self.read = True
+
+    # The destination
+
+    @precondition(
+        lambda self: (
+            self.destination.record.attached
+            and self.destination.record.certainty is Certainty.KNOWN
+            and self.decided is not self.source
+        )
+    )
+    @rule(wanted=st.sampled_from([S.STOP, S.RESUMING, S.RUNNING]), plan=fates)
+    def move_destination(self, wanted: DeviceState, plan: list[Fate]) -> None:
+        """The client asks for a state of the destination."""
+        record = self.destination.record
+        if wanted is S.RUNNING and record.committed:
+            self.decided = self.destination
+        if wanted is S.RESUMING and self.destination.live:
+            return  # a VM that runs here is not loaded over
+        self.destination.request(wanted, scripted(plan))
+
+    @precondition(lambda self: self.destination.record.loads and self.destination.record.load_failure is None)
+    @rule(fails=st.booleans())
+    def write_destination(self, fails: bool) -> None:
+        """The client writes some of the state, or the rest if it has it."""
+        self.destination.feed(ev.Moved(self.destination.position + 10))
+        if fails:
+            self.destination.feed(ev.LoadFailed("refused"))
+        elif self.read and self.decided is None:
+            self.destination.whole = True
+
+    # Both
+
+    @rule(first=st.booleans(), plan=fates)
+    def reset(self, first: bool, plan: list[Fate]) -> None:
+        """DEVICE_RESET."""
+        side = self.sides()[first]
+        if side.record.attached:
+            side.play(ev.ResetAsked(), scripted(plan))
+
+    @rule(first=st.booleans(), plan=fates, restarts=st.booleans())
+    def guest_resets(self, first: bool, plan: list[Fate], restarts: bool) -> None:
+        """The guest resets the function."""
+        side = self.sides()[first]
+        if side.record.attached:
+            side.play(ev.GuestReset(restarts), scripted(plan))
+
+    @rule(first=st.booleans(), plan=fates, stays_away=st.booleans())
+    def client_changes(self, first: bool, plan: list[Fate], stays_away: bool) -> None:
+        """The client goes, and another one comes, or none."""
+        side = self.sides()[first]
+        if side.record.attached:
+            side.feed(ev.ClientWent(logged=False))
+        if not stays_away:
+            side.come(scripted(plan))
+
+    @rule(first=st.booleans(), plan=fates)
+    def attempt(self, first: bool, plan: list[Fate]) -> None:
+        """The background has its turn."""
+        side = self.sides()[first]
+        if side.record.goal is not None:
+            side.play(ev.AttemptDue(), scripted(plan))
+
+    @rule(first=st.booleans())
+    def agent_speaks(self, first: bool) -> None:
+        """The agent says where the function is."""
+        side = self.sides()[first]
+        if side.record.certainty is Certainty.KNOWN and side.record.at_agent in REACTIONS:
+            side.feed(ev.Heard(Status(side.agent)))
+
+    @rule(first=st.booleans())
+    def probe(self, first: bool) -> None:
+        """The agent is asked where the function is."""
+        side = self.sides()[first]
+        side.feed(ev.Probed(Status(side.agent), migrated=True))
+
+    @rule(first=st.booleans())
+    def daemon_restarts(self, first: bool) -> None:
+        """A daemon goes on with the record of another."""
+        side = self.sides()[first]
+        side.record = Record.from_json(side.record.to_json())
+        side.feed(ev.Started())
+        side.settle(1)
+
+    # What holds
+
+    @invariant()
+    def never_two_running(self) -> None:
+        """Only one of those that have the guest's state runs."""
+        assert not all(side.live and side.runs for side in self.sides())
+
+    @invariant()
+    def what_is_read_is_the_truth(self) -> None:
+        """What is known is so."""
+        for side in self.sides():
+            record = side.record
+            if record.certainty is Certainty.KNOWN and record.asked and not (record.fenced or record.paused):
+                assert record.runs == side.runs, record
+
+    @invariant()
+    def nothing_is_under_way_between_messages(self) -> None:
+        """An errand ends with its message."""
+        assert [None, None] == [side.record.errand for side in self.sides()]
+
+    @invariant()
+    def what_is_not_known_has_a_way_back(self) -> None:
+        """Somebody works for it."""
+        for side in self.sides():
+            record = side.record
+            if record.certainty is Certainty.UNKNOWN:
+                assert record.goal is not None or record.fenced, record
+            assert (record.unknown_since is not None) == (record.certainty is Certainty.UNKNOWN)
+
+    @invariant()
+    def a_record_can_be_written_down(self) -> None:
+        """And read."""
+        for side in self.sides():
+            assert side.record == Record.from_json(side.record.to_json())
+
+    def teardown(self) -> None:
+        """With an agent that answers, all is known in the end; and a reset leads out of everything."""
+        for side in self.sides():
+            if not side.record.attached:
+                side.come()
+            side.settle()
+            assert side.record.certainty is not Certainty.UNKNOWN or side.record.fenced
+            side.play(ev.ResetAsked())
+            side.settle()
+            assert (S.RUNNING, Certainty.KNOWN, AgentState.RUNNING) == (
+                side.record.state,
+                side.record.certainty,
+                side.agent,
+            )
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(
+    max_examples=150, stateful_step_count=30, deadline=None, phases=[Phase.explicit, Phase.generate]
+)

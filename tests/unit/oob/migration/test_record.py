@@ -1,0 +1,112 @@
+"""A record is written down and read, field by field; what is no record is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from vfiouser_agents.api import AgentState, Role, Status
+from vfiouser_oob.migration.record import (
+    VERSION,
+    Begun,
+    Certainty,
+    Errand,
+    Failure,
+    Goal,
+    Owner,
+    Record,
+    ResetDue,
+    Stream,
+)
+from vfiouser_protocol.constants import DeviceState
+
+FULL = Record(
+    state=DeviceState.STOP_COPY,
+    certainty=Certainty.UNKNOWN,
+    unknown_since=1234.5,
+    owner=Owner.V1,
+    begun=Begun(Role.SOURCE, "abc"),
+    stream=Stream(Role.SOURCE, epoch=2, position=1 << 40),
+    handed=True,
+    committed=True,
+    load_failure="no",
+    attached=True,
+    asked=True,
+    fenced=True,
+    paused=True,
+    over_link=True,
+    reset_due=ResetDue.GUEST,
+    awaiting=True,
+    goal=Goal.LEARN,
+    errand=Errand(
+        "bring back",
+        DeviceState.PRE_COPY,
+        at=1,
+        touched=True,
+        ahead="begin source",
+        rest=("a", "b"),
+        owner=Owner.V2,
+        arc="RUNNING → STOP",
+        failure=Failure("lost", 5, unclear=True),
+        missing=Failure("away", 107, unsent=True, away=True),
+    ),
+    logging=True,
+    blocked="old",
+    last_error="lost",
+    changes=7,
+)
+
+
+def test_every_field_is_written_down() -> None:
+    """None is forgotten, whatever is in it."""
+    plain = Record()
+    assert [] == [field.name for field in fields(Record) if getattr(plain, field.name) == getattr(FULL, field.name)]
+    assert FULL == Record.from_json(FULL.to_json())
+    assert plain == Record.from_json(plain.to_json())
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Record)])
+def test_each_field_by_itself(name: str) -> None:
+    """A record that differs in one field is read with that difference."""
+    record = replace(Record(), **{name: getattr(FULL, name)})
+    assert record == Record.from_json(record.to_json())
+
+
+def test_what_the_agent_said_is_not_written_down() -> None:
+    """It would be old when it is read."""
+    errand = Errand("ask", DeviceState.STOP, status=Status(AgentState.STOPPED))
+    read = Record.from_json(Record(errand=errand).to_json())
+    assert replace(errand, status=None) == read.errand
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        json.dumps({"version": VERSION + 1}),
+        json.dumps({"version": VERSION, "colour": "red"}),
+        json.dumps({"version": VERSION, "state": "FLYING"}),
+        json.dumps({"version": VERSION, "owner": "v3"}),
+        json.dumps({"version": VERSION, "begun": {"name": "x"}}),
+    ],
+)
+def test_what_is_no_record_is_refused(text: str) -> None:
+    """With a ValueError that says why, whatever it is."""
+    with pytest.raises(ValueError, match=r"."):
+        Record.from_json(text)
+
+
+def test_what_is_shown() -> None:
+    """Names for people, states for clients."""
+    shown = {certainty: Record(certainty=certainty).shown for certainty in Certainty}
+    assert {Certainty.KNOWN: "RUNNING", Certainty.UNKNOWN: "UNKNOWN", Certainty.FAILED: "ERROR"} == shown
+    assert DeviceState.ERROR is Record(certainty=Certainty.FAILED).state_shown
+    assert Record(state=DeviceState.STOP, over_link=True).runs
+    assert DeviceState.RUNNING is Record(state=DeviceState.STOP, over_link=True).at_agent
+    assert (True, False) == (FULL.saves, FULL.loads)
+    assert (True, True) == (FULL.busy, FULL.elsewhere)
+    assert "lost" == str(Failure("lost", 5))
