@@ -2,8 +2,8 @@
 
 import pytest
 
-from hostilekit import measure
-from hostilekit.attacks import ATTACKS
+from hostilekit.catalogue import ATTACKS
+from hostilekit.measure import measure
 from hostilekit.verdict import Felt, Health, Sample, Verdict
 
 QUIET = Felt([Sample(0.001, 0.001)] * 900, 0.003)
