@@ -144,6 +144,8 @@ class ServerProcess:
         return self._process.poll()
 
     def _listens(self) -> bool:
+        if not os.path.exists(self._path):
+            return False  # and no need to read the table, which is long on some machines
         # A look at the kernel's table, not a connection: a server that serves one client only would take it for that.
         with open("/proc/net/unix", encoding="ascii", errors="replace") as table:
             for line in table:

@@ -23,6 +23,8 @@ from vfiouser_conformance.select_cases import select
 from vfiouser_conformance.stimulus import PROFILES
 from vfiouser_conformance.trial import CASE_TIMEOUTS, Target
 
+pytestmark = pytest.mark.slow
+
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 TIMEOUT_S = 5.0
 CASES = all_cases()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hostilekit import run_case
-from hostilekit.attacks import ATTACKS
+from hostilekit.catalogue import ATTACKS
+from hostilekit.measure import run_case
 
 pytestmark = pytest.mark.hostile
 

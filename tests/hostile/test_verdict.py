@@ -1,19 +1,22 @@
 """The judge of the hostile suite bites: what it must not let pass, it does not."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from hostilekit import measure
-from hostilekit.attacks import ATTACKS
+from hostilekit.catalogue import ATTACKS
+from hostilekit.measure import measure
 from hostilekit.verdict import Felt, Health, Sample, Verdict
 
 QUIET = Felt([Sample(0.001, 0.001)] * 900, 0.003)
 WELL = Health(40.0, 20, 1)
 
 
-def verdict(**what: object) -> Verdict:
+def verdict(**what: Any) -> Verdict:
     """A verdict with nothing wrong but this."""
-    fields = {"control": QUIET, "felt": QUIET, "before": WELL, "peak": WELL, "after": WELL, "alive": True}
-    return Verdict(name="x", **{**fields, **what})
+    good = Verdict(name="x", control=QUIET, felt=QUIET, before=WELL, peak=WELL, after=WELL, alive=True)
+    return replace(good, **what)
 
 
 def test_one_stall_counts_for_all_the_reads_that_it_kept_from_being_made() -> None:

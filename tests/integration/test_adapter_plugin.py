@@ -65,6 +65,7 @@ def options(library: Path, directory: Path, **more: Any) -> dict[str, Any]:
     return {"path": str(library), "arg": str(directory / "d"), **more}
 
 
+@pytest.mark.slow
 async def test_contract(compiled: Compiler, tmp_path: Path) -> None:
     """A library that behaves keeps the contract as far as the capabilities go."""
     factory = partial(make_agent, "plugin-so", options(compiled(), tmp_path, chunk_size=4096))

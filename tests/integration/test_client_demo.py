@@ -33,6 +33,7 @@ def short_path() -> Path:
         yield Path(place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("doorbells", ["trapped", "polled"])
 def test_demo_verifies_its_data(short_path: Path, doorbells: str) -> None:
     """Every function's namespace is written and read back equal, interrupts arrive, nothing is left behind."""

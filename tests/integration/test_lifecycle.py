@@ -50,6 +50,7 @@ async def until_detached(daemon: Daemon) -> None:
     events.close()
 
 
+@pytest.mark.slow
 async def test_200_clients_leave_nothing_behind(tmp_path: Path) -> None:
     """Memory files, eventfds and sockets of 200 clients are all gone; each found the function free."""
     async with serving(*pair(tmp_path)) as daemon:
@@ -147,6 +148,7 @@ async def test_eight_functions_at_once(tmp_path: Path) -> None:
             nursery.start_soon(use, number)
 
 
+@pytest.mark.slow
 async def test_65535_ranges(tmp_path: Path) -> None:
     """As many ranges as promised can be mapped with one file behind them, one more is ENOSPC, and all can go again."""
     fd = memfd(1 << 16)

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -200,6 +201,7 @@ async def walk(steps: list[tuple[str, str, object]]) -> None:
                     assert await client.read_stream()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(moves, max_size=25))
 def test_random_walks(steps: list[tuple[str, str, object]]) -> None:

@@ -16,7 +16,7 @@ import msgpack
 from fuzzkit.targets import CLASSES, TARGETS
 from hostilekit.wire import PAYLOADS
 from nvmebed import make_function
-from rawclient import HEADER
+from rawmessages import HEADER
 from streamkit import whole_records
 from vfiouser_agents.rpc.legacy_messages import HEADERS, LegacyRequest
 from vfiouser_agents.values import Descriptor

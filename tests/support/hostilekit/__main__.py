@@ -1,10 +1,11 @@
-"""The attacker's process: `python -m hostilekit NAME DIRECTORY DAEMON SECONDS`."""
+"""The attacker's process: `python -m hostilekit MODULE NAME DIRECTORY DAEMON SECONDS`."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from hostilekit.attacks import ATTACKS
-from hostilekit.case import Stage
+from hostilekit.case import ATTACKS, Stage
 
-name, directory, daemon, seconds = sys.argv[1:]
+module, name, directory, daemon, seconds = sys.argv[1:]
+import_module(module)
 ATTACKS[name].run(Stage(Path(directory), int(daemon), float(seconds)))

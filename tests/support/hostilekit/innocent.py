@@ -20,7 +20,7 @@ import sys
 import time
 
 from hostilekit.wire import Peer
-from rawclient import CONFIG, memfd
+from rawmessages import CONFIG, memfd
 
 MEMORY = 1 << 20
 BASE = 0x10_0000

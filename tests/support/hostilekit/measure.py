@@ -113,7 +113,7 @@ def _phase(innocent: subprocess.Popen[bytes], name: str) -> None:
 
 def _attack(case: Attack, house: House, before: Health) -> tuple[str | None, Health]:
     """Run the attack to its end; returns why it failed, and the most that was seen of the daemon."""
-    arguments = [case.name, str(house.place), str(house.daemon.pid), str(case.seconds)]
+    arguments = [case.run.__module__, case.name, str(house.place), str(house.daemon.pid), str(case.seconds)]
     with (house.place / "attack.log").open("wb") as log:
         attacker = subprocess.Popen(
             [*_PYTHON, "hostilekit", *arguments], stdout=log, stderr=log, env=_environment(), start_new_session=True

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hostilekit.wire import Peer
-from rawclient import (
+from rawmessages import (
     DMA_MAP,
     DMA_UNMAP,
     GET_INFO,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from rawclient import (
+from rawmessages import (
     DMA_MAP,
     DMA_UNMAP,
     HEADER,

@@ -41,6 +41,8 @@ EDU = "0000:00:09.0"
 IGB = "0000:01:00.0"
 #: By which interface daemons open their function; whoever started this program says so.
 INTERFACE = VfioInterface(os.environ.get("KVFIO_INTERFACE", "group"))
+#: What daemons log. Whoever started this program says so; "debug" costs an emulated processor as much as serving does.
+LOGGED = LogLevel(os.environ.get("KVFIO_LOG", "info"))
 IOMMU_NODE = Path("/dev/iommu")
 NOBODY = 65534
 START_S = 20.0
@@ -113,7 +115,7 @@ def daemon(
             ),
         ),
         control_socket=control,
-        log_level=LogLevel.DEBUG,
+        log_level=LOGGED,
         reply_budget_s=reply_budget_s,
     )
     pid = os.fork()
@@ -134,7 +136,7 @@ def _serve(config: DaemonConfig, log_file: Path, uid: int, memlock: int | None) 
     if memlock is not None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, memlock))
     _become(uid)
-    log.configure(LogLevel.DEBUG)
+    log.configure(LOGGED)
     try:
         trio.run(partial(run_daemon, config, control=serve_control))
     except BaseException:

@@ -7,7 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MAGIC = 0x75666F76
 PAGE = 4096
@@ -51,8 +51,7 @@ class Crash(BaseException):
     """The server dies."""
 
 
-@dataclass
-class Region:
+class Region(NamedTuple):
     """One region: size, flags, and what may be mapped of it."""
 
     size: int = 0
@@ -63,13 +62,13 @@ class Region:
     offset: int = 0
 
 
-@dataclass
 class Irq:
     """The eventfds of one IRQ type."""
 
-    count: int
-    fds: dict[int, int] = field(default_factory=dict)
-    masked: bool = False
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.fds: dict[int, int] = {}
+        self.masked = False
 
 
 def _config(bad: Callable[[str], bool]) -> tuple[bytearray, bytearray]:

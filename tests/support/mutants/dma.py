@@ -7,7 +7,6 @@ import os
 import stat
 import struct
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mutants.device import BAR1_SIZE, PAGE, Crash, Refused
@@ -28,17 +27,13 @@ class Fault(Exception):
         self.number = number
 
 
-@dataclass
 class Map:
     """One range of client memory."""
 
-    address: int
-    size: int
-    flags: int
-    offset: int
-    fd: int
-    file: tuple[int, int] | None
-    private: bytearray | None = None
+    def __init__(self, address: int, size: int, flags: int, offset: int, fd: int, file: tuple[int, int] | None) -> None:
+        self.address, self.size, self.flags = address, size, flags
+        self.offset, self.fd, self.file = offset, fd, file
+        self.private: bytearray | None = None
 
     @property
     def end(self) -> int:

@@ -11,8 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mutants.device import Crash, Device, Refused
 from mutants.session import Session
@@ -28,8 +27,7 @@ class Gone(Exception):
     """The client has gone, or the server lets it go."""
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What the device lacks."""
 
     migration: bool = True
@@ -42,15 +40,12 @@ class Variant:
         return cls(**{name.removeprefix("no-").replace("-", "_"): False}) if name else cls()
 
 
-@dataclass
 class Command:
     """A command as it came."""
 
-    msg_id: int
-    number: int
-    flags: int
-    payload: bytes
-    fds: list[int] = field(default_factory=list)
+    def __init__(self, msg_id: int, number: int, flags: int, payload: bytes, fds: list[int]) -> None:
+        self.msg_id, self.number, self.flags = msg_id, number, flags
+        self.payload, self.fds = payload, fds
 
 
 class Server:

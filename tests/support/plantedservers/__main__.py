@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from plantedservers import HABITS
@@ -12,7 +13,8 @@ def main() -> None:
     server = HABITS[sys.argv[2]](sys.argv[1])
     server.listen()
     server.run()
-    sys.exit(server.crashed)
+    sys.stderr.flush()
+    os._exit(server.crashed)  # taking the interpreter down takes as long as serving a client does
 
 
 if __name__ == "__main__":

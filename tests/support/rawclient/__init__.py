@@ -8,33 +8,67 @@ import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import trio
 
-HEADER = struct.Struct("<HHIII")
-QEMU_CAPABILITIES = (
-    b'{"capabilities": {"pgsizes": 4096, "max_msg_fds": 16, "max_dma_maps": 65535, '
-    b'"max_data_xfer_size": 1048576, "migration": {"max_bitmap_size": 268435456, "pgsize": 4096}, '
-    b'"write_multiple": true}}\0'
+from rawmessages import (
+    CONFIG,
+    DIRTY_PAGES,
+    DMA_MAP,
+    DMA_READ,
+    DMA_UNMAP,
+    DMA_WRITE,
+    FEATURE,
+    GET_INFO,
+    HEADER,
+    IO_FDS,
+    IRQ_INFO,
+    MIG_DATA_READ,
+    MIG_DATA_WRITE,
+    NO_REPLY,
+    QEMU_CAPABILITIES,
+    REGION_INFO,
+    REGION_READ,
+    REGION_WRITE,
+    RESET,
+    SET_IRQS,
+    VERSION,
+    WRITE_MULTI,
+    Answer,
+    map_request,
+    memfd,
 )
-VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, REGION_INFO, IO_FDS, IRQ_INFO, SET_IRQS = range(1, 9)
-REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, RESET, DIRTY_PAGES, WRITE_MULTI, FEATURE = range(9, 17)
-MIG_DATA_READ, MIG_DATA_WRITE = 17, 18
-CONFIG = 7
-NO_REPLY = 0x10
 
-
-class Answer(NamedTuple):
-    """One message from the server."""
-
-    msg_id: int
-    command: int
-    size: int
-    flags: int
-    error: int
-    payload: bytes
-    fds: list[int]
+__all__ = [
+    "CONFIG",
+    "DIRTY_PAGES",
+    "DMA_MAP",
+    "DMA_READ",
+    "DMA_UNMAP",
+    "DMA_WRITE",
+    "FEATURE",
+    "GET_INFO",
+    "HEADER",
+    "IO_FDS",
+    "IRQ_INFO",
+    "MIG_DATA_READ",
+    "MIG_DATA_WRITE",
+    "NO_REPLY",
+    "QEMU_CAPABILITIES",
+    "REGION_INFO",
+    "REGION_READ",
+    "REGION_WRITE",
+    "RESET",
+    "SET_IRQS",
+    "VERSION",
+    "WRITE_MULTI",
+    "Answer",
+    "RawClient",
+    "attached",
+    "connect",
+    "map_request",
+    "memfd",
+]
 
 
 class RawClient:
@@ -147,11 +181,6 @@ class RawClient:
         self.received.clear()
 
 
-def map_request(address: int, size: int, offset: int = 0, flags: int = 3) -> bytes:
-    """Pack a DMA_MAP payload."""
-    return struct.pack("<IIQQQ", 32, flags, offset, address, size)
-
-
 async def connect(path: Path | str) -> RawClient:
     """Connect without saying anything yet."""
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
@@ -169,10 +198,3 @@ async def attached(path: Path | str, data: bytes = QEMU_CAPABILITIES) -> AsyncIt
         yield client
     finally:
         client.close()
-
-
-def memfd(size: int, name: str = "test-memory") -> int:
-    """A file of memory; the caller closes it."""
-    fd = os.memfd_create(name)
-    os.ftruncate(fd, size)
-    return fd

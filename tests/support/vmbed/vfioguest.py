@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ DRIVERS = ("vfio-pci", "vfio_iommu_type1", "pci-pf-stub")
 MDEV_DRIVERS = ("vfio-pci", "vfio_iommu_type1", "mtty", "mttydma")
 SUPPORT = ("kvfio", "vmbed")
 SCENARIO_S = 70.0
+#: How much the daemons in the guest log, of which a failed scenario shows the end.
+LOGGED = os.environ.get("KVFIO_LOG", "info")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,8 @@ async def _run_all(assets: Assets, workdir: Path, initramfs: Path, scenarios: Se
     answers: dict[str, Answer | BedError] = {}
     async with start_qemu(assets, _machine(workdir, initramfs, run), workdir) as qemu:
         await qemu.guest.ready()
-        await qemu.guest.start(f"sh {ENVIRONMENT} KVFIO_INTERFACE={run.interface} exec {PYTHON} -m kvfio")
+        environment = f"{ENVIRONMENT} KVFIO_INTERFACE={run.interface} KVFIO_LOG={LOGGED}"
+        await qemu.guest.start(f"sh {environment} exec {PYTHON} -m kvfio")
         await qemu.guest.ready()
         for name in scenarios:
             try:

@@ -53,9 +53,10 @@ def hide(monkeypatch: pytest.MonkeyPatch, *modules: str, commands: bool = True) 
         monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run make as a user would, even when the tests themselves were started by make."""
     environ = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
+    environ |= environment
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
 
 
@@ -73,6 +74,22 @@ def test_targets_can_be_planned(target: str) -> None:
     """make finds a rule for everything that each target needs."""
     done = make("--dry-run", target)
     assert (0, "") == (done.returncode, done.stderr)
+
+
+def test_what_is_compiled_is_kept() -> None:
+    """Whatever the environment says, programs that tests start hundreds of times are not compiled each time."""
+    show = "show: ; @echo kept=$${PYTHONDONTWRITEBYTECODE-yes}"
+    done = make(f"--eval={show}", "show", PYTHONDONTWRITEBYTECODE="1")
+    assert (0, "kept=yes\n", "") == (done.returncode, done.stdout, done.stderr)
+
+
+def test_guests_run_beside_other_tests_and_attacks_alone() -> None:
+    """Each test is in one of three parts; two of them run at once, unless one test is to run at a time."""
+    for jobs, at_once in ((4, 2), (1, 1)):
+        plan = make("--dry-run", "test", f"JOBS={jobs}").stdout
+        assert f"--jobs={at_once} test-guests test-others" in plan
+        parts = [line.split('"')[1] for line in plan.splitlines() if '-m "' in line]
+        assert ["vm and not long", "not (long or vm or hostile)", "hostile and not (long or vm)"] == parts
 
 
 def test_the_readme_names_its_two_commands() -> None:

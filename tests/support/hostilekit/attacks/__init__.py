@@ -1,11 +1,1 @@
-"""The attacks, by kind; each module is found by its name in this folder."""
-
-import pkgutil
-from importlib import import_module
-
-from hostilekit.case import ATTACKS
-
-for _module in pkgutil.iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
-
-__all__ = ["ATTACKS"]
+"""The attacks, by kind. A module is imported by whoever carries one of its attacks out; `catalogue` has all of them."""

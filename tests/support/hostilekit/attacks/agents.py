@@ -8,7 +8,7 @@ import time
 from hostilekit.agent import AgentLink, RogueAgent
 from hostilekit.case import Scene, Stage, attack
 from hostilekit.wire import Peer
-from rawclient import FEATURE, MIG_DATA_READ
+from rawmessages import FEATURE, MIG_DATA_READ
 
 STOP, RUNNING, STOP_COPY, PRE_COPY = 0, 1, 3, 7
 

@@ -15,7 +15,7 @@ from functools import partial
 from hostilekit.case import Scene, Stage, attack
 from hostilekit.fuse import Fuse
 from hostilekit.wire import PAYLOADS, Peer
-from rawclient import CONFIG, DMA_MAP, GET_INFO, REGION_READ, SET_IRQS, VERSION, map_request, memfd
+from rawmessages import CONFIG, DMA_MAP, GET_INFO, REGION_READ, SET_IRQS, VERSION, map_request, memfd
 
 LINGER_S = 45
 MSIX = 2

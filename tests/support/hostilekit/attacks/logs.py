@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hostilekit.case import Stage, attack
 from hostilekit.wire import PAYLOADS, Peer
-from rawclient import VERSION
+from rawmessages import VERSION
 
 #: Bytes of log that a client may cause per second.
 LOG_PER_SECOND = 20 << 10

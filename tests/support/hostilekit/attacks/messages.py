@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from hostilekit.case import Stage, attack
 from hostilekit.wire import PAYLOADS, Peer
-from rawclient import DMA_MAP, HEADER, NO_REPLY, REGION_READ, REGION_WRITE, map_request, memfd
+from rawmessages import DMA_MAP, HEADER, NO_REPLY, REGION_READ, REGION_WRITE, map_request, memfd
 
 
 def _pour(peer: Peer, data: bytes, going: Callable[[], bool], *, read: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hostilekit.case import Scene, Stage, attack
 from hostilekit.wire import Peer
-from rawclient import DMA_MAP, REGION_WRITE, RESET, map_request, memfd
+from rawmessages import DMA_MAP, REGION_WRITE, RESET, map_request, memfd
 
 PAGE = 4096
 RAM = 0x10_0000

@@ -12,7 +12,7 @@ from hostilekit.attacks.descriptors import Lingerer
 from hostilekit.case import Scene, Stage, attack
 from hostilekit.upstream import Handler, Link, Reply, Upstream, region_info
 from hostilekit.wire import PAYLOADS, Peer
-from rawclient import (
+from rawmessages import (
     CONFIG,
     DMA_MAP,
     GET_INFO,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from hostilekit.case import Scene, Stage, attack
 from hostilekit.wire import Peer
-from rawclient import DMA_WRITE, GET_INFO, HEADER, IRQ_INFO, REGION_INFO, VERSION
+from rawmessages import DMA_WRITE, GET_INFO, HEADER, IRQ_INFO, REGION_INFO, VERSION
 
 #: Replies by command, made of the request's payload.
 Answers = Mapping[int, Callable[[bytes], bytes]]

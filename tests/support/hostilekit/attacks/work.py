@@ -8,7 +8,7 @@ import time
 
 from hostilekit.case import Scene, Stage, attack
 from hostilekit.wire import Peer
-from rawclient import DMA_MAP, DMA_UNMAP, SET_IRQS, WRITE_MULTI, map_request
+from rawmessages import DMA_MAP, DMA_UNMAP, SET_IRQS, WRITE_MULTI, map_request
 
 #: Ranges that may be mapped.
 RANGES = 65_535
