@@ -133,7 +133,7 @@ class Operation:
         patience=Patience.STOP,
         overtakes=True,
     )
-    WAS_RESET = Op(Session.was_reset, "", repeatable=True)
+    WAS_RESET = Op(Session.was_reset, "", anybody=True, repeatable=True)
 
 
 #: All of them, in the order of the table.
