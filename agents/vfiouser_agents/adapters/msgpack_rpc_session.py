@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import trio
 
+from vfiouser_agents.answers import check_chunk, check_report
 from vfiouser_agents.api import (
     Capabilities,
     Chunk,
@@ -28,7 +29,7 @@ from vfiouser_agents.api import (
 from vfiouser_agents.delivery import preparing, sending
 from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, ProtocolError, Unsupported
 from vfiouser_agents.events import EventFeed
-from vfiouser_agents.limits import check_capabilities
+from vfiouser_agents.limits import check_capabilities, check_page_size
 from vfiouser_agents.operations import Op, Operation
 from vfiouser_agents.rpc.methods import CLOSE, OPEN, WATCH
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
@@ -230,14 +231,7 @@ class RpcSession(Session):
         """
         await self.attached(adopt=False)
         limit = min(limit, self._caps.max_chunk)
-        chunk: Chunk = await self._call(Operation.SAVE, offset, limit, phase)
-        if len(chunk.data) > limit:
-            raise ProtocolError(f"the agent gave {len(chunk.data)} bytes of state; {limit} were asked for")
-        if not (chunk.data or chunk.eof or chunk.drained):
-            raise ProtocolError(f"the agent gave no state at {offset}, but says neither eof nor drained")
-        if chunk.eof and phase is not Phase.FINAL:
-            raise ProtocolError("the agent says eof in pre-copy; only drained is allowed there")
-        return chunk
+        return check_chunk(await self._call(Operation.SAVE, offset, limit, phase), limit, phase)
 
     async def load_begin(self, total: int | None) -> None:
         """Tell the agent."""
@@ -264,9 +258,8 @@ class RpcSession(Session):
         Raises:
             ProtocolError: it chose a page size that is none.
         """
-        chosen: int = await self._call(Operation.DIRTY_START, ranges, page_size)
-        if chosen <= 0 or chosen & (chosen - 1):
-            raise ProtocolError(f"the agent chose a page size of {chosen}; it must be a power of two")
+        chosen = await self._call(Operation.DIRTY_START, ranges, page_size)
+        check_page_size(chosen)
         self._page_size = chosen
         return chosen
 
@@ -276,14 +269,8 @@ class RpcSession(Session):
         Raises:
             ProtocolError: the report does not cover the range.
         """
-        report: DirtyReport = await self._call(Operation.DIRTY_REPORT, iova, length)
-        wanted = (length // self._page_size + 7) // 8
-        if report.bitmap is not None and len(report.bitmap) != wanted:
-            raise ProtocolError(f"the agent's dirty bitmap has {len(report.bitmap)} bytes; {wanted} are needed")
-        end = iova + length
-        if any(span.iova < iova or span.iova + span.length > end for span in report.ranges):
-            raise ProtocolError(f"the agent's dirty ranges leave {length} bytes at {iova:#x}")
-        return report
+        report = await self._call(Operation.DIRTY_REPORT, iova, length)
+        return check_report(report, iova, length, self._page_size)
 
     async def dirty_stop(self) -> None:
         """Tell the agent."""
