@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar, cast
 
 import trio
 
@@ -40,14 +41,13 @@ from .api import (
 )
 from .errors import ERRORS, AgentError, Incompatible, TransportLost
 from .events import EventFeed
+from .operations import BY_NAME, BY_WIRE, Op, Operation
 from .ordering import CallQueue
 
 T = TypeVar("T")
+P = ParamSpec("P")
 #: Every method of a session that can be made to fail.
-SESSION_OPS = (
-    *("describe", "check", "begin", "status", "quiesce", "stop", "resume", "estimate", "save"),
-    *("load_begin", "load", "load_commit", "abort", "dirty_start", "dirty_report", "dirty_stop", "reset", "end"),
-)
+SESSION_OPS = tuple(op.name for op in BY_WIRE.values())
 #: Every method of an agent that can be made to fail.
 AGENT_OPS = ("connect", "functions", "open")
 
@@ -58,7 +58,7 @@ class Fault(ABC):
     """Something that goes wrong with one call."""
 
     @abstractmethod
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Take the place of the call.
 
         Args:
@@ -68,7 +68,7 @@ class Fault(ABC):
         """
 
 
-class Connection:
+class PretendedConnection:
     """The connection that a `FaultyAgent` pretends to have."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Delay(Fault):
     seconds: float
     after: bool = False
 
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Wait and do it, or the other way round."""
         if not self.after:
             await trio.sleep(self.seconds)
@@ -125,7 +125,7 @@ class NeverAnswers(Fault):
 
     executed: bool = False
 
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Do it or not, and go silent."""
         if self.executed:
             await work(*args)
@@ -139,7 +139,7 @@ class Fails(Fault):
     error: AgentError
     executed: bool = False
 
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Do it or not, and raise."""
         if self.executed:
             await work(*args)
@@ -153,7 +153,7 @@ class Drops(Fault):
 
     executed: bool = False
 
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Do it or not, and lose the connection."""
         if self.executed:
             await work(*args)
@@ -168,7 +168,7 @@ class ChangesArguments(Fault):
 
     change: Callable[..., tuple[Any, ...]]
 
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Do it with others."""
         return await work(*self.change(*args))
 
@@ -179,7 +179,7 @@ class ChangesResult(Fault):
 
     change: Callable[[Any], Any]
 
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Do it and lie."""
         return self.change(await work(*args))
 
@@ -188,7 +188,7 @@ class ChangesResult(Fault):
 class Twice(Fault):
     """The call arrives twice; the second answer counts."""
 
-    async def strike(self, work: Work, args: tuple[Any, ...], connection: Connection) -> Any:
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
         """Do it, and again."""
         await work(*args)
         return await work(*args)
@@ -294,7 +294,7 @@ class FaultyAgent(Agent):
 
     def __init__(self, inner: Agent) -> None:
         self.inner = inner
-        self.connection = Connection()
+        self.connection = PretendedConnection()
         #: Calls that arrived, by name.
         self.seen: Counter[str] = Counter()
         self._injections: list[Injection] = []
@@ -364,9 +364,10 @@ class FaultyAgent(Agent):
 
         # The agent's own calls and `status` wait for nobody, so each has a queue of its own.
         queue = CallQueue(self._nursery)
-        if function_id is not None and op != "status":
+        row = BY_NAME.get(op)
+        if function_id is not None and row is not None and not row.at_once:
             queue = self._queues.setdefault(function_id, queue)
-        return await self.connection.answer(queue.enter(op, call, overtakes=op == "reset"))
+        return await self.connection.answer(queue.enter(op, call, overtakes=row is not None and row.overtakes))
 
     def pending(self, function_id: str) -> str:
         """The call of a function that is being executed."""
@@ -406,77 +407,78 @@ class FaultySession(Session):
         """As the inner one."""
         return self.inner.caps
 
-    async def _call(self, op: str, *args: Any) -> Any:
-        return await self._agent.perform(op, getattr(self.inner, op), *args, function_id=self.function_id)
+    async def _call(self, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        work = partial(getattr(self.inner, op.name), **kwargs)
+        return cast("T", await self._agent.perform(op.name, work, *args, function_id=self.function_id))
 
     async def describe(self) -> Descriptor:
         """As the inner one, with faults."""
-        return await self._call("describe")  # type: ignore[no-any-return]
+        return await self._call(Operation.DESCRIBE)
 
     async def check(self, descriptor: Descriptor) -> None:
         """As the inner one, with faults."""
-        await self._call("check", descriptor)
+        await self._call(Operation.CHECK, descriptor)
 
     async def begin(self, role: Role, migration_id: str) -> None:
         """As the inner one, with faults."""
-        await self._call("begin", role, migration_id)
+        await self._call(Operation.BEGIN, role, migration_id)
 
     async def status(self) -> Status:
         """As the inner one, with faults, and never waiting for another call."""
-        status: Status = await self._call("status")
+        status = await self._call(Operation.STATUS)
         return replace(status, pending=status.pending or self._agent.pending(self.function_id))
 
     async def quiesce(self) -> None:
         """As the inner one, with faults."""
-        await self._call("quiesce")
+        await self._call(Operation.QUIESCE)
 
     async def stop(self) -> None:
         """As the inner one, with faults."""
-        await self._call("stop")
+        await self._call(Operation.STOP)
 
     async def resume(self) -> None:
         """As the inner one, with faults."""
-        await self._call("resume")
+        await self._call(Operation.RESUME)
 
     async def estimate(self) -> Estimate:
         """As the inner one, with faults."""
-        return await self._call("estimate")  # type: ignore[no-any-return]
+        return await self._call(Operation.ESTIMATE)
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """As the inner one, with faults."""
-        return await self._call("save", offset, limit, phase)  # type: ignore[no-any-return]
+        return await self._call(Operation.SAVE, offset, limit, phase)
 
     async def load_begin(self, total: int | None) -> None:
         """As the inner one, with faults."""
-        await self._call("load_begin", total)
+        await self._call(Operation.LOAD_BEGIN, total)
 
     async def load(self, offset: int, data: bytes) -> None:
         """As the inner one, with faults."""
-        await self._call("load", offset, data)
+        await self._call(Operation.LOAD, offset, data)
 
     async def load_commit(self, total: int, sha256: bytes) -> None:
         """As the inner one, with faults."""
-        await self._call("load_commit", total, sha256)
+        await self._call(Operation.LOAD_COMMIT, total, sha256)
 
     async def abort(self) -> None:
         """As the inner one, with faults."""
-        await self._call("abort")
+        await self._call(Operation.ABORT)
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """As the inner one, with faults."""
-        return await self._call("dirty_start", ranges, page_size)  # type: ignore[no-any-return]
+        return await self._call(Operation.DIRTY_START, ranges, page_size)
 
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
         """As the inner one, with faults."""
-        return await self._call("dirty_report", iova, length)  # type: ignore[no-any-return]
+        return await self._call(Operation.DIRTY_REPORT, iova, length)
 
     async def dirty_stop(self) -> None:
         """As the inner one, with faults."""
-        await self._call("dirty_stop")
+        await self._call(Operation.DIRTY_STOP)
 
     async def reset(self) -> None:
         """As the inner one, with faults; ends what hangs."""
-        await self._call("reset")
+        await self._call(Operation.RESET)
 
     async def was_reset(self) -> None:
         """As the inner one."""
@@ -484,10 +486,10 @@ class FaultySession(Session):
 
     async def end(self, outcome: Outcome) -> None:
         """As the inner one, with faults."""
-        await self._call("end", outcome)
+        await self._call(Operation.END, outcome)
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """As the inner one; `Connection.feed` has the losses of the connection."""
+        """As the inner one; `PretendedConnection.feed` has the losses of the connection."""
         return self.inner.watch()
 
     async def aclose(self) -> None:

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import trio
 
@@ -35,10 +36,11 @@ from .api import (
     Status,
 )
 from .dirtylog import PageLog
-from .errors import Incompatible, InvalidState, NotFound
+from .errors import InvalidState, NotFound
 from .events import EventFeed
 from .memory_state import Content, Incoming, Outgoing
-from .rules import STILL, SessionRules, differences, logged
+from .operations import Op, Operation
+from .rules import STILL, SessionRules, logged, require_same
 
 FORMAT = "memory-agent"
 #: Everything that a function of the in-memory agent can do.
@@ -196,21 +198,17 @@ class MemorySession(Session):
 
     async def describe(self) -> Descriptor:
         """What the function is."""
-        await self._enter("describe", anybody=True)
+        await self._enter(Operation.DESCRIBE)
         return self.function.describe()
 
     async def check(self, descriptor: Descriptor) -> None:
         """Compare everything; sizes need not be equal, but must fit."""
-        await self._enter("check", anybody=True)
-        reasons = differences(descriptor, self.function.describe())
-        if descriptor.state_max > self.function.state_size:
-            reasons.append(f"state of {descriptor.state_max} bytes there, room for {self.function.state_size} here")
-        if reasons:
-            raise Incompatible(reasons)
+        await self._enter(Operation.CHECK)
+        require_same(descriptor, self.function.describe(), self.function.state_size)
 
     async def begin(self, role: Role, migration_id: str) -> None:
         """Become the owner of the function's migration."""
-        await self._enter("begin", anybody=True)
+        await self._enter(Operation.BEGIN)
         function = self.function
         self._rules.migratable(migration_id)
         self._rules.working()
@@ -224,21 +222,21 @@ class MemorySession(Session):
 
     async def quiesce(self) -> None:
         """Stop writing guest memory."""
-        await self._enter("quiesce")
+        await self._enter(Operation.QUIESCE)
         self._rules.working()
         if self.function.state is AgentState.RUNNING:
             self.function.move(AgentState.QUIESCED if self.caps.p2p else AgentState.STOPPED)
 
     async def stop(self) -> None:
         """Hold still."""
-        await self._enter("stop")
+        await self._enter(Operation.STOP)
         self._rules.working()
         if self.function.state not in STILL:
             self.function.move(AgentState.STOPPED)
 
     async def resume(self) -> None:
         """Run."""
-        await self._enter("resume")
+        await self._enter(Operation.RESUME)
         self._rules.working()
         self._rules.committed()
         self.function.outgoing = None
@@ -246,14 +244,14 @@ class MemorySession(Session):
 
     async def estimate(self) -> Estimate:
         """Exact, since nothing changes by itself."""
-        await self._enter("estimate")
+        await self._enter(Operation.ESTIMATE)
         outgoing = self.function.outgoing or Outgoing(self.function.content)
         initial, dirty = outgoing.estimate()
         return Estimate(outgoing.remaining(), initial, dirty, exact=True)
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Give the next piece."""
-        await self._enter("save", Role.SOURCE)
+        await self._enter(Operation.SAVE)
         function = self.function
         self._rules.saveable_piece(offset, limit, phase)
         self._rules.saveable_now(phase)
@@ -267,7 +265,7 @@ class MemorySession(Session):
 
     async def load_begin(self, total: int | None) -> None:
         """Get ready."""
-        await self._enter("load_begin", Role.DESTINATION)
+        await self._enter(Operation.LOAD_BEGIN)
         function = self.function
         self._rules.loadable(total)
         function.incoming = Incoming(function.state_size, self.caps.max_state)
@@ -276,13 +274,13 @@ class MemorySession(Session):
 
     async def load(self, offset: int, data: bytes) -> None:
         """Take a piece."""
-        await self._enter("load", Role.DESTINATION)
+        await self._enter(Operation.LOAD)
         self._rules.loadable_piece(data)
         self._incoming().put(offset, data)
 
     async def load_commit(self, total: int, sha256: bytes) -> None:
         """Verify and apply."""
-        await self._enter("load_commit", Role.DESTINATION)
+        await self._enter(Operation.LOAD_COMMIT)
         if self.function.state is AgentState.LOADED:
             raise InvalidState("the state is committed already")
         content, counter = self._incoming().finish(total, sha256, self.function.seed)
@@ -298,12 +296,12 @@ class MemorySession(Session):
 
     async def abort(self) -> None:
         """Drop buffers."""
-        await self._enter("abort")
+        await self._enter(Operation.ABORT)
         self.function.drop_buffers()
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Log."""
-        await self._enter("dirty_start")
+        await self._enter(Operation.DIRTY_START)
         function = self.function
         self._rules.can_log()
         self._rules.loggable(function.log, ranges)
@@ -312,23 +310,23 @@ class MemorySession(Session):
 
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
         """Report and forget."""
-        await self._enter("dirty_report")
+        await self._enter(Operation.DIRTY_REPORT)
         return DirtyReport(logged(self.function.log).take(iova, length), final=self.function.state in STILL)
 
     async def dirty_stop(self) -> None:
         """Forget."""
-        await self._enter("dirty_stop")
+        await self._enter(Operation.DIRTY_STOP)
         self.function.log = None
 
     async def reset(self) -> None:
         """Begin anew."""
-        await self._enter("reset", anybody=True)
+        await self._enter(Operation.RESET)
         self._rules.resettable()
         self.function.reset()
 
     async def end(self, outcome: Outcome) -> None:
         """Leave the migration."""
-        await self._enter("end")
+        await self._enter(Operation.END)
         self.function.forget_migration()
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
@@ -342,11 +340,11 @@ class MemorySession(Session):
             self.function.owner = None
         await trio.lowlevel.checkpoint()
 
-    async def _enter(self, name: str, role: Role | None = None, *, anybody: bool = False) -> None:
+    async def _enter(self, op: Op[..., Any]) -> None:
         """What all calls have in common: they are noted, and the migration of another session is in the way."""
         await trio.lowlevel.checkpoint()
-        self.function.calls.append(name)
-        self._rules.admit(name, role, is_open=self.open, anybody=anybody)
+        self.function.calls.append(op.name)
+        self._rules.admit(op, is_open=self.open)
 
 
 class MemoryAgent(Agent):

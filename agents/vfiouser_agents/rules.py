@@ -6,12 +6,13 @@ for, with who, what and why in words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from .api import AgentState, Capabilities, Descriptor, Phase, Range, Role, Session
 from .dirtylog import PageLog
-from .errors import Busy, DeviceFailed, InvalidArgument, InvalidState, NoResources, NotFound, Unsupported
+from .errors import Busy, DeviceFailed, Incompatible, InvalidArgument, InvalidState, NoResources, NotFound, Unsupported
+from .operations import Op
 
 #: In these a function changes nothing by itself, neither its state nor guest memory.
 STILL = frozenset({AgentState.STOPPED, AgentState.LOADING, AgentState.LOADED})
@@ -76,28 +77,27 @@ class SessionRules:
     def _caps(self) -> Capabilities:
         return self._session.caps
 
-    def admit(self, call: str, role: Role | None = None, *, is_open: bool, anybody: bool = False) -> None:
+    def admit(self, op: Op[..., Any], *, is_open: bool) -> None:
         """What all calls have in common: the migration of another session is in their way.
 
         Args:
-            call: its name.
-            role: the side that the session must have begun as, for calls of one side.
+            op: what is called.
             is_open: the session was not closed.
-            anybody: calls that change nothing of a migration, or end it in any case.
 
         Raises:
             NotFound: the session is closed.
             Busy: another session migrates the function.
-            InvalidState: the session did not begin as `role`.
+            InvalidState: the session did not begin as the side that the call needs.
         """
         function = self._function
         if not is_open:
             raise NotFound(f"this session of function {self._name} is closed")
-        if not anybody and function.owner not in (None, self._session):
+        if not op.anybody and function.owner not in (None, self._session):
             raise Busy(f"function {self._name} is in migration {function.migration_id!r} of another session")
+        role = op.role
         if role is not None and (function.role is not role or function.owner is not self._session):
             had = function.role.value if function.role and function.owner is self._session else "in no migration"
-            raise InvalidState(f"{call} needs a session that began as {role.value}; this one is {had}")
+            raise InvalidState(f"{op} needs a session that began as {role.value}; this one is {had}")
 
     def migratable(self, migration_id: str) -> None:
         """Before `begin`: it can be migrated at all, and the migration has a name.
@@ -250,14 +250,26 @@ def logged(log: PageLog | None) -> PageLog:
     return log
 
 
-def differences(source: Descriptor, here: Descriptor) -> list[str]:
-    """Everything in which a source differs from this function, one line each, naming both sides.
+def require_same(source: Descriptor, here: Descriptor, room: int | None = None) -> None:
+    """`check`: a state fits where everything is equal; sizes need not be, but must fit.
 
     Args:
         source: what it is there.
         here: what it is here.
+        room: bytes that a state may have here; None: it fits.
+
+    Raises:
+        Incompatible: everything in which they differ, one line each, naming both sides.
     """
+    reasons = list(_differences(source, here))
+    if room is not None and source.state_max > room:
+        reasons.append(f"state of {source.state_max} bytes there, room for {room} here")
+    if reasons:
+        raise Incompatible(reasons)
+
+
+def _differences(source: Descriptor, here: Descriptor) -> Iterator[str]:
     pairs = [(name.replace("_", " "), getattr(source, name), getattr(here, name)) for name in _COMPARED]
     names = sorted({*source.fingerprint, *here.fingerprint})
     pairs += [(name, source.fingerprint.get(name), here.fingerprint.get(name)) for name in names]
-    return [f"{name} is {theirs!r} there and {ours!r} here" for name, theirs, ours in pairs if theirs != ours]
+    return (f"{name} is {theirs!r} there and {ours!r} here" for name, theirs, ours in pairs if theirs != ours)

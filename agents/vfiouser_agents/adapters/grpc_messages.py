@@ -19,7 +19,8 @@ from google.protobuf.message_factory import GetMessageClass
 
 from vfiouser_agents.errors import ProtocolError
 from vfiouser_agents.limits import MAX_ITEMS
-from vfiouser_agents.rpc.methods import CLOSE, FUNCTIONS, HELLO, OPEN, PING, SESSION_METHODS, WATCH
+from vfiouser_agents.operations import BY_WIRE
+from vfiouser_agents.rpc.methods import CLOSE, FUNCTIONS, HELLO, OPEN, PING, WATCH
 
 from .grpc_descriptor import FILE
 
@@ -96,7 +97,7 @@ class GrpcMethod:
 
 def _methods() -> dict[str, GrpcMethod]:
     names = {HELLO: "Connect", PING: "Ping", FUNCTIONS: "Functions", OPEN: "Open", CLOSE: "Close", WATCH: "Watch"}
-    names |= {row.name: "".join(word.title() for word in row.op.split("_")) for row in SESSION_METHODS}
+    names |= {wire: "".join(word.title() for word in op.name.split("_")) for wire, op in BY_WIRE.items()}
     rows = {row.name: row for row in _FILE.service[0].method}
     return {
         ours: GrpcMethod(

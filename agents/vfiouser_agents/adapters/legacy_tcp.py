@@ -16,6 +16,7 @@ import trio
 
 from vfiouser_agents.api import AgentInfo, Descriptor, FunctionInfo
 from vfiouser_agents.errors import AgentError, NotFound, ProtocolError, TransportLost
+from vfiouser_agents.operations import Operation
 from vfiouser_agents.options import OptionError, number, seconds, text
 from vfiouser_agents.rpc.core import broken
 from vfiouser_agents.rpc.endpoint import Address, TlsOptions
@@ -107,7 +108,7 @@ class LegacyTcpAgent(PrimitiveAgent):
         """See whether a server of this protocol is there, by asking for the state."""
         if self._device not in self.books:
             await (await self.open(self._device)).aclose()
-        await self.books[self._device].call("connect", self.books[self._device].refresh)
+        await self.books[self._device].call(Operation.STATUS, self.books[self._device].refresh)
         about = self._descriptor
         return AgentInfo(
             about.vendor or "a vendor", about.model or "legacy-tcp server", protocol=FORMAT, max_sessions=1

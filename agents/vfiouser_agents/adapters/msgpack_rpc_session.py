@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import trio
 
+from vfiouser_agents.answers import check_chunk, check_report
 from vfiouser_agents.api import (
     Capabilities,
     Chunk,
@@ -28,15 +29,16 @@ from vfiouser_agents.api import (
 from vfiouser_agents.delivery import preparing, sending
 from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, ProtocolError, Unsupported
 from vfiouser_agents.events import EventFeed
-from vfiouser_agents.limits import check_capabilities
-from vfiouser_agents.rpc.methods import BY_OP, CLOSE, OPEN, WATCH
+from vfiouser_agents.limits import check_capabilities, check_page_size
+from vfiouser_agents.operations import Op, Operation
+from vfiouser_agents.rpc.methods import CLOSE, OPEN, WATCH
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
 
 if TYPE_CHECKING:
     from .msgpack_rpc import Link, MsgpackRpcAgent
 
-#: Calls that make no sense once the agent has forgotten the migration.
-_NEEDS_MIGRATION = frozenset({"save", "load_begin", "load", "load_commit"})
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +153,8 @@ class RpcSession(Session):
             self.feed.put(Event(kind, f"function {self._function_id} is {status.state.value}", status))
 
     async def _status(self, link: Link, number: int) -> Status:
-        row = BY_OP["status"]
-        return parse(Status, await link.call(row.name, {"session": number}), row.name)  # type: ignore[no-any-return]
+        wire = Operation.STATUS.wire
+        return parse(Status, await link.call(wire, {"session": number}), wire)  # type: ignore[no-any-return]
 
     async def _watch_at(self, link: Link, number: int) -> None:
         try:
@@ -163,42 +165,39 @@ class RpcSession(Session):
     async def _adopt(self, link: Link) -> None:
         status = await self._status(link, self._number)
         if self.migration is not None and (status.role, status.migration_id) == self.migration:
-            await self._send(link, "begin", *self.migration)
+            await self._send(link, Operation.BEGIN, *self.migration)
             self._adopted = True
 
-    async def _send(self, link: Link, op: str, *args: Any) -> Any:
-        row = BY_OP[op]
-        named = {name: to_wire(arg) for name, arg in zip(row.params, args, strict=True)}
-        raw = await link.call(row.name, {"session": self._number, **named})
-        if row.result is None:
-            return None
-        if row.result_key and isinstance(raw, dict):
-            raw = raw.get(row.result_key)
-        return parse(row.result, raw, row.name)
+    async def _send(self, link: Link, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        given = dict(zip(op.arguments, args, strict=False)) | kwargs
+        named = {name: to_wire(value) for name, value in given.items()}
+        raw = await link.call(op.wire, {"session": self._number, **named})
+        if op.result_key and isinstance(raw, dict):
+            raw = raw.get(op.result_key)
+        return cast("T", None if op.result is None else parse(op.result, raw, op.wire))
 
-    async def _call(self, op: str, *args: Any) -> Any:
-        row = BY_OP[op]
+    async def _call(self, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         preparing()
-        link = await self.attached(adopt=not row.at_once and not row.overtakes and op != "begin")
-        if op in _NEEDS_MIGRATION and not self._adopted:
+        link = await self.attached(adopt=not op.anybody)
+        if op.role is not None and not self._adopted:
             raise InvalidState(
                 f"the agent was connected again and no longer knows migration {self.migration} of function "
                 f"{self._function_id}; {op} was not sent"
             )
         sending()
-        return await self._send(link, op, *args)
+        return await self._send(link, op, *args, **kwargs)
 
     async def describe(self) -> Descriptor:
         """Ask the agent."""
-        return await self._call("describe")  # type: ignore[no-any-return]
+        return await self._call(Operation.DESCRIBE)
 
     async def check(self, descriptor: Descriptor) -> None:
         """Ask the agent."""
-        await self._call("check", descriptor)
+        await self._call(Operation.CHECK, descriptor)
 
     async def begin(self, role: Role, migration_id: str) -> None:
         """Begin; the migration is taken over again after a loss of the connection."""
-        await self._call("begin", role, migration_id)
+        await self._call(Operation.BEGIN, role, migration_id)
         self.migration = (role, migration_id)
         self._adopted = True
         if self._link is not None:
@@ -206,23 +205,23 @@ class RpcSession(Session):
 
     async def status(self) -> Status:
         """Ask the agent."""
-        return await self._call("status")  # type: ignore[no-any-return]
+        return await self._call(Operation.STATUS)
 
     async def quiesce(self) -> None:
         """Tell the agent."""
-        await self._call("quiesce")
+        await self._call(Operation.QUIESCE)
 
     async def stop(self) -> None:
         """Tell the agent."""
-        await self._call("stop")
+        await self._call(Operation.STOP)
 
     async def resume(self) -> None:
         """Tell the agent."""
-        await self._call("resume")
+        await self._call(Operation.RESUME)
 
     async def estimate(self) -> Estimate:
         """Ask the agent."""
-        return await self._call("estimate")  # type: ignore[no-any-return]
+        return await self._call(Operation.ESTIMATE)
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Ask the agent.
@@ -232,33 +231,26 @@ class RpcSession(Session):
         """
         await self.attached(adopt=False)
         limit = min(limit, self._caps.max_chunk)
-        chunk: Chunk = await self._call("save", offset, limit, phase)
-        if len(chunk.data) > limit:
-            raise ProtocolError(f"the agent gave {len(chunk.data)} bytes of state; {limit} were asked for")
-        if not (chunk.data or chunk.eof or chunk.drained):
-            raise ProtocolError(f"the agent gave no state at {offset}, but says neither eof nor drained")
-        if chunk.eof and phase is not Phase.FINAL:
-            raise ProtocolError("the agent says eof in pre-copy; only drained is allowed there")
-        return chunk
+        return check_chunk(await self._call(Operation.SAVE, offset, limit, phase), limit, phase)
 
     async def load_begin(self, total: int | None) -> None:
         """Tell the agent."""
-        await self._call("load_begin", total)
+        await self._call(Operation.LOAD_BEGIN, total)
 
     async def load(self, offset: int, data: bytes) -> None:
         """Send the agent a piece."""
         await self.attached(adopt=False)
         if len(data) > self._caps.max_chunk:
             raise InvalidArgument(f"load of {len(data)} bytes; at most {self._caps.max_chunk} at once; not sent")
-        await self._call("load", offset, data)
+        await self._call(Operation.LOAD, offset, data)
 
     async def load_commit(self, total: int, sha256: bytes) -> None:
         """Tell the agent."""
-        await self._call("load_commit", total, sha256)
+        await self._call(Operation.LOAD_COMMIT, total, sha256)
 
     async def abort(self) -> None:
         """Tell the agent."""
-        await self._call("abort")
+        await self._call(Operation.ABORT)
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Tell the agent.
@@ -266,9 +258,8 @@ class RpcSession(Session):
         Raises:
             ProtocolError: it chose a page size that is none.
         """
-        chosen: int = await self._call("dirty_start", ranges, page_size)
-        if chosen <= 0 or chosen & (chosen - 1):
-            raise ProtocolError(f"the agent chose a page size of {chosen}; it must be a power of two")
+        chosen = await self._call(Operation.DIRTY_START, ranges, page_size)
+        check_page_size(chosen)
         self._page_size = chosen
         return chosen
 
@@ -278,27 +269,21 @@ class RpcSession(Session):
         Raises:
             ProtocolError: the report does not cover the range.
         """
-        report: DirtyReport = await self._call("dirty_report", iova, length)
-        wanted = (length // self._page_size + 7) // 8
-        if report.bitmap is not None and len(report.bitmap) != wanted:
-            raise ProtocolError(f"the agent's dirty bitmap has {len(report.bitmap)} bytes; {wanted} are needed")
-        end = iova + length
-        if any(span.iova < iova or span.iova + span.length > end for span in report.ranges):
-            raise ProtocolError(f"the agent's dirty ranges leave {length} bytes at {iova:#x}")
-        return report
+        report = await self._call(Operation.DIRTY_REPORT, iova, length)
+        return check_report(report, iova, length, self._page_size)
 
     async def dirty_stop(self) -> None:
         """Tell the agent."""
-        await self._call("dirty_stop")
+        await self._call(Operation.DIRTY_STOP)
 
     async def reset(self) -> None:
         """Tell the agent; a migration is over with it."""
-        await self._call("reset")
+        await self._call(Operation.RESET)
         self._forget()
 
     async def end(self, outcome: Outcome) -> None:
         """Tell the agent."""
-        await self._call("end", outcome)
+        await self._call(Operation.END, outcome)
         self._forget()
 
     def _forget(self) -> None:

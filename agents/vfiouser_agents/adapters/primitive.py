@@ -22,15 +22,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
 from vfiouser_agents.api import Agent, AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
 from vfiouser_agents.delivery import carried, preparing, sending
 from vfiouser_agents.dirtylog import PageLog
-from vfiouser_agents.errors import AgentError, ConnectError, Incompatible, InvalidState, TransportLost, Unsupported
+from vfiouser_agents.errors import AgentError, ConnectError, InvalidState, TransportLost, Unsupported
+from vfiouser_agents.operations import Op
 from vfiouser_agents.ordering import CallQueue
+from vfiouser_agents.rules import require_same
 
 from .primitive_state import Feed, Loading, SavedStream
 
@@ -62,15 +64,7 @@ class Primitive(ABC):
             Incompatible: it could not.
         """
         here = await self.describe()
-        names = ("format_id", "format_version", "vendor", "model", "kind", "firmware")
-        pairs = [(name, getattr(descriptor, name), getattr(here, name)) for name in names]
-        keys = sorted({*descriptor.fingerprint, *here.fingerprint})
-        pairs += [(key, descriptor.fingerprint.get(key), here.fingerprint.get(key)) for key in keys]
-        reasons = [f"{name} is {theirs!r} there and {ours!r} here" for name, theirs, ours in pairs if theirs != ours]
-        if descriptor.state_max > self.caps.max_state:
-            reasons.append(f"state of {descriptor.state_max} bytes there, room for {self.caps.max_state} here")
-        if reasons:
-            raise Incompatible(reasons)
+        require_same(descriptor, here, self.caps.max_state)
 
     async def state(self) -> AgentState | None:
         """What the device says that it does; None if it does not tell."""
@@ -198,28 +192,24 @@ class Book:
         """The call that is being executed, or empty."""
         return self._queue.pending if self._queue is not None else self._pending
 
-    async def call(
-        self, name: str, work: Callable[[], Awaitable[T]], *, overtakes: bool = False, changes: bool = False
-    ) -> T:
-        """Execute a call after all that came before it.
+    async def call(self, op: Op[..., Any], work: Callable[[], Awaitable[T]]) -> T:
+        """Execute a call after all that came before it; without a queue, one that overtakes waits for them, too.
 
         Args:
-            name: for `pending`.
+            op: what is called. If it changes what the function does, `sending` is noted before the device is told.
             work: does it.
-            overtakes: end the calls before it; without a queue it waits for them.
-            changes: it changes what the function does, in a block under `changing` and nowhere else.
         """
-        if changes:
+        if op.changes:
             preparing()
         if self._queue is not None:
             try:
-                return await self._queue.call(name, carried(partial(self._work, work)), overtakes=overtakes)
+                return await self._queue.call(op.name, carried(partial(self._work, work)), overtakes=op.overtakes)
             except trio.Cancelled:
                 # It is executed even when its caller gives it up, so then nobody can say that it was not sent.
                 sending()
                 raise
         async with self._lock:
-            self._pending = name
+            self._pending = op.name
             try:
                 return await self._work(work)
             finally:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import trio
 
@@ -21,6 +22,7 @@ from vfiouser_agents.api import (
     Session,
     Status,
 )
+from vfiouser_agents.delivery import sending
 from vfiouser_agents.dirtylog import PageLog
 from vfiouser_agents.errors import (
     AgentError,
@@ -29,11 +31,13 @@ from vfiouser_agents.errors import (
     InvalidState,
     ProtocolError,
 )
+from vfiouser_agents.operations import Op, Operation
 from vfiouser_agents.rules import SAVES_IN, STILL, SessionRules, logged
 
 from .primitive import Book
 from .primitive_state import Feed, Loading, SavedStream
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _UNCERTAIN = "the device may be in another state: the last call did not end well, or none was made and it does not tell"
 
@@ -67,7 +71,7 @@ class PrimitiveSession(Session):
 
     async def describe(self) -> Descriptor:
         """Ask the device, or tell what was configured."""
-        return await self._book.call("describe", self._device.describe)
+        return await self._call(Operation.DESCRIBE, self._device.describe)
 
     async def check(self, descriptor: Descriptor) -> None:
         """Ask the device, or compare."""
@@ -75,14 +79,13 @@ class PrimitiveSession(Session):
         async def work() -> None:
             await self._device.check(descriptor)
 
-        await self._book.call("check", work)
+        await self._call(Operation.CHECK, work)
 
     async def begin(self, role: Role, migration_id: str) -> None:
         """Become the owner of the function's migration."""
         self._rules.migratable(migration_id)
 
         async def work() -> None:
-            self._enter("begin", anybody=True)
             book = self._book
             await book.refresh()
             self._rules.working()
@@ -91,13 +94,13 @@ class PrimitiveSession(Session):
                 await self._device.begin(role, migration_id)
             book.role, book.migration_id, book.owner = role, migration_id, self
 
-        await self._book.call("begin", work)
+        await self._call(Operation.BEGIN, work)
 
     async def status(self) -> Status:
         """Ask the device if it tells and nothing is under way; otherwise what it was last known to do."""
         book = self._book
         if not book.pending:
-            await book.call("status", book.refresh)
+            await book.call(Operation.STATUS, book.refresh)
         await trio.lowlevel.checkpoint()
         detail = _UNCERTAIN if book.uncertain else ""
         role = book.role or self._device.role_told
@@ -110,7 +113,6 @@ class PrimitiveSession(Session):
             return
 
         async def work() -> None:
-            self._enter("quiesce")
             book = self._book
             await book.refresh()
             self._rules.working()
@@ -119,13 +121,12 @@ class PrimitiveSession(Session):
                     await self._device.quiesce()
                 book.state = AgentState.QUIESCED
 
-        await self._book.call("quiesce", work, changes=True)
+        await self._call(Operation.QUIESCE, work)
 
     async def stop(self) -> None:
         """Hold still."""
 
         async def work() -> None:
-            self._enter("stop")
             book = self._book
             await book.refresh()
             self._rules.working()
@@ -134,13 +135,12 @@ class PrimitiveSession(Session):
                     await self._device.stop(book.role)
                 book.state = book.state if book.state in STILL else AgentState.STOPPED
 
-        await self._book.call("stop", work, changes=True)
+        await self._call(Operation.STOP, work)
 
     async def resume(self) -> None:
         """Run."""
 
         async def work() -> None:
-            self._enter("resume")
             book = self._book
             await book.refresh()
             self._rules.working()
@@ -152,7 +152,7 @@ class PrimitiveSession(Session):
                 book.state = AgentState.RUNNING
             book.forget_states()
 
-        await self._book.call("resume", work, changes=True)
+        await self._call(Operation.RESUME, work)
 
     async def _resume(self, *, silent: bool) -> None:
         try:
@@ -166,7 +166,6 @@ class PrimitiveSession(Session):
         """What the device says, or else the most that it may be."""
 
         async def work() -> Estimate:
-            self._enter("estimate")
             book = self._book
             if book.stream is not None and book.stream.complete:
                 return Estimate(book.stream.end, exact=True)
@@ -176,14 +175,13 @@ class PrimitiveSession(Session):
             most = (await self._device.describe()).state_max
             return Estimate(min(most if size is None else size, self.caps.max_state))
 
-        return await self._book.call("estimate", work)
+        return await self._call(Operation.ESTIMATE, work)
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Give the next piece, or one that was given before."""
         self._rules.saveable_piece(offset, limit, phase)
 
         async def work() -> Chunk:
-            self._enter("save", Role.SOURCE)
             book = self._book
             if book.uncertain or book.stream is None:
                 await book.refresh()
@@ -194,7 +192,7 @@ class PrimitiveSession(Session):
                 await self._fetch(book.stream, offset, min(limit, self.caps.max_chunk), phase)
             return book.stream.piece(offset, min(limit, self.caps.max_chunk), phase)
 
-        return await self._book.call("save", work)
+        return await self._call(Operation.SAVE, work)
 
     async def _fetch(self, stream: SavedStream, offset: int, limit: int, phase: Phase) -> None:
         arrived = False
@@ -219,7 +217,6 @@ class PrimitiveSession(Session):
         """Get ready to collect a state."""
 
         async def work() -> None:
-            self._enter("load_begin", Role.DESTINATION)
             book = self._book
             await book.refresh()
             self._rules.loadable(total)
@@ -228,28 +225,27 @@ class PrimitiveSession(Session):
             book.feed = Feed(self._device, book.loading, self.caps.max_chunk) if self._device.streams else None
             book.spoiled = True
             if book.feed is not None:
+                sending()
                 await book.feed.catch_up()
             book.state = AgentState.LOADING
 
-        await self._book.call("load_begin", work)
+        await self._call(Operation.LOAD_BEGIN, work)
 
     async def load(self, offset: int, data: bytes) -> None:
         """Collect a piece."""
 
         async def work() -> None:
-            self._enter("load", Role.DESTINATION)
             self._rules.loadable_piece(data)
             await trio.lowlevel.checkpoint()
             self._loading().put(offset, data)
             await self._feed()
 
-        await self._book.call("load", work)
+        await self._call(Operation.LOAD, work)
 
     async def load_commit(self, total: int, sha256: bytes) -> None:
         """Verify the state and give it to the device."""
 
         async def work() -> None:
-            self._enter("load_commit", Role.DESTINATION)
             book = self._book
             if book.state is AgentState.LOADED:
                 raise InvalidState("the state is committed already")
@@ -266,7 +262,7 @@ class PrimitiveSession(Session):
             book.spoiled = book.touched = False
             book.state = AgentState.LOADED
 
-        await self._book.call("load_commit", work, changes=True)
+        await self._call(Operation.LOAD_COMMIT, work)
 
     async def _feed(self) -> None:
         """Hand on what came in, to a device that takes it by and by."""
@@ -290,11 +286,10 @@ class PrimitiveSession(Session):
         """Drop buffers."""
 
         async def work() -> None:
-            self._enter("abort")
             await trio.lowlevel.checkpoint()
             self._book.drop_buffers()
 
-        await self._book.call("abort", work)
+        await self._call(Operation.ABORT, work)
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Log."""
@@ -302,7 +297,6 @@ class PrimitiveSession(Session):
         self._rules.can_log()
 
         async def work() -> int:
-            self._enter("dirty_start")
             self._rules.loggable(self._book.log, ranges)
             wish = PageLog(ranges, page_size, caps.page_sizes).page_size
             chosen = await self._device.dirty_start(ranges, wish)
@@ -312,13 +306,12 @@ class PrimitiveSession(Session):
             self._book.log = PageLog(ranges, chosen, (chosen,))
             return chosen
 
-        return await self._book.call("dirty_start", work)
+        return await self._call(Operation.DIRTY_START, work)
 
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
         """Report and forget."""
 
         async def work() -> DirtyReport:
-            self._enter("dirty_report")
             # Its own pages are all clean; this checks the arguments.
             wanted = len(logged(self._book.log).take(iova, length))
             bitmap = await self._device.dirty_report(iova, length)
@@ -326,25 +319,23 @@ class PrimitiveSession(Session):
                 raise ProtocolError(f"the device's dirty bitmap has {len(bitmap)} bytes; {wanted} are needed")
             return DirtyReport(bitmap, final=self._book.state in STILL)
 
-        return await self._book.call("dirty_report", work)
+        return await self._call(Operation.DIRTY_REPORT, work)
 
     async def dirty_stop(self) -> None:
         """Forget."""
 
         async def work() -> None:
-            self._enter("dirty_stop")
             if self._book.log is not None:
                 await self._device.dirty_stop()
                 self._book.log = None
 
-        await self._book.call("dirty_stop", work)
+        await self._call(Operation.DIRTY_STOP, work)
 
     async def reset(self) -> None:
         """Begin anew."""
         self._rules.resettable()
 
         async def work() -> None:
-            self._enter("reset", anybody=True)
             book = self._book
             async with book.changing():
                 await self._device.reset()
@@ -353,30 +344,28 @@ class PrimitiveSession(Session):
             book.log = None
             book.state = AgentState.RUNNING
 
-        await self._book.call("reset", work, overtakes=True, changes=True)
+        await self._call(Operation.RESET, work)
 
     async def was_reset(self) -> None:
         """Forget what the device has forgotten."""
 
         async def work() -> None:
-            self._enter("was_reset", anybody=True)
             await self._device.was_reset()
             self._book.forget_migration()
             self._book.forget_states()
             await self._book.refresh()
 
-        await self._book.call("was_reset", work)
+        await self._call(Operation.WAS_RESET, work)
 
     async def end(self, outcome: Outcome) -> None:
         """Leave the migration."""
 
         async def work() -> None:
-            self._enter("end")
             if self._book.role is not None:
                 await self._device.end(outcome)
             self._book.forget_migration()
 
-        await self._book.call("end", work)
+        await self._call(Operation.END, work)
 
     async def aclose(self) -> None:
         """Let go; a migration stays, for another session of this agent to take over."""
@@ -387,5 +376,11 @@ class PrimitiveSession(Session):
                 self._book.owner = None
         await trio.lowlevel.checkpoint()
 
-    def _enter(self, call: str, role: Role | None = None, *, anybody: bool = False) -> None:
-        self._rules.admit(call, role, is_open=not self._closed, anybody=anybody)
+    async def _call(self, op: Op[..., T], work: Callable[[], Awaitable[T]]) -> T:
+        """Have a call executed in its turn, if it is allowed then."""
+
+        async def admitted() -> T:
+            self._rules.admit(op, is_open=not self._closed)
+            return await work()
+
+        return await self._book.call(op, admitted)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Protocol
 
+from vfiouser_agents.answers import check_chunk
 from vfiouser_agents.api import Chunk, Phase
 from vfiouser_agents.errors import CorruptState, InvalidArgument, NoResources, ProtocolError
 
@@ -69,21 +71,18 @@ class SavedStream:
         Raises:
             ProtocolError: it is more than was asked for, or nothing for no reason.
         """
-        if len(chunk.data) > limit or self.end + len(chunk.data) > self._limit:
-            raise ProtocolError(
-                f"the device gave {len(chunk.data)} bytes after {self.end}; {limit} were asked for, and a state has "
-                f"{self._limit} at most"
-            )
-        if not (chunk.data or chunk.eof or chunk.drained):
-            raise ProtocolError(f"the device gave no state at {self.end}, but says neither eof nor drained")
+        # A vendor's device knows one stream, and may say its end in the words of the other phase.
+        ends, drained = chunk.eof and phase is Phase.FINAL, chunk.drained and phase is Phase.PRECOPY
+        check_chunk(replace(chunk, eof=ends, drained=drained), limit, phase)
+        if self.end + len(chunk.data) > self._limit:
+            raise ProtocolError(f"the device gave a state of {self.end + len(chunk.data)} bytes; {self._limit} is most")
         if phase is Phase.PRECOPY:
             self.final_only = False
             self._base = self.end
             self._data.clear()
         self._last = self.end
         self._data += chunk.data
-        self._eof = chunk.eof and phase is Phase.FINAL
-        self._drained = chunk.drained
+        self._eof, self._drained = ends, drained
 
     def piece(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """The piece at an offset, from what is here."""

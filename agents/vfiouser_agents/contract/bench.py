@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from vfiouser_agents.answers import check_chunk
 from vfiouser_agents.api import (
     Agent,
     AgentState,
@@ -19,7 +20,7 @@ from vfiouser_agents.api import (
     Session,
     Status,
 )
-from vfiouser_agents.errors import AgentError
+from vfiouser_agents.errors import AgentError, ProtocolError
 
 T = TypeVar("T")
 #: Name that our migrations have.
@@ -85,9 +86,8 @@ class Bench:
         stream = bytearray()
         while True:
             chunk = await self.session.save(offset + len(stream), limit, phase)
-            expect(len(chunk.data) <= limit, f"save gave {len(chunk.data)} bytes; {limit} were asked for")
-            expect(bool(chunk.data or chunk.eof or chunk.drained), "save gave nothing, with neither eof nor drained")
-            expect(not (chunk.eof and phase is Phase.PRECOPY), "save(PRECOPY) says eof")
+            with broken_rules():
+                check_chunk(chunk, limit, phase)
             stream += chunk.data
             expect(len(stream) <= self.caps.max_state, f"the state has more than {self.caps.max_state} bytes")
             passes -= chunk.drained
@@ -154,6 +154,15 @@ class CheckTable(list[Check]):
             return body
 
         return put
+
+
+@contextmanager
+def broken_rules() -> Iterator[None]:
+    """Fail the check where an answer breaks a rule of the interface."""
+    try:
+        yield
+    except ProtocolError as error:
+        raise CheckFailed(error.message) from error
 
 
 def expect(true: bool, otherwise: str) -> None:

@@ -27,11 +27,12 @@ from vfiouser_agents.errors import (
     TransportLost,
     Unsupported,
 )
+from vfiouser_agents.operations import BY_WIRE, Op, invoke
 from vfiouser_agents.ordering import CallQueue
 
 from .core import Answer, RpcConnection, broken
 from .messages import DEFAULT_MAX_MESSAGE, Codec
-from .methods import BY_NAME, CLOSE, EVENT, FUNCTIONS, HELLO, OPEN, PING, PROTOCOL, VERSIONS, WATCH, SessionMethod
+from .methods import CLOSE, EVENT, FUNCTIONS, HELLO, OPEN, PING, PROTOCOL, VERSIONS, WATCH
 from .msgpack_codec import MsgpackCodec
 from .wire import WireError, from_wire, to_wire
 
@@ -221,32 +222,32 @@ class ClientHandler:
             raise InvalidState(f"the first call must be {HELLO}, not {method}")
         if method in self._agent_methods:
             return partial(self._agent_methods[method], params)
-        row = BY_NAME.get(method)
-        if row is None:
+        op = BY_WIRE.get(method)
+        if op is None:
             raise Unsupported(f"there is no method {method[:100]!r} in version {VERSIONS[0]} of {PROTOCOL}")
         session = self._handle(params).session
         try:
-            arguments = [from_wire(hint, params.get(name), name) for name, hint in row.params.items()]
+            arguments = [from_wire(hint, params.get(name), name) for name, hint in op.arguments.items()]
             if not session.takes_views:
                 arguments = [bytes(value) if type(value) is memoryview else value for value in arguments]
         except WireError as error:
             raise InvalidArgument(f"{method}: {error}") from None
-        return self._session_call(session, row, arguments)
+        return self._session_call(session, op, arguments)
 
-    def _session_call(self, session: Session, row: SessionMethod, arguments: list[Any]) -> Answer:
+    def _session_call(self, session: Session, op: Op[..., Any], arguments: list[Any]) -> Answer:
         async def work() -> Any:
-            return await getattr(session, row.op)(*arguments)
+            return await invoke(session, op, *arguments)
 
         queue = self._server.queue(session.function_id)
-        wait: Answer = work if row.at_once else queue.enter(row.op, work, overtakes=row.overtakes)
+        wait: Answer = work if op.at_once else queue.enter(op.name, work, overtakes=op.overtakes)
 
         async def answer() -> Any:
             result = await wait()
             if isinstance(result, Status) and not result.pending:
                 result = replace(result, pending=queue.pending)
-            if row.result is None:
+            if op.result is None:
                 return None
-            return {row.result_key: result} if row.result_key else to_wire(result)
+            return {op.result_key: result} if op.result_key else to_wire(result)
 
         return answer
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import binascii
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
@@ -64,7 +64,7 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
         if value is None:
             return None
         return from_wire(next(choice for choice in arguments if choice is not NoneType), value, where)
-    if origin is tuple:
+    if origin is tuple or origin is Sequence:
         if not isinstance(value, list | tuple):
             raise _wrong(where, "a list", value)
         if len(value) > MAX_ITEMS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import trio
 
@@ -27,8 +28,9 @@ from vfiouser_agents.api import (
     Status,
 )
 from vfiouser_agents.dirtylog import PageLog
-from vfiouser_agents.errors import Incompatible, NotFound
-from vfiouser_agents.rules import STILL, SessionRules, differences, logged
+from vfiouser_agents.errors import NotFound
+from vfiouser_agents.operations import Op, Operation
+from vfiouser_agents.rules import STILL, SessionRules, logged, require_same
 from vfiouser_oob._version import __version__
 from vfiouser_soc.agent.function import CAPABILITIES, AgentFunction
 from vfiouser_soc.agent.payload import StateReader
@@ -60,15 +62,13 @@ class NvmeSession(Session):
 
     async def describe(self) -> Descriptor:
         """What the function is."""
-        await self._enter("describe", anybody=True)
+        await self._enter(Operation.DESCRIBE)
         return self._function.describe()
 
     async def check(self, descriptor: Descriptor) -> None:
         """Compare everything that a guest could notice."""
-        await self._enter("check", anybody=True)
-        reasons = differences(descriptor, self._function.describe())
-        if reasons:
-            raise Incompatible(reasons)
+        await self._enter(Operation.CHECK)
+        require_same(descriptor, self._function.describe())
 
     async def status(self) -> Status:
         """Where the function is."""
@@ -79,7 +79,7 @@ class NvmeSession(Session):
 
     async def begin(self, role: Role, migration_id: str) -> None:
         """Become the owner of the function's migration."""
-        await self._enter("begin", anybody=True)
+        await self._enter(Operation.BEGIN)
         function = self._function
         self._rules.migratable(migration_id)
         self._rules.make_way(role, migration_id)
@@ -87,36 +87,36 @@ class NvmeSession(Session):
 
     async def abort(self) -> None:
         """Drop buffers."""
-        await self._enter("abort")
+        await self._enter(Operation.ABORT)
         self._function.drop_buffers()
 
     async def end(self, outcome: Outcome) -> None:
         """Leave the migration."""
-        await self._enter("end")
+        await self._enter(Operation.END)
         self._function.forget_migration()
 
     async def reset(self) -> None:
         """Begin anew."""
-        await self._enter("reset", anybody=True)
+        await self._enter(Operation.RESET)
         self._function.reset()
 
     # What the function does
 
     async def quiesce(self) -> None:
         """No DMA and no interrupts."""
-        await self._enter("quiesce")
+        await self._enter(Operation.QUIESCE)
         if self._function.state is AgentState.RUNNING:
             await self._function.hold(AgentState.QUIESCED)
 
     async def stop(self) -> None:
         """Hold still."""
-        await self._enter("stop")
+        await self._enter(Operation.STOP)
         if self._function.state not in STILL:
             await self._function.hold(AgentState.STOPPED)
 
     async def resume(self) -> None:
         """Run."""
-        await self._enter("resume")
+        await self._enter(Operation.RESUME)
         self._rules.committed()
         self._function.run()
 
@@ -124,7 +124,7 @@ class NvmeSession(Session):
 
     async def estimate(self) -> Estimate:
         """How much there is to save."""
-        await self._enter("estimate")
+        await self._enter(Operation.ESTIMATE)
         function = self._function
         function.memory.advance()
         writer = function.outgoing or function.new_writer()
@@ -132,7 +132,7 @@ class NvmeSession(Session):
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Give the next piece."""
-        await self._enter("save", Role.SOURCE)
+        await self._enter(Operation.SAVE)
         function = self._function
         self._rules.saveable_piece(offset, limit, phase)
         self._rules.saveable_now(phase)
@@ -146,19 +146,19 @@ class NvmeSession(Session):
 
     async def load_begin(self, total: int | None) -> None:
         """Get ready."""
-        await self._enter("load_begin", Role.DESTINATION)
+        await self._enter(Operation.LOAD_BEGIN)
         self._rules.loadable(total)
         self._function.begin_loading()
 
     async def load(self, offset: int, data: bytes) -> None:
         """Take a piece."""
-        await self._enter("load", Role.DESTINATION)
+        await self._enter(Operation.LOAD)
         self._rules.loadable_piece(data)
         await self._incoming().put(offset, data)
 
     async def load_commit(self, total: int, sha256: bytes) -> None:
         """Verify and apply."""
-        await self._enter("load_commit", Role.DESTINATION)
+        await self._enter(Operation.LOAD_COMMIT)
         self._function.commit(self._incoming().finish(total, sha256))
 
     def _incoming(self) -> StateReader:
@@ -171,7 +171,7 @@ class NvmeSession(Session):
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Log."""
-        await self._enter("dirty_start")
+        await self._enter(Operation.DIRTY_START)
         self._rules.loggable(self._function.log, ranges)
         log = PageLog(ranges, page_size, self.caps.page_sizes)
         self._function.start_logging(log)
@@ -179,12 +179,12 @@ class NvmeSession(Session):
 
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
         """Report and forget."""
-        await self._enter("dirty_report")
+        await self._enter(Operation.DIRTY_REPORT)
         return DirtyReport(logged(self._function.log).take(iova, length), final=self._function.state in STILL)
 
     async def dirty_stop(self) -> None:
         """Forget."""
-        await self._enter("dirty_stop")
+        await self._enter(Operation.DIRTY_STOP)
         self._function.stop_logging()
 
     # The session itself
@@ -200,10 +200,10 @@ class NvmeSession(Session):
             self._function.owner = None
         await trio.lowlevel.checkpoint()
 
-    async def _enter(self, name: str, role: Role | None = None, *, anybody: bool = False) -> None:
+    async def _enter(self, op: Op[..., Any]) -> None:
         """What all calls have in common: the migration of another session is in their way."""
         await trio.lowlevel.checkpoint()
-        self._rules.admit(name, role, is_open=self._open, anybody=anybody)
+        self._rules.admit(op, is_open=self._open)
 
 
 class NvmeAgent(Agent):

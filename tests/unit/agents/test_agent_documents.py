@@ -15,6 +15,7 @@ import pytest
 from vfiouser_agents import values
 from vfiouser_agents.adapters.msgpack_rpc import DEFAULT_KEEPALIVE
 from vfiouser_agents.errors import ERRORS, Fate, Retry
+from vfiouser_agents.operations import BY_WIRE
 from vfiouser_agents.rpc import core, endpoint, methods, msgpack_codec, server
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE, Message, Request, Response
 
@@ -39,7 +40,7 @@ def test_every_method_of_a_session_is_described() -> None:
         for row in rows("## Methods of a session")
         if re.fullmatch(r"`(migration|dirty|device)\.\w+`", row[0]) and len(row) == 4
     }
-    assert {method.name: list(method.params) for method in methods.SESSION_METHODS} == described
+    assert {wire: list(op.arguments) for wire, op in BY_WIRE.items()} == described
 
 
 def test_every_method_of_the_agent_is_described() -> None:

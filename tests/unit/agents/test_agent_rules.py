@@ -11,6 +11,7 @@ from vfiouser_agents.errors import (
     AgentError,
     Busy,
     DeviceFailed,
+    Incompatible,
     InvalidArgument,
     InvalidState,
     NoResources,
@@ -18,7 +19,8 @@ from vfiouser_agents.errors import (
     Unsupported,
 )
 from vfiouser_agents.memory import ALL_CAPABILITIES, MemoryFunction, MemorySession
-from vfiouser_agents.rules import SessionRules, differences
+from vfiouser_agents.operations import Operation
+from vfiouser_agents.rules import SessionRules, require_same
 
 LITTLE = Capabilities(stop_copy=False, precopy=False, dirty=False, reset=False)
 
@@ -40,17 +42,17 @@ def test_only_the_owner_may_change_a_migration() -> None:
     function = MemoryFunction()
     first, second = MemorySession(function), MemorySession(function)
     function.role, function.migration_id, function.owner = Role.SOURCE, "m1", first
-    SessionRules(first, function).admit("save", Role.SOURCE, is_open=True)
-    SessionRules(second, function).admit("describe", is_open=True, anybody=True)
+    SessionRules(first, function).admit(Operation.SAVE, is_open=True)
+    SessionRules(second, function).admit(Operation.DESCRIBE, is_open=True)
     with pytest.raises(Busy, match="function f0 is in migration 'm1' of another session"):
-        SessionRules(second, function).admit("stop", is_open=True)
+        SessionRules(second, function).admit(Operation.STOP, is_open=True)
     with pytest.raises(InvalidState, match="load needs a session that began as destination; this one is source"):
-        SessionRules(first, function).admit("load", Role.DESTINATION, is_open=True)
+        SessionRules(first, function).admit(Operation.LOAD, is_open=True)
     function.owner = None
     with pytest.raises(InvalidState, match="save needs a session that began as source; this one is in no migration"):
-        SessionRules(first, function).admit("save", Role.SOURCE, is_open=True)
+        SessionRules(first, function).admit(Operation.SAVE, is_open=True)
     with pytest.raises(NotFound, match="is closed"):
-        SessionRules(first, function).admit("status", is_open=False, anybody=True)
+        SessionRules(first, function).admit(Operation.STATUS, is_open=False)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +150,13 @@ def test_the_way_out_of_half_a_state(can_reset: bool, words: str) -> None:
 def test_differences_name_both_sides() -> None:
     """Fields and fingerprint alike, also what only one side has."""
     here = MemoryFunction().describe()
-    assert [] == differences(here, here)
+    require_same(here, here)
     there = replace(here, firmware="2.0", fingerprint={"paths": "2"})
+    with pytest.raises(Incompatible) as caught:
+        require_same(there, here, there.state_max - 1)
     assert [
         "firmware is '2.0' there and '1.0' here",
         "paths is '2' there and None here",
         "queues is None there and '8' here",
-    ] == differences(there, here)
+        f"state of {there.state_max} bytes there, room for {there.state_max - 1} here",
+    ] == list(caught.value.reasons)
