@@ -50,9 +50,8 @@ class Spy:
     def __init__(self, side: Side) -> None:
         self.seen: list[tuple[int, bytes, AgentState]] = []
         served = next(function for function in side.daemon.functions if function.name == side.name)
-        assert served.connection is not None
-        assert served.connection.backend is not None
-        session: Any = served.connection.backend
+        assert served.attached is not None
+        session: Any = served.attached.backend
         through = session.region_write
 
         def region_write(region: int, offset: int, data: bytes, *, posted: bool) -> Any:

@@ -90,11 +90,10 @@ async def test_limits_of_an_upstream_are_no_more_than_ours(tmp_path: Path) -> No
     offer = OFFER._replace(max_dma_maps=(1 << 64) - 1, max_data_xfer_size=(1 << 64) - 1)
     config = function(tmp_path, "f0", UpstreamDevice(socket=path))
     async with upstream(path, offer=offer), serving(config) as daemon, attached(tmp_path / "f0.sock") as client:
-        connection = daemon.functions[0].connection
-        assert connection is not None
-        assert connection.backend is not None
-        assert 65535 == connection.backend.limits.max_dma_maps
-        assert 65535 == connection.backend.memory.map.max_regions
+        served = daemon.functions[0].attached
+        assert served is not None
+        assert 65535 == served.backend.limits.max_dma_maps
+        assert 65535 == served.backend.memory.map.max_regions
         await client.succeed(DMA_MAP, map_request(0, 4096))
 
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
-from vfiouser_oob.migration.port import attach
+from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
-from vfiouser_oob.observability.log import Logger, RateLimited
+from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.connection import Connection
 from vfiouser_oob.server.containment import Contained, root_cause
+from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
-from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import Capabilities
-from vfiouser_protocol.constants import Command
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
@@ -66,16 +66,11 @@ class Function:
     ) -> None:
         self.name = name
         self.backend = backend
-        self.reply_budget_s = reply_budget_s
-        self.activity = activity
-        #: Descriptors of its clients, also of those that have gone.
-        self.account = Account(f"the client of {name}")
-        self.log = log.bind(function=name)
-        self.counts = [0] * (max(Command) + 1)
+        self.context = FunctionContext(name, reply_budget_s, activity, log)
+        self.log = self.context.log
         self.connection: Connection | None = None
         self.address = ""
         self.failed: str | None = None
-        self.last_error: str | None = None
         self.since = time.time()
         self.clients_served = 0
         self._events = events
@@ -85,9 +80,6 @@ class Function:
         self._connections: dict[Connection, trio.CancelScope] = {}
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
-        #: What clients can provoke is limited per function: a limit per connection is none for who reconnects.
-        self.noise = RateLimited(self.log)
-        self.visits = RateLimited(self.log, burst=20, interval_s=2.0)
         self.engine = None if migration is None else migration(name, events, self.log)
 
     # Serving
@@ -100,23 +92,24 @@ class Function:
             if outcome.error is not None:
                 self.failed = f"its migration died: {outcome.error}"
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
-                self.note_error(self.failed)
+                self.context.note_error(self.failed)
                 if self.connection is not None:
-                    self.connection.fail(self.failed)
+                    self.connection.link.fail(self.failed)
 
-    async def attach_migration(self, connection: Connection, backend: BackendSession, client: Capabilities) -> None:
-        """Connect a client to the function's migration, if it has any.
+    async def attach_migration(self, backend: BackendSession, client: Capabilities) -> MigrationPort | None:
+        """Connect a client to the function's migration.
 
         Args:
-            connection: the client.
             backend: the device as opened for it.
             client: what it announced.
+
+        Returns:
+            The client's way into the migration; None if the function has none.
 
         Raises:
             BackendUnavailable: the function must not run now.
         """
-        if self.engine is not None:
-            connection.migrate_by(await attach(self.engine, backend, self.name, client))
+        return None if self.engine is None else await attach(self.engine, backend, self.name, client)
 
     async def run_device(self) -> None:
         """Run the device's own tasks; a device that dies takes its function out of service, and nothing else."""
@@ -125,9 +118,9 @@ class Function:
         if outcome.error is not None:
             self.failed = f"the device's task died: {root_cause(outcome.error)}"
             self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
-            self.note_error(self.failed)
+            self.context.note_error(self.failed)
             if self.connection is not None:
-                self.connection.fail(self.failed)
+                self.connection.link.fail(self.failed)
             self._announce("device-failed", reason=self.failed)
 
     async def serve(self, listener: Listener) -> None:
@@ -158,11 +151,11 @@ class Function:
 
     async def _closing(self) -> None:
         """Wait while the descriptors of earlier clients cannot be closed: a new one could only bring more of them."""
-        if self.account.held_up:
-            text = f"no client is accepted until {self.account.held} descriptors of earlier ones can be closed"
+        if self.context.account.held_up:
+            text = f"no client is accepted until {self.context.account.held} descriptors of earlier ones can be closed"
             self.log.error(text)
-            self.note_error(text)
-        while self.account.held_up:  # noqa: ASYNC110 - the threads that close know nothing of the event loop
+            self.context.note_error(text)
+        while self.context.account.held_up:  # noqa: ASYNC110 - the threads that close know nothing of the event loop
             await trio.sleep(EXHAUSTED_WAIT_S)
 
     async def _accept(self, listener: Listener) -> socket.socket | None:
@@ -171,23 +164,23 @@ class Function:
         except OSError as error:
             if error.errno not in _HARMLESS:
                 # Out of descriptors or memory, mostly: what to do is to wait until some are given back.
-                self.noise.warning("cannot accept a client now", error=error.strerror)
-                self.note_error(f"cannot accept a client: {error.strerror}")
+                self.context.noise.warning("cannot accept a client now", error=error.strerror)
+                self.context.note_error(f"cannot accept a client: {error.strerror}")
                 await trio.sleep(EXHAUSTED_WAIT_S)
             return None
 
     async def _turn_away(self, sock: socket.socket) -> None:
         self._turning_away += 1
         try:
-            await turn_away(sock, errno.EACCES, self.account)
+            await turn_away(sock, errno.EACCES, self.context.account)
         finally:
             self._turning_away -= 1
 
     def _may_connect(self, peer: Peer | None) -> bool:
         if self._allow_uids is None or (peer is not None and peer.uid in self._allow_uids):
             return True
-        self.noise.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
-        self.note_error(f"{peer} may not connect")
+        self.context.noise.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
+        self.context.note_error(f"{peer} may not connect")
         return False
 
     async def claim(self, connection: Connection, deadline: float) -> None:
@@ -218,17 +211,17 @@ class Function:
         self.connection = None
         self._vacant.set()
         self.phase_changed()
-        self.visits.info("client detached", client=connection.peer, reason=reason)
+        self.context.visits.info("client detached", client=connection.peer, reason=reason)
         self._announce("client-disconnected", client=str(connection.peer), reason=reason)
 
     async def _serve_client(self, sock: socket.socket, peer: Peer | None) -> None:
         memory = resident()
         with trio.CancelScope() as scope:
             try:
-                connection = Connection(self, sock, peer, self.log)
+                connection = Connection(self, sock, peer)
             except (OSError, ValueError) as error:  # it costs this client, and nobody else
-                self.noise.warning("client cannot be served; disconnected", client=peer, error=error)
-                self.note_error(f"{peer} cannot be served: {error}")
+                self.context.noise.warning("client cannot be served; disconnected", client=peer, error=error)
+                self.context.note_error(f"{peer} cannot be served: {error}")
                 return
             self._make_room_for(connection, scope)
             reason = "the daemon is stopping"
@@ -248,18 +241,20 @@ class Function:
         self._connections[connection] = scope
         silent = [each for each in self._connections if not each.spoken]
         if len(silent) > _MOST_SILENT:
-            self.noise.warning("client disconnected: too many say nothing", client=silent[0].peer, silent=_MOST_SILENT)
+            self.context.noise.warning(
+                "client disconnected: too many say nothing", client=silent[0].peer, silent=_MOST_SILENT
+            )
             self._connections[silent[0]].cancel()
 
     def _explain(self, error: Exception) -> str:
         """Report what ended a connection, beside its client's own doing; returns it in words."""
         cause = root_cause(error)
         if isinstance(cause, OSError):
-            self.noise.warning("connection ended: the system refused", error=cause.strerror or str(cause))
-            self.note_error(f"connection failed: {cause.strerror or cause}")
+            self.context.noise.warning("connection ended: the system refused", error=cause.strerror or str(cause))
+            self.context.note_error(f"connection failed: {cause.strerror or cause}")
             return f"the system refused: {cause.strerror or cause}"
         self.log.exception("bug: a connection failed unexpectedly", error)
-        self.note_error(f"connection failed: {error}")
+        self.context.note_error(f"connection failed: {error}")
         return "an error of ours"
 
     def close(self) -> None:
@@ -268,9 +263,20 @@ class Function:
 
     # Reporting
 
-    def note_error(self, text: str) -> None:
-        """Remember the last error, for `status`."""
-        self.last_error = text
+    @property
+    def last_error(self) -> str | None:
+        """What went wrong last, for `status`."""
+        return self.context.last_error
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Commands received, by number."""
+        return self.context.counts
+
+    @property
+    def attached(self) -> Attached | None:
+        """What the client that is served consists of; None without one."""
+        return None if self.connection is None else self.connection.attached
 
     def phase_changed(self) -> None:
         """Note when the phase changed, and tell watchers."""

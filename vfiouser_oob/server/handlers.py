@@ -78,6 +78,8 @@ class Reply(NamedTuple):
 
 
 Result: TypeAlias = "bytes | Reply | Pieces | Awaitable[bytes | Reply | Pieces]"
+#: What a handler returns when there is nothing to wait for.
+READY = (bytes, Reply, Pieces)
 #: Payload, descriptors that mean something to the command (lent; what is kept is taken), and whether nobody waits for
 #: the result.
 Handler: TypeAlias = Callable[[bytes, Sequence[OwnedFd], bool], Result]

@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack
+from typing import NamedTuple, Protocol
 
 import trio
 
-from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
+from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, DeviceBackend
+from vfiouser_oob.migration.port import MigrationPort
+from vfiouser_oob.server.attached import Attached
+from vfiouser_oob.server.channel import Channel
+from vfiouser_oob.server.context import FunctionContext
+from vfiouser_oob.server.device_link import DeviceLink
+from vfiouser_oob.server.dispatcher import Dispatcher
+from vfiouser_oob.server.dma_link import DmaLink
+from vfiouser_oob.server.executor import Executor, HoldingExecutor
+from vfiouser_oob.server.handlers import Handlers
 from vfiouser_oob.server.refusal import TurnedAway
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import MessageSocket
-from vfiouser_protocol.capabilities import Capabilities, MigrationCapability
+from vfiouser_oob.transport.turns import Lane
+from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, Negotiated
 from vfiouser_protocol.errors import StreamError
-from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS
-from vfiouser_protocol.session import CommandReceived, Refused
-
-if TYPE_CHECKING:
-    from vfiouser_oob.server.connection import Connection
+from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS, Limits
+from vfiouser_protocol.session import CommandReceived, Refused, Session
 
 #: What we offer when the device sets no tighter limit.
 OFFER = Capabilities(max_msg_fds=OUR_MAX_MSG_FDS, max_dma_maps=DEFAULT_MAX_DMA_MAPS, write_multiple=True)
@@ -29,146 +37,194 @@ OFFER = Capabilities(max_msg_fds=OUR_MAX_MSG_FDS, max_dma_maps=DEFAULT_MAX_DMA_M
 FIRST_MESSAGE_S = 10.0
 
 
-class TwinSocket:
-    """The second socket of a connection, for our own commands.
+class Host(Protocol):
+    """What a function does for a client that negotiates."""
+
+    @property
+    def backend(self) -> DeviceBackend:
+        """Its device."""
+
+    async def attach_migration(self, backend: BackendSession, client: Capabilities) -> MigrationPort | None:
+        """Connect the client to the function's migration; None if it has none."""
+
+
+class Negotiating:
+    """A client that was not told yet what was agreed.
 
     Args:
-        stream: our end.
-        theirs: the client's end, until it was sent.
+        session: the protocol state of the connection.
+        main: the socket that the client connected.
+        link: the client as its device sees it.
+        context: the function's.
+        broken: cancelled when a socket of the connection cannot be used any more.
     """
 
-    def __init__(self, stream: MessageSocket, theirs: OwnedFd) -> None:
-        self.stream = stream
-        self.theirs = theirs
+    phase = "negotiating"
+
+    def __init__(
+        self, session: Session, main: Channel, link: DeviceLink, context: FunctionContext, broken: trio.CancelScope
+    ) -> None:
+        self.session = session
+        self.main = main
+        self.link = link
+        #: Whether the client has sent its first message.
+        self.spoken = False
+        self._context = context
+        self._broken = broken
+
+    async def first_command(self) -> CommandReceived | None:
+        """Wait for VERSION.
+
+        Returns:
+            The command; None if it did not come in time.
+
+        Raises:
+            EndOfStream: the client has gone.
+            StreamError: the client does not speak vfio-user.
+        """
+        with trio.move_on_after(FIRST_MESSAGE_S):
+            event = await self._receive()
+            self.spoken = True
+            return event
+        self._context.noise.warning("client sent no VERSION; disconnected", waited_s=FIRST_MESSAGE_S)
+        return None
+
+    async def _receive(self) -> CommandReceived:
+        message = await self.main.stream.receive()
+        self.main.trace_received(message)
+        event = self.session.receive(message)
+        if isinstance(event, CommandReceived):
+            self._context.counts[event.header.command] += 1
+            return event
+        close_fds(event.fds)
+        assert isinstance(event, Refused)  # nothing of ours is outstanding, so there is nothing to be a reply to
+        raise StreamError(event.reason, event.errno, event.reply)
+
+    async def answer(self, event: CommandReceived, host: Host, deadline: float, held: AsyncExitStack) -> Attached:
+        """Open the function for the client and tell it what is agreed.
+
+        Args:
+            event: the VERSION command.
+            host: the function.
+            deadline: by trio's clock, when VERSION has to be answered.
+            held: closes what the client has, when it goes.
+
+        Raises:
+            TurnedAway: the device or the agent cannot be had, or not in time.
+        """
+        proposal = self.session.proposal
+        assert proposal is not None
+        proposed = self.link.capabilities = proposal.capabilities
+        wants_twin = proposed.twin_socket is not None and proposed.twin_socket.supported
+        twin = self._make_twin(held) if wants_twin else None
+        backend, port = await self._open(host, proposed, deadline, held)
+        offer = within(OFFER, backend.limits)
+        if port is not None and port.migratable:
+            offer = offer._replace(migration=MigrationCapability())
+        reply = self.session.accept(event.header, offer, grant_twin=twin is not None)
+        agreed = self.session.negotiated
+        assert agreed is not None
+        if twin is not None and not agreed.twin:
+            twin.close()
+            twin = None
+        attached = self._attach(agreed, offer, None if twin is None else twin.ours, backend, port)
+        held.callback(attached.dispatcher.close)
+        held.callback(attached.dma.close)
+        if twin is None:
+            self.main.send(reply)
+        else:
+            self.main.send(reply, (twin.theirs,))
+            await self.main.stream.flushed()
+            twin.theirs.close()
+        return attached
+
+    async def _open(
+        self, host: Host, proposed: Capabilities, deadline: float, held: AsyncExitStack
+    ) -> tuple[BackendSession, MigrationPort | None]:
+        """Open the device for the client, and its migration; the device forgets the client before.
+
+        Raises:
+            TurnedAway: one of them cannot be had, or not in time.
+        """
+        late = "the device did not answer in time"
+        try:
+            with trio.fail_at(deadline):
+                backend = await host.backend.open(self.link)
+                # From here on the connection closes the device, whatever happens.
+                held.push_async_callback(backend.close)
+                late = "the agent did not answer in time"
+                port = await host.attach_migration(backend, proposed)
+                if port is not None:
+                    held.push_async_callback(port.detach)
+                late = "the device was not reset in time"
+                renewed = backend.renew()
+                if renewed is not None:
+                    await renewed
+        except (BackendUnavailable, trio.TooSlowError) as error:
+            raise TurnedAway(str(error) or late, errno.ENODEV) from error
+        return backend, port
+
+    def _attach(
+        self,
+        agreed: Negotiated,
+        offer: Capabilities,
+        twin: Channel | None,
+        backend: BackendSession,
+        port: MigrationPort | None,
+    ) -> Attached:
+        """Make what an attached client consists of."""
+        context, link, lane = self._context, self.link, Lane()
+        commands = self.main if twin is None else twin
+        permit = backend.memory.map.segments
+        dma = DmaLink(self.session, commands.send, permit, agreed.client.max_data_xfer_size, context.reply_budget_s)
+        link.agreed(agreed.client, dma)
+        executor = self._executor(agreed, offer, backend, port)
+        dispatcher = Dispatcher(self.session, self.main, executor, context, lane)
+        return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane)
+
+    def _executor(
+        self, agreed: Negotiated, offer: Capabilities, backend: BackendSession, port: MigrationPort | None
+    ) -> Executor:
+        if port is None:
+            return Executor(Handlers(backend, offer.max_data_xfer_size).table, self.link, self._context)
+        port.negotiated(agreed.client, offer, agreed.migration_pgsize)
+        self.main.stream.make_room()
+        handlers = Handlers(backend, offer.max_data_xfer_size, port).table
+        holding = HoldingExecutor(handlers, self.link, self._context, port)
+        port.held_by(holding.hold.drained)
+        return holding
+
+    def _make_twin(self, held: AsyncExitStack) -> _Pair | None:
+        """Make a second socket; without one the first carries our commands too."""
+        context = self._context
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with theirs:
+                stream = MessageSocket(ours, Limits().max_message_size, context.activity, context.account)
+                pair = _Pair(Channel(stream, context.log, self._broken), OwnedFd(theirs.detach()))
+        except OSError as error:
+            context.log.warning("no twin socket can be made; the main socket does its work", error=error.strerror)
+            return None
+        held.callback(pair.close)
+        return pair
+
+
+class _Pair(NamedTuple):
+    """Both ends of a twin socket, until the client's was sent."""
+
+    ours: Channel
+    theirs: OwnedFd
 
     def close(self) -> None:
         """Close what is still open."""
         self.theirs.close()
-        self.stream.close()
+        self.ours.close()
 
 
-async def negotiate_version(connection: Connection, nursery: trio.Nursery) -> bool:
-    """Answer VERSION and set the connection up.
-
-    Args:
-        connection: a connection on which nothing was received yet.
-        nursery: where the connection's tasks run.
-
-    Returns:
-        Whether the client may go on; otherwise it was told why not, as far as the protocol allows.
-
-    Raises:
-        EndOfStream: the client has gone.
-        StreamError: the client does not speak vfio-user.
-    """
-    with trio.move_on_after(FIRST_MESSAGE_S) as patience:
-        event = await _first_command(connection)
-    if patience.cancelled_caught:
-        connection.noise.warning("client sent no VERSION; disconnected", waited_s=FIRST_MESSAGE_S)
-        return False
-    connection.spoken = True
-    # One deadline for all that VERSION waits for: the client before this one to leave, the device, the agent.
-    deadline = trio.current_time() + connection.function.reply_budget_s
-    try:
-        await connection.function.claim(connection, deadline)
-        return await _answer_version(connection, event, nursery, deadline)
-    except TurnedAway as refusal:
-        connection.function.note_error(refusal.reason)
-        connection.noise.warning("client turned away", client=connection.peer, reason=refusal.reason)
-        connection.send(connection.session.error_reply(event.header, refusal.errno))
-        return False
-
-
-async def _first_command(connection: Connection) -> CommandReceived:
-    message = await connection.stream.receive()
-    connection.trace_received(message)
-    event = connection.session.receive(message)
-    if isinstance(event, CommandReceived):
-        connection.count(event.header.command)
-        return event
-    close_fds(event.fds)
-    assert isinstance(event, Refused)  # nothing of ours is outstanding, so there is nothing to be a reply to
-    raise StreamError(event.reason, event.errno, event.reply)
-
-
-async def _open(connection: Connection, proposed: Capabilities, deadline: float) -> BackendSession:
-    """Open the device for a client, and its migration; the device forgets the client before.
-
-    Raises:
-        TurnedAway: one of them cannot be had, or not in time.
-    """
-    function = connection.function
-    late = "the device did not answer in time"
-    try:
-        with trio.fail_at(deadline):
-            backend = await function.backend.open(connection)
-            # From here on the connection closes the device, whatever happens.
-            connection.adopt(backend)
-            late = "the agent did not answer in time"
-            await function.attach_migration(connection, backend, proposed)
-            late = "the device was not reset in time"
-            renewed = backend.renew()
-            if renewed is not None:
-                await renewed
-    except (BackendUnavailable, trio.TooSlowError) as error:
-        raise TurnedAway(str(error) or late, errno.ENODEV) from error
-    return backend
-
-
-async def _answer_version(
-    connection: Connection, event: CommandReceived, nursery: trio.Nursery, deadline: float
-) -> bool:
-    session, header = connection.session, event.header
-    assert session.proposal is not None
-    proposed = session.proposal.capabilities
-    connection.capabilities = proposed
-    backend = await _open(connection, proposed, deadline)
-    offer = _within(OFFER, backend.limits)
-    if connection.port is not None and connection.port.migratable:
-        offer = offer._replace(migration=MigrationCapability())
-    twin = _make_twin(connection) if proposed.twin_socket is not None and proposed.twin_socket.supported else None
-    reply = session.accept(header, offer, grant_twin=twin is not None)
-    agreed = session.negotiated
-    assert agreed is not None
-    if twin is not None and not agreed.twin:
-        twin.close()
-        twin = None
-    connection.start(agreed.client, offer, twin, agreed.migration_pgsize)
-    if twin is None:
-        connection.send(reply)
-    else:
-        connection.send(reply, (twin.theirs,))
-        await connection.stream.flushed()
-        twin.theirs.close()
-        nursery.start_soon(connection.run_sender, twin.stream)
-        nursery.start_soon(connection.read_twin, twin.stream)
-    connection.function.visits.info(
-        "client attached",
-        client=connection.peer,
-        version=f"0.{agreed.minor}",
-        twin_socket=twin is not None,
-        max_data_xfer_size=agreed.client.max_data_xfer_size,
-    )
-    return True
-
-
-def _within(offer: Capabilities, device: Capabilities) -> Capabilities:
+def within(offer: Capabilities, device: Capabilities) -> Capabilities:
     """The smaller of both sides' limits: what the device cannot take must not be offered."""
     return offer._replace(
         max_data_xfer_size=min(offer.max_data_xfer_size, device.max_data_xfer_size),
         max_dma_maps=min(offer.max_dma_maps, device.max_dma_maps),
         pgsizes=max(offer.pgsizes, device.pgsizes),
     )
-
-
-def _make_twin(connection: Connection) -> TwinSocket | None:
-    """Make a second socket; without one the first carries our commands too."""
-    try:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            function = connection.function
-            stream = MessageSocket(ours, connection.max_message_size, function.activity, function.account)
-            return TwinSocket(stream, OwnedFd(theirs.detach()))
-    except OSError as error:
-        connection.log.warning("no twin socket can be made; the main socket does its work", error=error.strerror)
-        return None

@@ -22,8 +22,8 @@ from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
 
 def function_status(function: Function) -> FunctionStatus:
     """Describe a function at this moment."""
-    connection = function.connection
-    backend = connection.backend if connection is not None else None
+    attached = function.attached
+    backend = None if attached is None else attached.backend
     irqs = backend.irq_summary() if backend is not None else {}
     maps = _maps(backend)
     return FunctionStatus(
@@ -36,9 +36,9 @@ def function_status(function: Function) -> FunctionStatus:
         regions=_regions(backend),
         maps=maps,
         irqs=irqs,
-        fds=sum(irqs.values()) + maps["files"] + (connection.sockets if connection is not None else 0),
+        fds=sum(irqs.values()) + maps["files"] + (0 if attached is None else attached.sockets),
         messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
-        dma=connection.dma_summary() if connection is not None else {},
+        dma={} if attached is None else attached.dma.summary(),
         migration=None if function.engine is None else _migration(function.engine),
         unavailable=function.backend.unavailable,
         last_error=function.last_error,

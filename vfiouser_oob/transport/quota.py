@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import errno
 import resource
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.reaper import Account
@@ -24,7 +23,7 @@ _RESERVE_PART = 4
 _FLOOR = 32
 
 
-def refusal_of(account: Account, fds: Sequence[OwnedFd]) -> Coroutine[Any, Any, bytes] | None:
+def refusal_of(account: Account, fds: Sequence[OwnedFd]) -> CommandError | None:
     """Close descriptors that have just been received, if there is no room for them.
 
     Args:
@@ -32,7 +31,7 @@ def refusal_of(account: Account, fds: Sequence[OwnedFd]) -> Coroutine[Any, Any, 
         fds: the descriptors.
 
     Returns:
-        What refuses their command when its turn has come; None when there is room.
+        Why their command is refused when its turn has come; None when there is room.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     reserve = min(_RESERVE, limit // _RESERVE_PART)
@@ -40,11 +39,8 @@ def refusal_of(account: Account, fds: Sequence[OwnedFd]) -> Coroutine[Any, Any, 
     if account.held <= free or (account.held <= _FLOOR and free > 0):
         return None
     close_fds(fds)
-    return _refuse(
+    return CommandError(
         f"{account.name} would have {account.held} descriptors open here, and may have {max(0, free, _FLOOR)}: this "
-        f"process may have {limit} (LimitNOFILE=), and {reserve} are kept back; its {len(fds)} new ones are closed"
+        f"process may have {limit} (LimitNOFILE=), and {reserve} are kept back; its {len(fds)} new ones are closed",
+        errno.EMFILE,
     )
-
-
-async def _refuse(reason: str) -> bytes:
-    raise CommandError(reason, errno.EMFILE)

@@ -1,0 +1,78 @@
+"""The client as its device sees it: what it can take, its memory by messages, and the news that the device is lost."""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+from vfiouser_oob.devices.base import ClientLink
+from vfiouser_oob.server.context import FunctionContext
+from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.errors import DmaFault
+
+
+class Dma(Protocol):
+    """A way to the client's memory."""
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Read client memory."""
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Write client memory."""
+
+
+class NoDma:
+    """The way to the memory of a client that was not told yet what was agreed: there is none."""
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Refuse."""
+        raise _too_early()
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Refuse."""
+        raise _too_early()
+
+
+class DeviceLink(ClientLink):
+    """What a device can ask of the client that it serves.
+
+    Args:
+        context: the function's.
+    """
+
+    def __init__(self, context: FunctionContext) -> None:
+        self.capabilities = Capabilities()
+        self.account = context.account
+        #: Why the device is lost; None as long as it is there.
+        self.lost: str | None = None
+        self._context = context
+        self._dma: Dma = NoDma()
+
+    def agreed(self, capabilities: Capabilities, dma: Dma) -> None:
+        """Take what was negotiated.
+
+        Args:
+            capabilities: what the client takes.
+            dma: the way to its memory.
+        """
+        self.capabilities = capabilities
+        self._dma = dma
+
+    async def dma_read(self, address: int, count: int) -> bytes:
+        """Read client memory by messages."""
+        return await self._dma.read(address, count)
+
+    async def dma_write(self, address: int, data: bytes) -> None:
+        """Write client memory by messages."""
+        await self._dma.write(address, data)
+
+    def fail(self, reason: str) -> None:
+        """The device is lost: from now on every command is answered with EIO."""
+        if self.lost is None:
+            self.lost = reason
+            self._context.log.error("device lost; its client gets EIO until it reconnects", reason=reason)
+            self._context.note_error(reason)
+
+
+def _too_early() -> DmaFault:
+    return DmaFault("DMA before the client was told what was agreed", errno.ENODEV)
