@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import trio
 
@@ -30,6 +30,7 @@ from vfiouser_agents.errors import (
     TransportLost,
     Unsupported,
 )
+from vfiouser_agents.operations import Op, Operation, invoke
 from vfiouser_oob.migration.backoff import Pace
 from vfiouser_oob.migration.events import BeganAtAgent
 from vfiouser_oob.migration.host import Host, Job
@@ -37,6 +38,7 @@ from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.persist.capabilities import Facts, Source
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -46,14 +48,10 @@ class Unanswered(DeadlineExceeded):
     away = True
 
 
-#: Calls that any session may make, whoever is in the migration.
-_ANYBODY = frozenset({"status", "reset", "describe", "check", "begin"})
 #: After these the session is of no use; the next call opens another.
 _SESSION_LOST = (TransportLost, ProtocolError, NotFound)
-#: Calls that change what the function does.
-_CHANGES = frozenset({"quiesce", "stop", "resume", "reset", "load_begin", "load_commit"})
-#: Calls whose answer shows that the agent is there; some adapters answer the others themselves.
-_CONTACT = _CHANGES - {"quiesce"} | {"status", "begin", "save"}
+#: Operations that are made with every chunk, so that only their failures are traced.
+_OFTEN = frozenset({Operation.SAVE, Operation.LOAD, Operation.DIRTY_REPORT})
 #: Events that are taken in a row, and seconds until the next ones are; a watcher that is slow loses the oldest.
 _EVENTS = 16
 _EVENTS_S = 0.1
@@ -105,45 +103,56 @@ class AgentLink:
         """Whether `caps` are the agent's word to this daemon."""
         return self.facts is not None and self.facts.source is Source.AGENT
 
-    async def call(
-        self, name: str, work: Callable[[Session], Awaitable[T]], deadline: float, *, quiet: bool = False
-    ) -> T:
+    async def call(self, op: Op[P, T], deadline: float, *args: P.args, **kwargs: P.kwargs) -> T:
         """Make one call.
 
         Args:
-            name: the call's name, for traces and errors.
-            work: makes the call on a session.
+            op: the operation.
             deadline: when to give up, as trio's clock has it.
-            quiet: trace only failures.
+            args: the operation's arguments.
+            kwargs: the operation's arguments.
 
         Raises:
             AgentError: of whatever kind; `DeadlineExceeded` for our own deadline.
         """
+        return await self.make(op, deadline, lambda session: invoke(session, op, *args, **kwargs))
+
+    async def make(self, op: Op[..., Any], deadline: float, work: Callable[[Session], Awaitable[T]]) -> T:
+        """Make one call whose arguments depend on the session.
+
+        Args:
+            op: the operation.
+            deadline: when to give up, as trio's clock has it.
+            work: makes the call on a session.
+
+        Raises:
+            AgentError: as for `call`.
+        """
         used: Session | None = None
-        with self._tracer.step(name, quiet=quiet), followed() as delivery:
-            if name in _CHANGES:
+        with self._tracer.step(op.name, quiet=op in _OFTEN), followed() as delivery:
+            if op.changes:
                 self.changing = delivery
             self._in_use += 1
             try:
                 with trio.move_on_at(deadline):
                     delivery.note(sent=False)
-                    used = await self._opened(name)
+                    used = await self._opened(op)
                     delivery.note(sent=None)
                     result = await work(used)
-                    self._answered(name)
+                    self._answered(op)
                     return result
-                raise _late(name, delivery)
+                raise _late(op.name, delivery)
             except AgentError as error:
-                self._failed(name, error, used, delivery)
+                self._failed(op, error, used, delivery)
                 raise
             except OSError as error:
                 lost = _lost(error, delivery)
-                self._failed(name, lost, used, delivery)
+                self._failed(op, lost, used, delivery)
                 raise lost from error
             finally:
                 self._in_use -= 1
 
-    def _failed(self, name: str, error: AgentError, used: Session | None, delivery: Delivery) -> None:
+    def _failed(self, op: Op[..., Any], error: AgentError, used: Session | None, delivery: Delivery) -> None:
         """Note at an error what is known of its call, and what it says of the agent."""
         if used is None:
             delivery.note(sent=False)  # what was sent to open the session changes nothing
@@ -153,7 +162,7 @@ class AgentLink:
         if error.away:
             self._missed(error)
         elif not error.unsent and not isinstance(error, Unsupported):  # which adapters say themselves
-            self._answered(name)
+            self._answered(op)
 
     def _missed(self, error: AgentError) -> None:
         if self.away_since is None:
@@ -161,8 +170,8 @@ class AgentLink:
             self._tracer.note("no contact with the agent", error=str(error))
             self._tracer.agent_away = True
 
-    def _answered(self, name: str) -> None:
-        if self.away_since is not None and name in _CONTACT:
+    def _answered(self, op: Op[..., Any]) -> None:
+        if self.away_since is not None and op.contact:
             self._tracer.tell("the agent answers again", away_s=round(trio.current_time() - self.away_since, 3))
             self.away_since = self.away_time = None
             self._tracer.agent_away = False
@@ -176,8 +185,8 @@ class AgentLink:
         self._host.background.begin(_let_go, used)
         self._host.contact_lost()
 
-    async def _opened(self, name: str) -> Session:
-        if self._session is not None and (self._session is self._member or name in _ANYBODY):
+    async def _opened(self, op: Op[..., Any]) -> Session:
+        if self._session is not None and (self._session is self._member or op.anybody):
             return self._session
         async with self._opening:
             if self._session is None:
@@ -189,7 +198,7 @@ class AgentLink:
                 self._learn(session)
                 self._watching.cancel()
                 self._watching.begin(partial(self._watch, session))
-            if name not in _ANYBODY and self._session is not self._member:
+            if not op.anybody and self._session is not self._member:
                 begun = self._host.record.begun
                 if begun is not None:
                     await self._session.begin(begun.role, begun.id)
@@ -222,7 +231,7 @@ class AgentLink:
 
     async def status(self, deadline: float) -> Status:
         """Ask where the function is."""
-        return await self.call("status", lambda session: session.status(), deadline)
+        return await self.call(Operation.STATUS, deadline)
 
     async def begin(self, begun: Begun, deadline: float) -> None:
         """Begin a migration; one that an earlier life of ours has left behind is ended first.
@@ -234,10 +243,10 @@ class AgentLink:
         before = self._host.record.begun
         self._host.feed(BeganAtAgent(begun))
         try:
-            await self.call("begin", lambda session: session.begin(begun.role, begun.id), deadline)
+            await self.call(Operation.BEGIN, deadline, begun.role, begun.id)
         except InvalidState:
-            await self.call("end", lambda session: session.end(Outcome.FAILED), deadline)
-            await self.call("begin", lambda session: session.begin(begun.role, begun.id), deadline)
+            await self.call(Operation.END, deadline, Outcome.FAILED)
+            await self.call(Operation.BEGIN, deadline, begun.role, begun.id)
         except AgentError as error:
             if error.unsent:
                 self._host.feed(BeganAtAgent(before))
@@ -256,8 +265,8 @@ class AgentLink:
         """
         if self._host.record.begun is not None:
             if abort:
-                await self.call("abort", lambda session: session.abort(), deadline)
-            await self.call("end", lambda session: session.end(outcome), deadline)
+                await self.call(Operation.ABORT, deadline)
+            await self.call(Operation.END, deadline, outcome)
             self._host.feed(BeganAtAgent(None))
 
     def close(self, *, force: bool = False) -> None:

@@ -14,6 +14,7 @@ import trio
 
 from vfiouser_agents.api import Session
 from vfiouser_agents.errors import AgentError
+from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
 from vfiouser_oob.migration.hashing import Hasher
@@ -97,8 +98,8 @@ class DestinationPipeline:
         self._hasher = Hasher()
         self.pci = None
         self.loaded = 0
-        await self._link.call("abort", lambda session: session.abort(), deadline)
-        await self._link.call("load_begin", lambda session: session.load_begin(None), deadline)
+        await self._link.call(Operation.ABORT, deadline)
+        await self._link.call(Operation.LOAD_BEGIN, deadline, None)
 
     async def _take_data(self, record: Data, deadline: float) -> None:
         caps = self._link.caps
@@ -140,7 +141,7 @@ class DestinationPipeline:
 
         deadline = trio.current_time() + self._data_s
         await persist(
-            lambda: self._link.call("load", load, deadline, quiet=True),
+            lambda: self._link.make(Operation.LOAD, deadline, load),
             Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline),
         )
 
@@ -157,9 +158,7 @@ class DestinationPipeline:
         await self._wait_landed()
         trailer = self._reader.finish(await self._hasher.digest())
         await persist(
-            lambda: self._link.call(
-                "load_commit", lambda session: session.load_commit(trailer.total, trailer.sha256), deadline
-            ),
+            lambda: self._link.call(Operation.LOAD_COMMIT, deadline, trailer.total, trailer.sha256),
             Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline),
             # What may have been applied is not applied twice.
             lambda error: error.unsent,

@@ -18,6 +18,7 @@ from vfiouser_agents.api import DirtyReport, Range
 from vfiouser_agents.errors import AgentError
 from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.limits import check_page_size
+from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.events import Logging
 from vfiouser_oob.migration.host import Host
@@ -122,10 +123,8 @@ class DirtyTracker:
             end = wanted[-1].iova + wanted[-1].length
             wanted = [Range(wanted[0].iova, end - wanted[0].iova)]
         # One that an earlier life of ours has left behind is ended first.
-        await self._link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
-        agent_page = await self._link.call(
-            "dirty_start", lambda session: session.dirty_start(wanted, page_size), deadline
-        )
+        await self._link.call(Operation.DIRTY_STOP, deadline)
+        agent_page = await self._link.call(Operation.DIRTY_START, deadline, wanted, page_size)
         check_page_size(agent_page)
         self._agent_page = agent_page
         self._host.feed(Logging(True))
@@ -139,7 +138,7 @@ class DirtyTracker:
             self._agent_page = 0
             self._host.feed(Logging(False))
             try:
-                await self._link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
+                await self._link.call(Operation.DIRTY_STOP, deadline)
             except AgentError:  # traced; a log that nobody reads does no harm
                 pass
 
@@ -264,10 +263,7 @@ class DirtyTracker:
         try:
             for _ in range(_MAX_ANSWERS):
                 report = await self._link.call(
-                    "dirty_report",
-                    lambda session: session.dirty_report(low, high - low),
-                    min(deadline, trio.current_time() + self._call_s),
-                    quiet=True,
+                    Operation.DIRTY_REPORT, min(deadline, trio.current_time() + self._call_s), low, high - low
                 )
                 self._take(report, low, start, end)
                 if not report.more:

@@ -17,6 +17,7 @@ import trio
 from vfiouser_agents.api import Agent, Outcome, Status
 from vfiouser_agents.api import Event as AgentEvent
 from vfiouser_agents.errors import AgentError, Unsupported
+from vfiouser_agents.operations import Operation
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
 from vfiouser_oob.devices.resets import RESETS, MigrationEffect
@@ -264,7 +265,7 @@ class MigrationRunner:
     async def _stop_logging(self) -> None:
         try:
             deadline = trio.current_time() + self.config.call_s
-            await self.link.call("dirty_stop", lambda session: session.dirty_stop(), deadline)
+            await self.link.call(Operation.DIRTY_STOP, deadline)
         except AgentError:  # traced; the next start ends it first
             pass
         if not self.record.busy:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 import trio
 
+from vfiouser_agents.answers import check_chunk
 from vfiouser_agents.api import Chunk, Estimate, Phase
 from vfiouser_agents.errors import AgentError
 from vfiouser_agents.errors import ProtocolError as AgentProtocolError
+from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
 from vfiouser_oob.migration.hashing import Hasher
@@ -202,10 +204,8 @@ class SourcePipeline:
         deadline = trio.current_time() + self._data_s
 
         async def save() -> Chunk:
-            chunk = await self._link.call(
-                "save", lambda session: session.save(offset, limit, phase), deadline, quiet=True
-            )
-            return _checked(chunk, limit, phase)
+            chunk = await self._link.call(Operation.SAVE, deadline, offset, limit, phase)
+            return check_chunk(chunk, limit, phase)
 
         return await persist(save, Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline))
 
@@ -401,16 +401,3 @@ class SourcePipeline:
         if data:
             self._notify()
         return data
-
-
-def _checked(chunk: Chunk, limit: int, phase: Phase) -> Chunk:
-    """Refuse a chunk that breaks the interface's rules."""
-    if len(chunk.data) > limit:
-        raise AgentProtocolError(f"the agent gave {len(chunk.data)} bytes of state when asked for {limit}")
-    if not chunk.data and not chunk.eof and not chunk.drained:
-        raise AgentProtocolError("the agent gave no state without saying why")
-    if chunk.eof and phase is Phase.PRECOPY:
-        raise AgentProtocolError("the agent says that the state is complete while the function runs")
-    if chunk.drained and phase is Phase.FINAL:
-        raise AgentProtocolError("the agent says that it has no more for now while the function stands still")
-    return chunk

@@ -12,6 +12,7 @@ import trio
 
 from vfiouser_agents.api import Outcome, Role, Session, Status
 from vfiouser_agents.errors import AgentError, InvalidState, Unsupported
+from vfiouser_agents.operations import Operation
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.agent_link import AgentLink
@@ -160,15 +161,15 @@ class Steps:
         Returns:
             Whether there was such a step.
         """
-        return await self._link.call("quiesce", _quiesce, deadline)
+        return await self._link.make(Operation.QUIESCE, deadline, _quiesce)
 
     async def stop(self, deadline: float) -> None:
         """Hold still."""
-        await self._link.call("stop", lambda session: session.stop(), deadline)
+        await self._link.call(Operation.STOP, deadline)
 
     async def resume(self, deadline: float) -> None:
         """Run."""
-        await self._link.call("resume", lambda session: session.resume(), deadline)
+        await self._link.call(Operation.RESUME, deadline)
 
     async def reset_agent(self, deadline: float) -> None:
         """Reset the function through its agent, whatever it was doing.
@@ -178,7 +179,7 @@ class Steps:
         """
         if self._link.caps is None or self._link.caps.reset:
             try:
-                await self._link.call("reset", lambda session: session.reset(), deadline)
+                await self._link.call(Operation.RESET, deadline)
                 self._host.feed(BeganAtAgent(None))
                 return
             except Unsupported:
@@ -194,7 +195,7 @@ class Steps:
             raise InvalidState("its agent cannot reset it, and there is no client whose device could be")
         # What its client has written since it was told of the reset stays.
         await self.reset_device_again(deadline)
-        await self._link.call("was_reset", lambda session: session.was_reset(), deadline)
+        await self._link.call(Operation.WAS_RESET, deadline)
         await self.resume(deadline)
 
     async def reset_device(self, deadline: float) -> None:
@@ -283,20 +284,20 @@ class Steps:
     async def _void_stream(self, deadline: float) -> None:
         """Make the agent drop what it gave: else it may repeat a chunk that it gave before."""
         try:
-            await self._link.call("abort", lambda session: session.abort(), deadline)
+            await self._link.call(Operation.ABORT, deadline)
         except AgentError as error:  # traced
             if error.fatal:
                 raise
 
     async def describe(self, deadline: float) -> bytes:
         """Ask what the function is, as the stream carries it."""
-        return encode_descriptor(await self._link.call("describe", lambda session: session.describe(), deadline))
+        return encode_descriptor(await self._link.call(Operation.DESCRIBE, deadline))
 
     async def _estimate(self, deadline: float) -> None:
         """Ask how much there is; a figure for progress and `pending_bytes`, so a failure is no matter."""
         source = self._saving
         try:
-            source.estimated(await self._link.call("estimate", lambda session: session.estimate(), deadline))
+            source.estimated(await self._link.call(Operation.ESTIMATE, deadline))
         except AgentError:
             pass
 
@@ -322,7 +323,7 @@ class Steps:
     async def abort(self, deadline: float) -> None:
         """Tell the agent to forget, unless the client has everything."""
         if not self._host.record.handed:
-            await self._link.call("abort", lambda session: session.abort(), deadline)
+            await self._link.call(Operation.ABORT, deadline)
 
     async def end_cancelled(self, deadline: float) -> None:
         """Leave a migration that did not happen."""
@@ -342,7 +343,7 @@ class Steps:
     async def load_begin(self, deadline: float) -> None:
         """Get the agent ready for a state."""
         assert self.device is not None
-        await self._link.call("load_begin", lambda session: session.load_begin(None), deadline)
+        await self._link.call(Operation.LOAD_BEGIN, deadline, None)
         # From here on it has what the client writes while it loads, which wins over what the stream brings.
         self.device.shadow.clear()
         self.destination = DestinationPipeline(
@@ -358,10 +359,10 @@ class Steps:
     async def check(self, payload: bytes, deadline: float) -> None:
         """Judge a source's descriptor: what is plain at once, the rest by the agent."""
         theirs = decode_descriptor(payload)
-        ours = await self._link.call("describe", lambda session: session.describe(), deadline)
+        ours = await self._link.call(Operation.DESCRIBE, deadline)
         assert self._link.caps is not None
         require_similar(theirs, ours, self._link.caps)
-        await self._link.call("check", lambda session: session.check(theirs), deadline)
+        await self._link.call(Operation.CHECK, deadline, theirs)
 
     async def load_commit(self, deadline: float) -> None:
         """Apply what came; if nothing came, the load was cancelled and the function is left reset."""
