@@ -18,21 +18,23 @@ whole. Everything is checked when it is read, and errors name the key that is wr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vfiouser_agents.api import AgentState, Capabilities, Descriptor
-from vfiouser_agents.options import OptionError, hint, number, read_options, switch, text
+from vfiouser_agents.operations import Op, Operation
+from vfiouser_agents.options import OptionError, hint, number, read_options, switch
 
+from .descriptor_option import read_descriptor
 from .jsonrpc_presets import PRESETS
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
-    """One thing that can be mapped.
+class Mappable:
+    """What may be said of one thing that can be mapped.
 
     Args:
-        variables: what its parameters may name, besides `function`.
+        variables: what its parameters may name besides `function`; in `_ROWS` also besides the operation's arguments.
         required: variables that some parameter must carry.
         results: what is taken from the result; True = must be mapped.
     """
@@ -42,30 +44,40 @@ class Operation:
     results: Mapping[str, bool] = field(default_factory=dict)
 
 
-OPERATIONS: Mapping[str, Operation] = {
-    "functions": Operation(results={"list": False, "name": True}),
-    "describe": Operation(results={"descriptor": False}),
-    "check": Operation(("descriptor",), ("descriptor",)),
-    "begin": Operation(("role", "migration_id")),
-    "end": Operation(("outcome",)),
-    "status": Operation(results={"state": True}),
-    "quiesce": Operation(),
-    "stop": Operation(("role",)),
-    "resume": Operation(),
-    "estimate": Operation(results={"bytes": True}),
-    "save": Operation(("offset", "limit", "phase", "path"), results={"data": False, "eof": False, "drained": False}),
-    "load_begin": Operation(("total",)),
-    "load": Operation(("offset", "data", "path")),
-    "load_commit": Operation(("total", "sha256")),
-    "dirty_start": Operation(("ranges", "page_size"), ("ranges",), {"page_size": False}),
-    "dirty_report": Operation(("iova", "length"), ("iova", "length"), {"bitmap": True}),
-    "dirty_stop": Operation(),
-    "reset": Operation(),
+_ROWS: Mapping[Op[..., Any], Mappable] = {
+    Operation.DESCRIBE: Mappable(results={"descriptor": False}),
+    Operation.CHECK: Mappable(required=("descriptor",)),
+    Operation.BEGIN: Mappable(),
+    Operation.END: Mappable(),
+    Operation.STATUS: Mappable(results={"state": True}),
+    Operation.QUIESCE: Mappable(),
+    Operation.STOP: Mappable(("role",)),
+    Operation.RESUME: Mappable(),
+    Operation.ESTIMATE: Mappable(results={"bytes": True}),
+    Operation.SAVE: Mappable(("path",), results={"data": False, "eof": False, "drained": False}),
+    Operation.LOAD_BEGIN: Mappable(),
+    Operation.LOAD: Mappable(("path",)),
+    Operation.LOAD_COMMIT: Mappable(),
+    Operation.DIRTY_START: Mappable(required=("ranges",), results={"page_size": False}),
+    Operation.DIRTY_REPORT: Mappable(required=("iova", "length"), results={"bitmap": True}),
+    Operation.DIRTY_STOP: Mappable(),
+    Operation.RESET: Mappable(),
 }
+#: The one method that belongs to no function.
+FUNCTIONS = "functions"
+#: All that can be mapped, by name.
+MAPPABLE: Mapping[str, Mappable] = {
+    FUNCTIONS: Mappable(results={"list": False, "name": True}),
+    **{op.name: replace(row, variables=(*op.arguments, *row.variables)) for op, row in _ROWS.items()},
+}
+_SAVE, _LOAD, _STATUS = Operation.SAVE.name, Operation.LOAD.name, Operation.STATUS.name
 #: Ways that there must be; the others are done without, or refused.
-_NEEDED = ("stop", "resume")
+_NEEDED = (Operation.STOP.name, Operation.RESUME.name)
 #: Names that belong together: with one of them, the others are needed.
-_TOGETHER = (("dirty_start", "dirty_report", "dirty_stop"), ("save", "load"))
+_TOGETHER = (
+    (Operation.DIRTY_START.name, Operation.DIRTY_REPORT.name, Operation.DIRTY_STOP.name),
+    (_SAVE, _LOAD),
+)
 #: What a static capability may say: those that the map itself tells cannot be claimed.
 _CAPS = {
     "precopy": switch,
@@ -147,8 +159,8 @@ def read_map(options: Mapping[str, Any]) -> MethodMap:
     descriptor = {**preset.get("descriptor", {}), **_table("descriptor", options.get("descriptor", {}))}
     functions = _functions(options.get("functions", ()), methods)
     found = _capabilities(caps, methods, state)
-    described = _descriptor(descriptor, found)
-    if found.stop_copy and "describe" not in methods:
+    described = read_descriptor(descriptor, found.max_state, state_max=True)
+    if found.stop_copy and Operation.DESCRIBE.name not in methods:
         _require("descriptor", descriptor, "format_id", "without it a destination cannot tell whether a state fits")
     formats = (described.format_id,) if found.stop_copy and described.format_id else ()
     return MethodMap(methods, functions, state, replace(found, formats=formats), described)
@@ -175,17 +187,17 @@ def _methods(raw: Mapping[str, Any]) -> dict[str, MappedMethod]:
     found = {}
     for name, value in raw.items():
         key = f"methods.{name}"
-        if name not in OPERATIONS:
-            raise OptionError(f"there is no such operation{hint(name, OPERATIONS)}", key)
+        if name not in MAPPABLE:
+            raise OptionError(f"there is no such operation{hint(name, MAPPABLE)}", key)
         if value is False:
             continue  # what a preset has is not to be used
         table = {"method": value} if isinstance(value, str) else _table(key, value)
-        found[name] = _method(key, OPERATIONS[name], name, table)
+        found[name] = _method(key, MAPPABLE[name], name, table)
     return found
 
 
-def _method(key: str, operation: Operation, name: str, raw: Mapping[str, Any]) -> MappedMethod:
-    allowed = {"method", "params", "result", *(["states"] if name == "status" else [])}
+def _method(key: str, operation: Mappable, name: str, raw: Mapping[str, Any]) -> MappedMethod:
+    allowed = {"method", "params", "result", *(["states"] if name == _STATUS else [])}
     for part in raw:
         if part not in allowed:
             raise OptionError(f"there is no such key{hint(part, dict.fromkeys(sorted(allowed)))}", f"{key}.{part}")
@@ -198,7 +210,7 @@ def _method(key: str, operation: Operation, name: str, raw: Mapping[str, Any]) -
         if variable not in used:
             raise OptionError(f"no parameter carries ${variable}", f"{key}.params")
     result = _results(f"{key}.result", operation, raw.get("result", {}))
-    states = _states(f"{key}.states", raw.get("states", {})) if name == "status" else {}
+    states = _states(f"{key}.states", raw.get("states", {})) if name == _STATUS else {}
     return MappedMethod(raw["method"], params, result, states)
 
 
@@ -216,7 +228,7 @@ def _variables(key: str, value: Any, allowed: tuple[str, ...]) -> set[str]:
     return {value[1:]}
 
 
-def _results(key: str, operation: Operation, raw: Any) -> dict[str, str]:
+def _results(key: str, operation: Mappable, raw: Any) -> dict[str, str]:
     table = _table(key, raw)
     for name, path in table.items():
         if name not in operation.results:
@@ -240,10 +252,10 @@ def _states(key: str, raw: Any) -> dict[str, AgentState]:
 
 
 def _state_file(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod]) -> StateFile | None:
-    uses = [name for name in ("save", "load") if name in methods and "$path" in methods[name].params.values()]
+    uses = [name for name in (_SAVE, _LOAD) if name in methods and "$path" in methods[name].params.values()]
     if not raw and not uses:
         return None
-    if uses != ["save", "load"]:
+    if uses != [_SAVE, _LOAD]:
         raise OptionError("only for methods.save and methods.load that both have a parameter $path", "state")
     readers: dict[str, Callable[[str, Any], Any]] = {
         "path": _path,
@@ -282,37 +294,37 @@ def _check_methods(methods: Mapping[str, MappedMethod], state: StateFile | None)
         missing = [name for name in group if name not in methods]
         if missing and len(missing) < len(group):
             raise OptionError(f"missing; the others of {', '.join(group)} are there", f"methods.{missing[0]}")
-    if "save" not in methods or state is not None:
+    if _SAVE not in methods or state is not None:
         return
-    for name, variables in (("save", ("limit",)), ("load", ("data",))):
+    for name, variables in ((_SAVE, ("limit",)), (_LOAD, ("data",))):
         for variable in variables:
             if f"${variable}" not in methods[name].params.values():
                 raise OptionError(f"no parameter carries ${variable}, and none $path", f"methods.{name}.params")
     for wanted in ("data", "eof"):
-        if wanted not in methods["save"].result:
+        if wanted not in methods[_SAVE].result:
             raise OptionError("missing; it says where in the vendor's result it is", f"methods.save.result.{wanted}")
 
 
 def _functions(raw: Any, methods: Mapping[str, MappedMethod]) -> tuple[str, ...]:
     if not isinstance(raw, list | tuple) or not all(isinstance(name, str) and name for name in raw):
         raise OptionError(f"must be a list of names, got {raw!r}", "functions")
-    if not raw and not {"functions", "status"} & set(methods):
+    if not raw and not {FUNCTIONS, _STATUS} & set(methods):
         raise OptionError("missing; nothing in methods tells which functions there are", "functions")
     return tuple(raw)
 
 
 def _capabilities(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod], state: StateFile | None) -> Capabilities:
     told = _read("caps", raw, {**_CAPS, "page_sizes": _page_sizes})
-    if told.get("precopy") and (state is not None or "drained" not in methods.get("save", MappedMethod("")).result):
+    if told.get("precopy") and (state is not None or "drained" not in methods.get(_SAVE, MappedMethod("")).result):
         raise OptionError("needs methods.save in pieces, with result.drained", "caps.precopy")
-    if "dirty_start" in methods and "max_ranges" not in told:
+    if Operation.DIRTY_START.name in methods and "max_ranges" not in told:
         raise OptionError("missing; methods.dirty_start is there", "caps.max_ranges")
     base = Capabilities(
-        stop_copy="save" in methods,
-        p2p="quiesce" in methods,
-        dirty="dirty_start" in methods,
-        reset="reset" in methods,
-        status_query="status" in methods,
+        stop_copy=_SAVE in methods,
+        p2p=Operation.QUIESCE.name in methods,
+        dirty=Operation.DIRTY_START.name in methods,
+        reset=Operation.RESET.name in methods,
+        status_query=_STATUS in methods,
         random_access_save=True,
         max_chunk=128 << 10,
         takeover=False,
@@ -335,24 +347,6 @@ def _page_sizes(name: str, raw: Any) -> tuple[int, ...]:
     if not good or raw != sorted(set(raw)):
         raise OptionError(f"{name} must be a list of ascending powers of two, got {raw!r}")
     return tuple(raw)
-
-
-def _descriptor(raw: Mapping[str, Any], caps: Capabilities) -> Descriptor:
-    readers: dict[str, Callable[[str, Any], Any]] = {
-        item.name: text
-        for item in fields(Descriptor)
-        if item.name not in ("format_version", "state_max", "fingerprint")
-    }
-    readers |= {"format_version": number(0, 1 << 31), "state_max": number(1, caps.max_state), "fingerprint": _words}
-    told = _read("descriptor", raw, readers)
-    blank = Descriptor("", 1, "", "", "", "", caps.max_state)
-    return replace(blank, **told)
-
-
-def _words(name: str, raw: Any) -> dict[str, str]:
-    if not isinstance(raw, Mapping) or not all(isinstance(value, str) for value in raw.values()):
-        raise OptionError(f"{name} must be a table of text, got {raw!r}")
-    return dict(raw)
 
 
 def _filled(value: Any, variables: Mapping[str, Any]) -> Any:

@@ -10,10 +10,11 @@ import trio
 
 from vfiouser_agents.api import AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
 from vfiouser_agents.errors import NoResources, NotFound, ProtocolError
+from vfiouser_agents.operations import Op, Operation
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
 
 from .commands import run_command
-from .jsonrpc_map import MappedMethod, MethodMap, StateFile
+from .jsonrpc_map import FUNCTIONS, MappedMethod, MethodMap, StateFile
 from .primitive import Primitive
 
 
@@ -31,7 +32,7 @@ async def list_functions(call: Caller, methods: MethodMap) -> Sequence[str]:
         call: calls the vendor's methods.
         methods: the map.
     """
-    mapped = methods.methods.get("functions")
+    mapped = methods.methods.get(FUNCTIONS)
     if methods.functions or mapped is None:
         return methods.functions
     listed = _part(await call(mapped.method, mapped.arguments({})), mapped.result.get("list", ""), mapped.method)
@@ -68,19 +69,19 @@ class MappedFunction(Primitive):
         """Connect."""
         await self._reach()
 
-    async def _ask(self, operation: str, **variables: Any) -> Any:
+    async def _ask(self, op: Op[..., Any], **variables: Any) -> Any:
         """Call what an operation is mapped to; without a mapping nothing is done."""
-        mapped = self._map.methods.get(operation)
+        mapped = self._map.methods.get(op.name)
         if mapped is None:
             return None
         params = mapped.arguments({"function": self._function_id, **variables})
         return await self._call(mapped.method, params)
 
-    def _mapped(self, operation: str) -> MappedMethod:
-        return self._map.methods[operation]
+    def _mapped(self, op: Op[..., Any]) -> MappedMethod:
+        return self._map.methods[op.name]
 
-    def _value(self, operation: str, result: Any, name: str, hint: Any) -> Any:
-        mapped = self._mapped(operation)
+    def _value(self, op: Op[..., Any], result: Any, name: str, hint: Any) -> Any:
+        mapped = self._mapped(op)
         if name not in mapped.result:
             return None
         try:
@@ -90,88 +91,89 @@ class MappedFunction(Primitive):
 
     async def describe(self) -> Descriptor:
         """Ask, or tell what is configured."""
-        if "describe" not in self._map.methods:
+        if Operation.DESCRIBE.name not in self._map.methods:
             await trio.lowlevel.checkpoint()
             return self._map.descriptor
-        found: Descriptor | None = self._value("describe", await self._ask("describe"), "descriptor", Descriptor)
+        found: Descriptor | None = self._value(
+            Operation.DESCRIBE, await self._ask(Operation.DESCRIBE), "descriptor", Descriptor
+        )
         return self._map.descriptor if found is None else found
 
     async def check(self, descriptor: Descriptor) -> None:
         """Compare, and ask as well if that is mapped."""
-        if "check" in self._map.methods:
-            await self._ask("check", descriptor=to_wire(descriptor))
+        if Operation.CHECK.name in self._map.methods:
+            await self._ask(Operation.CHECK, descriptor=to_wire(descriptor))
         else:
             await super().check(descriptor)
 
     async def state(self) -> AgentState | None:
         """Ask, if there is a method for it."""
-        if "status" not in self._map.methods:
+        if Operation.STATUS.name not in self._map.methods:
             return None
-        word = self._value("status", await self._ask("status"), "state", str)
-        states = self._mapped("status").states
+        word = self._value(Operation.STATUS, await self._ask(Operation.STATUS), "state", str)
+        states = self._mapped(Operation.STATUS).states
         if word not in states:
-            raise ProtocolError(
-                f"{self._mapped('status').method} says {word!r}; methods.status.states has only {', '.join(states)}"
-            )
+            asked = self._mapped(Operation.STATUS).method
+            raise ProtocolError(f"{asked} says {word!r}; methods.status.states has only {', '.join(states)}")
         return states[word]
 
     async def begin(self, role: Role, migration_id: str) -> None:
         """Tell, if there is a method for it."""
-        await self._ask("begin", role=role.value, migration_id=migration_id)
+        await self._ask(Operation.BEGIN, role=role.value, migration_id=migration_id)
 
     async def end(self, outcome: Outcome) -> None:
         """Tell, if there is a method for it."""
-        await self._ask("end", outcome=outcome.value)
+        await self._ask(Operation.END, outcome=outcome.value)
 
     async def quiesce(self) -> None:
         """Tell."""
-        await self._ask("quiesce")
+        await self._ask(Operation.QUIESCE)
 
     async def stop(self, role: Role | None) -> None:
         """Tell."""
-        await self._ask("stop", role=None if role is None else role.value)
+        await self._ask(Operation.STOP, role=None if role is None else role.value)
 
     async def resume(self) -> None:
         """Tell."""
-        await self._ask("resume")
+        await self._ask(Operation.RESUME)
 
     async def estimate(self) -> int | None:
         """Ask, if there is a method for it."""
-        if "estimate" not in self._map.methods:
+        if Operation.ESTIMATE.name not in self._map.methods:
             return None
-        return self._value("estimate", await self._ask("estimate"), "bytes", int)  # type: ignore[no-any-return]
+        return self._value(Operation.ESTIMATE, await self._ask(Operation.ESTIMATE), "bytes", int)  # type: ignore[no-any-return]
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Ask for a piece, or have the file written and fetch it."""
         if self._file is not None:
             if offset == 0:
-                await self._ask("save", offset=0, limit=limit, phase=phase.value, path=self._file.path)
+                await self._ask(Operation.SAVE, offset=0, limit=limit, phase=phase.value, path=self._file.path)
                 self._fetched = await self._file.fetch()
             piece = self._fetched[offset : offset + limit]
             return Chunk(piece, eof=offset + len(piece) == len(self._fetched))
-        result = await self._ask("save", offset=offset, limit=limit, phase=phase.value, path="")
-        data, eof = (self._value("save", result, name, kind) for name, kind in (("data", bytes), ("eof", bool)))
-        drained = self._value("save", result, "drained", bool)
+        result = await self._ask(Operation.SAVE, offset=offset, limit=limit, phase=phase.value, path="")
+        data, eof = (self._value(Operation.SAVE, result, name, kind) for name, kind in (("data", bytes), ("eof", bool)))
+        drained = self._value(Operation.SAVE, result, "drained", bool)
         return Chunk(data, eof=eof, drained=bool(drained))
 
     @property
     def streams(self) -> bool:
         """Pieces go as they come, unless the vendor wants a file, or to know the size before the first piece."""
-        begin = self._map.methods.get("load_begin")
+        begin = self._map.methods.get(Operation.LOAD_BEGIN.name)
         known_late = begin is None or "total" not in _variables(begin.params)
-        return self._file is None and "load" in self._map.methods and known_late
+        return self._file is None and Operation.LOAD.name in self._map.methods and known_late
 
     async def load_open(self) -> None:
         """Tell, if there is a method for it."""
-        await self._ask("load_begin")
+        await self._ask(Operation.LOAD_BEGIN)
 
     async def load_piece(self, offset: int, data: bytes) -> None:
         """Send it."""
-        await self._ask("load", offset=offset, data=base64.b64encode(data).decode(), path="")
+        await self._ask(Operation.LOAD, offset=offset, data=base64.b64encode(data).decode(), path="")
 
     async def load_close(self, total: int, sha256: bytes) -> None:
         """Tell, if there is a method for it."""
-        await self._ask("load_commit", total=total, sha256=base64.b64encode(sha256).decode())
+        await self._ask(Operation.LOAD_COMMIT, total=total, sha256=base64.b64encode(sha256).decode())
 
     async def apply(self, state: bytes, sha256: bytes) -> None:
         """Send everything, or store it as the file and have that loaded."""
@@ -179,7 +181,7 @@ class MappedFunction(Primitive):
             await self._file.store(state)
             await self._load_file(self._file)
             return
-        await self._ask("load_begin", total=len(state))
+        await self._ask(Operation.LOAD_BEGIN, total=len(state))
         size = self.caps.max_chunk
         for offset in range(0, len(state), size):
             await self.load_piece(offset, state[offset : offset + size])
@@ -187,7 +189,7 @@ class MappedFunction(Primitive):
 
     async def _load_file(self, file: _FileOnSoc) -> None:
         try:
-            await self._ask("load", offset=0, data="", path=file.path)
+            await self._ask(Operation.LOAD, offset=0, data="", path=file.path)
         finally:
             with trio.CancelScope(shield=True) as scope:
                 scope.deadline = trio.current_time() + _FileOnSoc.REMOVE_S
@@ -195,22 +197,22 @@ class MappedFunction(Primitive):
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Tell."""
-        result = await self._ask("dirty_start", ranges=to_wire(list(ranges)), page_size=page_size)
-        chosen = self._value("dirty_start", result, "page_size", int)
+        result = await self._ask(Operation.DIRTY_START, ranges=to_wire(list(ranges)), page_size=page_size)
+        chosen = self._value(Operation.DIRTY_START, result, "page_size", int)
         return page_size if chosen is None else int(chosen)
 
     async def dirty_report(self, iova: int, length: int) -> bytes:
         """Ask."""
-        result = await self._ask("dirty_report", iova=iova, length=length)
-        return self._value("dirty_report", result, "bitmap", bytes)  # type: ignore[no-any-return]
+        result = await self._ask(Operation.DIRTY_REPORT, iova=iova, length=length)
+        return self._value(Operation.DIRTY_REPORT, result, "bitmap", bytes)  # type: ignore[no-any-return]
 
     async def dirty_stop(self) -> None:
         """Tell."""
-        await self._ask("dirty_stop")
+        await self._ask(Operation.DIRTY_STOP)
 
     async def reset(self) -> None:
         """Tell."""
-        await self._ask("reset")
+        await self._ask(Operation.RESET)
 
 
 def _variables(params: Any) -> set[str]:

@@ -23,9 +23,10 @@ from vfiouser_agents.rpc.endpoint import Address, TlsOptions
 from vfiouser_agents.rpc.legacy_messages import DEFAULT_PORT, HEADERS, MAX_CHUNK, VALUE_SIZE, LegacyRequest
 from vfiouser_agents.rpc.remote import Remote, read_remote_options, remote_readers
 
+from .descriptor_option import read_descriptor
 from .primitive import PrimitiveAgent
 from .unbroken import unbroken
-from .vfio_v1 import V1Function, read_descriptor, v1_caps
+from .vfio_v1 import V1Function, v1_caps
 
 DEFAULT_CALL_TIMEOUT = 10.0
 DEFAULT_CONNECT_TIMEOUT = 5.0

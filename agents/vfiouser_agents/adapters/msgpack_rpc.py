@@ -238,7 +238,7 @@ class MsgpackRpcAgent(Agent):
         if self._nursery is None:
             raise RuntimeError("an agent is used inside `async with`")
         attempt = self._attempt
-        if attempt is None or attempt.done.is_set():
+        if attempt is None:
             attempt = self._attempt = _Attempt()
             self._nursery.start_soon(self._try, attempt)
         await attempt.done.wait()
@@ -254,8 +254,11 @@ class MsgpackRpcAgent(Agent):
         except trio.TooSlowError:
             attempt.error = ConnectError(f"agent {self.address} did not answer within {self._connect_timeout_s:g} s")
         except AgentError as error:
-            attempt.error = error
+            # A new one, without the frames in which it was raised: they hold the connection.
+            attempt.error = type(error)(error.message)
         finally:
+            # Whoever waits for it has it; we would keep its connection.
+            self._attempt = None
             attempt.done.set()
 
     async def _greeted(self) -> Link:
@@ -299,6 +302,8 @@ class MsgpackRpcAgent(Agent):
             await link.connection.run()
             nursery.cancel_scope.cancel()
         _log.info("connection to agent %s ended: %s", self.address, link.connection.lost)
+        if self._link is link:
+            self._link = None
         for session in self.sessions:
             session.on_loss(link, str(link.connection.lost))
         if any(session.wants_connection for session in self.sessions) and not self._restoring:

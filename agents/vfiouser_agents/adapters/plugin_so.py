@@ -35,9 +35,10 @@ from vfiouser_agents.errors import (
 from vfiouser_agents.options import OptionError, number, read_options, seconds, text
 
 from . import plugin_host as host
+from .descriptor_option import read_descriptor
 from .primitive import PrimitiveAgent
 from .unbroken import unbroken
-from .vfio_v1 import V1Function, read_descriptor, v1_caps
+from .vfio_v1 import V1Function, v1_caps
 
 _log = logging.getLogger(__name__)
 DEFAULT_CALL_TIMEOUT = 10.0

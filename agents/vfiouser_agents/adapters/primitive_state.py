@@ -75,7 +75,8 @@ class SavedStream:
         ends, drained = chunk.eof and phase is Phase.FINAL, chunk.drained and phase is Phase.PRECOPY
         check_chunk(replace(chunk, eof=ends, drained=drained), limit, phase)
         if self.end + len(chunk.data) > self._limit:
-            raise ProtocolError(f"the device gave a state of {self.end + len(chunk.data)} bytes; {self._limit} is most")
+            have = self.end + len(chunk.data)
+            raise ProtocolError(f"the device gave a state of {have} bytes; it may have {self._limit} at most")
         if phase is Phase.PRECOPY:
             self.final_only = False
             self._base = self.end

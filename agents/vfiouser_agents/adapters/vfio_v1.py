@@ -17,15 +17,13 @@ a source that gave everything.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import trio
 
 from vfiouser_agents.api import AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Role
 from vfiouser_agents.errors import DeviceFailed, InvalidState, ProtocolError
-from vfiouser_agents.options import OptionError, number, read_options, text
 from vfiouser_agents.rpc.legacy_messages import MAX_CHUNK, V1State
 
 from .primitive import Primitive
@@ -58,36 +56,6 @@ def v1_caps(max_state: int, chunk_size: int, format_id: str) -> Capabilities:
         takeover=False,
         verifies=False,
     )
-
-
-def read_descriptor(raw: Any) -> Descriptor:
-    """Read a `descriptor` table: what must be equal on both sides, since the interface tells nothing.
-
-    Args:
-        raw: a map of text; `fingerprint` is a map of text itself, `format_version` a number.
-
-    Raises:
-        OptionError: it is something else.
-    """
-    if not isinstance(raw, Mapping):
-        raise OptionError(f"descriptor must be a table, got {raw!r}")
-    readers: dict[str, Callable[[str, Any], Any]] = {
-        item.name: text
-        for item in fields(Descriptor)
-        if item.name not in ("format_version", "state_max", "fingerprint")
-    }
-    readers |= {"format_version": number(0, 1 << 31), "fingerprint": _words}
-    try:
-        told = read_options(raw, readers)
-    except OptionError as error:
-        raise OptionError(f"descriptor: {error}") from error
-    return replace(Descriptor("", 1, "", "", "", "", 0), **told)
-
-
-def _words(name: str, raw: Any) -> dict[str, str]:
-    if not isinstance(raw, Mapping) or not all(isinstance(value, str) for value in raw.values()):
-        raise OptionError(f"{name} must be a table of text, got {raw!r}")
-    return dict(raw)
 
 
 class V1Function(Primitive):

@@ -55,7 +55,7 @@ class MsgpackCodec(Codec):
         self._open: _Filling | None = None
         #: What came of an incomplete message; None if it is known to hold nothing large.
         self._begun: bytes | None = b""
-        self._values = 0
+        self._values = _ValueCount()
         self._start_parser()
 
     def _start_parser(self) -> None:
@@ -64,8 +64,10 @@ class MsgpackCodec(Codec):
         self._unpacker = msgpack.Unpacker(
             raw=False,
             strict_map_key=True,
-            list_hook=self._count,
-            object_hook=self._count,
+            # Of another object: a parser that knew this one would keep both, with what was read, until the garbage
+            # collector comes.
+            list_hook=self._values.add,
+            object_hook=self._values.add,
             # One read may bring the end of a message and a part of the next.
             max_buffer_size=2 * self._max_message + (1 << 20),
             max_bin_len=self._max_message,
@@ -74,12 +76,6 @@ class MsgpackCodec(Codec):
             max_map_len=MAX_MAP,
             max_ext_len=0,
         )
-
-    def _count(self, container: Any) -> Any:
-        self._values += len(container)
-        if self._values > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES} values in one message")
-        return container
 
     def encode(self, message: Message) -> bytes:
         """A message as bytes.
@@ -169,7 +165,7 @@ class MsgpackCodec(Codec):
             except msgpack.OutOfData:
                 return
             self._taken = self._unpacker.tell()
-            self._values = 0
+            self._values.count = 0
             self._begun = b""
             filled, self._open = self._open, None
             if filled is not None:
@@ -205,6 +201,24 @@ class MsgpackCodec(Codec):
         lead = filling.lead + b"\xc4" + bytes([len(self._token)]) + self._token
         self._fed = len(lead)
         self._unpacker.feed(lead)
+
+
+class _ValueCount:
+    """Counts the values of one message while it is parsed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, container: Any) -> Any:
+        """Count what is in a list or a map.
+
+        Raises:
+            ValueError: there are too many.
+        """
+        self.count += len(container)
+        if self.count > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values in one message")
+        return container
 
 
 class _Filling:

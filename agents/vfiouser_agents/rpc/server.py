@@ -10,7 +10,7 @@ function across all connections, events, limits. It never asks what a function's
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -182,14 +182,6 @@ class ClientHandler:
         self._next = 1
         self._opening = 0
         self._closed = False
-        self._agent_methods = {
-            HELLO: self._hello,
-            PING: self._ping,
-            FUNCTIONS: self._functions,
-            OPEN: self._open,
-            CLOSE: self._close,
-            WATCH: self._watch,
-        }
 
     def start(self, connection: Peer, nursery: trio.Nursery) -> None:
         """Begin to expect a greeting."""
@@ -220,8 +212,8 @@ class ClientHandler:
         """Begin a request; its place in the order of its function is taken at once."""
         if method != HELLO and not self._greeted.is_set():
             raise InvalidState(f"the first call must be {HELLO}, not {method}")
-        if method in self._agent_methods:
-            return partial(self._agent_methods[method], params)
+        if method in _AGENT_METHODS:
+            return partial(_AGENT_METHODS[method], self, params)
         op = BY_WIRE.get(method)
         if op is None:
             raise Unsupported(f"there is no method {method[:100]!r} in version {VERSIONS[0]} of {PROTOCOL}")
@@ -338,6 +330,17 @@ class ClientHandler:
                 raise
             if self._connection.lost is None:
                 _log.warning("events of %s end: %s", handle.session.function_id, error)
+
+
+#: The methods that belong to no session. Not of the object: what is bound to it would keep it, and its connection.
+_AGENT_METHODS: Mapping[str, Callable[[ClientHandler, dict[str, Any]], Awaitable[Any]]] = {
+    HELLO: ClientHandler._hello,
+    PING: ClientHandler._ping,
+    FUNCTIONS: ClientHandler._functions,
+    OPEN: ClientHandler._open,
+    CLOSE: ClientHandler._close,
+    WATCH: ClientHandler._watch,
+}
 
 
 def _param(params: dict[str, Any], name: str, hint: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vfiouser_agents.adapters.jsonrpc import JsonRpcAgent, MappedAgent
-from vfiouser_agents.adapters.jsonrpc_map import OPERATIONS, read_map
+from vfiouser_agents.adapters.jsonrpc_map import MAPPABLE, read_map
 from vfiouser_agents.adapters.jsonrpc_presets import PRESETS
 from vfiouser_agents.api import AgentState
 from vfiouser_agents.options import OptionError
@@ -148,7 +148,7 @@ def test_presets_need_only_what_is_the_users_to_say(name: str) -> None:
     options = {"preset": name, "state": {"fetch": ["cat", "$path"], "store": ["tee", "$path"]}}
     found = read_map(options)
     assert found.caps.stop_copy
-    assert set(found.methods) <= set(OPERATIONS)
+    assert set(found.methods) <= set(MAPPABLE)
     without = read_map({**options, "methods": {"functions": False, "resume": "other"}, "functions": ["f"]})
     assert "functions" not in without.methods
     assert "other" == without.methods["resume"].method
