@@ -240,7 +240,7 @@ async def function_level_reset(client: Vmm) -> None:
 
 @pytest.mark.parametrize("v1", [True, False])
 async def test_guest_resets_the_function_in_precopy(tmp_path: Path, v1: bool) -> None:
-    """A function-level reset begins the stream anew, in a higher generation, and the destination follows."""
+    """A function-level reset begins the stream anew, in a higher epoch, and the destination follows."""
     async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
         await dst.set_state(RESUMING)
         stream = b""

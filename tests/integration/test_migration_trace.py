@@ -127,7 +127,7 @@ async def test_progress(tmp_path: Path, v1: bool) -> None:
 
 
 async def test_progress_after_the_stream_began_anew(tmp_path: Path) -> None:
-    """A generation that begins anew has its own figures."""
+    """A stream that begins anew has its own figures."""
     async with bed(tmp_path, state_size=SIZE) as both, both.source.vmm() as src:
         await src.set_state(PRE_COPY)
         while len(await src.data_read(64 << 10)) == 64 << 10:
@@ -137,7 +137,7 @@ async def test_progress_after_the_stream_began_anew(tmp_path: Path) -> None:
         assert await src.set_state_errno(STOP_COPY)
         assert PRE_COPY == await src.state()
         shown = migration_status(both, "src")
-        assert 2 == shown["generation"]
+        assert 2 == shown["epoch"]
         assert SIZE <= shown["buffered"] + shown["remaining"] < SIZE + (64 << 10)
 
 

@@ -9,10 +9,10 @@ from vfiouser_oob.migration.stream import Data, Header, Record, StreamReader, St
 
 
 def whole_records(
-    pieces: Sequence[bytes], descriptor: bytes = b"nvme", config: bytes = b"config", generation: int = 1
+    pieces: Sequence[bytes], descriptor: bytes = b"nvme", config: bytes = b"config", epoch: int = 1
 ) -> list[bytes]:
     """The records of a complete stream, header first."""
-    writer = StreamWriter(generation)
+    writer = StreamWriter(epoch)
     records = [writer.header(), writer.descriptor(descriptor)]
     records += [writer.data(writer.total, piece) for piece in pieces]
     records += [writer.pci(config), writer.trailer(hashlib.sha256(b"".join(pieces)).digest())]

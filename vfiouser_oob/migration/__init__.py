@@ -1,1 +1,1 @@
-"""Out-of-band migration: the state stream, and the engine between the client's interface and the agent."""
+"""Out-of-band migration: the state stream, and the record, machine, runner and transfer that move it."""

@@ -278,7 +278,7 @@ class SourcePipeline:
         self._notify()
 
     def restart(self, descriptor: bytes) -> None:
-        """The function was reset while it ran: begin the stream anew, in the next generation.
+        """The function was reset while it ran: begin the stream anew, in the next epoch.
 
         Args:
             descriptor: what the function is now.
@@ -319,9 +319,9 @@ class SourcePipeline:
         return len(self._queue) + self._fetched_size
 
     @property
-    def generation(self) -> int:
+    def epoch(self) -> int:
         """How often the stream was begun."""
-        return self._writer.generation
+        return self._writer.epoch
 
     @property
     def exhausted(self) -> bool:

@@ -71,14 +71,14 @@ class _Progress:
 
     def __init__(self) -> None:
         self.place = Place.START
-        self.generation = 0
+        self.epoch = 0
         self.sequence = 0
         self.offset = 0
         self.seal = 0
 
-    def begin(self, generation: int, header: Buffer) -> None:
+    def begin(self, epoch: int, header: Buffer) -> None:
         self.place = Place.OPENED
-        self.generation = generation
+        self.epoch = epoch
         self.sequence = 0
         self.offset = 0
         self.seal = crc32(header[:CRC_AT])
@@ -96,23 +96,23 @@ class StreamWriter:
     """Makes a stream, record by record; a record is a tuple of buffers that follow each other.
 
     Args:
-        generation: of the first header, at least 1.
+        epoch: of the first header, at least 1.
 
     A call out of order raises LocalProtocolError.
     """
 
-    def __init__(self, generation: int = 1) -> None:
+    def __init__(self, epoch: int = 1) -> None:
         self._progress = _Progress()
-        self._next_generation = generation
+        self._next_epoch = epoch
 
     @property
-    def generation(self) -> int:
-        """The generation that is being written, 0 before the first header."""
-        return self._progress.generation
+    def epoch(self) -> int:
+        """The epoch that is being written, 0 before the first header."""
+        return self._progress.epoch
 
     @property
     def total(self) -> int:
-        """Bytes of state written in this generation."""
+        """Bytes of state written in this epoch."""
         return self._progress.offset
 
     @property
@@ -121,13 +121,13 @@ class StreamWriter:
         return self._progress.place is Place.COMPLETE
 
     def header(self) -> tuple[Buffer, ...]:
-        """Return the header; called again before the trailer, it begins the stream anew in the next generation."""
+        """Return the header; called again before the trailer, it begins the stream anew in the next epoch."""
         if MAGIC not in ORDER[self._progress.place]:
             raise LocalProtocolError("a state stream cannot begin anew after its trailer; not written")
-        generation = self._next_generation
-        self._next_generation += 1
-        packed = pack_header(generation)
-        self._progress.begin(generation, packed)
+        epoch = self._next_epoch
+        self._next_epoch += 1
+        packed = pack_header(epoch)
+        self._progress.begin(epoch, packed)
         return (packed,)
 
     def descriptor(self, payload: bytes) -> tuple[Buffer, ...]:
@@ -162,7 +162,7 @@ class StreamWriter:
         """Return the record that ends the stream.
 
         Args:
-            sha256: digest of all state of this generation.
+            sha256: digest of all state of this epoch.
         """
         if len(sha256) != SHA256_SIZE:
             raise LocalProtocolError(f"a SHA-256 of {len(sha256)} bytes; not written")
@@ -180,7 +180,7 @@ class StreamWriter:
                 f"{record_name(tag)} of {length} bytes, {rule.least} to {rule.most} are allowed; not written"
             )
         checksum = crc32(payload) if payload_crc is None else payload_crc
-        head = pack_head(tag, progress.generation, progress.sequence, length, progress.offset, checksum)
+        head = pack_head(tag, progress.epoch, progress.sequence, length, progress.offset, checksum)
         progress.advance(tag, length, head)
         return head, payload
 
@@ -232,9 +232,9 @@ class StreamReader:
         return self._progress.place is Place.COMPLETE
 
     @property
-    def generation(self) -> int:
-        """The generation that is being read, 0 before the first header."""
-        return self._progress.generation
+    def epoch(self) -> int:
+        """The epoch that is being read, 0 before the first header."""
+        return self._progress.epoch
 
     def feed(self, chunk: Buffer) -> list[Record]:
         """Take the next bytes of the stream.
@@ -280,7 +280,7 @@ class StreamReader:
             raise self._refused
         trailer = self._trailer
         if trailer is None:
-            where = f"{self._progress.place.value} of generation {self.generation}"
+            where = f"{self._progress.place.value} of epoch {self.epoch}"
             raise self._refuse(Refusal.TRUNCATED, f"the stream ends after {self.consumed} bytes, behind {where}")
         if trailer.sha256 != sha256:
             text = f"the trailer says SHA-256 {trailer.sha256.hex()}, the state has {sha256.hex()}"
@@ -320,15 +320,13 @@ class StreamReader:
         """Check what stands in front of a payload; a header is a record by itself."""
         progress = self._progress
         if packed.startswith(MAGIC):
-            generation = _unpack_header(packed)
+            epoch = _unpack_header(packed)
             if MAGIC not in ORDER[progress.place]:
                 raise StreamRefused(Refusal.ORDER, f"a header came after {progress.place.value}")
-            if generation <= progress.generation:
-                raise StreamRefused(
-                    Refusal.ORDER, f"a header of generation {generation} came after one of {progress.generation}"
-                )
-            records.append(Header(generation, restart=progress.place is not Place.START))
-            progress.begin(generation, packed)
+            if epoch <= progress.epoch:
+                raise StreamRefused(Refusal.ORDER, f"a header of epoch {epoch} came after one of {progress.epoch}")
+            records.append(Header(epoch, restart=progress.place is not Place.START))
+            progress.begin(epoch, packed)
             return
         if CRC.unpack_from(packed, CRC_AT)[0] != crc32(packed[:CRC_AT]):
             raise StreamRefused(Refusal.CORRUPT, f"the head of record {progress.sequence} has a wrong CRC-32")
@@ -356,7 +354,7 @@ class _Head(NamedTuple):
 
     packed: bytes
     tag: bytes
-    generation: int
+    epoch: int
     sequence: int
     length: int
     offset: int
@@ -364,23 +362,23 @@ class _Head(NamedTuple):
 
 
 def _unpack_header(packed: bytes) -> int:
-    """The generation in a header."""
-    _magic, version, generation, padding = HEADER.unpack_from(packed)
+    """The epoch in a header."""
+    _magic, version, epoch, padding = HEADER.unpack_from(packed)
     # Before the checksum: another version may have another one.
     if version != VERSION:
         age = "newer" if version > VERSION else "older"
         raise StreamRefused(Refusal.VERSION, f"the stream has the {age} version {version}, this daemon reads {VERSION}")
     if CRC.unpack_from(packed, CRC_AT)[0] != crc32(packed[:CRC_AT]) or padding != NO_PADDING:
         raise StreamRefused(Refusal.CORRUPT, "the stream's header is damaged")
-    return int(generation)
+    return int(epoch)
 
 
 def _check_head(head: _Head, progress: _Progress) -> _Head:
     """Return the head of a record that may come now; refuse any other."""
-    expected = (progress.generation, progress.sequence, progress.offset)
-    came = (head.generation, head.sequence, head.offset)
+    expected = (progress.epoch, progress.sequence, progress.offset)
+    came = (head.epoch, head.sequence, head.offset)
     if came != expected:
-        names = "generation {}, record {}, offset {}".format
+        names = "epoch {}, record {}, offset {}".format
         raise StreamRefused(
             Refusal.ORDER, f"{record_name(head.tag)} of {names(*came)} where {names(*expected)} was due"
         )

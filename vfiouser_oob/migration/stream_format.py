@@ -3,9 +3,9 @@
     header, descriptor, then data and pci records in any order (pci at least once, the last one counts), trailer
 
 Everything is little-endian and every bit is covered: by the CRC-32 of a record's head, by that of its payload, by
-sequence and generation numbers in the head against lost, repeated and exchanged records, by `seal` (a CRC-32 over all
-heads of the generation without their own checksums) against records of another stream, and by the SHA-256 over the
-state itself. A header with a higher generation may stand wherever a record may: all that came before is void then.
+sequence and epoch numbers in the head against lost, repeated and exchanged records, by `seal` (a CRC-32 over all
+heads of the epoch without their own checksums) against records of another stream, and by the SHA-256 over the
+state itself. A header with a higher epoch may stand wherever a record may: all that came before is void then.
 
 The layouts are declared with construct; the packed twins are what runs, and a test holds them equal.
 """
@@ -38,13 +38,13 @@ MAX_DATA = 16 << 20
 HEADER_LAYOUT = Layout(
     "magic" / Const(MAGIC),
     "version" / Int32ul,
-    "generation" / Int32ul,
+    "epoch" / Int32ul,
     Padding(12),
     "head_crc" / Int32ul,
 )
 RECORD_LAYOUT = Layout(
     "tag" / Bytes(4),
-    "generation" / Int32ul,
+    "epoch" / Int32ul,
     "sequence" / Int32ul,
     "length" / Int32ul,
     "offset" / Int64ul,
@@ -99,11 +99,11 @@ class Header(NamedTuple):
     """The stream begins, or begins anew.
 
     Args:
-        generation: counts the beginnings.
-        restart: True if records of an earlier generation came before: they are void.
+        epoch: counts the beginnings.
+        restart: True if records of an earlier epoch came before: they are void.
     """
 
-    generation: int
+    epoch: int
     restart: bool
 
 
@@ -191,7 +191,7 @@ class Place(Enum):
     COMPLETE = "the trailer"
 
 
-#: Which record may follow, and where it leads; the header of a new generation may come anywhere but after the trailer.
+#: Which record may follow, and where it leads; the header of a new epoch may come anywhere but after the trailer.
 ORDER: Mapping[Place, Mapping[bytes, Place]] = MappingProxyType(
     {
         Place.START: {MAGIC: Place.OPENED},
@@ -208,28 +208,28 @@ ORDER: Mapping[Place, Mapping[bytes, Place]] = MappingProxyType(
 )
 
 
-def pack_header(generation: int) -> bytes:
+def pack_header(epoch: int) -> bytes:
     """Return the bytes of a header.
 
     Args:
-        generation: counts the beginnings of a stream.
+        epoch: counts the beginnings of a stream.
     """
-    body = HEADER.pack(MAGIC, VERSION, generation, NO_PADDING)
+    body = HEADER.pack(MAGIC, VERSION, epoch, NO_PADDING)
     return body + CRC.pack(crc32(body))
 
 
-def pack_head(tag: bytes, generation: int, sequence: int, length: int, offset: int, payload_crc: int) -> bytes:
+def pack_head(tag: bytes, epoch: int, sequence: int, length: int, offset: int, payload_crc: int) -> bytes:
     """Return the bytes in front of a record's payload.
 
     Args:
         tag: one of `RECORDS`.
-        generation: of the stream.
-        sequence: number of the record in its generation; that of the descriptor is 0.
+        epoch: of the stream.
+        sequence: number of the record in its epoch; that of the descriptor is 0.
         length: of the payload, bytes.
         offset: bytes of state in front of this record.
         payload_crc: CRC-32 of the payload.
     """
-    body = HEAD.pack(tag, generation, sequence, length, offset, payload_crc)
+    body = HEAD.pack(tag, epoch, sequence, length, offset, payload_crc)
     return body + CRC.pack(crc32(body))
 
 

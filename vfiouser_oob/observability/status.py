@@ -74,7 +74,7 @@ class MigrationStatus(TypedDict):
     held_back: bool
     owner: str | None
     fenced: bool
-    generation: int
+    epoch: int
     bytes: int
     buffered: int
     remaining: int

@@ -61,7 +61,7 @@ def _migration(runner: MigrationRunner) -> MigrationStatus:
         held_back=record.awaiting,
         owner=None if record.owner is None else record.owner.value,
         fenced=record.fenced,
-        generation=source.generation if source is not None else 0,
+        epoch=source.epoch if source is not None else 0,
         bytes=runner.steps.moved,
         buffered=source.buffered if source is not None else 0,
         remaining=source.remaining if source is not None else 0,

@@ -30,20 +30,20 @@ SMALL = b"".join(whole_records([b"some state", b"more"]))
 
 
 @given(u32)
-def test_header_twin(generation: int) -> None:
+def test_header_twin(epoch: int) -> None:
     """Proves that the packed header is the declared one."""
-    packed = pack_header(generation)
+    packed = pack_header(epoch)
     parsed = HEADER_LAYOUT.parse(packed)
-    assert (MAGIC, VERSION, generation) == (parsed.magic, parsed.version, parsed.generation)
-    values = Container(version=VERSION, generation=generation, head_crc=parsed.head_crc)
+    assert (MAGIC, VERSION, epoch) == (parsed.magic, parsed.version, parsed.epoch)
+    values = Container(version=VERSION, epoch=epoch, head_crc=parsed.head_crc)
     assert packed == HEADER_LAYOUT.build(values)
 
 
 @given(st.sampled_from(sorted(RECORDS)), u32, u32, u32, u64, u32)
-def test_head_twin(tag: bytes, generation: int, sequence: int, length: int, offset: int, crc: int) -> None:
+def test_head_twin(tag: bytes, epoch: int, sequence: int, length: int, offset: int, crc: int) -> None:
     """Proves that a packed head is the declared one."""
-    packed = pack_head(tag, generation, sequence, length, offset, crc)
-    values = {"tag": tag, "generation": generation, "sequence": sequence, "length": length, "offset": offset}
+    packed = pack_head(tag, epoch, sequence, length, offset, crc)
+    values = {"tag": tag, "epoch": epoch, "sequence": sequence, "length": length, "offset": offset}
     head_crc = int.from_bytes(packed[CRC_AT:], "little")
     assert packed == RECORD_LAYOUT.build({**values, "payload_crc": crc, "head_crc": head_crc})
 
@@ -126,7 +126,7 @@ def test_any_loss_repetition_or_exchange(parts: list[bytes], data: st.DataObject
 
 @given(pieces, pieces, st.data())
 def test_restart_after_any_delivery(old: list[bytes], new: list[bytes], data: st.DataObject) -> None:
-    """Proves that whatever part of a generation was taken, the next one is read whole."""
+    """Proves that whatever part of a epoch was taken, the next one is read whole."""
     writer = StreamWriter()
     queue = RecordQueue()
     queue.put(writer.header())

@@ -225,22 +225,22 @@ def stream_records(data: bytes) -> None:
 def _records(data: bytes) -> Iterator[bytes]:
     """Records as the input says, three bytes for each head, checksummed."""
     sequence = offset = 0
-    generation = 1
+    epoch = 1
     tags = [*RECORDS, b"XXXX"]
-    yield pack_header(generation)
+    yield pack_header(epoch)
     position = 0
     while position + 3 <= len(data):
         kind, length, twist = data[position : position + 3]
         payload = data[position + 3 : position + 3 + length]
         position += 3 + length
         if kind == 0xFF:
-            generation += twist & 3
+            epoch += twist & 3
             sequence = offset = 0
-            yield pack_header(generation)
+            yield pack_header(epoch)
             continue
         at = offset + (twist >> 6)
         claimed = len(payload) if not twist & 32 else len(payload) * 1_000_003
-        yield pack_head(tags[kind % len(tags)], generation, sequence + (twist & 1), claimed, at, crc32(payload))
+        yield pack_head(tags[kind % len(tags)], epoch, sequence + (twist & 1), claimed, at, crc32(payload))
         yield payload
         sequence += 1
         if tags[kind % len(tags)] == DATA:

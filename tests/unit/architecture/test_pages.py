@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 #: Maker: page.
-PAGES = {"tools/messages_page.py": "docs/reference/messages.md"}
+PAGES = {
+    "tools/messages_page.py": "docs/reference/messages.md",
+    "tools/rooms_map.py": "docs/explanation/architecture.md",
+}
 
 
 @pytest.mark.parametrize("maker", PAGES)
@@ -19,3 +23,15 @@ def test_page_is_up_to_date(maker: str, tmp_path: Path) -> None:
     written = tmp_path / "page.md"
     subprocess.run([sys.executable, ROOT / maker, written], check=True, cwd=ROOT)
     assert written.read_text() == (ROOT / PAGES[maker]).read_text()
+
+
+def test_every_room_says_what_it_is() -> None:
+    """No room is without a sentence, and the map names the packages that there are."""
+    page = (ROOT / "docs/explanation/architecture.md").read_text()
+    rooms = [
+        path.parent for base in ("vfiouser_oob", "agents", "protocol") for path in (ROOT / base).rglob("__init__.py")
+    ]
+    for room in rooms:
+        found = re.search(rf"^\| `{room.relative_to(ROOT).as_posix()}/` \| (.+) \|$", page, re.MULTILINE)
+        assert found is not None, room
+        assert len(found[1].split()) > 3, room

@@ -92,7 +92,7 @@ MIGRATION: MigrationStatus = {
     "held_back": False,
     "owner": None,
     "fenced": False,
-    "generation": 0,
+    "epoch": 0,
     "bytes": 0,
     "buffered": 0,
     "remaining": 0,

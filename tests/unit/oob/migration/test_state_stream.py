@@ -117,16 +117,14 @@ def test_reserved_bytes_are_zero() -> None:
     assert Refusal.CORRUPT is refusal([body + struct.pack("<I", crc32(body))]).reason
 
 
-@pytest.mark.parametrize(
-    ("generation", "sequence", "offset"), [(2, 2, 11), (4, 2, 11), (3, 1, 11), (3, 3, 11), (3, 2, 0)]
-)
-def test_a_record_out_of_place_is_refused_by_its_head(generation: int, sequence: int, offset: int) -> None:
-    """Of another generation, number or offset: its payload is not even waited for."""
-    records = whole_records(PIECES, generation=3)[:3]
+@pytest.mark.parametrize(("epoch", "sequence", "offset"), [(2, 2, 11), (4, 2, 11), (3, 1, 11), (3, 3, 11), (3, 2, 0)])
+def test_a_record_out_of_place_is_refused_by_its_head(epoch: int, sequence: int, offset: int) -> None:
+    """Of another epoch, number or offset: its payload is not even waited for."""
+    records = whole_records(PIECES, epoch=3)[:3]
     reader = StreamReader()
     reader.feed(b"".join(records))
     with pytest.raises(StreamRefused, match="was due") as info:
-        reader.feed(pack_head(b"data", generation, sequence, 10, offset, 0))
+        reader.feed(pack_head(b"data", epoch, sequence, 10, offset, 0))
     assert Refusal.ORDER is info.value.reason
 
 
@@ -148,7 +146,7 @@ def test_truncation(length: int) -> None:
 
 @pytest.mark.parametrize("surplus", [b"\0", MAGIC, RECORDS_OF_STREAM[0], RECORDS_OF_STREAM[-1]])
 def test_nothing_follows_the_trailer(surplus: bytes) -> None:
-    """Not even one byte, or a new generation."""
+    """Not even one byte, or a new epoch."""
     assert Refusal.ORDER is refusal([STREAM, surplus]).reason
     assert Refusal.ORDER is refusal([STREAM + surplus]).reason
 
@@ -202,34 +200,34 @@ def test_descriptor_and_config_have_to_be_there(skipped: int) -> None:
 
 
 def test_restart() -> None:
-    """A new header at a record's boundary voids what came; the second generation is complete by itself."""
+    """A new header at a record's boundary voids what came; the second epoch is complete by itself."""
     writer = StreamWriter(5)
     records = [writer.header(), writer.descriptor(b"old"), writer.data(0, b"old state"), writer.pci(b"old")]
     records += [writer.header(), writer.descriptor(b"new"), writer.data(0, b"new state"), writer.pci(b"new")]
     records += [writer.trailer(hashlib.sha256(b"new state").digest())]
     read, state = read_stream([b"".join(record) for record in records])
     assert [Header(5, restart=False), Header(6, restart=True)] == [item for item in read if isinstance(item, Header)]
-    assert (6, b"new state") == (writer.generation, state)
+    assert (6, b"new state") == (writer.epoch, state)
     assert writer.complete
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 6])
 def test_restart_wherever_a_record_may_come(at: int) -> None:
-    """Generation 2 may begin anywhere before the trailer of generation 1."""
-    records = RECORDS_OF_STREAM[:at] + whole_records([b"again"], generation=2)
+    """Generation 2 may begin anywhere before the trailer of epoch 1."""
+    records = RECORDS_OF_STREAM[:at] + whole_records([b"again"], epoch=2)
     assert b"again" == read_stream(records)[1]
 
 
-@pytest.mark.parametrize("generation", [0, 1])
-def test_restart_has_to_count_up(generation: int) -> None:
-    """The header of the same or an earlier generation is no restart."""
-    refused = refusal(RECORDS_OF_STREAM[:3] + whole_records([], generation=generation))
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_restart_has_to_count_up(epoch: int) -> None:
+    """The header of the same or an earlier epoch is no restart."""
+    refused = refusal(RECORDS_OF_STREAM[:3] + whole_records([], epoch=epoch))
     assert Refusal.ORDER is refused.reason
 
 
 def test_restart_inside_a_record_is_refused() -> None:
     """The rest of a record has to be delivered first."""
-    broken = [*RECORDS_OF_STREAM[:2], RECORDS_OF_STREAM[3][:100], *whole_records([b"again"], generation=2)]
+    broken = [*RECORDS_OF_STREAM[:2], RECORDS_OF_STREAM[3][:100], *whole_records([b"again"], epoch=2)]
     assert refusal(broken).reason in {Refusal.CORRUPT, Refusal.ORDER}
 
 
@@ -281,7 +279,7 @@ def test_queue_gives_any_portion() -> None:
 
 @pytest.mark.parametrize(("taken", "kept"), [(0, 0), (32, 0), (33, 35), (68, 0), (70, 41)])
 def test_queue_forgets_what_was_not_begun(taken: int, kept: int) -> None:
-    """Before a new generation, a record that is half delivered is finished and all others are dropped."""
+    """Before a new epoch, a record that is half delivered is finished and all others are dropped."""
     queue = RecordQueue()
     for record in RECORDS_OF_STREAM[:4]:
         queue.put((record[:HEAD_SIZE], record[HEAD_SIZE:]))
@@ -291,6 +289,6 @@ def test_queue_forgets_what_was_not_begun(taken: int, kept: int) -> None:
     assert total - taken - kept == queue.drop_untouched()
     assert kept == len(queue)
     rest = b"".join(queue.take(1 << 20))
-    again = whole_records([b"again"], generation=2)
+    again = whole_records([b"again"], epoch=2)
     if taken:
         assert b"again" == read_stream([head, rest, *again])[1]
