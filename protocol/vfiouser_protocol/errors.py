@@ -31,11 +31,6 @@ class VfioUserError(Exception):
         super().__init__(message)
         self.errno = self.default_errno if errno is None else errno
 
-    @property
-    def errno_name(self) -> str:
-        """The symbolic name of `errno`, for example ``EINVAL``."""
-        return _errno.errorcode.get(self.errno, f"errno {self.errno}")
-
 
 class LocalProtocolError(VfioUserError):
     """Our own side used the protocol wrongly."""

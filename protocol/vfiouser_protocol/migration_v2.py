@@ -31,46 +31,30 @@ from vfiouser_protocol.rules import require_argsz
 # --- States ---
 
 
-class ArcMeaning(Enum):
-    """What an arc does to the device and to its data session."""
-
-    STOP = "stop"
-    RUN = "run"
-    BEGIN_PRECOPY = "begin_precopy"
-    CANCEL_PRECOPY = "cancel_precopy"
-    FINISH_PRECOPY = "finish_precopy"
-    BEGIN_SAVE = "begin_save"
-    END_SAVE = "end_save"
-    BEGIN_LOAD = "begin_load"
-    COMMIT_LOAD = "commit_load"
-
-
 class Arc(NamedTuple):
     """One step that a device can make.
 
     Args:
         source: where it begins.
         target: where it ends.
-        meaning: what happens.
     """
 
     source: DeviceState
     target: DeviceState
-    meaning: ArcMeaning
 
 
 _S = DeviceState
 #: Spec: linux/vfio.h, enum vfio_device_mig_state, without the P2P states.
 ARCS: tuple[Arc, ...] = (
-    Arc(_S.RUNNING, _S.STOP, ArcMeaning.STOP),
-    Arc(_S.STOP, _S.RUNNING, ArcMeaning.RUN),
-    Arc(_S.RUNNING, _S.PRE_COPY, ArcMeaning.BEGIN_PRECOPY),
-    Arc(_S.PRE_COPY, _S.RUNNING, ArcMeaning.CANCEL_PRECOPY),
-    Arc(_S.PRE_COPY, _S.STOP_COPY, ArcMeaning.FINISH_PRECOPY),
-    Arc(_S.STOP, _S.STOP_COPY, ArcMeaning.BEGIN_SAVE),
-    Arc(_S.STOP_COPY, _S.STOP, ArcMeaning.END_SAVE),
-    Arc(_S.STOP, _S.RESUMING, ArcMeaning.BEGIN_LOAD),
-    Arc(_S.RESUMING, _S.STOP, ArcMeaning.COMMIT_LOAD),
+    Arc(_S.RUNNING, _S.STOP),
+    Arc(_S.STOP, _S.RUNNING),
+    Arc(_S.RUNNING, _S.PRE_COPY),
+    Arc(_S.PRE_COPY, _S.RUNNING),
+    Arc(_S.PRE_COPY, _S.STOP_COPY),
+    Arc(_S.STOP, _S.STOP_COPY),
+    Arc(_S.STOP_COPY, _S.STOP),
+    Arc(_S.STOP, _S.RESUMING),
+    Arc(_S.RESUMING, _S.STOP),
 )
 #: States in which data is saved: only where a path begins or ends.
 SAVING = frozenset({_S.PRE_COPY, _S.STOP_COPY})
@@ -81,8 +65,6 @@ WRITABLE = frozenset({_S.RESUMING})
 RUNS = frozenset({_S.RUNNING, _S.PRE_COPY})
 #: Requests that no path serves, though arcs would lead there: data that was saved after the stop would be worthless.
 FORBIDDEN = frozenset({(_S.STOP_COPY, _S.PRE_COPY)})
-
-_BY_ENDS = MappingProxyType({(arc.source, arc.target): arc for arc in ARCS})
 
 
 def _search(current: DeviceState, target: DeviceState, arcs: Collection[Arc]) -> tuple[Arc, ...] | None:
@@ -100,7 +82,7 @@ def _search(current: DeviceState, target: DeviceState, arcs: Collection[Arc]) ->
 
 
 def _paths(precopy: bool) -> Mapping[tuple[int, int], tuple[Arc, ...]]:
-    arcs = [arc for arc in ARCS if precopy or _S.PRE_COPY not in arc[:2]]
+    arcs = [arc for arc in ARCS if precopy or _S.PRE_COPY not in arc]
     states = {arc.source for arc in arcs}
     found: dict[tuple[int, int], tuple[Arc, ...]] = {}
     for current in states:
@@ -130,21 +112,6 @@ def path_arcs(current: DeviceState, target: int, *, precopy: bool = True) -> tup
     return _PATHS[precopy].get((current, target))
 
 
-def shortest_path(current: DeviceState, target: int, *, precopy: bool = True) -> list[DeviceState] | None:
-    """Return the states that a request enters, in order; see `path_arcs`.
-
-    Args:
-        current: where the device is.
-        target: what was asked for, any number.
-        precopy: whether the device has PRE_COPY.
-
-    Returns:
-        The states without the current one, none if the device is there already; None if the request is illegal.
-    """
-    arcs = path_arcs(current, target, precopy=precopy)
-    return None if arcs is None else [arc.target for arc in arcs]
-
-
 def require_path(current: DeviceState, target: int, *, precopy: bool = True) -> tuple[Arc, ...]:
     """Return the arcs of a legal request, refuse any other; see `path_arcs`.
 
@@ -166,11 +133,6 @@ def require_path(current: DeviceState, target: int, *, precopy: bool = True) -> 
         allowed = f"from there lead ways to {', '.join(legal)}" if legal else "only a reset leads out"
         raise CommandError(f"state {wanted} was asked for in {current.name}; {allowed}; nothing changes")
     return arcs
-
-
-def arc_between(source: DeviceState, target: DeviceState) -> Arc | None:
-    """Return the direct arc from one state to another, None if there is none."""
-    return _BY_ENDS.get((source, target))
 
 
 # --- Features ---

@@ -37,7 +37,6 @@ from .pci_caps import (
 )
 from .pci_header import (
     EXTENDED_SIZE,
-    ROM_ENABLE,
     STANDARD_SIZE,
     STATUS_INTERRUPT,
     BarSpec,
@@ -302,23 +301,9 @@ class ConfigSpace:
         return bool(self._word(ConfigOffset.COMMAND) & CommandBits.INTX_DISABLE)
 
     @property
-    def rom_enabled(self) -> bool:
-        """True if the expansion ROM is decoded."""
-        return bool(self._values[ConfigOffset.ROM] & ROM_ENABLE)
-
-    @property
     def msi_enabled(self) -> bool:
         """True if MSI is enabled."""
         return bool(self._msi_control & MsiControl.ENABLE)
-
-    @property
-    def msi_vectors(self) -> int:
-        """How many MSI vectors the guest uses; 0 while MSI is disabled."""
-        control = self._msi_control
-        if not control & MsiControl.ENABLE:
-            return 0
-        wanted = control >> MsiControl.ENABLED_SHIFT & MsiControl.COUNT_MASK
-        return 1 << min(wanted, control >> MsiControl.CAPABLE_SHIFT & MsiControl.COUNT_MASK)
 
     @property
     def msix_enabled(self) -> bool:
@@ -329,12 +314,6 @@ class ConfigSpace:
     def msix_function_masked(self) -> bool:
         """True if all MSI-X vectors are masked together."""
         return bool(self._msix_control & MsixControl.FUNCTION_MASK)
-
-    @property
-    def power_state(self) -> int:
-        """0 for D0, 3 for D3hot."""
-        at = self._layout.power
-        return 0 if at is None else self._values[at + PowerControl.CONTROL] & PowerControl.STATE_MASK
 
     @property
     def as_written(self) -> bytes:

@@ -23,8 +23,8 @@ from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.capabilities import Capabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import RegionIndex
-from vfiouser_protocol.dirty import bitmap_size, check_report_pages
 from vfiouser_protocol.dirty_pages import GetDirty, StartDirty, interpret_dirty_pages, require_dirty_range
+from vfiouser_protocol.dma_logging import require_unmap_bitmap
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.limits import DEFAULT_MAX_BITMAP_SIZE
 from vfiouser_protocol.messages import DmaUnmap
@@ -127,17 +127,9 @@ class MigrationPort:
         Raises:
             CommandError: nothing is logged, or the range is not mapped so.
         """
-        if not self.dirty.log.active:
-            raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
-        session = self._device.session
+        require_unmap_bitmap(request, self.dirty.log)
+        session, page_size = self._device.session, request.bitmap_pgsize or 0
         session.memory.require(request)
-        page_size = request.bitmap_pgsize or 0
-        check_report_pages(request.address, request.size, page_size)
-        needed = bitmap_size(request.size, page_size)
-        if request.bitmap_size != needed:
-            raise CommandError(
-                f"DMA_UNMAP has room for {request.bitmap_size} bytes of bitmap, the range needs {needed}"
-            )
         # Unmapped first: what the device writes until then is in the report.
         regions = list(session.memory.map.overlapping(request.address, request.size))
         done = session.dma_unmap(request)

@@ -16,12 +16,11 @@ from vfiouser_protocol.buffers import BufferPool
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.migration_v1 import (
-    FROM_V2,
-    STATE_MASK,
     DataAccess,
     Iteration,
     RegionLayout,
     Register,
+    device_state_value,
     pack_register,
     require_transition,
     require_writable,
@@ -50,7 +49,8 @@ class V1View:
         self._layout = RegionLayout(mmap.PAGESIZE, data_size)
         self._iteration = Iteration(self._layout)
         self._memory: SharedMemory | None = None
-        self._reserved = 0
+        #: What the client wrote to device_state last.
+        self._written = 0
         self._pool = BufferPool()
         self.index = index
         self._readers: Mapping[Register, Callable[[], ReadAnswer]] = {
@@ -133,12 +133,11 @@ class V1View:
     # Registers
 
     def _read_state(self) -> bytes:
-        value = FROM_V2[self._transfer.state] | self._reserved
-        return pack_register(Register.DEVICE_STATE, value)
+        return pack_register(Register.DEVICE_STATE, device_state_value(self._transfer.state, self._written))
 
     async def _write_state(self, value: int) -> None:
         await self._transfer.request(lambda current: require_transition(current, value))
-        self._reserved = value & ~STATE_MASK & 0xFFFF_FFFF
+        self._written = value
         self._pool.drop()
         self._follow()
 

@@ -76,16 +76,3 @@ class Completion(NamedTuple):
             phase: phase tag, 0 or 1.
         """
         return _CQE.pack(self.result, 0, sq_head, self.sqid, self.cid, self.status << 1 | phase)
-
-
-def parse_completion(data: bytes) -> tuple[int, int, int, int, int, int]:
-    """Take a completion queue entry apart.
-
-    Args:
-        data: 16 bytes.
-
-    Returns:
-        (result, sq_head, sqid, cid, status field, phase).
-    """
-    result, _, sq_head, sqid, cid, status = _CQE.unpack(data)
-    return result, sq_head, sqid, cid, status >> 1, status & 1

@@ -14,13 +14,14 @@ from vfiouser_protocol.migration_v2 import (
     ALL_FEATURES,
     FEATURES,
     RUNS,
-    ArcMeaning,
+    Arc,
     FeatureAction,
     interpret_feature,
     require_path,
 )
 
 LAYOUT = RegionLayout(4096, 4096)
+S = DeviceState
 
 
 class NaiveDevice:
@@ -30,34 +31,34 @@ class NaiveDevice:
         self.runs = True
         self.session: str | None = None
 
-    def apply(self, meaning: ArcMeaning) -> None:
+    def apply(self, arc: Arc) -> None:
         """Do what an arc means."""
-        match meaning:
-            case ArcMeaning.STOP:
+        match arc:
+            case (S.RUNNING, S.STOP):
                 assert (True, None) == (self.runs, self.session)
                 self.runs = False
-            case ArcMeaning.RUN:
+            case (S.STOP, S.RUNNING):
                 assert (False, None) == (self.runs, self.session)
                 self.runs = True
-            case ArcMeaning.BEGIN_PRECOPY:
+            case (S.RUNNING, S.PRE_COPY):
                 assert (True, None) == (self.runs, self.session)
                 self.session = "save"
-            case ArcMeaning.CANCEL_PRECOPY:
+            case (S.PRE_COPY, S.RUNNING):
                 assert (True, "save") == (self.runs, self.session)
                 self.session = None
-            case ArcMeaning.FINISH_PRECOPY:
+            case (S.PRE_COPY, S.STOP_COPY):
                 assert (True, "save") == (self.runs, self.session)
                 self.runs = False
-            case ArcMeaning.BEGIN_SAVE:
+            case (S.STOP, S.STOP_COPY):
                 assert (False, None) == (self.runs, self.session)
                 self.session = "save"
-            case ArcMeaning.END_SAVE:
+            case (S.STOP_COPY, S.STOP):
                 assert (False, "save") == (self.runs, self.session)
                 self.session = None
-            case ArcMeaning.BEGIN_LOAD:
+            case (S.STOP, S.RESUMING):
                 assert (False, None) == (self.runs, self.session)
                 self.session = "load"
-            case ArcMeaning.COMMIT_LOAD:
+            case (S.RESUMING, S.STOP):
                 assert (False, "load") == (self.runs, self.session)
                 self.session = None
 
@@ -79,7 +80,7 @@ class TwoViewsMachine(RuleBasedStateMachine):
             return
         for arc in arcs:
             assert self.state is arc.source
-            self.device.apply(arc.meaning)
+            self.device.apply(arc)
             self.state = arc.target
         assert wanted == self.state
 
@@ -92,7 +93,7 @@ class TwoViewsMachine(RuleBasedStateMachine):
             return
         for arc in arcs:
             assert self.state is arc.source
-            self.device.apply(arc.meaning)
+            self.device.apply(arc)
             self.state = arc.target
         assert written & 7 == v1.FROM_V2[self.state]
 
@@ -104,7 +105,7 @@ class TwoViewsMachine(RuleBasedStateMachine):
         except CommandError:
             return
         for arc in arcs[:stop_after]:
-            self.device.apply(arc.meaning)
+            self.device.apply(arc)
             self.state = arc.target
 
     @invariant()

@@ -244,7 +244,6 @@ def test_bars_and_rom_report_changes() -> None:
     assert ConfigEffects(bars_changed=True) == put(config, 0x10, 4, 0xFE000000)
     assert not put(config, 0x10, 4, 0xFE000004)
     assert ConfigEffects(rom_changed=True) == put(config, 0x30, 4, 0xFE100001)
-    assert config.rom_enabled
     assert not put(config, 0x3C, 1, 11)
     assert 11 == get(config, 0x3C, 1)
 
@@ -267,12 +266,11 @@ def test_msi() -> None:
     """64-bit MSI with masks: eight vectors offered, four enabled; address, data and masks are kept."""
     config = make()
     assert 0x0186 == get(config, MSI + 2, 2)
-    assert 0 == config.msi_vectors
     put(config, MSI + 4, 4, 0xFEE00003)
     put(config, MSI + 8, 4, 0x1)
     put(config, MSI + 12, 2, 0x4041)
     assert ConfigEffects(msi_changed=True) == put(config, MSI + 2, 2, 0x0021)
-    assert (True, 4) == (config.msi_enabled, config.msi_vectors)
+    assert config.msi_enabled
     assert (0xFEE00000, 1, 0x4041) == (
         get(config, MSI + 4, 4),
         get(config, MSI + 8, 4),
@@ -281,7 +279,6 @@ def test_msi() -> None:
     put(config, MSI + 16, 4, 0xFFFFFFFF)
     assert (0xFF, 0) == (get(config, MSI + 16, 4), get(config, MSI + 20, 4))
     put(config, MSI + 2, 2, 0x0071)
-    assert 8 == config.msi_vectors
     assert ConfigEffects(msi_changed=True) == put(config, MSI + 2, 2, 0)
 
 
@@ -307,13 +304,7 @@ def test_function_without_msi_and_msix() -> None:
     """Without the capabilities nothing is ever enabled."""
     config = ConfigSpace(NVME)
     config.write(0x40, b"\xff" * 0xC0)
-    assert (False, 0, False, False, 0) == (
-        config.msi_enabled,
-        config.msi_vectors,
-        config.msix_enabled,
-        config.msix_function_masked,
-        config.power_state,
-    )
+    assert (False, False, False) == (config.msi_enabled, config.msix_enabled, config.msix_function_masked)
 
 
 def test_power_states() -> None:
@@ -322,11 +313,10 @@ def test_power_states() -> None:
     assert 0x0008 == get(config, PM + 4, 2)
     assert not put(config, PM + 4, 2, 1)
     assert ConfigEffects(power_changed=True) == put(config, PM + 4, 2, 3)
-    assert 3 == config.power_state
     assert not put(config, PM + 4, 1, 2)
     assert 0x000B == get(config, PM + 4, 2)
     assert ConfigEffects(power_changed=True) == config.write(PM, bytes(8))
-    assert 0 == config.power_state
+    assert 0x0008 == get(config, PM + 4, 2)
 
 
 def test_pci_express_looks_like_an_endpoint() -> None:
