@@ -95,6 +95,7 @@ def daemon(
     memlock: int | None = None,
     name: str = "f0",
     reply_budget_s: float = 4.0,
+    logged: LogLevel = LOGGED,
 ) -> Iterator[Daemon]:
     """Run a daemon that serves one function, named by address or UUID, and has it migrated by its driver if that is
     wanted; it must end with status 0 unless the block has killed it.
@@ -115,7 +116,7 @@ def daemon(
             ),
         ),
         control_socket=control,
-        log_level=LOGGED,
+        log_level=logged,
         reply_budget_s=reply_budget_s,
     )
     pid = os.fork()
@@ -136,7 +137,7 @@ def _serve(config: DaemonConfig, log_file: Path, uid: int, memlock: int | None) 
     if memlock is not None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, memlock))
     _become(uid)
-    log.configure(LOGGED)
+    log.configure(config.log_level)
     try:
         trio.run(partial(run_daemon, config, control=serve_control))
     except BaseException:

@@ -18,7 +18,7 @@ from kvfio import bed
 from kvfio.bed import INTERFACE, NVME, SHARED, Daemon, background_client, client, daemon
 from kvfio.scenarios import MIB, refusal, verified_io, wait_until
 from vfiouser_oob.client.client import Client
-from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
+from vfiouser_oob.config.schema import LogLevel, RegionPolicy, VfioInterface
 from vfiouser_oob.transport.fds import Lent
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import ReplyError
@@ -234,7 +234,7 @@ def dma_buf() -> None:
         (RegionPolicy.AUTO, "s no dma-buf of a region"),  # makes none, before Linux 6.19, or maps none
         (RegionPolicy.DMABUF, "this kernel cannot map a dma-buf of a region; every access is a message"),
     ):
-        with daemon(NVME, policy=policy) as served:
+        with daemon(NVME, policy=policy, logged=LogLevel.DEBUG) as served:
             client(lambda path, p=policy: work(path, mapped=p is RegionPolicy.AUTO), served)  # type: ignore[misc]
             log = served.log.read_text()
             assert line in log, log

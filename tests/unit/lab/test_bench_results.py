@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_measurements_take_turns() -> None:
     assert {"a": 2.0, "b": 5.0} == found
 
 
-def served(peer: object) -> tuple[RawClient, threading.Thread]:
+def served(peer: Callable[[socket.socket], None]) -> tuple[RawClient, threading.Thread]:
     """One of the peers in a thread, and a client of it."""
     ours, theirs = socket.socketpair()
 

@@ -12,6 +12,7 @@ import pytest
 
 from vfiouser_oob.config import ConfigError, FunctionConfig, ModelDevice
 from vfiouser_oob.systemd.listen import assign_sockets, check_listening, inherited_sockets
+from vfiouser_oob.transport.fds import HasFileno
 
 # Far above what the test process has open, so that descriptors can be placed in a row as systemd does.
 FIRST = 900
@@ -102,7 +103,12 @@ def test_only_listening_unix_stream_sockets_will_do(tmp_path: Path) -> None:
         tcp.bind(("127.0.0.1", 0))
         tcp.listen()
         check_listening(good.fileno(), "it")
-        cases = {file: "no socket", datagram: "SOCK_DGRAM", tcp: "AF_INET", left: "does not listen"}
+        cases: dict[HasFileno, str] = {
+            file: "no socket",
+            datagram: "SOCK_DGRAM",
+            tcp: "AF_INET",
+            left: "does not listen",
+        }
         for bad, words in cases.items():
             with pytest.raises(ConfigError, match=words):
                 check_listening(bad.fileno(), "it")

@@ -75,7 +75,7 @@ async def test_what_was_put_off_arrives_once_in_order(tmp_path: Path) -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert not notifier.ready()
             assert not notifier.stopping()
-            received = []
+            received: list[bytes] = []
             while len(received) < sent + 3:
                 await trio.lowlevel.wait_readable(manager)
                 received.append(manager.recv(1000))
