@@ -1,8 +1,8 @@
 """The resets, as one table.
 
 A guest, a VMM, a lost connection and a new client each reset a function, and each means something else. The backend of
-models does what a row says of the device, and the migration what it says of the migration. A real function, and the device
-of another server, are reset by their kernel and their server; this table says what they are to make of it.
+models does what a row says of the device, and the migration what it says of the migration. A real function and the
+device of another server are reset by their kernel and their server; a row says what they are to make of it.
 """
 
 from __future__ import annotations

@@ -141,6 +141,18 @@ class MigrationPort:
 
     # What the connection tells
 
+    def reset(self) -> Awaitable[None]:
+        """DEVICE_RESET."""
+        return self.runner.reset()
+
+    async def function_reset(self) -> None:
+        """The guest has reset the function through configuration space, which the device has done already."""
+        await self.runner.function_reset()
+
+    def unmapped(self, iova: int, length: int) -> Awaitable[None] | None:
+        """A mapping went away; if it was a large one, forgetting its pages has to be waited for."""
+        return self.dirty.unmapped(iova, length)
+
     def held_by(self, drained: Callable[[], Awaitable[None]]) -> None:
         """Take what waits until no write of the guest is held back any more."""
         self._device.drained = drained

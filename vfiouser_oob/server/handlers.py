@@ -7,12 +7,11 @@ Ranges, counts and argsz are checked here once, for every kind of device.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from vfiouser_oob.devices.base import Answer, BackendSession, IoFds
-from vfiouser_oob.migration.port import MigrationPort
+from vfiouser_oob.migration.no_migration import Port
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.pieces import Pieces
@@ -27,14 +26,10 @@ from vfiouser_protocol.constants import (
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.limits import MAX_MULTI_WRITES
 from vfiouser_protocol.messages import (
-    DeviceFeature,
     DeviceInfo,
-    DirtyPages,
     DmaMap,
     DmaUnmap,
     IrqInfo,
-    MigDataRead,
-    MigDataWrite,
     Payload,
     RegionInfo,
     RegionIoFds,
@@ -82,6 +77,7 @@ Result: TypeAlias = "bytes | Reply | Pieces | Awaitable[bytes | Reply | Pieces]"
 READY = (bytes, Reply, Pieces)
 #: Payload, descriptors that mean something to the command (lent; what is kept is taken), and whether nobody waits for
 #: the result.
+_CONFIG = int(RegionIndex.CONFIG)
 Handler: TypeAlias = Callable[[bytes, Sequence[OwnedFd], bool], Result]
 
 
@@ -91,18 +87,16 @@ class Handlers:
     Args:
         session: the device, as opened for this client.
         max_transfer: largest `count` that we take, in bytes.
-        port: the function's migration, as far as this client may use it; None for a function without an agent.
+        port: the function's migration, as far as this client may use it.
     """
 
-    def __init__(self, session: BackendSession, max_transfer: int, port: MigrationPort | None = None) -> None:
+    def __init__(self, session: BackendSession, max_transfer: int, port: Port) -> None:
         self._session = session
         self._port = port
-        self._v1 = None if port is None else port.v1
+        self._v1 = port.v1
         self._regions = _with_migration(session.description.regions, self._v1)
         #: Index of the migration region; no region has the number that stands for none.
         self._v1_index = -1 if self._v1 is None else self._v1.index
-        #: Accesses to config space are noted for the migration only where there is one.
-        self._config_index = -1 if port is None else int(RegionIndex.CONFIG)
         self._irqs = session.description.irqs
         self._max_transfer = max_transfer
         self._lane = Lane()
@@ -169,7 +163,7 @@ class Handlers:
 
     def reset(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_RESET."""
-        return _empty(self._session.reset() if self._port is None else self._port.runner.reset())
+        return _empty(self._port.reset())
 
     # Registers
 
@@ -222,17 +216,16 @@ class Handlers:
     def _write(self, region: int, offset: int, data: bytes, posted: bool) -> Answer[None]:
         if region == self._v1_index and self._v1 is not None:
             return self._v1.write(offset, data)
-        if region == self._config_index and self._port is not None and self._port.config_written(offset, data):
+        if region == _CONFIG and self._port.config_written(offset, data):
             return self._function_reset(offset, data)
         return self._session.region_write(region, offset, data, posted=posted)
 
     async def _function_reset(self, offset: int, data: bytes) -> None:
         """The guest resets the function: the device first, then what its migration makes of it."""
-        assert self._port is not None
         done = self._session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
         if done is not None:
             await done
-        await self._port.runner.function_reset()
+        await self._port.function_reset()
 
     def _region(self, index: int) -> RegionSpec:
         if index >= len(self._regions):
@@ -269,8 +262,6 @@ class Handlers:
         if flags & ~_UNMAP_KNOWN or flags == _UNMAP_KNOWN:
             raise CommandError(f"DMA_UNMAP flags {flags:#x}; allowed are one of GET_DIRTY_BITMAP 0x1 and ALL 0x2")
         if flags & _UNMAP_BITMAP:
-            if self._port is None:
-                raise CommandError("DMA_UNMAP asks for a dirty bitmap while nothing is logged")
             return self._port.unmap_dirty(request)
         if flags & _UNMAP_ALL:
             if request.address or request.size:
@@ -278,42 +269,29 @@ class Handlers:
             done = self._session.dma_unmap_all()
         else:
             done = self._session.dma_unmap(request)
-            if self._port is not None:
-                forgotten = self._port.dirty.unmapped(request.address, request.size)
-                if forgotten is not None:
-                    done = forgotten if done is None else _both(done, forgotten)
+            forgotten = self._port.unmapped(request.address, request.size)
+            if forgotten is not None:
+                done = forgotten if done is None else _both(done, forgotten)
         reply = payload[:_UNMAP_SIZE]
         return reply if done is None else _then(done, reply)
 
-    # Migration: a function without an agent has none, and says so
+    # Migration
 
     def dirty_pages(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DIRTY_PAGES."""
-        if self._port is not None:
-            return self._port.dirty_pages(payload, posted=no_reply)
-        self._decode(DirtyPages, payload)
-        raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
+        return self._port.dirty_pages(payload, posted=no_reply)
 
     def device_feature(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_FEATURE."""
-        if self._port is not None:
-            return self._port.device_feature(payload, posted=no_reply)
-        request = decode(DeviceFeature, payload)
-        raise CommandError(f"feature {request.index} on a function that cannot be migrated")
+        return self._port.device_feature(payload, posted=no_reply)
 
     def mig_data_read(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """MIG_DATA_READ."""
-        if self._port is not None:
-            return self._port.mig_data_read(payload, posted=no_reply)
-        decode(MigDataRead, payload)
-        raise CommandError("MIG_DATA_READ on a function that cannot be migrated")
+        return self._port.mig_data_read(payload, posted=no_reply)
 
     def mig_data_write(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """MIG_DATA_WRITE."""
-        if self._port is not None:
-            return self._port.mig_data_write(payload)
-        decode(MigDataWrite, payload)
-        raise CommandError("MIG_DATA_WRITE on a function that cannot be migrated")
+        return self._port.mig_data_write(payload)
 
     def _decode(self, kind: type[P], payload: bytes) -> P:
         """Decode a request and check its argsz."""

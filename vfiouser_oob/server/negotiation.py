@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, DeviceBackend
+from vfiouser_oob.migration.no_migration import NoMigration, Port
 from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.channel import Channel
@@ -119,7 +120,7 @@ class Negotiating:
         twin = self._make_twin(held) if wants_twin else None
         backend, port = await self._open(host, proposed, deadline, held)
         offer = within(OFFER, backend.limits)
-        if port is not None and port.migratable:
+        if port.migratable:
             offer = offer._replace(migration=MigrationCapability())
         reply = self.session.accept(event.header, offer, grant_twin=twin is not None)
         agreed = self.session.negotiated
@@ -140,7 +141,7 @@ class Negotiating:
 
     async def _open(
         self, host: Host, proposed: Capabilities, deadline: float, held: AsyncExitStack
-    ) -> tuple[BackendSession, MigrationPort | None]:
+    ) -> tuple[BackendSession, Port]:
         """Open the device for the client, and its migration; the device forgets the client before.
 
         Raises:
@@ -153,9 +154,9 @@ class Negotiating:
                 # From here on the connection closes the device, whatever happens.
                 held.push_async_callback(backend.close)
                 late = "the agent did not answer in time"
-                port = await host.attach_migration(backend, proposed)
-                if port is not None:
-                    held.push_async_callback(port.detach)
+                migrating = await host.attach_migration(backend, proposed)
+                port: Port = migrating or NoMigration(backend, OFFER.max_data_xfer_size)
+                held.push_async_callback(port.detach)
                 late = "the device was not reset in time"
                 renewed = backend.renew()
                 if renewed is not None:
@@ -170,7 +171,7 @@ class Negotiating:
         offer: Capabilities,
         twin: Channel | None,
         backend: BackendSession,
-        port: MigrationPort | None,
+        port: Port,
     ) -> Attached:
         """Make what an attached client consists of."""
         context, link, lane = self._context, self.link, Lane()
@@ -182,14 +183,12 @@ class Negotiating:
         dispatcher = Dispatcher(self.session, self.main, executor, context, lane)
         return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane)
 
-    def _executor(
-        self, agreed: Negotiated, offer: Capabilities, backend: BackendSession, port: MigrationPort | None
-    ) -> Executor:
-        if port is None:
-            return Executor(Handlers(backend, offer.max_data_xfer_size).table, self.link, self._context)
+    def _executor(self, agreed: Negotiated, offer: Capabilities, backend: BackendSession, port: Port) -> Executor:
         port.negotiated(agreed.client, offer, agreed.migration_pgsize)
-        self.main.stream.make_room()
         handlers = Handlers(backend, offer.max_data_xfer_size, port).table
+        if not isinstance(port, MigrationPort):
+            return Executor(handlers, self.link, self._context)
+        self.main.stream.make_room()
         holding = HoldingExecutor(handlers, self.link, self._context, port)
         port.held_by(holding.hold.drained)
         return holding
