@@ -2,8 +2,9 @@
 
 One connection carries the sessions of all functions. It is made by the first call that needs it. When it is lost, the
 calls under way fail with `TransportLost`; the next call connects again, opens its session anew and asks `status` before
-anything else, and takes its migration over by repeating `begin`. While a session is in a migration or is watched that
-happens by itself, with growing pauses. There is a keepalive only while a migration is begun or an answer is due.
+anything else, and takes its migration over by repeating `begin`. Nothing of that happens by itself: whoever watches is
+told of the loss, and when to try again is the caller's to say. There is a keepalive only while a migration is begun or
+an answer is due.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ _log = logging.getLogger(__name__)
 DEFAULT_KEEPALIVE = 5.0
 DEFAULT_CONNECT_TIMEOUT = 5.0
 DEFAULT_CHUNK = 4 << 20
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 
 class Link(NoRequests):
@@ -134,7 +134,6 @@ class MsgpackRpcAgent(Agent):
         self._nursery: trio.Nursery | None = None
         self._link: Link | None = None
         self._attempt: _Attempt | None = None
-        self._restoring = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Agent:
@@ -306,23 +305,6 @@ class MsgpackRpcAgent(Agent):
             self._link = None
         for session in self.sessions:
             session.on_loss(link, str(link.connection.lost))
-        if any(session.wants_connection for session in self.sessions) and not self._restoring:
-            self.background(self._restore)
-
-    async def _restore(self) -> None:
-        self._restoring = True
-        pause = _FIRST_PAUSE
-        try:
-            while wanting := [session for session in self.sessions if session.wants_connection and session.detached]:
-                try:
-                    for session in wanting:
-                        await session.attached(adopt=False)
-                except AgentError as error:
-                    _log.info("agent %s: %s; next attempt in %g s", self.address, error, pause)
-                    await trio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
-        finally:
-            self._restoring = False
 
     async def _keep_alive(self, link: Link) -> None:
         while True:

@@ -86,11 +86,6 @@ class RpcSession(Session):
         return self._caps
 
     @property
-    def wants_connection(self) -> bool:
-        """A lost connection is to be made again even if nobody calls."""
-        return self.migration is not None or self._watchers > 0
-
-    @property
     def detached(self) -> bool:
         """It is not open at the agent."""
         return self._link is None or not self._link.usable
