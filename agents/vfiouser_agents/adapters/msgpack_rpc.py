@@ -20,7 +20,7 @@ import trio
 from vfiouser_agents.api import Agent, AgentInfo, Event, FunctionInfo
 from vfiouser_agents.errors import AgentError, AuthError, ConnectError, ProtocolError, TransportLost, Unsupported
 from vfiouser_agents.options import number, seconds
-from vfiouser_agents.rpc.core import Connection, Handler, NoRequests, RpcConnection
+from vfiouser_agents.rpc.core import AgentConnection, Handler, NoRequests, RpcConnection
 from vfiouser_agents.rpc.endpoint import Address, TlsOptions
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE, Codec
 from vfiouser_agents.rpc.methods import EVENT, FUNCTIONS, HELLO, OVERHEAD, PING, PROTOCOL, VERSIONS
@@ -44,7 +44,7 @@ class Link(NoRequests):
         make: makes the connection, for which this is the handler.
     """
 
-    def __init__(self, agent: MsgpackRpcAgent, make: Callable[[Handler], Connection]) -> None:
+    def __init__(self, agent: MsgpackRpcAgent, make: Callable[[Handler], AgentConnection]) -> None:
         self._agent = agent
         self.connection = make(self)
         self.info = AgentInfo("", "")
@@ -161,7 +161,7 @@ class MsgpackRpcAgent(Agent):
                 self._nursery.cancel_scope.cancel()
             await self._stack.__aexit__(None, None, None)
 
-    async def reach(self) -> Callable[[Handler], Connection]:
+    async def reach(self) -> Callable[[Handler], AgentConnection]:
         """Make what a connection needs.
 
         Returns:
