@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import trio
 
@@ -29,6 +27,7 @@ from vfiouser_agents.rpc.remote import Readers, Remote, read_remote_options, rem
 from vfiouser_agents.rpc.wire import WireError, from_wire
 
 from .msgpack_rpc_session import RpcSession, parse
+from .tasks import AgentWithTasks
 
 _log = logging.getLogger(__name__)
 DEFAULT_KEEPALIVE = 5.0
@@ -89,7 +88,7 @@ class _Attempt:
         self.error: AgentError | None = None
 
 
-class MsgpackRpcAgent(Agent):
+class MsgpackRpcAgent(AgentWithTasks):
     """An agent that speaks the reference protocol.
 
     Args:
@@ -124,14 +123,13 @@ class MsgpackRpcAgent(Agent):
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
         chunk_size: int | None = None,
     ) -> None:
+        super().__init__()
         self.remote = Remote(address, tls, allow_plaintext=allow_plaintext)
         self.address = address
         self.chunk_size = self.default_chunk if chunk_size is None else chunk_size
         self.sessions: list[RpcSession] = []
         self._keepalive_s = keepalive_s
         self._connect_timeout_s = connect_timeout_s
-        self._stack = AsyncExitStack()
-        self._nursery: trio.Nursery | None = None
         self._link: Link | None = None
         self._attempt: _Attempt | None = None
 
@@ -146,20 +144,6 @@ class MsgpackRpcAgent(Agent):
             OptionError: an option cannot be used.
         """
         return cls(**read_remote_options(options, cls.readers, cls.example))
-
-    async def __aenter__(self) -> Self:
-        self._nursery = await self._stack.enter_async_context(trio.open_nursery())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self.aclose()
-        finally:
-            if self._nursery is not None:
-                self._nursery.cancel_scope.cancel()
-            await self._stack.__aexit__(None, None, None)
 
     async def reach(self) -> Callable[[Handler], AgentConnection]:
         """Make what a connection needs.
@@ -221,8 +205,7 @@ class MsgpackRpcAgent(Agent):
             except AgentError as error:
                 _log.debug("agent %s: %s", self.address, error)
 
-        if self._nursery is not None:
-            self._nursery.start_soon(run)
+        self.nursery.start_soon(run)
 
     async def link(self) -> Link:
         """The connection, made if there is none. A caller that is cancelled does not disturb others that wait.
@@ -234,12 +217,10 @@ class MsgpackRpcAgent(Agent):
         """
         if self._link is not None and self._link.usable:
             return self._link
-        if self._nursery is None:
-            raise RuntimeError("an agent is used inside `async with`")
-        attempt = self._attempt
+        nursery, attempt = self.nursery, self._attempt
         if attempt is None:
             attempt = self._attempt = _Attempt()
-            self._nursery.start_soon(self._try, attempt)
+            nursery.start_soon(self._try, attempt)
         await attempt.done.wait()
         if attempt.link is None:
             error = attempt.error or ConnectError("the attempt was given up")
@@ -262,8 +243,7 @@ class MsgpackRpcAgent(Agent):
 
     async def _greeted(self) -> Link:
         link = Link(self, await self.reach())
-        assert self._nursery is not None
-        self._nursery.start_soon(self._run, link)
+        self.nursery.start_soon(self._run, link)
         try:
             link.info = await self._hello(link)
         except BaseException:
