@@ -25,24 +25,17 @@ from .api import (
     Agent,
     AgentInfo,
     Capabilities,
-    Chunk,
-    Descriptor,
-    DirtyReport,
-    Estimate,
     Event,
     EventKind,
     FunctionInfo,
-    Outcome,
-    Phase,
-    Range,
-    Role,
     Session,
     Status,
 )
 from .errors import ERRORS, AgentError, Incompatible, TransportLost
 from .events import EventFeed
-from .operations import BY_NAME, BY_WIRE, Op, Operation
+from .operations import BY_NAME, BY_WIRE, Op
 from .ordering import CallQueue
+from .relay import RelaySession
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -374,23 +367,23 @@ class FaultyAgent(Agent):
         return self._queues[function_id].pending if function_id in self._queues else ""
 
     async def connect(self) -> AgentInfo:
-        """As the inner one."""
+        """Reach the agent behind the faults."""
         return await self.perform("connect", self.inner.connect)  # type: ignore[no-any-return]
 
     async def functions(self) -> Sequence[FunctionInfo]:
-        """As the inner one."""
+        """Ask the agent behind the faults for its functions."""
         return await self.perform("functions", self.inner.functions)  # type: ignore[no-any-return]
 
     async def open(self, function_id: str) -> Session:
-        """As the inner one, with faults."""
+        """A session that goes through the faults."""
         return FaultySession(self, await self.perform("open", self.inner.open, function_id))
 
     async def aclose(self) -> None:
-        """As the inner one."""
+        """Let go of what is behind the faults."""
         await self.inner.aclose()
 
 
-class FaultySession(Session):
+class FaultySession(RelaySession):
     """A session of a `FaultyAgent`."""
 
     def __init__(self, agent: FaultyAgent, inner: Session) -> None:
@@ -399,99 +392,32 @@ class FaultySession(Session):
 
     @property
     def function_id(self) -> str:
-        """As the inner one."""
+        """The function's name."""
         return self.inner.function_id
 
     @property
     def caps(self) -> Capabilities:
-        """As the inner one."""
+        """What the agent behind the faults can do with it."""
         return self.inner.caps
 
-    async def _call(self, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def operate(self, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have the agent perform it, with the fault that is meant for it."""
         work = partial(getattr(self.inner, op.name), **kwargs)
         return cast("T", await self._agent.perform(op.name, work, *args, function_id=self.function_id))
 
-    async def describe(self) -> Descriptor:
-        """As the inner one, with faults."""
-        return await self._call(Operation.DESCRIBE)
-
-    async def check(self, descriptor: Descriptor) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.CHECK, descriptor)
-
-    async def begin(self, role: Role, migration_id: str) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.BEGIN, role, migration_id)
-
     async def status(self) -> Status:
-        """As the inner one, with faults, and never waiting for another call."""
-        status = await self._call(Operation.STATUS)
+        """Where the function is; never waits for another call, so it tells which one is under way."""
+        status = await super().status()
         return replace(status, pending=status.pending or self._agent.pending(self.function_id))
 
-    async def quiesce(self) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.QUIESCE)
-
-    async def stop(self) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.STOP)
-
-    async def resume(self) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.RESUME)
-
-    async def estimate(self) -> Estimate:
-        """As the inner one, with faults."""
-        return await self._call(Operation.ESTIMATE)
-
-    async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
-        """As the inner one, with faults."""
-        return await self._call(Operation.SAVE, offset, limit, phase)
-
-    async def load_begin(self, total: int | None) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.LOAD_BEGIN, total)
-
-    async def load(self, offset: int, data: bytes) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.LOAD, offset, data)
-
-    async def load_commit(self, total: int, sha256: bytes) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.LOAD_COMMIT, total, sha256)
-
-    async def abort(self) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.ABORT)
-
-    async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
-        """As the inner one, with faults."""
-        return await self._call(Operation.DIRTY_START, ranges, page_size)
-
-    async def dirty_report(self, iova: int, length: int) -> DirtyReport:
-        """As the inner one, with faults."""
-        return await self._call(Operation.DIRTY_REPORT, iova, length)
-
-    async def dirty_stop(self) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.DIRTY_STOP)
-
-    async def reset(self) -> None:
-        """As the inner one, with faults; ends what hangs."""
-        await self._call(Operation.RESET)
-
     async def was_reset(self) -> None:
-        """As the inner one."""
+        """Tell the agent behind the faults; nothing goes wrong with that."""
         await self.inner.was_reset()
 
-    async def end(self, outcome: Outcome) -> None:
-        """As the inner one, with faults."""
-        await self._call(Operation.END, outcome)
-
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """As the inner one; `PretendedConnection.feed` has the losses of the connection."""
+        """What the function tells; `PretendedConnection.feed` has the losses of the connection."""
         return self.inner.watch()
 
     async def aclose(self) -> None:
-        """As the inner one."""
+        """Let go of what is behind the faults."""
         await self.inner.aclose()

@@ -53,7 +53,7 @@ class EventKind(Enum):
     DEVICE_ERROR = "device-error"
     SIZE_CHANGED = "size-changed"
     STATE_CHANGED = "state-changed"
-    #: From the adapter: the connection is gone; the function's state is not known.
+    #: From the adapter: the connection is gone; the function's state is not known. The next call connects again.
     CONNECTION_LOST = "connection-lost"
     #: From the adapter: connected again; `status` is what the agent says now.
     RECONNECTED = "reconnected"

@@ -184,6 +184,7 @@ async def test_reconnect(transport: str, tmp_path: Path) -> None:
             await server.stop()
             assert EventKind.CONNECTION_LOST is (await anext(events)).kind
             await server.start()
+            await session.status()
             event = await anext(events)
             assert EventKind.RECONNECTED is event.kind
             assert (AgentState.STOPPED, "m") == (event.status and event.status.state, event.status.migration_id)
@@ -240,6 +241,7 @@ async def test_restarted_agent(tmp_path: Path) -> None:
             await server.stop()
             server.agent = MemoryAgent([function], AgentInfo("v", "p", instance="another"))
             await server.start()
+            await session.status()
             kinds = [(await anext(events)).kind for _ in range(2)]
         assert [EventKind.CONNECTION_LOST, EventKind.AGENT_RESTARTED] == kinds
 

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import trio
 
-from vfiouser_agents.api import Agent, Capabilities, Outcome, Session, Status
+from vfiouser_agents.api import Agent, Capabilities, EventKind, Outcome, Session, Status
 from vfiouser_agents.delivery import Delivery, followed
 from vfiouser_agents.errors import (
     AgentError,
@@ -181,7 +181,7 @@ class AgentLink:
             return
         self._session = None
         self._watching.cancel()
-        # Not left as it is: an adapter would go on to restore it with every new connection.
+        # Not left as it is: it may still be open at the agent.
         self._host.background.begin(_let_go, used)
         self._host.contact_lost()
 
@@ -222,6 +222,8 @@ class AgentLink:
                         require_usable(session.caps)
                         self._learn(session)  # the agent was started anew, and is another one now
                     self._host.heard(event)
+                    if event.kind is EventKind.CONNECTION_LOST:
+                        self._forget(session)  # which ends this watch, and has another session opened while it matters
                     await pace.taken()
         except* (AgentError, OSError) as errors:
             reason = str(errors.exceptions[0])

@@ -20,6 +20,9 @@ from vfiouser_oob.migration.trace import Tracer
 #: What the agent tells when it can be reached again, so that it is worth while to try again at once.
 _BACK = frozenset({EventKind.RECONNECTED, EventKind.AGENT_RESTARTED})
 
+#: Seconds before a lost contact is looked for: no call is repeated by that, so it need not wait as long as one.
+_CONTACT_S = 0.1
+
 
 class Hearing:
     """Listens to the agent of one function.
@@ -100,13 +103,13 @@ class Hearing:
 
     @property
     def _missing(self) -> bool:
-        """Whether nobody hears the agent of a function that somebody might move; what is not known is asked anyway."""
+        """Whether nobody hears the agent of a function that somebody might move, or that is to be brought back."""
         record = self._host.record
         moving = record.busy or record.begun is not None
-        return moving and record.certainty is Certainty.KNOWN and not self._link.is_open
+        return moving and record.certainty is not Certainty.FAILED and not self._link.is_open
 
     async def _look_again(self) -> None:
-        pauses = Backoff(self._config.retry_s)
+        pauses = Backoff(min(self._config.retry_s, _CONTACT_S))
         while self._missing:
             await pauses.pause()
             if self._missing and not self._changing.locked():

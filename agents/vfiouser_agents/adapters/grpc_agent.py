@@ -14,7 +14,7 @@ import grpc
 import trio
 
 from vfiouser_agents.options import OptionError, number
-from vfiouser_agents.rpc.core import Connection, Handler
+from vfiouser_agents.rpc.core import AgentConnection, Handler
 from vfiouser_agents.rpc.endpoint import Address, TlsOptions, client_context
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE
 from vfiouser_agents.rpc.methods import OVERHEAD
@@ -76,7 +76,7 @@ class GrpcAgent(MsgpackRpcAgent):
         self._threads = threads
         self._limiter: trio.CapacityLimiter | None = None
 
-    async def reach(self) -> Callable[[Handler], Connection]:
+    async def reach(self) -> Callable[[Handler], AgentConnection]:
         """Make a channel; it connects by the first call."""
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(self._threads)

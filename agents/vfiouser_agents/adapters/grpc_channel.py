@@ -22,7 +22,7 @@ _GRACE = 1.0
 
 
 class GrpcConnection:
-    """A connection; of use while `run` runs. Implements `rpc.core.Connection`.
+    """A connection; of use while `run` runs. Implements `rpc.core.AgentConnection`.
 
     Args:
         channel: to the agent.

@@ -170,12 +170,11 @@ class MappedAgent(PrimitiveAgent):
         raise DeadlineExceeded(f"{method} at {self.address} did not answer within {self._call_timeout_s:g} s")
 
     async def _connected(self) -> RpcConnection:
+        nursery = self.nursery
         async with self._connecting:
             if self._connection is None or self._connection.lost is not None:
                 stream = await self._remote.connect_within(self._connect_timeout_s)
-                if self.nursery is None:
-                    raise RuntimeError("an agent is used inside `async with`")
                 self._connection = RpcConnection(stream, JsonCodec(), NoRequests())
                 self._connection.max_outgoing = MAX_REQUEST
-                self.nursery.start_soon(self._connection.run)
+                nursery.start_soon(self._connection.run)
             return self._connection

@@ -2,24 +2,23 @@
 
 One connection carries the sessions of all functions. It is made by the first call that needs it. When it is lost, the
 calls under way fail with `TransportLost`; the next call connects again, opens its session anew and asks `status` before
-anything else, and takes its migration over by repeating `begin`. While a session is in a migration or is watched that
-happens by itself, with growing pauses. There is a keepalive only while a migration is begun or an answer is due.
+anything else, and takes its migration over by repeating `begin`. Nothing of that happens by itself: whoever watches is
+told of the loss, and when to try again is the caller's to say. There is a keepalive only while a migration is begun or
+an answer is due.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import trio
 
 from vfiouser_agents.api import Agent, AgentInfo, Event, FunctionInfo
 from vfiouser_agents.errors import AgentError, AuthError, ConnectError, ProtocolError, TransportLost, Unsupported
 from vfiouser_agents.options import number, seconds
-from vfiouser_agents.rpc.core import Connection, Handler, NoRequests, RpcConnection
+from vfiouser_agents.rpc.core import AgentConnection, Handler, NoRequests, RpcConnection
 from vfiouser_agents.rpc.endpoint import Address, TlsOptions
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE, Codec
 from vfiouser_agents.rpc.methods import EVENT, FUNCTIONS, HELLO, OVERHEAD, PING, PROTOCOL, VERSIONS
@@ -28,12 +27,12 @@ from vfiouser_agents.rpc.remote import Readers, Remote, read_remote_options, rem
 from vfiouser_agents.rpc.wire import WireError, from_wire
 
 from .msgpack_rpc_session import RpcSession, parse
+from .tasks import AgentWithTasks
 
 _log = logging.getLogger(__name__)
 DEFAULT_KEEPALIVE = 5.0
 DEFAULT_CONNECT_TIMEOUT = 5.0
 DEFAULT_CHUNK = 4 << 20
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 
 class Link(NoRequests):
@@ -44,7 +43,7 @@ class Link(NoRequests):
         make: makes the connection, for which this is the handler.
     """
 
-    def __init__(self, agent: MsgpackRpcAgent, make: Callable[[Handler], Connection]) -> None:
+    def __init__(self, agent: MsgpackRpcAgent, make: Callable[[Handler], AgentConnection]) -> None:
         self._agent = agent
         self.connection = make(self)
         self.info = AgentInfo("", "")
@@ -89,7 +88,7 @@ class _Attempt:
         self.error: AgentError | None = None
 
 
-class MsgpackRpcAgent(Agent):
+class MsgpackRpcAgent(AgentWithTasks):
     """An agent that speaks the reference protocol.
 
     Args:
@@ -124,17 +123,15 @@ class MsgpackRpcAgent(Agent):
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT,
         chunk_size: int | None = None,
     ) -> None:
+        super().__init__()
         self.remote = Remote(address, tls, allow_plaintext=allow_plaintext)
         self.address = address
         self.chunk_size = self.default_chunk if chunk_size is None else chunk_size
         self.sessions: list[RpcSession] = []
         self._keepalive_s = keepalive_s
         self._connect_timeout_s = connect_timeout_s
-        self._stack = AsyncExitStack()
-        self._nursery: trio.Nursery | None = None
         self._link: Link | None = None
         self._attempt: _Attempt | None = None
-        self._restoring = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Agent:
@@ -148,21 +145,7 @@ class MsgpackRpcAgent(Agent):
         """
         return cls(**read_remote_options(options, cls.readers, cls.example))
 
-    async def __aenter__(self) -> Self:
-        self._nursery = await self._stack.enter_async_context(trio.open_nursery())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self.aclose()
-        finally:
-            if self._nursery is not None:
-                self._nursery.cancel_scope.cancel()
-            await self._stack.__aexit__(None, None, None)
-
-    async def reach(self) -> Callable[[Handler], Connection]:
+    async def reach(self) -> Callable[[Handler], AgentConnection]:
         """Make what a connection needs.
 
         Returns:
@@ -222,8 +205,7 @@ class MsgpackRpcAgent(Agent):
             except AgentError as error:
                 _log.debug("agent %s: %s", self.address, error)
 
-        if self._nursery is not None:
-            self._nursery.start_soon(run)
+        self.nursery.start_soon(run)
 
     async def link(self) -> Link:
         """The connection, made if there is none. A caller that is cancelled does not disturb others that wait.
@@ -235,12 +217,10 @@ class MsgpackRpcAgent(Agent):
         """
         if self._link is not None and self._link.usable:
             return self._link
-        if self._nursery is None:
-            raise RuntimeError("an agent is used inside `async with`")
-        attempt = self._attempt
+        nursery, attempt = self.nursery, self._attempt
         if attempt is None:
             attempt = self._attempt = _Attempt()
-            self._nursery.start_soon(self._try, attempt)
+            nursery.start_soon(self._try, attempt)
         await attempt.done.wait()
         if attempt.link is None:
             error = attempt.error or ConnectError("the attempt was given up")
@@ -263,8 +243,7 @@ class MsgpackRpcAgent(Agent):
 
     async def _greeted(self) -> Link:
         link = Link(self, await self.reach())
-        assert self._nursery is not None
-        self._nursery.start_soon(self._run, link)
+        self.nursery.start_soon(self._run, link)
         try:
             link.info = await self._hello(link)
         except BaseException:
@@ -306,23 +285,6 @@ class MsgpackRpcAgent(Agent):
             self._link = None
         for session in self.sessions:
             session.on_loss(link, str(link.connection.lost))
-        if any(session.wants_connection for session in self.sessions) and not self._restoring:
-            self.background(self._restore)
-
-    async def _restore(self) -> None:
-        self._restoring = True
-        pause = _FIRST_PAUSE
-        try:
-            while wanting := [session for session in self.sessions if session.wants_connection and session.detached]:
-                try:
-                    for session in wanting:
-                        await session.attached(adopt=False)
-                except AgentError as error:
-                    _log.info("agent %s: %s; next attempt in %g s", self.address, error, pause)
-                    await trio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
-        finally:
-            self._restoring = False
 
     async def _keep_alive(self, link: Link) -> None:
         while True:

@@ -14,16 +14,13 @@ from vfiouser_agents.answers import check_chunk, check_report
 from vfiouser_agents.api import (
     Capabilities,
     Chunk,
-    Descriptor,
     DirtyReport,
-    Estimate,
     Event,
     EventKind,
     Outcome,
     Phase,
     Range,
     Role,
-    Session,
     Status,
 )
 from vfiouser_agents.delivery import preparing, sending
@@ -31,6 +28,7 @@ from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, Pr
 from vfiouser_agents.events import EventFeed
 from vfiouser_agents.limits import check_capabilities, check_page_size
 from vfiouser_agents.operations import Op, Operation
+from vfiouser_agents.relay import RelaySession
 from vfiouser_agents.rpc.methods import CLOSE, OPEN, WATCH
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
 
@@ -49,7 +47,7 @@ class _Opened:
     capabilities: Capabilities
 
 
-class RpcSession(Session):
+class RpcSession(RelaySession):
     """A session for a function behind an `MsgpackRpcAgent`; `MsgpackRpcAgent.open` makes it.
 
     Args:
@@ -84,11 +82,6 @@ class RpcSession(Session):
     def caps(self) -> Capabilities:
         """What can be done with it, as the agent said when the session was opened last."""
         return self._caps
-
-    @property
-    def wants_connection(self) -> bool:
-        """A lost connection is to be made again even if nobody calls."""
-        return self.migration is not None or self._watchers > 0
 
     @property
     def detached(self) -> bool:
@@ -176,7 +169,12 @@ class RpcSession(Session):
             raw = raw.get(op.result_key)
         return cast("T", None if op.result is None else parse(op.result, raw, op.wire))
 
-    async def _call(self, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def operate(self, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Ask the agent, on a connection on which this session is open.
+
+        Raises:
+            InvalidState: it needs a migration of which the agent knows nothing any more.
+        """
         preparing()
         link = await self.attached(adopt=not op.anybody)
         if op.role is not None and not self._adopted:
@@ -187,41 +185,13 @@ class RpcSession(Session):
         sending()
         return await self._send(link, op, *args, **kwargs)
 
-    async def describe(self) -> Descriptor:
-        """Ask the agent."""
-        return await self._call(Operation.DESCRIBE)
-
-    async def check(self, descriptor: Descriptor) -> None:
-        """Ask the agent."""
-        await self._call(Operation.CHECK, descriptor)
-
     async def begin(self, role: Role, migration_id: str) -> None:
         """Begin; the migration is taken over again after a loss of the connection."""
-        await self._call(Operation.BEGIN, role, migration_id)
+        await self.operate(Operation.BEGIN, role, migration_id)
         self.migration = (role, migration_id)
         self._adopted = True
         if self._link is not None:
             self._link.wake.set()
-
-    async def status(self) -> Status:
-        """Ask the agent."""
-        return await self._call(Operation.STATUS)
-
-    async def quiesce(self) -> None:
-        """Tell the agent."""
-        await self._call(Operation.QUIESCE)
-
-    async def stop(self) -> None:
-        """Tell the agent."""
-        await self._call(Operation.STOP)
-
-    async def resume(self) -> None:
-        """Tell the agent."""
-        await self._call(Operation.RESUME)
-
-    async def estimate(self) -> Estimate:
-        """Ask the agent."""
-        return await self._call(Operation.ESTIMATE)
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Ask the agent.
@@ -231,26 +201,14 @@ class RpcSession(Session):
         """
         await self.attached(adopt=False)
         limit = min(limit, self._caps.max_chunk)
-        return check_chunk(await self._call(Operation.SAVE, offset, limit, phase), limit, phase)
-
-    async def load_begin(self, total: int | None) -> None:
-        """Tell the agent."""
-        await self._call(Operation.LOAD_BEGIN, total)
+        return check_chunk(await self.operate(Operation.SAVE, offset, limit, phase), limit, phase)
 
     async def load(self, offset: int, data: bytes) -> None:
         """Send the agent a piece."""
         await self.attached(adopt=False)
         if len(data) > self._caps.max_chunk:
             raise InvalidArgument(f"load of {len(data)} bytes; at most {self._caps.max_chunk} at once; not sent")
-        await self._call(Operation.LOAD, offset, data)
-
-    async def load_commit(self, total: int, sha256: bytes) -> None:
-        """Tell the agent."""
-        await self._call(Operation.LOAD_COMMIT, total, sha256)
-
-    async def abort(self) -> None:
-        """Tell the agent."""
-        await self._call(Operation.ABORT)
+        await self.operate(Operation.LOAD, offset, data)
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Tell the agent.
@@ -258,7 +216,7 @@ class RpcSession(Session):
         Raises:
             ProtocolError: it chose a page size that is none.
         """
-        chosen = await self._call(Operation.DIRTY_START, ranges, page_size)
+        chosen = await self.operate(Operation.DIRTY_START, ranges, page_size)
         check_page_size(chosen)
         self._page_size = chosen
         return chosen
@@ -269,21 +227,17 @@ class RpcSession(Session):
         Raises:
             ProtocolError: the report does not cover the range.
         """
-        report = await self._call(Operation.DIRTY_REPORT, iova, length)
+        report = await self.operate(Operation.DIRTY_REPORT, iova, length)
         return check_report(report, iova, length, self._page_size)
-
-    async def dirty_stop(self) -> None:
-        """Tell the agent."""
-        await self._call(Operation.DIRTY_STOP)
 
     async def reset(self) -> None:
         """Tell the agent; a migration is over with it."""
-        await self._call(Operation.RESET)
+        await self.operate(Operation.RESET)
         self._forget()
 
     async def end(self, outcome: Outcome) -> None:
         """Tell the agent."""
-        await self._call(Operation.END, outcome)
+        await self.operate(Operation.END, outcome)
         self._forget()
 
     def _forget(self) -> None:

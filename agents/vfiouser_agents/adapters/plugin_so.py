@@ -158,11 +158,9 @@ class PluginSoAgent(PrimitiveAgent):
         Raises:
             LibraryUnusable: it cannot.
         """
-        if self.nursery is None:
-            raise RuntimeError("an agent is used inside `async with`")
-        process = PluginProcess(self, "the library")
+        nursery, process = self.nursery, PluginProcess(self, "the library")
         try:
-            await process.start(self.nursery)
+            await process.start(nursery)
         finally:
             await process.end()
         about = self._descriptor
@@ -180,7 +178,6 @@ class PluginSoAgent(PrimitiveAgent):
     async def find(self, function_id: str) -> PluginFunction:
         """A configured device, or one by its PCI address."""
         await trio.lowlevel.checkpoint()
-        assert self.nursery is not None
         device = (self._devices or {}).get(function_id, function_id)
         if self._devices is not None and function_id not in self._devices:
             raise NotFound(f"no function {function_id!r} (configured: {', '.join(self._devices)})")

@@ -19,14 +19,13 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from vfiouser_agents.api import Agent, AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
+from vfiouser_agents.api import AgentState, Capabilities, Chunk, Descriptor, Outcome, Phase, Range, Role
 from vfiouser_agents.delivery import carried, preparing, sending
 from vfiouser_agents.dirtylog import PageLog
 from vfiouser_agents.errors import AgentError, ConnectError, InvalidState, TransportLost, Unsupported
@@ -35,6 +34,7 @@ from vfiouser_agents.ordering import CallQueue
 from vfiouser_agents.rules import require_same
 
 from .primitive_state import Feed, Loading, SavedStream
+from .tasks import AgentWithTasks
 
 if TYPE_CHECKING:
     from .primitive_session import PrimitiveSession
@@ -301,7 +301,7 @@ class Book:
             self.state = AgentState.STOPPED
 
 
-class PrimitiveAgent(Agent):
+class PrimitiveAgent(AgentWithTasks):
     """An agent whose functions are `Primitive`s; derived classes say how to find one.
 
     Args:
@@ -309,9 +309,8 @@ class PrimitiveAgent(Agent):
     """
 
     def __init__(self, *, detached: bool) -> None:
+        super().__init__()
         self._detached = detached
-        self._stack = AsyncExitStack()
-        self.nursery: trio.Nursery | None = None
         self.books: dict[str, Book] = {}
         self._opening = trio.Lock()
         self._sessions: list[PrimitiveSession] = []
@@ -323,20 +322,6 @@ class PrimitiveAgent(Agent):
         Raises:
             NotFound: there is no such function.
         """
-
-    async def __aenter__(self) -> Self:
-        self.nursery = await self._stack.enter_async_context(trio.open_nursery())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self.aclose()
-        finally:
-            if self.nursery is not None:
-                self.nursery.cancel_scope.cancel()
-            await self._stack.__aexit__(None, None, None)
 
     async def aclose(self) -> None:
         """Let go of everything; functions stay as they are."""
@@ -352,13 +337,12 @@ class PrimitiveAgent(Agent):
         """A session for a function."""
         from .primitive_session import PrimitiveSession
 
-        if self.nursery is None:
-            raise RuntimeError("an agent is used inside `async with`")
+        nursery = self.nursery
         async with self._opening:
             book = self.books.get(function_id)
             if book is None:
                 primitive = await self.find(function_id)
-                queue = CallQueue(self.nursery) if self._detached else None
+                queue = CallQueue(nursery) if self._detached else None
                 book = self.books[function_id] = Book(primitive, queue)
         session = PrimitiveSession(function_id, book, self._sessions.remove)
         self._sessions.append(session)

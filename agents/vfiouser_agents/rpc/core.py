@@ -59,7 +59,7 @@ class NoRequests:
         """Ignore."""
 
 
-class Connection(Protocol):
+class AgentConnection(Protocol):
     """A connection to an agent, whatever carries the calls; see `RpcConnection`."""
 
     #: Bytes of the longest message that the peer takes.

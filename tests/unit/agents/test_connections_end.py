@@ -15,7 +15,7 @@ from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import AgentInfo
 from vfiouser_agents.errors import AgentError
 from vfiouser_agents.memory import MemoryAgent
-from vfiouser_agents.rpc.core import Connection, Handler, RpcConnection
+from vfiouser_agents.rpc.core import AgentConnection, Handler, RpcConnection
 from vfiouser_agents.rpc.endpoint import parse_address
 from vfiouser_agents.rpc.messages import Codec
 from vfiouser_agents.rpc.methods import PROTOCOL
@@ -76,7 +76,7 @@ class OverStream(MsgpackRpcAgent):
         self._streams = [stream]
         self.codecs: list[weakref.ref[MsgpackCodec]] = []
 
-    async def reach(self) -> Callable[[Handler], Connection]:
+    async def reach(self) -> Callable[[Handler], AgentConnection]:
         """The stream."""
         stream, codec = self._streams.pop(), MsgpackCodec()
         self.codecs.append(weakref.ref(codec))
