@@ -84,6 +84,19 @@ class Function:
 
     # Serving
 
+    def out_of_service(self, reason: str, error: Exception) -> None:
+        """Note that the function is of no use any more; its client gets EIO.
+
+        Args:
+            reason: why, for `status`.
+            error: what has happened.
+        """
+        self.failed = reason
+        self.log.exception("a function is out of service", error, reason=reason)
+        self.context.note_error(reason)
+        if self.connection is not None:
+            self.connection.link.fail(reason)
+
     async def run_migration(self) -> None:
         """Run the migration's own tasks, if the function can be migrated."""
         if self.engine is not None:
@@ -256,10 +269,6 @@ class Function:
         self.log.exception("bug: a connection failed unexpectedly", error)
         self.context.note_error(f"connection failed: {error}")
         return "an error of ours"
-
-    def close(self) -> None:
-        """Give the device back."""
-        self.backend.close()
 
     # Reporting
 

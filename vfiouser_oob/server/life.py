@@ -1,0 +1,130 @@
+"""One function from its start to its end, apart from all others: its agent, its device, its migration, its sockets.
+
+    start ──► serve ──► stop accepting, clients turned out ──► drain ──► device stopped, sockets removed, agent left
+
+Whoever has a `Life` runs it as one task, and stops it by its handle: that is the `Life` itself.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack
+
+import trio
+
+from vfiouser_oob.migration.pool import AgentLease
+from vfiouser_oob.server.containment import Contained, root_cause
+from vfiouser_oob.server.function import Function
+from vfiouser_oob.transport.listener import Listener
+
+
+class Life:
+    """The life of one function; `run` is its whole course.
+
+    Args:
+        function: the function.
+        agents: its share in an agent that it has to enter; none, or one.
+        listeners: where its clients connect.
+        connected: clients that are connected already.
+        resources: gives back whatever was opened for it.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        agents: list[AgentLease],
+        listeners: list[Listener],
+        connected: list[socket.socket],
+        resources: ExitStack,
+    ) -> None:
+        self.function = function
+        self._agents = agents
+        self._listeners = listeners
+        self._connected = connected
+        self._resources = resources
+        self._serving = trio.CancelScope()
+        self._started = False
+        #: Whether its clients were connected already, have gone, and no other one can come.
+        self.exhausted = False
+        #: Set when nothing of it is left.
+        self.ended = trio.Event()
+        for listener in listeners:
+            function.address = listener.address
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.function.name
+
+    async def run(
+        self, exhausted: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Live. What goes wrong after the start ends this function, and nothing else.
+
+        Args:
+            exhausted: called when nobody can connect any more.
+            task_status: told when clients can connect.
+        """
+        try:
+            with Contained() as outcome:
+                async with AsyncExitStack() as entered:
+                    for lease in self._agents:
+                        await entered.enter_async_context(lease)
+                    await self._live(exhausted, task_status)
+            if outcome.error is not None:
+                error = outcome.taken()
+                if not self._started:
+                    raise error
+                self.function.out_of_service(f"its life ended: {root_cause(error)}", error)
+        finally:
+            self.close()
+            self.ended.set()
+
+    async def _live(self, exhausted: Callable[[], None], task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.function.run_device)
+            nursery.start_soon(self.function.run_migration)
+            with self._serving:
+                await self._serve(exhausted, task_status)
+            await self._drain()
+            nursery.cancel_scope.cancel()
+
+    async def _serve(self, exhausted: Callable[[], None], task_status: trio.TaskStatus[None]) -> None:
+        function = self.function
+        async with trio.open_nursery() as clients:
+            for listener in self._listeners:
+                clients.start_soon(function.serve, listener)
+            if self._connected:
+                clients.start_soon(self._serve_connected, exhausted)
+            if function.engine is not None:
+                await function.engine.ready()
+            for listener in self._listeners:
+                function.log.info("listening", socket=listener.address, device=function.backend.summary)
+            self._started = True
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def _serve_connected(self, exhausted: Callable[[], None]) -> None:
+        async with trio.open_nursery() as clients:
+            for sock in self._connected:
+                clients.start_soon(self.function.serve_connected, sock)
+        if not self._listeners:
+            self.exhausted = True
+            exhausted()
+
+    async def _drain(self) -> None:
+        """Give a function that stands still for a migration that ends with it the time to go on."""
+        if self.function.engine is not None:
+            with trio.CancelScope(shield=True), trio.move_on_after(self.function.context.reply_budget_s):
+                await self.function.engine.settle()
+
+    def stop(self) -> None:
+        """Turn the clients out and end; `ended` says when that is done. A second call does nothing."""
+        self._serving.cancel()
+
+    def close(self) -> None:
+        """Give back what was opened for it; for a life that does not run."""
+        for lease in self._agents:
+            lease.release()
+        self._resources.close()

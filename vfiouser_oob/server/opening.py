@@ -1,0 +1,143 @@
+"""Opening what a function consists of, as its configuration says: its device, its migration, its sockets."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from vfiouser_agents.api import Agent
+from vfiouser_oob.config.agents import OWN_AGENT
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, AgentConfig, FunctionConfig
+from vfiouser_oob.devices.base import DeviceBackend
+from vfiouser_oob.devices.factory import make_backend
+from vfiouser_oob.migration.pool import AgentLease, AgentPool
+from vfiouser_oob.migration.runner import MigrationRunner
+from vfiouser_oob.migration.sharing import Sharing
+from vfiouser_oob.observability import log
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
+from vfiouser_oob.server.function import EngineMaker, Function
+from vfiouser_oob.server.life import Life
+from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
+
+
+@dataclass(frozen=True)
+class Means:
+    """What all functions of a daemon share.
+
+    Args:
+        reply_budget_s: seconds within which each client message is answered.
+        agents: their agents.
+        memory: where agents' capabilities are kept.
+        activity: the daemon's sockets.
+        events: where changes are announced.
+        sharing: the memory for state on its way.
+    """
+
+    reply_budget_s: float
+    agents: AgentPool
+    memory: CapabilityStore
+    activity: Activity
+    events: EventHub = field(default_factory=EventHub)
+    sharing: Sharing = field(default_factory=Sharing)
+
+
+def open_function(config: FunctionConfig, inherited: Sequence[int], means: Means) -> Life:
+    """Open a function; it does nothing yet.
+
+    Args:
+        config: what it is.
+        inherited: descriptors of sockets that systemd passed for it.
+        means: what it shares with others.
+
+    Returns:
+        Its life, which the caller runs, or closes.
+
+    Raises:
+        ConfigError: its device or its agent cannot be used.
+        ListenError: one of its sockets cannot be listened on.
+    """
+    with ExitStack() as resources:
+        backend = make_backend(config, means.activity)
+        resources.callback(backend.close)
+        leases: list[AgentLease] = []
+        function = Function(
+            config.name,
+            backend,
+            reply_budget_s=means.reply_budget_s,
+            activity=means.activity,
+            events=means.events,
+            log=log.get("function"),
+            allow_uids=config.allow_uids,
+            migration=_engine_maker(config, backend, means, leases),
+        )
+        for lease in leases:
+            resources.callback(lease.release)
+        listeners, connected = _open_sockets(config, inherited, resources)
+        return Life(function, leases, listeners, connected, resources.pop_all())
+
+
+def _engine_maker(
+    config: FunctionConfig, backend: DeviceBackend, means: Means, leases: list[AgentLease]
+) -> EngineMaker | None:
+    agent = config.agent
+    if agent is None:
+        return None
+    try:
+        connected = _agent(agent, backend, means.agents, leases)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
+    identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
+    memory = means.memory.drawer(config.name, identity)
+
+    def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
+        return MigrationRunner(name, connected, agent.function, config.migration, events, logger, memory, means.sharing)
+
+    return make
+
+
+def _agent(config: AgentConfig, backend: DeviceBackend, pool: AgentPool, leases: list[AgentLease]) -> Agent:
+    """The device's own driver is an agent that belongs to one function; all others may be shared."""
+    own = backend.agent() if config.kind == OWN_AGENT else None
+    if own is not None:
+        return own
+    lease = pool.lease(config)
+    leases.append(lease)
+    return lease.agent
+
+
+def _open_sockets(
+    config: FunctionConfig, inherited: Sequence[int], resources: ExitStack
+) -> tuple[list[Listener], list[socket.socket]]:
+    """Take over the sockets that were passed, or listen where the configuration says."""
+    listeners: list[Listener] = []
+    connected: list[socket.socket] = []
+    for fd in [*inherited, *([] if config.fd is None else [config.fd])]:
+        sock = adopt_socket(fd)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listeners.append(Listener(sock, None))
+            resources.callback(listeners[-1].close)
+        else:
+            connected.append(sock)
+            resources.callback(sock.close)
+    if not listeners and not connected and config.socket is not None:
+        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or _default_group()))
+        resources.callback(listeners[-1].close)
+    return listeners, connected
+
+
+def _default_group() -> str | None:
+    """QEMU's group, so that a VMM running as its own user can connect on day one; only root may give files away."""
+    if os.geteuid() != 0:
+        return None
+    import grp
+
+    try:
+        return grp.getgrnam(DEFAULT_SOCKET_GROUP).gr_name
+    except KeyError:
+        return None
