@@ -13,17 +13,16 @@ BIN := .venv/bin
 BOOTSTRAP := $(PYTHON) tools/bootstrap.py
 PYTEST := $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n $(JOBS) --dist worksteal
-# Two guests under emulation starve each other, so guests run one at a time. One needs little more than a processor; the
-# other tests run beside it and, being nice, let it have that. A latency is worth nothing beside anything else, so attacks
-# come last, alone. pytest says 5 where PYTEST_ARGS leaves nothing of one part.
-AT_ONCE := $(if $(filter 1,$(JOBS)),1,2)
-NICE := nice -n 5
+# A guest under emulation needs all that two processors have: beside other tests both take as long as one after the other,
+# and what is late then is called a failure. A latency is worth nothing beside anything else. pytest says 5 where
+# PYTEST_ARGS leaves nothing of one part.
+ALONE := vm or hostile
 OR_NONE := || [ $$? -eq 5 ]
 # Tests start our programs hundreds of times. Where nothing compiled is kept, half of each start is compiling.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-guests test-others test-fast test-vm-long check conformance fuzz bench vm-assets proto pages clean venv venv-demo venv-dev venv-fuzz
+.PHONY: help demo test test-fast test-vm-long check conformance fuzz bench vm-assets proto pages clean venv venv-demo venv-dev venv-fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,17 +31,11 @@ demo: venv-demo ## see it work without a VMM: NVMe I/O migrates to another host 
 	$(BIN)/vfiouser-oob demo
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
-	@$(MAKE) --no-print-directory --jobs=$(AT_ONCE) test-guests test-others
-	$(PYTEST) -m "hostile and not (long or vm)" $(PYTEST_ARGS) $(OR_NONE)
-
-test-guests:
-	$(PYTEST) -m "vm and not long" $(PYTEST_ARGS) $(OR_NONE)
-
-test-others:
-	$(NICE) $(PYTEST) $(SIDE_BY_SIDE) -m "not (long or vm or hostile)" $(PYTEST_ARGS) $(OR_NONE)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not (long or $(ALONE))" $(PYTEST_ARGS) $(OR_NONE)
+	$(PYTEST) -m "not long and ($(ALONE))" $(PYTEST_ARGS) $(OR_NONE)
 
 test-fast: venv-dev ## run what takes two minutes: no virtual machines, no attacks, no slow tests
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not (slow or vm or hostile)" $(PYTEST_ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not (slow or $(ALONE))" $(PYTEST_ARGS)
 
 test-vm-long: venv-dev ## run the VM tests that take minutes: nested Linux, the oldest kernel, an own one with iommufd
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long

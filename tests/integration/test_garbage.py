@@ -116,6 +116,10 @@ def message(chance: Chance) -> tuple[bytes, int]:
     return HEADER.pack(u16(chance), command, size, flags, chance.choice((0, 0, 22))) + payload, fds
 
 
+#: What a client is told while the one before it is not gone yet: here, or at the server behind its device.
+_TOO_EARLY = {errno.EBUSY, errno.ENODEV}
+
+
 class Victim:
     """A daemon process with a model function and one behind the `vfio-user` backend."""
 
@@ -160,13 +164,13 @@ class Victim:
 
     @contextmanager
     def attached(self, path: Path) -> Iterator[socket.socket]:
-        """A client that was let in; one that came too early is told EBUSY after a second, and comes again."""
+        """A client that was let in; one that comes too early is told so after a second, and comes again."""
         deadline = time.monotonic() + 20
         while True:
             with self.connect(path) as sock:
                 sock.sendall(HEADER.pack(0, 1, 16 + len(HELLO), 0, 0) + HELLO)
                 *_, flags, error = _receive(sock)
-                if (flags, error) == (0x21, errno.EBUSY) and time.monotonic() < deadline:
+                if flags == 0x21 and error in _TOO_EARLY and time.monotonic() < deadline:
                     continue
                 assert (1, 0) == (flags, error)
                 yield sock

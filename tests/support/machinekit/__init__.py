@@ -107,8 +107,9 @@ class Side:
         background = self.record.errand is not None and PLANS[self.record.errand.plan].fall is Fall.TRY_AGAIN
         if do in (Do.BEGIN_SOURCE, Do.BEGIN_DESTINATION) and fate is not Fate.AWAY:
             self.feed(ev.BeganAtAgent(Begun(Role.SOURCE if do is Do.BEGIN_SOURCE else Role.DESTINATION, "m")))
-        if fate is Fate.DONE and do is Do.LOAD_COMMIT and not self.whole and self.position:
-            fate = Fate.REFUSED  # the trailer is missing
+        spoiled = self.record.load_failure is not None or (self.position and not self.whole)
+        if do is Do.LOAD_COMMIT and spoiled:  # nothing is asked of the agent then
+            fate = Fate.GIVEN_UP if fate in GONE else Fate.REFUSED
         if fate in EFFECTIVE:
             self._do(do)
         if fate is Fate.BROKEN:

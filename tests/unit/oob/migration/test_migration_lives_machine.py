@@ -107,7 +107,7 @@ class Lives(RuleBasedStateMachine):
         record = self.destination.record
         if not record.attached or record.certainty is not Certainty.KNOWN or self.decided is self.source:
             return
-        if wanted is S.RUNNING and record.committed:
+        if wanted is S.RUNNING and (record.committed or self.destination.whole):
             self.decided = self.destination
         if wanted is S.RESUMING and self.destination.live:
             return  # a VM that runs here is not loaded over
