@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +116,22 @@ async def test_a_function_that_cannot_come_changes_nothing(tmp_path: Path) -> No
         await daemon.registry.add(late(tmp_path))
         await until(lambda: 1 == agent.entered)
     assert 1 == agent.left
+
+
+async def test_a_listening_socket_that_breaks_ends_its_function_alone(tmp_path: Path) -> None:
+    """No client could come any more: that is said, and not tried again for ever."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "broken.sock"))
+        listening.listen()
+        inherited = replace(function(tmp_path, "broken"), socket=None, fd=os.dup(listening.fileno()))
+        async with serving(function(tmp_path, "old"), inherited) as daemon:
+            broken = daemon.functions[1]
+            listening.shutdown(socket.SHUT_RDWR)
+            await until(lambda: broken.failed is not None)
+            assert "Invalid argument" in str(broken.failed)
+            client = Vmm((await connect(tmp_path / "old.sock")).sock)
+            assert 1 == (await client.negotiate()).flags
+            client.close()
 
 
 class BrokenAgent(FaultyAgent):

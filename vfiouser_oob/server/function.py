@@ -22,7 +22,7 @@ from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_protocol.capabilities import Capabilities
 
@@ -175,11 +175,12 @@ class Function:
         try:
             return await listener.accept()
         except OSError as error:
-            if error.errno not in _HARMLESS:
-                # Out of descriptors or memory, mostly: what to do is to wait until some are given back.
+            if error.errno in EXHAUSTED:
                 self.context.noise.warning("cannot accept a client now", error=error.strerror)
                 self.context.note_error(f"cannot accept a client: {error.strerror}")
                 await trio.sleep(EXHAUSTED_WAIT_S)
+            elif error.errno not in _HARMLESS:  # the socket is of no use any more, and neither is its function
+                raise
             return None
 
     async def _turn_away(self, sock: socket.socket) -> None:

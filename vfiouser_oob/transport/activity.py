@@ -7,7 +7,9 @@ sleeps, under three rules:
 Rule 1: it spins only while requests have been coming back to back, and less and less often while that does not pay
         (another process may need the processor that we spin on).
 Rule 2: it spins at most `SPIN_NS`, and not at all while any other task of the daemon is ready to run.
-Rule 3: it watches every socket of the daemon while it spins, and stops as soon as another one has work.
+Rule 3: it watches the sockets of all clients and upstream servers while it spins, and stops as soon as another one has
+        work. Those of agents, of the control socket and of listeners are not among them: what comes there waits for the
+        end of a spin, or of a linger in vain.
 
 A piece of state takes its sender several turns, since the socket holds only a part of it. Rather than go through the
 scheduler for each, the reader may `linger`: sleep, not spin, under the same rules.
@@ -35,7 +37,7 @@ _MAX_BACK_OFF = 2
 
 
 class Activity(trio.abc.Instrument):
-    """All sockets of one daemon, watched together while one of its readers spins.
+    """The message sockets of one daemon, watched together while one of its readers spins.
 
     Args:
         spin_ns: longest spin in nanoseconds; 0 turns spinning off.
