@@ -128,7 +128,7 @@ class Victim:
         self.sockets = [directory / "model.sock", directory / "front.sock"]
         test = 'model = "test"'
         config.write_text(
-            f'[daemon]\ncontrol_socket = "{directory}/control.sock"\nreply_budget_s = 0.5\n'
+            f'[daemon]\ncontrol_socket = "{directory}/control.sock"\nreply_budget_s = 4.0\n'
             f'[[function]]\nname = "model"\nsocket = "{self.sockets[0]}"\ndevice = {{ kind = "model", {test} }}\n'
             f'[[function]]\nname = "up"\nsocket = "{directory}/up.sock"\ndevice = {{ kind = "model", {test} }}\n'
             f'[[function]]\nname = "front"\nsocket = "{self.sockets[1]}"\n'
