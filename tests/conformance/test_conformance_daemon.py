@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from forkserver import fork_program
 from vfiouser_conformance.cases import all_cases
 from vfiouser_conformance.runner import CaseVerdict, Runner, RunOutcome
 from vfiouser_conformance.select_cases import select
@@ -31,7 +30,7 @@ def program(path: Path, *arguments: str) -> Iterator[None]:
     places = [str(ROOT), str(ROOT / "protocol"), str(ROOT / "agents")]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     with (path.parent / f"{path.name}.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "vfiouser_oob", *arguments], env=environ, stderr=log)
+        process = fork_program("vfiouser_oob", arguments, env=environ, stdout=log.fileno(), stderr=log.fileno())
         try:
             deadline = time.monotonic() + START_S
             while not path.is_socket():

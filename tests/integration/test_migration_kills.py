@@ -161,7 +161,7 @@ async def test_destination(bed: Bed, victim: str, phase: Phase, generation: Gene
 async def test_client(bed: Bed, phase: Phase, generation: Generation) -> None:
     """The client dies: a source that kept its trailer goes on by itself, any other copy stays stopped until a reset."""
     arguments = [str(bed.source.socket), str(bed.destination.socket), generation.value, phase.value]
-    client = Service("client", ["-m", "killbed.client", *arguments], bed.directory)
+    client = Service("client", "killbed.client", arguments, bed.directory)
     try:
         with trio.fail_after(60):
             await client.start()

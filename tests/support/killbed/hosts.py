@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 
+from forkserver import Forked, fork_program
 from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import AgentState, Status
 from vfiouser_agents.errors import AgentError
@@ -38,15 +38,17 @@ class Service:
 
     Args:
         name: what to call it.
-        arguments: of the interpreter.
+        module: run as ``python -m`` does.
+        arguments: its arguments.
         directory: for its log and the socket on which it reports.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], directory: Path) -> None:
+    def __init__(self, name: str, module: str, arguments: Sequence[str], directory: Path) -> None:
         self.name = name
+        self._module = module
         self._arguments = arguments
         self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
 
     @property
     def log(self) -> str:
@@ -62,13 +64,12 @@ class Service:
         notify.settimeout(_READY_S)
         search = os.pathsep.join(path for path in sys.path if path)
         with (self._directory / f"{self.name}.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+            self._process = fork_program(
+                self._module,
+                self._arguments,
                 env={**os.environ, "PYTHONPATH": search, "NOTIFY_SOCKET": str(path)},
-                start_new_session=True,
+                stdout=log.fileno(),
+                stderr=log.fileno(),
             )
         return notify
 
@@ -114,12 +115,13 @@ class Host:
         self._address = f"unix://{place}/agent.sock"
         self._control = place / "control.sock"
         self.socket = place / "f0.sock"
-        soc = ["-m", "vfiouser_oob", "simulate-soc", f"--socket-dir={place / 'soc'}"]
+        ours = "vfiouser_oob"
+        soc = ["simulate-soc", f"--socket-dir={place / 'soc'}"]
         image = [f"--image={directory / 'disk'}", "--shared-image", "--size=1M"]
         state = [f"--state-size={_STATE_SIZE}", "--state-churn=0"]
-        self.device = Service("device", [*soc, "--device-only", *image, *state], place)
-        self.agent = Service("agent", [*soc, "--agent-only", f"--agent-listen={self._address}"], place)
-        self.daemon = Service("daemon", ["-m", "vfiouser_oob", "serve", f"--config={place / 'daemon.toml'}"], place)
+        self.device = Service("device", ours, [*soc, "--device-only", *image, *state], place)
+        self.agent = Service("agent", ours, [*soc, "--agent-only", f"--agent-listen={self._address}"], place)
+        self.daemon = Service("daemon", ours, ["serve", f"--config={place / 'daemon.toml'}"], place)
         self.services = (self.device, self.agent, self.daemon)
 
     async def status(self) -> Status:

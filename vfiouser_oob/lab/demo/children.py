@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -31,6 +32,31 @@ class ChildFailed(Exception):
     """A process ended, or did not become ready, when it should be serving."""
 
 
+class Process(Protocol):
+    """What is needed of a process: the part of `trio.Process` that is used here."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended; None while it runs."""
+
+    def poll(self) -> int | None:
+        """Look whether it has ended, and return how."""
+
+    async def wait(self) -> int:
+        """Wait until it has ended, and return how."""
+
+    def send_signal(self, sig: signal.Signals) -> None:
+        """Send a signal, unless it has ended."""
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+
+
 class Child:
     """A running process.
 
@@ -40,7 +66,7 @@ class Child:
         log: the file that takes its output.
     """
 
-    def __init__(self, name: str, process: trio.Process, log: Path) -> None:
+    def __init__(self, name: str, process: Process, log: Path) -> None:
         self.name = name
         self.process = process
         self.log = log
@@ -95,23 +121,37 @@ async def running_command(
     """
     log = directory / f"{name}.log"
     with _NotifySocket(directory / f"{name}.notify") as notify, log.open("wb") as output:
-        process = await trio.lowlevel.open_process(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=_environment({"NOTIFY_SOCKET": str(notify.path)}),
-            pass_fds=list(pass_fds),
-            # Ctrl-C on a terminal goes to its whole process group; only we shall get it, and end the others
-            # in order.
-            start_new_session=True,
-        )
+        environ = _environment({"NOTIFY_SOCKET": str(notify.path)})
+        process = await start_process(command, environ, output.fileno(), pass_fds)
         child = Child(name, process, log)
         try:
             await _await_ready(child, notify)
             yield child
         finally:
             await stop(child)
+
+
+async def start_process(
+    command: Sequence[str], environ: Mapping[str, str], output: int, pass_fds: Sequence[int]
+) -> Process:
+    """Start a process that reads nothing.
+
+    Args:
+        command: the program and its arguments.
+        environ: its whole environment.
+        output: descriptor that takes its output.
+        pass_fds: descriptors that it inherits.
+    """
+    return await trio.lowlevel.open_process(
+        list(command),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=environ,
+        pass_fds=list(pass_fds),
+        # Ctrl-C on a terminal goes to its whole process group; only we shall get it, and end the others in order.
+        start_new_session=True,
+    )
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
