@@ -59,6 +59,8 @@ async def test_contract_of_the_simulator(protocol: str, place: Path) -> None:
     assert sum(result.outcome is CheckOutcome.PASSED for result in results) >= least
 
 
+#: Seconds between commands of a writer: most of the processor is left for the migration.
+PAUSE_S = 0.02
 PAIRS = [("grpc", "jsonrpc"), ("jsonrpc", "msgpack-rpc"), ("msgpack-rpc", "grpc"), ("legacy-tcp", "legacy-tcp")]
 
 
@@ -71,7 +73,7 @@ async def test_migration_between_adapters(pair: tuple[str, str], place: Path) ->
         Voyage.open(hosts.socket("A", "f0"), memory_size=2 << 20, pool_pages=128) as voyage,
     ):
         counted = await voyage.driver.counted_commands()
-        workload = Workload(voyage.driver, "together")
+        workload = Workload(voyage.driver, "together", pause_s=PAUSE_S)
         async with background_nursery() as nursery:
             await nursery.start(workload.run)
             for host, generation in (("B", Generation.V1), ("A", Generation.V2)):

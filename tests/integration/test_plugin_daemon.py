@@ -29,6 +29,8 @@ from vfiouser_protocol.constants import RegionIndex
 
 pytestmark = pytest.mark.slow
 
+#: Seconds between commands of a writer: most of the processor is left for the migration.
+PAUSE_S = 0.02
 DEVICE = "0000:3b:00.2"
 LEGACY = ("legacy-tcp", "legacy-tcp")
 
@@ -127,7 +129,7 @@ async def test_a_vm_migrates_by_plugins(place: Path, library: Path, monkeypatch:
         Voyage.open(plugin_socket(pair, "A"), memory_size=2 << 20, pool_pages=128) as voyage,
     ):
         counted = await voyage.driver.counted_commands()
-        workload = Workload(voyage.driver, "plug-in")
+        workload = Workload(voyage.driver, "plug-in", pause_s=PAUSE_S)
         async with background_nursery() as nursery:
             await nursery.start(workload.run)
             for host, generation in (("B", Generation.V1), ("A", Generation.V2)):
@@ -159,7 +161,7 @@ async def test_a_plugin_that_dies_is_started_again(place: Path, library: Path, m
         plugin_hosts(place, library, monkeypatch) as (pair, daemons),
         Voyage.open(plugin_socket(pair, "A"), memory_size=2 << 20, pool_pages=128) as voyage,
     ):
-        workload = Workload(voyage.driver, "killed")
+        workload = Workload(voyage.driver, "killed", pause_s=PAUSE_S)
         async with background_nursery() as nursery:
             await nursery.start(workload.run)
             await migrate(voyage, plugin_socket(pair, "B"), Generation.V2)
@@ -216,7 +218,7 @@ async def test_a_source_whose_daemon_begins_anew_stays_stopped(
             config, control = place / "A" / "plugin.toml", place / "A" / "plugin.control"
             daemon, socket, target = daemons["A"], plugin_socket(pair, "A"), plugin_socket(pair, "B")
         async with Voyage.open(socket, memory_size=2 << 20, pool_pages=128) as voyage:
-            workload = Workload(voyage.driver, "two copies")
+            workload = Workload(voyage.driver, "two copies", pause_s=PAUSE_S)
             async with background_nursery() as nursery:
                 await nursery.start(workload.run)
                 await migrate(voyage, target, Generation.V2)

@@ -22,6 +22,8 @@ from vfiouser_oob.lab.vmm.voyage import SideOptions, Voyage
 pytestmark = pytest.mark.slow
 
 SMALL_VM = 2 << 20
+#: Some commands are in flight at every moment, and most of the processor is left for the migration.
+PAUSE_S = 0.02
 
 
 @pytest.fixture
@@ -40,10 +42,10 @@ async def hosts(place: Path, **options: object) -> AsyncIterator[HostPair]:
 
 
 @asynccontextmanager
-async def under_io(voyage: Voyage, seed: str, **options: int) -> AsyncIterator[Workload]:
+async def under_io(voyage: Voyage, seed: str, *, writers: int, transfer: int) -> AsyncIterator[Workload]:
     """I/O in the block; afterwards everything that was written is right, and every command was executed once."""
     reads, writes = await voyage.driver.counted_commands()
-    workload = Workload(voyage.driver, seed, **options)
+    workload = Workload(voyage.driver, seed, writers=writers, transfer=transfer, pause_s=PAUSE_S)
     async with background_nursery() as nursery:
         await nursery.start(workload.run)
         yield workload
@@ -103,7 +105,7 @@ WAYS = (
     (Generation.V1, SideOptions(use_mapping=False, natural=True), SideOptions(chunk_size=4097)),
     (Generation.V1, SideOptions(), SideOptions(use_mapping=False, natural=True, chunk_size=12345)),
     (Generation.V2, SideOptions(chunk_size=997), SideOptions(chunk_size=65537)),
-    (Generation.V2, SideOptions(chunk_size=1 << 19), SideOptions(chunk_size=1)),
+    (Generation.V2, SideOptions(chunk_size=1 << 19), SideOptions(chunk_size=7)),
 )
 
 
@@ -181,9 +183,9 @@ def resident(child: Child, field: str) -> int:
 
 
 # What would be kept of a state shows as well with four times the bound, in a quarter of the time.
-@pytest.mark.parametrize(("generation", "size"), [(Generation.V1, 1 << 28), (Generation.V2, 1 << 30)])
+@pytest.mark.parametrize(("generation", "size"), [(Generation.V1, 1 << 28), (Generation.V2, 1 << 28)])
 async def test_much_state(place: Path, generation: Generation, size: int) -> None:
-    """However much state there is, up to a gigabyte, neither daemon grows by more than 64 MiB."""
+    """However much state there is, neither daemon grows by more than 64 MiB."""
     async with (
         hosts(place, size=1 << 20, state_size=size, state_churn=0) as pair,
         Voyage.open(pair.socket("A", "f0"), memory_size=SMALL_VM, pool_pages=64) as voyage,

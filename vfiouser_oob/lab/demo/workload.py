@@ -42,10 +42,14 @@ class Workload:
         seed: what the bytes depend on.
         writers: how many, and so the most commands in flight.
         transfer: bytes of each command.
+        pause_s: seconds that a writer rests between a read and its next write.
     """
 
-    def __init__(self, driver: NvmeDriver, seed: str, *, writers: int = 8, transfer: int = 64 << 10) -> None:
+    def __init__(
+        self, driver: NvmeDriver, seed: str, *, writers: int = 8, transfer: int = 64 << 10, pause_s: float = 0.0
+    ) -> None:
         self._driver = driver
+        self._pause_s = pause_s
         self._seed = seed
         block = driver.namespace.block_size
         self._writers = min(writers, driver.namespace.blocks)
@@ -88,6 +92,7 @@ class Workload:
             self.counts.writes += 1
             self._wrote.set()
             await self._check(lba)
+            await trio.sleep(self._pause_s)
             turn += 1
 
     async def _check(self, lba: int) -> None:
