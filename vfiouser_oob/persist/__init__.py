@@ -1,1 +1,3 @@
-"""What the daemon remembers beyond its own death: small files that may be lost or stale without harm."""
+"""What the daemon remembers beyond its own death: small files that may be lost or stale without harm, and memory that a
+successor goes on with.
+"""

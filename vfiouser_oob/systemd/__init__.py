@@ -1,1 +1,1 @@
-"""Being a good citizen under systemd: readiness, and sockets that it opened for us."""
+"""Being a good citizen under systemd: readiness, sockets that it opened for us, descriptors that it keeps for us."""

@@ -7,13 +7,9 @@ soon as it reads again, in order: a unit whose READY=1 was lost would run into i
 from __future__ import annotations
 
 import os
-import socket
-from collections import deque
 from collections.abc import MutableMapping
 
-import trio
-
-from vfiouser_oob.observability import log
+from vfiouser_oob.systemd.mailbox import Mailbox
 
 ENVIRONMENT_VARIABLE = "NOTIFY_SOCKET"
 
@@ -26,10 +22,8 @@ class Notifier:
     """
 
     def __init__(self, address: str | None) -> None:
-        self._address = address
-        self._log = log.get("systemd.notify")
-        self._waiting: deque[bytes] = deque()
-        self._put_off = trio.Event()
+        #: Where the messages go; what else is sent by it keeps its place among them.
+        self.mailbox = Mailbox(address)
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str] = os.environ, *, unset: bool = True) -> Notifier:
@@ -77,57 +71,10 @@ class Notifier:
 
     async def run(self) -> None:
         """Send what the manager did not take at once, until cancelled."""
-        while True:
-            await self._put_off.wait()
-            try:
-                with self._connected() as sock:
-                    while self._waiting:
-                        await trio.lowlevel.wait_writable(sock)
-                        self._send_waiting(sock)
-            except OSError as error:
-                self._warn(error)
-                self._waiting.clear()
-            self._put_off = trio.Event()
+        await self.mailbox.run()
 
     def _send(self, *fields: str) -> bool:
-        if self._address is None:
-            return False
-        self._waiting.append("\n".join(fields).encode(errors="surrogateescape"))
-        try:
-            with self._connected() as sock:
-                self._send_waiting(sock)
-        except OSError as error:
-            self._warn(error)
-            self._waiting.clear()
-            return False
-        if self._waiting:
-            self._put_off.set()
-        return not self._waiting
-
-    def _connected(self) -> socket.socket:
-        assert self._address is not None
-        # A leading @ stands for the NUL of the abstract namespace.
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            sock.connect(address)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def _send_waiting(self, sock: socket.socket) -> None:
-        """Send in order until the manager's queue is full."""
-        while self._waiting:
-            try:
-                sock.send(self._waiting[0])
-            except BlockingIOError:
-                return
-            self._waiting.popleft()
-
-    def _warn(self, error: OSError) -> None:
-        text = b",".join(self._waiting).decode(errors="replace")
-        self._log.warning("the service manager could not be told", fields=text, error=error.strerror)
+        return self.mailbox.send("\n".join(fields).encode(errors="surrogateescape"))
 
 
 def _status_field(text: str | None) -> tuple[str, ...]:

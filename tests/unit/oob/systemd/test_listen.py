@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.config import ConfigError, FunctionConfig, ModelDevice
-from vfiouser_oob.systemd.listen import assign_sockets, check_listening, inherited_sockets
+from vfiouser_oob.systemd.listen import assign_sockets, check_listening, inherited_descriptors, inherited_sockets
 from vfiouser_oob.transport.fds import HasFileno
+from vfiouser_oob.transport.reaper import REAPER
 
 # Far above what the test process has open, so that descriptors can be placed in a row as systemd does.
 FIRST = 900
@@ -140,3 +141,39 @@ def test_a_function_without_socket() -> None:
     with pytest.raises(ConfigError, match="'f0' has no socket configured"):
         assign_sockets([function("f0")], {})
     assert {} == assign_sockets([function("f1", fd=7)], {})
+
+
+def test_what_was_kept_is_told_from_sockets(tmp_path: Path, place: Place) -> None:
+    """Kept descriptors come by name, whatever they are, and are no sockets of units; of two of one name one is left."""
+    left, right = socket.socketpair()
+    more = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    place([listening(tmp_path / "a"), left, more[0], more[1]])
+    environ = environment(4, "nvme0:vfiouser/f/main:vfiouser/f/twin:vfiouser/f/twin")
+    inherited = inherited_descriptors(environ, first_fd=FIRST)
+    assert {"nvme0": [FIRST]} == inherited.sockets
+    assert {"vfiouser/f/main": FIRST + 1, "vfiouser/f/twin": FIRST + 3} == {
+        name: fd.fileno() for name, fd in inherited.kept.items()
+    }
+    assert not any(os.get_inheritable(fd.fileno()) for fd in inherited.kept.values())
+    right.close()
+    for fd in inherited.kept.values():
+        fd.detach()  # the fixture closes them
+    assert REAPER.settle(10)
+    os.dup2(FIRST, FIRST + 2)
+
+
+def test_who_takes_only_sockets_leaves_nothing_open(tmp_path: Path, place: Place) -> None:
+    """What was kept for a process that does not want it is closed."""
+    left, right = socket.socketpair()
+    place([listening(tmp_path / "a"), left])
+    with right:
+        assert {"nvme0": [FIRST]} == inherited_sockets(environment(2, "nvme0:vfiouser/f/main"), first_fd=FIRST)
+        assert b"" == right.recv(1)
+    assert REAPER.settle(10)
+    os.dup2(FIRST, FIRST + 1)
+
+
+def test_a_kept_descriptor_that_is_none(place: Place) -> None:
+    """A number without a descriptor is one clear line."""
+    with pytest.raises(ConfigError, match=r"kept descriptor 'vfiouser/x'.*Bad file descriptor"):
+        inherited_descriptors(environment(1, "vfiouser/x"), first_fd=FIRST)

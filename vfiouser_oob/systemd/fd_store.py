@@ -1,0 +1,203 @@
+"""Descriptors that outlive this process: the service manager keeps them, and gives them to the next one.
+
+The manager's part is that of sd_notify(3): FDSTORE=1 keeps a descriptor under a name, FDSTOREREMOVE=1 gives it up, and
+when the service is started again they come behind the sockets of its units (`listen`). `vfiouser-oob keep` plays the
+same part.
+
+Rule 1: *a name stands for one descriptor.* What is kept twice under one name is kept until it was dropped twice.
+        systemd keeps one open file once, under the first name that it hears, so what several functions share needs one
+        name.
+Rule 2: *nothing tells that a descriptor was not kept*: not permitted (NotifyAccess=), not wanted
+        (FileDescriptorStoreMax=0, the default), or full. So we ask by a descriptor of which we can see whether the
+        manager has closed it; that one comes last, so what came before it has been kept.
+Rule 3: *nobody waits for the manager* but who asks by `barrier` or `check`, and they wait as long as they want to.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections import Counter
+from collections.abc import Mapping
+
+import trio
+
+from vfiouser_oob.observability import log
+from vfiouser_oob.systemd.mailbox import Mailbox
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd
+
+#: What systemd (254 and later) says how many descriptors it keeps for us at most.
+LIMIT_VARIABLE = "FDSTORE"
+MAX_NAME = 255
+#: What the names of our descriptors begin with, to tell them from sockets that units have opened.
+PREFIX = "vfiouser/"
+_PROBE = f"{PREFIX}probe"
+#: Seconds after a barrier within which a manager closes what it has not kept; newer ones do so in a thread.
+_CLOSED_S = 0.1
+
+
+class StoreLost(Exception):
+    """What should be kept did not reach the service manager; the text says how much of it."""
+
+
+class FdStore:
+    """Keeps descriptors at the service manager.
+
+    Args:
+        mailbox: of the manager; somebody runs it.
+        limit: how many it keeps at most; None if it does not say.
+    """
+
+    def __init__(self, mailbox: Mailbox, limit: int | None = None) -> None:
+        self._mailbox = mailbox
+        self._limit = limit
+        self._uses: Counter[str] = Counter()
+        self._log = log.get("systemd.fd-store")
+        self._said = False
+        self._checks = 0
+        self._lost = mailbox.lost
+
+    @classmethod
+    def from_environment(cls, mailbox: Mailbox, environ: Mapping[str, str] = os.environ) -> FdStore:
+        """The store of the manager that started us.
+
+        Args:
+            mailbox: of the manager.
+            environ: the environment that may say its limit.
+        """
+        text = environ.get(LIMIT_VARIABLE, "")
+        return cls(mailbox, int(text) if text.isdecimal() and len(text) < 10 else None)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What is kept, as far as we know."""
+        return frozenset(self._uses)
+
+    @property
+    def limit(self) -> int | None:
+        """How many descriptors are kept at most, if the manager says so."""
+        return self._limit
+
+    def keep(self, name: str, fd: HasFileno, *, watched: bool = False) -> None:
+        """Keep a descriptor; unless this name is kept already, then it only has one use more.
+
+        Args:
+            name: begins with `PREFIX`; printable ASCII without a colon, 255 characters at most.
+            fd: the descriptor; it stays the caller's and may be closed at once.
+            watched: whether the manager may drop it when its peer hangs up.
+
+        Raises:
+            ValueError: the name is none.
+        """
+        if not is_name(name):
+            raise ValueError(f"{name!r} cannot be the name of a kept descriptor")
+        self._uses[name] += 1
+        if self._uses[name] > 1:
+            return
+        self._note_limit()
+        poll = "" if watched else "\nFDPOLL=0"
+        self._mailbox.send(f"FDSTORE=1\nFDNAME={name}{poll}".encode(), (fd,))
+
+    def drop(self, name: str) -> None:
+        """Give up one use of a name; with the last one the descriptor is kept no more.
+
+        Args:
+            name: what it was kept as; one that is not kept is left alone.
+        """
+        uses = self._uses.get(name, 0)
+        if uses > 1:
+            self._uses[name] = uses - 1
+        elif uses:
+            del self._uses[name]
+            self._mailbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
+
+    def adopt(self, name: str, uses: int = 1) -> None:
+        """Know of a descriptor that the manager has kept since another process.
+
+        Args:
+            name: what it is kept as.
+            uses: by how many it will be dropped.
+        """
+        self._uses[name] += uses
+
+    def discard(self, name: str) -> None:
+        """Give up a name that came from another process and that nobody uses.
+
+        Args:
+            name: what it is kept as.
+        """
+        self._uses.pop(name, None)
+        self._mailbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
+
+    def _note_limit(self) -> None:
+        if self._limit is None or len(self._uses) <= self._limit or self._said:
+            return
+        self._said = True
+        self._log.warning(
+            "the service manager keeps too few descriptors; a restart would lose clients (FileDescriptorStoreMax=)",
+            limit=self._limit,
+            wanted=len(self._uses),
+        )
+
+    async def barrier(self) -> None:
+        """Wait until the manager has done everything that was asked of it.
+
+        Raises:
+            StoreLost: some of that, since the last barrier, did not reach it.
+        """
+        if self._mailbox.address is None:
+            raise StoreLost("there is no service manager that keeps descriptors")
+        reader, writer = _pipe()
+        with reader:
+            with writer:
+                self._mailbox.send(b"BARRIER=1", (writer,))
+            await _hung_up(reader)
+        before, self._lost = self._lost, self._mailbox.lost
+        if self._lost != before:
+            raise StoreLost(f"{self._lost - before} messages did not reach the service manager")
+
+    async def check(self) -> bool:
+        """Find out whether the manager has kept everything so far; takes a moment.
+
+        Returns:
+            Whether it has, and would keep one more.
+
+        Raises:
+            StoreLost: some of it did not reach it.
+        """
+        self._checks += 1
+        name = f"{_PROBE}-{self._checks}"
+        reader, writer = _pipe()
+        with reader:
+            with writer:
+                self._mailbox.send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode(), (writer,))
+            try:
+                await self.barrier()
+                with trio.move_on_after(_CLOSED_S):
+                    await _hung_up(reader)
+                    return False
+            finally:
+                self._mailbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
+        return True
+
+
+def is_name(text: str) -> bool:
+    """Whether something can be the name of a kept descriptor, by systemd's rules and ours."""
+    return (
+        text.startswith(PREFIX) and len(text) <= MAX_NAME and text.isascii() and text.isprintable() and ":" not in text
+    )
+
+
+def _pipe() -> tuple[OwnedFd, OwnedFd]:
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    return OwnedFd(reader), OwnedFd(writer)
+
+
+async def _hung_up(reader: OwnedFd) -> None:
+    """Wait until nobody has the other end of a pipe any more; nobody ever writes to it."""
+    poll = select.poll()
+    poll.register(reader.fileno(), 0)
+    while True:
+        await trio.lowlevel.wait_readable(reader.fileno())
+        if poll.poll(0):
+            return
