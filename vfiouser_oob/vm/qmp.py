@@ -180,18 +180,16 @@ class QmpSession:
             self._given_up.add(number)
 
     def _next_line(self) -> bytes | None:
-        while True:
-            end = self._buffer.find(b"\n", self._searched)
-            if not 0 <= end <= self._line_max:
-                if len(self._buffer) > self._line_max:
-                    raise QmpProtocolError(f"a line of more than {self._line_max} bytes")
-                self._searched = len(self._buffer)
-                return None
-            line = bytes(self._buffer[:end]).strip()
-            del self._buffer[: end + 1]
-            self._searched = 0
-            if line:
-                return line
+        end = self._buffer.find(b"\n", self._searched)
+        if not 0 <= end <= self._line_max:
+            if len(self._buffer) > self._line_max:
+                raise QmpProtocolError(f"a line of more than {self._line_max} bytes")
+            self._searched = len(self._buffer)
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        return line
 
     def _read(self, line: bytes) -> Message | None:
         try:

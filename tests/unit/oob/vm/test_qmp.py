@@ -71,7 +71,7 @@ def test_conversation(step: int) -> None:
     assert data.endswith(b"\n")
     assert data.count(b"\n") == 1
     refusal = {"id": second, "error": {"class": "GenericError", "desc": "no"}}
-    told = messages(session, STOP + line(refusal) + b"\r\n" + line({"return": [], "id": first}), step)
+    told = messages(session, STOP + line(refusal) + line({"return": [], "id": first}), step)
     assert told == [Event("STOP", {}, 1795818000.25), Refusal(second, "GenericError", "no"), Answer(first, [])]
 
 
@@ -110,6 +110,7 @@ def test_refused_negotiation_is_not_ready() -> None:
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", "no JSON: 'SSH-2.0"),
         (b"\xff\xfe\n", "no JSON"),
+        (b"\r\n", "no JSON"),
         (b"\x00\x01\x02\n", r"no JSON: '\\x00\\x01\\x02'"),
         (b"[" * 100_000 + b"\n", "no JSON"),
         (b"1" * 10_000 + b"\n", "no JSON"),
