@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vfiouser_protocol.commands import COMMANDS, CommandSpec, Role
+from vfiouser_protocol.commands import COMMANDS, CommandSpec, ConnectionEnd
 from vfiouser_protocol.fields import items_of, layout_table
 from vfiouser_protocol.messages import (
     Empty,
@@ -54,7 +54,7 @@ def command(spec: CommandSpec) -> Iterator[str]:
     """Describe a command, its request and its reply."""
     name = spec.command.name
     yield f"## {name} ({spec.command.value})\n"
-    facts = [f"Sent by the {'client' if spec.sender is Role.CLIENT else 'server'}"]
+    facts = [f"Sent by the {'client' if spec.sender is ConnectionEnd.CLIENT else 'server'}"]
     for count, where in ((spec.request_fds, "request"), (spec.reply_fds, "reply")):
         if count:
             facts.append(f"at most {count} descriptor{'s' if count > 1 else ''} with the {where}")

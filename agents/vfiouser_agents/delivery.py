@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-from .errors import AgentError, Fate
+from .errors import AgentError, FunctionCertainty
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Delivery:
             error: as the adapter raised it.
         """
         error.unsent = error.undelivered if self._sent is None else not self._sent
-        error.unclear = not error.unsent and (error.fate is Fate.UNKNOWN or error.undelivered)
+        error.unclear = not error.unsent and (error.fate is FunctionCertainty.UNKNOWN or error.undelivered)
 
 
 _current: ContextVar[Delivery | None] = ContextVar("delivery", default=None)

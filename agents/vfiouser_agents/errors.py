@@ -43,7 +43,7 @@ class Retry(Enum):
     RECONNECT = "reconnect"
 
 
-class Fate(Enum):
+class FunctionCertainty(Enum):
     """What is known about the function after the error."""
 
     #: As before the call.
@@ -65,7 +65,7 @@ class AgentError(Exception):
     code: ClassVar[str] = "error"
     errno: ClassVar[int] = errno.EIO
     retry: ClassVar[Retry] = Retry.NO
-    fate: ClassVar[Fate] = Fate.UNKNOWN
+    fate: ClassVar[FunctionCertainty] = FunctionCertainty.UNKNOWN
     #: Nothing of the call was sent, as far as the class tells.
     undelivered: ClassVar[bool] = False
     #: It is no answer: nobody was reached, or whoever it was has gone.
@@ -79,7 +79,7 @@ class AgentError(Exception):
         #: Nothing of the call can have reached the agent, so it has changed nothing.
         self.unsent = self.undelivered
         #: It may have had its effect all the same.
-        self.unclear = self.fate is Fate.UNKNOWN
+        self.unclear = self.fate is FunctionCertainty.UNKNOWN
 
     @property
     def retryable(self) -> bool:
@@ -89,7 +89,7 @@ class AgentError(Exception):
     @property
     def fatal(self) -> bool:
         """Only a reset brings the function back."""
-        return self.fate is Fate.FAILED
+        return self.fate is FunctionCertainty.FAILED
 
     def __str__(self) -> str:
         return f"{self.message} (vendor code {self.vendor_code})" if self.vendor_code else self.message
@@ -101,7 +101,7 @@ class ConnectError(AgentError):
     code = "connect"
     errno = errno.ENOTCONN
     retry = Retry.YES
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
     undelivered = True
     away = True
 
@@ -111,7 +111,7 @@ class AuthError(AgentError):
 
     code = "auth"
     errno = errno.EACCES
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
     undelivered = True
     away = True
 
@@ -138,7 +138,7 @@ class Busy(AgentError):
     code = "busy"
     errno = errno.EBUSY
     retry = Retry.YES
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
 
 class Unsupported(AgentError):
@@ -146,7 +146,7 @@ class Unsupported(AgentError):
 
     code = "unsupported"
     errno = errno.ENOTSUP
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
 
 class NotFound(AgentError):
@@ -154,7 +154,7 @@ class NotFound(AgentError):
 
     code = "not-found"
     errno = errno.ENODEV
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
 
 class InvalidArgument(AgentError):
@@ -162,7 +162,7 @@ class InvalidArgument(AgentError):
 
     code = "invalid-argument"
     errno = errno.EINVAL
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
 
 class InvalidState(AgentError):
@@ -170,7 +170,7 @@ class InvalidState(AgentError):
 
     code = "invalid-state"
     errno = errno.EBUSY
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
 
 class Incompatible(AgentError):
@@ -184,7 +184,7 @@ class Incompatible(AgentError):
 
     code = "incompatible"
     errno = errno.EINVAL
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
     def __init__(self, reasons: Sequence[str], message: str = "", *, vendor_code: str | None = None) -> None:
         super().__init__(message or "incompatible: " + "; ".join(reasons), vendor_code=vendor_code)
@@ -196,7 +196,7 @@ class CorruptState(AgentError):
 
     code = "corrupt-state"
     errno = errno.EILSEQ
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
 
 class NoResources(AgentError):
@@ -210,7 +210,7 @@ class NoResources(AgentError):
 
     code = "no-resources"
     errno = errno.ENOSPC
-    fate = Fate.UNCHANGED
+    fate = FunctionCertainty.UNCHANGED
 
     def __init__(
         self, message: str, limits: Mapping[str, int] | None = None, *, vendor_code: str | None = None
@@ -224,7 +224,7 @@ class DeviceFailed(AgentError):
 
     code = "device-failed"
     errno = errno.EIO
-    fate = Fate.FAILED
+    fate = FunctionCertainty.FAILED
 
 
 class ProtocolError(AgentError):

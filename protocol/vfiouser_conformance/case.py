@@ -37,7 +37,7 @@ class Level(Enum):
     COMPAT = "COMPAT"
 
 
-class Effect(IntEnum):
+class CaseEffect(IntEnum):
     """What a case may do to the device."""
 
     #: It asks questions only.
@@ -73,7 +73,7 @@ class Case:
     sent: str
     expected: str
     run: Body
-    effect: Effect
+    effect: CaseEffect
     compat: str = ""
 
 
@@ -89,7 +89,7 @@ class Area:
 
     prefix: str
     title: str
-    effect: Effect = Effect.SESSION
+    effect: CaseEffect = CaseEffect.SESSION
     cases: list[Case] = field(default_factory=list)
 
     def case(
@@ -98,7 +98,7 @@ class Area:
         level: Level,
         requirements: str,
         *,
-        effect: Effect | None = None,
+        effect: CaseEffect | None = None,
         compat: str = "",
     ) -> Callable[[Body], Body]:
         """Add the decorated function as a case; its docstring has a summary, `Sends:` and `Expects:`.
@@ -125,7 +125,7 @@ class Area:
         requirements: str,
         text: tuple[str, str, str],
         body: Body,
-        effect: Effect | None = None,
+        effect: CaseEffect | None = None,
         compat: str = "",
     ) -> None:
         """Add a case; `text` is its summary, what is sent and what is expected. The rest is as for `case`."""
@@ -165,7 +165,7 @@ class RefusedRequest:
     summary: str
     sent: str
     make: Callable[[Trial], Sequence[tuple[int, bytes] | tuple[int, bytes, Sequence[int]]]]
-    effect: Effect | None = None
+    effect: CaseEffect | None = None
 
 
 def refusals(area: Area, rows: Sequence[RefusedRequest]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.link import Record
+from vfiouser_conformance.link import TranscriptEntry
 from vfiouser_protocol.constants import Command
 
 _SHOWN = 64
@@ -51,7 +51,7 @@ _REQUESTS: Mapping[int, _PayloadHead] = {
 _HEXADECIMAL = {"flags", "offset", "address", "size"}
 
 
-def transcript(records: Sequence[Record], last: int = 12) -> Iterator[str]:
+def transcript(records: Sequence[TranscriptEntry], last: int = 12) -> Iterator[str]:
     """The last messages of a case, sent ones marked `>`, received ones `<`: what they say, then their bytes."""
     if len(records) > last:
         yield f"({len(records) - last} earlier messages)"

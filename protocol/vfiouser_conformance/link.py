@@ -43,7 +43,7 @@ class Closed(CaseFailed):
 
 
 @dataclass(slots=True)
-class Record:
+class TranscriptEntry:
     """One thing in a transcript.
 
     Args:
@@ -73,14 +73,14 @@ class Transcript:
         ends: monotonic time at which the case has to be over, whatever comes, in seconds.
     """
 
-    records: deque[Record] = field(default_factory=lambda: deque(maxlen=_KEPT_RECORDS))
+    records: deque[TranscriptEntry] = field(default_factory=lambda: deque(maxlen=_KEPT_RECORDS))
     started: float = field(default_factory=time.monotonic)
     ends: float = float("inf")
 
     def add(self, direction: str, channel: str, data: bytes, fds: int) -> None:
         """Note a message or a piece of one."""
         at = time.monotonic() - self.started
-        self.records.append(Record(direction, channel, data[:_KEPT_BYTES], len(data), fds, at))
+        self.records.append(TranscriptEntry(direction, channel, data[:_KEPT_BYTES], len(data), fds, at))
 
     def deadline(self, timeout: float) -> float:
         """When a wait that begins now ends: with its own time, or with the case's.

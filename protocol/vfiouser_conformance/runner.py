@@ -12,7 +12,7 @@ from enum import Enum
 from vfiouser_conformance import migration, migration_v1, vectors, wire
 from vfiouser_conformance.case import CannotTell, Case, CaseFailed, NotApplicable
 from vfiouser_conformance.facts import EVERYTHING, ServerFacts, Survey, in_words
-from vfiouser_conformance.link import Closed, NotThere, RawLink, Record
+from vfiouser_conformance.link import Closed, NotThere, RawLink, TranscriptEntry
 from vfiouser_conformance.trial import Seen, Target, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
@@ -70,7 +70,7 @@ class CaseResult:
     reason: str = ""
     seconds: float = 0.0
     seen: tuple[Seen, ...] = ()
-    records: tuple[Record, ...] = ()
+    records: tuple[TranscriptEntry, ...] = ()
     restarted: bool = False
     trouble: str = ""
     note: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from vfiouser_conformance.case import Case, Effect, Level
+from vfiouser_conformance.case import Case, CaseEffect, Level
 
 _TOKENS = re.compile(r"\(|\)|[^\s()]+")
 
@@ -31,7 +31,9 @@ def select(
     wanted = set(levels)
     matches = parse(expression) if expression else lambda case: True
     return [
-        case for case in cases if case.level in wanted and matches(case) and not (safe and case.effect is Effect.DEVICE)
+        case
+        for case in cases
+        if case.level in wanted and matches(case) and not (safe and case.effect is CaseEffect.DEVICE)
     ]
 
 

@@ -58,7 +58,7 @@ class MigrationCapability(NamedTuple):
     max_bitmap_size: int = DEFAULT_MAX_BITMAP_SIZE
 
 
-class Capabilities(NamedTuple):
+class VersionCapabilities(NamedTuple):
     """What one side announces about itself; the defaults are what silence means.
 
     Args:
@@ -94,7 +94,7 @@ class VersionData(NamedTuple):
 
     major: int
     minor: int
-    capabilities: Capabilities
+    capabilities: VersionCapabilities
     present: frozenset[str]
 
 
@@ -115,8 +115,8 @@ class Negotiated(NamedTuple):
 
     minor: int
     reply_payload: bytes
-    client: Capabilities
-    server: Capabilities
+    client: VersionCapabilities
+    server: VersionCapabilities
     twin: bool
     write_multiple: bool
     migration_pgsize: int | None
@@ -163,7 +163,7 @@ def _parse_version(payload: bytes, *, is_reply: bool) -> VersionData:
     members = _load_capabilities(version.data) if version.data else {}
     known = {name: check(members[name], name) for name, check in _CHECKS.items() if name in members}
     nested = {f"{name}.{inner}" for name in ("migration", "twin_socket") if name in known for inner in members[name]}
-    capabilities = Capabilities(**known)
+    capabilities = VersionCapabilities(**known)
     twin = capabilities.twin_socket
     if is_reply:
         if twin is not None and twin.supported and twin.fd_index is None:
@@ -261,23 +261,23 @@ _CHECKS: Mapping[str, Callable[[Any, str], Any]] = MappingProxyType(
 # --- Writing ---
 
 
-def encode_version(capabilities: Mapping[str, Any] | Capabilities, minor: int = PROTOCOL_MINOR) -> bytes:
+def encode_version(capabilities: Mapping[str, Any] | VersionCapabilities, minor: int = PROTOCOL_MINOR) -> bytes:
     """Return a VERSION payload.
 
     Args:
-        capabilities: the members of the JSON object; of `Capabilities`, all that is not None.
+        capabilities: the members of the JSON object; of `VersionCapabilities`, all that is not None.
         minor: protocol minor.
 
     Returns:
         Version numbers, compact JSON and its NUL.
     """
-    if isinstance(capabilities, Capabilities):
+    if isinstance(capabilities, VersionCapabilities):
         capabilities = capability_members(capabilities)
     text = json.dumps({"capabilities": dict(capabilities)}, separators=(",", ":"))
     return encode(Version(PROTOCOL_MAJOR, minor, text.encode("ascii") + b"\0"))
 
 
-def capability_members(capabilities: Capabilities) -> dict[str, Any]:
+def capability_members(capabilities: VersionCapabilities) -> dict[str, Any]:
     """Return capabilities as the members of the JSON object.
 
     Args:
@@ -311,7 +311,7 @@ _DROP_ORDER = (
 
 
 def negotiate(
-    request: VersionData, offer: Capabilities, *, request_payload_size: int, grant_twin: bool = False
+    request: VersionData, offer: VersionCapabilities, *, request_payload_size: int, grant_twin: bool = False
 ) -> Negotiated:
     """Settle, on the server, what holds on this connection.
 
@@ -364,7 +364,7 @@ def negotiate(
     )
 
 
-def _common_pgsize(one: Capabilities, other: Capabilities) -> int | None:
+def _common_pgsize(one: VersionCapabilities, other: VersionCapabilities) -> int | None:
     """The smaller page size of two that mention migration; the default if neither says one."""
     if one.migration is None or other.migration is None:
         return None
@@ -374,7 +374,7 @@ def _common_pgsize(one: Capabilities, other: Capabilities) -> int | None:
 
 def _fitting_reply(members: dict[str, Any], minor: int, size: int) -> bytes:
     """Encode, removing members until the reply fits; `members` is left with what is in it."""
-    defaults = capability_members(Capabilities())
+    defaults = capability_members(VersionCapabilities())
     at_default = [name for name, value in members.items() if defaults.get(name) == value]
     for name in (*at_default, *_DROP_ORDER):
         payload = encode_version(members, minor)
@@ -388,7 +388,7 @@ def _fitting_reply(members: dict[str, Any], minor: int, size: int) -> bytes:
     return encode_version(members, minor)
 
 
-def _effective(theirs: Capabilities, ours: Capabilities) -> Capabilities:
+def _effective(theirs: VersionCapabilities, ours: VersionCapabilities) -> VersionCapabilities:
     """What may be sent to the peer: no transfer larger than it takes, nor than we would take ourselves."""
     size = min(theirs.max_data_xfer_size, ours.max_data_xfer_size)
     return theirs._replace(max_data_xfer_size=size)

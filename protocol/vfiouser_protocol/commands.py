@@ -17,19 +17,19 @@ from vfiouser_protocol.fields import least_size
 from vfiouser_protocol.limits import ACCEPTED_MSG_FDS
 
 
-class Role(Enum):
+class ConnectionEnd(Enum):
     """Which end of the connection; a server's peer is a client and the other way round."""
 
     CLIENT = "client"
     SERVER = "server"
 
     @property
-    def peer(self) -> Role:
+    def peer(self) -> ConnectionEnd:
         """The other end."""
-        return Role.SERVER if self is Role.CLIENT else Role.CLIENT
+        return ConnectionEnd.SERVER if self is ConnectionEnd.CLIENT else ConnectionEnd.CLIENT
 
 
-class Phase(Enum):
+class ConnectionPhase(Enum):
     """Where a connection stands."""
 
     #: Only VERSION may be sent, once, by the client.
@@ -61,8 +61,8 @@ class CommandSpec(NamedTuple):
     """
 
     command: Command
-    sender: Role
-    phase: Phase
+    sender: ConnectionEnd
+    phase: ConnectionPhase
     min_payload: int
     request_fds: int
     reply_fds: int
@@ -74,11 +74,11 @@ class CommandSpec(NamedTuple):
 
 def _row(
     command: Command,
-    sender: Role,
+    sender: ConnectionEnd,
     request: type[m.Payload],
     reply: type[m.Payload] = m.Empty,
     *,
-    phase: Phase = Phase.READY,
+    phase: ConnectionPhase = ConnectionPhase.READY,
     request_fds: int = 0,
     reply_fds: int = 0,
     no_reply: bool = True,
@@ -90,13 +90,21 @@ def _row(
     )
 
 
-_C, _S = Role.CLIENT, Role.SERVER
+_C, _S = ConnectionEnd.CLIENT, ConnectionEnd.SERVER
 
 #: Spec: vfio-user, "Commands" and the sections of each; the descriptor columns are those of "Message format".
 COMMANDS: Mapping[int, CommandSpec] = MappingProxyType(
     dict(
         [
-            _row(Command.VERSION, _C, m.Version, m.Version, phase=Phase.NEGOTIATING, reply_fds=1, no_reply=False),
+            _row(
+                Command.VERSION,
+                _C,
+                m.Version,
+                m.Version,
+                phase=ConnectionPhase.NEGOTIATING,
+                reply_fds=1,
+                no_reply=False,
+            ),
             _row(Command.DMA_MAP, _C, m.DmaMap, request_fds=1),
             _row(Command.DMA_UNMAP, _C, m.DmaUnmap, m.DmaUnmap),
             _row(Command.DEVICE_GET_INFO, _C, m.DeviceInfo, m.DeviceInfo),

@@ -2,7 +2,7 @@
 
 Why not a plain sorted list: inserting into and deleting from 65 535 entries moves half a megabyte each time.
 Why not `sortedcontainers`: a position there costs a walk through its index, several per operation, and bursts
-of DMA_MAP and DMA_UNMAP are what an attach and memory hot-plug are made of. So `DmaMap` keeps a two-level
+of DMA_MAP and DMA_UNMAP are what an attach and memory hot-plug are made of. So `DmaTable` keeps a two-level
 sorted list of its own. Its rules:
 
 * `_leaves` are short sorted lists of start addresses; leaf *i* holds the starts from `_floors[i]` up to below
@@ -88,7 +88,7 @@ class DmaRegion:
         return f"<DmaRegion {self.address:#x}+{self.size:#x} {access} {backing}>"
 
 
-class DmaMap:
+class DmaTable:
     """The windows that are mapped now: no two overlap, each operation is O(log n).
 
     Args:

@@ -102,7 +102,7 @@ def device_state_value(state: DeviceState, last_written: int = 0) -> int:
 # --- The region ---
 
 
-class Register(Enum):
+class MigrationRegister(Enum):
     """The registers at the start of the region; see `REGISTERS`."""
 
     DEVICE_STATE = "device_state"
@@ -128,13 +128,13 @@ class RegisterRule(NamedTuple):
 
 #: Spec: struct vfio_device_migration_info. The specification ignores accesses to the reserved word, as is done here;
 #: libvfio-user refuses them.
-REGISTERS: Mapping[Register, RegisterRule] = MappingProxyType(
+REGISTERS: Mapping[MigrationRegister, RegisterRule] = MappingProxyType(
     {
-        Register.DEVICE_STATE: RegisterRule(0, 4, None),
-        Register.RESERVED: RegisterRule(4, 4, None),
-        Register.PENDING_BYTES: RegisterRule(8, 8),
-        Register.DATA_OFFSET: RegisterRule(16, 8),
-        Register.DATA_SIZE: RegisterRule(24, 8, frozenset({DeviceState.RESUMING})),
+        MigrationRegister.DEVICE_STATE: RegisterRule(0, 4, None),
+        MigrationRegister.RESERVED: RegisterRule(4, 4, None),
+        MigrationRegister.PENDING_BYTES: RegisterRule(8, 8),
+        MigrationRegister.DATA_OFFSET: RegisterRule(16, 8),
+        MigrationRegister.DATA_SIZE: RegisterRule(24, 8, frozenset({DeviceState.RESUMING})),
     }
 )
 _BY_OFFSET = MappingProxyType({rule.offset: register for register, rule in REGISTERS.items()})
@@ -187,7 +187,7 @@ class RegionLayout:
             mappable=True,
         )
 
-    def locate(self, offset: int, count: int) -> Register | DataAccess:
+    def locate(self, offset: int, count: int) -> MigrationRegister | DataAccess:
         """Return what an access is about.
 
         Args:
@@ -211,7 +211,7 @@ class RegionLayout:
         return register
 
 
-def require_writable(register: Register, state: DeviceState) -> None:
+def require_writable(register: MigrationRegister, state: DeviceState) -> None:
     """Refuse a write that means nothing.
 
     Args:
@@ -227,7 +227,7 @@ def require_writable(register: Register, state: DeviceState) -> None:
         raise CommandError(f"{register.value} was written in {state.name}; that is allowed in {allowed}; refused")
 
 
-def pack_register(register: Register, value: int) -> bytes:
+def pack_register(register: MigrationRegister, value: int) -> bytes:
     """Return a register's bytes.
 
     Args:
@@ -245,7 +245,7 @@ def unpack_register(data: bytes) -> int:
 # --- Taking and giving data ---
 
 
-class Phase(Enum):
+class IterationPhase(Enum):
     """How far the client is with a chunk while data is saved."""
 
     INITIAL = "initial"
@@ -264,7 +264,7 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
-class Event(Enum):
+class IterationEvent(Enum):
     """What can happen to an iteration."""
 
     READ_PENDING = "pending_bytes was read"
@@ -273,7 +273,7 @@ class Event(Enum):
     STOP = "the device was stopped"
 
 
-class Step(NamedTuple):
+class IterationStep(NamedTuple):
     """What an event leads to.
 
     Args:
@@ -282,44 +282,44 @@ class Step(NamedTuple):
         acknowledge: the chunk in the data section was taken and may be forgotten.
     """
 
-    phase: Phase
+    phase: IterationPhase
     prepare: bool = False
     acknowledge: bool = False
 
 
 #: What is not here is out of sequence, which is EINVAL.
 #: Spec: vfio-user 0.9.1, "Device migration: saving"; libvfio-user for what is out of sequence.
-ITERATION: Mapping[Phase, Mapping[Event, Step]] = MappingProxyType(
+ITERATION: Mapping[IterationPhase, Mapping[IterationEvent, IterationStep]] = MappingProxyType(
     {
-        Phase.INITIAL: {
-            Event.READ_PENDING: Step(Phase.STARTED),
-            Event.STOP: Step(Phase.INITIAL),
+        IterationPhase.INITIAL: {
+            IterationEvent.READ_PENDING: IterationStep(IterationPhase.STARTED),
+            IterationEvent.STOP: IterationStep(IterationPhase.INITIAL),
         },
-        Phase.STARTED: {
-            Event.READ_PENDING: Step(Phase.STARTED),
-            Event.READ_OFFSET: Step(Phase.PREPARED, prepare=True),
-            Event.STOP: Step(Phase.INITIAL),
+        IterationPhase.STARTED: {
+            IterationEvent.READ_PENDING: IterationStep(IterationPhase.STARTED),
+            IterationEvent.READ_OFFSET: IterationStep(IterationPhase.PREPARED, prepare=True),
+            IterationEvent.STOP: IterationStep(IterationPhase.INITIAL),
         },
-        Phase.PREPARED: {
-            Event.READ_PENDING: Step(Phase.HELD),
-            Event.READ_OFFSET: Step(Phase.PREPARED),
-            Event.READ_SIZE: Step(Phase.DELIVERED),
-            Event.STOP: Step(Phase.KEPT),
+        IterationPhase.PREPARED: {
+            IterationEvent.READ_PENDING: IterationStep(IterationPhase.HELD),
+            IterationEvent.READ_OFFSET: IterationStep(IterationPhase.PREPARED),
+            IterationEvent.READ_SIZE: IterationStep(IterationPhase.DELIVERED),
+            IterationEvent.STOP: IterationStep(IterationPhase.KEPT),
         },
-        Phase.DELIVERED: {
-            Event.READ_PENDING: Step(Phase.STARTED, acknowledge=True),
-            Event.READ_OFFSET: Step(Phase.DELIVERED),
-            Event.READ_SIZE: Step(Phase.DELIVERED),
-            Event.STOP: Step(Phase.TAKEN),
+        IterationPhase.DELIVERED: {
+            IterationEvent.READ_PENDING: IterationStep(IterationPhase.STARTED, acknowledge=True),
+            IterationEvent.READ_OFFSET: IterationStep(IterationPhase.DELIVERED),
+            IterationEvent.READ_SIZE: IterationStep(IterationPhase.DELIVERED),
+            IterationEvent.STOP: IterationStep(IterationPhase.TAKEN),
         },
-        Phase.HELD: {
-            Event.READ_PENDING: Step(Phase.HELD),
-            Event.READ_OFFSET: Step(Phase.PREPARED),
-            Event.STOP: Step(Phase.KEPT),
+        IterationPhase.HELD: {
+            IterationEvent.READ_PENDING: IterationStep(IterationPhase.HELD),
+            IterationEvent.READ_OFFSET: IterationStep(IterationPhase.PREPARED),
+            IterationEvent.STOP: IterationStep(IterationPhase.KEPT),
         },
-        Phase.KEPT: {Event.READ_PENDING: Step(Phase.HELD)},
-        Phase.TAKEN: {Event.READ_PENDING: Step(Phase.STARTED, acknowledge=True)},
-        Phase.FINISHED: {Event.READ_PENDING: Step(Phase.FINISHED)},
+        IterationPhase.KEPT: {IterationEvent.READ_PENDING: IterationStep(IterationPhase.HELD)},
+        IterationPhase.TAKEN: {IterationEvent.READ_PENDING: IterationStep(IterationPhase.STARTED, acknowledge=True)},
+        IterationPhase.FINISHED: {IterationEvent.READ_PENDING: IterationStep(IterationPhase.FINISHED)},
     }
 )
 
@@ -339,7 +339,7 @@ class Iteration:
     def __init__(self, layout: RegionLayout) -> None:
         self._layout = layout
         self._state = DeviceState.RUNNING
-        self.phase = Phase.INITIAL
+        self.phase = IterationPhase.INITIAL
         #: Bytes of the chunk in the data section; 0 if there is none.
         self.chunk = 0
         self._written = 0
@@ -363,9 +363,9 @@ class Iteration:
             return False
         self._written = 0
         if (before, state) == (DeviceState.PRE_COPY, DeviceState.STOP_COPY):
-            self.phase = ITERATION[self.phase][Event.STOP].phase
+            self.phase = ITERATION[self.phase][IterationEvent.STOP].phase
             return False
-        self.phase = Phase.INITIAL
+        self.phase = IterationPhase.INITIAL
         dropped, self.chunk = bool(self.chunk), 0
         return dropped
 
@@ -377,7 +377,7 @@ class Iteration:
         """
         if self._state not in _SAVING:
             return False
-        step = self._step(Event.READ_PENDING)
+        step = self._step(IterationEvent.READ_PENDING)
         self.phase = step.phase
         if step.acknowledge:
             self.chunk = 0
@@ -393,12 +393,12 @@ class Iteration:
         Returns:
             0 while nothing is saved, and for good once it was 0 after the stop.
         """
-        if self._state not in _SAVING or self.phase is Phase.FINISHED:
+        if self._state not in _SAVING or self.phase is IterationPhase.FINISHED:
             return 0
-        if self.phase is Phase.STARTED and not amount:
+        if self.phase is IterationPhase.STARTED and not amount:
             # Before the stop there may be more later; after it this was the end.
             stopped = self._state is DeviceState.STOP_COPY
-            self.phase = Phase.FINISHED if stopped else Phase.INITIAL
+            self.phase = IterationPhase.FINISHED if stopped else IterationPhase.INITIAL
         return max(amount, self.chunk)
 
     def offset(self) -> bool:
@@ -412,7 +412,7 @@ class Iteration:
         """
         if self._state is DeviceState.RESUMING:
             return False
-        step = self._step(Event.READ_OFFSET)
+        step = self._step(IterationEvent.READ_OFFSET)
         if not step.prepare:
             self.phase = step.phase
         return step.prepare
@@ -423,9 +423,9 @@ class Iteration:
         Args:
             size: of the chunk, bytes; 0 if there is nothing now.
         """
-        if self.phase is not Phase.STARTED or not 0 <= size <= self._layout.data_size:
+        if self.phase is not IterationPhase.STARTED or not 0 <= size <= self._layout.data_size:
             raise LocalProtocolError(f"a chunk of {size} bytes in phase {self.phase.value}; not shown")
-        self.phase = ITERATION[self.phase][Event.READ_OFFSET].phase
+        self.phase = ITERATION[self.phase][IterationEvent.READ_OFFSET].phase
         self.chunk = size
 
     def size(self) -> int:
@@ -436,7 +436,7 @@ class Iteration:
         """
         if self._state is DeviceState.RESUMING:
             return self._written
-        self.phase = self._step(Event.READ_SIZE).phase
+        self.phase = self._step(IterationEvent.READ_SIZE).phase
         return self.chunk
 
     def write_size(self, size: int) -> int:
@@ -451,7 +451,7 @@ class Iteration:
         Raises:
             CommandError: EINVAL: nothing is loaded, or more than the data section has.
         """
-        require_writable(Register.DATA_SIZE, self._state)
+        require_writable(MigrationRegister.DATA_SIZE, self._state)
         if size > self._layout.data_size:
             raise CommandError(f"data_size {size} was written, the data section has {self._layout.data_size}; refused")
         self._written = size
@@ -469,11 +469,11 @@ class Iteration:
         if write and self._state is not DeviceState.RESUMING:
             raise CommandError(f"data was written in {self._state.name}; that is allowed in RESUMING; refused")
 
-    def _step(self, event: Event) -> Step:
+    def _step(self, event: IterationEvent) -> IterationStep:
         if self._state not in _SAVING:
             raise CommandError(f"{event.value} in {self._state.name}, where no data goes either way; refused")
         step = ITERATION[self.phase].get(event)
         if step is None:
-            legal = [item.value for item in ITERATION[self.phase] if item is not Event.STOP]
+            legal = [item.value for item in ITERATION[self.phase] if item is not IterationEvent.STOP]
             raise CommandError(f"{event.value} in phase {self.phase.value}; due is: {', '.join(legal)}; refused")
         return step

@@ -6,7 +6,7 @@ So a session keeps two books: `outstanding`, our commands that wait for their re
 commands that wait for ours, in the order in which they came.
 
 Rule 2: *replies leave in the order of their commands*, although ids would allow otherwise: QEMU sends a burst
-and waits for the last. `reply` and `error_reply` insist on it. The reply inside a `Refused` has its place in
+and waits for the last. `reply` and `error_reply` insist on it. The reply inside a `MessageRefused` has its place in
 that order too: it is sent when all commands received before it have been answered.
 
 Rule 3: *ids of the peer mean nothing.* They may repeat, even concurrently, so a command is known by its
@@ -30,15 +30,15 @@ from types import MappingProxyType
 from typing import Any
 
 from vfiouser_protocol.capabilities import (
-    Capabilities,
     Negotiated,
+    VersionCapabilities,
     VersionData,
     accept_reply,
     encode_version,
     negotiate,
     parse_version_request,
 )
-from vfiouser_protocol.commands import COMMANDS, CommandSpec, Phase, Role
+from vfiouser_protocol.commands import COMMANDS, CommandSpec, ConnectionEnd, ConnectionPhase
 from vfiouser_protocol.constants import HEADER_SIZE, PROTOCOL_MINOR, Command
 from vfiouser_protocol.errors import LocalProtocolError, StreamError
 from vfiouser_protocol.framing import Framer, Message
@@ -54,22 +54,22 @@ from vfiouser_protocol.header import (
 )
 from vfiouser_protocol.header import error_reply as pack_error_reply
 from vfiouser_protocol.limits import MAX_ERRNO, Limits
-from vfiouser_protocol.session_events import NO_FDS, CommandReceived, Outstanding, Refused, ReplyReceived
-from vfiouser_protocol.session_state import TRANSITIONS, VERDICTS, WORST, Event, Oddity, Verdict
+from vfiouser_protocol.session_events import NO_FDS, CommandReceived, MessageRefused, Outstanding, ReplyReceived
+from vfiouser_protocol.session_state import TRANSITIONS, VERDICTS, WORST, Oddity, OddMessageVerdict, PhaseEvent
 
 __all__ = [
     "TRANSITIONS",
     "VERDICTS",
     "CommandReceived",
-    "Event",
+    "ConnectionEnd",
+    "ConnectionPhase",
+    "MessageRefused",
+    "OddMessageVerdict",
     "Oddity",
     "Outstanding",
-    "Phase",
-    "Refused",
+    "PhaseEvent",
+    "ProtocolSession",
     "ReplyReceived",
-    "Role",
-    "Session",
-    "Verdict",
 ]
 
 _VERSION = int(Command.VERSION)
@@ -80,12 +80,12 @@ _EINVAL = _errno.EINVAL
 _new = tuple.__new__
 
 
-class Session:
+class ProtocolSession:
     """One connection, seen from one end.
 
     Call protocol: give every message that a `Framer` returns to `receive`. For a `CommandReceived`, send
     what `reply` or `error_reply` returns (nothing, if it is empty); for the VERSION command, what `accept`
-    returns, before the next message is given to `receive`. For a `Refused`, send its `reply` in its turn,
+    returns, before the next message is given to `receive`. For a `MessageRefused`, send its `reply` in its turn,
     close its `fds`, and the connection if it says so. To send a command, take an id and bytes from `command`;
     its answer comes as a `ReplyReceived` with the token. When the stream ends, call `close`. A client starts
     with `propose`.
@@ -122,9 +122,9 @@ class Session:
         "role",
     )
 
-    def __init__(self, role: Role, limits: Limits | None = None) -> None:
+    def __init__(self, role: ConnectionEnd, limits: Limits | None = None) -> None:
         self.role = role
-        self.phase = Phase.NEGOTIATING
+        self.phase = ConnectionPhase.NEGOTIATING
         self.negotiated: Negotiated | None = None
         self.proposal: VersionData | None = None
         self.late_replies = 0
@@ -148,7 +148,7 @@ class Session:
 
     # --- Receiving ---
 
-    def receive(self, message: Message, *, twin: bool = False) -> CommandReceived | ReplyReceived | Refused:
+    def receive(self, message: Message, *, twin: bool = False) -> CommandReceived | ReplyReceived | MessageRefused:
         """Take a message of the peer and say what it is to us.
 
         Args:
@@ -188,7 +188,7 @@ class Session:
         kept = 0 if flags & ERROR else waiting.spec.reply_fds
         return ReplyReceived(waiting.token, header, payload, fds[:kept], fds[kept:])
 
-    def _receive_unusual_command(self, message: Message, twin: bool) -> CommandReceived | Refused:
+    def _receive_unusual_command(self, message: Message, twin: bool) -> CommandReceived | MessageRefused:
         header, payload, _fds = message
         spec = COMMANDS.get(header.command)
         if spec is None:
@@ -205,7 +205,7 @@ class Session:
             return self._refuse(message, Oddity.SHORT)
         return self._refuse(message, Oddity.NOT_AGREED)
 
-    def _receive_version(self, message: Message, spec: CommandSpec) -> CommandReceived | Refused:
+    def _receive_version(self, message: Message, spec: CommandSpec) -> CommandReceived | MessageRefused:
         header, payload, fds = message
         if fds:
             return self._refuse(message, Oddity.VERSION_FDS)
@@ -220,12 +220,12 @@ class Session:
         self._unanswered.append(header)
         return CommandReceived(spec, header, payload, fds)
 
-    def _receive_version_reply(self, message: Message, waiting: Outstanding) -> ReplyReceived | Refused:
+    def _receive_version_reply(self, message: Message, waiting: Outstanding) -> ReplyReceived | MessageRefused:
         header, payload, fds = message
         if self.phase is not waiting.spec.phase:  # something before it ended the connection
             return self._refuse(message, Oddity.WRONG_PHASE)
         if header.is_error:
-            self._move(Event.REFUSED)
+            self._move(PhaseEvent.REFUSED)
             return ReplyReceived(waiting.token, header, payload, NO_FDS, fds)
         assert self.proposal is not None  # `command` keeps it when it sends VERSION
         try:
@@ -239,7 +239,7 @@ class Session:
         surplus = [fd for position, fd in enumerate(fds) if position != index]
         return ReplyReceived(waiting.token, header, payload, kept, surplus)
 
-    def _receive_stray_reply(self, message: Message) -> Refused:
+    def _receive_stray_reply(self, message: Message) -> MessageRefused:
         msg_id = message.header.msg_id
         if msg_id not in self._forgotten:
             # rust-vmm's server answers some commands although they ask for no reply.
@@ -249,7 +249,7 @@ class Session:
         self.late_replies += 1
         return self._refuse(message, Oddity.LATE)
 
-    def _refuse(self, message: Message, oddity: Oddity, reason: str | None = None) -> Refused:
+    def _refuse(self, message: Message, oddity: Oddity, reason: str | None = None) -> MessageRefused:
         header = message.header
         phase = self.phase
         verdict = VERDICTS.get((phase, oddity), WORST)
@@ -257,13 +257,13 @@ class Session:
         silent = header.flags & NO_REPLY and (spec is None or spec.no_reply)
         answer = verdict.answer and not silent and not header.is_reply
         if verdict.close:
-            self._move(Event.BROKEN)
+            self._move(PhaseEvent.BROKEN)
         if reason is None:
             consequence = "the connection ends" if verdict.close else "refused" if verdict.answer else "dropped"
             what = f"{command_name(header.command)} #{header.msg_id} ({len(message.payload)} bytes)"
             reason = f"{what} while {phase.value}: {oddity.value}; {consequence}"
         reply = pack_error_reply(header, _EINVAL) if answer else None
-        return Refused(_EINVAL, reply, message.fds, reason, verdict.close)
+        return MessageRefused(_EINVAL, reply, message.fds, reason, verdict.close)
 
     # --- Answering ---
 
@@ -329,10 +329,10 @@ class Session:
             return b""
         self._take_turn(header)
         if header.command == _VERSION:
-            self._move(Event.REFUSED)
+            self._move(PhaseEvent.REFUSED)
         return pack_error_reply(header, errno if 0 < errno <= MAX_ERRNO else _errno.EIO)
 
-    def accept(self, header: Header, offer: Capabilities, *, grant_twin: bool = False) -> bytes:
+    def accept(self, header: Header, offer: VersionCapabilities, *, grant_twin: bool = False) -> bytes:
         """Agree on what the client proposed, and return the reply to its VERSION.
 
         Args:
@@ -350,7 +350,7 @@ class Session:
 
         Spec: vfio-user, VFIO_USER_VERSION.
         """
-        if self.proposal is None or self.role is not Role.SERVER:
+        if self.proposal is None or self.role is not ConnectionEnd.SERVER:
             raise LocalProtocolError("there is no VERSION command to accept; nothing is sent")
         self._take_turn(header)
         agreement = negotiate(self.proposal, offer, request_payload_size=self._proposal_size, grant_twin=grant_twin)
@@ -377,7 +377,7 @@ class Session:
         return MappingProxyType(self._outstanding)
 
     def propose(
-        self, capabilities: Capabilities, *, minor: int = PROTOCOL_MINOR, token: Any = None
+        self, capabilities: VersionCapabilities, *, minor: int = PROTOCOL_MINOR, token: Any = None
     ) -> tuple[int, bytes]:
         """Return the VERSION command that a client starts with.
 
@@ -461,7 +461,7 @@ class Session:
         Returns:
             Our commands that will not be answered any more.
         """
-        self._move(Event.ENDED)
+        self._move(PhaseEvent.ENDED)
         given_up = list(self._outstanding.values())
         self._outstanding.clear()
         self._forgotten.clear()
@@ -469,16 +469,16 @@ class Session:
         self._unanswered.clear()
         return given_up
 
-    def _move(self, event: Event) -> None:
+    def _move(self, event: PhaseEvent) -> None:
         try:
             self.phase = TRANSITIONS[self.phase, event]
         except KeyError:
             raise LocalProtocolError(f"a session that is {self.phase.value} cannot take this: {event.value}") from None
-        if self.phase is Phase.CLOSED:
+        if self.phase is ConnectionPhase.CLOSED:
             self._legal = self._legal_on_twin = {}
 
     def _agree(self, agreement: Negotiated) -> None:
-        self._move(Event.AGREED)
+        self._move(PhaseEvent.AGREED)
         self.negotiated = agreement
         legal = {
             number: spec
@@ -489,8 +489,8 @@ class Session:
         }
         # The twin carries what the server commands; so for the client commands come there, for the server
         # replies.
-        if agreement.twin and self.role is Role.CLIENT:
+        if agreement.twin and self.role is ConnectionEnd.CLIENT:
             self._legal_on_twin = legal
         else:
             self._legal = legal
-        self._replies_on_main = not (agreement.twin and self.role is Role.SERVER)
+        self._replies_on_main = not (agreement.twin and self.role is ConnectionEnd.SERVER)

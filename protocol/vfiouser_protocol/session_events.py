@@ -57,7 +57,7 @@ class ReplyReceived(NamedTuple):
         return ReplyError(f"the peer refused {name}: {errno_text(self.header.error)}", self.header.error)
 
 
-class Refused(NamedTuple):
+class MessageRefused(NamedTuple):
     """A message that nobody has to look at any further.
 
     Args:

@@ -11,10 +11,10 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vfiouser_protocol.commands import Phase
+from vfiouser_protocol.commands import ConnectionPhase
 
 
-class Event(Enum):
+class PhaseEvent(Enum):
     """What moves a session from phase to phase."""
 
     AGREED = "VERSION was answered with success"
@@ -24,16 +24,16 @@ class Event(Enum):
 
 
 #: Every legal move; any other is a bug of ours.
-TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType(
+TRANSITIONS: Mapping[tuple[ConnectionPhase, PhaseEvent], ConnectionPhase] = MappingProxyType(
     {
-        (Phase.NEGOTIATING, Event.AGREED): Phase.READY,
-        (Phase.NEGOTIATING, Event.REFUSED): Phase.CLOSED,
-        (Phase.NEGOTIATING, Event.BROKEN): Phase.CLOSED,
-        (Phase.NEGOTIATING, Event.ENDED): Phase.CLOSED,
-        (Phase.READY, Event.BROKEN): Phase.CLOSED,
-        (Phase.READY, Event.ENDED): Phase.CLOSED,
-        (Phase.CLOSED, Event.BROKEN): Phase.CLOSED,
-        (Phase.CLOSED, Event.ENDED): Phase.CLOSED,
+        (ConnectionPhase.NEGOTIATING, PhaseEvent.AGREED): ConnectionPhase.READY,
+        (ConnectionPhase.NEGOTIATING, PhaseEvent.REFUSED): ConnectionPhase.CLOSED,
+        (ConnectionPhase.NEGOTIATING, PhaseEvent.BROKEN): ConnectionPhase.CLOSED,
+        (ConnectionPhase.NEGOTIATING, PhaseEvent.ENDED): ConnectionPhase.CLOSED,
+        (ConnectionPhase.READY, PhaseEvent.BROKEN): ConnectionPhase.CLOSED,
+        (ConnectionPhase.READY, PhaseEvent.ENDED): ConnectionPhase.CLOSED,
+        (ConnectionPhase.CLOSED, PhaseEvent.BROKEN): ConnectionPhase.CLOSED,
+        (ConnectionPhase.CLOSED, PhaseEvent.ENDED): ConnectionPhase.CLOSED,
     }
 )
 
@@ -56,7 +56,7 @@ class Oddity(Enum):
     VERSION_BAD = "the two sides cannot agree"
 
 
-class Verdict(NamedTuple):
+class OddMessageVerdict(NamedTuple):
     """What happens with an odd message.
 
     Args:
@@ -68,36 +68,36 @@ class Verdict(NamedTuple):
     close: bool
 
 
-_ANSWER = Verdict(answer=True, close=False)
-_ANSWER_AND_CLOSE = Verdict(answer=True, close=True)
-_DROP = Verdict(answer=False, close=False)
-_CLOSE = Verdict(answer=False, close=True)
+_ANSWER = OddMessageVerdict(answer=True, close=False)
+_ANSWER_AND_CLOSE = OddMessageVerdict(answer=True, close=True)
+_DROP = OddMessageVerdict(answer=False, close=False)
+_CLOSE = OddMessageVerdict(answer=False, close=True)
 #: For an oddity that a phase does not list.
 WORST = _CLOSE
 
 #: The server's side of negotiation follows libvfio-user: what is no VERSION command at all ends the
 #: connection in silence, what is a command gets an answer first.
-VERDICTS: Mapping[tuple[Phase, Oddity], Verdict] = MappingProxyType(
+VERDICTS: Mapping[tuple[ConnectionPhase, Oddity], OddMessageVerdict] = MappingProxyType(
     {
-        (Phase.NEGOTIATING, Oddity.BAD_TYPE): _CLOSE,
-        (Phase.NEGOTIATING, Oddity.UNKNOWN): _ANSWER_AND_CLOSE,
-        (Phase.NEGOTIATING, Oddity.WRONG_SENDER): _ANSWER_AND_CLOSE,
-        (Phase.NEGOTIATING, Oddity.WRONG_PHASE): _ANSWER_AND_CLOSE,
-        (Phase.NEGOTIATING, Oddity.VERSION_FDS): _ANSWER_AND_CLOSE,
-        (Phase.NEGOTIATING, Oddity.VERSION_BAD): _ANSWER_AND_CLOSE,
-        (Phase.NEGOTIATING, Oddity.UNSOLICITED): _CLOSE,
-        (Phase.NEGOTIATING, Oddity.MISMATCHED): _CLOSE,
-        (Phase.NEGOTIATING, Oddity.LATE): _CLOSE,
-        (Phase.READY, Oddity.BAD_TYPE): _ANSWER,
-        (Phase.READY, Oddity.UNKNOWN): _ANSWER,
-        (Phase.READY, Oddity.WRONG_SENDER): _ANSWER,
-        (Phase.READY, Oddity.WRONG_PHASE): _ANSWER,
-        (Phase.READY, Oddity.NOT_AGREED): _ANSWER,
-        (Phase.READY, Oddity.SHORT): _ANSWER,
-        (Phase.READY, Oddity.LATE): _DROP,
-        (Phase.READY, Oddity.POSTED): _DROP,
-        (Phase.READY, Oddity.UNSOLICITED): _CLOSE,
-        (Phase.READY, Oddity.MISMATCHED): _CLOSE,
-        (Phase.READY, Oddity.WRONG_SOCKET): _CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.BAD_TYPE): _CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.UNKNOWN): _ANSWER_AND_CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.WRONG_SENDER): _ANSWER_AND_CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.WRONG_PHASE): _ANSWER_AND_CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.VERSION_FDS): _ANSWER_AND_CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.VERSION_BAD): _ANSWER_AND_CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.UNSOLICITED): _CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.MISMATCHED): _CLOSE,
+        (ConnectionPhase.NEGOTIATING, Oddity.LATE): _CLOSE,
+        (ConnectionPhase.READY, Oddity.BAD_TYPE): _ANSWER,
+        (ConnectionPhase.READY, Oddity.UNKNOWN): _ANSWER,
+        (ConnectionPhase.READY, Oddity.WRONG_SENDER): _ANSWER,
+        (ConnectionPhase.READY, Oddity.WRONG_PHASE): _ANSWER,
+        (ConnectionPhase.READY, Oddity.NOT_AGREED): _ANSWER,
+        (ConnectionPhase.READY, Oddity.SHORT): _ANSWER,
+        (ConnectionPhase.READY, Oddity.LATE): _DROP,
+        (ConnectionPhase.READY, Oddity.POSTED): _DROP,
+        (ConnectionPhase.READY, Oddity.UNSOLICITED): _CLOSE,
+        (ConnectionPhase.READY, Oddity.MISMATCHED): _CLOSE,
+        (ConnectionPhase.READY, Oddity.WRONG_SOCKET): _CLOSE,
     }
 )

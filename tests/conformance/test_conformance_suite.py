@@ -10,7 +10,7 @@ import pytest
 
 from mutants.caught import CAUGHT_BY
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Case, CaseFailed, Effect, Level
+from vfiouser_conformance.case import Case, CaseEffect, CaseFailed, Level
 from vfiouser_conformance.cases import all_cases
 from vfiouser_conformance.facts import parse_capabilities
 from vfiouser_conformance.requirements import NOT_FROM_OUTSIDE, REQUIREMENTS, SENTENCES, coverage
@@ -135,7 +135,7 @@ def test_levels_and_safety() -> None:
     """--level and --safe leave out what they say."""
     assert {Level.SHOULD} == {case.level for case in select(CASES, levels=[Level.SHOULD])}
     safe = select(CASES, safe=True)
-    assert Effect.DEVICE not in {case.effect for case in safe}
+    assert CaseEffect.DEVICE not in {case.effect for case in safe}
     assert len(safe) > 100
 
 

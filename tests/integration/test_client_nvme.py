@@ -19,7 +19,7 @@ from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.lab.demo.children import Child, ChildFailed, running
 from vfiouser_oob.lab.nvme.driver import NvmeDriver
-from vfiouser_oob.lab.nvme.layout import NvmeError
+from vfiouser_oob.lab.nvme.layout import DriverError
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import ReplyError
 
@@ -118,7 +118,7 @@ async def test_command_beyond_the_namespace(place: Path) -> None:
     """An NVMe error is that command's alone, and its pages are used again."""
     async with simulator(place), driver(place / "f0.sock") as (nvme, _, _):
         for _ in range(100):
-            with pytest.raises(NvmeError) as caught:
+            with pytest.raises(DriverError) as caught:
                 await nvme.read(nvme.namespace.blocks, 64)
             assert 0x080 == caught.value.status
         await write_and_verify(nvme)

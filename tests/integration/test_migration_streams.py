@@ -14,7 +14,7 @@ import pytest
 from migrationkit import RESUMING, RUNNING, V1_ERROR, V1_RESUMING, V1_RUNNING, Side, bed, stream_of
 from rawclient import RESET
 from vfiouser_agents.faults import wrong_descriptor
-from vfiouser_oob.migration.stream import Data, Descriptor, PciConfig, StreamReader, StreamWriter, Trailer
+from vfiouser_oob.migration.stream import Data, DescriptorRecord, PciConfig, StreamReader, StreamWriter, Trailer
 from vfiouser_oob.migration.stream_format import HEAD_SIZE, HEADER, MAGIC, RECORD_LAYOUT, VERSION
 
 SMALL = 8 << 10
@@ -36,7 +36,7 @@ def rewritten(stream: bytes, config: bytes) -> bytes:
     writer = StreamWriter()
     parts: list[Sequence[bytes | bytearray | memoryview]] = [writer.header()]
     for record in StreamReader().feed(stream):
-        if isinstance(record, Descriptor):
+        if isinstance(record, DescriptorRecord):
             parts.append(writer.descriptor(record.payload))
         elif isinstance(record, Data):
             parts.append(writer.data(record.offset, record.data))

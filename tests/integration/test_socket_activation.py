@@ -18,7 +18,7 @@ import trio
 
 from rawclient import GET_INFO, QEMU_CAPABILITIES, VERSION, RawClient
 from vfiouser_oob.control.client import ControlClient
-from vfiouser_oob.observability.status import Status
+from vfiouser_oob.observability.status import StatusReport
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """\
@@ -82,7 +82,7 @@ async def negotiate(sock: trio.socket.SocketType) -> None:
     assert (GET_INFO, 0) == (answer.command, answer.error)
 
 
-def ask_status(path: Path) -> Status:
+def ask_status(path: Path) -> StatusReport:
     """Ask the daemon itself."""
     with ControlClient(path) as client:
         return client.status()

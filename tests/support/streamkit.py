@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from vfiouser_oob.migration.stream import Data, Header, Record, StreamReader, StreamWriter
+from vfiouser_oob.migration.stream import Data, StreamHeader, StreamReader, StreamRecord, StreamWriter
 
 
 def whole_records(
@@ -19,15 +19,15 @@ def whole_records(
     return [b"".join(record) for record in records]
 
 
-def read_stream(chunks: Iterable[bytes], reader: StreamReader | None = None) -> tuple[list[Record], bytes]:
+def read_stream(chunks: Iterable[bytes], reader: StreamReader | None = None) -> tuple[list[StreamRecord], bytes]:
     """Read a whole stream as a destination does; returns its records and state, or raises StreamRefused."""
     reader = StreamReader() if reader is None else reader
-    records: list[Record] = []
+    records: list[StreamRecord] = []
     for chunk in chunks:
         records += reader.feed(chunk)
     state = bytearray()
     for record in records:
-        if isinstance(record, Header):
+        if isinstance(record, StreamHeader):
             state.clear()
         elif isinstance(record, Data):
             state += record.data

@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.framing import Framer, Message
-from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
+from vfiouser_protocol.session import CommandReceived, ConnectionEnd, MessageRefused, ProtocolSession, ReplyReceived
 
-Received = CommandReceived | ReplyReceived | Refused
+Received = CommandReceived | ReplyReceived | MessageRefused
 
 
 class Wire:
@@ -67,35 +67,37 @@ class SessionPair:
     """
 
     def __init__(self, piece: int = 1 << 20) -> None:
-        self.client = Session(Role.CLIENT)
-        self.server = Session(Role.SERVER)
+        self.client = ProtocolSession(ConnectionEnd.CLIENT)
+        self.server = ProtocolSession(ConnectionEnd.SERVER)
         self._wires = {
             (session.role, twin): Wire(session.new_framer(), piece)
             for session in (self.client, self.server)
             for twin in (False, True)
         }
 
-    def send(self, sender: Session, data: bytes, fds: Sequence[int] = (), *, twin: bool = False) -> None:
+    def send(self, sender: ProtocolSession, data: bytes, fds: Sequence[int] = (), *, twin: bool = False) -> None:
         """Send from one session towards the other."""
         self._wires[sender.role.peer, twin].send(data, fds)
 
-    def receive(self, receiver: Session, *, twin: bool = False) -> list[Received]:
+    def receive(self, receiver: ProtocolSession, *, twin: bool = False) -> list[Received]:
         """Let a session take all that is complete on one of its sockets."""
         return [receiver.receive(m, twin=twin) for m in self._wires[receiver.role, twin].messages()]
 
     def negotiate(
         self,
-        proposal: Capabilities | None = None,
-        offer: Capabilities | None = None,
+        proposal: VersionCapabilities | None = None,
+        offer: VersionCapabilities | None = None,
         *,
         grant_twin: bool = False,
     ) -> ReplyReceived:
         """Go through VERSION and return the client's view of the reply; a twin socket is descriptor 70."""
-        _, data = self.client.propose(Capabilities() if proposal is None else proposal, token="version")
+        _, data = self.client.propose(VersionCapabilities() if proposal is None else proposal, token="version")
         self.send(self.client, data)
         [command] = self.receive(self.server)
         assert isinstance(command, CommandReceived), command
-        reply = self.server.accept(command.header, Capabilities() if offer is None else offer, grant_twin=grant_twin)
+        reply = self.server.accept(
+            command.header, VersionCapabilities() if offer is None else offer, grant_twin=grant_twin
+        )
         assert self.server.negotiated is not None
         self.send(self.server, reply, [70] if self.server.negotiated.twin else [])
         [answer] = self.receive(self.client)

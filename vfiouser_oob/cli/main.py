@@ -21,7 +21,7 @@ from vfiouser_oob.observability import log
 PROGRAM = "vfiouser-oob"
 
 
-class Command(Protocol):
+class Subcommand(Protocol):
     """What the module of a sub-command offers."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, args)
 
 
-def _load(entry: CommandEntry) -> Command:
-    return cast("Command", importlib.import_module(entry.module))
+def _load(entry: CommandEntry) -> Subcommand:
+    return cast("Subcommand", importlib.import_module(entry.module))
 
 
 def _report(error: BaseException, args: argparse.Namespace | None) -> ExitCode:

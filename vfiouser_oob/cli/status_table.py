@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from vfiouser_oob.config.values import format_size
-from vfiouser_oob.observability.status import ClientStatus, FunctionStatus, MigrationStatus, Status
+from vfiouser_oob.observability.status import ClientStatus, FunctionStatus, MigrationStatus, StatusReport
 
 #: What is said of capabilities that the agent itself has not told this daemon.
 _HEARSAY = {
@@ -16,7 +16,7 @@ _HEARSAY = {
 _HEADINGS = ("FUNCTION", "PHASE", "SINCE", "CLIENT", "MAPS", "IRQS", "FDS", "MESSAGES", "DEVICE")
 
 
-def render(status: Status, now: datetime | None = None) -> str:
+def render(status: StatusReport, now: datetime | None = None) -> str:
     """The whole document: a line about the daemon, a table of functions, then what is wrong or worth knowing.
 
     Args:

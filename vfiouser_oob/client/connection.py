@@ -26,14 +26,14 @@ from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.reaper import STRANGERS, Account
-from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, TwinSocket
+from vfiouser_protocol.capabilities import MigrationCapability, TwinSocket, VersionCapabilities
 from vfiouser_protocol.codec import describe
 from vfiouser_protocol.constants import HEADER_SIZE, PROTOCOL_MINOR, Command
 from vfiouser_protocol.errors import LocalProtocolError, StreamError, VfioUserError
 from vfiouser_protocol.framing import Message
 from vfiouser_protocol.header import command_name, unpack_header
 from vfiouser_protocol.limits import Limits
-from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
+from vfiouser_protocol.session import CommandReceived, ConnectionEnd, MessageRefused, ProtocolSession, ReplyReceived
 
 #: A client that waits for one of these holds its big lock in QEMU, and serves no DMA meanwhile.
 _ACCESSES = frozenset({Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
@@ -131,7 +131,7 @@ class Connection:
         self._activity = activity
         self._send_guard_s = send_guard_s
         self._max_write_size = max_write_size
-        self._session = Session(Role.CLIENT, self._limits)
+        self._session = ProtocolSession(ConnectionEnd.CLIENT, self._limits)
         self._main = MessageSocket(sock, self._limits.max_message_size, activity, account)
         self._twin: MessageSocket | None = None
         self._twin_socket = twin_socket
@@ -155,7 +155,7 @@ class Connection:
         return self._failure
 
     @property
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> VersionCapabilities:
         """What the server takes, which limits what we send; known once `run` has started.
 
         Raises:
@@ -369,7 +369,7 @@ class Connection:
             close_fds(surplus_fds)
         call.complete(Reply(header, payload, fds))
 
-    def _refuse(self, channel: MessageSocket, event: Refused) -> None:
+    def _refuse(self, channel: MessageSocket, event: MessageRefused) -> None:
         close_fds(event.fds)
         if event.close:
             raise StreamError(event.reason)
@@ -444,7 +444,7 @@ class Connection:
         if self._failure is not None:
             raise self._gone_already()
         limits = self._limits
-        proposal = Capabilities(
+        proposal = VersionCapabilities(
             max_msg_fds=limits.max_msg_fds,
             max_data_xfer_size=limits.max_data_xfer_size,
             max_dma_maps=limits.max_dma_maps,

@@ -15,7 +15,7 @@ from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import CommandError, DmaFault, StreamError, VfioUserError
 from vfiouser_protocol.header import Header
 from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
-from vfiouser_protocol.session import Session
+from vfiouser_protocol.session import ProtocolSession
 
 #: Commands that may wait to be served. A server that sends more without waiting for replies has lost its
 #: senses, and what it sends is not buffered without end.
@@ -74,7 +74,7 @@ class DmaService:
     def __init__(
         self,
         server: DmaServer,
-        session: Session,
+        session: ProtocolSession,
         max_data_xfer_size: int,
         trace: Callable[[bytes], None],
     ) -> None:

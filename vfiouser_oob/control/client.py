@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from vfiouser_oob.control import protocol
-from vfiouser_oob.observability.status import Status
+from vfiouser_oob.observability.status import StatusReport
 
 DEFAULT_TIMEOUT_S = 5.0
 # A daemon of many functions answers with a long line; a stranger on that socket must still not fill our
@@ -57,13 +57,13 @@ class ControlClient:
         """End the connection."""
         self._sock.close()
 
-    def status(self) -> Status:
+    def status(self) -> StatusReport:
         """The daemon's state.
 
         Raises:
             ControlError: no answer, or a refusal.
         """
-        return cast("Status", self._call("status"))
+        return cast("StatusReport", self._call("status"))
 
     def watch(self) -> Iterator[dict[str, Any]]:
         """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.

@@ -49,7 +49,7 @@ class RequestError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ControlRequest:
     """One request of a client.
 
     Args:
@@ -66,7 +66,7 @@ def encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":"), default=str).encode() + b"\n"
 
 
-def parse_request(line: bytes) -> Request:
+def parse_request(line: bytes) -> ControlRequest:
     """Read a client's line.
 
     Args:
@@ -88,7 +88,7 @@ def parse_request(line: bytes) -> Request:
         raise RequestError(ErrorCode.BAD_REQUEST, "id must be a number or text")
     if not isinstance(method, str):
         raise RequestError(ErrorCode.BAD_REQUEST, "method must be text")
-    return Request(request_id, method)
+    return ControlRequest(request_id, method)
 
 
 def error_message(error: RequestError, request_id: int | str | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import trio
 
 from vfiouser_oob import __version__
 from vfiouser_oob.control import protocol
-from vfiouser_oob.control.protocol import ErrorCode, Request, RequestError
+from vfiouser_oob.control.protocol import ControlRequest, ErrorCode, RequestError
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.status import StatusProvider
 from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
@@ -102,7 +102,7 @@ class ControlServer:
         self._log = log.get("control")
         self._refusals = log.RateLimited(self._log)
         self._connections = 0
-        self._methods: Mapping[str, Callable[[trio.SocketStream, Request], Awaitable[bool]]] = {
+        self._methods: Mapping[str, Callable[[trio.SocketStream, ControlRequest], Awaitable[bool]]] = {
             "status": self._status,
             "watch": self._watch,
         }
@@ -192,11 +192,11 @@ class ControlServer:
             return True
         return await method(stream, request)
 
-    async def _status(self, stream: trio.SocketStream, request: Request) -> bool:
+    async def _status(self, stream: trio.SocketStream, request: ControlRequest) -> bool:
         await _send(stream, {"id": request.id, "result": self._provider.status()})
         return True
 
-    async def _watch(self, stream: trio.SocketStream, request: Request) -> bool:
+    async def _watch(self, stream: trio.SocketStream, request: ControlRequest) -> bool:
         # Subscribed before the snapshot is taken: a change between the two is then told twice rather than
         # never.
         async with self._provider.subscribe() as events, trio.open_nursery() as nursery:

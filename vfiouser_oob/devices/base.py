@@ -18,7 +18,7 @@ from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, IoFdEntry, SetIrqs
 from vfiouser_protocol.regions import RegionSpec
@@ -72,7 +72,7 @@ class ClientLink(abc.ABC):
     """What a session can ask of the client that it serves."""
 
     #: What the client announced in VERSION.
-    capabilities: Capabilities
+    capabilities: VersionCapabilities
     #: Where what it has open here is counted.
     account: Account = STRANGERS
 
@@ -109,9 +109,9 @@ class BackendSession(abc.ABC):
     memory: GuestMemory
 
     @property
-    def limits(self) -> Capabilities:
+    def limits(self) -> VersionCapabilities:
         """What this session can take; the connection offers no more to the client."""
-        return Capabilities()
+        return VersionCapabilities()
 
     def region_fd(self, index: int) -> HasFileno | None:
         """Return the descriptor that maps a region; it stays the backend's."""

@@ -32,7 +32,7 @@ from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.reaper import Account
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import (
     PCI_NUM_REGIONS,
@@ -183,7 +183,7 @@ class UpstreamSession(BackendSession):
         )
 
     @property
-    def limits(self) -> Capabilities:
+    def limits(self) -> VersionCapabilities:
         """What the upstream server takes, as far as it can be believed."""
         theirs = self._client.capabilities
         return theirs._replace(

@@ -12,9 +12,9 @@ import trio
 from vfiouser_oob.memory.files import FileFacts, FileTable, GuestFile, examine, is_memory
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_oob.transport.worker import Worker
-from vfiouser_protocol.dma import DmaMap, DmaRegion
+from vfiouser_protocol.dma import DmaRegion, DmaTable
 from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.messages import DmaMap as DmaMapRequest
 from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
@@ -64,9 +64,9 @@ class GuestMemory:
         self._check_files = check_files
         self._in_flight = 0
         self._quiet = trio.Event()
-        self._lane = Lane()
+        self._lane = FunctionQueue()
         self._worker = Worker(account)
-        self.map = DmaMap(max_maps)
+        self.map = DmaTable(max_maps)
         self.files = FileTable(account)
 
     def must_wait_for(self, fds: Sequence[OwnedFd]) -> bool:

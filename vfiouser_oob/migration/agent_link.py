@@ -33,7 +33,7 @@ from vfiouser_agents.errors import (
 from vfiouser_agents.operations import Op, Operation, invoke
 from vfiouser_oob.migration.backoff import Pace
 from vfiouser_oob.migration.events import BeganAtAgent
-from vfiouser_oob.migration.host import Host, Job
+from vfiouser_oob.migration.host import BackgroundJob, MigrationHost
 from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.persist.capabilities import Facts, Source
@@ -69,7 +69,7 @@ class AgentLink:
         host: knows which migration was begun, and is told of what the agent says of itself.
     """
 
-    def __init__(self, agent: Agent, function_id: str, tracer: Tracer, host: Host) -> None:
+    def __init__(self, agent: Agent, function_id: str, tracer: Tracer, host: MigrationHost) -> None:
         self.function_id = function_id
         #: What is known of the agent's capabilities; None if nothing is.
         self.facts: Facts | None = None
@@ -84,7 +84,7 @@ class AgentLink:
         self._session: Session | None = None
         #: The session that the migration belongs to, if it is open.
         self._member: Session | None = None
-        self._watching = Job(host.background)
+        self._watching = BackgroundJob(host.background)
         self._opening = trio.Lock()
         self._in_use = 0
 

@@ -19,7 +19,7 @@ from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
 from vfiouser_oob.migration.hashing import Hasher
 from vfiouser_oob.migration.host import Background
-from vfiouser_oob.migration.stream import Data, Descriptor, Header, PciConfig, StreamReader, Trailer
+from vfiouser_oob.migration.stream import Data, DescriptorRecord, PciConfig, StreamHeader, StreamReader, Trailer
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.errors import CommandError
 
@@ -83,14 +83,14 @@ class DestinationPipeline:
         for record in self._reader.feed(data):
             if isinstance(record, Data):
                 await self._take_data(record, deadline)
-            elif isinstance(record, Descriptor):
+            elif isinstance(record, DescriptorRecord):
                 await self._check(record.payload, deadline)
             elif isinstance(record, PciConfig):
                 self.pci = record.payload
-            elif isinstance(record, Header) and record.restart:
+            elif isinstance(record, StreamHeader) and record.restart:
                 await self._restart(deadline)
             else:
-                assert isinstance(record, Header | Trailer)
+                assert isinstance(record, StreamHeader | Trailer)
 
     async def _restart(self, deadline: float) -> None:
         """The source's function was reset: what came before is void."""

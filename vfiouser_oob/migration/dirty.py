@@ -21,11 +21,11 @@ from vfiouser_agents.limits import check_page_size
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.events import Logging
-from vfiouser_oob.migration.host import Host
+from vfiouser_oob.migration.host import MigrationHost
 from vfiouser_oob.migration.trace import Tracer
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_protocol.dirty import check_report, fill_in_steps
-from vfiouser_protocol.dma import ADDRESS_SPACE, DmaMap, DmaRegion
+from vfiouser_protocol.dma import ADDRESS_SPACE, DmaRegion, DmaTable
 from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.messages import LoggingRange
@@ -56,8 +56,8 @@ class DirtyTracker:
         self,
         link: AgentLink,
         tracer: Tracer,
-        host: Host,
-        memory: DmaMap,
+        host: MigrationHost,
+        memory: DmaTable,
         *,
         device_seen: bool,
         by_message: bool,
@@ -79,7 +79,7 @@ class DirtyTracker:
         self._stale: list[tuple[int, int]] = []
         #: What of it the last report has told.
         self._told: list[tuple[int, int]] = []
-        self._lane = Lane()
+        self._lane = FunctionQueue()
 
     # Start and stop
 

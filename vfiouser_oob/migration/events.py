@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vfiouser_agents.api import Outcome, Status
-from vfiouser_oob.migration.plans import Manner, Step
+from vfiouser_oob.migration.plans import Step, TimeAllotment
 from vfiouser_oob.migration.record import Begun, Failure, Owner
 
 # Events
 
 
-class Event:
+class MigrationEvent:
     """Something that has happened."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Started(Event):
+class Started(MigrationEvent):
     """A daemon goes on where another one ended."""
 
 
 @dataclass(frozen=True, slots=True)
-class TakenOver(Event):
+class TakenOver(MigrationEvent):
     """The client asks for something now that the background may be working for.
 
     Args:
@@ -36,7 +36,7 @@ class TakenOver(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Requested(Event):
+class Requested(MigrationEvent):
     """The client asks for another state.
 
     Args:
@@ -49,7 +49,7 @@ class Requested(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken(Event):
+class StepTaken(MigrationEvent):
     """The step that was under way was taken.
 
     Args:
@@ -64,7 +64,7 @@ class Taken(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused(Event):
+class StepRefused(MigrationEvent):
     """The step that was under way was not taken: the agent's refusal, a deadline, a lost contact, the device's error.
 
     Args:
@@ -75,22 +75,22 @@ class Refused(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Abandoned(Event):
+class Abandoned(MigrationEvent):
     """The client vanished, or its time was up, in the middle of a step."""
 
 
 @dataclass(frozen=True, slots=True)
-class ClientCame(Event):
+class ClientCame(MigrationEvent):
     """A client has the device."""
 
 
 @dataclass(frozen=True, slots=True)
-class FitWanted(Event):
+class FitWanted(MigrationEvent):
     """The function has to be fit for its client, before the first reply."""
 
 
 @dataclass(frozen=True, slots=True)
-class ClientWent(Event):
+class ClientWent(MigrationEvent):
     """The client has gone.
 
     Args:
@@ -101,12 +101,12 @@ class ClientWent(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class ResetAsked(Event):
+class ResetAsked(MigrationEvent):
     """The client resets the device."""
 
 
 @dataclass(frozen=True, slots=True)
-class GuestReset(Event):
+class GuestReset(MigrationEvent):
     """The guest has reset the function through configuration space.
 
     Args:
@@ -117,12 +117,12 @@ class GuestReset(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptDue(Event):
+class AttemptDue(MigrationEvent):
     """The background makes an attempt."""
 
 
 @dataclass(frozen=True, slots=True)
-class Probed(Event):
+class Probed(MigrationEvent):
     """The agent was asked where a function is that no migration of ours is about.
 
     Args:
@@ -135,7 +135,7 @@ class Probed(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Blocked(Event):
+class Blocked(MigrationEvent):
     """The agent cannot do what is needed, and that does not pass by itself.
 
     Args:
@@ -146,7 +146,7 @@ class Blocked(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Heard(Event):
+class Heard(MigrationEvent):
     """The agent says where a function is that nobody is changing.
 
     Args:
@@ -157,7 +157,7 @@ class Heard(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceBroke(Event):
+class DeviceBroke(MigrationEvent):
     """The agent says that the function is broken.
 
     Args:
@@ -168,7 +168,7 @@ class DeviceBroke(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class BeganAtAgent(Event):
+class BeganAtAgent(MigrationEvent):
     """The agent was told of a migration, or was not after all.
 
     Args:
@@ -179,7 +179,7 @@ class BeganAtAgent(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Moved(Event):
+class Moved(MigrationEvent):
     """State was moved.
 
     Args:
@@ -192,7 +192,7 @@ class Moved(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadFailed(Event):
+class LoadFailed(MigrationEvent):
     """What the client gave cannot become this function's state.
 
     Args:
@@ -203,7 +203,7 @@ class LoadFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Logging(Event):
+class Logging(MigrationEvent):
     """The agent logs dirty pages for the client, or not any more."""
 
     on: bool
@@ -220,7 +220,7 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Take(Effect):
-    """Take a step; `Taken` or `Refused` follows.
+    """Take a step; `StepTaken` or `StepRefused` follows.
 
     Args:
         step: which.
@@ -229,7 +229,7 @@ class Take(Effect):
     """
 
     step: Step
-    manner: Manner
+    manner: TimeAllotment
     pausing: bool = False
 
 

@@ -14,7 +14,7 @@ from vfiouser_agents.api import AgentState, Capabilities, Status
 from vfiouser_protocol.constants import DeviceState
 
 
-class Verdict(Enum):
+class FenceVerdict(Enum):
     """What is to be done before a client may use the function."""
 
     #: Nothing: it runs.
@@ -26,14 +26,14 @@ class Verdict(Enum):
 
 
 #: By what the function does, outside of a migration, and in one or perhaps in one.
-VERDICTS: Mapping[AgentState, tuple[Verdict, Verdict]] = MappingProxyType(
+VERDICTS: Mapping[AgentState, tuple[FenceVerdict, FenceVerdict]] = MappingProxyType(
     {
-        AgentState.RUNNING: (Verdict.FREE, Verdict.FREE),
-        AgentState.QUIESCED: (Verdict.PAUSED, Verdict.PAUSED),
-        AgentState.STOPPED: (Verdict.PAUSED, Verdict.FENCED),
-        AgentState.LOADING: (Verdict.FENCED, Verdict.FENCED),
-        AgentState.LOADED: (Verdict.FENCED, Verdict.FENCED),
-        AgentState.ERROR: (Verdict.FENCED, Verdict.FENCED),
+        AgentState.RUNNING: (FenceVerdict.FREE, FenceVerdict.FREE),
+        AgentState.QUIESCED: (FenceVerdict.PAUSED, FenceVerdict.PAUSED),
+        AgentState.STOPPED: (FenceVerdict.PAUSED, FenceVerdict.FENCED),
+        AgentState.LOADING: (FenceVerdict.FENCED, FenceVerdict.FENCED),
+        AgentState.LOADED: (FenceVerdict.FENCED, FenceVerdict.FENCED),
+        AgentState.ERROR: (FenceVerdict.FENCED, FenceVerdict.FENCED),
     }
 )
 

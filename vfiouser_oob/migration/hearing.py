@@ -13,7 +13,7 @@ from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import Backoff
 from vfiouser_oob.migration.events import Heard
 from vfiouser_oob.migration.fence import REACTIONS, Reaction
-from vfiouser_oob.migration.host import Host, Job
+from vfiouser_oob.migration.host import BackgroundJob, MigrationHost
 from vfiouser_oob.migration.record import Certainty
 from vfiouser_oob.migration.trace import Tracer
 
@@ -24,7 +24,7 @@ _BACK = frozenset({EventKind.RECONNECTED, EventKind.AGENT_RESTARTED})
 _CONTACT_S = 0.1
 
 
-class Hearing:
+class StatusListener:
     """Listens to the agent of one function.
 
     Args:
@@ -36,7 +36,7 @@ class Hearing:
     """
 
     def __init__(
-        self, host: Host, link: AgentLink, tracer: Tracer, config: MigrationConfig, changing: trio.Lock
+        self, host: MigrationHost, link: AgentLink, tracer: Tracer, config: MigrationConfig, changing: trio.Lock
     ) -> None:
         self._host = host
         self._link = link
@@ -46,7 +46,7 @@ class Hearing:
         #: The last thing that matters, until it is looked at.
         self._latest: Event | None = None
         self._came = trio.Event()
-        self._looking = Job(host.background)
+        self._looking = BackgroundJob(host.background)
 
     def heard(self, event: Event) -> bool:
         """Take an event; what it means is looked at when nothing is being changed.

@@ -8,23 +8,23 @@ from typing import Any, Protocol
 import trio
 
 from vfiouser_agents.api import Event as AgentEvent
-from vfiouser_oob.migration.events import Answer, Event, Take
-from vfiouser_oob.migration.record import Record
+from vfiouser_oob.migration.events import Answer, MigrationEvent, Take
+from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.persist.capabilities import Facts
 
 
-class Host(Protocol):
+class MigrationHost(Protocol):
     """The runner, as its parts see it."""
 
     @property
-    def record(self) -> Record:
+    def record(self) -> MigrationRecord:
         """What is known."""
 
     @property
     def background(self) -> Background:
         """Where tasks run that nobody waits for."""
 
-    def feed(self, event: Event) -> Take | Answer | None:
+    def feed(self, event: MigrationEvent) -> Take | Answer | None:
         """Take an event; returns what is to be done next about an errand, if anything is."""
 
     def learned(self, facts: Facts) -> None:
@@ -75,7 +75,7 @@ class Background:
                 self._nursery = None
 
 
-class Job:
+class BackgroundJob:
     """Something that at most one task in the background does at a time.
 
     Args:

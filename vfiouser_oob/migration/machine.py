@@ -24,14 +24,16 @@ from vfiouser_oob.migration import plans
 from vfiouser_oob.migration import rules_arcs as arcs
 from vfiouser_oob.migration import rules_background as background
 from vfiouser_oob.migration import rules_clients as clients
-from vfiouser_oob.migration.fence import VERDICTS, Verdict
-from vfiouser_oob.migration.plans import PLANS, Do, Fall, Then, steps_of
-from vfiouser_oob.migration.record import Goal, Record, Stream
+from vfiouser_oob.migration.fence import VERDICTS, FenceVerdict
+from vfiouser_oob.migration.plans import PLANS, Do, FailureOutcome, Then, steps_of
+from vfiouser_oob.migration.record import Goal, MigrationRecord, Stream
 from vfiouser_oob.migration.turn import FallRule, Rules, ThenRule, Turn
 from vfiouser_protocol.constants import DeviceState
 
 
-def advance(record: Record, event: ev.Event, now: float = 0.0) -> tuple[Record, tuple[ev.Effect, ...]]:
+def advance(
+    record: MigrationRecord, event: ev.MigrationEvent, now: float = 0.0
+) -> tuple[MigrationRecord, tuple[ev.Effect, ...]]:
     """Take an event.
 
     Args:
@@ -47,7 +49,7 @@ def advance(record: Record, event: ev.Event, now: float = 0.0) -> tuple[Record, 
     return turn.record, tuple(turn.effects)
 
 
-def _taken(turn: Turn, event: ev.Taken) -> None:
+def _taken(turn: Turn, event: ev.StepTaken) -> None:
     errand = turn.record.errand
     assert errand is not None
     step = steps_of(errand)[errand.at]
@@ -63,48 +65,48 @@ def _taken(turn: Turn, event: ev.Taken) -> None:
     turn.go_on()
 
 
-def _stream_opened(turn: Turn, event: ev.Taken) -> None:
+def _stream_opened(turn: Turn, event: ev.StepTaken) -> None:
     turn.set(stream=Stream(Role.SOURCE))
 
 
-def _stream_restarted(turn: Turn, event: ev.Taken) -> None:
+def _stream_restarted(turn: Turn, event: ev.StepTaken) -> None:
     stream = turn.record.stream
     if stream is not None:
         turn.set(stream=replace(stream, epoch=stream.epoch + 1))
 
 
-def _stream_dropped(turn: Turn, event: ev.Taken) -> None:
+def _stream_dropped(turn: Turn, event: ev.StepTaken) -> None:
     turn.set(stream=None, load_failure=None)
 
 
-def _load_begun(turn: Turn, event: ev.Taken) -> None:
+def _load_begun(turn: Turn, event: ev.StepTaken) -> None:
     turn.set(stream=Stream(Role.DESTINATION), load_failure=None)
 
 
-def _load_committed(turn: Turn, event: ev.Taken) -> None:
+def _load_committed(turn: Turn, event: ev.StepTaken) -> None:
     """It is applied, or there was nothing, and the function was reset."""
     stream = turn.record.stream
     turn.set(committed=stream is not None and stream.position > 0, stream=None, load_failure=None)
 
 
-def _resumed_for_client(turn: Turn, event: ev.Taken) -> None:
+def _resumed_for_client(turn: Turn, event: ev.StepTaken) -> None:
     turn.set(paused=False)
 
 
-def _asked(turn: Turn, event: ev.Taken) -> None:
+def _asked(turn: Turn, event: ev.StepTaken) -> None:
     errand = turn.record.errand
     assert errand is not None
     assert event.status is not None
     if errand.plan == plans.ATTACH_ASK:
         turn.set(asked=True, blocked=None)
         found = VERDICTS[event.status.state][event.migrated]
-        turn.set(fenced=found is Verdict.FENCED, paused=found is Verdict.PAUSED)
-        if found is Verdict.FREE:
+        turn.set(fenced=found is FenceVerdict.FENCED, paused=found is FenceVerdict.PAUSED)
+        if found is FenceVerdict.FREE:
             turn.do(ev.LetGo())
 
 
 #: What the record learns when a step was taken.
-_LEARNED_BY: Mapping[Do, Callable[[Turn, ev.Taken], None]] = MappingProxyType(
+_LEARNED_BY: Mapping[Do, Callable[[Turn, ev.StepTaken], None]] = MappingProxyType(
     {
         Do.OPEN_STREAM: _stream_opened,
         Do.RESTART_STREAM: _stream_restarted,
@@ -117,7 +119,7 @@ _LEARNED_BY: Mapping[Do, Callable[[Turn, ev.Taken], None]] = MappingProxyType(
 )
 
 
-def _refused(turn: Turn, event: ev.Refused) -> None:
+def _refused(turn: Turn, event: ev.StepRefused) -> None:
     errand = turn.record.errand
     assert errand is not None
     step = steps_of(errand)[errand.at]
@@ -157,13 +159,13 @@ def _started(turn: Turn, event: ev.Started) -> None:
         turn.do(ev.Settle())
 
 
-_HANDLERS: Mapping[type[ev.Event], Callable[[Turn, Any], None]] = MappingProxyType(
+_HANDLERS: Mapping[type[ev.MigrationEvent], Callable[[Turn, Any], None]] = MappingProxyType(
     {
         ev.Started: _started,
         ev.TakenOver: arcs.taken_over,
         ev.Requested: arcs.requested,
-        ev.Taken: _taken,
-        ev.Refused: _refused,
+        ev.StepTaken: _taken,
+        ev.StepRefused: _refused,
         ev.Abandoned: _abandoned,
         ev.ClientCame: clients.client_came,
         ev.FitWanted: clients.fit_wanted,
@@ -197,28 +199,28 @@ _THEN: Mapping[Then, ThenRule] = MappingProxyType(
         Then.LEARNED: background.then_learned,
     }
 )
-_FALL: Mapping[Fall, FallRule] = MappingProxyType(
+_FALL: Mapping[FailureOutcome, FallRule] = MappingProxyType(
     {
-        Fall.ARC: arcs.fall_arc,
-        Fall.HALT: arcs.fall_halt,
-        Fall.UNDO: arcs.fall_undo,
-        Fall.ATTACH: clients.fall_attach,
-        Fall.TOLD: clients.fall_told,
-        Fall.RESET: clients.fall_reset,
-        Fall.RESTART: clients.fall_restart,
-        Fall.TRY_AGAIN: background.fall_try_again,
+        FailureOutcome.ARC: arcs.fall_arc,
+        FailureOutcome.HALT: arcs.fall_halt,
+        FailureOutcome.UNDO: arcs.fall_undo,
+        FailureOutcome.ATTACH: clients.fall_attach,
+        FailureOutcome.TOLD: clients.fall_told,
+        FailureOutcome.RESET: clients.fall_reset,
+        FailureOutcome.RESTART: clients.fall_restart,
+        FailureOutcome.TRY_AGAIN: background.fall_try_again,
     }
 )
-_GIVEN_UP: Mapping[Fall, ThenRule] = MappingProxyType(
+_GIVEN_UP: Mapping[FailureOutcome, ThenRule] = MappingProxyType(
     {
-        Fall.ARC: arcs.give_up_arc,
-        Fall.HALT: arcs.give_up_halt,
-        Fall.UNDO: arcs.give_up_arc,
-        Fall.ATTACH: clients.give_up_attach,
-        Fall.TOLD: background.keep_trying,
-        Fall.RESET: clients.give_up_reset,
-        Fall.RESTART: clients.give_up_restart,
-        Fall.TRY_AGAIN: background.keep_trying,
+        FailureOutcome.ARC: arcs.give_up_arc,
+        FailureOutcome.HALT: arcs.give_up_halt,
+        FailureOutcome.UNDO: arcs.give_up_arc,
+        FailureOutcome.ATTACH: clients.give_up_attach,
+        FailureOutcome.TOLD: background.keep_trying,
+        FailureOutcome.RESET: clients.give_up_reset,
+        FailureOutcome.RESTART: clients.give_up_restart,
+        FailureOutcome.TRY_AGAIN: background.keep_trying,
     }
 )
 _RULES = Rules(_THEN, _FALL, _GIVEN_UP, _LEARNED_BY)

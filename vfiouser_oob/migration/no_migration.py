@@ -9,14 +9,14 @@ from typing import Protocol, TypeAlias
 from vfiouser_oob.devices.base import Answer, BackendSession
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.pieces import Pieces
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import decode
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.messages import DeviceFeature, DirtyPages, DmaUnmap, MigDataRead, MigDataWrite
 from vfiouser_protocol.rules import check_request
 
 #: A reply's payload, or what waits for it.
-Reply: TypeAlias = "bytes | Pieces | Awaitable[bytes | Pieces]"
+PortReply: TypeAlias = "bytes | Pieces | Awaitable[bytes | Pieces]"
 
 
 class Port(Protocol):
@@ -30,7 +30,7 @@ class Port(Protocol):
     def v1(self) -> V1View | None:
         """The migration region, if this client has one."""
 
-    def negotiated(self, client: Capabilities, offer: Capabilities, page_size: int | None) -> None:
+    def negotiated(self, client: VersionCapabilities, offer: VersionCapabilities, page_size: int | None) -> None:
         """Take what VERSION settled."""
 
     def reset(self) -> Answer[None]:
@@ -51,7 +51,7 @@ class Port(Protocol):
     def dirty_pages(self, payload: bytes, *, posted: bool) -> Awaitable[bytes]:
         """DIRTY_PAGES."""
 
-    def device_feature(self, payload: bytes, *, posted: bool) -> Reply:
+    def device_feature(self, payload: bytes, *, posted: bool) -> PortReply:
         """DEVICE_FEATURE."""
 
     def mig_data_read(self, payload: bytes, *, posted: bool) -> Pieces | Awaitable[Pieces]:
@@ -79,7 +79,7 @@ class NoMigration:
         self._session = session
         self._max_transfer = max_transfer
 
-    def negotiated(self, client: Capabilities, offer: Capabilities, page_size: int | None) -> None:
+    def negotiated(self, client: VersionCapabilities, offer: VersionCapabilities, page_size: int | None) -> None:
         """Nothing depends on it."""
 
     def reset(self) -> Answer[None]:
@@ -106,7 +106,7 @@ class NoMigration:
         check_request(decode(DirtyPages, payload), self._max_transfer)
         raise CommandError("DIRTY_PAGES on a function that cannot be migrated", errno.ENOTSUP)
 
-    def device_feature(self, payload: bytes, *, posted: bool) -> Reply:
+    def device_feature(self, payload: bytes, *, posted: bool) -> PortReply:
         """Refused, whatever the feature."""
         request = decode(DeviceFeature, payload)
         raise CommandError(f"feature {request.index} on a function that cannot be migrated")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from vfiouser_oob.migration.record import Errand, Goal, ResetDue
+from vfiouser_oob.migration.record import Goal, PlanProgress, ResetDue
 from vfiouser_protocol.constants import DeviceState
 
 
@@ -95,7 +95,7 @@ class Step:
     again: Again = Again.AWAY
 
 
-class Manner(Enum):
+class TimeAllotment(Enum):
     """How the time of a message is divided among the steps of a plan."""
 
     #: Each step has its limit within the part of the time that leaves enough to undo it.
@@ -139,7 +139,7 @@ class Then(Enum):
     LEARNED = "learned"
 
 
-class Fall(Enum):
+class FailureOutcome(Enum):
     """What becomes of a plan of which a step failed, or that was given up."""
 
     ARC = "arc"
@@ -197,8 +197,8 @@ class Plan:
 
     steps: tuple[Step, ...]
     then: Then
-    fall: Fall
-    manner: Manner = Manner.FORWARD
+    fall: FailureOutcome
+    manner: TimeAllotment = TimeAllotment.FORWARD
     undo: Undo = Undo.LEARN
     source: DeviceState = DeviceState.RUNNING
     target: DeviceState = DeviceState.RUNNING
@@ -273,19 +273,19 @@ _RESET_DEVICE = Step(Do.RESET_DEVICE, again=Again.NOTHING)
 
 def _background(then: Then, *steps: Do) -> Plan:
     taken = tuple(Step(do, again=Again.NOTHING) for do in steps)
-    return Plan(taken, then, Fall.TRY_AGAIN, Manner.BACKGROUND)
+    return Plan(taken, then, FailureOutcome.TRY_AGAIN, TimeAllotment.BACKGROUND)
 
 
 def _attaching(then: Then, *steps: Step) -> Plan:
-    return Plan(steps, then, Fall.ATTACH, Manner.ATTACHING)
+    return Plan(steps, then, FailureOutcome.ATTACH, TimeAllotment.ATTACHING)
 
 
 def _undoing(then: Then, *steps: Do, again: Again = Again.NOTHING) -> Plan:
-    return Plan(tuple(Step(do, again=again) for do in steps), then, Fall.UNDO, Manner.UNDOING)
+    return Plan(tuple(Step(do, again=again) for do in steps), then, FailureOutcome.UNDO, TimeAllotment.UNDOING)
 
 
-def _resetting(then: Then, fall: Fall, *steps: Step) -> Plan:
-    return Plan(steps, then, fall, Manner.RESETTING)
+def _resetting(then: Then, fall: FailureOutcome, *steps: Step) -> Plan:
+    return Plan(steps, then, fall, TimeAllotment.RESETTING)
 
 
 #: The needs of a client that has come, in the order in which they are looked at.
@@ -293,11 +293,11 @@ ATTACH_ASK, ATTACH_RESUME, ATTACH_RESET = "attach: ask", "attach: resume", "atta
 PLANS: Mapping[str, Plan] = MappingProxyType(
     {
         **{
-            arc_name(*ends): Plan(steps, Then.ARRIVE, Fall.ARC, undo=undo, source=ends[0], target=ends[1])
+            arc_name(*ends): Plan(steps, Then.ARRIVE, FailureOutcome.ARC, undo=undo, source=ends[0], target=ends[1])
             for ends, (steps, undo) in _ARCS.items()
         },
         # For a function that its VM has paused without it: what makes it hold still, before anything that needs that.
-        HALT: Plan(_HALT, Then.HALTED, Fall.HALT),
+        HALT: Plan(_HALT, Then.HALTED, FailureOutcome.HALT),
         BRING_BACK: _undoing(Then.RUN, Do.RESUME, again=Again.AWAY),
         # It ran again in between, so what was saved so far need not fit what comes: begin anew.
         BRING_BACK_SAVING: _undoing(Then.PRE_COPY, Do.RESUME, Do.RESTART_STREAM, again=Again.AWAY),
@@ -307,13 +307,13 @@ PLANS: Mapping[str, Plan] = MappingProxyType(
         ATTACH_ASK: _attaching(Then.FIT, _tolerated(Do.ASK)),
         ATTACH_RESUME: _attaching(Then.FIT, Step(Do.RESUME), Step(Do.CLOSE)),
         ATTACH_RESET: _attaching(Then.FRESH, Step(Do.RESET_AGENT), _RESET_DEVICE),
-        RESET_IDLE: _resetting(Then.STAND, Fall.TOLD, _RESET_DEVICE),
+        RESET_IDLE: _resetting(Then.STAND, FailureOutcome.TOLD, _RESET_DEVICE),
         RESET_CLEARING: _resetting(
-            Then.STAND, Fall.TOLD, Step(Do.RESET_AGENT, owed=True, again=Again.NOTHING), _REARM, _RESET_DEVICE
+            Then.STAND, FailureOutcome.TOLD, Step(Do.RESET_AGENT, owed=True, again=Again.NOTHING), _REARM, _RESET_DEVICE
         ),
-        RESET: _resetting(Then.RESET, Fall.RESET, _RESET_AGENT, _RESET_DEVICE, _REARM),
-        GUEST_RESET: _resetting(Then.RESET, Fall.RESET, _RESET_AGENT, _REARM),
-        RESTART: _resetting(Then.STAND, Fall.RESTART, Step(Do.RESTART_STREAM), _REARM),
+        RESET: _resetting(Then.RESET, FailureOutcome.RESET, _RESET_AGENT, _RESET_DEVICE, _REARM),
+        GUEST_RESET: _resetting(Then.RESET, FailureOutcome.RESET, _RESET_AGENT, _REARM),
+        RESTART: _resetting(Then.STAND, FailureOutcome.RESTART, Step(Do.RESTART_STREAM), _REARM),
         "settle: resume": _background(Then.BROUGHT_BACK, Do.RESUME),
         "settle: reset": _background(Then.WAS_RESET, Do.RESET_AGENT, Do.RESET_DEVICE, Do.REARM_LOG),
         "settle: reset due": _background(Then.WAS_RESET, Do.RESET_AGENT, Do.RESET_DEVICE_AGAIN, Do.REARM_LOG),
@@ -360,7 +360,7 @@ AFTERMATHS: Mapping[tuple[Undo, bool], Aftermath] = MappingProxyType(
 )
 
 
-def steps_of(errand: Errand) -> tuple[Step, ...]:
+def steps_of(errand: PlanProgress) -> tuple[Step, ...]:
     """The steps of an errand: the one ahead, if there is one, and its plan's, without those that are left out."""
     ahead = (Step(Do(errand.ahead)),) if errand.ahead else ()
     return (*ahead, *PLANS[errand.plan].steps)

@@ -15,12 +15,12 @@ from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
-from vfiouser_oob.migration.steps import Device
+from vfiouser_oob.migration.steps import AttachedDevice
 from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.migration.v2_view import V2View
 from vfiouser_oob.transport.pieces import Pieces
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.dirty_pages import GetDirty, StartDirty, interpret_dirty_pages, require_dirty_range
@@ -44,7 +44,7 @@ class MigrationPort:
         client: what the client announced.
     """
 
-    def __init__(self, runner: MigrationRunner, device: Device, name: str, client: Capabilities) -> None:
+    def __init__(self, runner: MigrationRunner, device: AttachedDevice, name: str, client: VersionCapabilities) -> None:
         session = device.session
         announced = client.migration is not None
         caps = runner.link.caps
@@ -61,7 +61,7 @@ class MigrationPort:
         self._use_v2 = use_v2
         self.v2: V2View | None = None
 
-    def negotiated(self, client: Capabilities, offer: Capabilities, page_size: int | None) -> None:
+    def negotiated(self, client: VersionCapabilities, offer: VersionCapabilities, page_size: int | None) -> None:
         """Take what VERSION settled.
 
         Args:
@@ -182,7 +182,9 @@ def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:
     }[config.generations]
 
 
-async def attach(runner: MigrationRunner, session: BackendSession, name: str, client: Capabilities) -> MigrationPort:
+async def attach(
+    runner: MigrationRunner, session: BackendSession, name: str, client: VersionCapabilities
+) -> MigrationPort:
     """Connect a client to the migration of its function.
 
     Args:
@@ -206,7 +208,7 @@ async def attach(runner: MigrationRunner, session: BackendSession, name: str, cl
         max_bitmap_size=min(taken, DEFAULT_MAX_BITMAP_SIZE),
         call_s=runner.config.call_s,
     )
-    device = Device(session, ConfigShadow(), dirty)
+    device = AttachedDevice(session, ConfigShadow(), dirty)
     try:
         head = session.region_read(RegionIndex.CONFIG, 0, _CONFIG_HEAD)
         device.shadow.learn(head if isinstance(head, bytes) else await head)

@@ -107,7 +107,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class PlanProgress:
     """What is being carried out: a plan, and how far it is.
 
     Args:
@@ -138,7 +138,7 @@ class Errand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class MigrationRecord:
     """The record of one function.
 
     Args:
@@ -184,7 +184,7 @@ class Record:
     reset_due: ResetDue | None = None
     awaiting: bool = False
     goal: Goal | None = None
-    errand: Errand | None = None
+    errand: PlanProgress | None = None
     logging: bool = False
     blocked: str | None = None
     last_error: str | None = None
@@ -236,7 +236,7 @@ class Record:
         return json.dumps({"version": VERSION, **{name: value for name, value in values.items() if value is not None}})
 
     @classmethod
-    def from_json(cls, text: str) -> Record:
+    def from_json(cls, text: str) -> MigrationRecord:
         """Read what `to_json` wrote.
 
         Args:
@@ -259,7 +259,7 @@ class Record:
 RUNS = frozenset({DeviceState.RUNNING, DeviceState.PRE_COPY})
 #: What stands for a state that is not known, or that only a reset leads out of.
 _SHOWN: Mapping[Certainty, str] = MappingProxyType({Certainty.UNKNOWN: "UNKNOWN", Certainty.FAILED: "ERROR"})
-_NAMES = tuple(field.name for field in fields(Record))
+_NAMES = tuple(field.name for field in fields(MigrationRecord))
 
 
 def _written(value: Any) -> Any:
@@ -269,7 +269,7 @@ def _written(value: Any) -> Any:
             return value.name
         case Enum():
             return value.value
-        case Begun() | Stream() | Failure() | Errand():
+        case Begun() | Stream() | Failure() | PlanProgress():
             return {item.name: _written(getattr(value, item.name)) for item in fields(value)}
         case tuple():
             return list(value)
@@ -301,7 +301,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "begun": _read_parts(Begun, {"role": Role}),
         "stream": _read_parts(Stream, {"role": Role}),
         "errand": _read_parts(
-            Errand,
+            PlanProgress,
             {
                 "origin": DeviceState.__getitem__,
                 "rest": tuple,

@@ -11,7 +11,7 @@ from vfiouser_agents.api import AgentState, Outcome
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration import plans
 from vfiouser_oob.migration.plans import PLANS, Aftermath, Do, Step, Undo
-from vfiouser_oob.migration.record import RUNS, Certainty, Errand, Failure, Goal
+from vfiouser_oob.migration.record import RUNS, Certainty, Failure, Goal, PlanProgress
 from vfiouser_oob.migration.turn import Turn, goal_of
 from vfiouser_protocol.constants import DeviceState
 
@@ -38,10 +38,10 @@ def requested(turn: Turn, event: ev.Requested) -> None:
     _begin_arc(turn, event.plans, turn.record.state, event)
 
 
-def _begin_arc(turn: Turn, arcs: tuple[str, ...], origin: DeviceState, asked: ev.Requested | Errand) -> None:
+def _begin_arc(turn: Turn, arcs: tuple[str, ...], origin: DeviceState, asked: ev.Requested | PlanProgress) -> None:
     """Take an arc: without the agent where it is not needed, or away and can be done without."""
     plan, record = PLANS[arcs[0]], turn.record
-    errand = Errand(arcs[0], origin, rest=arcs[1:], owner=asked.owner)
+    errand = PlanProgress(arcs[0], origin, rest=arcs[1:], owner=asked.owner)
     if record.reset_due is not None and arcs[0] in plans.PAUSES and not errand.rest:
         # It holds still in any case, and nothing of the guest reaches it.
         if arcs[0] == plans.PAUSE:
@@ -61,7 +61,7 @@ def _begin_arc(turn: Turn, arcs: tuple[str, ...], origin: DeviceState, asked: ev
         turn.begin(replace(errand, ahead="" if ahead is None else ahead.value))
 
 
-def _arrived(turn: Turn, errand: Errand) -> None:
+def _arrived(turn: Turn, errand: PlanProgress) -> None:
     """An arc was taken; go on to the next one."""
     if turn.record.state is not DeviceState.RUNNING:
         turn.set(owner=errand.owner)
@@ -71,7 +71,7 @@ def _arrived(turn: Turn, errand: Errand) -> None:
         turn.answer()
 
 
-def then_arrive(turn: Turn, errand: Errand) -> None:
+def then_arrive(turn: Turn, errand: PlanProgress) -> None:
     """An arc was taken."""
     if turn.record.certainty is Certainty.FAILED:  # it broke while the steps were taken
         turn.answer(f"{errand.plan} failed: {turn.record.last_error}; the state is {turn.record.shown}", errno.EIO)
@@ -80,7 +80,7 @@ def then_arrive(turn: Turn, errand: Errand) -> None:
     _arrived(turn, errand)
 
 
-def then_halted(turn: Turn, errand: Errand) -> None:
+def then_halted(turn: Turn, errand: PlanProgress) -> None:
     """It holds still in fact now, so that the arc which needed that can be begun."""
     turn.arrive(DeviceState.STOP, "stopped by its agent")
     _begin_arc(turn, errand.rest, errand.origin, errand)
@@ -89,7 +89,7 @@ def then_halted(turn: Turn, errand: Errand) -> None:
 # Arcs that fail
 
 
-def fall_arc(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_arc(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """Undo what was done of an arc, or find out what was."""
     plan = PLANS[errand.plan]
     named = replace(failure, text=f"{step.do.value}: {failure}")
@@ -109,18 +109,18 @@ def _tell_failed(turn: Turn, arc: str, failure: Failure) -> None:
     turn.answer(f"{arc} failed at {failure}; the state is {turn.record.shown}", failure.errno)
 
 
-def _told(turn: Turn, errand: Errand) -> None:
+def _told(turn: Turn, errand: PlanProgress) -> None:
     """The arc's failure is told, now that it is undone."""
     assert errand.failure is not None
     _tell_failed(turn, errand.arc, errand.failure)
 
 
-def _bring_back(turn: Turn, errand: Errand) -> None:
+def _bring_back(turn: Turn, errand: PlanProgress) -> None:
     saving = errand.origin is DeviceState.PRE_COPY and turn.record.saves
     turn.begin(replace(errand, plan=plans.BRING_BACK_SAVING if saving else plans.BRING_BACK))
 
 
-def _run_on(turn: Turn, errand: Errand) -> None:
+def _run_on(turn: Turn, errand: PlanProgress) -> None:
     """The function was not stopped, so it runs as before."""
     if turn.record.state is DeviceState.PRE_COPY and turn.record.saves:
         turn.do(ev.ReleaseSource())
@@ -130,7 +130,7 @@ def _run_on(turn: Turn, errand: Errand) -> None:
     _told(turn, errand)
 
 
-def _leave(turn: Turn, errand: Errand) -> None:
+def _leave(turn: Turn, errand: PlanProgress) -> None:
     turn.drop()
     if errand.origin in RUNS and turn.record.state is DeviceState.STOP:
         turn.begin(replace(errand, plan=plans.BRING_BACK))
@@ -142,28 +142,28 @@ def _leave(turn: Turn, errand: Errand) -> None:
     _told(turn, errand)
 
 
-def _undo_load(turn: Turn, errand: Errand) -> None:
+def _undo_load(turn: Turn, errand: PlanProgress) -> None:
     turn.drop()
     turn.begin(replace(errand, plan=plans.UNDO_LOAD_RUN if errand.origin in RUNS else plans.UNDO_LOAD_STOP))
 
 
-def _ask(turn: Turn, errand: Errand) -> None:
+def _ask(turn: Turn, errand: PlanProgress) -> None:
     turn.begin(replace(errand, plan=plans.ASK))
 
 
-def _stand(turn: Turn, errand: Errand) -> None:
+def _stand(turn: Turn, errand: PlanProgress) -> None:
     """The function was not started, so it stands still; if it is allowed, it is brought back in the background."""
     if goal_of(turn.record, Undo.LEARN) is Goal.RESUME:
         turn.settle(Goal.RESUME, str(errand.failure), sure=True)
     _told(turn, errand)
 
 
-def _lose_load(turn: Turn, errand: Errand) -> None:
+def _lose_load(turn: Turn, errand: PlanProgress) -> None:
     turn.lose_load(str(errand.failure))
     _told(turn, errand)
 
 
-_AFTER: Mapping[Aftermath, Callable[[Turn, Errand], None]] = MappingProxyType(
+_AFTER: Mapping[Aftermath, Callable[[Turn, PlanProgress], None]] = MappingProxyType(
     {
         Aftermath.BRING_BACK: _bring_back,
         Aftermath.RUN_ON: _run_on,
@@ -176,20 +176,20 @@ _AFTER: Mapping[Aftermath, Callable[[Turn, Errand], None]] = MappingProxyType(
 )
 
 
-def then_run(turn: Turn, errand: Errand) -> None:
+def then_run(turn: Turn, errand: PlanProgress) -> None:
     """A failed arc is undone, and the function runs."""
     how = "reset" if errand.plan == plans.UNDO_LOAD_RUN else "brought back"
     turn.run_again(f"{how}: {errand.failure}")
     _told(turn, errand)
 
 
-def then_pre_copy(turn: Turn, errand: Errand) -> None:
+def then_pre_copy(turn: Turn, errand: PlanProgress) -> None:
     """A failed arc is undone, and the function runs and is saved anew."""
     turn.arrive(DeviceState.PRE_COPY, f"brought back: {errand.failure}")
     _told(turn, errand)
 
 
-def then_stand(turn: Turn, errand: Errand) -> None:
+def then_stand(turn: Turn, errand: PlanProgress) -> None:
     """What was to be done is done, and the state is what it was."""
     missing = errand.missing
     if missing is not None and missing.fatal:
@@ -204,7 +204,7 @@ def then_stand(turn: Turn, errand: Errand) -> None:
         turn.answer()
 
 
-def then_adopt(turn: Turn, errand: Errand) -> None:
+def then_adopt(turn: Turn, errand: PlanProgress) -> None:
     """The agent has said where the failed arc left the function."""
     status, failure = errand.status, errand.failure
     assert status is not None
@@ -217,7 +217,7 @@ def then_adopt(turn: Turn, errand: Errand) -> None:
     _told(turn, errand)
 
 
-def fall_undo(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_undo(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """Undoing has failed, too: the background goes on with it."""
     if step.do is Do.RESTART_STREAM:
         turn.do(ev.HaltSource())
@@ -229,7 +229,7 @@ def fall_undo(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
     _told(turn, errand)
 
 
-def give_up_arc(turn: Turn, errand: Errand) -> None:
+def give_up_arc(turn: Turn, errand: PlanProgress) -> None:
     """The client vanished, or its time was up, in the middle of a step."""
     undo = PLANS[errand.arc or errand.plan].undo
     if undo is Undo.LOAD_FAILED:
@@ -240,7 +240,7 @@ def give_up_arc(turn: Turn, errand: Errand) -> None:
         turn.settle(goal_of(turn.record, undo), "it was given up")
 
 
-def fall_halt(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_halt(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """It could not be made to hold still."""
     named = f"{step.do.value}: {failure}"
     if failure.fatal:
@@ -250,6 +250,6 @@ def fall_halt(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
     turn.answer(f"it could not be stopped at {named}; it is {turn.record.shown}", failure.errno)
 
 
-def give_up_halt(turn: Turn, errand: Errand) -> None:
+def give_up_halt(turn: Turn, errand: PlanProgress) -> None:
     """It may hold still, or not."""
     turn.settle(Goal.RESUME, "it was given up")

@@ -7,9 +7,9 @@ from dataclasses import replace
 from vfiouser_agents.api import AgentState
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration import plans
-from vfiouser_oob.migration.fence import REACTIONS, VERDICTS, Reaction, Verdict
+from vfiouser_oob.migration.fence import REACTIONS, VERDICTS, FenceVerdict, Reaction
 from vfiouser_oob.migration.plans import Do, Step
-from vfiouser_oob.migration.record import Certainty, Errand, Failure, Goal
+from vfiouser_oob.migration.record import Certainty, Failure, Goal, PlanProgress
 from vfiouser_oob.migration.turn import Turn
 from vfiouser_protocol.constants import DeviceState
 
@@ -20,16 +20,16 @@ def attempt_due(turn: Turn, event: ev.AttemptDue) -> None:
     """Begin an attempt to reach the goal."""
     goal = turn.record.goal
     if goal is not None and turn.record.errand is None:
-        turn.begin(Errand(plans.SETTLING[goal, turn.record.reset_due], turn.record.state))
+        turn.begin(PlanProgress(plans.SETTLING[goal, turn.record.reset_due], turn.record.state))
 
 
-def then_brought_back(turn: Turn, errand: Errand) -> None:
+def then_brought_back(turn: Turn, errand: PlanProgress) -> None:
     """The background has started the function again."""
     turn.run_again("brought back")
     _let_go(turn)
 
 
-def then_was_reset(turn: Turn, errand: Errand) -> None:
+def then_was_reset(turn: Turn, errand: PlanProgress) -> None:
     """The background has reset it; a VM that has paused it meanwhile finds it paused."""
     if turn.record.reset_due is not None and turn.record.over_link:
         turn.arrive(DeviceState.STOP, "reset", over_link=True)
@@ -38,13 +38,13 @@ def then_was_reset(turn: Turn, errand: Errand) -> None:
     _let_go(turn)
 
 
-def then_learned(turn: Turn, errand: Errand) -> None:
+def then_learned(turn: Turn, errand: PlanProgress) -> None:
     """The background was told where the function is, if the agent has made up its mind."""
     status = errand.status
     assert status is not None
     if status.state is AgentState.QUIESCED:
         if errand.plan != plans.SETTLE_STOP and not status.pending:
-            turn.begin(Errand(plans.SETTLE_STOP, errand.origin))
+            turn.begin(PlanProgress(plans.SETTLE_STOP, errand.origin))
     elif not status.pending:
         turn.adopt(status)
         _let_go(turn)
@@ -55,7 +55,7 @@ def _let_go(turn: Turn) -> None:
         turn.do(ev.LetGo())
 
 
-def fall_try_again(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_try_again(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """An attempt has failed; the next one comes after a pause."""
     if failure.fatal:
         turn.broken(str(failure))
@@ -65,7 +65,7 @@ def fall_try_again(turn: Turn, errand: Errand, step: Step, failure: Failure) -> 
         turn.do(ev.Note("the device could not be reset", {"error": str(failure)}))
 
 
-def keep_trying(turn: Turn, errand: Errand) -> None:
+def keep_trying(turn: Turn, errand: PlanProgress) -> None:
     """Its goal stands."""
 
 
@@ -82,13 +82,13 @@ def probed(turn: Turn, event: ev.Probed) -> None:
         return
     turn.set(asked=True)
     found = VERDICTS[event.status.state][event.migrated]
-    turn.set(fenced=found is Verdict.FENCED, paused=found is Verdict.PAUSED)
-    if found is not Verdict.FREE:
+    turn.set(fenced=found is FenceVerdict.FENCED, paused=found is FenceVerdict.PAUSED)
+    if found is not FenceVerdict.FREE:
         told = event.status.state.value
         turn.do(ev.Note("the function does not run", {"agent_state": told, "verdict": found.value}))
         if turn.record.attached:
             # A client came before we knew: the function is of no use to it until this is done.
-            turn.settle(Goal.RESET if found is Verdict.FENCED else Goal.RESUME, f"the agent says {told}")
+            turn.settle(Goal.RESET if found is FenceVerdict.FENCED else Goal.RESUME, f"the agent says {told}")
     turn.do(ev.LetGo())
 
 

@@ -9,7 +9,7 @@ from vfiouser_agents.api import Outcome
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration import plans
 from vfiouser_oob.migration.plans import Step
-from vfiouser_oob.migration.record import Certainty, Errand, Failure, Goal, Record, ResetDue
+from vfiouser_oob.migration.record import Certainty, Failure, Goal, MigrationRecord, PlanProgress, ResetDue
 from vfiouser_oob.migration.turn import Turn
 from vfiouser_protocol.constants import DeviceState
 
@@ -28,7 +28,7 @@ def fit_wanted(turn: Turn, event: ev.FitWanted) -> None:
 
 
 #: What a client needs before its first reply, in order; each is looked at once.
-_NEEDS: tuple[tuple[str, Callable[[Record], bool]], ...] = (
+_NEEDS: tuple[tuple[str, Callable[[MigrationRecord], bool]], ...] = (
     (plans.ATTACH_ASK, lambda record: not record.busy and not record.asked),
     (plans.ATTACH_RESUME, lambda record: record.paused and not record.busy),
     (plans.ATTACH_RESET, lambda record: record.fenced or record.busy),
@@ -41,31 +41,31 @@ def _next_need(turn: Turn, first: int) -> None:
             if name == plans.ATTACH_RESET:
                 turn.cease()
                 turn.drop()
-            turn.begin(Errand(name, turn.record.state))
+            turn.begin(PlanProgress(name, turn.record.state))
             return
     turn.do(ev.Probe())
     turn.answer()
 
 
-def then_fit(turn: Turn, errand: Errand) -> None:
+def then_fit(turn: Turn, errand: PlanProgress) -> None:
     """One need is met; look at the next one."""
     _next_need(turn, 1 + [name for name, _ in _NEEDS].index(errand.plan))
 
 
-def then_fresh(turn: Turn, errand: Errand) -> None:
+def then_fresh(turn: Turn, errand: PlanProgress) -> None:
     """The function was reset, and is the client's."""
     turn.arrive(DeviceState.RUNNING, "reset for a new client")
     turn.do(ev.Probe())
     turn.answer()
 
 
-def fall_attach(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_attach(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """The client is turned away."""
     give_up_attach(turn, errand)
     turn.answer(str(failure), failure.errno)
 
 
-def give_up_attach(turn: Turn, errand: Errand) -> None:
+def give_up_attach(turn: Turn, errand: PlanProgress) -> None:
     """It stays as it is until the next client comes."""
     turn.set(attached=False, fenced=turn.record.fenced or errand.plan == plans.ATTACH_RESET)
 
@@ -108,7 +108,7 @@ def reset_asked(turn: Turn, event: ev.ResetAsked) -> None:
     clearing = turn.record.begun is not None
     if clearing:
         turn.do(ev.CeaseLeaving())
-    turn.begin(Errand(plans.RESET_CLEARING if clearing else plans.RESET_IDLE, turn.record.state))
+    turn.begin(PlanProgress(plans.RESET_CLEARING if clearing else plans.RESET_IDLE, turn.record.state))
 
 
 def guest_reset(turn: Turn, event: ev.GuestReset) -> None:
@@ -118,7 +118,7 @@ def guest_reset(turn: Turn, event: ev.GuestReset) -> None:
     if not record.busy:
         turn.answer()
     elif event.restarts and saved and record.goal is None:
-        turn.begin(Errand(plans.RESTART, record.state))
+        turn.begin(PlanProgress(plans.RESTART, record.state))
     else:
         _begin_reset(turn, plans.GUEST_RESET)
 
@@ -129,10 +129,10 @@ def _begin_reset(turn: Turn, plan: str) -> None:
     turn.cease()
     turn.do(ev.CeaseLeaving())
     turn.drop()
-    turn.begin(Errand(plan, turn.record.state, touched=stopped))
+    turn.begin(PlanProgress(plan, turn.record.state, touched=stopped))
 
 
-def then_reset(turn: Turn, errand: Errand) -> None:
+def then_reset(turn: Turn, errand: PlanProgress) -> None:
     """What there is of agent and device has reset the function."""
     missing = errand.missing
     if missing is None:
@@ -166,23 +166,23 @@ def _owe_reset(turn: Turn, missing: Failure, due: ResetDue) -> None:
     turn.do(ev.Tell(old, turn.record.shown, "reset"))
 
 
-def fall_reset(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_reset(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """The device could not be reset; the background goes on with it."""
     turn.settle(Goal.RESET, "the device could not be reset")
     turn.answer(str(failure), failure.errno)
 
 
-def give_up_reset(turn: Turn, errand: Errand) -> None:
+def give_up_reset(turn: Turn, errand: PlanProgress) -> None:
     """The reset may have been done or not, so it is done in any case."""
     turn.settle(Goal.RESET, "the reset was given up")
 
 
-def fall_told(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_told(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """Nobody but who asked has to know."""
     turn.answer(str(failure), failure.errno)
 
 
-def fall_restart(turn: Turn, errand: Errand, step: Step, failure: Failure) -> None:
+def fall_restart(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """Without the agent there is no stream any more; the guest's reset is done all the same."""
     turn.do(ev.HaltSource())
     if failure.away:
@@ -194,6 +194,6 @@ def fall_restart(turn: Turn, errand: Errand, step: Step, failure: Failure) -> No
     turn.answer(f"the stream could not begin anew: {failure}", failure.errno)
 
 
-def give_up_restart(turn: Turn, errand: Errand) -> None:
+def give_up_restart(turn: Turn, errand: PlanProgress) -> None:
     """Half of a stream is none."""
     turn.do(ev.HaltSource())

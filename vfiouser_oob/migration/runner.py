@@ -25,18 +25,18 @@ from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, agent_is_away, persist, until_done
 from vfiouser_oob.migration.fence import AS_STATE, maybe_migrated
-from vfiouser_oob.migration.hearing import Hearing
-from vfiouser_oob.migration.host import Background, Job
+from vfiouser_oob.migration.hearing import StatusListener
+from vfiouser_oob.migration.host import Background, BackgroundJob
 from vfiouser_oob.migration.machine import advance
 from vfiouser_oob.migration.message_time import MessageTime, message_deadline
-from vfiouser_oob.migration.plans import PAUSES, PLANS, Again, Bound, Do, Fall, Manner, arc_name
-from vfiouser_oob.migration.record import Certainty, Failure, Owner, Record
-from vfiouser_oob.migration.sharing import Sharing
-from vfiouser_oob.migration.steps import Device, Steps
+from vfiouser_oob.migration.plans import PAUSES, PLANS, Again, Bound, Do, FailureOutcome, TimeAllotment, arc_name
+from vfiouser_oob.migration.record import Certainty, Failure, MigrationRecord, Owner
+from vfiouser_oob.migration.sharing import BufferShare
+from vfiouser_oob.migration.steps import AttachedDevice, Steps
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
-from vfiouser_oob.persist.capabilities import READ_S, Drawer, Facts
+from vfiouser_oob.persist.capabilities import READ_S, Facts, FunctionCapabilities
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc
@@ -66,22 +66,22 @@ class MigrationRunner:
         config: MigrationConfig,
         events: EventHub,
         log: Logger,
-        memory: Drawer | None = None,
-        sharing: Sharing | None = None,
+        memory: FunctionCapabilities | None = None,
+        sharing: BufferShare | None = None,
     ) -> None:
         self.config = config
         self.memory = memory
-        self.record = Record()
+        self.record = MigrationRecord()
         self.background = Background()
         self.tracer = Tracer(name, events, log)
         self.link = AgentLink(agent, function_id, self.tracer, self)
-        self.steps = Steps(self.link, config, self.tracer, self, sharing or Sharing())
+        self.steps = Steps(self.link, config, self.tracer, self, sharing or BufferShare())
         self._lock = trio.Lock()
-        self._hearing = Hearing(self, self.link, self.tracer, config, self._lock)
+        self._hearing = StatusListener(self, self.link, self.tracer, config, self._lock)
         self._changed = trio.Event()
         self._hurry = trio.Event()
         self._running = trio.Event()
-        self._settling, self._leaving, self._probing = (Job(self.background) for _ in range(3))
+        self._settling, self._leaving, self._probing = (BackgroundJob(self.background) for _ in range(3))
         self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
         self._effects: Mapping[type[ev.Effect], Callable[[Any], None]] = {
             ev.Settle: lambda _: self._settling.begin(self._settle),
@@ -116,7 +116,7 @@ class MigrationRunner:
 
     # The machine
 
-    def feed(self, event: ev.Event) -> ev.Take | ev.Answer | None:
+    def feed(self, event: ev.MigrationEvent) -> ev.Take | ev.Answer | None:
         """Take an event, and do what it asks for.
 
         Args:
@@ -141,7 +141,7 @@ class MigrationRunner:
         while not wanted():
             await self._changed.wait()
 
-    async def _carry_out(self, event: ev.Event, message: MessageTime) -> None:
+    async def _carry_out(self, event: ev.MigrationEvent, message: MessageTime) -> None:
         """Feed what the client asks for, and take the steps that it needs.
 
         Raises:
@@ -151,7 +151,7 @@ class MigrationRunner:
         while isinstance(due, ev.Take):
             errand = self.record.errand
             assert errand is not None
-            if PLANS[errand.plan].fall is Fall.ARC:
+            if PLANS[errand.plan].fall is FailureOutcome.ARC:
                 due = await self._travel(errand.plan, due, message)
             else:
                 due = self.feed(await self._take(due, message))
@@ -169,13 +169,13 @@ class MigrationRunner:
                     step = following.step
                     following = self.feed(outcome)
                     left = self.record.errand is None or self.record.errand.plan != arc
-                    if left and isinstance(outcome, ev.Refused):
+                    if left and isinstance(outcome, ev.StepRefused):
                         raise _ArcFailed(f"{step.do.value}: {outcome.failure}")
         except _ArcFailed:  # it is traced; what follows is known
             pass
         return following
 
-    async def _take(self, due: ev.Take, message: MessageTime) -> ev.Taken | ev.Refused:
+    async def _take(self, due: ev.Take, message: MessageTime) -> ev.StepTaken | ev.StepRefused:
         """Take a step, attempting again what is worth it; given up, that is fed before the cancellation goes on."""
         step = due.step
         until = _NEVER if step.again is Again.NOTHING else self._patience(due, message)
@@ -186,33 +186,33 @@ class MigrationRunner:
                 agent_is_away,
             )
         except (AgentError, VfioUserError) as error:
-            if isinstance(error, Unsupported) and due.manner is Manner.ATTACHING and step.do is Do.ASK:
+            if isinstance(error, Unsupported) and due.manner is TimeAllotment.ATTACHING and step.do is Do.ASK:
                 self.feed(ev.Blocked(str(error)))
-            return ev.Refused(_failure(error))
+            return ev.StepRefused(_failure(error))
         except trio.Cancelled:
-            if due.manner is not Manner.BACKGROUND:  # whose goal stands
+            if due.manner is not TimeAllotment.BACKGROUND:  # whose goal stands
                 self.feed(ev.Abandoned())
             raise
         if isinstance(said, Status):
-            return ev.Taken(status=said, migrated=maybe_migrated(said, self.link.caps))
-        return ev.Taken(did=said is not False)
+            return ev.StepTaken(status=said, migrated=maybe_migrated(said, self.link.caps))
+        return ev.StepTaken(did=said is not False)
 
     def _deadline(self, due: ev.Take, message: MessageTime) -> float:
         """When an attempt of a step that begins now has to be over."""
         now = trio.current_time()
-        if due.manner is Manner.FORWARD:
+        if due.manner is TimeAllotment.FORWARD:
             return min(message.attempt, now + self._bounds[due.step.bound])
-        if due.manner is Manner.ATTACHING and due.step.do is Do.ASK:
+        if due.manner is TimeAllotment.ATTACHING and due.step.do is Do.ASK:
             return min(message.end, now + self.config.call_s)
-        if due.manner is Manner.RESETTING and due.step.do is Do.RESET_AGENT:
+        if due.manner is TimeAllotment.RESETTING and due.step.do is Do.RESET_AGENT:
             return message.agent
         return message.end
 
     def _patience(self, due: ev.Take, message: MessageTime) -> float:
         """Until when a step is attempted again; if others have waited for the agent in vain before, it is not."""
-        if due.manner is Manner.ATTACHING:
+        if due.manner is TimeAllotment.ATTACHING:
             return message.again
-        if due.manner is Manner.FORWARD:
+        if due.manner is TimeAllotment.FORWARD:
             return _NEVER if due.pausing and self._long_away(message.end) else message.again
         return _NEVER if self._long_away(message.end) else message.agent
 
@@ -223,7 +223,7 @@ class MigrationRunner:
 
     # Coming and going of clients
 
-    async def attach(self, device: Device) -> None:
+    async def attach(self, device: AttachedDevice) -> None:
         """Make the function fit for a new client, before its first reply.
 
         Args:
@@ -336,7 +336,7 @@ class MigrationRunner:
         effect = RESETS[ResetKind.FUNCTION_LEVEL].migration
         await self._reset(ev.GuestReset(restarts=effect is MigrationEffect.RESTARTS))
 
-    async def _reset(self, event: ev.Event) -> None:
+    async def _reset(self, event: ev.MigrationEvent) -> None:
         message = MessageTime.until(message_deadline())
         async with self._lock:
             await self._carry_out(event, message)
@@ -352,7 +352,7 @@ class MigrationRunner:
     def certain(self) -> bool:
         """Whether the state is what the function does at this moment, with no call under way that may change it."""
         errand = self.record.errand
-        trying = errand is not None and PLANS[errand.plan].manner is Manner.BACKGROUND
+        trying = errand is not None and PLANS[errand.plan].manner is TimeAllotment.BACKGROUND
         return self.record.certainty is not Certainty.UNKNOWN and not (trying and not self.link.changing.unsent)
 
     async def known(self) -> None:

@@ -13,7 +13,7 @@ _CHUNKS = 2
 LEAST = 1 << 20
 
 
-class Sharing:
+class BufferShare:
     """Who shares."""
 
     def __init__(self) -> None:

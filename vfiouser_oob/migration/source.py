@@ -20,7 +20,7 @@ from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
 from vfiouser_oob.migration.hashing import Hasher
-from vfiouser_oob.migration.sharing import Sharing
+from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.stream_format import HEAD_SIZE
 from vfiouser_oob.migration.trace import Tracer
@@ -62,7 +62,7 @@ class SourcePipeline:
         data_s: float,
         retry_s: float,
         device_failed: Callable[[str], None],
-        sharing: Sharing,
+        sharing: BufferShare,
     ) -> None:
         self._link = link
         self._tracer = tracer

@@ -21,10 +21,10 @@ from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descript
 from vfiouser_oob.migration.destination import DestinationPipeline
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.events import BeganAtAgent, DeviceBroke
-from vfiouser_oob.migration.host import Host
+from vfiouser_oob.migration.host import MigrationHost
 from vfiouser_oob.migration.plans import Do
 from vfiouser_oob.migration.record import Begun
-from vfiouser_oob.migration.sharing import Sharing
+from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.constants import RegionIndex
@@ -35,7 +35,7 @@ Action: TypeAlias = Callable[[float], Awaitable["bool | Status | None"]]
 
 
 @dataclass(slots=True)
-class Device:
+class AttachedDevice:
     """The device as the attached client has it.
 
     Args:
@@ -62,14 +62,16 @@ class Steps:
         sharing: with whom memory for state is shared; a daemon has one for all its functions.
     """
 
-    def __init__(self, link: AgentLink, config: MigrationConfig, tracer: Tracer, host: Host, sharing: Sharing) -> None:
+    def __init__(
+        self, link: AgentLink, config: MigrationConfig, tracer: Tracer, host: MigrationHost, sharing: BufferShare
+    ) -> None:
         self._link = link
         self._config = config
         self._tracer = tracer
         self._host = host
         self._sharing = sharing
         #: The device, as the attached client has it.
-        self.device: Device | None = None
+        self.device: AttachedDevice | None = None
         #: The saving side's pipeline, and the loading side's.
         self.source: SourcePipeline | None = None
         self.destination: DestinationPipeline | None = None

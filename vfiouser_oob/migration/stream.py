@@ -31,12 +31,12 @@ from vfiouser_oob.migration.stream_format import (
     VERSION,
     Buffer,
     Data,
-    Descriptor,
-    Header,
+    DescriptorRecord,
     PciConfig,
-    Place,
-    Record,
     Refusal,
+    StreamHeader,
+    StreamPlace,
+    StreamRecord,
     StreamRefused,
     Trailer,
     pack_head,
@@ -50,13 +50,13 @@ __all__ = [
     "VERSION",
     "Buffer",
     "Data",
-    "Descriptor",
-    "Header",
+    "DescriptorRecord",
     "PciConfig",
-    "Record",
     "RecordQueue",
     "Refusal",
+    "StreamHeader",
     "StreamReader",
+    "StreamRecord",
     "StreamRefused",
     "StreamWriter",
     "Trailer",
@@ -70,14 +70,14 @@ class _Progress:
     """What writer and reader count alike."""
 
     def __init__(self) -> None:
-        self.place = Place.START
+        self.place = StreamPlace.START
         self.epoch = 0
         self.sequence = 0
         self.offset = 0
         self.seal = 0
 
     def begin(self, epoch: int, header: Buffer) -> None:
-        self.place = Place.OPENED
+        self.place = StreamPlace.OPENED
         self.epoch = epoch
         self.sequence = 0
         self.offset = 0
@@ -118,7 +118,7 @@ class StreamWriter:
     @property
     def complete(self) -> bool:
         """True once the trailer was made."""
-        return self._progress.place is Place.COMPLETE
+        return self._progress.place is StreamPlace.COMPLETE
 
     def header(self) -> tuple[Buffer, ...]:
         """Return the header; called again before the trailer, it begins the stream anew in the next epoch."""
@@ -229,14 +229,14 @@ class StreamReader:
     @property
     def complete(self) -> bool:
         """True once a trailer came."""
-        return self._progress.place is Place.COMPLETE
+        return self._progress.place is StreamPlace.COMPLETE
 
     @property
     def epoch(self) -> int:
         """The epoch that is being read, 0 before the first header."""
         return self._progress.epoch
 
-    def feed(self, chunk: Buffer) -> list[Record]:
+    def feed(self, chunk: Buffer) -> list[StreamRecord]:
         """Take the next bytes of the stream.
 
         Args:
@@ -252,7 +252,7 @@ class StreamReader:
             raise self._refused
         view = memoryview(chunk)
         self.consumed += len(view)
-        records: list[Record] = []
+        records: list[StreamRecord] = []
         try:
             position = 0
             while position < len(view):
@@ -268,7 +268,7 @@ class StreamReader:
         """End the stream.
 
         Args:
-            sha256: digest of the data of every `Data` since the last `Header`, as the caller computed it.
+            sha256: digest of the data of every `Data` since the last `StreamHeader`, as the caller computed it.
 
         Returns:
             The trailer.
@@ -291,7 +291,7 @@ class StreamReader:
         self._refused = StreamRefused(reason, text)
         return self._refused
 
-    def _take(self, view: memoryview, position: int, records: list[Record]) -> int:
+    def _take(self, view: memoryview, position: int, records: list[StreamRecord]) -> int:
         """Go on with the head or the payload that comes next; returns where the rest begins."""
         current = self._current
         if self.complete:
@@ -299,7 +299,7 @@ class StreamReader:
         if current is None:
             end = min(len(view), position + HEAD_SIZE - len(self._head))
             self._head += view[position:end]
-            if not MAGIC.startswith(self._head[:8]) and self._progress.place is Place.START:
+            if not MAGIC.startswith(self._head[:8]) and self._progress.place is StreamPlace.START:
                 raise StreamRefused(Refusal.FOREIGN, f"the stream begins with {bytes(self._head[:8])!r}, not {MAGIC!r}")
             if len(self._head) == HEAD_SIZE:
                 head, self._head = bytes(self._head), bytearray()
@@ -316,7 +316,7 @@ class StreamReader:
             self._close(current, memoryview(payload.join()), records)
         return end
 
-    def _open(self, packed: bytes, records: list[Record]) -> None:
+    def _open(self, packed: bytes, records: list[StreamRecord]) -> None:
         """Check what stands in front of a payload; a header is a record by itself."""
         progress = self._progress
         if packed.startswith(MAGIC):
@@ -325,14 +325,14 @@ class StreamReader:
                 raise StreamRefused(Refusal.ORDER, f"a header came after {progress.place.value}")
             if epoch <= progress.epoch:
                 raise StreamRefused(Refusal.ORDER, f"a header of epoch {epoch} came after one of {progress.epoch}")
-            records.append(Header(epoch, restart=progress.place is not Place.START))
+            records.append(StreamHeader(epoch, restart=progress.place is not StreamPlace.START))
             progress.begin(epoch, packed)
             return
         if CRC.unpack_from(packed, CRC_AT)[0] != crc32(packed[:CRC_AT]):
             raise StreamRefused(Refusal.CORRUPT, f"the head of record {progress.sequence} has a wrong CRC-32")
         self._current = _check_head(_Head(packed, *HEAD.unpack_from(packed)), progress)
 
-    def _close(self, head: _Head, payload: memoryview, records: list[Record]) -> None:
+    def _close(self, head: _Head, payload: memoryview, records: list[StreamRecord]) -> None:
         """Check a payload and let it through."""
         progress = self._progress
         if crc32(payload) != head.payload_crc:
@@ -344,7 +344,7 @@ class StreamReader:
             self._trailer = _check_trailer(payload, progress)
             records.append(self._trailer)
         else:
-            records.append((Descriptor if head.tag == DESCRIPTOR else PciConfig)(bytes(payload)))
+            records.append((DescriptorRecord if head.tag == DESCRIPTOR else PciConfig)(bytes(payload)))
         progress.advance(head.tag, head.length, head.packed)
         self._current = None
 

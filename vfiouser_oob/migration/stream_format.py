@@ -95,7 +95,7 @@ class StreamRefused(CommandError):
         self.reason = reason
 
 
-class Header(NamedTuple):
+class StreamHeader(NamedTuple):
     """The stream begins, or begins anew.
 
     Args:
@@ -107,7 +107,7 @@ class Header(NamedTuple):
     restart: bool
 
 
-class Descriptor(NamedTuple):
+class DescriptorRecord(NamedTuple):
     """What the state is of: opaque here, checked by the engine and the agent.
 
     Args:
@@ -151,7 +151,7 @@ class Trailer(NamedTuple):
     sha256: bytes
 
 
-Record: TypeAlias = Header | Descriptor | PciConfig | Data | Trailer
+StreamRecord: TypeAlias = StreamHeader | DescriptorRecord | PciConfig | Data | Trailer
 
 
 class RecordRule(NamedTuple):
@@ -181,7 +181,7 @@ RECORDS: Mapping[bytes, RecordRule] = MappingProxyType(
 )
 
 
-class Place(Enum):
+class StreamPlace(Enum):
     """How far a stream has come."""
 
     START = "the start"
@@ -192,18 +192,18 @@ class Place(Enum):
 
 
 #: Which record may follow, and where it leads; the header of a new epoch may come anywhere but after the trailer.
-ORDER: Mapping[Place, Mapping[bytes, Place]] = MappingProxyType(
+ORDER: Mapping[StreamPlace, Mapping[bytes, StreamPlace]] = MappingProxyType(
     {
-        Place.START: {MAGIC: Place.OPENED},
-        Place.OPENED: {MAGIC: Place.OPENED, DESCRIPTOR: Place.DESCRIBED},
-        Place.DESCRIBED: {MAGIC: Place.OPENED, DATA: Place.DESCRIBED, PCI: Place.CONFIGURED},
-        Place.CONFIGURED: {
-            MAGIC: Place.OPENED,
-            DATA: Place.CONFIGURED,
-            PCI: Place.CONFIGURED,
-            TRAILER: Place.COMPLETE,
+        StreamPlace.START: {MAGIC: StreamPlace.OPENED},
+        StreamPlace.OPENED: {MAGIC: StreamPlace.OPENED, DESCRIPTOR: StreamPlace.DESCRIBED},
+        StreamPlace.DESCRIBED: {MAGIC: StreamPlace.OPENED, DATA: StreamPlace.DESCRIBED, PCI: StreamPlace.CONFIGURED},
+        StreamPlace.CONFIGURED: {
+            MAGIC: StreamPlace.OPENED,
+            DATA: StreamPlace.CONFIGURED,
+            PCI: StreamPlace.CONFIGURED,
+            TRAILER: StreamPlace.COMPLETE,
         },
-        Place.COMPLETE: {},
+        StreamPlace.COMPLETE: {},
     }
 )
 

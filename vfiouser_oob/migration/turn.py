@@ -10,14 +10,14 @@ from vfiouser_agents.api import Outcome, Status
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration import plans
 from vfiouser_oob.migration.fence import AS_STATE
-from vfiouser_oob.migration.plans import PLANS, Do, Fall, Step, Then, Undo, steps_of
-from vfiouser_oob.migration.record import RUNS, Certainty, Errand, Failure, Goal, Record
+from vfiouser_oob.migration.plans import PLANS, Do, FailureOutcome, Step, Then, Undo, steps_of
+from vfiouser_oob.migration.record import RUNS, Certainty, Failure, Goal, MigrationRecord, PlanProgress
 from vfiouser_protocol.constants import DeviceState
 
 #: What is true once the steps of a plan were taken.
-ThenRule: TypeAlias = "Callable[[Turn, Errand], None]"
+ThenRule: TypeAlias = "Callable[[Turn, PlanProgress], None]"
 #: What becomes of a plan of which a step failed.
-FallRule: TypeAlias = "Callable[[Turn, Errand, Step, Failure], None]"
+FallRule: TypeAlias = "Callable[[Turn, PlanProgress, Step, Failure], None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class Rules:
     """
 
     then: Mapping[Then, ThenRule]
-    fall: Mapping[Fall, FallRule]
-    given_up: Mapping[Fall, ThenRule]
-    learned: Mapping[Do, Callable[[Turn, ev.Taken], None]]
+    fall: Mapping[FailureOutcome, FallRule]
+    given_up: Mapping[FailureOutcome, ThenRule]
+    learned: Mapping[Do, Callable[[Turn, ev.StepTaken], None]]
 
 
-def goal_of(record: Record, undo: Undo) -> Goal:
+def goal_of(record: MigrationRecord, undo: Undo) -> Goal:
     """What to work for in the background; a function whose state may live elsewhere is only asked about.
 
     Args:
@@ -58,7 +58,7 @@ class Turn:
         rules: the interpreter's tables.
     """
 
-    def __init__(self, record: Record, now: float, rules: Rules) -> None:
+    def __init__(self, record: MigrationRecord, now: float, rules: Rules) -> None:
         self.rules = rules
         self.record = record
         self.effects: list[ev.Effect] = []
@@ -184,7 +184,7 @@ class Turn:
         if self.record.goal is not None:
             self.do(ev.Cease())
         errand = self.record.errand
-        if errand is not None and PLANS[errand.plan].fall is Fall.TRY_AGAIN:
+        if errand is not None and PLANS[errand.plan].fall is FailureOutcome.TRY_AGAIN:
             self.set(errand=None)
         self.set(goal=None)
 
@@ -217,7 +217,7 @@ class Turn:
 
     # Errands
 
-    def begin(self, errand: Errand) -> None:
+    def begin(self, errand: PlanProgress) -> None:
         """Begin to carry out a plan."""
         self.set(errand=errand)
         self.go_on()

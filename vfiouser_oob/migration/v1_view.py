@@ -18,8 +18,8 @@ from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.migration_v1 import (
     DataAccess,
     Iteration,
+    MigrationRegister,
     RegionLayout,
-    Register,
     device_state_value,
     pack_register,
     require_transition,
@@ -53,12 +53,12 @@ class V1View:
         self._written = 0
         self._pool = BufferPool()
         self.index = index
-        self._readers: Mapping[Register, Callable[[], ReadAnswer]] = {
-            Register.DEVICE_STATE: self._read_state,
-            Register.RESERVED: lambda: pack_register(Register.RESERVED, 0),
-            Register.PENDING_BYTES: self._read_pending,
-            Register.DATA_OFFSET: self._read_offset,
-            Register.DATA_SIZE: self._read_size,
+        self._readers: Mapping[MigrationRegister, Callable[[], ReadAnswer]] = {
+            MigrationRegister.DEVICE_STATE: self._read_state,
+            MigrationRegister.RESERVED: lambda: pack_register(MigrationRegister.RESERVED, 0),
+            MigrationRegister.PENDING_BYTES: self._read_pending,
+            MigrationRegister.DATA_OFFSET: self._read_offset,
+            MigrationRegister.DATA_SIZE: self._read_size,
         }
 
     @property
@@ -120,9 +120,9 @@ class V1View:
             self.memory.view[start + place.start : start + place.end] = data
             return None
         require_writable(place, self._iteration.state)
-        if place is Register.DEVICE_STATE:
+        if place is MigrationRegister.DEVICE_STATE:
             return self._write_state(unpack_register(data))
-        if place is Register.DATA_SIZE:
+        if place is MigrationRegister.DATA_SIZE:
             return self._consume(self._iteration.write_size(unpack_register(data)))
         return None
 
@@ -133,7 +133,7 @@ class V1View:
     # Registers
 
     def _read_state(self) -> bytes:
-        return pack_register(Register.DEVICE_STATE, device_state_value(self._transfer.state, self._written))
+        return pack_register(MigrationRegister.DEVICE_STATE, device_state_value(self._transfer.state, self._written))
 
     async def _write_state(self, value: int) -> None:
         await self._transfer.request(lambda current: require_transition(current, value))
@@ -157,7 +157,7 @@ class V1View:
         return self._pending(self._amount(left) if left is not None and left.buffered else 0)
 
     def _pending(self, amount: int) -> bytes:
-        return pack_register(Register.PENDING_BYTES, self._iteration.pending(amount))
+        return pack_register(MigrationRegister.PENDING_BYTES, self._iteration.pending(amount))
 
     def _amount(self, left: Left) -> int:
         """Bytes that are there or expected."""
@@ -181,7 +181,7 @@ class V1View:
         return self._offset_read()
 
     def _offset_read(self) -> bytes:
-        return pack_register(Register.DATA_OFFSET, self._layout.data_start)
+        return pack_register(MigrationRegister.DATA_OFFSET, self._layout.data_start)
 
     def _fill(self) -> None:
         """Put the next portion into the data section."""
@@ -194,7 +194,7 @@ class V1View:
     def _read_size(self) -> bytes:
         size = self._iteration.size()
         self._transfer.delivered()  # the client knows now how much of the chunk there is, and has it
-        return pack_register(Register.DATA_SIZE, size)
+        return pack_register(MigrationRegister.DATA_SIZE, size)
 
     async def _consume(self, size: int) -> None:
         if not self._transfer.loading:

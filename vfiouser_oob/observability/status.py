@@ -120,7 +120,7 @@ class DaemonStatus(TypedDict):
     functions: int
 
 
-class Status(TypedDict):
+class StatusReport(TypedDict):
     """All that `status` answers."""
 
     daemon: DaemonStatus
@@ -130,7 +130,7 @@ class Status(TypedDict):
 class StatusProvider(Protocol):
     """What the control server asks the daemon."""
 
-    def status(self) -> Status:
+    def status(self) -> StatusReport:
         """The state at this moment."""
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:

@@ -82,7 +82,7 @@ class CapabilityStore:
         self._log = log
         self._limiter = trio.CapacityLimiter(1)
 
-    def drawer(self, function: str, identity: str) -> Drawer:
+    def drawer(self, function: str, identity: str) -> FunctionCapabilities:
         """The place of one function.
 
         Args:
@@ -90,10 +90,10 @@ class CapabilityStore:
             identity: of its agent, by `agent_identity`.
         """
         path = None if self._directory is None else self._directory / f"{function}.json"
-        return Drawer(path, identity, self._limiter, self._log.bind(function=function))
+        return FunctionCapabilities(path, identity, self._limiter, self._log.bind(function=function))
 
 
-class Drawer:
+class FunctionCapabilities:
     """What is remembered of one function; `CapabilityStore.drawer` makes it.
 
     Args:

@@ -21,11 +21,11 @@ from vfiouser_oob.server.dma_link import DmaLink
 from vfiouser_oob.server.executor import Executor
 from vfiouser_oob.transport.fds import close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream
-from vfiouser_oob.transport.turns import SLICE_S, Lane
+from vfiouser_oob.transport.turns import SLICE_S, FunctionQueue
 from vfiouser_protocol.capabilities import Negotiated
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.framing import Message
-from vfiouser_protocol.session import CommandReceived, ReplyReceived, Session
+from vfiouser_protocol.session import CommandReceived, ProtocolSession, ReplyReceived
 
 #: Messages answered in a row before other tasks get their turn, however they came: a client that asks again at once can
 #: keep us from ever sleeping. One that does not wait for replies has its turn for the time of a slice only.
@@ -49,7 +49,7 @@ class Attached:
         lane: its place in the queue for the event loop.
     """
 
-    session: Session
+    session: ProtocolSession
     agreed: Negotiated
     main: Channel
     twin: Channel | None
@@ -58,7 +58,7 @@ class Attached:
     executor: Executor
     dispatcher: Dispatcher
     context: FunctionContext
-    lane: Lane
+    lane: FunctionQueue
 
     phase = "attached"
     #: It has sent its first message.

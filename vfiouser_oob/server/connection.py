@@ -12,25 +12,25 @@ from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.channel import Channel
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.device_link import DeviceLink
-from vfiouser_oob.server.negotiation import Host, Negotiating
+from vfiouser_oob.server.negotiation import Negotiating, NegotiationHost
 from vfiouser_oob.server.refusal import TurnedAway
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import Limits
-from vfiouser_protocol.session import CommandReceived, Role, Session
+from vfiouser_protocol.session import CommandReceived, ConnectionEnd, ProtocolSession
 
 _NOT_SERVED = "negotiation failed"
 
 
-class Admission(Host, Protocol):
+class Admission(NegotiationHost, Protocol):
     """A function, as its clients' connections use it."""
 
     @property
     def context(self) -> FunctionContext:
         """What its connections share."""
 
-    async def claim(self, connection: Connection, deadline: float) -> None:
+    async def claim(self, connection: ClientConnection, deadline: float) -> None:
         """Make a client the one that is served; raises TurnedAway."""
 
     def phase_changed(self) -> None:
@@ -44,7 +44,7 @@ class Leaving:
     spoken = True
 
 
-class Connection:
+class ClientConnection:
     """A client of a function.
 
     Args:
@@ -67,7 +67,9 @@ class Connection:
         self._scope = trio.CancelScope()
         stream = MessageSocket(sock, limits.max_message_size, context.activity, context.account)
         self._main = Channel(stream, context.log, self._scope)
-        self._newcomer = Negotiating(Session(Role.SERVER, limits), self._main, self.link, context, self._scope)
+        self._newcomer = Negotiating(
+            ProtocolSession(ConnectionEnd.SERVER, limits), self._main, self.link, context, self._scope
+        )
         #: Where it stands.
         self.stage: Negotiating | Attached | Leaving = self._newcomer
 

@@ -23,11 +23,11 @@ from vfiouser_oob import __version__
 from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
-from vfiouser_oob.observability.status import DaemonStatus, Status, StatusProvider
+from vfiouser_oob.observability.status import DaemonStatus, StatusProvider, StatusReport
 from vfiouser_oob.persist.capabilities import CapabilityStore
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
-from vfiouser_oob.server.opening import Means, open_function
+from vfiouser_oob.server.opening import SharedParts, open_function
 from vfiouser_oob.server.registry import Registry
 from vfiouser_oob.server.status import function_status, iso_time
 from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
@@ -93,7 +93,7 @@ async def run_daemon(
         activity = Activity()
         resources.callback(activity.close)
         store = CapabilityStore(config.state_directory, log.get("persist"))
-        means = Means(config.reply_budget_s, AgentPool(agents), store, activity)
+        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity)
         activity.busy = lambda: means.sharing.busy
         _raise_fd_limit()
         inherited = inherited_sockets()
@@ -122,7 +122,7 @@ class Daemon:
         nursery: where everything lives; cancelled by the caller when `run` has returned.
     """
 
-    def __init__(self, lives: Sequence[Life], means: Means, nursery: trio.Nursery) -> None:
+    def __init__(self, lives: Sequence[Life], means: SharedParts, nursery: trio.Nursery) -> None:
         self._events = means.events
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
@@ -173,12 +173,12 @@ class Daemon:
 
     # For the control socket
 
-    def status(self) -> Status:
+    def status(self) -> StatusReport:
         """Describe everything at this moment."""
         daemon = DaemonStatus(
             version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(self.functions)
         )
-        return Status(daemon=daemon, functions=[function_status(function) for function in self.functions])
+        return StatusReport(daemon=daemon, functions=[function_status(function) for function in self.functions])
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

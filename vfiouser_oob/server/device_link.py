@@ -7,7 +7,7 @@ from typing import Protocol
 
 from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.server.context import FunctionContext
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.errors import DmaFault
 
 
@@ -41,14 +41,14 @@ class DeviceLink(ClientLink):
     """
 
     def __init__(self, context: FunctionContext) -> None:
-        self.capabilities = Capabilities()
+        self.capabilities = VersionCapabilities()
         self.account = context.account
         #: Why the device is lost; None as long as it is there.
         self.lost: str | None = None
         self._context = context
         self._dma: Dma = NoDma()
 
-    def agreed(self, capabilities: Capabilities, dma: Dma) -> None:
+    def agreed(self, capabilities: VersionCapabilities, dma: Dma) -> None:
         """Take what was negotiated.
 
         Args:

@@ -27,14 +27,14 @@ from vfiouser_oob.server.channel import Channel
 from vfiouser_oob.server.containment import Contained
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.executor import Executor
-from vfiouser_oob.server.handlers import READY, Reply, Result
+from vfiouser_oob.server.handlers import READY, ReplyWithFds, Result
 from vfiouser_oob.transport.fds import close_fds
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_oob.transport.quota import refusal_of
-from vfiouser_oob.transport.turns import SLICE_S, Lane
+from vfiouser_oob.transport.turns import SLICE_S, FunctionQueue
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import CommandError
-from vfiouser_protocol.session import CommandReceived, Refused, Session
+from vfiouser_protocol.session import CommandReceived, MessageRefused, ProtocolSession
 
 #: Commands and bytes that may queue behind one that waits; beyond that we stop reading, and the client's socket fills.
 MAX_QUEUED = 16384
@@ -50,7 +50,7 @@ class Queued(NamedTuple):
         refusal: why the command is not begun when its turn comes; None if it is.
     """
 
-    event: CommandReceived | Refused
+    event: CommandReceived | MessageRefused
     deadline: float
     refusal: CommandError | None = None
 
@@ -67,7 +67,12 @@ class Dispatcher:
     """
 
     def __init__(
-        self, session: Session, channel: Channel, executor: Executor, context: FunctionContext, lane: Lane
+        self,
+        session: ProtocolSession,
+        channel: Channel,
+        executor: Executor,
+        context: FunctionContext,
+        lane: FunctionQueue,
     ) -> None:
         self._session = session
         self._channel = channel
@@ -81,7 +86,7 @@ class Dispatcher:
         self._queue: deque[Queued] = deque()
         self._queued_bytes = 0
         #: The head's answer, if the head was begun and is being waited for.
-        self._begun: Awaitable[bytes | Reply | Pieces] | None = None
+        self._begun: Awaitable[bytes | ReplyWithFds | Pieces] | None = None
         self._filled = trio.lowlevel.ParkingLot()
         self._progress = trio.lowlevel.ParkingLot()
 
@@ -138,7 +143,7 @@ class Dispatcher:
         if outcome.error is not None:
             self._answer_error(event, outcome.taken())
 
-    def refuse(self, event: Refused) -> None:
+    def refuse(self, event: MessageRefused) -> None:
         """Answer a message that the session refused, in its turn; the connection goes on."""
         if self._queue:
             self._enqueue(event, None)
@@ -154,7 +159,7 @@ class Dispatcher:
         for queued in queue:
             self._append(queued)
 
-    def _enqueue(self, event: CommandReceived | Refused, refusal: CommandError | None) -> None:
+    def _enqueue(self, event: CommandReceived | MessageRefused, refusal: CommandError | None) -> None:
         self._append(Queued(event, trio.current_time() + self._budget_s, refusal))
 
     def _append(self, queued: Queued) -> None:
@@ -180,7 +185,7 @@ class Dispatcher:
 
     async def _serve_head(self, queued: Queued) -> None:
         event = queued.event
-        if isinstance(event, Refused):
+        if isinstance(event, MessageRefused):
             self._answer_refused(event)
         else:
             await self._finish(event, queued)
@@ -211,8 +216,8 @@ class Dispatcher:
             self._answer_error(event, outcome.taken())
 
     async def _in_time(
-        self, event: CommandReceived, answer: Awaitable[bytes | Reply | Pieces], deadline: float
-    ) -> bytes | Reply | Pieces:
+        self, event: CommandReceived, answer: Awaitable[bytes | ReplyWithFds | Pieces], deadline: float
+    ) -> bytes | ReplyWithFds | Pieces:
         with trio.move_on_at(deadline) as scope:
             result = await answer
         if scope.cancelled_caught:
@@ -223,7 +228,7 @@ class Dispatcher:
 
     # Answering
 
-    def _answer(self, event: CommandReceived, result: bytes | Reply | Pieces) -> None:
+    def _answer(self, event: CommandReceived, result: bytes | ReplyWithFds | Pieces) -> None:
         if isinstance(result, bytes):
             self._channel.send(self._session.reply(event.header, result))
         elif isinstance(result, Pieces):
@@ -234,7 +239,7 @@ class Dispatcher:
     def _answer_error(self, event: CommandReceived, error: Exception) -> None:
         self._channel.send(self._session.error_reply(event.header, self._context.note_failed(event, error)))
 
-    def _answer_refused(self, event: Refused) -> None:
+    def _answer_refused(self, event: MessageRefused) -> None:
         note_refusal(event, self._context)
         if event.reply is not None:
             self._channel.send(event.reply)
@@ -250,7 +255,7 @@ class Dispatcher:
         self._queue.clear()
 
 
-def note_refusal(event: Refused, context: FunctionContext) -> None:
+def note_refusal(event: MessageRefused, context: FunctionContext) -> None:
     """Close what came with a message that the session refused, and say why it was.
 
     Args:

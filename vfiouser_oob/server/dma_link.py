@@ -13,7 +13,7 @@ from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import DmaFault, VfioUserError
 from vfiouser_protocol.header import Header
 from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
-from vfiouser_protocol.session import Session
+from vfiouser_protocol.session import ProtocolSession
 
 #: Bytes of one DMA_READ, and of all that wait for their replies. QEMU 11.1 loses its place in the stream when a reply
 #: does not fit into its socket's send buffer (208 KiB by default on Linux), although it announces transfers of 1 MiB.
@@ -90,7 +90,7 @@ class DmaLink:
 
     def __init__(
         self,
-        session: Session,
+        session: ProtocolSession,
         send: Callable[[bytes], None],
         permit: Callable[[int, int, bool], object],
         max_transfer: int,

@@ -17,7 +17,7 @@ from vfiouser_oob.server.holding import WriteHold
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.header import NO_REPLY
-from vfiouser_protocol.session import CommandReceived, Refused
+from vfiouser_protocol.session import CommandReceived, MessageRefused
 
 #: What is left of a command's time when it is too late to begin it: so many seconds, or this part of all of it.
 _GUARD_S = 0.05
@@ -70,10 +70,10 @@ class Executor:
 
     # What the dispatcher tells
 
-    def queued(self, event: CommandReceived | Refused) -> None:
+    def queued(self, event: CommandReceived | MessageRefused) -> None:
         """A command queues behind another one."""
 
-    def unqueued(self, event: CommandReceived | Refused) -> None:
+    def unqueued(self, event: CommandReceived | MessageRefused) -> None:
         """It was served."""
 
     async def run(self) -> None:
@@ -122,11 +122,11 @@ class HoldingExecutor(Executor):
         if outcome.error is not None:
             self._context.note_failed(event, outcome.taken())
 
-    def queued(self, event: CommandReceived | Refused) -> None:
+    def queued(self, event: CommandReceived | MessageRefused) -> None:
         """A command queues behind another one; held accesses may have to give way to it."""
         self.hold.queued(event)
 
-    def unqueued(self, event: CommandReceived | Refused) -> None:
+    def unqueued(self, event: CommandReceived | MessageRefused) -> None:
         """It was served."""
         self.hold.unqueued(event)
 

@@ -16,7 +16,7 @@ from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.attached import Attached
-from vfiouser_oob.server.connection import Connection
+from vfiouser_oob.server.connection import ClientConnection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
@@ -24,7 +24,7 @@ from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
@@ -68,7 +68,7 @@ class Function:
         self.backend = backend
         self.context = FunctionContext(name, reply_budget_s, activity, log)
         self.log = self.context.log
-        self.connection: Connection | None = None
+        self.connection: ClientConnection | None = None
         self.address = ""
         self.failed: str | None = None
         self.since = time.time()
@@ -77,7 +77,7 @@ class Function:
         self._allow_uids = allow_uids
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
-        self._connections: dict[Connection, trio.CancelScope] = {}
+        self._connections: dict[ClientConnection, trio.CancelScope] = {}
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
         self.engine = None if migration is None else migration(name, events, self.log)
@@ -109,7 +109,7 @@ class Function:
                 if self.connection is not None:
                     self.connection.link.fail(self.failed)
 
-    async def attach_migration(self, backend: BackendSession, client: Capabilities) -> MigrationPort | None:
+    async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
         """Connect a client to the function's migration.
 
         Args:
@@ -197,7 +197,7 @@ class Function:
         self.context.note_error(f"{peer} may not connect")
         return False
 
-    async def claim(self, connection: Connection, deadline: float) -> None:
+    async def claim(self, connection: ClientConnection, deadline: float) -> None:
         """Make a client the one that is served, waiting for the one before it to be gone.
 
         Args:
@@ -217,7 +217,7 @@ class Function:
         self.clients_served += 1
         self._announce("client-connected", client=str(connection.peer))
 
-    def _leave(self, connection: Connection, reason: str) -> None:
+    def _leave(self, connection: ClientConnection, reason: str) -> None:
         """Note that a connection has ended, and let the next client in if it was the one that was served."""
         if self.connection is not connection:
             self.log.debug("client gone before it was served", client=connection.peer, reason=reason)
@@ -232,7 +232,7 @@ class Function:
         memory = resident()
         with trio.CancelScope() as scope:
             try:
-                connection = Connection(self, sock, peer)
+                connection = ClientConnection(self, sock, peer)
             except (OSError, ValueError) as error:  # it costs this client, and nobody else
                 self.context.noise.warning("client cannot be served; disconnected", client=peer, error=error)
                 self.context.note_error(f"{peer} cannot be served: {error}")
@@ -250,7 +250,7 @@ class Function:
                 del connection
                 give_back(memory)
 
-    def _make_room_for(self, connection: Connection, scope: trio.CancelScope) -> None:
+    def _make_room_for(self, connection: ClientConnection, scope: trio.CancelScope) -> None:
         """Let a newcomer in; where too many say nothing, the one that has been silent longest goes."""
         self._connections[connection] = scope
         silent = [each for each in self._connections if not each.spoken]

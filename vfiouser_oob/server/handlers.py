@@ -1,6 +1,6 @@
 """What each command of the client does: decode, check, ask the device, encode.
 
-One method per command, found through `Handlers.table`. A method returns the reply's payload, or a `Reply` when
+One method per command, found through `Handlers.table`. A method returns the reply's payload, or a `ReplyWithFds` when
 descriptors go with it, or an awaitable of either when the device has to be waited for; a refusal is a `CommandError`.
 Ranges, counts and argsz are checked here once, for every kind of device.
 """
@@ -15,7 +15,7 @@ from vfiouser_oob.migration.no_migration import Port
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.pieces import Pieces
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
@@ -60,7 +60,7 @@ _INFO_SIZE = 16
 _WRITES_PER_TURN = 64
 
 
-class Reply(NamedTuple):
+class ReplyWithFds(NamedTuple):
     """A reply that carries descriptors.
 
     Args:
@@ -72,9 +72,9 @@ class Reply(NamedTuple):
     fds: Sequence[HasFileno]
 
 
-Result: TypeAlias = "bytes | Reply | Pieces | Awaitable[bytes | Reply | Pieces]"
+Result: TypeAlias = "bytes | ReplyWithFds | Pieces | Awaitable[bytes | ReplyWithFds | Pieces]"
 #: What a handler returns when there is nothing to wait for.
-READY = (bytes, Reply, Pieces)
+READY = (bytes, ReplyWithFds, Pieces)
 #: Payload, descriptors that mean something to the command (lent; what is kept is taken), and whether nobody waits for
 #: the result.
 _CONFIG = int(RegionIndex.CONFIG)
@@ -99,7 +99,7 @@ class Handlers:
         self._v1_index = -1 if self._v1 is None else self._v1.index
         self._irqs = session.description.irqs
         self._max_transfer = max_transfer
-        self._lane = Lane()
+        self._lane = FunctionQueue()
         #: Size and access of each region as plain numbers, for the hot path.
         self._bounds = [(region.size, int(region.flags)) for region in self._regions]
         named: dict[Command, Handler] = {
@@ -136,9 +136,9 @@ class Handlers:
         spec = self._region(request.index)
         reply, attach = region_info_reply(spec, request.argsz)
         if attach and self._v1 is not None and request.index == self._v1_index:
-            return Reply(reply, (self._v1,))
+            return ReplyWithFds(reply, (self._v1,))
         fd = self._session.region_fd(request.index) if attach else None
-        return reply if fd is None else Reply(reply, (fd,))
+        return reply if fd is None else ReplyWithFds(reply, (fd,))
 
     def get_region_io_fds(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_GET_REGION_IO_FDS: a region without ioeventfds says so with count 0."""
@@ -324,12 +324,12 @@ async def _then(done: Awaitable[None], reply: bytes) -> bytes:
 
 def _io_fds_reply(request: RegionIoFds, io_fds: IoFds) -> Result:
     reply, complete = region_io_fds_reply(request, io_fds.entries)
-    return Reply(encode(reply), io_fds.fds) if complete and io_fds.fds else encode(reply)
+    return ReplyWithFds(encode(reply), io_fds.fds) if complete and io_fds.fds else encode(reply)
 
 
-async def _io_fds_later(request: RegionIoFds, io_fds: Awaitable[IoFds]) -> bytes | Reply | Pieces:
+async def _io_fds_later(request: RegionIoFds, io_fds: Awaitable[IoFds]) -> bytes | ReplyWithFds | Pieces:
     result = _io_fds_reply(request, await io_fds)
-    assert isinstance(result, bytes | Reply)
+    assert isinstance(result, bytes | ReplyWithFds)
     return result
 
 

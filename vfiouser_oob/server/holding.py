@@ -27,7 +27,7 @@ from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.log import Logger
 from vfiouser_protocol.constants import Command, RegionIndex
 from vfiouser_protocol.errors import CommandError
-from vfiouser_protocol.session import CommandReceived, Refused
+from vfiouser_protocol.session import CommandReceived, MessageRefused
 
 #: Writes without reply that are held at most, and their bytes; what is more is lost, and said to be.
 MAX_HELD = 4096
@@ -69,7 +69,7 @@ class WriteHold:
 
     # What the connection tells
 
-    def is_access(self, event: CommandReceived | Refused) -> bool:
+    def is_access(self, event: CommandReceived | MessageRefused) -> bool:
         """Whether it is an access to one of the device's own regions."""
         if not isinstance(event, CommandReceived) or event.header.command not in _ACCESSES:
             return False
@@ -77,13 +77,13 @@ class WriteHold:
             return True
         return bool(_REGION.unpack_from(event.payload)[0] != self._migration_region)
 
-    def queued(self, event: CommandReceived | Refused) -> None:
+    def queued(self, event: CommandReceived | MessageRefused) -> None:
         """A command queues behind another one."""
         if not self.is_access(event):
             self._others += 1
             self._notify()
 
-    def unqueued(self, event: CommandReceived | Refused) -> None:
+    def unqueued(self, event: CommandReceived | MessageRefused) -> None:
         """It was served."""
         if not self.is_access(event):
             self._others -= 1

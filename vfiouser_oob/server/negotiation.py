@@ -26,26 +26,26 @@ from vfiouser_oob.server.handlers import Handlers
 from vfiouser_oob.server.refusal import TurnedAway
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import MessageSocket
-from vfiouser_oob.transport.turns import Lane
-from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, Negotiated
+from vfiouser_oob.transport.turns import FunctionQueue
+from vfiouser_protocol.capabilities import MigrationCapability, Negotiated, VersionCapabilities
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS, Limits
-from vfiouser_protocol.session import CommandReceived, Refused, Session
+from vfiouser_protocol.session import CommandReceived, MessageRefused, ProtocolSession
 
 #: What we offer when the device sets no tighter limit.
-OFFER = Capabilities(max_msg_fds=OUR_MAX_MSG_FDS, max_dma_maps=DEFAULT_MAX_DMA_MAPS, write_multiple=True)
+OFFER = VersionCapabilities(max_msg_fds=OUR_MAX_MSG_FDS, max_dma_maps=DEFAULT_MAX_DMA_MAPS, write_multiple=True)
 #: Seconds that a client may take for its first message; it keeps nobody from the function meanwhile.
 FIRST_MESSAGE_S = 10.0
 
 
-class Host(Protocol):
+class NegotiationHost(Protocol):
     """What a function does for a client that negotiates."""
 
     @property
     def backend(self) -> DeviceBackend:
         """Its device."""
 
-    async def attach_migration(self, backend: BackendSession, client: Capabilities) -> MigrationPort | None:
+    async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
         """Connect the client to the function's migration; None if it has none."""
 
 
@@ -63,7 +63,12 @@ class Negotiating:
     phase = "negotiating"
 
     def __init__(
-        self, session: Session, main: Channel, link: DeviceLink, context: FunctionContext, broken: trio.CancelScope
+        self,
+        session: ProtocolSession,
+        main: Channel,
+        link: DeviceLink,
+        context: FunctionContext,
+        broken: trio.CancelScope,
     ) -> None:
         self.session = session
         self.main = main
@@ -98,10 +103,12 @@ class Negotiating:
             self._context.counts[event.header.command] += 1
             return event
         close_fds(event.fds)
-        assert isinstance(event, Refused)  # nothing of ours is outstanding, so there is nothing to be a reply to
+        assert isinstance(event, MessageRefused)  # nothing of ours is outstanding, so there is nothing to be a reply to
         raise StreamError(event.reason, event.errno, event.reply)
 
-    async def answer(self, event: CommandReceived, host: Host, deadline: float, held: AsyncExitStack) -> Attached:
+    async def answer(
+        self, event: CommandReceived, host: NegotiationHost, deadline: float, held: AsyncExitStack
+    ) -> Attached:
         """Open the function for the client and tell it what is agreed.
 
         Args:
@@ -140,7 +147,7 @@ class Negotiating:
         return attached
 
     async def _open(
-        self, host: Host, proposed: Capabilities, deadline: float, held: AsyncExitStack
+        self, host: NegotiationHost, proposed: VersionCapabilities, deadline: float, held: AsyncExitStack
     ) -> tuple[BackendSession, Port]:
         """Open the device for the client, and its migration; the device forgets the client before.
 
@@ -168,13 +175,13 @@ class Negotiating:
     def _attach(
         self,
         agreed: Negotiated,
-        offer: Capabilities,
+        offer: VersionCapabilities,
         twin: Channel | None,
         backend: BackendSession,
         port: Port,
     ) -> Attached:
         """Make what an attached client consists of."""
-        context, link, lane = self._context, self.link, Lane()
+        context, link, lane = self._context, self.link, FunctionQueue()
         commands = self.main if twin is None else twin
         permit = backend.memory.map.segments
         dma = DmaLink(self.session, commands.send, permit, agreed.client.max_data_xfer_size, context.reply_budget_s)
@@ -183,7 +190,9 @@ class Negotiating:
         dispatcher = Dispatcher(self.session, self.main, executor, context, lane)
         return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane)
 
-    def _executor(self, agreed: Negotiated, offer: Capabilities, backend: BackendSession, port: Port) -> Executor:
+    def _executor(
+        self, agreed: Negotiated, offer: VersionCapabilities, backend: BackendSession, port: Port
+    ) -> Executor:
         port.negotiated(agreed.client, offer, agreed.migration_pgsize)
         handlers = Handlers(backend, offer.max_data_xfer_size, port).table
         if not isinstance(port, MigrationPort):
@@ -220,7 +229,7 @@ class _Pair(NamedTuple):
         self.ours.close()
 
 
-def within(offer: Capabilities, device: Capabilities) -> Capabilities:
+def within(offer: VersionCapabilities, device: VersionCapabilities) -> VersionCapabilities:
     """The smaller of both sides' limits: what the device cannot take must not be offered."""
     return offer._replace(
         max_data_xfer_size=min(offer.max_data_xfer_size, device.max_data_xfer_size),

@@ -16,7 +16,7 @@ from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.pool import AgentLease, AgentPool
 from vfiouser_oob.migration.runner import MigrationRunner
-from vfiouser_oob.migration.sharing import Sharing
+from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
@@ -27,7 +27,7 @@ from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_pa
 
 
 @dataclass(frozen=True)
-class Means:
+class SharedParts:
     """What all functions of a daemon share.
 
     Args:
@@ -44,10 +44,10 @@ class Means:
     memory: CapabilityStore
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
-    sharing: Sharing = field(default_factory=Sharing)
+    sharing: BufferShare = field(default_factory=BufferShare)
 
 
-def open_function(config: FunctionConfig, inherited: Sequence[int], means: Means) -> Life:
+def open_function(config: FunctionConfig, inherited: Sequence[int], means: SharedParts) -> Life:
     """Open a function; it does nothing yet.
 
     Args:
@@ -83,7 +83,7 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Means
 
 
 def _engine_maker(
-    config: FunctionConfig, backend: DeviceBackend, means: Means, leases: list[AgentLease]
+    config: FunctionConfig, backend: DeviceBackend, means: SharedParts, leases: list[AgentLease]
 ) -> EngineMaker | None:
     agent = config.agent
     if agent is None:

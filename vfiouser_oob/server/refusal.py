@@ -11,7 +11,7 @@ from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import Limits
-from vfiouser_protocol.session import CommandReceived, Role, Session
+from vfiouser_protocol.session import CommandReceived, ConnectionEnd, ProtocolSession
 
 #: Seconds that a client which is not wanted may take for its first message.
 _PATIENCE_S = 1.0
@@ -40,7 +40,7 @@ async def turn_away(sock: socket.socket, number: int, account: Account) -> None:
         account: where its descriptors are counted.
     """
     limits = Limits()
-    session = Session(Role.SERVER, limits)
+    session = ProtocolSession(ConnectionEnd.SERVER, limits)
     stream = MessageSocket(sock, limits.max_message_size, account=account)
     try:
         with trio.move_on_after(_PATIENCE_S):

@@ -10,7 +10,7 @@ from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import FunctionConfig
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
-from vfiouser_oob.server.opening import Means, open_function
+from vfiouser_oob.server.opening import SharedParts, open_function
 
 
 class Registry:
@@ -24,7 +24,7 @@ class Registry:
     """
 
     def __init__(
-        self, opened: Iterable[Life], means: Means, nursery: trio.Nursery, exhausted: Callable[[], None]
+        self, opened: Iterable[Life], means: SharedParts, nursery: trio.Nursery, exhausted: Callable[[], None]
     ) -> None:
         self._lives = {life.name: life for life in opened}
         self._means = means

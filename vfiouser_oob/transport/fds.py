@@ -29,7 +29,7 @@ class HasFileno(Protocol):
         ...
 
 
-class Lent:
+class LentFd:
     """The number of a descriptor that its owner keeps open while it is lent.
 
     Args:

@@ -1,9 +1,10 @@
 """The event loop in slices of time: work whose length a peer decides makes way for everything else.
 
-Whoever carries out such work has a `Lane`, one per function, and asks it for a turn before each piece (a command, a
-chunk of a long one). Rule 1: as long as the slice lasts, a turn is granted at once and costs next to nothing. Rule 2:
-when it is over, whoever asks waits, however many tasks that are, and the loop looks after sockets and timers before it
-opens the next slice. Rule 3: lanes take turns, and so do the tasks of one lane, so a function that has a thousand tasks
+Whoever carries out such work has a `FunctionQueue`, one per function, and asks it for a turn before each piece (a
+command, a chunk of a long one). Rule 1: as long as the slice lasts, a turn is granted at once and costs next to
+nothing. Rule 2: when it is over, whoever asks waits, however many tasks that are, and the loop looks after sockets and
+timers before it opens the next slice. Rule 3: functions take turns, and so do the tasks of one function, so a function
+that has a thousand tasks
 gets no more than one that has a single one.
 
     slice (2 ms) ─► sockets, timers, replies ─► slice (2 ms) ─► …
@@ -27,7 +28,7 @@ _TOGETHER = 4
 T = TypeVar("T")
 
 
-class Lane:
+class FunctionQueue:
     """The place of one function in the queue for the event loop."""
 
     __slots__ = ("queued", "waiting")
@@ -84,11 +85,11 @@ class _Loop:
         #: When the slice is over, by `time.monotonic`.
         self.ends = 0.0
         self._opening = False
-        self._lanes: deque[Lane] = deque()
+        self._lanes: deque[FunctionQueue] = deque()
         self._token = trio.lowlevel.current_trio_token()
         self._due = False
 
-    async def wait(self, lane: Lane) -> None:
+    async def wait(self, lane: FunctionQueue) -> None:
         task = trio.lowlevel.current_task()
         lane.waiting[task] = None
         if not lane.queued:

@@ -18,7 +18,7 @@ import trio
 
 from vfiouser_agents.api import Agent
 from vfiouser_agents.errors import AgentError, NoResources, TransportLost
-from vfiouser_agents.rpc.core import Taken
+from vfiouser_agents.rpc.core import CallGuard
 from vfiouser_agents.rpc.endpoint import Address, TlsOptions, check_plaintext, remove_stale_socket, server_context
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE
 from vfiouser_agents.rpc.methods import CLOSE, HELLO, OPEN, OVERHEAD
@@ -253,7 +253,7 @@ class _Front:
         scope = trio.CancelScope()
 
         async def run() -> None:
-            taken = Taken(name)
+            taken = CallGuard(name)
             result = None
             with scope, taken:
                 result = await work()

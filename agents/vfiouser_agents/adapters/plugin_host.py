@@ -61,7 +61,7 @@ class Ops(ctypes.Structure):
     )
 
 
-class Refused(Exception):
+class LibraryRefused(Exception):
     """The library cannot be used, or the request makes no sense."""
 
 
@@ -77,29 +77,31 @@ def load(path: str) -> Ops:
     try:
         library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_LOCAL)
     except OSError as error:
-        raise Refused(f"the library cannot be loaded: {error}") from error
+        raise LibraryRefused(f"the library cannot be loaded: {error}") from error
     symbols = {}
     for name in ("vfio_lm_get_plugin_version", "vfio_lm_get_plugin_ops"):
         try:
             symbols[name] = getattr(library, name)
         except AttributeError:
-            raise Refused(f"{path} has no symbol {name}; it is no migration plug-in of the 2022 series") from None
+            raise LibraryRefused(
+                f"{path} has no symbol {name}; it is no migration plug-in of the 2022 series"
+            ) from None
     version = symbols["vfio_lm_get_plugin_version"]()
     if version != VERSION:
-        raise Refused(f"{path} is a plug-in of version {version}; only version {VERSION} can be used")
+        raise LibraryRefused(f"{path} is a plug-in of version {version}; only version {VERSION} can be used")
     get_ops = symbols["vfio_lm_get_plugin_ops"]
     get_ops.restype = ctypes.POINTER(Ops)
     found = get_ops()
     if not found:
-        raise Refused(f"vfio_lm_get_plugin_ops of {path} returned NULL")
+        raise LibraryRefused(f"vfio_lm_get_plugin_ops of {path} returned NULL")
     ops: Ops = found.contents
     for name, _ in Ops._fields_:
         if not getattr(ops, name) and name not in _OPTIONAL:
-            raise Refused(f"{path} has no operation {name!r}")
+            raise LibraryRefused(f"{path} has no operation {name!r}")
     return ops
 
 
-class Host:
+class PluginHost:
     """Executes requests.
 
     Args:
@@ -128,7 +130,7 @@ class Host:
         if op == INIT:
             return self._init(data)
         if self._handle is None:
-            raise Refused("there is no handle; INIT comes first")
+            raise LibraryRefused("there is no handle; INIT comes first")
         if op == SAVE and 0 < value <= MAX_SIZE:
             buffer = (ctypes.c_uint8 * value)()
             code = self._ops.save(self._handle, buffer, value)
@@ -147,7 +149,7 @@ class Host:
             return self._ops.get_state(self._handle, ctypes.byref(state)), state.value, b""
         if op == CLEANUP:
             return self.cleanup(), 0, b""
-        raise Refused(f"request {op} with value {value} and {len(data)} bytes")
+        raise LibraryRefused(f"request {op} with value {value} and {len(data)} bytes")
 
     def cleanup(self) -> int:
         """Have the library let go of its device, if it has one; returns what it returned."""
@@ -156,22 +158,22 @@ class Host:
 
     def _init(self, data: bytes) -> tuple[int, int, bytes]:
         if self._handle is not None:
-            raise Refused("there is a handle already")
+            raise LibraryRefused("there is a handle already")
         device, _, argument = data.partition(b"\0")
         # Kept, since a library may go on using what it was given.
         self._arguments = (device, argument)
         self._handle = self._ops.init(*self._arguments)
         if not self._handle:
             self._handle = None
-            raise Refused(f"init for {device.decode(errors='replace')!r} returned NULL")
+            raise LibraryRefused(f"init for {device.decode(errors='replace')!r} returned NULL")
         return 0, 0, b""
 
 
 def serve(connection: socket.socket, path: str) -> None:
     """Answer requests until the other side is gone."""
     try:
-        host = Host(load(path))
-    except Refused as error:
+        host = PluginHost(load(path))
+    except LibraryRefused as error:
         _reply(connection, REFUSED, 0, str(error).encode())
         return
     try:
@@ -184,7 +186,7 @@ def serve(connection: socket.socket, path: str) -> None:
     _flush()
 
 
-def _serve_one(connection: socket.socket, host: Host) -> bool:
+def _serve_one(connection: socket.socket, host: PluginHost) -> bool:
     header = _read(connection, REQUEST.size)
     if header is None:
         return False
@@ -194,7 +196,7 @@ def _serve_one(connection: socket.socket, host: Host) -> bool:
         return False
     try:
         answer = host.execute(op, value, data)
-    except Refused as error:
+    except LibraryRefused as error:
         answer = REFUSED, 0, str(error).encode()
     _flush()
     _reply(connection, *answer)
@@ -233,7 +235,7 @@ def check(path: str) -> int:
     """Say whether a library can be used; returns the exit status."""
     try:
         load(path)
-    except Refused as error:
+    except LibraryRefused as error:
         sys.stdout.write(f"{error}\n")
         return 1
     return 0

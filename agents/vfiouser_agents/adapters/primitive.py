@@ -33,7 +33,7 @@ from vfiouser_agents.operations import Op
 from vfiouser_agents.ordering import CallQueue
 from vfiouser_agents.rules import require_same
 
-from .primitive_state import Feed, Loading, SavedStream
+from .primitive_state import IncomingState, SavedStream, StateFeed
 from .tasks import AgentWithTasks
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Primitive(ABC):
         """Let go of it."""
 
 
-class Book:
+class FunctionRecord:
     """What is known of one function on this side, shared by its sessions.
 
     Args:
@@ -180,8 +180,8 @@ class Book:
         self.migration_id = ""
         self.owner: PrimitiveSession | None = None
         self.stream: SavedStream | None = None
-        self.loading: Loading | None = None
-        self.feed: Feed | None = None
+        self.loading: IncomingState | None = None
+        self.feed: StateFeed | None = None
         self.log: PageLog | None = None
         self._queue = queue
         self._lock = trio.Lock()
@@ -311,7 +311,7 @@ class PrimitiveAgent(AgentWithTasks):
     def __init__(self, *, detached: bool) -> None:
         super().__init__()
         self._detached = detached
-        self.books: dict[str, Book] = {}
+        self.books: dict[str, FunctionRecord] = {}
         self._opening = trio.Lock()
         self._sessions: list[PrimitiveSession] = []
 
@@ -343,7 +343,7 @@ class PrimitiveAgent(AgentWithTasks):
             if book is None:
                 primitive = await self.find(function_id)
                 queue = CallQueue(nursery) if self._detached else None
-                book = self.books[function_id] = Book(primitive, queue)
+                book = self.books[function_id] = FunctionRecord(primitive, queue)
         session = PrimitiveSession(function_id, book, self._sessions.remove)
         self._sessions.append(session)
         return session

@@ -34,8 +34,8 @@ from vfiouser_agents.errors import (
 from vfiouser_agents.operations import Op, Operation
 from vfiouser_agents.rules import SAVES_IN, STILL, SessionRules, logged
 
-from .primitive import Book
-from .primitive_state import Feed, Loading, SavedStream
+from .primitive import FunctionRecord
+from .primitive_state import IncomingState, SavedStream, StateFeed
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class PrimitiveSession(Session):
         on_close: told when it is closed.
     """
 
-    def __init__(self, function_id: str, book: Book, on_close: Callable[[PrimitiveSession], None]) -> None:
+    def __init__(self, function_id: str, book: FunctionRecord, on_close: Callable[[PrimitiveSession], None]) -> None:
         self._function_id = function_id
         self._book = book
         self._device = book.primitive
@@ -221,8 +221,8 @@ class PrimitiveSession(Session):
             await book.refresh()
             self._rules.loadable(total)
             book.stream = None
-            book.loading = Loading(self.caps.max_state)
-            book.feed = Feed(self._device, book.loading, self.caps.max_chunk) if self._device.streams else None
+            book.loading = IncomingState(self.caps.max_state)
+            book.feed = StateFeed(self._device, book.loading, self.caps.max_chunk) if self._device.streams else None
             book.spoiled = True
             if book.feed is not None:
                 sending()
@@ -277,7 +277,7 @@ class PrimitiveSession(Session):
             await self._feed()
             await self._device.load_close(len(state), sha256)
 
-    def _loading(self) -> Loading:
+    def _loading(self) -> IncomingState:
         if self._book.loading is None:
             raise self._rules.nothing_is_loaded()
         return self._book.loading

@@ -94,7 +94,7 @@ class SavedStream:
         return Chunk(data, eof=at_end and self._eof, drained=drained)
 
 
-class Loading:
+class IncomingState:
     """A state that comes in; the device gets it when it is whole.
 
     Args:
@@ -144,7 +144,7 @@ class Loading:
         return bytes(self._data)
 
 
-class Taker(Protocol):
+class StateTaker(Protocol):
     """What takes a state piece by piece."""
 
     async def load_open(self) -> None:
@@ -154,7 +154,7 @@ class Taker(Protocol):
         """Take the next piece."""
 
 
-class Feed:
+class StateFeed:
     """Hands a state to a device as it comes in; where a piece was lost on the way, it begins anew.
 
     Args:
@@ -163,7 +163,7 @@ class Feed:
         size: bytes of one piece at most.
     """
 
-    def __init__(self, taker: Taker, loading: Loading, size: int) -> None:
+    def __init__(self, taker: StateTaker, loading: IncomingState, size: int) -> None:
         self._taker = taker
         self._loading = loading
         self._size = size

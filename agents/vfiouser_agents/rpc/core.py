@@ -312,7 +312,7 @@ class RpcConnection:
 
     async def _answer(self, request: Request, answer: Answer | AgentError) -> None:
         try:
-            result, taken = None, Taken(request.method)
+            result, taken = None, CallGuard(request.method)
             if isinstance(answer, AgentError):
                 taken.error = answer
             else:
@@ -340,7 +340,7 @@ class RpcConnection:
         return pieces
 
 
-class Taken:
+class CallGuard:
     """Takes what an agent raises, so that a mistake in one call ends that call and nothing else."""
 
     def __init__(self, method: str) -> None:

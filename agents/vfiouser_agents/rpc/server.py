@@ -70,7 +70,7 @@ async def serve_agent(
         task_status.started()
 
 
-class Peer(Protocol):
+class RpcPeer(Protocol):
     """What the handler of a client needs of its connection."""
 
     #: Bytes of the longest message that the client takes.
@@ -183,7 +183,7 @@ class ClientHandler:
         self._opening = 0
         self._closed = False
 
-    def start(self, connection: Peer, nursery: trio.Nursery) -> None:
+    def start(self, connection: RpcPeer, nursery: trio.Nursery) -> None:
         """Begin to expect a greeting."""
         self._connection = connection
         self._nursery = nursery

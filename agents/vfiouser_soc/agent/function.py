@@ -20,7 +20,7 @@ from vfiouser_soc.agent.payload import LoadedParts, SavedParts, StateReader, Sta
 from vfiouser_soc.agent.state_memory import StateMemory, StateMemoryOptions
 from vfiouser_soc.nvme import snapshot, snapshot_reader
 from vfiouser_soc.nvme.function import NvmeFunction
-from vfiouser_soc.nvme.spec import Register
+from vfiouser_soc.nvme.spec import ControllerRegister
 from vfiouser_soc.nvme.suspension import SuspensionEnded
 
 #: Format of the state, and what `check` compares first.
@@ -128,7 +128,7 @@ class AgentFunction:
             "subsystem": identity.subsystem_nqn,
             "controller id": str(identity.controller_id),
             "pci id": f"{identity.vendor_id:04x}:{identity.device_id:04x}",
-            "capabilities": f"{controller.registers[Register.CAP]:#018x}",
+            "capabilities": f"{controller.registers[ControllerRegister.CAP]:#018x}",
             "queues": str(limits.io_queues),
             "queue entries": str(limits.max_entries),
             "vectors": str(limits.vectors),

@@ -15,7 +15,7 @@ _CQE = struct.Struct("<IIHHHH")
 assert _SQE.size == SQE_SIZE
 
 
-class Command(NamedTuple):
+class SubmissionEntry(NamedTuple):
     """One submission queue entry (NVMe 1.4, figure 105)."""
 
     opcode: int
@@ -48,7 +48,7 @@ class Command(NamedTuple):
         return _SQE.pack(*self)
 
 
-def parse_commands(data: bytes) -> list[Command]:
+def parse_commands(data: bytes) -> list[SubmissionEntry]:
     """Parse consecutive submission queue entries.
 
     Args:
@@ -57,7 +57,7 @@ def parse_commands(data: bytes) -> list[Command]:
     Returns:
         One Command per entry, in order.
     """
-    return [Command._make(fields) for fields in _SQE.iter_unpack(data)]
+    return [SubmissionEntry._make(fields) for fields in _SQE.iter_unpack(data)]
 
 
 class Completion(NamedTuple):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from vfiouser_oob.devices.memfd import SharedMemory
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_soc.nvme.admin import AdminCommands
 from vfiouser_soc.nvme.cmb import ControllerMemoryBuffer
-from vfiouser_soc.nvme.command import Command
+from vfiouser_soc.nvme.command import SubmissionEntry
 from vfiouser_soc.nvme.config import ControllerIdentity, ControllerLimits
 from vfiouser_soc.nvme.doorbells import PolledDoorbells, PollTimes, TrappedDoorbells
 from vfiouser_soc.nvme.engine import QueueEngine
@@ -30,22 +30,22 @@ from vfiouser_soc.nvme.interrupts import Interrupts
 from vfiouser_soc.nvme.io import IoCommands
 from vfiouser_soc.nvme.logs import Logs
 from vfiouser_soc.nvme.namespace import Namespace
-from vfiouser_soc.nvme.registers import Capabilities, RegisterFile
+from vfiouser_soc.nvme.registers import CapabilitiesRegister, RegisterFile
 from vfiouser_soc.nvme.spec import (
     CC_IOCQES_SHIFT,
     CC_IOSQES_SHIFT,
     CC_MPS_SHIFT,
     Cc,
     CmbMsc,
+    ControllerRegister,
     Csts,
     ErrorEvent,
     EventType,
-    Feature,
+    FeatureId,
     LogPage,
     NoticeEvent,
     NvmeError,
-    Register,
-    Status,
+    StatusCode,
     status_field,
 )
 from vfiouser_soc.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
@@ -102,14 +102,16 @@ class Controller:
             else PolledDoorbells(self._doorbell, limits.doorbells, doorbell_memory, poll_times or PollTimes())
         )
         self._cmb = cmb
-        capabilities = Capabilities(limits.max_entries, limits.timeout_s, limits.page_shift_max, cmb is not None)
+        capabilities = CapabilitiesRegister(
+            limits.max_entries, limits.timeout_s, limits.page_shift_max, cmb is not None
+        )
         self.registers = RegisterFile(
             capabilities.value(),
             {
-                Register.CC: self._cc_written,
-                Register.INTMS: self._mask_set,
-                Register.INTMC: self._mask_cleared,
-                Register.CMBMSC: self._cmb_control_written,
+                ControllerRegister.CC: self._cc_written,
+                ControllerRegister.INTMS: self._mask_set,
+                ControllerRegister.INTMC: self._mask_cleared,
+                ControllerRegister.CMBMSC: self._cmb_control_written,
             },
         )
         self.features = Features(
@@ -123,7 +125,7 @@ class Controller:
         self._events = AsyncEvents(self.state, limits.event_requests, self._complete_event)
         self._identify = Identify(identity, limits, namespaces)
         self._host: ModelHost | None = None
-        self._lane = Lane()
+        self._lane = FunctionQueue()
         #: The epoch that the registers speak of; None while disabled.
         self._engine: QueueEngine | None = None
         #: Carries out a write that was kept during a suspension: offset into BAR0, bytes.
@@ -181,16 +183,16 @@ class Controller:
     # Registers
 
     def _status(self) -> int:
-        return self.registers[Register.CSTS]
+        return self.registers[ControllerRegister.CSTS]
 
     def _set_status(self, bits: int, *, clear: int = 0) -> None:
-        self.registers[Register.CSTS] = self._status() & ~clear | bits
+        self.registers[ControllerRegister.CSTS] = self._status() & ~clear | bits
 
     def _cc_written(self, old: int, new: int) -> None:
         """Take a write of CC, which may change several of its fields: EN first, and then SHN as a write of its own."""
         notified = bool(old & Cc.SHN)
         if old & new & Cc.EN:
-            self.registers[Register.CC] = new & ~_FIXED_WHILE_ENABLED | old & _FIXED_WHILE_ENABLED
+            self.registers[ControllerRegister.CC] = new & ~_FIXED_WHILE_ENABLED | old & _FIXED_WHILE_ENABLED
         elif new & Cc.EN:
             self._enable(new)
         elif old & Cc.EN:
@@ -207,18 +209,18 @@ class Controller:
 
     def _set_mask(self, mask: int) -> None:
         self.interrupts.mask = mask
-        self.registers[Register.INTMS] = self.registers[Register.INTMC] = mask
+        self.registers[ControllerRegister.INTMS] = self.registers[ControllerRegister.INTMC] = mask
         self.interrupts.update_level()
 
     def _cmb_control_written(self, _: int, value: int) -> None:
         if self._cmb is None:
-            self.registers[Register.CMBMSC] = 0
+            self.registers[ControllerRegister.CMBMSC] = 0
             return
         enabled = value & CmbMsc.CRE
-        self.registers[Register.CMBLOC] = self._cmb.location if enabled else 0
-        self.registers[Register.CMBSZ] = self._cmb.size_register if enabled else 0
+        self.registers[ControllerRegister.CMBLOC] = self._cmb.location if enabled else 0
+        self.registers[ControllerRegister.CMBSZ] = self._cmb.size_register if enabled else 0
         valid = self._cmb.control(value if enabled else 0)
-        self.registers[Register.CMBSTS] = 0 if valid else _CMB_BASE_INVALID
+        self.registers[ControllerRegister.CMBSTS] = 0 if valid else _CMB_BASE_INVALID
 
     # Enable and disable
 
@@ -226,8 +228,8 @@ class Controller:
         self._set_status(0, clear=Csts.CFS | Csts.SHST)
         self.state.shut_down = self._flush_wanted = False
         page_shift = _page_shift(cc)
-        aqa = self.registers[Register.AQA]
-        asq, acq = self.registers[Register.ASQ], self.registers[Register.ACQ]
+        aqa = self.registers[ControllerRegister.AQA]
+        asq, acq = self.registers[ControllerRegister.ASQ], self.registers[ControllerRegister.ACQ]
         sq_size, cq_size = (aqa & 0xFFF) + 1, (aqa >> 16) + 1
         page_mask = (1 << page_shift) - 1
         problem = (
@@ -278,7 +280,7 @@ class Controller:
         return engine
 
     def _entry_sizes_valid(self) -> bool:
-        cc = self.registers[Register.CC]
+        cc = self.registers[ControllerRegister.CC]
         sizes = (cc & Cc.IOSQES) >> CC_IOSQES_SHIFT, (cc & Cc.IOCQES) >> CC_IOCQES_SHIFT
         return sizes == (_SQES_SHIFT, _CQES_SHIFT)
 
@@ -400,7 +402,7 @@ class Controller:
     def go_on(self, suspension: Suspension) -> None:
         """Go on after a suspension, with the queues that the state holds."""
         self.logs.power_on_s, self.features.timestamp_ms = suspension.clocks
-        cc, csts = self.registers[Register.CC], self._status()
+        cc, csts = self.registers[ControllerRegister.CC], self._status()
         occurring = csts & Csts.SHST == Csts.SHST_OCCURRING
         if self._host is not None and cc & Cc.EN and not csts & Csts.CFS:
             engine = self._engine = self._make_engine(self._host, 1 << _page_shift(cc))
@@ -446,7 +448,7 @@ class Controller:
         self.registers.load(registers)
         self.interrupts.mask = interrupt_mask
         if self._cmb is not None:
-            self._cmb_control_written(0, self.registers[Register.CMBMSC])
+            self._cmb_control_written(0, self.registers[ControllerRegister.CMBMSC])
 
     # Doorbells, events, errors
 
@@ -463,22 +465,24 @@ class Controller:
         self._report_error(problem)
 
     def _report_error(self, event: ErrorEvent) -> None:
-        self.logs.add_error(status_field(Status.INVALID_FIELD))
+        self.logs.add_error(status_field(StatusCode.INVALID_FIELD))
         self._events.report(EventType.ERROR, event, LogPage.ERROR)
 
     def namespace_changed(self, nsid: int) -> None:
         """Tell the host that a namespace is not what it was."""
         self.state.changed_namespaces.add(nsid)
-        if self.features.value(Feature.ASYNC_EVENT_CONFIG) >> _NOTIFY_NAMESPACE & 1:
+        if self.features.value(FeatureId.ASYNC_EVENT_CONFIG) >> _NOTIFY_NAMESPACE & 1:
             self._events.report(EventType.NOTICE, NoticeEvent.NAMESPACE_CHANGED, LogPage.CHANGED_NAMESPACES)
 
     def _complete_event(self, cid: int, result: int) -> None:
         if self._engine is not None:
             self._engine.complete(0, cid, 0, result)
 
-    def _command_failed(self, status: int, queue: SubmissionQueue, command: Command, error: NvmeError | None) -> None:
+    def _command_failed(
+        self, status: int, queue: SubmissionQueue, command: SubmissionEntry, error: NvmeError | None
+    ) -> None:
         location, lba = (0xFFFF, 0) if error is None else (error.location, error.lba)
-        if error is not None and error.status in (Status.WRITE_FAULT, Status.UNRECOVERED_READ):
+        if error is not None and error.status in (StatusCode.WRITE_FAULT, StatusCode.UNRECOVERED_READ):
             self.state.counters.media_errors += 1
         self.logs.add_error(status, sqid=queue.qid, cid=command.cid, location=location, lba=lba, nsid=command.nsid)
 

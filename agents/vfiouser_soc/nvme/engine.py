@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_protocol.errors import DmaFault
-from vfiouser_soc.nvme.command import Command, Completion
+from vfiouser_soc.nvme.command import Completion, SubmissionEntry
 from vfiouser_soc.nvme.epoch import DmaPort, Epoch
 from vfiouser_soc.nvme.queues import CompletionEngine, SubmissionEngine
-from vfiouser_soc.nvme.spec import ErrorEvent, NvmeError, Status, status_field
+from vfiouser_soc.nvme.spec import ErrorEvent, NvmeError, StatusCode, status_field
 from vfiouser_soc.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
 
 _log = logging.getLogger(__name__)
 
-Handlers = Mapping[int, Callable[[Command], Awaitable[int | None]]]
+Handlers = Mapping[int, Callable[[SubmissionEntry], Awaitable[int | None]]]
 #: Enters an error into the log: status field, submission queue, command, what was wrong.
-ErrorSink = Callable[[int, SubmissionQueue, Command, NvmeError | None], None]
+ErrorSink = Callable[[int, SubmissionQueue, SubmissionEntry, NvmeError | None], None]
 
 
 class QueueEngine:
@@ -40,7 +40,7 @@ class QueueEngine:
         state: ControllerState,
         epoch: Epoch,
         dma: DmaPort,
-        lane: Lane,
+        lane: FunctionQueue,
         *,
         notify: Callable[[CompletionQueue], None],
         fatal: Callable[[str], None],
@@ -227,10 +227,10 @@ class QueueEngine:
         if not engine.take_back(cid) and not (sqid == 0 and self._withdraw_event_request(cid)):
             return False
         engine.queue.inflight.pop(cid, None)
-        self.complete(sqid, cid, status_field(Status.ABORT_REQUESTED))
+        self.complete(sqid, cid, status_field(StatusCode.ABORT_REQUESTED))
         return True
 
-    async def _execute(self, queue: SubmissionQueue, command: Command) -> None:
+    async def _execute(self, queue: SubmissionQueue, command: SubmissionEntry) -> None:
         status = 0
         result: int | None = 0
         conflict = queue.inflight.get(command.cid) is not command
@@ -241,7 +241,7 @@ class QueueEngine:
             self._failed(status, queue, command, error)
             _log.debug("queue %d command %d opcode %#04x: %s", queue.qid, command.cid, command.opcode, error)
         except DmaFault as error:
-            status = status_field(Status.DATA_TRANSFER_ERROR)
+            status = status_field(StatusCode.DATA_TRANSFER_ERROR)
             self._failed(status, queue, command, None)
             _log.debug("queue %d command %d opcode %#04x: %s", queue.qid, command.cid, command.opcode, error)
         # The host may reuse the id as soon as it sees the completion, which can be before we know that it
@@ -251,12 +251,12 @@ class QueueEngine:
         if result is not None:
             self._post(queue, Completion(queue.qid, command.cid, status, result))
 
-    async def _dispatch(self, queue: SubmissionQueue, command: Command, conflict: bool) -> int | None:
+    async def _dispatch(self, queue: SubmissionQueue, command: SubmissionEntry, conflict: bool) -> int | None:
         if conflict:
-            raise NvmeError(Status.COMMAND_ID_CONFLICT, f"command id {command.cid} is in use", location=2)
+            raise NvmeError(StatusCode.COMMAND_ID_CONFLICT, f"command id {command.cid} is in use", location=2)
         if command.flags:
-            raise NvmeError(Status.INVALID_FIELD, "fused operations and SGLs are not supported", location=1)
+            raise NvmeError(StatusCode.INVALID_FIELD, "fused operations and SGLs are not supported", location=1)
         handler = (self._io if queue.qid else self._admin).get(command.opcode)
         if handler is None:
-            raise NvmeError(Status.INVALID_OPCODE, f"opcode {command.opcode:#04x}", location=0)
+            raise NvmeError(StatusCode.INVALID_OPCODE, f"opcode {command.opcode:#04x}", location=0)
         return await handler(command)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from vfiouser_soc.nvme.command import Command
+from vfiouser_soc.nvme.command import SubmissionEntry
 from vfiouser_soc.nvme.prp import Segment, walk_prps
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class DmaPort:
         await self._memory.write(address, data)
         self._written(address, len(data))
 
-    async def segments(self, command: Command, length: int) -> list[Segment]:
+    async def segments(self, command: SubmissionEntry, length: int) -> list[Segment]:
         """Find where the data of a command is.
 
         Args:
@@ -160,11 +160,11 @@ class DmaPort:
             await self.write(address, view[done : done + count])
             done += count
 
-    async def from_host(self, command: Command, length: int) -> bytes:
+    async def from_host(self, command: SubmissionEntry, length: int) -> bytes:
         """Read `length` bytes of data that a command points to."""
         return await self.fetch(await self.segments(command, length))
 
-    async def to_host(self, command: Command, data: bytes) -> None:
+    async def to_host(self, command: SubmissionEntry, data: bytes) -> None:
         """Write data to where a command points to."""
         if data:
             await self.deliver(await self.segments(command, len(data)), data)

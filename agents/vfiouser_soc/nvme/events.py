@@ -14,7 +14,7 @@ from vfiouser_soc.nvme.spec import (
     NoticeEvent,
     NvmeError,
     SmartEvent,
-    Status,
+    StatusCode,
 )
 from vfiouser_soc.nvme.state import AsyncEvent, ControllerState
 
@@ -64,9 +64,9 @@ class AsyncEvents:
             NvmeError: too many wait already, or its command id does.
         """
         if cid in self._state.event_requests:
-            raise NvmeError(Status.COMMAND_ID_CONFLICT, f"event request {cid} is outstanding")
+            raise NvmeError(StatusCode.COMMAND_ID_CONFLICT, f"event request {cid} is outstanding")
         if len(self._state.event_requests) >= self._limit:
-            raise NvmeError(Status.ASYNC_EVENT_LIMIT, f"more than {self._limit} event requests")
+            raise NvmeError(StatusCode.ASYNC_EVENT_LIMIT, f"more than {self._limit} event requests")
         self._state.event_requests.append(cid)
         self._deliver()
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vfiouser_soc.nvme.command import Command
+from vfiouser_soc.nvme.command import SubmissionEntry
 from vfiouser_soc.nvme.config import TEMPERATURE_K, WARNING_TEMPERATURE_K, ControllerLimits
-from vfiouser_soc.nvme.spec import BROADCAST_NSID, Feature, NvmeError, Status
+from vfiouser_soc.nvme.spec import BROADCAST_NSID, FeatureId, NvmeError, StatusCode
 from vfiouser_soc.nvme.state import FeatureValues
 
 TIMESTAMP_SIZE = 8
@@ -40,17 +40,17 @@ class FeatureSpec(NamedTuple):
 
 
 FEATURES: dict[int, FeatureSpec] = {
-    Feature.ARBITRATION: FeatureSpec(0xFFFF_FF07, saveable=True),
-    Feature.POWER_MANAGEMENT: FeatureSpec(0xFF),
-    Feature.TEMPERATURE_THRESHOLD: FeatureSpec(0xFFFF, saveable=True),
-    Feature.ERROR_RECOVERY: FeatureSpec(0xFFFF, saveable=True, per_namespace=True),
-    Feature.VOLATILE_WRITE_CACHE: FeatureSpec(1, default=1, saveable=True),
-    Feature.NUMBER_OF_QUEUES: FeatureSpec(0xFFFF_FFFF),
-    Feature.INTERRUPT_COALESCING: FeatureSpec(0xFFFF, saveable=True),
-    Feature.INTERRUPT_VECTOR: FeatureSpec(1 << 16),
-    Feature.WRITE_ATOMICITY: FeatureSpec(1, saveable=True),
-    Feature.ASYNC_EVENT_CONFIG: FeatureSpec(0x1FF, saveable=True),
-    Feature.TIMESTAMP: FeatureSpec(0),
+    FeatureId.ARBITRATION: FeatureSpec(0xFFFF_FF07, saveable=True),
+    FeatureId.POWER_MANAGEMENT: FeatureSpec(0xFF),
+    FeatureId.TEMPERATURE_THRESHOLD: FeatureSpec(0xFFFF, saveable=True),
+    FeatureId.ERROR_RECOVERY: FeatureSpec(0xFFFF, saveable=True, per_namespace=True),
+    FeatureId.VOLATILE_WRITE_CACHE: FeatureSpec(1, default=1, saveable=True),
+    FeatureId.NUMBER_OF_QUEUES: FeatureSpec(0xFFFF_FFFF),
+    FeatureId.INTERRUPT_COALESCING: FeatureSpec(0xFFFF, saveable=True),
+    FeatureId.INTERRUPT_VECTOR: FeatureSpec(1 << 16),
+    FeatureId.WRITE_ATOMICITY: FeatureSpec(1, saveable=True),
+    FeatureId.ASYNC_EVENT_CONFIG: FeatureSpec(0x1FF, saveable=True),
+    FeatureId.TIMESTAMP: FeatureSpec(0),
 }
 
 _CHANGEABLE = 1 << 2
@@ -84,12 +84,12 @@ class Features:
         self._has_io_queues = has_io_queues
         self._clock = clock
         self._prepare: dict[int, Callable[[int], int]] = {
-            Feature.POWER_MANAGEMENT: self._check_power_state,
-            Feature.ERROR_RECOVERY: self._check_error_recovery,
-            Feature.NUMBER_OF_QUEUES: self._grant_queues,
+            FeatureId.POWER_MANAGEMENT: self._check_power_state,
+            FeatureId.ERROR_RECOVERY: self._check_error_recovery,
+            FeatureId.NUMBER_OF_QUEUES: self._grant_queues,
         }
 
-    def value(self, feature: Feature, selector: int = 0, nsid: int = 0) -> int:
+    def value(self, feature: FeatureId, selector: int = 0, nsid: int = 0) -> int:
         """Return the value in force.
 
         Args:
@@ -104,7 +104,7 @@ class Features:
     @property
     def io_queue_limits(self) -> tuple[int, int]:
         """Highest submission and completion queue id that the host may create."""
-        value = self.value(Feature.NUMBER_OF_QUEUES)
+        value = self.value(FeatureId.NUMBER_OF_QUEUES)
         return (value & 0xFFFF) + 1, (value >> 16) + 1
 
     def check(self, key: tuple[int, int, int], value: int, *, saved: bool) -> None:
@@ -120,25 +120,25 @@ class Features:
         """
         feature, selector, nsid = key
         spec = FEATURES.get(feature)
-        if spec is None or (saved and not spec.saveable) or feature == Feature.TIMESTAMP:
+        if spec is None or (saved and not spec.saveable) or feature == FeatureId.TIMESTAMP:
             raise ValueError(f"feature {feature:#04x} cannot have a value")
         selectors = {
-            Feature.INTERRUPT_VECTOR: range(self._limits.vectors),
-            Feature.TEMPERATURE_THRESHOLD: [sensor | kind << 4 for sensor in _SENSORS for kind in (0, 1)],
-        }.get(Feature(feature), [0])
+            FeatureId.INTERRUPT_VECTOR: range(self._limits.vectors),
+            FeatureId.TEMPERATURE_THRESHOLD: [sensor | kind << 4 for sensor in _SENSORS for kind in (0, 1)],
+        }.get(FeatureId(feature), [0])
         if selector not in selectors or nsid not in (self._namespaces() if spec.per_namespace else [0]):
             raise ValueError(f"feature {feature:#04x} has no value {selector} of namespace {nsid}")
         possible = not value & ~spec.writable
-        if feature == Feature.NUMBER_OF_QUEUES:
+        if feature == FeatureId.NUMBER_OF_QUEUES:
             possible = max(value & 0xFFFF, value >> 16) < self._limits.io_queues
-        elif feature == Feature.POWER_MANAGEMENT:
+        elif feature == FeatureId.POWER_MANAGEMENT:
             possible = possible and not value & 0x1F
         if not possible:
             raise ValueError(f"feature {feature:#04x} is {value:#x}")
 
     # Get Features
 
-    def get(self, command: Command) -> int:
+    def get(self, command: SubmissionEntry) -> int:
         """Answer Get Features.
 
         Returns:
@@ -152,7 +152,7 @@ class Features:
         if select == _SUPPORTED:
             return _CHANGEABLE | _PER_NAMESPACE * spec.per_namespace | _SAVEABLE * spec.saveable
         if select > _SUPPORTED:
-            raise NvmeError(Status.INVALID_FIELD, f"select {select} of Get Features", location=41)
+            raise NvmeError(StatusCode.INVALID_FIELD, f"select {select} of Get Features", location=41)
         selector = self._selector(feature, command.cdw11)
         nsid = self._one_namespace(command.nsid) if spec.per_namespace else 0
         default = self._default(feature, selector)
@@ -163,7 +163,7 @@ class Features:
         else:
             value = self.value(feature, selector, nsid)
         # The vector is part of the value that Get Features returns.
-        return value | selector if feature is Feature.INTERRUPT_VECTOR else value
+        return value | selector if feature is FeatureId.INTERRUPT_VECTOR else value
 
     def timestamp(self) -> bytes:
         """Make the timestamp data structure: 48 bits of milliseconds and where they come from."""
@@ -186,7 +186,7 @@ class Features:
 
     # Set Features
 
-    def set(self, command: Command) -> int:
+    def set(self, command: SubmissionEntry) -> int:
         """Carry out Set Features (but for the timestamp's data).
 
         Returns:
@@ -198,10 +198,10 @@ class Features:
         feature, spec = self._lookup(command)
         save = bool(command.cdw10 & _SAVE)
         if save and not spec.saveable:
-            raise NvmeError(Status.FEATURE_NOT_SAVEABLE, f"feature {feature.name}", location=43)
+            raise NvmeError(StatusCode.FEATURE_NOT_SAVEABLE, f"feature {feature.name}", location=43)
         if not spec.per_namespace and command.nsid not in (0, BROADCAST_NSID):
             self._one_namespace(command.nsid)
-            raise NvmeError(Status.FEATURE_NOT_NAMESPACE_SPECIFIC, f"feature {feature.name}", location=4)
+            raise NvmeError(StatusCode.FEATURE_NOT_NAMESPACE_SPECIFIC, f"feature {feature.name}", location=4)
         prepare = self._prepare.get(feature)
         value = command.cdw11 if prepare is None else prepare(command.cdw11)
         for selector in self._selectors(feature, command.cdw11):
@@ -210,7 +210,7 @@ class Features:
                 self._values.current[key] = value & spec.writable
                 if save:
                     self._values.saved[key] = value & spec.writable
-        return value if feature is Feature.NUMBER_OF_QUEUES else 0
+        return value if feature is FeatureId.NUMBER_OF_QUEUES else 0
 
     def set_timestamp(self, data: bytes) -> None:
         """Take the timestamp data structure of the host."""
@@ -218,50 +218,50 @@ class Features:
 
     def temperature_exceeded(self) -> bool:
         """Whether the measured temperature is beyond a threshold that the host has set."""
-        over = [self.value(Feature.TEMPERATURE_THRESHOLD, sensor) for sensor in _SENSORS]
-        under = [self.value(Feature.TEMPERATURE_THRESHOLD, sensor | 1 << 4) for sensor in _SENSORS]
+        over = [self.value(FeatureId.TEMPERATURE_THRESHOLD, sensor) for sensor in _SENSORS]
+        under = [self.value(FeatureId.TEMPERATURE_THRESHOLD, sensor | 1 << 4) for sensor in _SENSORS]
         return not max(under) < TEMPERATURE_K < min(over)
 
     def temperature_event_due(self) -> bool:
         """Whether the host wants to hear of a temperature beyond its thresholds, and there is one."""
-        return self.temperature_exceeded() and bool(self.value(Feature.ASYNC_EVENT_CONFIG) & _NOTIFY_TEMPERATURE)
+        return self.temperature_exceeded() and bool(self.value(FeatureId.ASYNC_EVENT_CONFIG) & _NOTIFY_TEMPERATURE)
 
-    def _default(self, feature: Feature, selector: int) -> int:
-        if feature is Feature.NUMBER_OF_QUEUES:
+    def _default(self, feature: FeatureId, selector: int) -> int:
+        if feature is FeatureId.NUMBER_OF_QUEUES:
             return (self._limits.io_queues - 1) * 0x1_0001
-        if feature is Feature.TEMPERATURE_THRESHOLD:
+        if feature is FeatureId.TEMPERATURE_THRESHOLD:
             return (WARNING_TEMPERATURE_K if selector == 0 else 0xFFFF) if selector < 1 << 4 else 0
         return FEATURES[feature].default
 
-    def _lookup(self, command: Command) -> tuple[Feature, FeatureSpec]:
+    def _lookup(self, command: SubmissionEntry) -> tuple[FeatureId, FeatureSpec]:
         number = command.cdw10 & 0xFF
         spec = FEATURES.get(number)
         if spec is None:
-            raise NvmeError(Status.INVALID_FIELD, f"feature {number:#04x} is not supported", location=40)
-        return Feature(number), spec
+            raise NvmeError(StatusCode.INVALID_FIELD, f"feature {number:#04x} is not supported", location=40)
+        return FeatureId(number), spec
 
-    def _selector(self, feature: Feature, cdw11: int) -> int:
+    def _selector(self, feature: FeatureId, cdw11: int) -> int:
         """Find which of a feature's values is meant."""
-        if feature is Feature.INTERRUPT_VECTOR:
+        if feature is FeatureId.INTERRUPT_VECTOR:
             vector = cdw11 & 0xFFFF
             if vector >= self._limits.vectors:
-                raise NvmeError(Status.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44)
+                raise NvmeError(StatusCode.INVALID_FIELD, f"vector {vector} of {self._limits.vectors}", location=44)
             return vector
-        if feature is Feature.TEMPERATURE_THRESHOLD:
+        if feature is FeatureId.TEMPERATURE_THRESHOLD:
             sensor, kind = cdw11 >> 16 & 0xF, cdw11 >> 20 & 3
             if sensor not in _SENSORS or kind > 1:
-                raise NvmeError(Status.INVALID_FIELD, f"temperature sensor {sensor}", location=46)
+                raise NvmeError(StatusCode.INVALID_FIELD, f"temperature sensor {sensor}", location=46)
             return sensor | kind << 4
         return 0
 
-    def _selectors(self, feature: Feature, cdw11: int) -> list[int]:
-        if feature is Feature.TEMPERATURE_THRESHOLD and cdw11 >> 16 & 0xF == _ALL_SENSORS:
+    def _selectors(self, feature: FeatureId, cdw11: int) -> list[int]:
+        if feature is FeatureId.TEMPERATURE_THRESHOLD and cdw11 >> 16 & 0xF == _ALL_SENSORS:
             return [self._selector(feature, cdw11 & ~0xF_0000 | sensor << 16) for sensor in _SENSORS]
         return [self._selector(feature, cdw11)]
 
     def _one_namespace(self, nsid: int) -> int:
         if nsid not in self._namespaces():
-            raise NvmeError(Status.INVALID_NAMESPACE, f"namespace {nsid:#x}", location=4)
+            raise NvmeError(StatusCode.INVALID_NAMESPACE, f"namespace {nsid:#x}", location=4)
         return nsid
 
     def _set_namespaces(self, spec: FeatureSpec, nsid: int) -> list[int]:
@@ -271,19 +271,19 @@ class Features:
 
     def _check_power_state(self, value: int) -> int:
         if value & 0x1F:
-            raise NvmeError(Status.INVALID_FIELD, f"power state {value & 0x1F}; there is only 0", location=44)
+            raise NvmeError(StatusCode.INVALID_FIELD, f"power state {value & 0x1F}; there is only 0", location=44)
         return value
 
     def _check_error_recovery(self, value: int) -> int:
         if value & 1 << 16:
-            raise NvmeError(Status.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46)
+            raise NvmeError(StatusCode.INVALID_FIELD, "deallocated blocks cannot be reported as errors", location=46)
         return value
 
     def _grant_queues(self, value: int) -> int:
         if self._has_io_queues():
-            raise NvmeError(Status.COMMAND_SEQUENCE_ERROR, "the number of queues is fixed once one exists")
+            raise NvmeError(StatusCode.COMMAND_SEQUENCE_ERROR, "the number of queues is fixed once one exists")
         asked = value & 0xFFFF, value >> 16
         if 0xFFFF in asked:
-            raise NvmeError(Status.INVALID_FIELD, "65 536 queues were asked for", location=44)
+            raise NvmeError(StatusCode.INVALID_FIELD, "65 536 queues were asked for", location=44)
         submission, completion = (min(number, self._limits.io_queues - 1) for number in asked)
         return submission | completion << 16

@@ -24,7 +24,7 @@ from vfiouser_soc.nvme.spec import (
     VERSION_1_4,
     Cns,
     NvmeError,
-    Status,
+    StatusCode,
 )
 from vfiouser_soc.nvme.state import ERROR_LOG_ENTRIES
 
@@ -90,7 +90,7 @@ class Identify:
         """
         builder = self._builders.get(request.cns)
         if builder is None:
-            raise NvmeError(Status.INVALID_FIELD, f"Identify structure {request.cns:#04x}", location=40)
+            raise NvmeError(StatusCode.INVALID_FIELD, f"Identify structure {request.cns:#04x}", location=40)
         return builder(request).ljust(IDENTIFY_SIZE, b"\0")
 
     @property
@@ -143,7 +143,7 @@ class Identify:
 
     def _namespace_list(self, request: IdentifyRequest) -> bytes:
         if request.nsid >= BROADCAST_NSID - 1:
-            raise NvmeError(Status.INVALID_NAMESPACE, f"list after namespace {request.nsid:#x}", location=4)
+            raise NvmeError(StatusCode.INVALID_NAMESPACE, f"list after namespace {request.nsid:#x}", location=4)
         ids = sorted(nsid for nsid in self._namespaces if nsid > request.nsid)[:_LIST_ENTRIES]
         return struct.pack(f"<{len(ids)}I", *ids)
 
@@ -151,7 +151,7 @@ class Identify:
         namespace = self._namespaces.get(request.nsid)
         if namespace is None:
             self._check_nsid(request.nsid)
-            raise NvmeError(Status.INVALID_FIELD, f"namespace {request.nsid} is not active", location=4)
+            raise NvmeError(StatusCode.INVALID_FIELD, f"namespace {request.nsid} is not active", location=4)
         identity = namespace.identity
         return b"".join(
             struct.pack("<BBxx", kind, len(value)) + value
@@ -175,7 +175,7 @@ class Identify:
     def _check_nsid(self, nsid: int) -> None:
         if not 1 <= nsid <= self.namespace_count:
             raise NvmeError(
-                Status.INVALID_NAMESPACE,
+                StatusCode.INVALID_NAMESPACE,
                 f"namespace {nsid:#x}; valid are 1 to {self.namespace_count}",
                 location=4,
             )

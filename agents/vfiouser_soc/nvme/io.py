@@ -8,17 +8,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-from vfiouser_oob.transport.turns import Lane
-from vfiouser_soc.nvme.command import Command
+from vfiouser_oob.transport.turns import FunctionQueue
+from vfiouser_soc.nvme.command import SubmissionEntry
 from vfiouser_soc.nvme.config import ControllerLimits
 from vfiouser_soc.nvme.epoch import DmaPort
 from vfiouser_soc.nvme.features import Features
 from vfiouser_soc.nvme.namespace import Namespace
-from vfiouser_soc.nvme.room import Room
-from vfiouser_soc.nvme.spec import BROADCAST_NSID, Feature, IoOpcode, NvmeError, Status
+from vfiouser_soc.nvme.room import DataRoom
+from vfiouser_soc.nvme.spec import BROADCAST_NSID, FeatureId, IoOpcode, NvmeError, StatusCode
 from vfiouser_soc.nvme.state import Counters
 
-Handler = Callable[[Command], Awaitable[int | None]]
+Handler = Callable[[SubmissionEntry], Awaitable[int | None]]
 
 _FUA = 1 << 30
 _DSM_DEALLOCATE = 1 << 2
@@ -40,7 +40,7 @@ class IoCommands:
     def __init__(
         self,
         dma: DmaPort,
-        lane: Lane,
+        lane: FunctionQueue,
         namespaces: Mapping[int, Namespace],
         limits: ControllerLimits,
         features: Features,
@@ -53,7 +53,7 @@ class IoCommands:
         self._max_transfer = limits.max_transfer
         self._features = features
         self._counters = counters
-        self._data = Room()
+        self._data = DataRoom()
         self.handlers: dict[int, Handler] = {
             IoOpcode.FLUSH: self._flush,
             IoOpcode.WRITE: self._write,
@@ -68,11 +68,11 @@ class IoCommands:
         namespace = self._namespaces.get(nsid)
         if namespace is None:
             # A valid id of a namespace that is not active is another error than an id beyond the last one.
-            status = Status.INVALID_FIELD if 1 <= nsid <= self._last_nsid else Status.INVALID_NAMESPACE
+            status = StatusCode.INVALID_FIELD if 1 <= nsid <= self._last_nsid else StatusCode.INVALID_NAMESPACE
             raise NvmeError(status, f"namespace {nsid:#x} is not active", location=4)
         return namespace
 
-    def _blocks(self, command: Command) -> tuple[Namespace, int, int]:
+    def _blocks(self, command: SubmissionEntry) -> tuple[Namespace, int, int]:
         """Check the namespace and the blocks of a command."""
         namespace = self._namespace(command.nsid)
         slba, count = command.slba, command.block_count
@@ -82,13 +82,13 @@ class IoCommands:
     def _length(self, namespace: Namespace, count: int) -> int:
         length = count << namespace.lba_shift
         if length > self._max_transfer:
-            raise NvmeError(Status.INVALID_FIELD, f"{length} bytes; {self._max_transfer} is the most", location=48)
+            raise NvmeError(StatusCode.INVALID_FIELD, f"{length} bytes; {self._max_transfer} is the most", location=48)
         return length
 
-    def _durable(self, command: Command) -> bool:
-        return bool(command.cdw12 & _FUA) or not self._features.value(Feature.VOLATILE_WRITE_CACHE)
+    def _durable(self, command: SubmissionEntry) -> bool:
+        return bool(command.cdw12 & _FUA) or not self._features.value(FeatureId.VOLATILE_WRITE_CACHE)
 
-    async def _read(self, command: Command) -> int:
+    async def _read(self, command: SubmissionEntry) -> int:
         namespace, slba, count = self._blocks(command)
         length = self._length(namespace, count)
         segments = await self._dma.segments(command, length)
@@ -98,7 +98,7 @@ class IoCommands:
         self._counters.read_commands += 1
         return 0
 
-    async def _write(self, command: Command) -> int:
+    async def _write(self, command: SubmissionEntry) -> int:
         namespace, slba, count = self._blocks(command)
         length = self._length(namespace, count)
         async with self._data.of(length):
@@ -108,7 +108,7 @@ class IoCommands:
         self._counters.write_commands += 1
         return 0
 
-    async def _compare(self, command: Command) -> int:
+    async def _compare(self, command: SubmissionEntry) -> int:
         namespace, slba, count = self._blocks(command)
         length = self._length(namespace, count)
         async with self._data.of(2 * length):
@@ -116,20 +116,20 @@ class IoCommands:
             same = data == await namespace.read(slba, count)
         self._counters.read_commands += 1
         if not same:
-            raise NvmeError(Status.COMPARE_FAILURE, f"blocks {slba}+{count} differ", lba=slba)
+            raise NvmeError(StatusCode.COMPARE_FAILURE, f"blocks {slba}+{count} differ", lba=slba)
         return 0
 
-    async def _write_zeroes(self, command: Command) -> int:
+    async def _write_zeroes(self, command: SubmissionEntry) -> int:
         namespace, slba, count = self._blocks(command)
         await namespace.zero(slba, count, self._lane, durable=self._durable(command))
         return 0
 
-    async def _verify(self, command: Command) -> int:
+    async def _verify(self, command: SubmissionEntry) -> int:
         namespace, slba, count = self._blocks(command)
         await namespace.verify(slba, count, self._lane)
         return 0
 
-    async def _flush(self, command: Command) -> int:
+    async def _flush(self, command: SubmissionEntry) -> int:
         if command.nsid == BROADCAST_NSID:
             for namespace in self._namespaces.values():
                 await namespace.flush()
@@ -137,7 +137,7 @@ class IoCommands:
             await self._namespace(command.nsid).flush()
         return 0
 
-    async def _dataset_management(self, command: Command) -> int:
+    async def _dataset_management(self, command: SubmissionEntry) -> int:
         namespace = self._namespace(command.nsid)
         count = (command.cdw10 & 0xFF) + 1
         data = await self._dma.from_host(command, count * _DSM_RANGE.size)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from vfiouser_soc.nvme.config import TEMPERATURE_K, ControllerIdentity
 from vfiouser_soc.nvme.layout import ascii_field, pack_fields
-from vfiouser_soc.nvme.spec import AdminOpcode, IoOpcode, LogPage, NvmeError, Status
+from vfiouser_soc.nvme.spec import AdminOpcode, IoOpcode, LogPage, NvmeError, StatusCode
 from vfiouser_soc.nvme.state import ERROR_LOG_ENTRIES, ControllerState, ErrorEntry
 
 _ERROR_ENTRY = struct.Struct("<QHHHHQI")
@@ -74,7 +74,7 @@ class Logs:
         """
         builder = self._builders.get(number)
         if builder is None:
-            raise NvmeError(Status.INVALID_LOG_PAGE, f"log page {number:#04x}", location=40)
+            raise NvmeError(StatusCode.INVALID_LOG_PAGE, f"log page {number:#04x}", location=40)
         return builder()
 
     def was_read(self, number: int) -> None:

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vfiouser_oob.transport.turns import Lane
-from vfiouser_soc.nvme.spec import NvmeError, Status
+from vfiouser_oob.transport.turns import FunctionQueue
+from vfiouser_soc.nvme.spec import NvmeError, StatusCode
 from vfiouser_soc.nvme.stores import BackingStore
 
 
@@ -52,7 +52,7 @@ class Namespace:
         """
         if slba + count > self.blocks:
             raise NvmeError(
-                Status.LBA_OUT_OF_RANGE,
+                StatusCode.LBA_OUT_OF_RANGE,
                 f"blocks {slba}+{count} of a namespace of {self.blocks}",
                 lba=slba,
             )
@@ -66,7 +66,7 @@ class Namespace:
         try:
             return await self.store.read(slba << self.lba_shift, count << self.lba_shift)
         except OSError as error:
-            raise _media_error(error, Status.UNRECOVERED_READ, slba) from error
+            raise _media_error(error, StatusCode.UNRECOVERED_READ, slba) from error
 
     async def write(self, slba: int, data: bytes, *, durable: bool) -> None:
         """Write whole blocks that are in range.
@@ -84,9 +84,9 @@ class Namespace:
             if durable:
                 await self.store.flush()
         except OSError as error:
-            raise _media_error(error, Status.WRITE_FAULT, slba) from error
+            raise _media_error(error, StatusCode.WRITE_FAULT, slba) from error
 
-    async def zero(self, slba: int, count: int, lane: Lane, *, durable: bool) -> None:
+    async def zero(self, slba: int, count: int, lane: FunctionQueue, *, durable: bool) -> None:
         """Make blocks that are in range read as zeros, deallocating them.
 
         Args:
@@ -105,9 +105,9 @@ class Namespace:
             if durable:
                 await self.store.flush()
         except OSError as error:
-            raise _media_error(error, Status.WRITE_FAULT, slba) from error
+            raise _media_error(error, StatusCode.WRITE_FAULT, slba) from error
 
-    async def verify(self, slba: int, count: int, lane: Lane) -> None:
+    async def verify(self, slba: int, count: int, lane: FunctionQueue) -> None:
         """Read blocks that are in range without using their contents.
 
         Args:
@@ -135,10 +135,10 @@ class Namespace:
         try:
             await self.store.flush()
         except OSError as error:
-            raise _media_error(error, Status.WRITE_FAULT, 0) from error
+            raise _media_error(error, StatusCode.WRITE_FAULT, 0) from error
 
 
-def _media_error(error: OSError, status: Status, slba: int) -> NvmeError:
+def _media_error(error: OSError, status: StatusCode, slba: int) -> NvmeError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        status = Status.CAPACITY_EXCEEDED
+        status = StatusCode.CAPACITY_EXCEEDED
     return NvmeError(status, f"backing store: {error.strerror or error}", lba=slba)

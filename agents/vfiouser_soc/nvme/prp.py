@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Awaitable, Callable
 
-from vfiouser_soc.nvme.spec import NvmeError, Status
+from vfiouser_soc.nvme.spec import NvmeError, StatusCode
 
 Segment = tuple[int, int]
 
@@ -87,4 +87,4 @@ def _merge(start: int, count: int, pages: tuple[int, ...] | list[int], remaining
 
 
 def _offset_error(entry: int, allowed: str) -> NvmeError:
-    return NvmeError(Status.INVALID_PRP_OFFSET, f"PRP entry {entry:#x} is not {allowed}")
+    return NvmeError(StatusCode.INVALID_PRP_OFFSET, f"PRP entry {entry:#x} is not {allowed}")

@@ -5,7 +5,8 @@ An idle queue has no task. A doorbell starts one if there is work for it, and it
 Rule 1 (submission): a worker that is about to execute a command first makes sure that another worker will
 go on with the next one. As a task starts only when the running one yields, commands that never wait (memory
 to memory) are executed one after the other by one worker at no cost, and only a command that really waits
-is overtaken. Between two commands a worker asks for its turn (`Lane`); one that waits for it is enough for a queue.
+is overtaken. Between two commands a worker asks for its turn (`FunctionQueue`); one that waits for it is
+enough for a queue.
 
 Rule 2 (completion): one writer per queue. It takes all completions that have gathered and fit, writes them
 with one access, and raises one interrupt for them. A completion is handed to it after the command's data
@@ -20,9 +21,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_protocol.errors import DmaFault
-from vfiouser_soc.nvme.command import Command, Completion, parse_commands
+from vfiouser_soc.nvme.command import Completion, SubmissionEntry, parse_commands
 from vfiouser_soc.nvme.epoch import DmaPort, Epoch
 from vfiouser_soc.nvme.spec import CQE_SIZE, SQE_SIZE
 from vfiouser_soc.nvme.state import CompletionQueue, SubmissionQueue
@@ -52,7 +53,7 @@ class CompletionEngine:
         queue: CompletionQueue,
         epoch: Epoch,
         dma: DmaPort,
-        lane: Lane,
+        lane: FunctionQueue,
         notify: Callable[[CompletionQueue], None],
         fatal: FatalError,
     ) -> None:
@@ -152,8 +153,8 @@ class SubmissionEngine:
         completions: CompletionEngine,
         epoch: Epoch,
         dma: DmaPort,
-        lane: Lane,
-        execute: Callable[[SubmissionQueue, Command], Awaitable[None]],
+        lane: FunctionQueue,
+        execute: Callable[[SubmissionQueue, SubmissionEntry], Awaitable[None]],
         fatal: FatalError,
     ) -> None:
         self.queue = queue

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vfiouser_soc.nvme.spec import PAGE, VERSION_1_4, Register
+from vfiouser_soc.nvme.spec import PAGE, VERSION_1_4, ControllerRegister
 
 _FULL_32 = 0xFFFF_FFFF
 _FULL_64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -27,26 +27,26 @@ class RegisterSpec(NamedTuple):
     command: bool = False
 
 
-REGISTERS: dict[Register, RegisterSpec] = {
-    Register.CAP: RegisterSpec(8, 0, survives_reset=True),
-    Register.VS: RegisterSpec(4, 0, survives_reset=True),
-    Register.INTMS: RegisterSpec(4, _FULL_32, command=True),
-    Register.INTMC: RegisterSpec(4, _FULL_32, command=True),
-    Register.CC: RegisterSpec(4, 0x00FF_FFF1, survives_reset=True),
-    Register.CSTS: RegisterSpec(4, 0),
-    Register.AQA: RegisterSpec(4, 0x0FFF_0FFF, survives_reset=True),
-    Register.ASQ: RegisterSpec(8, _PAGE_BASE, survives_reset=True),
-    Register.ACQ: RegisterSpec(8, _PAGE_BASE, survives_reset=True),
-    Register.CMBLOC: RegisterSpec(4, 0, survives_reset=True),
-    Register.CMBSZ: RegisterSpec(4, 0, survives_reset=True),
-    Register.CMBMSC: RegisterSpec(8, _PAGE_BASE | 3, survives_reset=True),
-    Register.CMBSTS: RegisterSpec(4, 0, survives_reset=True),
+REGISTERS: dict[ControllerRegister, RegisterSpec] = {
+    ControllerRegister.CAP: RegisterSpec(8, 0, survives_reset=True),
+    ControllerRegister.VS: RegisterSpec(4, 0, survives_reset=True),
+    ControllerRegister.INTMS: RegisterSpec(4, _FULL_32, command=True),
+    ControllerRegister.INTMC: RegisterSpec(4, _FULL_32, command=True),
+    ControllerRegister.CC: RegisterSpec(4, 0x00FF_FFF1, survives_reset=True),
+    ControllerRegister.CSTS: RegisterSpec(4, 0),
+    ControllerRegister.AQA: RegisterSpec(4, 0x0FFF_0FFF, survives_reset=True),
+    ControllerRegister.ASQ: RegisterSpec(8, _PAGE_BASE, survives_reset=True),
+    ControllerRegister.ACQ: RegisterSpec(8, _PAGE_BASE, survives_reset=True),
+    ControllerRegister.CMBLOC: RegisterSpec(4, 0, survives_reset=True),
+    ControllerRegister.CMBSZ: RegisterSpec(4, 0, survives_reset=True),
+    ControllerRegister.CMBMSC: RegisterSpec(8, _PAGE_BASE | 3, survives_reset=True),
+    ControllerRegister.CMBSTS: RegisterSpec(4, 0, survives_reset=True),
 }
 
 Hook = Callable[[int, int], None]
 
 
-class Capabilities(NamedTuple):
+class CapabilitiesRegister(NamedTuple):
     """What CAP announces.
 
     Args:
@@ -82,7 +82,7 @@ class RegisterFile:
             with (0, value written).
     """
 
-    def __init__(self, capabilities: int, hooks: dict[Register, Hook]) -> None:
+    def __init__(self, capabilities: int, hooks: dict[ControllerRegister, Hook]) -> None:
         self._hooks = hooks
         self._capabilities = capabilities
         self.image = bytearray(PAGE)
@@ -91,8 +91,8 @@ class RegisterFile:
     def power_on(self) -> None:
         """Give every register its value after a reset of the whole function."""
         self.image[:] = bytes(PAGE)
-        self[Register.CAP] = self._capabilities
-        self[Register.VS] = VERSION_1_4
+        self[ControllerRegister.CAP] = self._capabilities
+        self[ControllerRegister.VS] = VERSION_1_4
 
     def controller_reset(self) -> None:
         """Give every register its value after CC.EN was cleared."""
@@ -115,7 +115,7 @@ class RegisterFile:
             if spec.writable and value & ~spec.writable:
                 raise ValueError(f"register {register.name} is {value:#x}")
             other[register] = value
-        if (other[Register.CAP], other[Register.VS]) != (self._capabilities, VERSION_1_4):
+        if (other[ControllerRegister.CAP], other[ControllerRegister.VS]) != (self._capabilities, VERSION_1_4):
             raise ValueError("the controller has other capabilities, or is of another version")
         if bytes(other.image) != image:
             raise ValueError("there is something between the registers")
@@ -129,13 +129,13 @@ class RegisterFile:
     def load(self, image: bytes) -> None:
         """Take over the page of another controller of the same kind."""
         self.image[:] = image
-        self[Register.CAP] = self._capabilities
-        self[Register.VS] = VERSION_1_4
+        self[ControllerRegister.CAP] = self._capabilities
+        self[ControllerRegister.VS] = VERSION_1_4
 
-    def __getitem__(self, register: Register) -> int:
+    def __getitem__(self, register: ControllerRegister) -> int:
         return int.from_bytes(self.image[register : register + REGISTERS[register].size], "little")
 
-    def __setitem__(self, register: Register, value: int) -> None:
+    def __setitem__(self, register: ControllerRegister, value: int) -> None:
         size = REGISTERS[register].size
         self.image[register : register + size] = value.to_bytes(size, "little")
 
@@ -154,7 +154,7 @@ class RegisterFile:
             if low < high and spec.writable:
                 self._write_register(register, spec, low - register, data[low - offset : high - offset])
 
-    def _write_register(self, register: Register, spec: RegisterSpec, at: int, data: bytes) -> None:
+    def _write_register(self, register: ControllerRegister, spec: RegisterSpec, at: int, data: bytes) -> None:
         old = 0 if spec.command else self[register]
         written = int.from_bytes(data, "little") << 8 * at
         covered = ((1 << 8 * len(data)) - 1) << 8 * at & spec.writable

@@ -11,7 +11,7 @@ import trio
 MOST_DATA = 16 << 20
 
 
-class Room:
+class DataRoom:
     """Lets commands have their data in memory, as many at a time as fit; the others wait, the oldest first.
 
     Args:

@@ -17,7 +17,7 @@ import msgpack
 
 from vfiouser_protocol.msix import MsixSnapshot
 from vfiouser_protocol.pci import ConfigSnapshot
-from vfiouser_soc.nvme.command import Command, Completion, parse_commands
+from vfiouser_soc.nvme.command import Completion, SubmissionEntry, parse_commands
 from vfiouser_soc.nvme.events import check_event
 from vfiouser_soc.nvme.queues import MAX_IN_FLIGHT
 from vfiouser_soc.nvme.registers import RegisterFile
@@ -28,9 +28,9 @@ from vfiouser_soc.nvme.spec import (
     REGISTERS_OFFSET,
     SQE_SIZE,
     Cc,
+    ControllerRegister,
     Csts,
     EventType,
-    Register,
 )
 from vfiouser_soc.nvme.state import (
     ERROR_LOG_ENTRIES,
@@ -57,7 +57,12 @@ _MAX_LIST = 8192
 #: Commands that one queue carries: those in execution, and one fetch.
 _MAX_CARRIED = 2 * MAX_IN_FLIGHT
 _MAX_EVENTS = 16
-_BUFFER_REGISTERS = (Register.CMBLOC, Register.CMBSZ, Register.CMBMSC, Register.CMBSTS)
+_BUFFER_REGISTERS = (
+    ControllerRegister.CMBLOC,
+    ControllerRegister.CMBSZ,
+    ControllerRegister.CMBMSC,
+    ControllerRegister.CMBSTS,
+)
 _ERROR_FIELDS = (_MAX_COUNT, _U16, _U16, _STATUS, _U16, _U64, _U32)
 _PENDING_FIELDS = (_U16, _U16, _STATUS, _U32)
 K = TypeVar("K", bound=Hashable)
@@ -139,9 +144,9 @@ class _Reader:
         own = self._function.controller.registers
         registers = own.imagined(_blob("registers", raw["registers"], PAGE))
         mask = _number("interrupt_mask", raw["interrupt_mask"], _U32)
-        if not registers[Register.INTMS] == registers[Register.INTMC] == mask:
+        if not registers[ControllerRegister.INTMS] == registers[ControllerRegister.INTMC] == mask:
             raise ValueError(f"INTMS and INTMC do not show the interrupt mask {mask:#x}")
-        cc, csts = registers[Register.CC], registers[Register.CSTS]
+        cc, csts = registers[ControllerRegister.CC], registers[ControllerRegister.CSTS]
         known = csts & ~(Csts.RDY | Csts.CFS | Csts.SHST) == 0 and csts & Csts.SHST != Csts.SHST
         if not known or (csts & (Csts.RDY | Csts.CFS) and not cc & Cc.EN):
             raise ValueError(f"CSTS {csts:#x} with CC {cc:#x}")
@@ -187,7 +192,7 @@ class _Reader:
 
     def _check_whole(self, state: ControllerState, registers: RegisterFile) -> None:
         """Check what the parts say of each other."""
-        cc, csts = registers[Register.CC], registers[Register.CSTS]
+        cc, csts = registers[ControllerRegister.CC], registers[ControllerRegister.CSTS]
         shift = 12 + ((cc & Cc.MPS) >> CC_MPS_SHIFT)
         bases = [queue.base for queue in state.submission_queues.values()]
         bases += [queue.base for queue in state.completion_queues.values()]
@@ -223,7 +228,7 @@ class _Reader:
         what = f"submission queue {qid}"
         if not isinstance(commands, bytes) or len(commands) % SQE_SIZE or len(commands) > _MAX_CARRIED * SQE_SIZE:
             raise ValueError(f"{what}: its commands are not whole, or more than {_MAX_CARRIED}")
-        fetched: deque[Command] = deque(parse_commands(commands))
+        fetched: deque[SubmissionEntry] = deque(parse_commands(commands))
         return SubmissionQueue(
             qid,
             base,

@@ -20,7 +20,7 @@ BAR0_SIZE = 0x4000
 PAGE = 0x1000
 
 
-class Register(IntEnum):
+class ControllerRegister(IntEnum):
     """Offsets of the controller registers (NVMe 1.4, 3.1)."""
 
     CAP = 0x00
@@ -99,7 +99,7 @@ class IoOpcode(IntEnum):
     VERIFY = 0x0C
 
 
-class Status(IntEnum):
+class StatusCode(IntEnum):
     """Status code type in bits 10:8, status code in bits 7:0 (NVMe 1.4, 4.6.1)."""
 
     SUCCESS = 0x000
@@ -139,17 +139,17 @@ STATUS_DNR = 1 << 14
 #: Failures that may go away by themselves; every other one carries Do Not Retry.
 RETRYABLE = frozenset(
     {
-        Status.DATA_TRANSFER_ERROR,
-        Status.INTERNAL_ERROR,
-        Status.ABORT_REQUESTED,
-        Status.ABORTED_SQ_DELETION,
-        Status.WRITE_FAULT,
-        Status.UNRECOVERED_READ,
+        StatusCode.DATA_TRANSFER_ERROR,
+        StatusCode.INTERNAL_ERROR,
+        StatusCode.ABORT_REQUESTED,
+        StatusCode.ABORTED_SQ_DELETION,
+        StatusCode.WRITE_FAULT,
+        StatusCode.UNRECOVERED_READ,
     }
 )
 
 
-class Feature(IntEnum):
+class FeatureId(IntEnum):
     """Feature identifiers (NVMe 1.4, figure 271)."""
 
     ARBITRATION = 0x01
@@ -228,7 +228,7 @@ class NvmeError(Exception):
         lba: first logical block concerned, for the error log.
     """
 
-    def __init__(self, status: Status, reason: str, *, location: int = 0xFFFF, lba: int = 0) -> None:
+    def __init__(self, status: StatusCode, reason: str, *, location: int = 0xFFFF, lba: int = 0) -> None:
         super().__init__(f"{status.name}: {reason}")
         self.status = status
         self.location = location
@@ -240,7 +240,7 @@ class NvmeError(Exception):
         return status_field(self.status)
 
 
-def status_field(status: Status) -> int:
+def status_field(status: StatusCode) -> int:
     """Make the 15-bit status field of a completion.
 
     Args:
@@ -250,6 +250,6 @@ def status_field(status: Status) -> int:
         Code and type, Do Not Retry where a retry is of no use, and More since every failure is in the error
         log.
     """
-    if status is Status.SUCCESS:
+    if status is StatusCode.SUCCESS:
         return 0
     return status | STATUS_MORE | (0 if status in RETRYABLE else STATUS_DNR)

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from vfiouser_soc.nvme.command import Command, Completion
+from vfiouser_soc.nvme.command import Completion, SubmissionEntry
 
 #: Entries that the error log keeps (ELPE + 1).
 ERROR_LOG_ENTRIES = 64
@@ -29,11 +29,11 @@ class SubmissionQueue:
     head: int = 0
     tail: int = 0
     #: Fetched and neither completed nor parked as an asynchronous event request, by command id.
-    inflight: dict[int, Command] = field(default_factory=dict)
+    inflight: dict[int, SubmissionEntry] = field(default_factory=dict)
     #: Fetched and not begun, oldest first.
-    fetched: deque[Command] = field(default_factory=deque)
+    fetched: deque[SubmissionEntry] = field(default_factory=deque)
     #: Begun and not ended, by a serial number, oldest first.
-    executing: dict[int, Command] = field(default_factory=dict)
+    executing: dict[int, SubmissionEntry] = field(default_factory=dict)
     #: The host asked for its deletion, which waits for the commands in execution.
     deleting: bool = False
 

@@ -7,7 +7,7 @@ import struct
 from vfiouser_conformance import vectors, wire
 from vfiouser_conformance.case import (
     Area,
-    Effect,
+    CaseEffect,
     Level,
     NotApplicable,
     RefusedRequest,
@@ -18,7 +18,7 @@ from vfiouser_conformance.case import (
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
 
-AREA = Area("REGION", "region access", Effect.NONE)
+AREA = Area("REGION", "region access", CaseEffect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 CONFIG = int(RegionIndex.CONFIG)
 READ, WRITE = int(Command.REGION_READ), int(Command.REGION_WRITE)
@@ -40,7 +40,7 @@ def read_echo(t: Trial) -> None:
     same(t.facts.config[:4].hex(), reply.payload[16:].hex(), "vendor and device id")
 
 
-@AREA.case(2, MUST, "R111", effect=Effect.DEVICE)
+@AREA.case(2, MUST, "R111", effect=CaseEffect.DEVICE)
 def write_echo(t: Trial) -> None:
     """A write is confirmed with what was written.
 
@@ -54,7 +54,7 @@ def write_echo(t: Trial) -> None:
     same(wire.access(CONFIG, offset, width).hex(), reply.payload.hex(), "payload of the reply")
 
 
-@AREA.case(3, MUST, "R112", effect=Effect.DEVICE)
+@AREA.case(3, MUST, "R112", effect=CaseEffect.DEVICE)
 def write_then_read(t: Trial) -> None:
     """What is written is read.
 
@@ -99,7 +99,7 @@ def whole_config(t: Trial) -> None:
     check(data[:2] != b"\xff\xff", "config space begins with vendor id 0xffff: no device")
 
 
-@AREA.case(6, MUST, "R133", effect=Effect.DEVICE)
+@AREA.case(6, MUST, "R133", effect=CaseEffect.DEVICE)
 def rom_register(t: Trial) -> None:
     """The ROM register agrees with the ROM region.
 
@@ -160,7 +160,7 @@ def largest_transfer(t: Trial) -> None:
     t.read(t.attach(), found[0].index, 0, size)
 
 
-@AREA.case(10, COMPAT, "R128", compat="QEMU 11", effect=Effect.DEVICE)
+@AREA.case(10, COMPAT, "R128", compat="QEMU 11", effect=CaseEffect.DEVICE)
 def eight_bytes(t: Trial) -> None:
     """An access of 8 bytes reaches the device as one.
 
@@ -177,7 +177,7 @@ def eight_bytes(t: Trial) -> None:
         same(value.hex(), t.read(link, region, offset, 8).hex(), "64-bit register")
 
 
-@AREA.case(11, MUST, "R130 R004", effect=Effect.DEVICE)
+@AREA.case(11, MUST, "R130 R004", effect=CaseEffect.DEVICE)
 def device_error(t: Trial) -> None:
     """The device's own error number reaches the client.
 
@@ -194,7 +194,7 @@ def device_error(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(12, MUST, "R115 R119", effect=Effect.DEVICE)
+@AREA.case(12, MUST, "R115 R119", effect=CaseEffect.DEVICE)
 def refused_write_touches_nothing(t: Trial) -> None:
     """A write that is refused has written nothing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Effect, Level, NotApplicable, same
+from vfiouser_conformance.case import CaseEffect, Level, NotApplicable, same
 from vfiouser_conformance.cases.access import AREA as AREA
 from vfiouser_conformance.cases.access import CONFIG, READ, WRITE
 from vfiouser_conformance.trial import Trial
@@ -13,7 +13,7 @@ SHOULD = Level.SHOULD
 _ODD = ((0, 3), (1, 2), (2, 4), (3, 2), (0, 5), (4, 7))
 
 
-@AREA.case(30, SHOULD, "R115 R431", effect=Effect.DEVICE)
+@AREA.case(30, SHOULD, "R115 R431", effect=CaseEffect.DEVICE)
 def odd_writes(t: Trial) -> None:
     """A write of an odd size, or over two registers, is refused or done whole.
 
@@ -40,7 +40,7 @@ def odd_writes(t: Trial) -> None:
         t.write(link, CONFIG, offset, old)
 
 
-@AREA.case(31, SHOULD, "R131 R431", effect=Effect.DEVICE)
+@AREA.case(31, SHOULD, "R131 R431", effect=CaseEffect.DEVICE)
 def odd_reads(t: Trial) -> None:
     """A read of an odd size, or over two registers, is refused or done whole.
 

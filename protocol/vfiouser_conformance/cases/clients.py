@@ -6,7 +6,7 @@ import struct
 from typing import NamedTuple
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, check, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, check, same
 from vfiouser_conformance.cases.dma_map import MAP, UNMAP, unmap
 from vfiouser_conformance.cases.info import interrupt_capabilities
 from vfiouser_conformance.cases.irqs import SET, assign, check_signals, fire
@@ -16,7 +16,7 @@ from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DmaUnmapFlags, IrqIndex, RegionFlags, RegionIndex
 
-AREA = Area("CLIENT", "client profiles", Effect.DEVICE)
+AREA = Area("CLIENT", "client profiles", CaseEffect.DEVICE)
 COMPAT, MUST = Level.COMPAT, Level.MUST
 CONFIG = int(RegionIndex.CONFIG)
 _MIB = 1 << 20

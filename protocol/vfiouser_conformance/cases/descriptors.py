@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, check
 from vfiouser_conformance.link import Closed
 from vfiouser_conformance.trial import Trial, signalled
 from vfiouser_protocol.constants import Command, RegionIndex
 
-AREA = Area("FD", "descriptors", Effect.NONE)
+AREA = Area("FD", "descriptors", CaseEffect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 
 
@@ -97,7 +97,7 @@ def without_reply(t: Trial) -> None:
     witness.check_closed("after commands without reply")
 
 
-@AREA.case(6, SHOULD, "R020", effect=Effect.SESSION)
+@AREA.case(6, SHOULD, "R020", effect=CaseEffect.SESSION)
 def descriptor_with_the_first_byte(t: Trial) -> None:
     """A descriptor that comes with the first byte of a message belongs to it, however the message is cut.
 

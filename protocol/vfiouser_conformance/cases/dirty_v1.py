@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.dma import out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP
 from vfiouser_conformance.link import RawLink
@@ -13,7 +13,7 @@ from vfiouser_conformance.migration_v1 import STOP_COPY, STOPPED, begin
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command
 
-AREA = Area("DIRTY", "dirty pages (v1)", Effect.SESSION)
+AREA = Area("DIRTY", "dirty pages (v1)", CaseEffect.SESSION)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 DIRTY = int(Command.DIRTY_PAGES)
 _PAGE = wire.PAGE
@@ -93,7 +93,7 @@ def clean(t: Trial) -> None:
     same(b"\0" * 8, reply.payload[40:], "bitmap")
 
 
-@AREA.case(4, MUST, "R353 R305", effect=Effect.DEVICE)
+@AREA.case(4, MUST, "R353 R305", effect=CaseEffect.DEVICE)
 def written_pages(t: Trial) -> None:
     """Pages that the device wrote are reported once.
 
@@ -128,7 +128,7 @@ def small_argsz(t: Trial) -> None:
         check(not rest.strip(b"\0") or rest == request[8 : 8 + len(rest)], f"a shortened reply has {rest.hex()}")
 
 
-@AREA.case(6, SHOULD, "R357", effect=Effect.DEVICE)
+@AREA.case(6, SHOULD, "R357", effect=CaseEffect.DEVICE)
 def sub_range(t: Trial) -> None:
     """A part of a map can be asked about.
 
@@ -173,7 +173,7 @@ def bitmap_of_unmap(t: Trial) -> None:
         same(56, len(reply.payload), "payload of the DMA_UNMAP reply")
 
 
-@AREA.case(9, MUST, "R361", effect=Effect.DEVICE)
+@AREA.case(9, MUST, "R361", effect=CaseEffect.DEVICE)
 def while_stopped(t: Trial) -> None:
     """The log can be read while the device is stopped.
 

@@ -6,7 +6,7 @@ import os
 import struct
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CaseEffect, CaseFailed, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, unmap
 from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.memory import ServedMemory
@@ -15,7 +15,7 @@ from vfiouser_conformance.trial import Trial
 from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command
 
-AREA = Area("DMA", "DMA", Effect.DEVICE)
+AREA = Area("DMA", "DMA", CaseEffect.DEVICE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 SIZE = 0x40000
 _PAGE = wire.PAGE

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DmaUnmapFlags
 
-AREA = Area("DMA-MAP", "DMA mapping", Effect.SESSION)
+AREA = Area("DMA-MAP", "DMA mapping", CaseEffect.SESSION)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 MAP, UNMAP = int(Command.DMA_MAP), int(Command.DMA_UNMAP)
 Requests = Sequence[tuple[int, bytes] | tuple[int, bytes, Sequence[int]]]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.migration import FEATURE, RUNNING, begin, get_state, name, set_request
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import MigrationFlags
 
-AREA = Area("FEATURE", "device features", Effect.NONE)
+AREA = Area("FEATURE", "device features", CaseEffect.NONE)
 MUST, SHOULD = Level.MUST, Level.SHOULD
 GET, SET, PROBE = 0x10000, 0x20000, 0x40000
 _KNOWN = int(MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY)
@@ -73,7 +73,7 @@ def probe_both(t: Trial) -> None:
     same(request.hex(), t.attach().ok(FEATURE, request).payload.hex(), "payload")
 
 
-@AREA.case(5, MUST, "R255 R265", effect=Effect.DEVICE)
+@AREA.case(5, MUST, "R255 R265", effect=CaseEffect.DEVICE)
 def set_echo(t: Trial) -> None:
     """SET repeats its request when it is done.
 
@@ -124,7 +124,7 @@ def without_migration(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(8, MUST, "R245", effect=Effect.DEVICE)
+@AREA.case(8, MUST, "R245", effect=CaseEffect.DEVICE)
 def probe_changes_nothing(t: Trial) -> None:
     """PROBE of SET sets nothing.
 
@@ -192,7 +192,7 @@ refusals(
             "Without PROBE exactly one of GET and SET is asked for.",
             "GET and SET of feature 2, and neither",
             lambda t: _migratable(t, wire.feature(GET | SET | 2, b"\2\0\0\0\0\0\0\0"), wire.feature(2, b"\0" * 8)),
-            Effect.DEVICE,
+            CaseEffect.DEVICE,
         ),
         RefusedRequest(
             27, MUST, "R251",
@@ -205,14 +205,14 @@ refusals(
             "SET without room for its reply is refused.",
             "SET of state RUNNING with argsz 8 and 15",
             lambda t: _migratable(t, *(struct.pack("<I", size) + set_request(RUNNING)[4:] for size in (8, 15))),
-            Effect.DEVICE,
+            CaseEffect.DEVICE,
         ),
         RefusedRequest(
             29, SHOULD, "R254",
             "SET of the state needs the state.",
             "SET of feature 2 without data, and with 2 bytes of it",
             lambda t: _migratable(t, wire.feature(SET | 2), wire.feature(SET | 2, b"\2\0")),
-            Effect.DEVICE,
+            CaseEffect.DEVICE,
         ),
     ),
 )  # fmt: skip

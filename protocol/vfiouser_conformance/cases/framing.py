@@ -6,12 +6,12 @@ import struct
 import time
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CaseEffect, CaseFailed, Level, NotApplicable, check, same
 from vfiouser_conformance.link import Closed, RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
-AREA = Area("FRAME", "framing and order", Effect.NONE)
+AREA = Area("FRAME", "framing and order", CaseEffect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _PAUSE_S = 0.1
 _BYTE_PAUSE_S = 0.002
@@ -107,7 +107,7 @@ def no_reply_to_failures(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(7, MUST, "R005 R007", effect=Effect.DEVICE)
+@AREA.case(7, MUST, "R005 R007", effect=CaseEffect.DEVICE)
 def posted_write(t: Trial) -> None:
     """A posted write is executed, and a later read sees it.
 
@@ -202,7 +202,7 @@ def _refused_or_closed(link: RawLink, data: bytes, what: str) -> None:
     check(reply.failed, f"{what} was answered with success")
 
 
-@AREA.case(13, MUST, "R013", effect=Effect.DEVICE)
+@AREA.case(13, MUST, "R013", effect=CaseEffect.DEVICE)
 def unsolicited_reply(t: Trial) -> None:
     """A reply that nobody waits for is not executed.
 
@@ -212,7 +212,7 @@ def unsolicited_reply(t: Trial) -> None:
     _not_executed(t, wire.REPLY, allow_silence=True)
 
 
-@AREA.case(14, SHOULD, "R014", effect=Effect.DEVICE)
+@AREA.case(14, SHOULD, "R014", effect=CaseEffect.DEVICE)
 def undefined_type(t: Trial) -> None:
     """A message whose type is undefined is not executed.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, DeviceInfoFlags, IrqIndex, IrqInfoFlags
 
-AREA = Area("INFO", "device and interrupt information", Effect.NONE)
+AREA = Area("INFO", "device and interrupt information", CaseEffect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _PCI_REGIONS, _PCI_IRQS = 9, 5
 _KNOWN_IRQ_FLAGS = 0xF

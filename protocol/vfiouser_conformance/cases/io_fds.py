@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command
 
-AREA = Area("IO-FD", "ioeventfds", Effect.NONE)
+AREA = Area("IO-FD", "ioeventfds", CaseEffect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 IO_FDS = int(Command.DEVICE_GET_REGION_IO_FDS)
 NO_FD = 0xFFFFFFFF

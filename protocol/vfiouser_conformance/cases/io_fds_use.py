@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import CannotTell, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import CannotTell, CaseEffect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.io_fds import AREA as AREA
 from vfiouser_conformance.cases.io_fds import IO_FDS, NO_FD, ask, bars
 from vfiouser_conformance.link import RawLink
@@ -98,7 +98,7 @@ def each_descriptor_once(t: Trial) -> None:
         t.saw("an eventfd of several sub-regions", "sent once" if once else "sent twice", recommended=once)
 
 
-@AREA.case(7, SHOULD, "R424", effect=Effect.DEVICE)
+@AREA.case(7, SHOULD, "R424", effect=CaseEffect.DEVICE)
 def signals(t: Trial) -> None:
     """A signalled ioeventfd reaches the server.
 

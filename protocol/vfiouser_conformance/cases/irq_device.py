@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Effect, Level, NotApplicable, check
+from vfiouser_conformance.case import CaseEffect, Level, NotApplicable, check
 from vfiouser_conformance.cases.irqs import AREA as AREA
 from vfiouser_conformance.cases.irqs import SET, UNMASK_NONE, assign, check_signals
 from vfiouser_conformance.link import RawLink
@@ -27,7 +27,7 @@ def _edge(t: Trial, least: int = 1) -> int:
     raise NotApplicable(f"the device has neither MSI-X nor MSI with {least} vectors")
 
 
-@AREA.case(60, MUST, "R180 R207", effect=Effect.DEVICE)
+@AREA.case(60, MUST, "R180 R207", effect=CaseEffect.DEVICE)
 def raised(t: Trial) -> None:
     """An interrupt of the device signals the eventfd of its vector, and no other.
 
@@ -46,7 +46,7 @@ def raised(t: Trial) -> None:
     check_signals(t, events, [False, True], "the interrupt of vector 1")
 
 
-@AREA.case(61, MUST, "R206", effect=Effect.DEVICE)
+@AREA.case(61, MUST, "R206", effect=CaseEffect.DEVICE)
 def raised_without_eventfd(t: Trial) -> None:
     """An interrupt of a vector that has no eventfd is lost, and no harm is done.
 
@@ -59,7 +59,7 @@ def raised_without_eventfd(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(62, MUST, "R194 R195", effect=Effect.DEVICE)
+@AREA.case(62, MUST, "R194 R195", effect=CaseEffect.DEVICE)
 def raised_after_disable(t: Trial) -> None:
     """A type that was disabled signals nothing.
 
@@ -75,7 +75,7 @@ def raised_after_disable(t: Trial) -> None:
     check_signals(t, events, [False], "the interrupt of a disabled type")
 
 
-@AREA.case(63, MUST, "R180", effect=Effect.DEVICE)
+@AREA.case(63, MUST, "R180", effect=CaseEffect.DEVICE)
 def intx(t: Trial) -> None:
     """An asserted INTx line signals its eventfd.
 
@@ -91,7 +91,7 @@ def intx(t: Trial) -> None:
     check_signals(t, events, [True], "the asserted line")
 
 
-@AREA.case(64, SHOULD, "R208", effect=Effect.DEVICE)
+@AREA.case(64, SHOULD, "R208", effect=CaseEffect.DEVICE)
 def automask(t: Trial) -> None:
     """INTx masks itself when it fires, and fires again when it is unmasked while asserted.
 
@@ -115,7 +115,7 @@ def automask(t: Trial) -> None:
     check(not signalled(event, SILENCE_S), "a released line was signalled at UNMASK")
 
 
-@AREA.case(65, MUST, "R205", effect=Effect.DEVICE)
+@AREA.case(65, MUST, "R205", effect=CaseEffect.DEVICE)
 def intx_and_msix(t: Trial) -> None:
     """INTx and MSI-X do not share eventfds.
 

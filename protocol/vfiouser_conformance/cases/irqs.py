@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, check, same
 from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial, signalled
 from vfiouser_protocol.constants import Command, IrqIndex
 
-AREA = Area("IRQ", "interrupts", Effect.SESSION)
+AREA = Area("IRQ", "interrupts", CaseEffect.SESSION)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 SET = int(Command.DEVICE_SET_IRQS)
 TRIGGER_NONE, TRIGGER_BOOL, TRIGGER_EVENTFD = 0x21, 0x22, 0x24

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Effect, Level, check
+from vfiouser_conformance.case import CaseEffect, Level, check
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE
 from vfiouser_conformance.cases.reset import AREA as AREA
 from vfiouser_conformance.migration import (
@@ -22,7 +22,7 @@ from vfiouser_conformance.trial import Trial
 MUST = Level.MUST
 
 
-@AREA.case(16, MUST, "R032 R033", effect=Effect.SESSION)
+@AREA.case(16, MUST, "R032 R033", effect=CaseEffect.SESSION)
 def gone_before_the_map(t: Trial) -> None:
     """A client that leaves before its DMA_MAP is answered leaves no mapping.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.dma import into_device, out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP
 from vfiouser_conformance.link import RawLink
@@ -13,7 +13,7 @@ from vfiouser_conformance.migration import FEATURE
 from vfiouser_conformance.trial import Trial
 from vfiouser_conformance.wire import Received
 
-AREA = Area("LOGGING", "DMA logging (DEVICE_FEATURE)", Effect.SESSION)
+AREA = Area("LOGGING", "DMA logging (DEVICE_FEATURE)", CaseEffect.SESSION)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _PAGE = wire.PAGE
 _START, _STOP = 0x20006, 0x20007
@@ -159,7 +159,7 @@ def bitmap_sizes(t: Trial) -> None:
         same([], _pages(_report(link, address, pages * _PAGE)), "dirty pages")
 
 
-@AREA.case(7, MUST, "R298 R305", effect=Effect.DEVICE)
+@AREA.case(7, MUST, "R298 R305", effect=CaseEffect.DEVICE)
 def written_page(t: Trial) -> None:
     """A page that the device wrote is reported, as bit n % 8 of byte n // 8.
 
@@ -171,7 +171,7 @@ def written_page(t: Trial) -> None:
     same([3, 11], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(8, MUST, "R299", effect=Effect.DEVICE)
+@AREA.case(8, MUST, "R299", effect=CaseEffect.DEVICE)
 def reporting_clears(t: Trial) -> None:
     """A report forgets what it reported.
 
@@ -186,7 +186,7 @@ def reporting_clears(t: Trial) -> None:
     same([5], _pages(_report(link)), "dirty pages of the third report")
 
 
-@AREA.case(9, MUST, "R300", effect=Effect.DEVICE)
+@AREA.case(9, MUST, "R300", effect=CaseEffect.DEVICE)
 def other_page_sizes(t: Trial) -> None:
     """A report may have larger or smaller pages than the log.
 
@@ -201,7 +201,7 @@ def other_page_sizes(t: Trial) -> None:
     check(found and set(found) <= {6, 7}, f"dirty pages of 2048 bytes: {found}")
 
 
-@AREA.case(10, SHOULD, "R304", effect=Effect.DEVICE)
+@AREA.case(10, SHOULD, "R304", effect=CaseEffect.DEVICE)
 def any_range(t: Trial) -> None:
     """A report may be of a part of a map, or of several.
 
@@ -225,7 +225,7 @@ def any_range(t: Trial) -> None:
     t.saw("REPORT of two maps", "accepted", recommended=True)
 
 
-@AREA.case(11, SHOULD, "R306", effect=Effect.DEVICE)
+@AREA.case(11, SHOULD, "R306", effect=CaseEffect.DEVICE)
 def mapped_later(t: Trial) -> None:
     """What is mapped after START is logged, too.
 
@@ -239,7 +239,7 @@ def mapped_later(t: Trial) -> None:
     same([6], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(12, MUST, "R307", effect=Effect.DEVICE)
+@AREA.case(12, MUST, "R307", effect=CaseEffect.DEVICE)
 def reads_are_clean(t: Trial) -> None:
     """What the device reads is not dirty.
 
@@ -251,7 +251,7 @@ def reads_are_clean(t: Trial) -> None:
     same([], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(13, SHOULD, "R309", effect=Effect.DEVICE)
+@AREA.case(13, SHOULD, "R309", effect=CaseEffect.DEVICE)
 def across_pages(t: Trial) -> None:
     """A write across a border makes both pages dirty.
 
@@ -267,7 +267,7 @@ def across_pages(t: Trial) -> None:
     same([4, 5], _pages(_report(link)), "dirty pages")
 
 
-@AREA.case(14, SHOULD, "R311", effect=Effect.DEVICE)
+@AREA.case(14, SHOULD, "R311", effect=CaseEffect.DEVICE)
 def restart(t: Trial) -> None:
     """A new START begins clean.
 
@@ -314,7 +314,7 @@ def golden(t: Trial) -> None:
     same(expected, reply.payload.hex(), "payload")
 
 
-@AREA.case(17, COMPAT, "R173 R161", effect=Effect.DEVICE, compat="libvfio-user")
+@AREA.case(17, COMPAT, "R173 R161", effect=CaseEffect.DEVICE, compat="libvfio-user")
 def bitmap_of_unmap(t: Trial) -> None:
     """DMA_UNMAP can give the bitmap of what it unmaps.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Effect, Level, check, same
+from vfiouser_conformance.case import CaseEffect, Level, check, same
 from vfiouser_conformance.cases.dma import out_of_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, unmap
 from vfiouser_conformance.cases.logging_cases import AREA as AREA
@@ -47,7 +47,7 @@ def _report(link: RawLink, address: int, length: int, page_size: int = _PAGE) ->
     return [n for n in range(8 * len(bitmap)) if bitmap[n // 8] >> n % 8 & 1]
 
 
-@AREA.case(19, MUST, "R298 R305 R308", effect=Effect.DEVICE)
+@AREA.case(19, MUST, "R298 R305 R308", effect=CaseEffect.DEVICE)
 def edges_of_bytes(t: Trial) -> None:
     """The first and the last page of each byte and of each word of a bitmap are reported.
 
@@ -60,7 +60,7 @@ def edges_of_bytes(t: Trial) -> None:
     same(pages, _report(link, BASE, 65 * _PAGE), "dirty pages")
 
 
-@AREA.case(20, MUST, "R300", effect=Effect.DEVICE)
+@AREA.case(20, MUST, "R300", effect=CaseEffect.DEVICE)
 def much_larger_pages(t: Trial) -> None:
     """A report may have pages of 16 of the log's.
 
@@ -93,7 +93,7 @@ def without_dma(t: Trial) -> None:
     link.ok(FEATURE, wire.feature(_STOP))
 
 
-@AREA.case(22, MUST, "R298", effect=Effect.DEVICE)
+@AREA.case(22, MUST, "R298", effect=CaseEffect.DEVICE)
 def unmap_meanwhile(t: Trial) -> None:
     """Unmapping while logging goes on loses nothing of other maps.
 

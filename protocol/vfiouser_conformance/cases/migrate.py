@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, CannotTell, CaseFailed, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CannotTell, CaseEffect, CaseFailed, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma import by_messages, into_device, pattern, ready
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE
 from vfiouser_conformance.link import Closed, RawLink, TimedOut
@@ -32,12 +32,12 @@ from vfiouser_conformance.migration import (
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
-AREA = Area("MIGRATION", "migration (DEVICE_FEATURE)", Effect.DEVICE)
+AREA = Area("MIGRATION", "migration (DEVICE_FEATURE)", CaseEffect.DEVICE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _STATES = (STOP, RUNNING, STOP_COPY, RESUMING)
 
 
-@AREA.case(1, MUST, "R260", effect=Effect.NONE)
+@AREA.case(1, MUST, "R260", effect=CaseEffect.NONE)
 def initial(t: Trial) -> None:
     """A device begins in RUNNING.
 

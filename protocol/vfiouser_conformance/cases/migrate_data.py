@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import CaseEffect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.cases.migrate import AREA as AREA
 from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.migration import (
@@ -368,7 +368,7 @@ refusals(
             lambda t: _saving(
                 t, wire.mig_data(64)[:4], wire.mig_data(64)[:7], wire.mig_data(64, argsz=8), wire.mig_data(64, argsz=71)
             ),
-            Effect.DEVICE,
+            CaseEffect.DEVICE,
         ),
         RefusedRequest(
             51, MUST, "R279",
@@ -378,14 +378,14 @@ refusals(
                 t, wire.mig_data(64)[:4], wire.mig_data(64)[:7], wire.mig_data(64, b"\0" * 8),
                 wire.mig_data(0xFFFFFFFF, b"\0" * 8, argsz=0xFFFFFFFF),
             ),
-            Effect.DEVICE,
+            CaseEffect.DEVICE,
         ),
         RefusedRequest(
             52, SHOULD, "R279",
             "A MIG_DATA_WRITE whose argsz is smaller than itself is refused.",
             "MIG_DATA_WRITE of 8 bytes with argsz 8, in RESUMING",
             lambda t: _loading(t, wire.mig_data(8, b"\0" * 8, argsz=8)),
-            Effect.DEVICE,
+            CaseEffect.DEVICE,
         ),
     ),
 )  # fmt: skip

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 
 from vfiouser_conformance import wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, unmap
 from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
-AREA = Area("PCI", "PCI configuration space", Effect.DEVICE)
+AREA = Area("PCI", "PCI configuration space", CaseEffect.DEVICE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 CONFIG = int(RegionIndex.CONFIG)
 _HEADER, _POINTER, _EXTENDED = 0x40, 0x34, 0x100

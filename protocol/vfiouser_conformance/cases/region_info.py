@@ -11,7 +11,7 @@ from vfiouser_conformance import wire
 from vfiouser_conformance.case import (
     Area,
     CannotTell,
-    Effect,
+    CaseEffect,
     Level,
     NotApplicable,
     RefusedRequest,
@@ -25,7 +25,7 @@ from vfiouser_conformance.trial import Trial
 from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, RegionCapId, RegionFlags, RegionIndex
 
-AREA = Area("REGION-INFO", "region information and mapping", Effect.NONE)
+AREA = Area("REGION-INFO", "region information and mapping", CaseEffect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _KNOWN_FLAGS = 0xF
 _BARS = range(6)
@@ -323,7 +323,7 @@ def mapping_shows_reads(t: Trial) -> None:
         raise CannotTell("all bytes that were read are equal: any mapping of such memory would show the same")
 
 
-@AREA.case(15, MUST, "R097 R098 R396", effect=Effect.DEVICE)
+@AREA.case(15, MUST, "R097 R098 R396", effect=CaseEffect.DEVICE)
 def mapping_is_shared(t: Trial) -> None:
     """What is written through the mapping is read by messages, and the other way round.
 
@@ -359,7 +359,7 @@ def bar_sizes(t: Trial) -> None:
         check(size & (size - 1) == 0, f"BAR{region.index} has {size:#x} bytes")
 
 
-@AREA.case(17, MUST, "R099 R126", effect=Effect.DEVICE)
+@AREA.case(17, MUST, "R099 R126", effect=CaseEffect.DEVICE)
 def bar_masks(t: Trial) -> None:
     """The BAR registers of config space tell the sizes of the regions.
 

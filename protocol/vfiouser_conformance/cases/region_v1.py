@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, SIZE
 from vfiouser_conformance.cases.migrate_data import change_state, state_of
 from vfiouser_conformance.facts import parse_capabilities, parse_region, read_region
@@ -28,12 +28,12 @@ from vfiouser_conformance.migration_v1 import (
 from vfiouser_conformance.trial import Trial
 from vfiouser_protocol.constants import Command, RegionFlags
 
-AREA = Area("V1", "migration region (v1)", Effect.DEVICE)
+AREA = Area("V1", "migration region (v1)", CaseEffect.DEVICE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _OLD_QEMU = "QEMU's v1 forks"
 
 
-@AREA.case(1, MUST, "R320 R321", effect=Effect.NONE)
+@AREA.case(1, MUST, "R320 R321", effect=CaseEffect.NONE)
 def description(t: Trial) -> None:
     """The migration region is found by its TYPE capability, and can be read and written.
 
@@ -48,7 +48,7 @@ def description(t: Trial) -> None:
     check(region.size > REGISTERS, f"the migration region has {region.size} bytes")
 
 
-@AREA.case(2, MUST, "R322", effect=Effect.NONE)
+@AREA.case(2, MUST, "R322", effect=CaseEffect.NONE)
 def page_size(t: Trial) -> None:
     """A server with a migration region tells its page size in VERSION.
 
@@ -61,7 +61,7 @@ def page_size(t: Trial) -> None:
     check(size and size & (size - 1) == 0, f"migration.pgsize is {size}")
 
 
-@AREA.case(3, MUST, "R323", effect=Effect.NONE)
+@AREA.case(3, MUST, "R323", effect=CaseEffect.NONE)
 def initial(t: Trial) -> None:
     """A device begins as running.
 

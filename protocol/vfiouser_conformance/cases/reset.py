@@ -5,14 +5,14 @@ from __future__ import annotations
 import select
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, CaseFailed, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CaseEffect, CaseFailed, Level, NotApplicable, check, same
 from vfiouser_conformance.cases.dma_map import BASE, MAP, SIZE, UNMAP, unmap
 from vfiouser_conformance.cases.irqs import SET, assign
 from vfiouser_conformance.link import RawLink
 from vfiouser_conformance.trial import SILENCE_S, Trial, signalled
 from vfiouser_protocol.constants import Command, IrqIndex, RegionIndex
 
-AREA = Area("SESSION", "reset, disconnect, reconnect", Effect.DEVICE)
+AREA = Area("SESSION", "reset, disconnect, reconnect", CaseEffect.DEVICE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 CONFIG = int(RegionIndex.CONFIG)
 
@@ -121,7 +121,7 @@ def reset_as_qemu(t: Trial) -> None:
     link.ok(MAP, wire.dma_map(0xE0000, 0x20000, 0, 1))
 
 
-@AREA.case(7, MUST, "R030", effect=Effect.NONE)
+@AREA.case(7, MUST, "R030", effect=CaseEffect.NONE)
 def reconnect(t: Trial) -> None:
     """A client may come again and again.
 
@@ -134,7 +134,7 @@ def reconnect(t: Trial) -> None:
         t.drop(link)
 
 
-@AREA.case(8, SHOULD, "R031", effect=Effect.NONE)
+@AREA.case(8, SHOULD, "R031", effect=CaseEffect.NONE)
 def second_client(t: Trial) -> None:
     """A second client is not mixed up with the first.
 
@@ -158,7 +158,7 @@ def second_client(t: Trial) -> None:
     first.silent(SILENCE_S / 2)
 
 
-@AREA.case(9, MUST, "R032 R236", effect=Effect.SESSION)
+@AREA.case(9, MUST, "R032 R236", effect=CaseEffect.SESSION)
 def maps_end(t: Trial) -> None:
     """Maps end with their connection.
 
@@ -178,7 +178,7 @@ def maps_end(t: Trial) -> None:
     again.ok(MAP, wire.dma_map(BASE, 2 * SIZE))
 
 
-@AREA.case(10, MUST, "R032 R236", effect=Effect.SESSION)
+@AREA.case(10, MUST, "R032 R236", effect=CaseEffect.SESSION)
 def eventfds_end(t: Trial) -> None:
     """Eventfds end with their connection.
 
@@ -215,7 +215,7 @@ def registers_survive(t: Trial) -> None:
     t.saw("registers at the end of a connection", "kept" if now == value else "reset", recommended=now == value)
 
 
-@AREA.case(12, COMPAT, "R398", effect=Effect.SESSION, compat="QEMU 11")
+@AREA.case(12, COMPAT, "R398", effect=CaseEffect.SESSION, compat="QEMU 11")
 def killed_client(t: Trial) -> None:
     """A client that is killed in the middle of its attach leaves the server fit for the next.
 
@@ -259,7 +259,7 @@ def reset_unsupported(t: Trial) -> None:
     link.alive()
 
 
-@AREA.case(15, COMPAT, "R399", effect=Effect.NONE, compat="QEMU 11")
+@AREA.case(15, COMPAT, "R399", effect=CaseEffect.NONE, compat="QEMU 11")
 def ids_skip(t: Trial) -> None:
     """Message ids need not follow one another: QEMU shares one counter among its devices.
 

@@ -10,14 +10,14 @@ import struct
 from typing import Any
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, check, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, check, same
 from vfiouser_conformance.facts import parse_capabilities
 from vfiouser_conformance.link import Closed, RawLink, TimedOut
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_conformance.wire import Received
 from vfiouser_protocol.constants import Command, RegionIndex
 
-AREA = Area("VERSION", "version negotiation", Effect.NONE)
+AREA = Area("VERSION", "version negotiation", CaseEffect.NONE)
 MUST, SHOULD, COMPAT = Level.MUST, Level.SHOULD, Level.COMPAT
 _TRANSFER_MAX = 64 << 20
 _PROPOSED = json.loads(vectors.QEMU_CAPABILITIES[:-1])["capabilities"]

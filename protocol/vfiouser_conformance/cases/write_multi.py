@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 
 from vfiouser_conformance import vectors, wire
-from vfiouser_conformance.case import Area, Effect, Level, NotApplicable, RefusedRequest, check, refusals, same
+from vfiouser_conformance.case import Area, CaseEffect, Level, NotApplicable, RefusedRequest, check, refusals, same
 from vfiouser_conformance.trial import SILENCE_S, Trial
 from vfiouser_protocol.constants import Command, RegionIndex
 
-AREA = Area("WRITE-MULTI", "several writes in one message", Effect.DEVICE)
+AREA = Area("WRITE-MULTI", "several writes in one message", CaseEffect.DEVICE)
 MUST, SHOULD = Level.MUST, Level.SHOULD
 MULTI = int(Command.REGION_WRITE_MULTI)
 CONFIG = int(RegionIndex.CONFIG)

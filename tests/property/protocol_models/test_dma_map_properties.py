@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from vfiouser_protocol import dma as dma_module
-from vfiouser_protocol.dma import DmaMap
+from vfiouser_protocol.dma import DmaTable
 from vfiouser_protocol.errors import CommandError, DmaFault
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class DmaMapMachine(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(dma_module, "_LEAF_CAPACITY", 4)
-        self.dma = DmaMap(max_regions=LIMIT, max_region_size=MAX_SIZE)
+        self.dma = DmaTable(max_regions=LIMIT, max_region_size=MAX_SIZE)
         self.naive = NaiveMap()
 
     def teardown(self) -> None:

@@ -224,7 +224,7 @@ def test_every_access_of_the_region(offset: int, count: int) -> None:
         assert (offset, count) not in registers
         assert offset < 4096 or offset + count > 8192
         return
-    if isinstance(found, v1.Register):
+    if isinstance(found, v1.MigrationRegister):
         assert (offset, count) in registers
     else:
         assert (offset - 4096, offset - 4096 + count) == found

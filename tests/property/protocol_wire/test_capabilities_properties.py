@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfiouser_protocol.capabilities import (
-    Capabilities,
     MigrationCapability,
     TwinSocket,
+    VersionCapabilities,
     accept_reply,
     encode_version,
     negotiate,
@@ -51,7 +51,7 @@ migrations = st.none() | st.builds(
     MigrationCapability, st.sampled_from([0, 4096, 8192, 1 << 20]), st.integers(0, 1 << 40)
 )
 capabilities = st.builds(
-    Capabilities,
+    VersionCapabilities,
     st.integers(0, 1024),
     st.integers(0, 1 << 40),
     st.integers(0, 1 << 40),

@@ -12,7 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.framing import Message
 from vfiouser_protocol.header import Header
-from vfiouser_protocol.session import CommandReceived, Phase, Refused, ReplyReceived, Role, Session
+from vfiouser_protocol.session import (
+    CommandReceived,
+    ConnectionEnd,
+    ConnectionPhase,
+    MessageRefused,
+    ProtocolSession,
+    ReplyReceived,
+)
 from wire_pair import joined
 from wire_strategies import u32
 
@@ -31,21 +38,21 @@ def messages(draw):
     return Message(header, payload, draw(st.lists(st.integers(3, 9), max_size=3)))
 
 
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("role", ConnectionEnd)
 @pytest.mark.parametrize("negotiated", [False, True])
 @given(stream=st.lists(messages(), max_size=12))
 def test_whatever_comes(role, negotiated, stream):
     """Proves that no message raises, no descriptor is lost, silence is kept, and the end is final."""
     pair = joined()
-    session = (pair.server if role is Role.SERVER else pair.client) if negotiated else Session(role)
+    session = (pair.server if role is ConnectionEnd.SERVER else pair.client) if negotiated else ProtocolSession(role)
     for message in stream:
-        was_closed = session.phase is Phase.CLOSED
+        was_closed = session.phase is ConnectionPhase.CLOSED
         result = session.receive(message)
-        surplus = [] if isinstance(result, Refused) else list(result.surplus_fds)
+        surplus = [] if isinstance(result, MessageRefused) else list(result.surplus_fds)
         assert sorted(message.fds) == sorted([*result.fds, *surplus])
-        if isinstance(result, Refused):
+        if isinstance(result, MessageRefused):
             if result.close:
-                assert session.phase is Phase.CLOSED
+                assert session.phase is ConnectionPhase.CLOSED
             if message.header.type == 1 or was_closed:
                 assert result.reply is None
             if message.header.no_reply and message.header.command != Command.VERSION:
@@ -65,23 +72,23 @@ class Conversation(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.pair = joined(piece=5)
-        self.sessions = {Role.CLIENT: self.pair.client, Role.SERVER: self.pair.server}
-        self.sent = {role: deque() for role in Role}
-        self.owed = {role: deque() for role in Role}
+        self.sessions = {ConnectionEnd.CLIENT: self.pair.client, ConnectionEnd.SERVER: self.pair.server}
+        self.sent = {role: deque() for role in ConnectionEnd}
+        self.owed = {role: deque() for role in ConnectionEnd}
         self.counter = 0
 
-    @rule(role=st.sampled_from(Role), size=st.integers(0, 20), no_reply=st.booleans())
+    @rule(role=st.sampled_from(ConnectionEnd), size=st.integers(0, 20), no_reply=st.booleans())
     def send_command(self, role, size, no_reply):
         """One side sends a numbered command, perhaps without wanting a reply."""
         self.counter += 1
-        command = Command.REGION_WRITE if role is Role.CLIENT else Command.DMA_WRITE
+        command = Command.REGION_WRITE if role is ConnectionEnd.CLIENT else Command.DMA_WRITE
         payload = self.counter.to_bytes(16, "little") + bytes(size)
         session = self.sessions[role]
         _, data = session.command(command, payload, self.counter, no_reply=no_reply)
         self.pair.send(session, data)
         self.sent[role].append((self.counter, no_reply))
 
-    @rule(role=st.sampled_from(Role))
+    @rule(role=st.sampled_from(ConnectionEnd))
     def read(self, role):
         """One side reads all there is; the replies it gets are those of its oldest commands."""
         for result in self.pair.receive(self.sessions[role]):
@@ -99,7 +106,7 @@ class Conversation(RuleBasedStateMachine):
     @rule(data=st.data())
     def answer(self, data):
         """One side answers its oldest unanswered command."""
-        role = data.draw(st.sampled_from([role for role in Role if self.owed[role]]))
+        role = data.draw(st.sampled_from([role for role in ConnectionEnd if self.owed[role]]))
         command = self.owed[role].popleft()
         session = self.sessions[role]
         self.pair.send(session, session.reply(command.header, command.payload[:16]))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfiouser_soc.nvme.prp import walk_prps
-from vfiouser_soc.nvme.spec import NvmeError, Status
+from vfiouser_soc.nvme.spec import NvmeError, StatusCode
 
 PAGES = 64
 
@@ -99,4 +99,4 @@ def test_misaligned_entries_are_refused(case: tuple[dict[int, int], int, int, in
     broken = memory | {slot: memory[slot] + data.draw(st.integers(1, page - 1))}
     with pytest.raises(NvmeError) as caught:
         walk(broken, prp1, prp2, length, page)
-    assert Status.INVALID_PRP_OFFSET is caught.value.status
+    assert StatusCode.INVALID_PRP_OFFSET is caught.value.status

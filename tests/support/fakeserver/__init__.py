@@ -12,9 +12,9 @@ import trio
 
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.nursery import background_nursery
-from vfiouser_oob.transport.fds import Lent, close_fds
+from vfiouser_oob.transport.fds import LentFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
-from vfiouser_protocol.capabilities import Capabilities, MigrationCapability
+from vfiouser_protocol.capabilities import MigrationCapability, VersionCapabilities
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.limits import Limits
@@ -27,9 +27,11 @@ from vfiouser_protocol.messages import (
     RegionWrite,
     RegionWriteReply,
 )
-from vfiouser_protocol.session import CommandReceived, Refused, ReplyReceived, Role, Session
+from vfiouser_protocol.session import CommandReceived, ConnectionEnd, MessageRefused, ProtocolSession, ReplyReceived
 
-OFFER = Capabilities(max_msg_fds=8, max_data_xfer_size=1 << 20, write_multiple=True, migration=MigrationCapability())
+OFFER = VersionCapabilities(
+    max_msg_fds=8, max_data_xfer_size=1 << 20, write_multiple=True, migration=MigrationCapability()
+)
 
 
 @dataclass
@@ -63,7 +65,7 @@ class FakeServer:
     """
 
     sock: socket.socket
-    offer: Capabilities = OFFER
+    offer: VersionCapabilities = OFFER
     grant_twin: bool = False
     handlers: dict[int, Handler] = field(default_factory=dict)
     received: list[CommandReceived] = field(default_factory=list)
@@ -72,7 +74,7 @@ class FakeServer:
 
     def __post_init__(self) -> None:
         limits = Limits()
-        self.session = Session(Role.SERVER, limits)
+        self.session = ProtocolSession(ConnectionEnd.SERVER, limits)
         self.main = MessageSocket(self.sock, limits.max_message_size)
         self.twin: MessageSocket | None = None
         self.nursery: trio.Nursery | None = None
@@ -109,7 +111,7 @@ class FakeServer:
                 event = self.session.receive(message, twin=channel is self.twin)
                 if isinstance(event, ReplyReceived):
                     self.take_reply(event)
-                elif isinstance(event, Refused):
+                elif isinstance(event, MessageRefused):
                     close_fds(event.fds)
                     if event.reply is not None:
                         channel.send(event.reply)
@@ -136,7 +138,7 @@ class FakeServer:
         if answer.raw is not None:
             data = answer.raw
         if data:
-            self.main.send(data, [Lent(fd) for fd in answer.fds])
+            self.main.send(data, [LentFd(fd) for fd in answer.fds])
 
     def accept(self, event: CommandReceived) -> None:
         """Answer VERSION."""
@@ -205,7 +207,7 @@ class FakeServer:
 @asynccontextmanager
 async def connected(
     *,
-    offer: Capabilities = OFFER,
+    offer: VersionCapabilities = OFFER,
     grant_twin: bool = False,
     handlers: dict[int, Handler] | None = None,
     **client_options: Any,

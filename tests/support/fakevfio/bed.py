@@ -16,7 +16,7 @@ from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ T = TypeVar("T")
 class NoMessages(ClientLink):
     """A client that is never asked for anything: real functions do no DMA by messages."""
 
-    capabilities = Capabilities()
+    capabilities = VersionCapabilities()
 
     async def dma_read(self, address: int, count: int) -> bytes:
         """Fail."""

@@ -22,10 +22,10 @@ from vfiouser_agents.rpc.messages import Codec, Request, Response
 from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
 from vfiouser_agents.values import Descriptor
 from vfiouser_oob.migration.descriptor import decode_descriptor
-from vfiouser_oob.migration.stream import Data, Header, StreamReader, StreamRefused
+from vfiouser_oob.migration.stream import Data, StreamHeader, StreamReader, StreamRefused
 from vfiouser_oob.migration.stream_format import DATA, RECORDS, pack_head, pack_header
 from vfiouser_protocol.capabilities import (
-    Capabilities,
+    VersionCapabilities,
     accept_reply,
     encode_version,
     negotiate,
@@ -40,7 +40,7 @@ from vfiouser_protocol.framing import Framer, Message
 from vfiouser_protocol.messages import FeatureLoggingStart
 from vfiouser_protocol.migration_v2 import FeatureAction, interpret_feature
 from vfiouser_protocol.regions import parse_region_info
-from vfiouser_protocol.session import CommandReceived, Phase, Role, Session
+from vfiouser_protocol.session import CommandReceived, ConnectionEnd, ConnectionPhase, ProtocolSession
 from vfiouser_soc.nvme import snapshot as nvme
 from vfiouser_soc.nvme.function import NvmeFunction
 from vfiouser_soc.nvme.snapshot_reader import BadSnapshot, parse
@@ -103,10 +103,10 @@ def framing(data: bytes) -> None:
 @target
 def session(data: bytes) -> None:
     """No message raises; every descriptor comes back, and every command is answered at most once."""
-    role = Role.SERVER if not data or data[0] & 1 else Role.CLIENT
-    ours = Session(role)
-    if role is Role.CLIENT:
-        ours.propose(Capabilities())
+    role = ConnectionEnd.SERVER if not data or data[0] & 1 else ConnectionEnd.CLIENT
+    ours = ProtocolSession(role)
+    if role is ConnectionEnd.CLIENT:
+        ours.propose(VersionCapabilities())
     try:
         for message in _messages(data[1:], ours.new_framer()):
             event = ours.receive(message)
@@ -114,15 +114,15 @@ def session(data: bytes) -> None:
             assert sorted(message.fds) == sorted([*event.fds, *surplus])
             if isinstance(event, CommandReceived):
                 _answer(ours, event)
-            elif role is Role.CLIENT and ours.phase is Phase.READY and len(ours.outstanding) < 4:
+            elif role is ConnectionEnd.CLIENT and ours.phase is ConnectionPhase.READY and len(ours.outstanding) < 4:
                 ours.command(9, struct.pack("<QII", 0, 7, 4), "token")
     except StreamError:
         pass
 
 
-def _answer(ours: Session, event: CommandReceived) -> None:
+def _answer(ours: ProtocolSession, event: CommandReceived) -> None:
     if event.header.command == 1:
-        reply = ours.accept(event.header, Capabilities())
+        reply = ours.accept(event.header, VersionCapabilities())
         assert reply
         return
     try:
@@ -139,7 +139,7 @@ def _answer(ours: Session, event: CommandReceived) -> None:
 @target
 def capabilities(data: bytes) -> None:
     """The JSON of VERSION, either way: what is accepted can be negotiated, and the result goes round."""
-    ours = Capabilities(write_multiple=True)
+    ours = VersionCapabilities(write_multiple=True)
     try:
         request = parse_version_request(data)
     except StreamError:
@@ -154,7 +154,7 @@ def capabilities(data: bytes) -> None:
         pass
 
 
-_PROPOSAL = parse_version_request(encode_version(Capabilities(write_multiple=True)))
+_PROPOSAL = parse_version_request(encode_version(VersionCapabilities(write_multiple=True)))
 
 
 @target
@@ -255,7 +255,7 @@ def _read(chunks: Iterator[bytes]) -> None:
         for chunk in chunks:
             fed += len(chunk)
             for record in reader.feed(chunk):
-                if isinstance(record, Header):
+                if isinstance(record, StreamHeader):
                     state.clear()
                 elif isinstance(record, Data):
                     assert record.offset == len(state)

@@ -19,7 +19,7 @@ from vfiouser_oob.devices.kernel_vfio import uapi
 from vfiouser_oob.devices.kernel_vfio.iommufd import IommufdSpace
 from vfiouser_oob.devices.kernel_vfio.kernel import LinuxKernel
 from vfiouser_oob.devices.kernel_vfio.openers import OpenDevice, choose_opener
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 
 MANY = 66_000
 
@@ -171,7 +171,7 @@ def accounting() -> None:
         os.ftruncate(fd, 16 * MIB)
         async with Client.connect(path) as connected:
             before = _kib(served.pid, "VmPin")
-            await connected.dma_map(0, 16 * MIB, fd=Lent(fd))
+            await connected.dma_map(0, 16 * MIB, fd=LentFd(fd))
             assert 16 * 1024 == _kib(served.pid, "VmPin") - before
             assert 0 == _kib(served.pid, "VmLck")
             await connected.dma_unmap(0, 16 * MIB)

@@ -18,7 +18,7 @@ from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
 from vfiouser_oob.lab.nvme.driver import NvmeDriver
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags, RegionIndex
 
 CONFIG = RegionIndex.CONFIG
@@ -92,11 +92,11 @@ async def signals_work(path: Path) -> None:
         for index in (IrqIndex.ERR, IrqIndex.REQ):
             assert 1 == (await connected.get_irq_info(index)).count
             fd = eventfd()
-            await connected.set_eventfds(index, [Lent(fd)])
+            await connected.set_eventfds(index, [LentFd(fd)])
             await connected.set_irqs(index, LOOP_BACK, data=b"\x01")
             assert 1 == await fired(fd)
             await connected.disable_irqs(index)
-            await connected.set_eventfds(index, [Lent(fd)])
+            await connected.set_eventfds(index, [LentFd(fd)])
             await connected.set_irqs(index, LOOP_BACK, data=b"\x01")
             assert 1 == await fired(fd)
 
@@ -143,7 +143,7 @@ async def msi_work(path: Path) -> None:
         assert 1 == info.count
         fd = eventfd()
         await connected.region_write(CONFIG, 4, b"\x06\x00")
-        await connected.set_eventfds(IrqIndex.MSI, [Lent(fd)])
+        await connected.set_eventfds(IrqIndex.MSI, [LentFd(fd)])
         with ClientMemory(MIB, low) as memory, await MappedRegion.open(connected, 0) as bar:
             await memory.map(connected)
             edu = Edu(bar)
@@ -204,7 +204,7 @@ async def churn_work(path: Path) -> None:
         nursery.start_soon(transfer)
         for number in range(15):
             base = 0x1_0000_0000 + number % 4 * MIB
-            await connected.dma_map(base, MIB, fd=Lent(fd))
+            await connected.dma_map(base, MIB, fd=LentFd(fd))
             await connected.dma_unmap(base, MIB)
         nursery.cancel_scope.cancel()
     assert transfers >= 5, f"only {transfers} transfers while memory was mapped and unmapped"
@@ -222,7 +222,7 @@ async def permissions_work(path: Path) -> None:
     readable = os.memfd_create("read-only")
     os.pwrite(readable, b"\xa5" * 4096, 0)
     async with admin_queue(path) as queue:
-        await queue.client.dma_map(0x1_0000_0000, 4096, fd=Lent(readable), flags=READ_ONLY)
+        await queue.client.dma_map(0x1_0000_0000, 4096, fd=LentFd(readable), flags=READ_ONLY)
         await queue.enable()
         assert MODEL in await queue.identify()
         own, queue.data = queue.data, 0x1_0000_0000
@@ -246,8 +246,8 @@ async def huge_work(path: Path) -> None:
     fd = os.memfd_create("huge", os.MFD_HUGETLB)
     os.ftruncate(fd, 4 * HUGE_PAGE)
     async with admin_queue(path) as queue:
-        await queue.client.dma_map(0x1_0000_0000, 4 * HUGE_PAGE, fd=Lent(fd))
-        await queue.client.dma_map(0x2_0000_0000, HUGE_PAGE, fd=Lent(fd), offset=HUGE_PAGE + 0x3000)
+        await queue.client.dma_map(0x1_0000_0000, 4 * HUGE_PAGE, fd=LentFd(fd))
+        await queue.client.dma_map(0x2_0000_0000, HUGE_PAGE, fd=LentFd(fd), offset=HUGE_PAGE + 0x3000)
         await queue.enable()
         for address, place in ((0x1_0000_1000, 0x1000), (0x2_0000_5000, HUGE_PAGE + 0x8000)):
             assert MODEL not in os.pread(fd, 4096, place)

@@ -13,7 +13,7 @@ from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
 from vfiouser_oob.devices.kernel_vfio.kernel import LinuxKernel
 from vfiouser_oob.devices.kernel_vfio.openers import choose_opener
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 
 MIB = 1 << 20
 PAGES = MIB // 4096
@@ -23,7 +23,7 @@ BUS = Path("/sys/bus/mdev/devices")
 class NoMessages(ClientLink):
     """A client that is never asked for anything."""
 
-    capabilities = Capabilities()
+    capabilities = VersionCapabilities()
 
     async def dma_read(self, address: int, count: int) -> bytes:
         """Fail."""

@@ -23,7 +23,7 @@ from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory
 from vfiouser_oob.lab.vmm.attachment import Attachment
 from vfiouser_oob.lab.vmm.side import Generation
 from vfiouser_oob.lab.vmm.voyage import open_side
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.constants import DeviceState, IrqIndex, RegionIndex
 from vfiouser_protocol.errors import VfioUserError
 
@@ -125,10 +125,10 @@ def mdev_memory() -> None:
         fd = os.memfd_create("kept-memory")
         os.ftruncate(fd, 8 * MIB)
         async with Client.connect(path) as connected:
-            await connected.dma_map(IOVA, 2 * MIB, fd=Lent(fd), offset=MIB)
-            await connected.dma_map(IOVA + 16 * MIB, MIB, fd=Lent(fd))
+            await connected.dma_map(IOVA, 2 * MIB, fd=LentFd(fd), offset=MIB)
+            await connected.dma_map(IOVA + 16 * MIB, MIB, fd=LentFd(fd))
             assert (3 * MIB if kept else 0) == views(served, "kept-memory")
-            assert errno.EEXIST == await refusal(lambda: connected.dma_map(IOVA + MIB, 4096, fd=Lent(fd)))
+            assert errno.EEXIST == await refusal(lambda: connected.dma_map(IOVA + MIB, 4096, fd=LentFd(fd)))
             assert (3 * MIB if kept else 0) == views(served, "kept-memory")
             await connected.dma_unmap(IOVA, 2 * MIB)
             assert (MIB if kept else 0) == views(served, "kept-memory")
@@ -137,7 +137,7 @@ def mdev_memory() -> None:
             await connected.dma_unmap_all()
             assert 0 == views(served, "kept-memory")
             os.ftruncate(fd, 8 * MIB)
-            await connected.dma_map(IOVA, 2 * MIB, fd=Lent(fd))
+            await connected.dma_map(IOVA, 2 * MIB, fd=LentFd(fd))
         until(lambda: served.status()["client"] is None)
         assert 0 == views(served, "kept-memory")
 

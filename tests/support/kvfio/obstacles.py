@@ -19,7 +19,7 @@ from kvfio.bed import INTERFACE, NVME, SHARED, Daemon, background_client, client
 from kvfio.scenarios import MIB, refusal, verified_io, wait_until
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.config.schema import LogLevel, RegionPolicy, VfioInterface
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import ReplyError
 
@@ -92,10 +92,10 @@ def iova_windows() -> None:
         async with Client.connect(path) as connected:
             assert 65535 == connected.capabilities.max_dma_maps
             for address, size in ((0xFEE0_0000, 4096), (0xFEDF_F000, 8192), (1 << 48, 4096), ((1 << 48) - 4096, 8192)):
-                refused = await refusal(lambda a=address, s=size: connected.dma_map(a, s, fd=Lent(fd)))  # type: ignore[misc]
+                refused = await refusal(lambda a=address, s=size: connected.dma_map(a, s, fd=LentFd(fd)))  # type: ignore[misc]
                 assert errno.EINVAL == refused, f"{address:#x}+{size:#x}: {refused}"
             for address in (0xFEDF_F000, 0xFEF0_0000, (1 << 48) - 4096):
-                await connected.dma_map(address, 4096, fd=Lent(fd))
+                await connected.dma_map(address, 4096, fd=LentFd(fd))
 
     with daemon(NVME) as served:
         client(work, served)
@@ -117,10 +117,10 @@ def entry_limit() -> None:
         async with Client.connect(path) as connected:
             assert 8 == connected.capabilities.max_dma_maps
             for index in range(8):
-                await connected.dma_map(index * 8192, 4096, fd=Lent(fd))
-            assert errno.ENOSPC == await refusal(lambda: connected.dma_map(MIB, 4096, fd=Lent(fd)))
+                await connected.dma_map(index * 8192, 4096, fd=LentFd(fd))
+            assert errno.ENOSPC == await refusal(lambda: connected.dma_map(MIB, 4096, fd=LentFd(fd)))
             await connected.dma_unmap(0, 4096)
-            await connected.dma_map(MIB, 4096, fd=Lent(fd))
+            await connected.dma_map(MIB, 4096, fd=LentFd(fd))
 
     try:
         with daemon(NVME) as served:
@@ -139,13 +139,13 @@ def read_only_files() -> None:
         readable = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
         writable = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
         async with Client.connect(path) as connected:
-            assert errno.EACCES == await refusal(lambda: connected.dma_map(0, MIB, fd=Lent(readable)))
-            assert errno.EACCES == await refusal(lambda: connected.dma_map(0, MIB, fd=Lent(readable), flags=2))
-            assert errno.EACCES == await refusal(lambda: connected.dma_map(0, MIB, fd=Lent(writable), flags=1))
+            assert errno.EACCES == await refusal(lambda: connected.dma_map(0, MIB, fd=LentFd(readable)))
+            assert errno.EACCES == await refusal(lambda: connected.dma_map(0, MIB, fd=LentFd(readable), flags=2))
+            assert errno.EACCES == await refusal(lambda: connected.dma_map(0, MIB, fd=LentFd(writable), flags=1))
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
-            assert errno.EPERM == await refusal(lambda: connected.dma_map(0, MIB, fd=Lent(fd)))
-            await connected.dma_map(0, MIB, fd=Lent(fd), flags=1)
-            await connected.dma_map(MIB, MIB, fd=Lent(readable), flags=1)
+            assert errno.EPERM == await refusal(lambda: connected.dma_map(0, MIB, fd=LentFd(fd)))
+            await connected.dma_map(0, MIB, fd=LentFd(fd), flags=1)
+            await connected.dma_map(MIB, MIB, fd=LentFd(readable), flags=1)
 
     with daemon(NVME) as served:
         client(work, served)

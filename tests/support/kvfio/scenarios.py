@@ -23,7 +23,7 @@ from vfiouser_oob.client.mapping import MappedRegion
 from vfiouser_oob.config.schema import RegionPolicy, VfioInterface
 from vfiouser_oob.lab.nvme.driver import NvmeDriver
 from vfiouser_oob.lab.nvme.layout import CC, CSTS
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags, RegionIndex
 from vfiouser_protocol.errors import ReplyError
 
@@ -124,7 +124,7 @@ async def intx_work(path: Path) -> None:
     async with admin_queue(path) as queue:
         line, resample = eventfd(), eventfd()
         await queue.enable(intx=True)
-        await queue.client.set_eventfds(IrqIndex.INTX, [Lent(line)])
+        await queue.client.set_eventfds(IrqIndex.INTX, [LentFd(line)])
         await queue.submit()
         assert 1 == await fired(line)
         await queue.submit()  # the line is still asserted, and masked
@@ -138,7 +138,7 @@ async def intx_work(path: Path) -> None:
         assert 0 == await fired(line, 0.1)
         await queue.submit()
         assert 0 == await fired(line, 0.3)
-        await queue.client.set_irqs(IrqIndex.INTX, UNMASK_EVENTFD, fds=[Lent(resample)])
+        await queue.client.set_irqs(IrqIndex.INTX, UNMASK_EVENTFD, fds=[LentFd(resample)])
         os.eventfd_write(resample, 1)
         assert 1 == await fired(line), "the kernel waits for the resample eventfd itself"
         await queue.reap()
@@ -157,26 +157,26 @@ async def msix_work(path: Path) -> None:
     async with admin_queue(path) as queue:
         fds = [eventfd() for _ in range(65)]
         info = await queue.client.get_irq_info(IrqIndex.MSIX)
-        await queue.client.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in fds[:1]])
+        await queue.client.set_eventfds(IrqIndex.MSIX, [LentFd(fd) for fd in fds[:1]])
         await queue.enable()
         await queue.identify()
         assert 1 == await fired(fds[0])
-        await queue.client.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in fds[5:6]], 5)
+        await queue.client.set_eventfds(IrqIndex.MSIX, [LentFd(fd) for fd in fds[5:6]], 5)
         assert errno.EINVAL == await refusal(
-            lambda: queue.client.set_eventfds(IrqIndex.INTX, [Lent(fd) for fd in fds[1:2]])
+            lambda: queue.client.set_eventfds(IrqIndex.INTX, [LentFd(fd) for fd in fds[1:2]])
         )
         await queue.client.disable_irqs(IrqIndex.MSIX)
-        await queue.client.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in fds[: info.count]])
+        await queue.client.set_eventfds(IrqIndex.MSIX, [LentFd(fd) for fd in fds[: info.count]])
         loop_back = IrqSetFlags.DATA_BOOL | IrqSetFlags.ACTION_TRIGGER
         await queue.client.set_irqs(IrqIndex.MSIX, loop_back, 20, data=b"\x01\x00\x01")
         assert [1, 0, 1] == [await fired(fds[vector], 0.1) for vector in (20, 21, 22)]
-        await queue.client.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in fds[64:]], 0)
+        await queue.client.set_eventfds(IrqIndex.MSIX, [LentFd(fd) for fd in fds[64:]], 0)
         await queue.identify()
         assert 1 == await fired(fds[64])
         assert errno.ENOTTY == await refusal(lambda: queue.client.set_irqs(IrqIndex.MSIX, MASK, count=1))
         pipe = os.pipe()
         assert errno.EINVAL == await refusal(
-            lambda: queue.client.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in pipe[1:]])
+            lambda: queue.client.set_eventfds(IrqIndex.MSIX, [LentFd(fd) for fd in pipe[1:]])
         )
         print(f"vectors={info.count} flags={info.flags}")
 
@@ -261,10 +261,10 @@ async def peer_to_peer_work(path: Path) -> None:
         assert region.fd is not None
         device, offset = region.fd.fileno(), region.description.offset
         if INTERFACE is VfioInterface.CDEV:
-            refused = await refusal(lambda: connected.dma_map(0x2_0000_0000, 0x4000, fd=Lent(device), offset=offset))
+            refused = await refusal(lambda: connected.dma_map(0x2_0000_0000, 0x4000, fd=LentFd(device), offset=offset))
             assert errno.EFAULT == refused, refused
             device, offset = export_dma_buf(device, 0, 0x4000), 0
-        await connected.dma_map(0x2_0000_0000, 0x4000, fd=Lent(device), offset=offset)
+        await connected.dma_map(0x2_0000_0000, 0x4000, fd=LentFd(device), offset=offset)
         region.close()
         await connected.dma_unmap(0x2_0000_0000, 0x4000)
 
@@ -291,11 +291,11 @@ async def map_errors_work(path: Path) -> None:
             (0, MIB, readable, errno.EACCES),
             (0, MIB, eventfd(), errno.ENODEV),
         ):
-            refused = await refusal(lambda a=address, s=size, f=source: connected.dma_map(a, s, fd=Lent(f)))  # type: ignore[misc]
+            refused = await refusal(lambda a=address, s=size, f=source: connected.dma_map(a, s, fd=LentFd(f)))  # type: ignore[misc]
             assert number == refused, f"{address:#x}+{size:#x}: errno {refused}, not {number}"
-        await connected.dma_map(0, MIB, fd=Lent(readable), flags=1)
-        await connected.dma_map(MIB, MIB, fd=Lent(fd), offset=MIB)
-        assert errno.EEXIST == await refusal(lambda: connected.dma_map(MIB, 4096, fd=Lent(fd)))
+        await connected.dma_map(0, MIB, fd=LentFd(readable), flags=1)
+        await connected.dma_map(MIB, MIB, fd=LentFd(fd), offset=MIB)
+        assert errno.EEXIST == await refusal(lambda: connected.dma_map(MIB, 4096, fd=LentFd(fd)))
         await connected.dma_map(0xE000_0000, 0x2000)
         await connected.dma_unmap(0xE000_0000, 0x2000)
         assert errno.ENOENT == await refusal(lambda: connected.dma_unmap(MIB, 4096))
@@ -315,9 +315,9 @@ def locked_memory_limit() -> None:
         fd = os.memfd_create("client")
         os.ftruncate(fd, 16 * MIB)
         async with Client.connect(path) as connected:
-            await connected.dma_map(0, 4 * MIB, fd=Lent(fd))
-            assert errno.ENOMEM == await refusal(lambda: connected.dma_map(16 * MIB, 8 * MIB, fd=Lent(fd)))
-            await connected.dma_map(16 * MIB, 2 * MIB, fd=Lent(fd))
+            await connected.dma_map(0, 4 * MIB, fd=LentFd(fd))
+            assert errno.ENOMEM == await refusal(lambda: connected.dma_map(16 * MIB, 8 * MIB, fd=LentFd(fd)))
+            await connected.dma_map(16 * MIB, 2 * MIB, fd=LentFd(fd))
 
     with bed.given_away(NVME), daemon(NVME, uid=NOBODY, memlock=8 * MIB) as served:
         client(work, served)
@@ -380,7 +380,7 @@ def killed_daemon() -> None:
     async def work(path: Path) -> None:
         async with admin_queue(path) as queue:
             fd = eventfd()
-            await queue.client.set_eventfds(IrqIndex.MSIX, [Lent(fd)])
+            await queue.client.set_eventfds(IrqIndex.MSIX, [LentFd(fd)])
             await queue.enable()
             await queue.identify()
             assert 1 == await fired(fd)
@@ -461,7 +461,7 @@ def asked_back() -> None:
     async def work(path: Path) -> None:
         async with Client.connect(path) as connected:
             request = eventfd()
-            await connected.set_eventfds(IrqIndex.REQ, [Lent(request)])
+            await connected.set_eventfds(IrqIndex.REQ, [LentFd(request)])
             (bed.RUN / "used").touch()
             assert await fired(request, 20) >= 1, "nobody asked"
 
@@ -496,7 +496,7 @@ async def igb_work(path: Path) -> None:
             assert mapped == int.from_bytes(await connected.region_read(0, 8, 4), "little")
             assert mapped not in {0, 0xFFFF_FFFF}
         fds = [eventfd() for _ in range(vectors)]
-        await connected.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in fds])
+        await connected.set_eventfds(IrqIndex.MSIX, [LentFd(fd) for fd in fds])
         loop_back = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
         await connected.set_irqs(IrqIndex.MSIX, loop_back, count=vectors)
         assert [1] * vectors == [await fired(fd) for fd in fds]

@@ -12,7 +12,7 @@ from kvfio.scenarios import eventfd, fired
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.lab.vmm.attachment import Attachment, ConfigState, save_config
 from vfiouser_oob.lab.vmm.live import VirtualMachine
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.constants import IrqIndex
 
 DATA, IER, FCR, LCR, MCR, LSR, SCR = 0, 1, 2, 3, 4, 5, 7
@@ -121,7 +121,7 @@ class SerialMachine(VirtualMachine):
     async def _expect_interrupt(self, port: SerialPort) -> None:
         line = eventfd()
         try:
-            await self.client.set_eventfds(IrqIndex.INTX, [Lent(line)])
+            await self.client.set_eventfds(IrqIndex.INTX, [LentFd(line)])
             await port.write(IER, RECEIVED)
             await port.write(DATA, 0x42)
             assert 1 == await fired(line), "no interrupt for what was received"

@@ -10,8 +10,8 @@ from enum import Enum
 from vfiouser_agents.api import AgentState, Role, Status
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration.machine import advance
-from vfiouser_oob.migration.plans import PLANS, Do, Fall, arc_name
-from vfiouser_oob.migration.record import Begun, Failure, Owner, Record
+from vfiouser_oob.migration.plans import PLANS, Do, FailureOutcome, arc_name
+from vfiouser_oob.migration.record import Begun, Failure, MigrationRecord, Owner
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.migration_v2 import require_path
 
@@ -69,7 +69,7 @@ class Side:
         whole: what was written to it is a whole stream.
     """
 
-    record: Record = field(default_factory=Record)
+    record: MigrationRecord = field(default_factory=MigrationRecord)
     agent: AgentState = AgentState.RUNNING
     live: bool = True
     whole: bool = False
@@ -81,7 +81,7 @@ class Side:
         """Whether it runs."""
         return self.agent is AgentState.RUNNING
 
-    def feed(self, event: ev.Event) -> ev.Take | ev.Answer | None:
+    def feed(self, event: ev.MigrationEvent) -> ev.Take | ev.Answer | None:
         """Take an event; returns what an errand needs next."""
         self.record, effects = advance(self.record, event, 1000.0)
         self.effects += effects
@@ -93,7 +93,7 @@ class Side:
                 self.feed(ev.BeganAtAgent(None))
         return due
 
-    def play(self, event: ev.Event, script: Script = all_well) -> ev.Answer | None:
+    def play(self, event: ev.MigrationEvent, script: Script = all_well) -> ev.Answer | None:
         """Take an event and the steps that follow; returns the answer, None if whoever asked has gone."""
         due = self.feed(event)
         while isinstance(due, ev.Take):
@@ -104,7 +104,7 @@ class Side:
         self.taken.append(do)
         if do not in AT_AGENT and fate not in GONE and fate is not Fate.DONE:
             fate = Fate.REFUSED
-        background = self.record.errand is not None and PLANS[self.record.errand.plan].fall is Fall.TRY_AGAIN
+        background = self.record.errand is not None and PLANS[self.record.errand.plan].fall is FailureOutcome.TRY_AGAIN
         if do in (Do.BEGIN_SOURCE, Do.BEGIN_DESTINATION) and fate is not Fate.AWAY:
             self.feed(ev.BeganAtAgent(Begun(Role.SOURCE if do is Do.BEGIN_SOURCE else Role.DESTINATION, "m")))
         spoiled = self.record.load_failure is not None or (self.position and not self.whole)
@@ -116,10 +116,10 @@ class Side:
             self.agent = AgentState.ERROR
         if fate in GONE:
             # The background's goal stands, and nobody can give it up.
-            return self.feed(ev.Refused(FAILURES[Fate.LOST])) if background else self.feed(ev.Abandoned())
+            return self.feed(ev.StepRefused(FAILURES[Fate.LOST])) if background else self.feed(ev.Abandoned())
         if fate is Fate.DONE:
-            return self.feed(ev.Taken(status=Status(self.agent) if do is Do.ASK else None))
-        return self.feed(ev.Refused(FAILURES[fate]))
+            return self.feed(ev.StepTaken(status=Status(self.agent) if do is Do.ASK else None))
+        return self.feed(ev.StepRefused(FAILURES[fate]))
 
     @property
     def position(self) -> int:

@@ -13,7 +13,7 @@ import trio
 
 from fakeserver import OFFER, Answer, FakeServer, Handler
 from vfiouser_oob.transport.listener import listen_on_path
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command, DeviceInfoFlags, RegionFlags
 from vfiouser_protocol.messages import DeviceInfo, IrqInfo, RegionInfo
@@ -47,7 +47,7 @@ DULL: Mapping[int, Handler] = {
 
 @asynccontextmanager
 async def upstream(
-    path: Path, handlers: Mapping[int, Handler] | None = None, *, offer: Capabilities = OFFER
+    path: Path, handlers: Mapping[int, Handler] | None = None, *, offer: VersionCapabilities = OFFER
 ) -> AsyncIterator[list[FakeServer]]:
     """Listen until the block ends; one server per connection is in the list that it gives."""
     servers: list[FakeServer] = []

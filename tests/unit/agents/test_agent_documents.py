@@ -14,7 +14,7 @@ import pytest
 
 from vfiouser_agents import values
 from vfiouser_agents.adapters.msgpack_rpc import DEFAULT_KEEPALIVE
-from vfiouser_agents.errors import ERRORS, Fate, Retry
+from vfiouser_agents.errors import ERRORS, FunctionCertainty, Retry
 from vfiouser_agents.operations import BY_WIRE
 from vfiouser_agents.rpc import core, endpoint, methods, msgpack_codec, server
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE, Message, Request, Response
@@ -54,7 +54,7 @@ def test_every_error_is_described() -> None:
     """Codes, whether to repeat, the function's fate and the errno are those of the classes."""
     repeat = {"no": Retry.NO, "yes": Retry.YES, "after": Retry.RECONNECT}
     described = {
-        row[0].strip("`"): (repeat[re.split(r"\W", row[2])[0]], Fate(row[3]), getattr(errno, row[4]))
+        row[0].strip("`"): (repeat[re.split(r"\W", row[2])[0]], FunctionCertainty(row[3]), getattr(errno, row[4]))
         for row in rows("## Errors")
         if row[0].startswith("`")
     }

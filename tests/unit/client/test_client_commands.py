@@ -10,7 +10,7 @@ import pytest
 
 from fakeserver import OFFER, Answer, Handler, connected
 from vfiouser_oob.client.errors import BadReply
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import (
     Command,
@@ -156,7 +156,7 @@ async def test_eventfds_are_split_by_what_the_server_takes(limit: int, sizes: li
         os.eventfd_write(fd, 1)
     offer = OFFER._replace(max_msg_fds=limit)
     async with connected(offer=offer, handlers={Command.DEVICE_SET_IRQS: note}) as (client, server):
-        await client.set_eventfds(IrqIndex.MSIX, [Lent(fd) for fd in fds], start=3)
+        await client.set_eventfds(IrqIndex.MSIX, [LentFd(fd) for fd in fds], start=3)
         assert sizes == [decode(SetIrqs, event.payload).count for event in server.received]
     assert [(3 + number, number + 1) for number in range(5)] == seen
     for fd in fds:
@@ -176,7 +176,7 @@ async def test_irqs_without_descriptors() -> None:
             SetIrqs(20, 0x21, 0, 0, 0),
         ] == [decode(SetIrqs, event.payload) for event in server.received]
         with pytest.raises(LocalProtocolError):
-            await client.set_irqs(IrqIndex.MSI, 0x24, 0, 3, fds=[Lent(0)])
+            await client.set_irqs(IrqIndex.MSI, 0x24, 0, 3, fds=[LentFd(0)])
 
 
 async def test_region_access_is_split_by_the_servers_limit() -> None:
@@ -264,7 +264,7 @@ async def test_dma_map_and_unmap() -> None:
 
     unmapped = always(encode(DmaUnmap(24, 0, 0, 0)))
     async with connected(handlers={Command.DMA_MAP: note, Command.DMA_UNMAP: unmapped}) as (client, server):
-        await client.dma_map(0x1000, 0x2000, fd=Lent(memory), offset=0x3000)
+        await client.dma_map(0x1000, 0x2000, fd=LentFd(memory), offset=0x3000)
         await client.dma_map(0x8000, 0x1000, flags=DmaMapFlags.READ)
         for call in [client.submit_dma_unmap(0x1000, 0x2000), client.submit_dma_unmap(0x8000, 0x1000)]:
             await call.wait()

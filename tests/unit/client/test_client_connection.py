@@ -17,7 +17,7 @@ from openfds import open_fds
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.connection import connect_socket
 from vfiouser_oob.client.errors import ServerGone, TooLate
-from vfiouser_oob.transport.fds import Lent
+from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import HEADER_SIZE, Command, RegionIndex
 from vfiouser_protocol.errors import ReplyError
@@ -308,7 +308,7 @@ async def test_descriptors_of_a_waiting_message_may_be_closed_at_once() -> None:
         stuffing = [client.submit(Command.MIG_DATA_WRITE, bytes(1 << 20)) for _ in range(2)]
         memory = os.memfd_create("memory")
         inode = os.fstat(memory).st_ino
-        call = client.submit_dma_map(0, 4096, fd=Lent(memory))
+        call = client.submit_dma_map(0, 4096, fd=LentFd(memory))
         os.close(memory)
         go_on.set()
         await call.wait()

@@ -16,7 +16,7 @@ from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_protocol.capabilities import Capabilities, encode_version
+from vfiouser_protocol.capabilities import VersionCapabilities, encode_version
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import HEADER_SIZE, Command
 from vfiouser_protocol.errors import ReplyError
@@ -57,7 +57,7 @@ def thread_server(talk: Talk) -> Iterator[socket.socket]:
     def serve() -> None:
         with theirs:
             msg_id, command, _ = receive(theirs)
-            send(theirs, msg_id, command, encode_version(Capabilities(), 0))
+            send(theirs, msg_id, command, encode_version(VersionCapabilities(), 0))
             try:
                 while True:
                     msg_id, command, payload = receive(theirs)

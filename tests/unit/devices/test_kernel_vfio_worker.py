@@ -7,13 +7,13 @@ import threading
 import pytest
 import trio
 
-from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker, explained
+from vfiouser_oob.devices.kernel_vfio.worker import Job, OrderedWorker, explained
 from vfiouser_protocol.errors import CommandError
 
 
 async def test_jobs_run_in_order_and_one_at_a_time() -> None:
     """Each waits for the one before it, whoever asked, and the worker is busy until the last one ended."""
-    worker = Worker()
+    worker = OrderedWorker()
     done: list[int] = []
     gate = threading.Event()
 
@@ -34,7 +34,7 @@ async def test_jobs_run_in_order_and_one_at_a_time() -> None:
 
 async def test_an_abandoned_job_is_undone_before_the_next() -> None:
     """What it achieved is taken back in its turn; a job that had not begun is not begun."""
-    worker = Worker()
+    worker = OrderedWorker()
     done: list[str] = []
     gate = threading.Event()
 
@@ -64,7 +64,7 @@ async def test_an_abandoned_job_is_undone_before_the_next() -> None:
 
 async def test_a_job_that_is_over_gives_its_result_even_when_cancelled() -> None:
     """Nobody would undo it any more, so the caller has to learn of it."""
-    worker = Worker()
+    worker = OrderedWorker()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.run)
         job = worker.submit(Job(lambda job: 7, lambda it: pytest.fail("it was undone")))
@@ -81,7 +81,7 @@ async def test_system_errors_say_what_was_being_done() -> None:
     def work() -> None:
         raise OSError(16, "Device or resource busy")
 
-    worker = Worker()
+    worker = OrderedWorker()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.run)
         with pytest.raises(CommandError, match="resetting it failed: Device or resource busy") as refused:

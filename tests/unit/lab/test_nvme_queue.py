@@ -13,7 +13,7 @@ from vfiouser_oob.client.client import ClientRegion
 from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
-from vfiouser_oob.lab.nvme.layout import CQE, DOORBELLS, PRP_ENTRY, SQE, NvmeError
+from vfiouser_oob.lab.nvme.layout import CQE, DOORBELLS, PRP_ENTRY, SQE, DriverError
 from vfiouser_oob.lab.nvme.queue import NvmeCommand, PagePool, QueuePair, list_pages
 from vfiouser_protocol.codec import decode
 from vfiouser_protocol.constants import Command
@@ -64,9 +64,9 @@ async def test_pool_waits_for_pages() -> None:
             nursery.start_soon(second)
             await trio.testing.wait_all_tasks_blocked()
             order.append("first")
-        with pytest.raises(NvmeError):
+        with pytest.raises(DriverError):
             async with pool.take(4):
-                raise NvmeError("refused by the device", 2)
+                raise DriverError("refused by the device", 2)
         async with pool.take(4):
             order.append("third")
         with pytest.raises(MemoryError):
@@ -154,7 +154,7 @@ async def test_status_of_a_command_is_raised() -> None:
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(process)
-                with pytest.raises(NvmeError) as caught:
+                with pytest.raises(DriverError) as caught:
                     await queue.execute(NvmeCommand(0xFF))
             assert 0x102 == caught.value.status
 

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from vfiouser_protocol.capabilities import (
-    Capabilities,
     MigrationCapability,
     TwinSocket,
+    VersionCapabilities,
     accept_reply,
     encode_version,
     negotiate,
@@ -32,7 +32,7 @@ QEMU_V1 = bytes(4) + (
 RUST = b'\0\0\1\0{"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096}}}\0'
 SAMPLE_CLIENT = b"\0\0\2\0" + b'{"capabilities":{"max_msg_fds":32,"max_data_xfer_size":1024}}\0'
 
-OFFER = Capabilities(max_msg_fds=16, write_multiple=True, migration=MigrationCapability())
+OFFER = VersionCapabilities(max_msg_fds=16, write_multiple=True, migration=MigrationCapability())
 
 
 def version(text, minor=1):
@@ -86,7 +86,7 @@ def test_qemu_answer():
 
 def test_sample_client_keeps_what_differs_from_defaults():
     """Proves that a longer value makes room by dropping what equals its default, which loses nothing."""
-    agreed = answer(SAMPLE_CLIENT, Capabilities(max_msg_fds=16))
+    agreed = answer(SAMPLE_CLIENT, VersionCapabilities(max_msg_fds=16))
     assert members(agreed.reply_payload) == {"max_msg_fds": 16}
     assert agreed.minor == 2
     assert agreed.client.max_data_xfer_size == 1024
@@ -95,7 +95,7 @@ def test_sample_client_keeps_what_differs_from_defaults():
 def test_limits_that_differ_are_dropped_last():
     """Proves that a smaller transfer limit, which the client must know, outlives the other members."""
     request = version('{"capabilities":{"max_data_xfer_size":1,"max_msg_fds":1}}')
-    agreed = answer(request, Capabilities(max_msg_fds=16, max_data_xfer_size=65536))
+    agreed = answer(request, VersionCapabilities(max_msg_fds=16, max_data_xfer_size=65536))
     assert members(agreed.reply_payload) == {"max_data_xfer_size": 65536}
 
 
@@ -103,7 +103,7 @@ def test_limits_that_differ_are_dropped_last():
 def test_silence_means_defaults(payload):
     """Proves that a request without capabilities is legal, and is answered by an empty object."""
     request = parse_version_request(payload)
-    assert request.capabilities == Capabilities(1, 1048576, 65535, 4096, False, None, None)
+    assert request.capabilities == VersionCapabilities(1, 1048576, 65535, 4096, False, None, None)
     assert request.present == frozenset()
     assert answer(payload).reply_payload[4:] == b'{"capabilities":{}}\0'
 
@@ -220,14 +220,14 @@ def test_present_names_what_was_said():
 def test_smaller_migration_pgsize_wins(theirs, ours, agreed):
     """Proves that both sides use the smaller page size, and that an unsaid one does not count."""
     request = version(f'{{"capabilities":{{"migration":{{"pgsize":{theirs}}}, "padding":"{"x" * 20}"}}}}')
-    negotiated = answer(request, Capabilities(migration=MigrationCapability(ours)))
+    negotiated = answer(request, VersionCapabilities(migration=MigrationCapability(ours)))
     assert negotiated.migration_pgsize == agreed
     assert members(negotiated.reply_payload) == {"migration": {"pgsize": agreed}}
 
 
 def test_no_migration_offered():
     """Proves that a server that cannot migrate does not mention it."""
-    agreed = answer(QEMU, Capabilities(max_msg_fds=8))
+    agreed = answer(QEMU, VersionCapabilities(max_msg_fds=8))
     assert "migration" not in members(agreed.reply_payload)
     assert agreed.migration_pgsize is None
 
@@ -238,7 +238,7 @@ def test_write_multiple_needs_both(wanted, offered):
     """Proves that WRITE_MULTI is agreed only if both want it, and never mentioned otherwise."""
     member = "" if wanted is None else f'"write_multiple":{wanted},'
     request = version(f'{{"capabilities":{{{member}"x":"{"y" * 30}"}}}}')
-    agreed = answer(request, Capabilities(write_multiple=offered))
+    agreed = answer(request, VersionCapabilities(write_multiple=offered))
     expected = wanted == "true" and offered
     assert expected == agreed.write_multiple
     assert expected == ("write_multiple" in members(agreed.reply_payload))
@@ -261,7 +261,7 @@ TWIN = '"twin_socket":{"supported":true}'
 )
 def test_twin_socket(text, grant, granted):
     """Proves that a twin socket is granted only if asked for, wanted by us, and receivable."""
-    agreed = answer(version(f'{{"capabilities":{{{text}}}}}'), Capabilities(), grant_twin=grant)
+    agreed = answer(version(f'{{"capabilities":{{{text}}}}}'), VersionCapabilities(), grant_twin=grant)
     assert granted == agreed.twin
     twin = members(agreed.reply_payload).get("twin_socket")
     assert twin == ({"supported": True, "fd_index": 0} if granted else None)
@@ -270,7 +270,7 @@ def test_twin_socket(text, grant, granted):
 def test_what_does_not_fit_is_not_granted():
     """Proves that a member without room in the reply is not agreed on behind the client's back."""
     request = version('{"capabilities":{' + TWIN + "}}")
-    agreed = answer(request, Capabilities(), grant_twin=True)
+    agreed = answer(request, VersionCapabilities(), grant_twin=True)
     assert len(agreed.reply_payload) <= len(request)
     assert members(agreed.reply_payload) == {}
     assert not agreed.twin
@@ -294,7 +294,7 @@ def reply(text, minor=0):
 def test_client_takes_a_silent_reply():
     """Proves that a four-byte reply and an empty object mean a server of defaults."""
     for agreed in (accept_reply(PROPOSAL, bytes(4), 0), reply("{}"), reply('{"capabilities":{}}')):
-        assert agreed.server == Capabilities()
+        assert agreed.server == VersionCapabilities()
         assert not agreed.twin
         assert not agreed.write_multiple
         assert agreed.migration_pgsize is None
@@ -338,7 +338,7 @@ def test_client_refuses(name):
 
 def test_client_refuses_an_unasked_twin():
     """Proves that a twin socket that nobody asked for ends the connection."""
-    silent = parse_version_request(encode_version(Capabilities(), 1))
+    silent = parse_version_request(encode_version(VersionCapabilities(), 1))
     granted = version('{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}', 0)
     with pytest.raises(StreamError, match="not asked for"):
         accept_reply(silent, granted, 1)

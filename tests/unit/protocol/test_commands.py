@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from vfiouser_protocol.commands import COMMANDS, Phase, Role
+from vfiouser_protocol.commands import COMMANDS, ConnectionEnd, ConnectionPhase
 from vfiouser_protocol.constants import Command
 
 #: number: (sender, least request payload, request descriptors, reply descriptors)
 OVERVIEW = {
-    1: (Role.CLIENT, 4, 0, 1),
-    2: (Role.CLIENT, 32, 1, 0),
-    3: (Role.CLIENT, 24, 0, 0),
-    4: (Role.CLIENT, 16, 0, 0),
-    5: (Role.CLIENT, 32, 0, 1),
-    6: (Role.CLIENT, 16, 0, 253),
-    7: (Role.CLIENT, 16, 0, 0),
-    8: (Role.CLIENT, 20, 253, 0),
-    9: (Role.CLIENT, 16, 0, 0),
-    10: (Role.CLIENT, 16, 0, 0),
-    11: (Role.SERVER, 16, 0, 0),
-    12: (Role.SERVER, 16, 0, 0),
-    13: (Role.CLIENT, 0, 0, 0),
-    14: (Role.CLIENT, 8, 0, 0),
-    15: (Role.CLIENT, 8, 0, 0),
-    16: (Role.CLIENT, 8, 0, 0),
-    17: (Role.CLIENT, 8, 0, 0),
-    18: (Role.CLIENT, 8, 0, 0),
+    1: (ConnectionEnd.CLIENT, 4, 0, 1),
+    2: (ConnectionEnd.CLIENT, 32, 1, 0),
+    3: (ConnectionEnd.CLIENT, 24, 0, 0),
+    4: (ConnectionEnd.CLIENT, 16, 0, 0),
+    5: (ConnectionEnd.CLIENT, 32, 0, 1),
+    6: (ConnectionEnd.CLIENT, 16, 0, 253),
+    7: (ConnectionEnd.CLIENT, 16, 0, 0),
+    8: (ConnectionEnd.CLIENT, 20, 253, 0),
+    9: (ConnectionEnd.CLIENT, 16, 0, 0),
+    10: (ConnectionEnd.CLIENT, 16, 0, 0),
+    11: (ConnectionEnd.SERVER, 16, 0, 0),
+    12: (ConnectionEnd.SERVER, 16, 0, 0),
+    13: (ConnectionEnd.CLIENT, 0, 0, 0),
+    14: (ConnectionEnd.CLIENT, 8, 0, 0),
+    15: (ConnectionEnd.CLIENT, 8, 0, 0),
+    16: (ConnectionEnd.CLIENT, 8, 0, 0),
+    17: (ConnectionEnd.CLIENT, 8, 0, 0),
+    18: (ConnectionEnd.CLIENT, 8, 0, 0),
 }
 
 
@@ -46,11 +46,11 @@ def test_the_table_is_complete():
 
 def test_only_version_negotiates():
     """Proves that VERSION alone comes before the connection is ready, and alone ignores NO_REPLY."""
-    assert {spec.command for spec in COMMANDS.values() if spec.phase is Phase.NEGOTIATING} == {1}
+    assert {spec.command for spec in COMMANDS.values() if spec.phase is ConnectionPhase.NEGOTIATING} == {1}
     assert {spec.command for spec in COMMANDS.values() if not spec.no_reply} == {1}
 
 
 def test_roles_are_peers():
     """Proves that each role is the other's peer."""
-    assert Role.CLIENT.peer is Role.SERVER
-    assert Role.SERVER.peer is Role.CLIENT
+    assert ConnectionEnd.CLIENT.peer is ConnectionEnd.SERVER
+    assert ConnectionEnd.SERVER.peer is ConnectionEnd.CLIENT

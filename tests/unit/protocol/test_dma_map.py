@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from vfiouser_protocol.constants import DmaMapFlags
-from vfiouser_protocol.dma import DmaMap, DmaRegion
+from vfiouser_protocol.dma import DmaRegion, DmaTable
 from vfiouser_protocol.errors import CommandError, DmaFault
 
 RW = int(DmaMapFlags.READ | DmaMapFlags.WRITE)
@@ -17,7 +17,7 @@ FILE = (1, 2)
 TOP = 1 << 64
 
 
-def refused(dma: DmaMap, *args: object, **kwargs: object) -> int:
+def refused(dma: DmaTable, *args: object, **kwargs: object) -> int:
     """The errno of a refused map; the map must be unchanged by it."""
     before = list(dma)
     with pytest.raises(CommandError) as info:
@@ -28,7 +28,7 @@ def refused(dma: DmaMap, *args: object, **kwargs: object) -> int:
 
 def test_region_keeps_what_the_client_sent() -> None:
     """A mapped region carries all that the client sent and is found by each of its addresses."""
-    dma = DmaMap()
+    dma = DmaTable()
     owner = object()
     region = dma.map(0x1000, 0x2000, RW, offset=0x4000, file=FILE, owner=owner)
     assert isinstance(region, DmaRegion)
@@ -65,7 +65,7 @@ def test_map_refusals(
     address: int, size: int, flags: int, file: tuple[int, int] | None, offset: int, expected: int
 ) -> None:
     """Each bad request gets the errno of its rule, and nothing is mapped."""
-    assert expected == refused(DmaMap(), address, size, flags, offset=offset, file=file)
+    assert expected == refused(DmaTable(), address, size, flags, offset=offset, file=file)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_map_refusals(
 )
 def test_map_accepts_the_unusual(address: int, size: int, flags: int, file: tuple[int, int] | None) -> None:
     """What is odd but legal is mapped."""
-    dma = DmaMap()
+    dma = DmaTable()
     assert dma.map(address, size, flags, file=file) is not None
     assert dma.find(address + size - 1) is not None
 
 
 def test_identical_mapping_is_idempotent() -> None:
     """The same mapping again succeeds without a new region, even when the table is full."""
-    dma = DmaMap(max_regions=1)
+    dma = DmaTable(max_regions=1)
     region = dma.map(0x1000, 0x1000, RW, offset=0x2000, file=FILE, owner="first")
     assert dma.map(0x1000, 0x1000, RW, offset=0x2000, file=FILE, owner="second") is None
     assert [region] == list(dma)
@@ -115,14 +115,14 @@ def test_any_other_overlap_is_eexist(
     address: int, size: int, flags: int, offset: int, file: tuple[int, int] | None
 ) -> None:
     """A different mapping over an existing one is EEXIST, and the old one stays."""
-    dma = DmaMap()
+    dma = DmaTable()
     dma.map(0x1000, 0x1000, RW, offset=0x2000, file=FILE)
     assert errno.EEXIST == refused(dma, address, size, flags, offset=offset, file=file)
 
 
 def test_one_region_too_many_is_enospc() -> None:
     """The limit counts live regions: a freed place can be used again, earlier regions stay."""
-    dma = DmaMap(max_regions=2)
+    dma = DmaTable(max_regions=2)
     dma.map(0x0000, 0x1000, RW)
     dma.map(0x1000, 0x1000, RW)
     assert errno.ENOSPC == refused(dma, 0x2000, 0x1000, RW)
@@ -135,7 +135,7 @@ def test_one_region_too_many_is_enospc() -> None:
 )
 def test_unmap_needs_the_exact_range(address: int, size: int) -> None:
     """Absent, partial and spanning ranges are ENOENT; the mappings stay."""
-    dma = DmaMap()
+    dma = DmaTable()
     regions = [dma.map(0x1000, 0x1000, RW), dma.map(0x2000, 0x2000, RW)]
     with pytest.raises(CommandError) as info:
         dma.unmap(address, size)
@@ -145,7 +145,7 @@ def test_unmap_needs_the_exact_range(address: int, size: int) -> None:
 
 def test_unmapped_range_can_be_mapped_again() -> None:
     """After an unmap the range is free for any mapping."""
-    dma = DmaMap()
+    dma = DmaTable()
     region = dma.map(0x1000, 0x1000, RW)
     assert region is dma.unmap(0x1000, 0x1000)
     assert dma.find(0x1000) is None
@@ -154,7 +154,7 @@ def test_unmapped_range_can_be_mapped_again() -> None:
 
 def test_unmap_all_empties_the_map() -> None:
     """unmap_all gives back every region in address order and also succeeds on an empty map."""
-    dma = DmaMap()
+    dma = DmaTable()
     regions = [dma.map(address, 0x1000, RW) for address in (0x5000, 0x1000, 0x3000)]
     assert [regions[1], regions[2], regions[0]] == dma.unmap_all()
     assert 0 == len(dma)
@@ -164,7 +164,7 @@ def test_unmap_all_empties_the_map() -> None:
 
 def test_access_spanning_adjacent_regions_is_split() -> None:
     """One access over three adjacent regions comes back as three parts, with offsets inside each region."""
-    dma = DmaMap()
+    dma = DmaTable()
     a, b, c = (dma.map(address, 0x1000, RW) for address in (0x1000, 0x2000, 0x3000))
     assert [(a, 0xF00, 0x100), (b, 0, 0x1000), (c, 0, 0x80)] == dma.segments(0x1F00, 0x1180, write=True)
     assert [(b, 0x10, 4)] == dma.segments(0x2010, 4, write=False)
@@ -186,7 +186,7 @@ def test_access_spanning_adjacent_regions_is_split() -> None:
 )
 def test_faults(address: int, count: int, write: bool, expected: int) -> None:
     """Unmapped bytes are EFAULT, a missing permission is EPERM, whatever part of the access is affected."""
-    dma = DmaMap()
+    dma = DmaTable()
     dma.map(0x1000, 0x1000, READ)
     dma.map(0x2000, 0x1000, WRITE)
     with pytest.raises(DmaFault) as info:
@@ -196,7 +196,7 @@ def test_faults(address: int, count: int, write: bool, expected: int) -> None:
 
 def test_overlapping_lists_in_address_order() -> None:
     """overlapping() yields the regions that share a byte with the range, also the one it starts inside."""
-    dma = DmaMap()
+    dma = DmaTable()
     a, b, c = (dma.map(address, 0x1000, RW) for address in (0x1000, 0x4000, 0x6000))
     assert [a, b] == list(dma.overlapping(0x1800, 0x4000))
     assert [c] == list(dma.overlapping(0x5000, 0x1001))
@@ -208,7 +208,7 @@ def test_overlapping_lists_in_address_order() -> None:
 
 def test_qemu_startup_sequence() -> None:
     """The maps of a 64 MiB q35 guest, machine reset included, are accepted as QEMU sends them."""
-    dma = DmaMap()
+    dma = DmaTable()
     assert dma.map(0, 0x4000000, RW, file=FILE) is not None
     assert dma.map(0xFFFC0000, 0x40000, READ) is not None
     dma.unmap(0, 0x4000000)
@@ -227,7 +227,7 @@ def test_qemu_startup_sequence() -> None:
 
 def test_ordered_beyond_one_leaf() -> None:
     """With thousands of regions mapped and unmapped in a scattered order, order and neighbours stay right."""
-    dma = DmaMap()
+    dma = DmaTable()
     count = 3001
     order = [i * 1009 % count for i in range(count)]
     for i in order:
@@ -245,7 +245,7 @@ def test_ordered_beyond_one_leaf() -> None:
 
 def test_overlaps_across_leaf_boundaries() -> None:
     """At every gap between 400 regions, a mapping that runs into the next one, or over its old place, is refused."""
-    dma = DmaMap()
+    dma = DmaTable()
     starts = [i * 0x2000 for i in range(1, 401)]
     for start in starts:
         dma.map(start, 0x1000, RW)

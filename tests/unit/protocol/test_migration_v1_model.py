@@ -12,7 +12,7 @@ from vfiouser_protocol.constants import DeviceState, RegionFlags
 from vfiouser_protocol.dirty_pages import GetDirty, StartDirty, StopDirty, interpret_dirty_pages, require_dirty_range
 from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError, LocalProtocolError
-from vfiouser_protocol.migration_v1 import DataAccess, Iteration, Phase, RegionLayout, Register
+from vfiouser_protocol.migration_v1 import DataAccess, Iteration, IterationPhase, MigrationRegister, RegionLayout
 from vfiouser_protocol.regions import SparseArea, parse_region_info, region_info_reply
 
 PAGE = 4096
@@ -109,11 +109,11 @@ def test_impossible_layouts(page: int, data: int) -> None:
 @pytest.mark.parametrize(
     ("offset", "count", "expected"),
     [
-        (0, 4, Register.DEVICE_STATE),
-        (4, 4, Register.RESERVED),
-        (8, 8, Register.PENDING_BYTES),
-        (16, 8, Register.DATA_OFFSET),
-        (24, 8, Register.DATA_SIZE),
+        (0, 4, MigrationRegister.DEVICE_STATE),
+        (4, 4, MigrationRegister.RESERVED),
+        (8, 8, MigrationRegister.PENDING_BYTES),
+        (16, 8, MigrationRegister.DATA_OFFSET),
+        (24, 8, MigrationRegister.DATA_SIZE),
         (PAGE, 1, DataAccess(0, 1)),
         (PAGE + 5, 8, DataAccess(5, 13)),
         (PAGE, MIB, DataAccess(0, MIB)),
@@ -144,12 +144,12 @@ def test_accesses_that_mean_nothing(offset: int, count: int) -> None:
     refused(errno.EINVAL, LAYOUT.locate, offset, count)
 
 
-@pytest.mark.parametrize("register", Register)
+@pytest.mark.parametrize("register", MigrationRegister)
 @pytest.mark.parametrize("state", DeviceState)
-def test_who_may_write_what(register: Register, state: DeviceState) -> None:
+def test_who_may_write_what(register: MigrationRegister, state: DeviceState) -> None:
     """State and the reserved word always, data_size while resuming, the rest never."""
-    always = register in (Register.DEVICE_STATE, Register.RESERVED)
-    if always or (register is Register.DATA_SIZE and state is RESUMING):
+    always = register in (MigrationRegister.DEVICE_STATE, MigrationRegister.RESERVED)
+    if always or (register is MigrationRegister.DATA_SIZE and state is RESUMING):
         v1.require_writable(register, state)
     else:
         refused(errno.EINVAL, v1.require_writable, register, state)
@@ -157,8 +157,8 @@ def test_who_may_write_what(register: Register, state: DeviceState) -> None:
 
 def test_register_bytes() -> None:
     """Little-endian, in the register's size."""
-    assert bytes.fromhex("03000000") == v1.pack_register(Register.DEVICE_STATE, 3)
-    assert bytes.fromhex("0010000000000000") == v1.pack_register(Register.DATA_OFFSET, PAGE)
+    assert bytes.fromhex("03000000") == v1.pack_register(MigrationRegister.DEVICE_STATE, 3)
+    assert bytes.fromhex("0010000000000000") == v1.pack_register(MigrationRegister.DATA_OFFSET, PAGE)
     assert 0x0403_0201 == v1.unpack_register(bytes([1, 2, 3, 4]))
 
 
@@ -189,7 +189,7 @@ def test_a_whole_save() -> None:
     assert take(iteration, 50)
     assert iteration.begin_pending()
     assert 0 == iteration.pending(0)
-    assert Phase.FINISHED is iteration.phase
+    assert IterationPhase.FINISHED is iteration.phase
     assert not iteration.begin_pending()
     assert 0 == iteration.pending(1000)
     refused(errno.EINVAL, iteration.offset)
@@ -292,7 +292,7 @@ def test_same_state_again_changes_nothing() -> None:
     iteration = saving()
     take(iteration, 10)
     assert not iteration.enter(STOP_COPY)
-    assert Phase.DELIVERED is iteration.phase
+    assert IterationPhase.DELIVERED is iteration.phase
 
 
 @pytest.mark.parametrize("state", [RUNNING, STOP, RESUMING])
@@ -302,7 +302,7 @@ def test_leaving_drops_the_chunk(state: DeviceState) -> None:
     take(iteration, 10)
     assert iteration.enter(state)
     assert not iteration.enter(STOP_COPY)
-    assert (Phase.INITIAL, 0) == (iteration.phase, iteration.chunk)
+    assert (IterationPhase.INITIAL, 0) == (iteration.phase, iteration.chunk)
 
 
 def test_misuse_of_prepared() -> None:

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from vfiouser_protocol import messages as m
-from vfiouser_protocol.capabilities import Capabilities, encode_version
+from vfiouser_protocol.capabilities import VersionCapabilities, encode_version
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.commands import COMMANDS
 from vfiouser_protocol.constants import Command
@@ -18,17 +18,17 @@ from vfiouser_protocol.session import (
     TRANSITIONS,
     VERDICTS,
     CommandReceived,
-    Event,
+    ConnectionEnd,
+    ConnectionPhase,
+    MessageRefused,
     Oddity,
-    Phase,
-    Refused,
+    PhaseEvent,
+    ProtocolSession,
     ReplyReceived,
-    Role,
-    Session,
 )
 from wire_pair import joined
 
-HELLO = encode_version(Capabilities(), 1)
+HELLO = encode_version(VersionCapabilities(), 1)
 READ = encode(m.RegionRead(0, 7, 4))
 
 
@@ -77,51 +77,51 @@ def client():
 )
 def test_bad_beginnings(odd, answered):
     """Proves that a server ends a connection without a good VERSION, after an answer if one is due."""
-    server = Session(Role.SERVER)
+    server = ProtocolSession(ConnectionEnd.SERVER)
     refused = server.receive(odd)
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert refused.close
     assert refused.reply == (einval(odd.header.command) if answered else None)
     assert odd.fds == refused.fds
-    assert server.phase is Phase.CLOSED
+    assert server.phase is ConnectionPhase.CLOSED
     after = server.receive(message(Command.VERSION, HELLO))
-    assert isinstance(after, Refused)
+    assert isinstance(after, MessageRefused)
     assert (after.reply, after.close) == (None, True)
 
 
 def test_version_is_answered_in_spite_of_no_reply():
     """Proves that VERSION with NO_REPLY gets its reply: nobody could go on without."""
-    server = Session(Role.SERVER)
+    server = ProtocolSession(ConnectionEnd.SERVER)
     received = server.receive(message(Command.VERSION, HELLO, flags=0x10))
     assert isinstance(received, CommandReceived)
-    reply = server.accept(received.header, Capabilities())
+    reply = server.accept(received.header, VersionCapabilities())
     assert reply[8:12] == b"\1\0\0\0"
     assert len(reply) <= 16 + len(HELLO)
-    assert server.phase is Phase.READY
+    assert server.phase is ConnectionPhase.READY
 
 
 def test_server_may_refuse_version():
     """Proves that an error reply to VERSION ends the connection."""
-    server = Session(Role.SERVER)
+    server = ProtocolSession(ConnectionEnd.SERVER)
     received = server.receive(message(Command.VERSION, HELLO))
     assert isinstance(received, CommandReceived)
     assert server.error_reply(received.header, errno.EBUSY) == pack_header(5, 1, 16, 0x21, errno.EBUSY)
-    assert server.phase is Phase.CLOSED
+    assert server.phase is ConnectionPhase.CLOSED
 
 
 def test_two_versions_before_the_answer():
     """Proves that a second VERSION does not replace the first before that is answered."""
-    server = Session(Role.SERVER)
+    server = ProtocolSession(ConnectionEnd.SERVER)
     server.receive(message(Command.VERSION, HELLO))
-    assert isinstance(server.receive(message(Command.VERSION, HELLO)), Refused)
-    assert server.phase is Phase.CLOSED
+    assert isinstance(server.receive(message(Command.VERSION, HELLO)), MessageRefused)
+    assert server.phase is ConnectionPhase.CLOSED
 
 
 def test_second_version_changes_nothing(server):
     """Proves that a second VERSION is EINVAL and the connection stays usable."""
     agreed = server.negotiated
     refused = server.receive(message(Command.VERSION, HELLO))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert (refused.reply, refused.close) == (einval(1), False)
     assert server.negotiated is agreed
     assert isinstance(server.receive(message(Command.REGION_READ, READ)), CommandReceived)
@@ -129,9 +129,9 @@ def test_second_version_changes_nothing(server):
 
 def test_version_cannot_be_answered_like_others():
     """Proves that `reply` does not let a server past negotiation, nor `accept` anybody else."""
-    server = Session(Role.SERVER)
+    server = ProtocolSession(ConnectionEnd.SERVER)
     with pytest.raises(LocalProtocolError):
-        server.accept(Header(0, 1, 16, 0), Capabilities())
+        server.accept(Header(0, 1, 16, 0), VersionCapabilities())
     received = server.receive(message(Command.VERSION, HELLO))
     assert isinstance(received, CommandReceived)
     with pytest.raises(LocalProtocolError):
@@ -145,53 +145,53 @@ def test_version_cannot_be_answered_like_others():
 )
 def test_client_refuses_a_bad_answer(reply, nfds):
     """Proves that a client ends the connection, without a word, when the server's answer is impossible."""
-    client = Session(Role.CLIENT)
-    msg_id, _ = client.propose(Capabilities())
+    client = ProtocolSession(ConnectionEnd.CLIENT)
+    msg_id, _ = client.propose(VersionCapabilities())
     refused = client.receive(message(Command.VERSION, reply, msg_id=msg_id, flags=1, fds=range(nfds)))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert (refused.reply, refused.close) == (None, True)
-    assert client.phase is Phase.CLOSED
+    assert client.phase is ConnectionPhase.CLOSED
 
 
 def test_client_is_refused():
     """Proves that an error answer to VERSION reaches the client as an error and ends the connection."""
-    client = Session(Role.CLIENT)
-    msg_id, _ = client.propose(Capabilities(), token="hello")
+    client = ProtocolSession(ConnectionEnd.CLIENT)
+    msg_id, _ = client.propose(VersionCapabilities(), token="hello")
     answer = client.receive(message(1, msg_id=msg_id, flags=0x21, error=errno.EINVAL, fds=[3]))
     assert isinstance(answer, ReplyReceived)
     assert answer.token == "hello"
     assert answer.error is not None
     assert answer.error.errno == errno.EINVAL
     assert answer.surplus_fds == [3]
-    assert client.phase is Phase.CLOSED
+    assert client.phase is ConnectionPhase.CLOSED
 
 
 @pytest.mark.parametrize("flags", [1, 0x21])
 def test_client_is_answered_after_the_end(flags):
     """Proves that the answer to VERSION is refused, as everything is, once something else ended the connection."""
-    client = Session(Role.CLIENT)
-    msg_id, _ = client.propose(Capabilities())
+    client = ProtocolSession(ConnectionEnd.CLIENT)
+    msg_id, _ = client.propose(VersionCapabilities())
     assert client.receive(message(Command.REGION_READ, bytes(16))).close
     late = client.receive(message(Command.VERSION, encode_version({}), msg_id=msg_id, flags=flags, fds=[9]))
-    assert isinstance(late, Refused)
-    assert (late.reply, late.fds, client.phase) == (None, [9], Phase.CLOSED)
+    assert isinstance(late, MessageRefused)
+    assert (late.reply, late.fds, client.phase) == (None, [9], ConnectionPhase.CLOSED)
 
 
 def test_client_takes_nothing_before_version():
     """Proves that a client that is negotiating takes neither commands nor stray replies."""
     for odd in (message(Command.DMA_READ, bytes(16)), message(1, bytes(4), flags=1)):
-        client = Session(Role.CLIENT)
+        client = ProtocolSession(ConnectionEnd.CLIENT)
         refused = client.receive(odd)
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, MessageRefused)
         assert refused.close
 
 
 def test_only_one_proposal():
     """Proves that a client sends VERSION once."""
-    client = Session(Role.CLIENT)
-    client.propose(Capabilities())
+    client = ProtocolSession(ConnectionEnd.CLIENT)
+    client.propose(VersionCapabilities())
     with pytest.raises(LocalProtocolError):
-        client.propose(Capabilities())
+        client.propose(VersionCapabilities())
 
 
 # --- Commands of the peer ---
@@ -201,31 +201,31 @@ def test_only_one_proposal():
 def test_illegal_commands(server, number):
     """Proves that unknown commands and the server's own are EINVAL, or silence with NO_REPLY."""
     refused = server.receive(message(number, bytes(16), fds=[4]))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert (refused.reply, refused.close, refused.fds) == (einval(number), False, [4])
     silent = server.receive(message(number, bytes(16), flags=0x10))
-    assert isinstance(silent, Refused)
+    assert isinstance(silent, MessageRefused)
     assert (silent.reply, silent.close) == (None, False)
     assert isinstance(server.receive(message(Command.REGION_READ, READ)), CommandReceived)
 
 
-CLIENT_COMMANDS = [spec for spec in COMMANDS.values() if spec.min_payload and spec.phase is Phase.READY]
+CLIENT_COMMANDS = [spec for spec in COMMANDS.values() if spec.min_payload and spec.phase is ConnectionPhase.READY]
 
 
 @pytest.mark.parametrize("spec", CLIENT_COMMANDS, ids=lambda spec: spec.command.name)
 def test_short_payloads(spec):
     """Proves that a payload shorter than the fixed part never reaches a handler, for either role."""
     pair = joined()
-    receiver = pair.server if spec.sender is Role.CLIENT else pair.client
+    receiver = pair.server if spec.sender is ConnectionEnd.CLIENT else pair.client
     refused = receiver.receive(message(spec.command, bytes(spec.min_payload - 1)))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert (refused.reply, refused.close, refused.errno) == (einval(spec.command), False, errno.EINVAL)
 
 
 def test_write_multi_needs_an_agreement(server):
     """Proves that REGION_WRITE_MULTI is EINVAL unless both sides announced it."""
     refused = server.receive(message(Command.REGION_WRITE_MULTI, bytes(8)))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert refused.reply == einval(15)
     assert "announce" in refused.reason
 
@@ -241,7 +241,7 @@ def test_reserved_bits_are_ignored(server):
 def test_bad_types(server, kind):
     """Proves that an undefined type is not executed, is answered, and does not end the connection."""
     refused = server.receive(message(Command.REGION_READ, READ, flags=kind, fds=[6]))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert (refused.reply, refused.close, refused.fds) == (einval(9), False, [6])
 
 
@@ -303,9 +303,9 @@ def test_who_may_send_what(server, client):
     with pytest.raises(LocalProtocolError, match="write_multiple"):
         client.command(Command.REGION_WRITE_MULTI, bytes(8))
     with pytest.raises(LocalProtocolError):
-        Session(Role.CLIENT).command(Command.DEVICE_RESET, b"")
+        ProtocolSession(ConnectionEnd.CLIENT).command(Command.DEVICE_RESET, b"")
     with pytest.raises(LocalProtocolError, match="always answered"):
-        Session(Role.CLIENT).command(Command.VERSION, HELLO, no_reply=True)
+        ProtocolSession(ConnectionEnd.CLIENT).command(Command.VERSION, HELLO, no_reply=True)
 
 
 def test_command_bytes(client):
@@ -329,7 +329,7 @@ def test_reply_finds_its_command(server):
         assert (list(answer.fds), list(answer.surplus_fds)) == ([], [3])
     assert not server.outstanding
     again = server.receive(message(Command.DMA_READ, bytes(16), msg_id=ids[0], flags=1))
-    assert isinstance(again, Refused)
+    assert isinstance(again, MessageRefused)
     assert (again.reply, again.close) == (None, True)
 
 
@@ -362,11 +362,11 @@ def test_late_replies_are_dropped(server):
     server.forget(msg_id)
     assert not server.outstanding
     late = server.receive(message(Command.DMA_READ, bytes(16), msg_id=msg_id, flags=1, fds=[3]))
-    assert isinstance(late, Refused)
+    assert isinstance(late, MessageRefused)
     assert (late.reply, late.close, late.fds) == (None, False, [3])
     assert server.late_replies == 1
     again = server.receive(message(Command.DMA_READ, bytes(16), msg_id=msg_id, flags=1))
-    assert isinstance(again, Refused)
+    assert isinstance(again, MessageRefused)
     assert again.close
 
 
@@ -374,10 +374,10 @@ def test_reply_to_a_posted_command_is_dropped(client):
     """Proves that a server which answers a NO_REPLY command is tolerated for a while, not for ever."""
     ids = [client.command(Command.REGION_WRITE, READ, no_reply=True)[0] for _ in range(257)]
     answered = client.receive(message(10, msg_id=ids[-1], flags=0x21, error=errno.EINVAL, fds=[3]))
-    assert isinstance(answered, Refused)
+    assert isinstance(answered, MessageRefused)
     assert (answered.reply, answered.close, answered.fds) == (None, False, [3])
     too_old = client.receive(message(10, msg_id=ids[0], flags=1))
-    assert isinstance(too_old, Refused)
+    assert isinstance(too_old, MessageRefused)
     assert too_old.close
 
 
@@ -385,7 +385,7 @@ def test_reply_of_another_command_ends_the_connection(server):
     """Proves that a reply that names another command than the one it answers is not believed."""
     msg_id, _ = server.command(Command.DMA_READ, bytes(16))
     refused = server.receive(message(Command.DMA_WRITE, bytes(16), msg_id=msg_id, flags=1))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert refused.close
     assert len(server.close()) == 1
 
@@ -412,10 +412,10 @@ def test_close_gives_up_what_is_outstanding(server):
     server.command(Command.DMA_READ, bytes(16), "lost")
     assert [entry.token for entry in server.close()] == ["lost"]
     assert server.close() == []
-    assert server.phase is Phase.CLOSED
+    assert server.phase is ConnectionPhase.CLOSED
     with pytest.raises(LocalProtocolError):
         server.command(Command.DMA_READ, bytes(16))
-    assert isinstance(server.receive(message(Command.REGION_READ, READ)), Refused)
+    assert isinstance(server.receive(message(Command.REGION_READ, READ)), MessageRefused)
 
 
 def test_answers_owed_before_a_refusal_can_still_be_given(server):
@@ -423,14 +423,14 @@ def test_answers_owed_before_a_refusal_can_still_be_given(server):
     owed = server.receive(message(Command.DEVICE_RESET))
     ending = server.receive(message(Command.REGION_READ, READ, flags=1))
     assert isinstance(owed, CommandReceived)
-    assert isinstance(ending, Refused)
+    assert isinstance(ending, MessageRefused)
     assert ending.close
     assert server.reply(owed.header) == pack_header(5, 13, 16, 1)
 
 
 def test_tables_name_every_phase():
     """Proves that every phase can end, and that every oddity has a verdict somewhere."""
-    assert all((phase, Event.ENDED) in TRANSITIONS for phase in Phase)
+    assert all((phase, PhaseEvent.ENDED) in TRANSITIONS for phase in ConnectionPhase)
     assert {oddity for _, oddity in VERDICTS} == set(Oddity)
 
 
@@ -439,7 +439,7 @@ def test_illegal_moves_are_bugs(server):
     received = server.receive(message(Command.DEVICE_RESET))
     assert isinstance(received, CommandReceived)
     with pytest.raises(LocalProtocolError, match="cannot take this"):
-        server.accept(received.header, Capabilities())
+        server.accept(received.header, VersionCapabilities())
 
 
 def test_repr_says_where_it_stands(server):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from vfiouser_protocol import messages as m
-from vfiouser_protocol.capabilities import Capabilities, TwinSocket
+from vfiouser_protocol.capabilities import TwinSocket, VersionCapabilities
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.rules import decode_reply
-from vfiouser_protocol.session import CommandReceived, Phase, Refused, ReplyReceived
+from vfiouser_protocol.session import CommandReceived, ConnectionPhase, MessageRefused, ReplyReceived
 from wire_pair import SessionPair, joined
 
 PIECES = [1, 7, 16, 1 << 20]
@@ -29,9 +29,9 @@ def serve(pair):
 def test_negotiation(piece):
     """Proves that two sessions agree, whatever the segmentation, and see the same agreement."""
     pair = SessionPair(piece)
-    answer = pair.negotiate(Capabilities(write_multiple=True), Capabilities(write_multiple=True))
+    answer = pair.negotiate(VersionCapabilities(write_multiple=True), VersionCapabilities(write_multiple=True))
     assert answer.token == "version"
-    assert pair.client.phase is pair.server.phase is Phase.READY
+    assert pair.client.phase is pair.server.phase is ConnectionPhase.READY
     assert pair.client.negotiated is not None
     assert pair.server.negotiated is not None
     assert pair.client.negotiated.write_multiple
@@ -114,7 +114,7 @@ def test_posted_write_then_read():
 def test_write_multi_when_agreed():
     """Proves that REGION_WRITE_MULTI passes once both sides announced it, and its count comes back."""
     pair = SessionPair()
-    pair.negotiate(Capabilities(write_multiple=True), Capabilities(write_multiple=True))
+    pair.negotiate(VersionCapabilities(write_multiple=True), VersionCapabilities(write_multiple=True))
     request = m.RegionWriteMulti(tuple(m.RegionWrite(8 * i, 0, 4, bytes(4)) for i in range(200)))
     assert len(encode(request)) == 4808
     pair.send(pair.client, pair.client.command(Command.REGION_WRITE_MULTI, encode(request))[1])
@@ -130,7 +130,7 @@ def test_write_multi_when_agreed():
 def twins(piece=1 << 20):
     """A pair with a twin socket."""
     pair = SessionPair(piece)
-    answer = pair.negotiate(Capabilities(twin_socket=TwinSocket(True)), Capabilities(), grant_twin=True)
+    answer = pair.negotiate(VersionCapabilities(twin_socket=TwinSocket(True)), VersionCapabilities(), grant_twin=True)
     assert list(answer.fds) == [70]
     assert list(answer.surplus_fds) == []
     return pair
@@ -174,7 +174,7 @@ def test_wrong_socket(what):
         [reset] = pair.receive(pair.server)
         pair.send(pair.server, pair.server.reply(reset.header), twin=True)
         [refused] = pair.receive(pair.client, twin=True)
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, MessageRefused)
     assert refused.close
     assert refused.reply is None
 

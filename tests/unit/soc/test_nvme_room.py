@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from vfiouser_soc.nvme.room import Room
+from vfiouser_soc.nvme.room import DataRoom
 
 
 class Commands:
@@ -15,7 +15,7 @@ class Commands:
         room: what they share.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: DataRoom) -> None:
         self.room = room
         self.inside: list[str] = []
         self.ends: dict[str, trio.Event] = {}
@@ -31,7 +31,7 @@ class Commands:
 
 async def test_no_more_than_fits_at_one_time() -> None:
     """Commands wait for room in the order that they came in, and a small one does not overtake."""
-    commands = Commands(Room(100))
+    commands = Commands(DataRoom(100))
     async with trio.open_nursery() as nursery:
         for name, size in (("a", 60), ("b", 60), ("c", 10)):
             nursery.start_soon(commands.run, name, size)
@@ -48,7 +48,7 @@ async def test_no_more_than_fits_at_one_time() -> None:
 
 async def test_one_that_is_too_large_for_the_room() -> None:
     """A command larger than all the room is let in alone."""
-    commands = Commands(Room(100))
+    commands = Commands(DataRoom(100))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(commands.run, "large", 1000)
         await trio.testing.wait_all_tasks_blocked()
@@ -58,7 +58,7 @@ async def test_one_that_is_too_large_for_the_room() -> None:
 
 async def test_cancelled_while_it_waits() -> None:
     """A command that is cancelled leaves its place to the next one."""
-    commands = Commands(Room(100))
+    commands = Commands(DataRoom(100))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(commands.run, "a", 100)
         await trio.testing.wait_all_tasks_blocked()
@@ -79,7 +79,7 @@ async def test_cancelled_while_it_waits() -> None:
 
 async def test_cancelled_when_it_is_let_in() -> None:
     """A command that is cancelled in the moment when there is room for it gives that back."""
-    commands = Commands(Room(100))
+    commands = Commands(DataRoom(100))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(commands.run, "a", 100)
         await trio.testing.wait_all_tasks_blocked()

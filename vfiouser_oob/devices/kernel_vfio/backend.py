@@ -18,7 +18,7 @@ from vfiouser_oob.devices.kernel_vfio.migration_device import MigrationDevice
 from vfiouser_oob.devices.kernel_vfio.migration_function import KernelFunction
 from vfiouser_oob.devices.kernel_vfio.openers import DeviceBusy, OpenDevice, Opener, choose_opener
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
-from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker
+from vfiouser_oob.devices.kernel_vfio.worker import Job, OrderedWorker
 from vfiouser_oob.observability import log
 
 #: How long a client that attaches waits for a predecessor whose process is just ending.
@@ -59,7 +59,7 @@ class KernelVfioBackend(DeviceBackend):
         self._handover_s = handover_s
         self._retry_s = retry_s
         self._log = log.get("devices.kernel_vfio").bind(device=name)
-        self._worker = Worker()
+        self._worker = OrderedWorker()
         self._running = trio.Event()
         self._unavailable: str | None = None
         self._trouble = trio.Event()

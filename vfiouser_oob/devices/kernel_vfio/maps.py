@@ -11,7 +11,7 @@ from typing import Any
 
 from vfiouser_oob.config.values import format_size
 from vfiouser_oob.devices.kernel_vfio.dma import CHUNK_SIZE, DmaSpace
-from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, Worker, explained
+from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, OrderedWorker, explained
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.dma import DmaRegion
@@ -39,7 +39,7 @@ class IommuMaps:
         log: for slow and for ignored mappings.
     """
 
-    def __init__(self, space: DmaSpace, worker: Worker, log: Logger) -> None:
+    def __init__(self, space: DmaSpace, worker: OrderedWorker, log: Logger) -> None:
         self._space = space
         self._worker = worker
         self._log = log

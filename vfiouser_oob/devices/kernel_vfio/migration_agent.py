@@ -42,7 +42,7 @@ from vfiouser_agents.errors import (
 )
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.devices.kernel_vfio.migration_function import KernelFunction
-from vfiouser_oob.devices.kernel_vfio.worker import Job, Worker
+from vfiouser_oob.devices.kernel_vfio.worker import Job, OrderedWorker
 
 T = TypeVar("T")
 INFO = AgentInfo("Linux", "vfio", protocol="linux-vfio", protocol_version=2)
@@ -57,7 +57,7 @@ class KernelAgent(Agent):
         probe: opens the device for a moment to learn what it can do, in the worker's thread.
     """
 
-    def __init__(self, function: KernelFunction, worker: Worker, probe: Callable[[], None]) -> None:
+    def __init__(self, function: KernelFunction, worker: OrderedWorker, probe: Callable[[], None]) -> None:
         self._function = function
         self._worker = worker
         self._probe = probe
@@ -97,7 +97,7 @@ class KernelSession(Session):
         worker: its worker.
     """
 
-    def __init__(self, function: KernelFunction, worker: Worker) -> None:
+    def __init__(self, function: KernelFunction, worker: OrderedWorker) -> None:
         self._function = function
         self._worker = worker
         self._open = True

@@ -15,7 +15,7 @@ from vfiouser_oob.devices.kernel_vfio.migration_device import MigrationDevice
 PAGE_SIZE = 4096
 
 
-class PageLog(abc.ABC):
+class KernelPageLog(abc.ABC):
     """A log of written pages that has been started. Methods raise OSError."""
 
     #: Bytes per bit.
@@ -30,7 +30,7 @@ class PageLog(abc.ABC):
         """Log no more."""
 
 
-class DriverLog(PageLog):
+class DriverLog(KernelPageLog):
     """The function's own.
 
     Args:
@@ -57,7 +57,7 @@ class DriverLog(PageLog):
         self._device.stop_logging()
 
 
-class IommuLog(PageLog):
+class IommuLog(KernelPageLog):
     """The IOMMU driver's.
 
     Args:
@@ -78,7 +78,7 @@ class IommuLog(PageLog):
         self._space.stop_log()
 
 
-class NoLog(PageLog):
+class NoLog(KernelPageLog):
     """Nobody's: all pages, every time."""
 
     def report(self, iova: int, length: int) -> bytes:
@@ -90,7 +90,7 @@ class NoLog(PageLog):
         """Nothing to do."""
 
 
-def start_log(device: MigrationDevice, space: DmaSpace, ranges: Sequence[Range]) -> tuple[PageLog, str]:
+def start_log(device: MigrationDevice, space: DmaSpace, ranges: Sequence[Range]) -> tuple[KernelPageLog, str]:
     """Start the best log that there is.
 
     Args:

@@ -31,7 +31,7 @@ from vfiouser_agents.errors import (
 )
 from vfiouser_oob.devices.kernel_vfio.dma import DmaSpace
 from vfiouser_oob.devices.kernel_vfio.migration_device import MigrationDevice
-from vfiouser_oob.devices.kernel_vfio.migration_dirty import PAGE_SIZE, PageLog, start_log
+from vfiouser_oob.devices.kernel_vfio.migration_dirty import PAGE_SIZE, KernelPageLog, start_log
 from vfiouser_oob.observability import log as logs
 from vfiouser_protocol.constants import DeviceState, MigrationFlags
 
@@ -122,7 +122,7 @@ class KernelFunction:
         #: The session that began the migration.
         self.owner: object | None = None
         #: The log that is kept, and what it covers.
-        self.logging: tuple[PageLog, tuple[Range, ...]] | None = None
+        self.logging: tuple[KernelPageLog, tuple[Range, ...]] | None = None
         self._device: MigrationDevice | None = None
         self._space: DmaSpace | None = None
         self._state = DeviceState.RUNNING

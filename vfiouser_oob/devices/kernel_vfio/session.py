@@ -15,12 +15,12 @@ from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.maps import IommuMaps
 from vfiouser_oob.devices.kernel_vfio.openers import OpenDevice
 from vfiouser_oob.devices.kernel_vfio.regions import RegionTable
-from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, Worker, explain
+from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, OrderedWorker, explain
 from vfiouser_oob.memory.files import FileFacts
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds, take_fds
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, RegionIndex
 from vfiouser_protocol.dma import DmaRegion
 from vfiouser_protocol.errors import CommandError
@@ -54,7 +54,7 @@ class KernelVfioSession(BackendSession):
         kernel: Kernel,
         opened: OpenDevice,
         policy: RegionPolicy,
-        worker: Worker,
+        worker: OrderedWorker,
         link: ClientLink,
         log: Logger,
         leaving: Callable[[], object] = lambda: None,
@@ -76,9 +76,9 @@ class KernelVfioSession(BackendSession):
             log.warning("the kernel cannot reset this function: what one client leaves in it, the next one finds")
 
     @property
-    def limits(self) -> Capabilities:
+    def limits(self) -> VersionCapabilities:
         """How many ranges the IOMMU takes, and of which pages."""
-        return Capabilities(max_dma_maps=self._max_maps, pgsizes=self._opened.space.page_size)
+        return VersionCapabilities(max_dma_maps=self._max_maps, pgsizes=self._opened.space.page_size)
 
     def region_fd(self, index: int) -> HasFileno | None:
         """Return the descriptor of a region: a dma-buf, or the device itself."""

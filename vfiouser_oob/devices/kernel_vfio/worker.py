@@ -105,7 +105,7 @@ class Job(Generic[T]):
         return self._result[0]
 
 
-class Worker:
+class OrderedWorker:
     """Runs jobs in order; `run` has to run while it is used."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from vfiouser_protocol.messages import (
     RegionReadReply,
     RegionWrite,
 )
-from vfiouser_protocol.migration_v1 import REGISTERS, RESUMING, RUNNING, STOP_COPY, STOPPED, Register
+from vfiouser_protocol.migration_v1 import REGISTERS, RESUMING, RUNNING, STOP_COPY, STOPPED, MigrationRegister
 
 #: QEMU's portion of state.
 PORTION = 1 << 20
@@ -156,14 +156,14 @@ class V1Mover:
         self._buffer = memoryview(bytearray(info.size))
         os.close(fds[0])
 
-    def _read(self, register: Register) -> int:
+    def _read(self, register: MigrationRegister) -> int:
         rule = REGISTERS[register]
         body = self.client.call(
             Command.REGION_READ, encode(RegionRead(rule.offset, int(RegionIndex.MIGRATION), rule.size))
         )
         return int.from_bytes(decode(RegionReadReply, body).data, "little")
 
-    def _write(self, register: Register, value: int) -> None:
+    def _write(self, register: MigrationRegister, value: int) -> None:
         rule = REGISTERS[register]
         data = value.to_bytes(rule.size, "little")
         request = encode(RegionWrite(rule.offset, int(RegionIndex.MIGRATION), rule.size, data))
@@ -175,31 +175,31 @@ class V1Mover:
         Args:
             keep: takes the portions.
         """
-        self._write(Register.DEVICE_STATE, STOP_COPY)
+        self._write(MigrationRegister.DEVICE_STATE, STOP_COPY)
         total = 0
-        while self._read(Register.PENDING_BYTES):
-            offset, size = self._read(Register.DATA_OFFSET), self._read(Register.DATA_SIZE)
+        while self._read(MigrationRegister.PENDING_BYTES):
+            offset, size = self._read(MigrationRegister.DATA_OFFSET), self._read(MigrationRegister.DATA_SIZE)
             portion = self._buffer[:size]
             with memoryview(self._window) as window:
                 portion[:] = window[offset : offset + size]
             total += size
             if keep is not None:
                 keep.append(bytes(portion))
-        self._write(Register.DEVICE_STATE, STOPPED)
+        self._write(MigrationRegister.DEVICE_STATE, STOPPED)
         return total
 
     def load(self, portions: Sequence[bytes]) -> None:
         """Write a state, and let the function run with it."""
-        self._write(Register.DEVICE_STATE, RESUMING)
+        self._write(MigrationRegister.DEVICE_STATE, RESUMING)
         for portion in portions:
-            offset = self._read(Register.DATA_OFFSET)
+            offset = self._read(MigrationRegister.DATA_OFFSET)
             self._window[offset : offset + len(portion)] = portion
-            self._write(Register.DATA_SIZE, len(portion))
+            self._write(MigrationRegister.DATA_SIZE, len(portion))
         self.run()
 
     def run(self) -> None:
         """Let the function run."""
-        self._write(Register.DEVICE_STATE, RUNNING)
+        self._write(MigrationRegister.DEVICE_STATE, RUNNING)
 
     def close(self) -> None:
         """Unmap and hang up."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, encode_version
+from vfiouser_protocol.capabilities import MigrationCapability, VersionCapabilities, encode_version
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import HEADER_SIZE, Command, RegionIndex
 from vfiouser_protocol.errors import ReplyError, VfioUserError
@@ -58,7 +58,7 @@ class RawClient:
         try:
             sock.connect(str(path))
             client = cls(sock)
-            announced = Capabilities(max_msg_fds=16, migration=MigrationCapability() if migration else None)
+            announced = VersionCapabilities(max_msg_fds=16, migration=MigrationCapability() if migration else None)
             client.call(Command.VERSION, encode_version(announced, 0))
             client.call(Command.DEVICE_GET_INFO, encode(DeviceInfo(16)))
             for index in (*range(6), RegionIndex.CONFIG):

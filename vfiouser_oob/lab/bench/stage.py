@@ -70,7 +70,7 @@ FULL = Effort()
 QUICK = Effort(rounds=5, reads=400, bursts=6, attaches=1, functions=8, idle_s=1.0, streams=QUICK_STREAMS)
 
 
-class Peer(NamedTuple):
+class BarePeer(NamedTuple):
     """A process that does nothing but read and answer.
 
     Args:
@@ -107,8 +107,8 @@ class Bed:
     upstream: Child
     upstream_socket: Path
     simulator: Child
-    echo: Peer
-    empty_loop: Peer
+    echo: BarePeer
+    empty_loop: BarePeer
 
 
 async def measure(effort: Effort, progress: Progress) -> list[Result]:
@@ -165,13 +165,13 @@ async def _bed(directory: Path) -> AsyncIterator[Bed]:
 
 
 @asynccontextmanager
-async def _peer(kind: str, directory: Path) -> AsyncIterator[Peer]:
+async def _peer(kind: str, directory: Path) -> AsyncIterator[BarePeer]:
     """One of the processes that do nothing but read and answer, and a client of it."""
     ours, theirs = socket.socketpair()
     with theirs, RawClient(ours) as client:
         command = [sys.executable, "-m", "vfiouser_oob.lab.bench.peers", kind, str(theirs.fileno())]
         async with running_command(kind, command, directory, pass_fds=[theirs.fileno()]) as child:
-            yield Peer(client, child)
+            yield BarePeer(client, child)
 
 
 def _reads(bed: Bed, effort: Effort) -> list[Result]:

@@ -34,11 +34,11 @@ from vfiouser_oob.lab.nvme.layout import (
     QUEUE_INTERRUPTS,
     AdminOpcode,
     ControllerCapabilities,
-    ControllerIdentity,
+    DriverError,
+    IdentifyController,
+    IdentifyNamespace,
     IdentifyWhat,
     IoOpcode,
-    NamespaceIdentity,
-    NvmeError,
 )
 from vfiouser_oob.lab.nvme.pci_function import PciFunction
 from vfiouser_oob.lab.nvme.processors import Processors
@@ -84,8 +84,8 @@ class NvmeDriver:
         #: How often each vector fired.
         self.interrupts: list[int] = []
         self.capabilities = ControllerCapabilities(0, 0.0, 0, 0)
-        self.controller = ControllerIdentity("", "", "", 0, 0)
-        self.namespace = NamespaceIdentity(0, 0, 0)
+        self.controller = IdentifyController("", "", "", 0, 0)
+        self.namespace = IdentifyNamespace(0, 0, 0)
 
     @classmethod
     @asynccontextmanager
@@ -116,7 +116,9 @@ class NvmeDriver:
         """
         function = await PciFunction.probe(client)
         if function.class_code != _CLASS_NVME:
-            raise NvmeError(f"the function has class {function.class_code:#08x}, an NVMe controller {_CLASS_NVME:#08x}")
+            raise DriverError(
+                f"the function has class {function.class_code:#08x}, an NVMe controller {_CLASS_NVME:#08x}"
+            )
         bar = await MappedRegion.open(client, 0, use_mapping=use_mapping)
         driver = cls(client, memory, function, bar)
         try:
@@ -137,7 +139,7 @@ class NvmeDriver:
         await self._enable_vectors(1 + io_queues)
         self.capabilities = ControllerCapabilities.parse(await self.bar.read(CAP, 8))
         if self.capabilities.min_page_size > PAGE_SIZE:
-            raise NvmeError(f"the controller needs pages of {self.capabilities.min_page_size} bytes")
+            raise DriverError(f"the controller needs pages of {self.capabilities.min_page_size} bytes")
         await self._disable()
         admin = self._make_queue(0, min(_ADMIN_ENTRIES, self.capabilities.max_entries))
         await self._serve()
@@ -153,7 +155,7 @@ class NvmeDriver:
     async def _enable_vectors(self, wanted: int) -> None:
         available = (await self._client.get_irq_info(IrqIndex.MSIX)).count
         if available < wanted:
-            raise NvmeError(f"the function has {available} MSI-X vectors, {wanted} are needed")
+            raise DriverError(f"the function has {available} MSI-X vectors, {wanted} are needed")
         self._eventfds = [OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) for _ in range(wanted)]
         self.interrupts = [0] * wanted
         await self.function.enable_msix()
@@ -174,27 +176,27 @@ class NvmeDriver:
             while True:
                 status = await self.bar.read(CSTS, 4)
                 if status & CSTS_FATAL:
-                    raise NvmeError(f"the controller reports a fatal status ({status:#x})")
+                    raise DriverError(f"the controller reports a fatal status ({status:#x})")
                 if status & mask == wanted:
                     return
                 await trio.sleep(_POLL_S)
-        raise NvmeError(f"the controller did not reach status {wanted:#x} of {mask:#x} within {limit:g} s")
+        raise DriverError(f"the controller did not reach status {wanted:#x} of {mask:#x} within {limit:g} s")
 
     async def _identify(self) -> None:
         data = await self.identify(IdentifyWhat.CONTROLLER)
-        self.controller = ControllerIdentity.parse(data, self.capabilities.min_page_size)
+        self.controller = IdentifyController.parse(data, self.capabilities.min_page_size)
         active = await self.identify(IdentifyWhat.ACTIVE_NAMESPACES)
         nsid = int.from_bytes(active[:4], "little")
         if not nsid:
-            raise NvmeError("the controller has no active namespace")
-        self.namespace = NamespaceIdentity.parse(nsid, await self.identify(IdentifyWhat.NAMESPACE, nsid))
+            raise DriverError("the controller has no active namespace")
+        self.namespace = IdentifyNamespace.parse(nsid, await self.identify(IdentifyWhat.NAMESPACE, nsid))
 
     async def _create_io_queues(self, count: int, entries: int) -> None:
         wanted = (count - 1) << 16 | count - 1
         granted = await self.admin(AdminOpcode.SET_FEATURES, dwords=(FEATURE_NUMBER_OF_QUEUES, wanted))
         allowed = min(granted & 0xFFFF, granted >> 16) + 1
         if allowed < count:
-            raise NvmeError(f"the controller allows {allowed} I/O queues, {count} are needed")
+            raise DriverError(f"the controller allows {allowed} I/O queues, {count} are needed")
         for queue_id in range(1, count + 1):
             queue = self._make_queue(queue_id, entries)
             size_and_id = (entries - 1) << 16 | queue_id
@@ -352,7 +354,7 @@ class NvmeDriver:
         """
         blocks, rest = divmod(len(data), self.namespace.block_size)
         if rest or not blocks:
-            raise NvmeError(f"{len(data)} bytes are no whole blocks of {self.namespace.block_size} bytes")
+            raise DriverError(f"{len(data)} bytes are no whole blocks of {self.namespace.block_size} bytes")
         async with self._transfer(len(data)) as (pages, prp1, prp2):
             async with self.processors.running:
                 self._pool.fill(pages, data)

@@ -73,7 +73,7 @@ class IdentifyWhat(IntEnum):
     ACTIVE_NAMESPACES = 0x02
 
 
-class NvmeError(VfioUserError):
+class DriverError(VfioUserError):
     """A command ended with an error status, or the controller does not behave.
 
     Args:
@@ -112,7 +112,7 @@ class ControllerCapabilities(NamedTuple):
         )
 
 
-class ControllerIdentity(NamedTuple):
+class IdentifyController(NamedTuple):
     """What IDENTIFY says of the controller.
 
     Args:
@@ -130,7 +130,7 @@ class ControllerIdentity(NamedTuple):
     namespaces: int
 
     @classmethod
-    def parse(cls, data: bytes, min_page_size: int) -> ControllerIdentity:
+    def parse(cls, data: bytes, min_page_size: int) -> IdentifyController:
         """Take the 4096 bytes of IDENTIFY apart; MDTS counts in pages of `min_page_size`."""
         mdts = data[77]
         return cls(
@@ -142,7 +142,7 @@ class ControllerIdentity(NamedTuple):
         )
 
 
-class NamespaceIdentity(NamedTuple):
+class IdentifyNamespace(NamedTuple):
     """What IDENTIFY says of a namespace.
 
     Args:
@@ -161,7 +161,7 @@ class NamespaceIdentity(NamedTuple):
         return self.blocks * self.block_size
 
     @classmethod
-    def parse(cls, nsid: int, data: bytes) -> NamespaceIdentity:
+    def parse(cls, nsid: int, data: bytes) -> IdentifyNamespace:
         """Take the 4096 bytes of IDENTIFY apart."""
         form = data[26] & 0xF
         shift = data[128 + 4 * form + 2]

@@ -22,7 +22,7 @@ from vfiouser_oob.lab.nvme.layout import (
     PRPS_PER_PAGE,
     SQE,
     SQE_SIZE,
-    NvmeError,
+    DriverError,
 )
 from vfiouser_oob.lab.nvme.processors import Processors
 
@@ -112,7 +112,7 @@ class QueuePair:
         await slot.done.wait()
         self._check_device()
         if slot.status:
-            raise NvmeError(
+            raise DriverError(
                 f"opcode {command.opcode:#04x} on queue {self.queue_id} failed, status {slot.status:#05x}",
                 slot.status,
             )
@@ -200,7 +200,7 @@ class QueuePair:
     def _complete(self, command_id: int, result: int, status: int) -> None:
         slot = self._slots.pop(command_id, None)
         if slot is None:
-            raise NvmeError(f"queue {self.queue_id} completed command {command_id}, which is not outstanding")
+            raise DriverError(f"queue {self.queue_id} completed command {command_id}, which is not outstanding")
         slot.result, slot.status = result, status
         self._free_ids.append(command_id)
         self._room.release()
@@ -231,7 +231,7 @@ class PagePool:
     async def take(self, count: int) -> AsyncIterator[list[int]]:
         """Borrow pages, waiting until enough are free.
 
-        They come back when the block ends well or by an `NvmeError`, that is when the device is done with
+        They come back when the block ends well or by an `DriverError`, that is when the device is done with
         them. After a cancellation it may still use them, so they are lost.
         """
         if count > self._total:
@@ -242,7 +242,7 @@ class PagePool:
             pages = [self._free.pop() for _ in range(count)]
         try:
             yield pages
-        except NvmeError:
+        except DriverError:
             await self._give_back(pages)
             raise
         await self._give_back(pages)

@@ -20,7 +20,7 @@ from vfiouser_protocol.migration_v1 import (
     STATE_MASK,
     STOP_COPY,
     STOPPED,
-    Register,
+    MigrationRegister,
 )
 from vfiouser_protocol.regions import RegionType
 
@@ -84,23 +84,23 @@ class V1Side(MigrationSide):
 
     # Registers
 
-    async def _read(self, register: Register) -> int:
+    async def _read(self, register: MigrationRegister) -> int:
         rule = REGISTERS[register]
         return int.from_bytes(await self._client.region_read(self._index, rule.offset, rule.size), "little")
 
-    async def _write(self, register: Register, value: int) -> None:
+    async def _write(self, register: MigrationRegister, value: int) -> None:
         rule = REGISTERS[register]
         await self._client.region_write(self._index, rule.offset, value.to_bytes(rule.size, "little"))
 
     async def state(self) -> int:
         """Read device_state."""
-        return await self._read(Register.DEVICE_STATE)
+        return await self._read(MigrationRegister.DEVICE_STATE)
 
     async def _change(self, keep: int, value: int) -> None:
         """Read, modify and write device_state; QEMU never writes it otherwise."""
         old = await self.state()
         try:
-            await self._write(Register.DEVICE_STATE, old & keep | value)
+            await self._write(MigrationRegister.DEVICE_STATE, old & keep | value)
         except ReplyError as error:
             now = await self.state()
             if now & STATE_MASK == ERROR:
@@ -119,10 +119,10 @@ class V1Side(MigrationSide):
 
     async def read(self) -> Portion:
         """One iteration: pending_bytes, data_offset, data_size, the data."""
-        if not await self._read(Register.PENDING_BYTES):
+        if not await self._read(MigrationRegister.PENDING_BYTES):
             return Portion(b"", True)
-        offset = await self._read(Register.DATA_OFFSET)
-        size = await self._read(Register.DATA_SIZE)
+        offset = await self._read(MigrationRegister.DATA_OFFSET)
+        size = await self._read(MigrationRegister.DATA_SIZE)
         if not size:
             return Portion(b"", True)
         if offset + size > self._size:
@@ -152,7 +152,7 @@ class V1Side(MigrationSide):
         """Write a piece, in rounds if the data section is smaller than it: data_offset, the data, data_size."""
         view, done = memoryview(data), 0
         while done < len(data):
-            offset = await self._read(Register.DATA_OFFSET)
+            offset = await self._read(MigrationRegister.DATA_OFFSET)
             room = self._size - offset
             if room <= 0:
                 raise MigrationFailed(f"the function takes data at {offset:#x} of a region of {self._size} bytes")
@@ -161,7 +161,7 @@ class V1Side(MigrationSide):
             for start, length in self._parts(offset, count):
                 await self._store(start, bytes(view[position : position + length]))
                 position += length
-            await self._write(Register.DATA_SIZE, count)
+            await self._write(MigrationRegister.DATA_SIZE, count)
             done += count
 
     async def start(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from vfiouser_oob.cli.status import event_line
 from vfiouser_oob.cli.status_table import age, render, short_size
-from vfiouser_oob.observability.status import FunctionStatus, MigrationStatus, Status
+from vfiouser_oob.observability.status import FunctionStatus, MigrationStatus, StatusReport
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -55,7 +55,7 @@ IDLE: FunctionStatus = {
     "unavailable": None,
     "last_error": "upstream refused\nthe version",
 }
-STATUS: Status = {
+STATUS: StatusReport = {
     "daemon": {"version": "0.1.0", "pid": 99, "started": ago(hours=26), "functions": 2},
     "functions": [ATTACHED, IDLE],
 }
@@ -114,7 +114,7 @@ MIGRATION: MigrationStatus = {
 def migration_line(**changes: object) -> str:
     """What is said of a migration."""
     migration: MigrationStatus = {**MIGRATION, **changes}  # type: ignore[typeddict-item]
-    status: Status = {**STATUS, "functions": [{**IDLE, "migration": migration}]}
+    status: StatusReport = {**STATUS, "functions": [{**IDLE, "migration": migration}]}
     return next(line for line in render(status, NOW).splitlines() if "migration" in line)
 
 

@@ -22,10 +22,10 @@ from vfiouser_oob.control.client import ControlClient, ControlError
 from vfiouser_oob.control.protocol import ErrorCode, RequestError
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
 from vfiouser_oob.observability.events import EventHub
-from vfiouser_oob.observability.status import Status
+from vfiouser_oob.observability.status import StatusReport
 from vfiouser_oob.transport.peer import Peer
 
-STATUS: Status = {
+STATUS: StatusReport = {
     "daemon": {"version": "1", "pid": 42, "started": "2026-01-01T00:00:00+00:00", "functions": 0},
     "functions": [],
 }
@@ -37,7 +37,7 @@ class FakeDaemon:
     def __init__(self) -> None:
         self.hub = EventHub()
 
-    def status(self) -> Status:
+    def status(self) -> StatusReport:
         """The fixed state."""
         return STATUS
 
@@ -81,7 +81,7 @@ async def test_status(tmp_path: Path) -> None:
     """The client gets the provider's document, as often as it asks on one connection."""
     path = tmp_path / "c"
 
-    def ask() -> list[Status]:
+    def ask() -> list[StatusReport]:
         with ControlClient(path) as client:
             return [client.status(), client.status()]
 
@@ -275,13 +275,13 @@ async def test_connections_are_limited(tmp_path: Path) -> None:
                 await trio.lowlevel.checkpoint()
 
 
-def status_of(path: Path) -> Status:
+def status_of(path: Path) -> StatusReport:
     """Ask once."""
     with ControlClient(path) as client:
         return client.status()
 
 
-def status_or_none(path: Path) -> Status | None:
+def status_or_none(path: Path) -> StatusReport | None:
     """Ask once; None when refused."""
     try:
         return status_of(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vfiouser_agents.api import AgentState, Capabilities, Role, Status
-from vfiouser_oob.migration.fence import VERDICTS, Verdict, maybe_migrated
+from vfiouser_oob.migration.fence import VERDICTS, FenceVerdict, maybe_migrated
 
 REMEMBERS, FORGETS = Capabilities(takeover=True), Capabilities(takeover=False)
 
@@ -13,16 +13,16 @@ REMEMBERS, FORGETS = Capabilities(takeover=True), Capabilities(takeover=False)
 @pytest.mark.parametrize(
     ("state", "role", "caps", "expected"),
     [
-        (AgentState.RUNNING, None, FORGETS, Verdict.FREE),
-        (AgentState.RUNNING, Role.SOURCE, FORGETS, Verdict.FREE),
-        (AgentState.QUIESCED, None, FORGETS, Verdict.PAUSED),
-        (AgentState.STOPPED, None, REMEMBERS, Verdict.PAUSED),
-        (AgentState.STOPPED, Role.SOURCE, REMEMBERS, Verdict.FENCED),
-        (AgentState.STOPPED, None, FORGETS, Verdict.FENCED),
-        (AgentState.STOPPED, None, None, Verdict.FENCED),
-        (AgentState.LOADED, None, REMEMBERS, Verdict.FENCED),
+        (AgentState.RUNNING, None, FORGETS, FenceVerdict.FREE),
+        (AgentState.RUNNING, Role.SOURCE, FORGETS, FenceVerdict.FREE),
+        (AgentState.QUIESCED, None, FORGETS, FenceVerdict.PAUSED),
+        (AgentState.STOPPED, None, REMEMBERS, FenceVerdict.PAUSED),
+        (AgentState.STOPPED, Role.SOURCE, REMEMBERS, FenceVerdict.FENCED),
+        (AgentState.STOPPED, None, FORGETS, FenceVerdict.FENCED),
+        (AgentState.STOPPED, None, None, FenceVerdict.FENCED),
+        (AgentState.LOADED, None, REMEMBERS, FenceVerdict.FENCED),
     ],
 )
-def test_verdicts(state: AgentState, role: Role | None, caps: Capabilities | None, expected: Verdict) -> None:
+def test_verdicts(state: AgentState, role: Role | None, caps: Capabilities | None, expected: FenceVerdict) -> None:
     """A function that stands still is free to go on only if its agent knows that it was in no migration."""
     assert expected is VERDICTS[state][maybe_migrated(Status(state, role), caps)]

@@ -14,7 +14,7 @@ from machinekit import Fate, Script, Side
 from vfiouser_agents.api import AgentState, Status
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration.fence import REACTIONS
-from vfiouser_oob.migration.record import RUNS, Certainty, Record
+from vfiouser_oob.migration.record import RUNS, Certainty, MigrationRecord
 from vfiouser_protocol.constants import DeviceState
 
 S = DeviceState
@@ -39,8 +39,8 @@ class Lives(RuleBasedStateMachine):
     @initialize(asked=st.booleans())
     def begin(self, asked: bool) -> None:
         """A source that runs, and a destination that has nobody's state."""
-        self.source = Side(Record(asked=asked))
-        self.destination = Side(Record(asked=asked), live=False)
+        self.source = Side(MigrationRecord(asked=asked))
+        self.destination = Side(MigrationRecord(asked=asked), live=False)
         #: The stream up to its trailer was read, and by whom it may be run then.
         self.read = False
         self.decided: Side | None = None
@@ -172,7 +172,7 @@ class Lives(RuleBasedStateMachine):
     def daemon_restarts(self, first: bool) -> None:
         """A daemon goes on with the record of another."""
         side = self.sides()[first]
-        side.record = Record.from_json(side.record.to_json())
+        side.record = MigrationRecord.from_json(side.record.to_json())
         side.feed(ev.Started())
         side.settle(1)
 
@@ -209,7 +209,7 @@ class Lives(RuleBasedStateMachine):
     def a_record_can_be_written_down(self) -> None:
         """And read."""
         for side in self.sides():
-            assert side.record == Record.from_json(side.record.to_json())
+            assert side.record == MigrationRecord.from_json(side.record.to_json())
 
     def teardown(self) -> None:
         """With an agent that answers, all is known in the end; and a reset leads out of everything."""

@@ -12,15 +12,15 @@ from vfiouser_agents.api import AgentState, Outcome, Role, Status
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration import plans
 from vfiouser_oob.migration.fence import AS_STATE, REACTIONS, Reaction
-from vfiouser_oob.migration.plans import PLANS, Do, Fall, Undo, arc_name, steps_of
+from vfiouser_oob.migration.plans import PLANS, Do, FailureOutcome, Undo, arc_name, steps_of
 from vfiouser_oob.migration.record import (
     RUNS,
     Begun,
     Certainty,
-    Errand,
     Goal,
+    MigrationRecord,
     Owner,
-    Record,
+    PlanProgress,
     ResetDue,
     Stream,
 )
@@ -32,18 +32,22 @@ S = DeviceState
 SOURCE, DESTINATION = Begun(Role.SOURCE, "m"), Begun(Role.DESTINATION, "m")
 #: What a function is like that is in a state, and what it does there.
 IN_STATE = {
-    S.RUNNING: (Record(asked=True, attached=True), AgentState.RUNNING),
-    S.STOP: (Record(asked=True, attached=True, state=S.STOP, owner=Owner.V2), AgentState.STOPPED),
+    S.RUNNING: (MigrationRecord(asked=True, attached=True), AgentState.RUNNING),
+    S.STOP: (MigrationRecord(asked=True, attached=True, state=S.STOP, owner=Owner.V2), AgentState.STOPPED),
     S.PRE_COPY: (
-        Record(asked=True, attached=True, state=S.PRE_COPY, owner=Owner.V2, begun=SOURCE, stream=Stream(Role.SOURCE)),
+        MigrationRecord(
+            asked=True, attached=True, state=S.PRE_COPY, owner=Owner.V2, begun=SOURCE, stream=Stream(Role.SOURCE)
+        ),
         AgentState.RUNNING,
     ),
     S.STOP_COPY: (
-        Record(asked=True, attached=True, state=S.STOP_COPY, owner=Owner.V2, begun=SOURCE, stream=Stream(Role.SOURCE)),
+        MigrationRecord(
+            asked=True, attached=True, state=S.STOP_COPY, owner=Owner.V2, begun=SOURCE, stream=Stream(Role.SOURCE)
+        ),
         AgentState.STOPPED,
     ),
     S.RESUMING: (
-        Record(
+        MigrationRecord(
             asked=True,
             attached=True,
             state=S.RESUMING,
@@ -81,7 +85,7 @@ def ask(side: Side, *arcs: str, fate: Fate = Fate.DONE, at: Do | None = None) ->
 
 def test_every_arc_has_a_plan() -> None:
     """The nine arcs of the protocol and no other."""
-    assert sorted(ARC_NAMES) == sorted(name for name, plan in PLANS.items() if plan.fall is Fall.ARC)
+    assert sorted(ARC_NAMES) == sorted(name for name, plan in PLANS.items() if plan.fall is FailureOutcome.ARC)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -93,7 +97,7 @@ def test_every_plan_has_its_rules(name: str) -> None:
     assert plan.then in _RULES.then
     assert plan.fall in _RULES.fall
     assert plan.fall in _RULES.given_up
-    assert plan.steps == steps_of(Errand(name, S.RUNNING))
+    assert plan.steps == steps_of(PlanProgress(name, S.RUNNING))
     for touched in (False, True):
         assert (plan.undo, touched) in plans.AFTERMATHS
 
@@ -102,7 +106,7 @@ def test_every_goal_can_be_worked_for() -> None:
     """Whatever the goal and whatever is owed, there is a plan of the background."""
     for goal in Goal:
         for due in (None, *ResetDue):
-            assert PLANS[plans.SETTLING[goal, due]].fall is Fall.TRY_AGAIN
+            assert PLANS[plans.SETTLING[goal, due]].fall is FailureOutcome.TRY_AGAIN
 
 
 @pytest.mark.parametrize("name", ARC_NAMES)
@@ -209,7 +213,7 @@ def test_a_pause_does_without_an_agent_that_is_away() -> None:
 
 def test_what_needs_a_paused_function_to_hold_still_stops_it_first() -> None:
     """A pause without the agent becomes a stop before its state is saved."""
-    side = Side(Record(asked=True, attached=True, state=S.STOP, over_link=True))
+    side = Side(MigrationRecord(asked=True, attached=True, state=S.STOP, over_link=True))
     assert ev.Answer() == ask(side, arc_name(S.STOP, S.STOP_COPY))
     assert [Do.FLUSH, Do.QUIESCE, Do.STOP, Do.BEGIN_SOURCE, Do.OPEN_STREAM, Do.FINISH_STREAM] == side.taken
     assert (S.STOP_COPY, False) == (side.record.state, side.record.over_link)
@@ -226,7 +230,7 @@ def test_what_needs_a_paused_function_to_hold_still_stops_it_first() -> None:
 )
 def test_a_paused_function_that_cannot_be_stopped(fate: Fate, certainty: Certainty, goal: Goal | None) -> None:
     """It is brought back if it was touched."""
-    side = Side(Record(asked=True, attached=True, state=S.STOP, over_link=True))
+    side = Side(MigrationRecord(asked=True, attached=True, state=S.STOP, over_link=True))
     answer = ask(side, arc_name(S.STOP, S.STOP_COPY), fate=fate, at=Do.QUIESCE)
     assert (certainty, goal) == (side.record.certainty, side.record.goal)
     assert answer is None or "could not be stopped at quiesce" in (answer.text or "")
@@ -318,8 +322,8 @@ def test_the_point_of_no_return(handed: bool, goal: Goal) -> None:
 @pytest.mark.parametrize(
     ("record", "agent", "runs", "fenced"),
     [
-        (Record(asked=True), AgentState.RUNNING, True, False),
-        (Record(asked=True, begun=SOURCE), AgentState.RUNNING, True, False),
+        (MigrationRecord(asked=True), AgentState.RUNNING, True, False),
+        (MigrationRecord(asked=True, begun=SOURCE), AgentState.RUNNING, True, False),
         (replace(IN_STATE[S.PRE_COPY][0]), AgentState.RUNNING, True, False),
         (IN_STATE[S.STOP][0], AgentState.STOPPED, True, False),
         (IN_STATE[S.STOP_COPY][0], AgentState.STOPPED, True, False),
@@ -327,10 +331,10 @@ def test_the_point_of_no_return(handed: bool, goal: Goal) -> None:
         (replace(IN_STATE[S.STOP][0], committed=True), AgentState.LOADED, False, True),
         (IN_STATE[S.RESUMING][0], AgentState.LOADING, False, True),
         (replace(IN_STATE[S.STOP][0], over_link=True), AgentState.RUNNING, True, False),
-        (Record(asked=True, certainty=Certainty.FAILED), AgentState.ERROR, False, True),
+        (MigrationRecord(asked=True, certainty=Certainty.FAILED), AgentState.ERROR, False, True),
     ],
 )
-def test_a_client_that_goes(record: Record, agent: AgentState, runs: bool, fenced: bool) -> None:
+def test_a_client_that_goes(record: MigrationRecord, agent: AgentState, runs: bool, fenced: bool) -> None:
     """A source that it did not take is brought back; what may live elsewhere is fenced, and reset for the next one."""
     side = Side(replace(record, attached=True), agent)
     side.feed(ev.ClientWent(logged=True))
@@ -357,7 +361,7 @@ def test_a_client_that_goes(record: Record, agent: AgentState, runs: bool, fence
 )
 def test_a_client_that_comes_first(agent: AgentState, steps: list[Do]) -> None:
     """The agent is asked, and the function is made fit."""
-    side = Side(Record(), agent)
+    side = Side(MigrationRecord(), agent)
     assert ev.Answer() == side.come()
     assert (steps, True, True, False) == (side.taken, side.runs, side.record.asked, side.record.paused)
     assert ev.Probe() in side.effects
@@ -365,7 +369,7 @@ def test_a_client_that_comes_first(agent: AgentState, steps: list[Do]) -> None:
 
 def test_a_client_that_comes_while_the_agent_is_away() -> None:
     """It is let in; what its function does is found out later, and what has to be done about it then."""
-    side = Side(Record(), AgentState.STOPPED)
+    side = Side(MigrationRecord(), AgentState.STOPPED)
     assert ev.Answer() == side.come(lambda do: Fate.AWAY)
     assert (False, Certainty.KNOWN) == (side.record.asked, side.record.certainty)
     side.feed(ev.Probed(Status(AgentState.STOPPED), migrated=True))
@@ -408,17 +412,17 @@ def test_a_reset_of_a_function_that_runs_asks_no_agent() -> None:
     side = side_in(S.RUNNING)
     side.play(ev.ResetAsked())
     assert [Do.RESET_DEVICE] == side.taken
-    side = Side(Record(asked=True, attached=True, begun=SOURCE))
+    side = Side(MigrationRecord(asked=True, attached=True, begun=SOURCE))
     side.play(ev.ResetAsked())
     assert [Do.RESET_AGENT, Do.REARM_LOG, Do.RESET_DEVICE] == side.taken
-    side = Side(Record(asked=True, attached=True, begun=SOURCE))
+    side = Side(MigrationRecord(asked=True, attached=True, begun=SOURCE))
     side.play(ev.ResetAsked(), lambda do: Fate.AWAY if do is Do.RESET_AGENT else Fate.DONE)
     assert [Do.RESET_AGENT, Do.RESET_DEVICE] == side.taken
     assert ev.Leave(Outcome.CANCELLED) in side.effects
 
 
 @pytest.mark.parametrize("event", [ev.ResetAsked(), ev.GuestReset(restarts=True)])
-def test_a_reset_without_the_agent(event: ev.Event) -> None:
+def test_a_reset_without_the_agent(event: ev.MigrationEvent) -> None:
     """The client is answered, the guest's accesses wait, and the agent does its part later, behind it the device."""
     side = side_in(S.STOP_COPY)
     assert ev.Answer() == side.play(event, lambda do: Fate.AWAY if do is Do.RESET_AGENT else Fate.DONE)
@@ -551,7 +555,7 @@ def test_an_agent_that_has_not_made_up_its_mind() -> None:
     side = Side(replace(IN_STATE[S.STOP][0], handed=True), AgentState.STOPPED)
     ask(side, plans.CONTINUE, fate=Fate.LOST, at=Do.RESUME)
     assert isinstance(side.feed(ev.AttemptDue()), ev.Take)
-    assert side.feed(ev.Taken(status=Status(AgentState.STOPPED, pending="stop"))) is None
+    assert side.feed(ev.StepTaken(status=Status(AgentState.STOPPED, pending="stop"))) is None
     assert Goal.LEARN is side.record.goal
 
 
@@ -611,7 +615,7 @@ def test_what_is_heard_while_nothing_is_known_changes_nothing() -> None:
 )
 def test_what_a_probe_finds(agent: AgentState, migrated: bool, goal: Goal | None) -> None:
     """A client that came before it was known has its function made fit; what is busy is not judged."""
-    side = Side(Record(attached=True), agent)
+    side = Side(MigrationRecord(attached=True), agent)
     side.feed(ev.Blocked("too old"))
     side.feed(ev.Blocked("too old"))
     assert 1 == sum(isinstance(effect, ev.Note) for effect in side.effects)
@@ -628,7 +632,7 @@ def test_a_device_that_breaks_while_an_arc_is_under_way() -> None:
     due = side.feed(ev.Requested((arc_name(S.PRE_COPY, S.STOP_COPY),), Owner.V2))
     side.feed(ev.DeviceBroke("smoke"))
     while isinstance(due, ev.Take):
-        due = side.feed(ev.Taken())
+        due = side.feed(ev.StepTaken())
     assert due is not None
     assert ("PRE_COPY → STOP_COPY failed: smoke; the state is ERROR", errno.EIO) == (due.text, due.errno)
     assert (S.ERROR, Certainty.FAILED) == (side.record.state_shown, side.record.certainty)
@@ -675,12 +679,12 @@ def test_the_first_reason_of_a_lost_load_is_kept() -> None:
         (replace(IN_STATE[S.STOP_COPY][0], handed=True), S.STOP_COPY, None),
         (IN_STATE[S.RESUMING][0], S.RESUMING, None),
         (replace(IN_STATE[S.STOP][0], goal=Goal.RESUME, awaiting=True), S.STOP, Goal.RESUME),
-        (replace(IN_STATE[S.RUNNING][0], errand=Errand(plans.PAUSE, S.RUNNING, at=2)), S.RUNNING, Goal.RESUME),
+        (replace(IN_STATE[S.RUNNING][0], errand=PlanProgress(plans.PAUSE, S.RUNNING, at=2)), S.RUNNING, Goal.RESUME),
     ],
 )
-def test_a_daemon_goes_on_where_another_ended(record: Record, state: DeviceState, goal: Goal | None) -> None:
+def test_a_daemon_goes_on_where_another_ended(record: MigrationRecord, state: DeviceState, goal: Goal | None) -> None:
     """What was under way is given up, what was buffered is gone; the goal is worked for, and nothing is trusted."""
-    side = Side(Record.from_json(record.to_json()))
+    side = Side(MigrationRecord.from_json(record.to_json()))
     side.feed(ev.Started())
     assert (state, goal, False) == (side.record.state, side.record.goal, side.record.attached)
     assert (goal is not None) == (ev.Settle() in side.effects)

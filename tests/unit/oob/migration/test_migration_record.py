@@ -12,17 +12,17 @@ from vfiouser_oob.migration.record import (
     VERSION,
     Begun,
     Certainty,
-    Errand,
     Failure,
     Goal,
+    MigrationRecord,
     Owner,
-    Record,
+    PlanProgress,
     ResetDue,
     Stream,
 )
 from vfiouser_protocol.constants import DeviceState
 
-FULL = Record(
+FULL = MigrationRecord(
     state=DeviceState.STOP_COPY,
     certainty=Certainty.UNKNOWN,
     unknown_since=1234.5,
@@ -40,7 +40,7 @@ FULL = Record(
     reset_due=ResetDue.GUEST,
     awaiting=True,
     goal=Goal.LEARN,
-    errand=Errand(
+    errand=PlanProgress(
         "bring back",
         DeviceState.PRE_COPY,
         at=1,
@@ -61,23 +61,25 @@ FULL = Record(
 
 def test_every_field_is_written_down() -> None:
     """None is forgotten, whatever is in it."""
-    plain = Record()
-    assert [] == [field.name for field in fields(Record) if getattr(plain, field.name) == getattr(FULL, field.name)]
-    assert FULL == Record.from_json(FULL.to_json())
-    assert plain == Record.from_json(plain.to_json())
+    plain = MigrationRecord()
+    assert [] == [
+        field.name for field in fields(MigrationRecord) if getattr(plain, field.name) == getattr(FULL, field.name)
+    ]
+    assert FULL == MigrationRecord.from_json(FULL.to_json())
+    assert plain == MigrationRecord.from_json(plain.to_json())
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Record)])
+@pytest.mark.parametrize("name", [field.name for field in fields(MigrationRecord)])
 def test_each_field_by_itself(name: str) -> None:
     """A record that differs in one field is read with that difference."""
-    record = replace(Record(), **{name: getattr(FULL, name)})
-    assert record == Record.from_json(record.to_json())
+    record = replace(MigrationRecord(), **{name: getattr(FULL, name)})
+    assert record == MigrationRecord.from_json(record.to_json())
 
 
 def test_what_the_agent_said_is_not_written_down() -> None:
     """It would be old when it is read."""
-    errand = Errand("ask", DeviceState.STOP, status=Status(AgentState.STOPPED))
-    read = Record.from_json(Record(errand=errand).to_json())
+    errand = PlanProgress("ask", DeviceState.STOP, status=Status(AgentState.STOPPED))
+    read = MigrationRecord.from_json(MigrationRecord(errand=errand).to_json())
     assert replace(errand, status=None) == read.errand
 
 
@@ -97,16 +99,16 @@ def test_what_the_agent_said_is_not_written_down() -> None:
 def test_what_is_no_record_is_refused(text: str) -> None:
     """With a ValueError that says why, whatever it is."""
     with pytest.raises(ValueError, match=r"."):
-        Record.from_json(text)
+        MigrationRecord.from_json(text)
 
 
 def test_what_is_shown() -> None:
     """Names for people, states for clients."""
-    shown = {certainty: Record(certainty=certainty).shown for certainty in Certainty}
+    shown = {certainty: MigrationRecord(certainty=certainty).shown for certainty in Certainty}
     assert {Certainty.KNOWN: "RUNNING", Certainty.UNKNOWN: "UNKNOWN", Certainty.FAILED: "ERROR"} == shown
-    assert DeviceState.ERROR is Record(certainty=Certainty.FAILED).state_shown
-    assert Record(state=DeviceState.STOP, over_link=True).runs
-    assert DeviceState.RUNNING is Record(state=DeviceState.STOP, over_link=True).at_agent
+    assert DeviceState.ERROR is MigrationRecord(certainty=Certainty.FAILED).state_shown
+    assert MigrationRecord(state=DeviceState.STOP, over_link=True).runs
+    assert DeviceState.RUNNING is MigrationRecord(state=DeviceState.STOP, over_link=True).at_agent
     assert (True, False) == (FULL.saves, FULL.loads)
     assert (True, True) == (FULL.busy, FULL.elsewhere)
     assert "lost" == str(Failure("lost", 5))

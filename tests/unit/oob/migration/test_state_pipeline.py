@@ -11,7 +11,7 @@ from itertools import pairwise
 import trio
 
 from vfiouser_oob.migration.hashing import BEHIND, Hasher
-from vfiouser_oob.migration.sharing import LEAST, TOTAL, Sharing
+from vfiouser_oob.migration.sharing import LEAST, TOTAL, BufferShare
 
 DATA = random.Random(1).randbytes(3 << 20)
 
@@ -62,7 +62,7 @@ async def test_bytes_after_a_pause_are_hashed_too() -> None:
 
 def test_many_get_less_and_never_less_than_the_least() -> None:
     """Two chunks of everybody fit into the total, unless that leaves less than the least for each."""
-    sharing = Sharing()
+    sharing = BufferShare()
     assert (False, 4 << 20) == (sharing.busy, sharing.part(4 << 20))
     with ExitStack() as stack:
         for _ in range(5):

@@ -14,11 +14,11 @@ from vfiouser_oob.migration.stream import (
     MAX_DATA,
     VERSION,
     Data,
-    Descriptor,
-    Header,
+    DescriptorRecord,
     PciConfig,
     RecordQueue,
     Refusal,
+    StreamHeader,
     StreamReader,
     StreamRefused,
     StreamWriter,
@@ -47,8 +47,8 @@ def test_a_stream_comes_back() -> None:
     assert STATE == state
     offsets = [0, len(PIECES[0]), len(PIECES[0]) + len(PIECES[1])]
     expected = [
-        Header(1, restart=False),
-        Descriptor(b"nvme"),
+        StreamHeader(1, restart=False),
+        DescriptorRecord(b"nvme"),
         *[Data(offset, memoryview(piece)) for offset, piece in zip(offsets, PIECES, strict=True)],
         PciConfig(b"config"),
         Trailer(len(STATE), DIGEST),
@@ -206,7 +206,9 @@ def test_restart() -> None:
     records += [writer.header(), writer.descriptor(b"new"), writer.data(0, b"new state"), writer.pci(b"new")]
     records += [writer.trailer(hashlib.sha256(b"new state").digest())]
     read, state = read_stream([b"".join(record) for record in records])
-    assert [Header(5, restart=False), Header(6, restart=True)] == [item for item in read if isinstance(item, Header)]
+    assert [StreamHeader(5, restart=False), StreamHeader(6, restart=True)] == [
+        item for item in read if isinstance(item, StreamHeader)
+    ]
     assert (6, b"new state") == (writer.epoch, state)
     assert writer.complete
 

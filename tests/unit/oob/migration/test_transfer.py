@@ -24,7 +24,7 @@ from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
-from vfiouser_protocol.capabilities import Capabilities
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.migration_v2 import require_path
@@ -37,7 +37,7 @@ SIZE = 100 << 10
 class Client(ClientLink):
     """A client without memory."""
 
-    capabilities = Capabilities()
+    capabilities = VersionCapabilities()
 
     async def dma_read(self, address: int, count: int) -> bytes:
         """Nothing is there."""
@@ -92,7 +92,7 @@ async def place(seed: int = 1) -> AsyncIterator[Place]:
             nursery.start_soon(backend.run)
             nursery.start_soon(runner.run)
             session = await backend.open(Client())
-            await attach(runner, session, "f0", Capabilities())
+            await attach(runner, session, "f0", VersionCapabilities())
             try:
                 yield Place(runner, agent)
             finally:

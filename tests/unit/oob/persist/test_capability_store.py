@@ -14,12 +14,12 @@ import trio
 from vfiouser_agents.api import Capabilities
 from vfiouser_oob.observability import log
 from vfiouser_oob.persist import capabilities
-from vfiouser_oob.persist.capabilities import CapabilityStore, Drawer, Facts, Source, agent_identity
+from vfiouser_oob.persist.capabilities import CapabilityStore, Facts, FunctionCapabilities, Source, agent_identity
 
 CAPS = Capabilities(stop_copy=False, p2p=True, formats=("a", "b"), max_state=1 << 40, page_sizes=(4096, 65536))
 
 
-def drawer(directory: Path | None, function: str = "f0", identity: str = "i") -> Drawer:
+def drawer(directory: Path | None, function: str = "f0", identity: str = "i") -> FunctionCapabilities:
     """A place as another life of the daemon would have it."""
     return CapabilityStore(directory, log.get("test")).drawer(function, identity)
 

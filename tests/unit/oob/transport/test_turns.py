@@ -7,12 +7,12 @@ from collections.abc import Generator
 
 import trio
 
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 
 ROUNDS = 60
 
 
-def work(lane: Lane) -> None:
+def work(lane: FunctionQueue) -> None:
     """A piece of work that uses up the slice."""
     while not lane.must_wait:
         pass
@@ -20,7 +20,7 @@ def work(lane: Lane) -> None:
 
 async def test_everything_else_has_its_turn_after_each_slice() -> None:
     """However many tasks have work, a task that has none passes between two of their slices."""
-    lane = Lane()
+    lane = FunctionQueue()
     pieces = 0
     most = 0
 
@@ -48,13 +48,13 @@ async def test_a_function_with_many_tasks_gets_no_more_than_one_with_few() -> No
     """Lanes take turns, however many tasks wait in each."""
     done: Counter[str] = Counter()
 
-    async def busy(name: str, lane: Lane) -> None:
+    async def busy(name: str, lane: FunctionQueue) -> None:
         while True:
             await lane.turn()
             work(lane)
             done[name] += 1
 
-    crowd, single = Lane(), Lane()
+    crowd, single = FunctionQueue(), FunctionQueue()
     async with trio.open_nursery() as nursery:
         for _ in range(200):
             nursery.start_soon(busy, "crowd", crowd)
@@ -67,7 +67,7 @@ async def test_a_function_with_many_tasks_gets_no_more_than_one_with_few() -> No
 
 async def test_tasks_that_were_cancelled_leave_no_trace() -> None:
     """A waiting task can be cancelled, whoever comes next is served."""
-    lane = Lane()
+    lane = FunctionQueue()
     work(lane)
     async with trio.open_nursery() as nursery:
         for _ in range(3):
@@ -83,7 +83,7 @@ async def test_tasks_that_were_cancelled_leave_no_trace() -> None:
 
 async def test_a_turn_inside_a_slice_does_not_wait() -> None:
     """What is asked for while the slice lasts is granted at once."""
-    lane = Lane()
+    lane = FunctionQueue()
     work(lane)
     await lane.turn()  # opens a slice
     steps = 0
@@ -104,7 +104,7 @@ async def test_a_turn_inside_a_slice_does_not_wait() -> None:
 
 async def test_work_in_steps_returns_what_it_made_and_is_closed_when_given_up() -> None:
     """Steps are carried out one after the other with others between them; a cancellation ends them."""
-    lane = Lane()
+    lane = FunctionQueue()
     ended = False
 
     def steps(count: int) -> Generator[None, None, int]:

@@ -1,0 +1,307 @@
+"""One VM's migration with stock QEMU as a pure function: of a record and an event come a new record and what is to do.
+
+There is no clock in here, no I/O and no waiting. What is done about what happens is in the tables of `table`; here they
+are interpreted: an event becomes a cue, the cue's row a phase and acts, and what the phase wants of the functions one
+step for each of them after the other.
+
+Rule 1: *QEMU's word is the only one*. Nobody knows the other side. A source whose state has left comes back when its
+        QEMU says that the VM runs, and a destination's functions run only when its QEMU says so.
+Rule 2: *never two running copies*. Functions are wanted running in two phases only, and there is no way into those from
+        a VM that came without their state.
+Rule 3: *a carrier that waits is always answered*, for QEMU stands still meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from vfiouser_oob.vm import events as ev
+from vfiouser_oob.vm.record import Carrier, Function, Migration, Phase, Place, Record
+from vfiouser_oob.vm.table import (
+    ANSWERED_EARLY,
+    BEGINNINGS,
+    DONE,
+    FAREWELLS,
+    MIGRATION_CUES,
+    REFUSALS,
+    ROUTES,
+    ROWS,
+    STATUSES,
+    UNDONE,
+    WANTED,
+    Act,
+    Cue,
+)
+
+_INCOMING = "inmigrate"
+_RUNNING = "running"
+#: Migrations for which what the functions write is recorded.
+_UNDER_WAY = frozenset({Migration.LIVE, Migration.ENDING})
+#: Phases of a migration that may still be given up from here.
+_TO_BE_JUDGED = frozenset({Phase.ARMED, Phase.STOPPED})
+
+
+def advance(record: Record, event: ev.Event) -> tuple[Record, tuple[ev.Effect, ...]]:
+    """Take an event.
+
+    Args:
+        record: what is known so far.
+        event: what has happened.
+
+    Returns:
+        What is known now, and what is to be done about it, in order.
+    """
+    turn = _Turn(record)
+    _HANDLERS[type(event)](turn, event)
+    turn.settle()
+    return turn.record, tuple(turn.effects)
+
+
+class _Turn:
+    """The work on one event."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.effects: list[ev.Effect] = []
+
+    def set(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+
+    def do(self, effect: ev.Effect) -> None:
+        self.effects.append(effect)
+
+    def cue(self, cue: Cue, reason: str = "") -> None:
+        """Do what the table says."""
+        row = ROWS[self.record.phase].get(cue) or REFUSALS.get(cue)
+        if row is None:
+            return
+        if row.to is not None:
+            self.enter(row.to)
+        text = ": ".join(filter(None, (row.text, reason)))
+        for act in row.acts:
+            _ACTS[act](self, text)
+
+    def enter(self, phase: Phase) -> None:
+        """Be in a phase; what it wants anew is attempted at once, whatever has failed before."""
+        if WANTED[phase] is not WANTED[self.record.phase]:
+            self.set(functions=tuple(replace(each, waits=False) for each in self.record.functions))
+        self.set(phase=phase)
+
+    def settle(self) -> None:
+        """Take the functions to where the phase wants them, as far as that goes by itself."""
+        while self._arrived():
+            self.cue(Cue.ARRIVED)
+        if self.record.phase is Phase.ARMED and self.record.migration not in _UNDER_WAY:
+            self.enter(Phase.RUNNING)
+            self.set(refused="")
+            self.do(ev.Disarm())
+        if self.record.phase is Phase.RUNNING and self.record.carrier_lost and self.record.connected:
+            self.set(carrier_lost=False)
+            self.do(ev.RepairCarrier())
+        for function in self.record.functions:
+            self._step(function)
+
+    def _arrived(self) -> bool:
+        """Whether all functions are where a phase wants them that waits for it."""
+        wanted = WANTED[self.record.phase]
+        return Cue.ARRIVED in ROWS[self.record.phase] and all(
+            each.doing is None and wanted is not None and ROUTES[wanted][each.place] is None
+            for each in self.record.functions
+        )
+
+    def _step(self, function: Function) -> None:
+        wanted = WANTED[self.record.phase]
+        deed = None if wanted is None else ROUTES[wanted][function.place]
+        if deed is not None and function.doing is None and not function.waits:
+            self.record = self.record.with_function(replace(function, doing=deed))
+            self.do(ev.Do(function.name, deed))
+
+    # Acts
+
+    def refuse(self, effect: ev.Effect, reason: str) -> None:
+        """The migration must not go through any more."""
+        self.set(refused=self.record.refused or reason)
+        self.do(effect)
+
+    def tell(self, error: bool, text: str) -> None:
+        if error:
+            self.set(last_error=text)
+        self.do(ev.Tell(error, text))
+
+
+def _arm(turn: _Turn, text: str) -> None:
+    turn.set(refused="")
+    turn.do(ev.Arm())
+
+
+def _early(turn: _Turn, effect: ev.Effect) -> None:
+    if turn.record.carrier in ANSWERED_EARLY:
+        turn.do(effect)
+
+
+def _late(turn: _Turn, effect: ev.Effect) -> None:
+    if turn.record.carrier not in ANSWERED_EARLY:
+        turn.do(effect)
+
+
+_ACTS: Mapping[Act, Callable[[_Turn, str], None]] = MappingProxyType(
+    {
+        Act.ARM: _arm,
+        Act.JUDGE: lambda turn, text: turn.do(ev.Judge()),
+        Act.CANCEL: lambda turn, text: turn.refuse(ev.Cancel(text), text),
+        Act.ASK: lambda turn, text: turn.do(ev.AskRunstate()),
+        Act.ANSWER_HOLD: lambda turn, text: turn.do(ev.AnswerHold()),
+        Act.REFUSE_HOLD: lambda turn, text: turn.refuse(ev.RefuseHold(text), text),
+        Act.ANSWER_SAVE: lambda turn, text: turn.do(ev.AnswerSave()),
+        Act.REFUSE_SAVE: lambda turn, text: turn.refuse(ev.RefuseSave(text), text),
+        Act.REPLAY: lambda turn, text: turn.do(ev.Replay()),
+        Act.ANSWER_LOAD_EARLY: lambda turn, text: _early(turn, ev.AnswerLoad()),
+        Act.ANSWER_LOAD_LATE: lambda turn, text: _late(turn, ev.AnswerLoad()),
+        Act.REFUSE_LOAD_LATE: lambda turn, text: _late(turn, ev.RefuseLoad(text)),
+        Act.REFUSE_LOAD: lambda turn, text: turn.do(ev.RefuseLoad(text)),
+        Act.INFO: lambda turn, text: turn.tell(False, text),
+        Act.ERROR: lambda turn, text: turn.tell(True, text),
+    }
+)
+
+
+def _started(turn: _Turn, event: ev.Started) -> None:
+    """What was being done is given up; the carrier's connection ended with the other daemon."""
+    record = turn.record
+    functions = tuple(
+        replace(each, place=each.place if each.doing is None else Place.UNSURE, doing=None, waits=False)
+        for each in record.functions
+    )
+    alive = record.phase is not Phase.ABSENT
+    turn.set(functions=functions, connected=False, carrier_lost=alive and record.carrier is Carrier.DBUS_VMSTATE)
+    turn.cue(Cue.STARTED)
+
+
+def _qemu_came(turn: _Turn, event: ev.QemuCame) -> None:
+    if turn.record.phase is not Phase.ABSENT and turn.record.qemu != event.qemu:
+        _qemu_gone(turn, ev.QemuGone())
+    known = turn.record.phase is not Phase.ABSENT
+    turn.set(qemu=event.qemu, connected=True, tells=event.tells)
+    if not known:
+        phase, place = BEGINNINGS.get(event.runstate, (Phase.RUNNING, Place.FRESH))
+        turn.set(functions=tuple(Function(each.name, place) for each in turn.record.functions))
+        turn.enter(phase)
+        if phase is Phase.INCOMING:
+            turn.do(ev.Prepare())
+    if event.runstate == _INCOMING:
+        # What QEMU says of a migration is about the one to here, and what it was for was told by the carrier.
+        return
+    before = turn.record.migration
+    _migration_is(turn, ev.MigrationIs(event.migration))
+    if known:
+        turn.cue(Cue.RUNS if event.runstate == _RUNNING else Cue.STOP)
+        if before is turn.record.migration is Migration.LIVE and turn.record.phase in _TO_BE_JUDGED:
+            # What was judged may have been lost with the monitor.
+            turn.do(ev.Judge())
+
+
+def _monitor_lost(turn: _Turn, event: ev.MonitorLost) -> None:
+    turn.set(connected=False)
+
+
+def _qemu_gone(turn: _Turn, event: ev.QemuGone) -> None:
+    record = turn.record
+    if record.phase is Phase.ABSENT:
+        return
+    if record.phase in FAREWELLS:
+        turn.do(ev.Tell(False, FAREWELLS[record.phase]))
+    turn.record = Record(
+        functions=tuple(Function(each.name) for each in record.functions),
+        carrier=record.carrier,
+        last_error=record.last_error,
+    )
+    turn.do(ev.Leave())
+
+
+def _migration_is(turn: _Turn, event: ev.MigrationIs) -> None:
+    """Only a change of class is a cue: a migration that is under way says so in several words."""
+    now = STATUSES.get(event.status)
+    if now is None or now is turn.record.migration:
+        return
+    turn.set(migration=now)
+    if now in MIGRATION_CUES:
+        turn.cue(MIGRATION_CUES[now])
+
+
+def _runstate_is(turn: _Turn, event: ev.RunstateIs) -> None:
+    turn.cue(Cue.RUNS if event.runstate == _RUNNING else Cue.STANDS)
+
+
+def _judged(turn: _Turn, event: ev.Judged) -> None:
+    if event.reasons:
+        turn.cue(Cue.JUDGED, "; ".join(event.reasons))
+
+
+def _hold_asked(turn: _Turn, event: ev.HoldAsked) -> None:
+    turn.cue(Cue.HOLD if turn.record.hears else Cue.HOLD_BLIND)
+
+
+def _save_asked(turn: _Turn, event: ev.SaveAsked) -> None:
+    if turn.record.refused:
+        turn.cue(Cue.SAVE_REFUSED, turn.record.refused)
+    else:
+        turn.cue(Cue.SAVE if turn.record.hears else Cue.SAVE_BLIND)
+
+
+def _carrier_reset(turn: _Turn, event: ev.CarrierReset) -> None:
+    turn.set(carrier_lost=turn.record.phase is not Phase.ABSENT and turn.record.carrier is Carrier.DBUS_VMSTATE)
+    turn.cue(Cue.CARRIER_RESET)
+
+
+def _did(turn: _Turn, event: ev.Did) -> None:
+    function = turn.record.function(event.function)
+    if function is not None and function.doing is event.deed:
+        turn.record = turn.record.with_function(Function(function.name, DONE[event.deed]))
+
+
+def _failed(turn: _Turn, event: ev.Failed) -> None:
+    function = turn.record.function(event.function)
+    if function is None or function.doing is not event.deed:
+        return
+    turn.record = turn.record.with_function(Function(function.name, UNDONE[event.deed], waits=True))
+    turn.cue(Cue.FELL, f"{event.function}: {event.reason}")
+    after = turn.record.function(event.function)
+    if after is not None and after.waits:
+        turn.do(ev.Later(function.name))
+
+
+def _due(turn: _Turn, event: ev.Due) -> None:
+    function = turn.record.function(event.function)
+    if function is not None:
+        turn.record = turn.record.with_function(replace(function, waits=False))
+
+
+def _replayed(turn: _Turn, event: ev.Replayed) -> None:
+    turn.cue(Cue.UNREPLAYED if event.failure else Cue.REPLAYED, event.failure)
+
+
+_HANDLERS: Mapping[type[ev.Event], Callable[[_Turn, Any], None]] = MappingProxyType(
+    {
+        ev.Started: _started,
+        ev.QemuCame: _qemu_came,
+        ev.MonitorLost: _monitor_lost,
+        ev.QemuGone: _qemu_gone,
+        ev.Stopped: lambda turn, event: turn.cue(Cue.STOP),
+        ev.Resumed: lambda turn, event: turn.cue(Cue.RESUME),
+        ev.MigrationIs: _migration_is,
+        ev.RunstateIs: _runstate_is,
+        ev.Judged: _judged,
+        ev.HoldAsked: _hold_asked,
+        ev.SaveAsked: _save_asked,
+        ev.LoadAsked: lambda turn, event: turn.cue(Cue.LOAD),
+        ev.Go: lambda turn, event: turn.cue(Cue.GO),
+        ev.CarrierReset: _carrier_reset,
+        ev.Did: _did,
+        ev.Failed: _failed,
+        ev.Due: _due,
+        ev.Replayed: _replayed,
+    }
+)
