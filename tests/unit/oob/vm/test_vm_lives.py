@@ -12,13 +12,14 @@ from enum import Enum
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vfiouser_oob.vm import events as ev
 from vfiouser_oob.vm.machine import advance
-from vfiouser_oob.vm.record import Carrier, Deed, Function, Phase, Place, Record
+from vfiouser_oob.vm.record import Carrier, Deed, Function, Phase, Record
 
 NAMES = ("f0", "f1")
+TROUBLE = ("pause", "go on", "cancel", "die", "fail", "half", "again", "unreplayed", "lose", "restart")
 
 
 class Device:
@@ -75,6 +76,8 @@ class Host:
     due: list[str] = field(default_factory=list)
     questions: int = 0
     replays: int = 0
+    #: The VM is this side's: it never left, or QEMU has said since then that it runs here.
+    granted: bool = False
 
     @property
     def runs(self) -> bool:
@@ -83,11 +86,15 @@ class Host:
 
     def feed(self, event: ev.Event) -> None:
         """The daemon takes an event."""
+        match event:
+            case ev.Resumed() | ev.Go() | ev.RunstateIs(runstate="running") | ev.QemuCame(runstate="running"):
+                self.granted = True
         self.record, effects = advance(self.record, event)
         assert self.record == Record.from_json(self.record.to_json()) or any(f.waits for f in self.record.functions)
         for effect in effects:
             match effect:
                 case ev.Do():
+                    assert effect.deed is not Deed.RESUME or self.granted, "resumed without QEMU's word"
                     self.deeds.append(effect)
                 case ev.Later(function=name):
                     self.due.append(name)
@@ -96,10 +103,14 @@ class Host:
                 case ev.Replay():
                     self.replays += 1
                 case ev.AnswerSave():
+                    self.granted = False
+                    assert not self.deeds, "answered while something is done"
+                    assert not any(device.runs for device in self.devices.values()), "given while it runs"
                     self._answered(Call.SAVE, True)
                 case ev.RefuseSave():
                     self._answered(Call.SAVE, False)
                 case ev.AnswerLoad():
+                    assert all(device.live for device in self.devices.values()), "loaded without its state"
                     self._answered(Call.LOAD, True)
                 case ev.RefuseLoad():
                     self._answered(Call.LOAD, False)
@@ -117,6 +128,7 @@ class Host:
         """A QEMU starts, with fresh functions behind it."""
         self.serial += 1
         self.alive, self.runstate, self.status, self.call, self.answer = True, runstate, "", None, None
+        self.granted = runstate == "running"
         self.queue.clear()
         self.devices = {name: Device() for name in NAMES}
         for device in self.devices.values():
@@ -240,7 +252,7 @@ class Host:
 
 
 class Lives(RuleBasedStateMachine):
-    """A VM's source and destination."""
+    """A VM's source and destination. Most of the time things go their way; now and then somebody disturbs them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,104 +266,135 @@ class Lives(RuleBasedStateMachine):
         """Both."""
         return [self.source, self.destination]
 
-    def _migrating(self) -> bool:
-        return self.source.status in {"setup", "active", "device"}
+    @property
+    def migrating(self) -> bool:
+        """Whether a migration is under way."""
+        return self.source.alive and self.source.status in {"setup", "active", "device"}
 
-    # Users
+    @rule(early=st.booleans(), carried=st.sampled_from([True, True, True, False]))
+    def forward(self, early: bool, carried: bool) -> None:
+        """What comes next in a life without trouble, but for a carrier that may be missing."""
+        source, destination = self.source, self.destination
+        if not source.alive:
+            if destination.alive:
+                self._turn_round()
+            else:
+                source.start("running")
+        elif not destination.alive:
+            self._prepare(early)
+        elif source.call is Call.SAVE:
+            self._saved()
+        elif destination.call is Call.LOAD:
+            self._loaded()
+        elif destination.runstate == "inmigrate":
+            self._migrate() if not self.migrating else self._switch_over(carried)
+        elif destination.runstate == "paused" and not source.runs:
+            destination.resume()
+        else:
+            source.end()
 
-    @rule(early=st.booleans(), carrier=st.sampled_from(Carrier))
-    @precondition(lambda self: self.source.alive and not self._migrating() and not self.destination.alive)
-    def prepare(self, early: bool, carrier: Carrier) -> None:
-        """A destination is started."""
-        if self.source.runstate in {"postmigrate"} or self.source.status == "completed":
-            return
-        self.paused_start = early
-        self.destination.start("inmigrate")
+    @rule(at_source=st.booleans(), count=st.integers(1, 6), index=st.integers(0, 3))
+    def tend(self, at_source: bool, count: int, index: int) -> None:
+        """A daemon does some of what it has to."""
+        host = self.source if at_source else self.destination
+        for _ in range(count):
+            host.read()
+            if host.deeds:
+                host.work(index, 0)
+            host.answer_question()
+        if host.replays:
+            host.replayed(True)
 
-    @rule()
-    @precondition(
-        lambda self: (
-            self.source.alive
-            and self.destination.alive
-            and self.destination.runstate == "inmigrate"
-            and self.destination.status == ""
-            and not self._migrating()
-            and self.source.runstate in {"running", "paused"}
-        )
+    @rule(
+        at_source=st.booleans(),
+        what=st.sampled_from(
+            ["pause", "go on", "cancel", "die", "fail", "half", "again", "unreplayed", "lose", "restart"]
+        ),
     )
-    def migrate(self) -> None:
-        """A migration begins."""
+    def disturb(self, at_source: bool, what: str) -> None:
+        """Something comes between."""
+        host = self.source if at_source else self.destination
+        idle = self.source.alive and self.source.call is None and self.source.status != "device"
+        match what:
+            case "pause" if idle and self.source.runs:
+                self.source.stop("paused")
+            case "go on" if idle and self.source.runstate == "paused":
+                self.source.resume()
+            case "go on" if idle and self.source.runstate == "postmigrate" and not self.destination.alive:
+                self.source.resume()
+            case "cancel" if self.migrating and self.source.call is None and self.destination.call is None:
+                self._fail("cancelling", "cancelled")
+            case "die" if host.alive:
+                self._die(host)
+            case "fail" | "half" if host.deeds:
+                host.work(0, 1 if what == "fail" else 2)
+            case "again" if host.due:
+                host.feed(ev.Due(host.due.pop(0)))
+            case "unreplayed" if host.replays:
+                host.replayed(False)
+            case "lose" if host.alive and host.monitor:
+                host.disconnect()
+            case "lose" if host.alive and host.call is None:
+                host.connect()
+            case "restart" if host.alive:
+                host.restart()
+
+    def _prepare(self, early: bool) -> None:
+        """A destination is started; a source that has moved is taken back first, or ends."""
+        if self.source.runstate == "postmigrate":
+            self.source.resume() if early else self.source.end()
+        else:
+            self.paused_start = early
+            self.source.status = self.source.status if self.source.status != "device" else ""
+            self.destination.start("inmigrate")
+
+    def _migrate(self) -> None:
         for host in self.hosts:
             host.is_("setup")
             host.is_("active")
 
-    @rule()
-    @precondition(lambda self: self.source.alive and self.source.call is None and self.source.status != "device")
-    def pause(self) -> None:
-        """A user pauses the source."""
-        if self.source.runs:
-            self.source.stop("paused")
-
-    @rule()
-    @precondition(lambda self: self.source.alive and self.source.call is None and self.source.status != "device")
-    def go_on(self) -> None:
-        """A user resumes the source; after it has moved, only if the destination has gone."""
-        if self.source.runstate == "paused" or (self.source.runstate == "postmigrate" and not self.destination.alive):
-            self.source.resume()
-
-    # QEMU
-
-    @rule()
-    @precondition(lambda self: self.source.status == "active" and self.source.alive and self.destination.alive)
-    def switch_over(self) -> None:
-        """The source stops, and asks for the state."""
+    def _switch_over(self, carried: bool) -> None:
+        """The source stops, and asks for the state, if there is a carrier."""
         self.source.was_running = self.source.runs
         self.source.stop("finish-migrate")
         self.source.is_("device")
-        self.source.asks(Call.SAVE)
+        if carried:
+            self.source.asks(Call.SAVE)
+        else:
+            self._complete()
 
-    @rule()
-    @precondition(lambda self: self.source.call is Call.SAVE and self.source.answer is not None)
-    def saved(self) -> None:
+    def _saved(self) -> None:
         """The source has its answer, and the destination asks for the load, or the source fails."""
+        if self.source.answer is None:
+            return
         self.source.call = None
-        if not self.source.answer or not self.destination.alive or self.destination.runstate != "inmigrate":
+        if not self.source.answer or self.destination.runstate != "inmigrate":
             self._fail()
-            return
-        self.destination.asks(Call.LOAD)
+        else:
+            self.destination.asks(Call.LOAD)
 
-    @rule()
-    @precondition(lambda self: self.destination.call is Call.LOAD and self.destination.answer is not None)
-    def loaded(self) -> None:
+    def _loaded(self) -> None:
         """The destination has its answer, and both complete, or both fail."""
-        self.destination.call = None
-        if not self.destination.answer or self.source.status != "device":
-            self._fail()
+        if self.destination.answer is None:
             return
+        self.destination.call = None
+        if not self.destination.answer:
+            self._fail()
+        else:
+            self._complete()
+
+    def _complete(self) -> None:
         if self.paused_start:
             self.destination.runstate = "paused"
         else:
             self.destination.resume()
         self.destination.is_("completed")
-        if self.source.alive:
-            self.source.runstate = "postmigrate"
-            self.source.is_("completed")
-
-    @rule()
-    @precondition(lambda self: self.destination.alive and self.destination.runstate == "paused")
-    def cont(self) -> None:
-        """The destination is told to run, by whoever knows that the source does not."""
-        if not self.source.runs:
-            self.destination.resume()
-
-    @rule()
-    @precondition(lambda self: self.source.alive and self._migrating() and self.source.call is None)
-    def cancel(self) -> None:
-        """The migration is cancelled, at any time before it was completed."""
-        self._fail("cancelling", "cancelled")
+        self.source.runstate = "postmigrate"
+        self.source.is_("completed")
 
     def _fail(self, first: str = "failing", last: str = "failed") -> None:
-        if self.source.alive and self._migrating():
+        """The source gets its VM back, and the destination ends."""
+        if self.migrating:
             self.source.is_(first)
             if self.source.runstate == "finish-migrate":
                 if self.source.was_running:
@@ -364,98 +407,19 @@ class Lives(RuleBasedStateMachine):
             self.destination.read_all()
             self.destination.end()
 
-    @rule()
-    @precondition(lambda self: self.destination.alive)
-    def destination_dies(self) -> None:
-        """The destination is killed."""
-        self.destination.end()
-        if self.source.alive and self._migrating() and self.source.call is None:
+    def _die(self, host: Host) -> None:
+        host.end()
+        if host is self.destination:
+            if self.migrating and self.source.call is None:
+                self._fail()
+        elif self.destination.alive and self.destination.runstate == "inmigrate":
             self._fail()
 
-    @rule()
-    @precondition(lambda self: self.source.alive and (self.destination.alive or not self._migrating()))
-    def source_dies(self) -> None:
-        """The source is killed; a destination that has everything is completed, another one fails."""
-        self.source.end()
-        self.source.status = ""
-        if self.destination.alive and self.destination.runstate == "inmigrate":
-            if self.destination.call is None:
-                self._fail()
-        elif self.destination.alive:
-            self._swap()
-
-    @rule()
-    @precondition(lambda self: not self.source.alive and not self.destination.alive)
-    def start_anew(self) -> None:
-        """Everything has ended, and the VM is started again."""
-        self.source.start("running")
-
-    @rule()
-    @precondition(lambda self: not self.source.alive and self.destination.alive)
-    def go_the_other_way(self) -> None:
+    def _turn_round(self) -> None:
         """The next migration is from where it is."""
-        if self.destination.runstate in {"running", "paused"} and self.destination.call is None:
-            self._swap()
-
-    def _swap(self) -> None:
-        self.source, self.destination = self.destination, self.source
-
-    # Daemons
-
-    @rule(at_source=st.booleans())
-    def read(self, at_source: bool) -> None:
-        """A daemon reads an event."""
-        self._host(at_source).read()
-
-    @rule(at_source=st.booleans(), index=st.integers(0, 3), fate=st.sampled_from([0, 0, 0, 1, 2]))
-    def work(self, at_source: bool, index: int, fate: int) -> None:
-        """A deed ends."""
-        host = self._host(at_source)
-        if host.deeds:
-            host.work(index, fate)
-
-    @rule(at_source=st.booleans())
-    def try_again(self, at_source: bool) -> None:
-        """An attempt is due."""
-        host = self._host(at_source)
-        if host.due:
-            host.feed(ev.Due(host.due.pop(0)))
-
-    @rule(at_source=st.booleans())
-    def answer(self, at_source: bool) -> None:
-        """QEMU answers."""
-        self._host(at_source).answer_question()
-
-    @rule(at_source=st.booleans(), well=st.sampled_from([True, True, True, False]))
-    def replayed(self, at_source: bool, well: bool) -> None:
-        """A replay was read back."""
-        host = self._host(at_source)
-        if host.replays:
-            host.replayed(well)
-
-    @rule(at_source=st.booleans())
-    def lose_monitor(self, at_source: bool) -> None:
-        """A monitor's connection ends."""
-        host = self._host(at_source)
-        if host.monitor and host.alive:
-            host.disconnect()
-
-    @rule(at_source=st.booleans())
-    def connect(self, at_source: bool) -> None:
-        """QEMU comes back, if it is not waiting for the carrier."""
-        host = self._host(at_source)
-        if host.alive and not host.monitor and host.call is None:
-            host.connect()
-
-    @rule(at_source=st.booleans())
-    def restart(self, at_source: bool) -> None:
-        """A daemon is started anew."""
-        host = self._host(at_source)
-        if host.alive:
-            host.restart()
-
-    def _host(self, at_source: bool) -> Host:
-        return self.source if at_source else self.destination
+        if self.destination.runstate in {"running", "paused"}:
+            self.source, self.destination = self.destination, self.source
+            self.source.status = ""
 
     # What must be true
 
@@ -470,12 +434,14 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def never_without_its_state(self) -> None:
-        """A function whose VM runs here after it came has its state, or is being barred."""
+        """A function that may run has its state."""
         for host in self.hosts:
             if host.record.phase in {Phase.RUNNING, Phase.ARMED}:
-                for name, device in host.devices.items():
-                    function = host.record.function(name)
-                    assert device.live or not host.alive or function is None or function.place is Place.FRESH
+                assert all(device.live for device in host.devices.values()) or not host.alive
+
+    def teardown(self) -> None:
+        """It ends well, whatever came before."""
+        self.quiet()
 
     @rule()
     def quiet(self) -> None:
@@ -494,5 +460,5 @@ class Lives(RuleBasedStateMachine):
                 assert not any(device.runs for device in host.devices.values())
 
 
-Lives.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Lives.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 TestLives = Lives.TestCase
