@@ -510,7 +510,7 @@ def test_every_phase_has_its_rows() -> None:
     assert set(ROWS) == set(WANTED) == set(Phase)
 
 
-@pytest.mark.parametrize("wanted", {each for each in WANTED.values() if each is not None}, ids=lambda each: each.value)
+@pytest.mark.parametrize("wanted", dict.fromkeys(filter(None, WANTED.values())), ids=lambda each: each.value)
 @pytest.mark.parametrize("place", Place)
 def test_routes_arrive(wanted: Place, place: Place) -> None:
     """From every place the routes end, if every step is taken; only what is barred is never brought to run again."""
