@@ -459,28 +459,3 @@ async def test_a_doorbell_just_before_the_stop(tmp_path: Path, target: int) -> N
             await src.set_state(STOP_COPY if target == PRE_COPY else target)
         assert [4711] == seen
         nursery.cancel_scope.cancel()
-
-
-# Portions
-
-
-@pytest.mark.parametrize(("portion", "chunk"), [(64 << 10, 64 << 10), (64 << 10, 300_000), (100_001, 250_000)])
-async def test_a_portion_is_one_record(portion: int, chunk: int, tmp_path: Path) -> None:
-    """Once the client's portion is known, records begin and end where portions do, whatever the agent gives at once."""
-    config = replace(FAST, chunk_size=chunk)
-    async with bed(tmp_path, config=config, state_size=2 << 20) as both, both.source.vmm() as src:
-        await src.set_state(STOP_COPY)
-        stream = await src.read_stream(portion)
-        async with both.destination.vmm() as dst:
-            await dst.set_state(RESUMING)
-            await dst.write_stream(stream, portion)
-            await dst.set_state(RUNNING)
-    starts, at = [], 32
-    while at < len(stream):
-        if stream[at : at + 4] == b"data":
-            starts.append(at)
-        at += 32 + struct.unpack_from("<I", stream, at + 12)[0]
-    # What was fetched before the first read could not follow it, and the last record is followed by the trailer.
-    follow = [start for start in starts if start > 2 * chunk + 1000]
-    assert len(follow) > 10
-    assert [0] * len(follow) == [start % portion for start in follow]

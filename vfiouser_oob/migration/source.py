@@ -1,7 +1,8 @@
 """The source's pipeline: agent → records → client, one chunk ahead of it.
 
-A task fetches chunks, which become records when the client takes them, in portions of its own size. While it takes
-chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants, are in memory.
+A task fetches chunks, each of which becomes a record when the client takes it, in portions of its own size. While it
+takes chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants, are in
+memory.
 """
 
 from __future__ import annotations
@@ -26,12 +27,6 @@ from vfiouser_oob.migration.stream_format import HEAD_SIZE
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.errors import CommandError, LocalProtocolError
 
-#: Portions of a client below which records do not follow them.
-_LEAST_PORTION = 64 << 10
-#: What is taken for a client's portion before its first read: that of QEMU.
-_USUAL_PORTION = 1 << 20
-#: Bytes of state below which a record is not worth its head.
-_LEAST_RECORD = 4 << 10
 #: Bytes of an estimate that are believed: what is shown of it has to fit into 64 bits.
 _MOST_REMAINING = 1 << 62
 
@@ -79,8 +74,6 @@ class SourcePipeline:
         #: State behind what is in the queue, of which no records were made yet, and how many bytes those will have.
         self._fetched: deque[memoryview] = deque()
         self._fetched_size = 0
-        #: Bytes that the client takes at once; 0 if records do not follow them.
-        self._portion = _USUAL_PORTION
         self._scope = trio.CancelScope()
         self._fetch_scope: trio.CancelScope | None = None
         self._changed = trio.Event()
@@ -178,26 +171,8 @@ class SourcePipeline:
         piece = self._sharing.part(self._chunk_size)
         return piece if caps is None else min(piece, caps.max_chunk)
 
-    def _limit(self) -> int:
-        """Bytes to ask for now: so many that the last record made of them ends where a portion of the client ends."""
-        most = self._piece
-        limit, position = 0, self.buffered
-        while self._portion and limit + (size := self._record_size(position)) <= most:
-            limit += size
-            position += HEAD_SIZE + size
-        return limit or most
-
-    def _record_size(self, position: int) -> int:
-        """Bytes of state in a record that begins so far behind what was taken.
-
-        It ends where a portion of the client ends, so that a portion is one record that nobody on its way has to put
-        together.
-        """
-        size = self._portion - position % self._portion - HEAD_SIZE
-        return size if size >= _LEAST_RECORD else size + self._portion
-
     async def _save(self, offset: int) -> Chunk:
-        limit, phase = self._limit(), self._phase
+        limit, phase = self._piece, self._phase
         caps = self._link.caps
         if caps is not None and phase is Phase.PRECOPY and not caps.precopy:
             return Chunk(b"", drained=True)
@@ -213,21 +188,14 @@ class SourcePipeline:
         # Nothing may be awaited in here: a chunk is taken and hashed, or asked for again.
         if chunk.data:
             hasher.add(chunk.data)
-            self._cut(memoryview(chunk.data))
+            self._fetched.append(memoryview(chunk.data))
+            self._fetched_size += HEAD_SIZE + len(chunk.data)
             self._offset += len(chunk.data)
             self.peak = max(self.peak, self.buffered)
         self._drained = chunk.drained
         self._eof = chunk.eof
         self._tracer.progress(self._phase.value, self._offset, self.remaining)
         self._notify()
-
-    def _cut(self, data: memoryview) -> None:
-        """Cut a chunk into what will be records."""
-        while data:
-            size = self._record_size(self.buffered) if self._portion else len(data)
-            piece, data = data[:size], data[size:]
-            self._fetched.append(piece)
-            self._fetched_size += HEAD_SIZE + len(piece)
 
     def _make_records(self, size: int | None = None) -> None:
         """Make records of what was fetched, for a read of so many bytes, or of everything.
@@ -394,7 +362,6 @@ class SourcePipeline:
         Args:
             size: bytes wanted.
         """
-        self._portion = size if size >= _LEAST_PORTION else 0
         self._make_records(size)
         data = self._queue.take(size)
         self.taken += sum(map(len, data))

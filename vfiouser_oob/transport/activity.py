@@ -9,10 +9,7 @@ Rule 1: it spins only while requests have been coming back to back, and less and
 Rule 2: it spins at most `SPIN_NS`, and not at all while any other task of the daemon is ready to run.
 Rule 3: it watches the sockets of all clients and upstream servers while it spins, and stops as soon as another one has
         work. Those of agents, of the control socket and of listeners are not among them: what comes there waits for the
-        end of a spin, or of a linger in vain.
-
-A piece of state takes its sender several turns, since the socket holds only a part of it. Rather than go through the
-scheduler for each, the reader may `linger`: sleep, not spin, under the same rules.
+        end of a spin.
 """
 
 from __future__ import annotations
@@ -26,8 +23,6 @@ import trio
 
 #: How long to look for the next message. Two to three times what a client needs between a reply and its next request.
 SPIN_NS = 60_000
-#: How long to sleep for the rest of a message, in seconds; the system knows no shorter time.
-LINGER_S = 0.001
 #: A gap of up to this between messages counts as back to back. It includes our own wake-up when we did sleep and, when
 #: the client reaches us through another daemon, that one's wake-ups: a limit below them would never let spinning begin.
 BACK_TO_BACK_NS = 1_000_000
@@ -102,24 +97,6 @@ class Activity(trio.abc.Instrument):
         self._pass_over = 1 << min(self._failures, _MAX_BACK_OFF)
         self._failures += 1
         return False
-
-    def linger(self, fd: int) -> bool | None:
-        """Sleep for a moment until there is more of a message whose sender is at it.
-
-        That costs a tenth of what a turn of the scheduler does. Any other socket of the daemon ends it at once.
-
-        Args:
-            fd: a registered socket.
-
-        Returns:
-            True when there is data to read; False when the moment passed; None when somebody else has work.
-        """
-        if self._ready_tasks:
-            return None
-        ready = self._epoll.poll(LINGER_S, 2)
-        if not ready:
-            return False
-        return True if len(ready) == 1 and ready[0][0] == fd else None
 
     def close(self) -> None:
         """Stop watching everything."""

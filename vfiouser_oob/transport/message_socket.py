@@ -39,10 +39,6 @@ _FD_SIZE = 4
 _unpack_fd = Struct("i").unpack
 #: A piece of state of so many bytes is read to where it stays.
 LARGE = 64 << 10
-#: Chances to linger that are passed over after one in vain: the sender may be slow on purpose.
-_IMPATIENT = 8
-#: How often to linger for one message: nobody else gets a turn meanwhile.
-_MOST_LINGERING = 16
 _STATE = int(Command.MIG_DATA_WRITE)
 #: Bytes read of a body at once; room for more than the socket holds would be made in vain each time.
 _PIECE = 256 << 10
@@ -102,9 +98,6 @@ class MessageSocket:
         #: A piece of state on its way in, and how much of it is there.
         self._state: memoryview | None = None
         self._state_has = 0
-        #: How often we lingered for it, and chances to linger that are still passed over.
-        self._lingered = 0
-        self._impatient = 0
         #: Its memory; only while pieces of state follow each other.
         self._pool: BufferPool | None = None
         self._corked = False
@@ -189,16 +182,11 @@ class MessageSocket:
         if self._state is None:
             if self._pool is None:
                 self._pool = BufferPool()
-            self._state, self._state_has, self._lingered = self._pool.take(size), 0, 0
+            self._state, self._state_has = self._pool.take(size), 0
         while self._state_has < size:
-            try:
-                count, ancillary, _, _ = self._sock.recvmsg_into(
-                    [self._state[self._state_has :]], _ANCILLARY_SIZE, _RECEIVE
-                )
-            except BlockingIOError:
-                if not self._lingers():
-                    raise
-                continue
+            count, ancillary, _, _ = self._sock.recvmsg_into(
+                [self._state[self._state_has :]], _ANCILLARY_SIZE, _RECEIVE
+            )
             if ancillary:
                 self._discard(ancillary)
             if not count:
@@ -229,17 +217,6 @@ class MessageSocket:
         They are received all the same, since what the kernel discards it closes in the middle of our call.
         """
         close_fds(self._owned(ancillary))
-
-    def _lingers(self) -> bool:
-        """Wait a moment for the rest of a piece of state, unless that was in vain lately; returns whether some came."""
-        if self._activity is None or self._impatient:
-            self._impatient = max(0, self._impatient - 1)
-            return False
-        self._lingered += 1
-        more = self._lingered <= _MOST_LINGERING and self._activity.linger(self._fd)
-        if more is False:
-            self._impatient = _IMPATIENT
-        return bool(more)
 
     async def receive(self) -> Message:
         """Wait for one whole message.
