@@ -1,13 +1,12 @@
 """The 16 bytes in front of every message, in both directions.
 
-The layout is declared once, in `HEADER_LAYOUT`; `pack_header` and `unpack_header` are its hand-packed
-twins, because every message passes through them.
+The layout is declared once, in `HEADER_LAYOUT`; `pack_header` and `unpack_header`, through which every message
+passes, do with `struct` what it says.
 """
 
 from __future__ import annotations
 
 from errno import errorcode
-from struct import Struct as PackedStruct
 from struct import error as struct_error
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from construct import Int16ul, Int32ul, Struct
 
 from vfiouser_protocol.constants import HEADER_SIZE, Command, HeaderFlags, MessageType
 from vfiouser_protocol.errors import LocalProtocolError
+from vfiouser_protocol.packed import packed
 
 HEADER_LAYOUT = Struct(
     "msg_id" / Int16ul,
@@ -30,7 +30,7 @@ ERROR = int(HeaderFlags.ERROR)
 COMMAND = int(MessageType.COMMAND)
 REPLY = int(MessageType.REPLY)
 
-_packed = PackedStruct("<HHIII")
+_packed = packed(HEADER_LAYOUT)
 _pack = _packed.pack
 _unpack = _packed.unpack
 _new_tuple = tuple.__new__

@@ -7,22 +7,23 @@ whose every offset and count may be a lie.
 from __future__ import annotations
 
 import errno
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from construct import Int16ul, Int32ul, Rebuild, Struct
+
 from .constants import RegionCapId, RegionFlags
 from .errors import CommandError, RemoteProtocolError
+from .fields import U32, U64, layout_of
 from .limits import MAX_FILE_OFFSET, MAX_REGION_CAPABILITIES, MAX_SPARSE_AREAS
+from .messages_device import RegionInfo
+from .packed import packed
 
-#: argsz, flags, index, cap_offset, size, offset.
-_FIXED = struct.Struct("<IIIIQQ")
-#: id, version, payload offset of the next capability.
-_CAP_HEADER = struct.Struct("<HHI")
-_SPARSE_COUNT = struct.Struct("<II")
-_AREA = struct.Struct("<QQ")
-_TYPE = struct.Struct("<II")
+#: `next` is the payload offset of the capability that follows, 0 for none.
+CAP_HEADER_LAYOUT = Struct("id" / Int16ul, "version" / Int16ul, "next" / Int32ul)
+#: In front of the areas of a sparse mmap capability.
+SPARSE_LAYOUT = Struct("nr_areas" / Int32ul, "reserved" / Rebuild(Int32ul, 0))
 _CAP_VERSION = 1
 _ACCESS = int(RegionFlags.READ | RegionFlags.WRITE)
 
@@ -35,8 +36,8 @@ class SparseArea(NamedTuple):
         size: length in bytes.
     """
 
-    offset: int
-    size: int
+    offset: U64
+    size: U64
 
 
 class RegionType(NamedTuple):
@@ -47,8 +48,16 @@ class RegionType(NamedTuple):
         subtype: its meaning depends on the type.
     """
 
-    type: int
-    subtype: int
+    type: U32
+    subtype: U32
+
+
+#: What runs, derived from the declarations: all of a region's information but its capabilities, and their parts.
+_FIXED = packed(layout_of(RegionInfo))
+_CAP_HEADER = packed(CAP_HEADER_LAYOUT)
+_SPARSE_COUNT = packed(SPARSE_LAYOUT)
+_AREA = packed(layout_of(SparseArea))
+_TYPE = packed(layout_of(RegionType))
 
 
 @dataclass(frozen=True, slots=True)

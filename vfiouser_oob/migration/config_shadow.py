@@ -6,15 +6,20 @@ written. So what is carried is what was written, and the destination writes it a
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
+from construct import Int8ul, Int16ul, Padding, Struct
+
+from vfiouser_protocol.packed import packed
 from vfiouser_protocol.pci_caps import ExpressControl
 
 _SIZE = 4096
 _VERSION = 1
-_COUNT = struct.Struct("<BxH")
-_RUN = struct.Struct("<HH")
+#: A `pci` record: this, then as many runs as it says, each with its bytes behind it.
+PCI_LAYOUT = Struct("version" / Int8ul, Padding(1), "runs" / Int16ul)
+RUN_LAYOUT = Struct("start" / Int16ul, "length" / Int16ul)
+_COUNT = packed(PCI_LAYOUT)
+_RUN = packed(RUN_LAYOUT)
 _COMMAND = 4
 _STATUS = 6
 _CAPABILITIES = 0x34

@@ -7,40 +7,42 @@ sequence and epoch numbers in the head against lost, repeated and exchanged reco
 heads of the epoch without their own checksums) against records of another stream, and by the SHA-256 over the
 state itself. A header with a higher epoch may stand wherever a record may: all that came before is void then.
 
-The layouts are declared with construct; the packed twins are what runs, and a test holds them equal.
+The layouts are declared with construct; what runs is derived from them, and a test holds both equal.
 """
 
 from __future__ import annotations
 
 import errno
-import struct
 from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 from zlib import crc32
 
-from construct import Bytes, Const, Int32ul, Int64ul, Padding
+from construct import Bytes, Const, Int32ul, Int64ul
 from construct import Struct as Layout
 
 from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.packed import packed
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 MAGIC = b"VFUOOBST"
 VERSION = 1
-#: Of the header and of every record's head, bytes.
-HEAD_SIZE = 32
 SHA256_SIZE = 32
 #: Largest piece of state in one record, bytes: what a reader has to hold before it can check it.
 MAX_DATA = 16 << 20
+
+NO_PADDING = bytes(12)
+#: What the header and every record's head end with: the CRC-32 of all in front of it.
+_HEAD_CRC = "head_crc" / Int32ul
 
 HEADER_LAYOUT = Layout(
     "magic" / Const(MAGIC),
     "version" / Int32ul,
     "epoch" / Int32ul,
-    Padding(12),
-    "head_crc" / Int32ul,
+    "padding" / Const(NO_PADDING),
+    _HEAD_CRC,
 )
 RECORD_LAYOUT = Layout(
     "tag" / Bytes(4),
@@ -49,17 +51,18 @@ RECORD_LAYOUT = Layout(
     "length" / Int32ul,
     "offset" / Int64ul,
     "payload_crc" / Int32ul,
-    "head_crc" / Int32ul,
+    _HEAD_CRC,
 )
-TRAILER_LAYOUT = Layout("total" / Int64ul, "sha256" / Bytes(SHA256_SIZE), "seal" / Int32ul, Padding(4))
+TRAILER_LAYOUT = Layout("total" / Int64ul, "sha256" / Bytes(SHA256_SIZE), "seal" / Int32ul, "padding" / Const(bytes(4)))
 
-#: The packed twins: everything in front of `head_crc`, the checksum itself, and the trailer's payload.
-HEADER = struct.Struct("<8sII12s")
-HEAD = struct.Struct("<4sIIIQI")
-CRC = struct.Struct("<I")
-TRAILER_BODY = struct.Struct("<Q32sI4s")
-NO_PADDING = bytes(12)
-CRC_AT = HEAD_SIZE - CRC.size
+#: What runs: everything in front of `head_crc`, the checksum itself, and the trailer's payload.
+HEADER = packed(HEADER_LAYOUT, until="head_crc")
+HEAD = packed(RECORD_LAYOUT, until="head_crc")
+CRC = packed(Layout(_HEAD_CRC))
+TRAILER_BODY = packed(TRAILER_LAYOUT)
+CRC_AT = HEAD.size
+#: Of the header and of every record's head, bytes.
+HEAD_SIZE = CRC_AT + CRC.size
 
 
 class Refusal(Enum):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias, cast
 
@@ -14,11 +13,13 @@ from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.codec import decode
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.fields import layout_of
 from vfiouser_protocol.messages import (
     FeatureDeviceState,
     FeatureLoggingReport,
     FeatureLoggingStart,
     MigDataRead,
+    MigDataReadReply,
     MigDataWrite,
 )
 from vfiouser_protocol.migration_v2 import (
@@ -29,11 +30,12 @@ from vfiouser_protocol.migration_v2 import (
     interpret_feature,
     require_path,
 )
+from vfiouser_protocol.packed import packed
 from vfiouser_protocol.rules import check_request
 
 Answer: TypeAlias = "bytes | Awaitable[bytes | Pieces]"
-#: argsz and size of a reply to MIG_DATA_READ. It is not encoded as a whole, since its data lies in several places.
-_DATA_HEAD = struct.Struct("<II")
+#: All of a reply to MIG_DATA_READ but its data, which lies in several places and is not encoded with it.
+_DATA_HEAD = packed(layout_of(MigDataReadReply))
 #: What MIG_DATA_SIZE says before a save has begun, in bytes: a size that no client postpones a migration for.
 _UNKNOWN_SIZE = 1 << 20
 

@@ -17,7 +17,6 @@ Rule 5: while an agent owes a reset that the client was promised, configuration 
 from __future__ import annotations
 
 import errno
-import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -27,6 +26,9 @@ from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.log import Logger
 from vfiouser_protocol.constants import Command, RegionIndex
 from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.fields import layout_of
+from vfiouser_protocol.messages import RegionRead
+from vfiouser_protocol.packed import picked
 from vfiouser_protocol.session import CommandReceived, MessageRefused
 
 #: Writes without reply that are held at most, and their bytes; what is more is lost, and said to be.
@@ -34,8 +36,8 @@ MAX_HELD = 4096
 MAX_HELD_BYTES = 4 << 20
 _WRITES = frozenset({Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
 _ACCESSES = _WRITES | {Command.REGION_READ}
-#: Where a REGION_READ or REGION_WRITE names its region.
-_REGION = struct.Struct("<8xI")
+#: Where a REGION_READ, and a REGION_WRITE just so, names its region.
+_REGION = picked(layout_of(RegionRead), "region")
 
 
 class WriteHold:

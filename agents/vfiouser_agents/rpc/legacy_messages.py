@@ -17,8 +17,11 @@ Spec: raolei-intel/vfio-lm-plugin-example, plugin.h and plugin_server.c; linux/v
 
 from __future__ import annotations
 
-import struct
 from enum import IntEnum, IntFlag
+
+from construct import FormatField, Struct
+
+from vfiouser_protocol.packed import packed
 
 DEFAULT_PORT = 3333
 #: Bytes of the value of a reply.
@@ -50,4 +53,14 @@ class V1State(IntFlag):
     ERROR = 6
 
 
-HEADERS = {"little": struct.Struct("<IIQ"), "big": struct.Struct(">IIQ")}
+def header_layout(order: str) -> Struct:
+    """Return the layout of every header.
+
+    Args:
+        order: ``<`` for little-endian, ``>`` for big-endian.
+    """
+    u32, u64 = FormatField(order, "L"), FormatField(order, "Q")
+    return Struct("request" / u32, "size" / u32, "value" / u64)
+
+
+HEADERS = {"little": packed(header_layout("<")), "big": packed(header_layout(">"))}
