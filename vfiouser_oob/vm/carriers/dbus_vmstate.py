@@ -50,7 +50,7 @@ from vfiouser_oob.vm.carriers.interface import (
     Taken,
 )
 from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
-from vfiouser_oob.vm.carriers.port import OPENING_S, Port
+from vfiouser_oob.vm.carriers.port import OPENING_S, Port, first_of
 
 #: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
 MOST_BYTES = 256 << 20
@@ -178,7 +178,7 @@ class DbusVmstate:
                         await connection.send(peer.data_to_send())
                 raise PeerGone(f"it has not opened the conversation within {OPENING_S:g} s")
         except* (AuthError, WireError, PeerGone) as errors:
-            reason = str(_first(errors))
+            reason = str(first_of(errors))
         if attached:
             self._pieces, self._unfetched, self._joiner = [], set(), None
             await self._desk.tell(Lost(reason))
@@ -243,13 +243,6 @@ _ANSWERS: Mapping[type[Asked], Callable[[DbusVmstate, DbusPeer, Any], Awaitable[
 
 def _reason(answer: Answer) -> str:
     return answer.reason if isinstance(answer, Refused) else "the daemon has no state to offer"
-
-
-def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
-    first: BaseException = errors
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
 
 
 def vmstate_object(path: Path, object_id: str) -> dict[str, Any]:

@@ -68,12 +68,17 @@ class StateLoaded:
 
     Args:
         state: what was offered at the source.
-        free: QEMU's main loop goes on meanwhile, so it answers DMA messages. Else whatever is sent to it is done
-            after the answer, and waiting for it would last for ever.
+        free: QEMU's main loop goes on meanwhile, so it answers DMA messages, until `AnswerDue`. Else whatever is sent
+            to it is done after the answer, and waiting for it would last for ever.
     """
 
     state: State
     free: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDue:
+    """QEMU's main loop waits for the answer to `StateLoaded` now: it answers no DMA messages any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class Lost:
 
 #: Questions, of which one is open at a time.
 Question: TypeAlias = StopAsked | SaveAsked | StateLoaded | GoAsked
-CarrierEvent: TypeAlias = Question | Attached | Taken | LogChanged | Lost
+CarrierEvent: TypeAlias = Question | Attached | Taken | AnswerDue | LogChanged | Lost
 
 
 @dataclass(frozen=True, slots=True)

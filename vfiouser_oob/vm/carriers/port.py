@@ -133,3 +133,11 @@ class Port:
         if self._connections > CONNECTIONS_MAX:
             raise PeerGone(f"{peer} comes while {CONNECTIONS_MAX} others are connected")
         return peer
+
+
+def first_of(errors: BaseExceptionGroup[Exception]) -> BaseException:
+    """Return the first error that is no group: of what ends a conversation, it is the reason."""
+    first: BaseException = errors
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
