@@ -21,6 +21,8 @@ from vmbed.qemu import Qemu
 pytestmark = pytest.mark.vm
 COMPANION = KINDS["vhost-user-fs"]
 PAGE = 0x0140_0000
+#: Operations of FUSE.
+INIT, FORGET = 26, 2
 
 
 def write_behind_its_back(qemu: Qemu, address: int, data: bytes) -> None:
@@ -155,3 +157,33 @@ async def test_a_driver_that_goes_asks_for_a_stop_that_is_none(assets: Assets, w
         assert not (await source.hand.until(StopAsked)).sure
         await driver.bind()
         await source.hand.until(GoAsked, 2)
+
+
+async def test_a_mount_fails_at_once(assets: Assets, workdir: Path) -> None:
+    """Each request of a file system is given back with an error, before and after a migration, and FORGET without."""
+    async with (
+        two_sides(COMPANION, workdir, b"state") as (source, destination),
+        two_machines(assets, workdir, source, destination) as (a, b),
+    ):
+        driver = VirtioFs(a.qtest)
+        await driver.bind()
+        await source.hand.until(GoAsked)
+        await driver.request(1, INIT, 2)
+        await given_back(driver, 1, 1)
+        assert await driver.answer(1) == (16, -5, 2)
+        await driver.request(0, FORGET, 3, room=0)
+        await given_back(driver, 0, 1)
+        await begin(a, b, workdir)
+        assert await outcome(a) == "completed"
+        await destination.hand.until(GoAsked)
+        driver.move(b.qtest)
+        await driver.request(1, INIT, 4)
+        await given_back(driver, 1, 2)
+        assert await driver.answer(1) == (16, -5, 4)
+
+
+async def given_back(driver: VirtioFs, queue: int, count: int) -> None:
+    """Wait until the device has given back so many requests: a driver without interrupts has to look."""
+    with trio.fail_after(30):
+        while await driver.used(queue) != count:
+            pass

@@ -26,10 +26,16 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
+def noise(size: int) -> bytes:
+    """Bytes of which no piece comes twice."""
+    source = random.Random(size)
+    return b"".join(source.randbytes(min(MIB, size - at)) for at in range(0, size, MIB))
+
+
 @pytest.mark.parametrize("size", [0, 1, MIB - 32, MIB, 16 * MIB, 256 * MIB])
 async def test_a_state_travels_in_the_stream(kind: Kind, assets: Assets, workdir: Path, size: int) -> None:
     """What is offered at the source is what the destination is asked to load, before either side is done."""
-    async with two_sides(kind, workdir, random.Random(size).randbytes(size), max(size, 16 * MIB)) as (
+    async with two_sides(kind, workdir, noise(size), max(size, 16 * MIB)) as (
         source,
         destination,
     ):
@@ -116,29 +122,29 @@ async def test_a_cancelled_migration_asks_nothing(kind: Kind, assets: Assets, wo
 
 
 async def test_a_cancel_while_the_state_is_asked_for(kind: Kind, assets: Assets, workdir: Path) -> None:
-    """QEMU hears of it too late: the source resumes, and the destination has loaded everything all the same.
+    """QEMU hears of it when it is late: the destination has loaded everything, whether the source resumes or not.
 
     Nobody runs twice only because the destination is started with -S, as libvirt does it, and is thrown away.
     """
     async with two_sides(kind, workdir, b"state") as (source, destination):
         source.hand.ignores = (SaveAsked,)
-        async with machine(assets, workdir, "a", source.arguments) as a:
-            async with machine(assets, workdir, "b", [*destination.arguments, "-S"], incoming=True) as b:
-                await begin(a, b, workdir)
-                await source.hand.until(SaveAsked)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(a.qmp.execute, "migrate_cancel")
-                    await trio.testing.wait_all_tasks_blocked()
-                    assert source.hand.carrier.offer(b"state")
-                assert [await outcome(a), await outcome(b)] == ["cancelled", "completed"]
-                assert (await a.qmp.execute("query-status"))["status"] == "running"
-                assert (await b.qmp.execute("query-status"))["status"] == "paused"
-            await destination.hand.until(Lost)
-            source.hand.ignores = ()
-            async with machine(assets, workdir, "c", destination.arguments, incoming=True) as c:
-                await begin(a, c, workdir)
-                assert await outcome(a) == "completed"
-        assert len(destination.hand.told(StateLoaded)) == 2
+        async with (
+            machine(assets, workdir, "a", source.arguments) as a,
+            machine(assets, workdir, "b", [*destination.arguments, "-S"], incoming=True) as b,
+        ):
+            await begin(a, b, workdir)
+            await source.hand.until(SaveAsked)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(a.qmp.execute, "migrate_cancel")
+                await trio.testing.wait_all_tasks_blocked()
+                assert source.hand.carrier.offer(b"state")
+            end = await outcome(a)
+            assert end in ("cancelled", "completed")
+            assert await outcome(b) == "completed"
+            assert (await a.qmp.execute("query-status"))["running"] == (end == "cancelled")
+            assert not (await b.qmp.execute("query-status"))["running"]
+        assert source.hand.told(Taken)
+        assert destination.hand.told(StateLoaded)
 
 
 async def test_a_destination_that_is_killed_while_it_loads(kind: Kind, assets: Assets, workdir: Path) -> None:

@@ -54,6 +54,10 @@ class VirtioFs:
             await self._set_up(queue)
         await self._qtest.store(self._common + 20, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK, 1)
 
+    def move(self, qtest: Qtest) -> None:
+        """Go on in the machine that this one was migrated to."""
+        self._qtest = qtest
+
     async def unbind(self) -> None:
         """Reset the device."""
         await self._qtest.store(self._common + 20, 0, 1)

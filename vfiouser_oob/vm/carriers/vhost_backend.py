@@ -18,14 +18,17 @@ from vfiouser_oob.transport.fds import ForeignFd
 from vfiouser_oob.vm.carriers.vhost_messages import (
     NO_FD,
     REQUESTS,
+    VRING_MASK,
     Direction,
     Features,
     LogArea,
+    MemoryTable,
     Nothing,
     Number,
     ProtocolFeatures,
     Request,
     StateTransfer,
+    VringAddress,
     VringState,
 )
 from vfiouser_oob.vm.carriers.vhost_wire import Message, WireError, reply
@@ -56,6 +59,17 @@ class LogEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuesChanged:
+    """Something about guest memory or a vring was said; needs no answer.
+
+    Args:
+        message: what.
+    """
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
 class StopNeeded:
     """The functions have to stand; answer by `stopped` or `deny_stop`.
 
@@ -74,9 +88,11 @@ class GoNeeded:
 
     Args:
         message: what asks for it.
+        bases: where each vring's next request is.
     """
 
     message: Message
+    bases: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +122,7 @@ class CheckNeeded:
     """Whether the transfer succeeded is asked; answer by `checked`."""
 
 
-Step: TypeAlias = LogGiven | LogEnded | StopNeeded | GoNeeded | SaveNeeded | LoadNeeded | CheckNeeded
+Step: TypeAlias = QueuesChanged | LogGiven | LogEnded | StopNeeded | GoNeeded | SaveNeeded | LoadNeeded | CheckNeeded
 
 
 class VhostBackend:
@@ -160,6 +176,10 @@ class VhostBackend:
         self._logged = True
         self._reply(Request.SET_LOG_BASE, Nothing())
 
+    def moved(self, bases: dict[int, int]) -> None:
+        """Note where vrings have come to."""
+        self._bases |= bases
+
     def stopped(self, index: int) -> None:
         """Say that a vring stands, and where."""
         self._reply(Request.GET_VRING_BASE, VringState(index, self._bases.get(index, 0)))
@@ -197,6 +217,20 @@ class VhostBackend:
     def _set_log_base(self, message: Message, payload: LogArea) -> Step:
         return LogGiven(payload, message.fds[0])
 
+    def _memory(self, message: Message, payload: MemoryTable) -> Step:
+        if len(message.fds) != payload.count:
+            raise WireError(f"{payload.count} regions of guest memory came with {len(message.fds)} descriptors")
+        return QueuesChanged(message)
+
+    def _vring_set(self, message: Message, payload: VringState | VringAddress) -> Step:
+        _vring(payload)
+        return QueuesChanged(message)
+
+    def _vring_fd(self, message: Message, payload: Number) -> Step:
+        if payload.value & VRING_MASK >= QUEUES_MAX:
+            raise WireError(f"there is no vring {payload.value & VRING_MASK}")
+        return QueuesChanged(message)
+
     def _set_base(self, _: Message, payload: VringState) -> None:
         self._bases[_vring(payload)] = payload.number
 
@@ -218,7 +252,7 @@ class VhostBackend:
         if self.runs or not self._enabled >= self._bases.keys():
             return None
         self.runs = True
-        return GoNeeded(message)
+        return GoNeeded(message, dict(self._bases))
 
     def _state_fd(self, message: Message, payload: StateTransfer) -> Step:
         if payload.phase or payload.direction not in Direction._value2member_map_:
@@ -230,7 +264,7 @@ class VhostBackend:
         return CheckNeeded()
 
 
-def _vring(payload: VringState) -> int:
+def _vring(payload: VringState | VringAddress) -> int:
     if payload.index >= QUEUES_MAX:
         raise WireError(f"there is no vring {payload.index}")
     return payload.index
@@ -241,7 +275,12 @@ _HANDLERS: Mapping[Request, Callable[[VhostBackend, Message, Any], Step | None]]
         Request.GET_FEATURES: VhostBackend._get_features,
         Request.SET_FEATURES: VhostBackend._set_features,
         Request.GET_PROTOCOL_FEATURES: VhostBackend._get_protocol_features,
+        Request.SET_MEM_TABLE: VhostBackend._memory,
         Request.SET_LOG_BASE: VhostBackend._set_log_base,
+        Request.SET_VRING_NUM: VhostBackend._vring_set,
+        Request.SET_VRING_ADDR: VhostBackend._vring_set,
+        Request.SET_VRING_KICK: VhostBackend._vring_fd,
+        Request.SET_VRING_CALL: VhostBackend._vring_fd,
         Request.SET_VRING_BASE: VhostBackend._set_base,
         Request.GET_VRING_BASE: VhostBackend._get_base,
         Request.SET_VRING_ENABLE: VhostBackend._enable,

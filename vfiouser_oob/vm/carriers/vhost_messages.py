@@ -72,8 +72,8 @@ class Direction(IntEnum):
 
 #: In the reply to SET_DEVICE_STATE_FD: no descriptor comes back, QEMU's own is used.
 NO_FD = 1 << 8
-#: In a descriptor's message: there is none.
-VRING_NO_FD = 1 << 8
+#: In a descriptor's message: which vring it is for. Whether there is one is seen.
+VRING_MASK = 0xFF
 
 
 class Header(NamedTuple):

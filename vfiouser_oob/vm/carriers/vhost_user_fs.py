@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from vfiouser_oob.observability import log
-from vfiouser_oob.transport.fds import close_fds
+from vfiouser_oob.transport.fds import ForeignFd, close_fds
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.worker import Worker
@@ -47,12 +47,15 @@ from vfiouser_oob.vm.carriers.vhost_backend import (
     LoadNeeded,
     LogEnded,
     LogGiven,
+    QueuesChanged,
     SaveNeeded,
     Step,
     StopNeeded,
     VhostBackend,
 )
 from vfiouser_oob.vm.carriers.vhost_log import LogRefused, VhostLog
+from vfiouser_oob.vm.carriers.vhost_messages import VRING_MASK, Request
+from vfiouser_oob.vm.carriers.vhost_rings import Rings
 from vfiouser_oob.vm.carriers.vhost_wire import Framer, Message, WireError
 
 #: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
@@ -196,6 +199,7 @@ class _Conversation:
         self._worker = Worker(port.account)
         self._log = log.get("carrier").bind(carrier=VhostUserFs.name)
         self._written: VhostLog | None = None
+        self._rings = Rings(port.account, self._mark)
         self._transfer: _Transfer | None = None
         self._send, self._receive = trio.open_memory_channel[Message](_UNHANDLED)
         self._transfers: trio.Nursery
@@ -211,6 +215,7 @@ class _Conversation:
     async def run(self) -> None:
         """Handle messages until cancelled."""
         async with trio.open_nursery() as self._transfers:
+            self._transfers.start_soon(self._rings.run)
             async for message in self._receive:
                 try:
                     await self._handle(message)
@@ -226,6 +231,7 @@ class _Conversation:
                 break
         if self._written is not None:
             self._written.close()
+        self._rings.close()
         self._worker.close()
 
     async def _handle(self, message: Message) -> None:
@@ -233,6 +239,16 @@ class _Conversation:
         if step is not None:
             await _STEPS[type(step)](self, step)
         await self._connection.send(self._backend.data_to_send())
+
+    # The queues
+
+    async def _change_queues(self, step: QueuesChanged) -> None:
+        message = step.message
+        _QUEUES[message.request](self._rings, message.payload, message.fds)
+
+    def _mark(self, address: int, length: int) -> None:
+        if self._written is not None:
+            self._written.mark(address, length)
 
     # The log
 
@@ -259,6 +275,7 @@ class _Conversation:
     # Stop and go
 
     async def _stop(self, step: StopNeeded) -> None:
+        self._backend.moved(await self._rings.stop())
         answer = await self._desk.ask(StopAsked(sure=step.logged), ANSWER_S)
         if isinstance(answer, Refused):
             self._log.warning("QEMU is not let stop", reason=answer.reason)
@@ -270,6 +287,7 @@ class _Conversation:
     async def _go(self, step: GoNeeded) -> None:
         answer = await self._desk.ask(GoAsked(), ANSWER_S)
         self._backend.done(step.message, failed=isinstance(answer, Refused))
+        self._rings.start(step.bases)
 
     # The state
 
@@ -336,7 +354,15 @@ class _Conversation:
         self._backend.checked(good=transfer.error is None)
 
 
+_QUEUES: Mapping[Request, Callable[[Rings, Any, list[ForeignFd]], None]] = {
+    Request.SET_MEM_TABLE: lambda rings, table, fds: rings.set_memory(table, fds),
+    Request.SET_VRING_NUM: lambda rings, vring, _: rings.set_size(vring.index, vring.number),
+    Request.SET_VRING_ADDR: lambda rings, address, _: rings.set_address(address),
+    Request.SET_VRING_KICK: lambda rings, vring, fds: rings.set_kick(vring.value & VRING_MASK, fds[0] if fds else None),
+    Request.SET_VRING_CALL: lambda rings, vring, fds: rings.set_call(vring.value & VRING_MASK, fds[0] if fds else None),
+}
 _STEPS: Mapping[type[Step], Callable[[_Conversation, Any], Awaitable[None]]] = {
+    QueuesChanged: _Conversation._change_queues,
     LogGiven: _Conversation._begin_log,
     LogEnded: _Conversation._end_log,
     StopNeeded: _Conversation._stop,
