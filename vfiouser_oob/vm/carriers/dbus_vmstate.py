@@ -1,0 +1,256 @@
+"""Carrier V: QEMU's `dbus-vmstate` object, with this process as all of its bus.
+
+The guest sees nothing of it. QEMU asks while its vCPUs stand and its memory has been sent, with the main loop at a
+standstill: a DMA message that is sent then is answered only afterwards, and what it wrote is missing at the
+destination. Stop and go are the monitor's to tell.
+
+On the source the owners of the service are as many as the state has pieces. The destination cannot know how many will
+come, so it offers as many as the largest state needs that is expected (`expect`); each costs QEMU two questions.
+
+A cancel that comes while QEMU waits here is heard too late: the source resumes, and the destination may have loaded
+all the same. It must not run by itself then, so it is to be started with -S, as libvirt does. (Found by running it.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import trio
+
+from vfiouser_oob.transport.listener import Listener
+from vfiouser_oob.transport.peer import Peer
+from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.vm.carriers.chunks import HEAD_SIZE, ChunkError, Joiner, cut, pieces_for
+from vfiouser_oob.vm.carriers.dbus_auth import AuthError
+from vfiouser_oob.vm.carriers.dbus_peer import (
+    PIECE_MAX,
+    Asked,
+    DbusPeer,
+    LoadCalled,
+    Opened,
+    OwnersAsked,
+    SaveCalled,
+)
+from vfiouser_oob.vm.carriers.dbus_wire import WireError
+from vfiouser_oob.vm.carriers.desk import Answer, Desk, Offered, Refused
+from vfiouser_oob.vm.carriers.interface import (
+    Attached,
+    CarrierEvent,
+    Lost,
+    MonitorCommand,
+    SaveAsked,
+    State,
+    StateLoaded,
+    Taken,
+)
+from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
+from vfiouser_oob.vm.carriers.port import OPENING_S, Port, first_of
+
+#: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
+MOST_BYTES = 256 << 20
+EXPECTED_BYTES = 16 << 20
+#: Seconds for an answer; GDBus gives a call up after 25.
+ANSWER_S = 20.0
+#: Bytes read at once: a thousand of them are some twenty messages, which take a millisecond; more only of a message
+#: that is known to be large.
+_READ = 1 << 10
+_READ_MAX = 256 << 10
+#: Calls that were read and not answered: GDBus sends a few without waiting.
+_UNANSWERED = 32
+
+
+class DbusVmstate:
+    """One VM's carrier V.
+
+    Args:
+        listener: the socket that QEMU connects to; owned from now on.
+        path: where it is, as QEMU knows it.
+        object_id: what the object in QEMU is called.
+        allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+    """
+
+    name = "dbus-vmstate"
+    most_bytes = MOST_BYTES
+
+    def __init__(
+        self, listener: Listener, path: Path, object_id: str = "oobvmstate", allow_uids: frozenset[int] | None = None
+    ) -> None:
+        self._port = Port(listener, f"{self.name} {path}", allow_uids)
+        self._path = path
+        self._object_id = object_id
+        self._guid = secrets.token_hex(16)
+        self._desk = Desk()
+        self._lane = Lane()
+        #: At the destination: bytes of the largest state to take; None at the source.
+        self._expected: int | None = None
+        self._joiner: Joiner | None = None
+        #: At the source: the pieces of the state that was offered, and which of them QEMU has not fetched.
+        self._pieces: list[tuple[bytes, memoryview]] = []
+        self._unfetched: set[int] = set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve QEMU until cancelled, one QEMU after the other."""
+        await self._port.serve(self._converse, task_status=task_status)
+
+    async def next_event(self) -> CarrierEvent:
+        """Wait for what comes next."""
+        return await self._desk.next_event()
+
+    def expect(self, most_bytes: int = EXPECTED_BYTES) -> None:
+        """Be a destination from now on.
+
+        Args:
+            most_bytes: bytes of the largest state to take.
+
+        Raises:
+            ValueError: it is more than can be carried.
+        """
+        self._check(most_bytes)
+        self._forget()
+        self._expected = most_bytes
+
+    def offer(self, state: State) -> bool:
+        """Answer `SaveAsked` with the state; returns whether somebody waited for it.
+
+        Raises:
+            ValueError: it is larger than can be carried; nothing was answered.
+        """
+        self._check(len(state))
+        return self._desk.offer(state)
+
+    def answer(self) -> bool:
+        """Answer `StateLoaded`: it is loaded; returns whether somebody waited for it."""
+        return self._desk.done()
+
+    def refuse(self, reason: str) -> bool:
+        """Answer a question with no; returns whether somebody waited for it."""
+        return self._desk.refuse(reason)
+
+    def reset(self) -> None:
+        """Be no destination any more, forget the state, and refuse what is open."""
+        self._forget()
+        self._desk.withdraw("the migration was given up")
+
+    def repair(self) -> tuple[MonitorCommand, ...]:
+        """The commands that connect QEMU's object anew, after we were away."""
+        return (
+            MonitorCommand("object-del", {"id": self._object_id}),
+            MonitorCommand("object-add", vmstate_object(self._path, self._object_id)),
+        )
+
+    def _check(self, size: int) -> None:
+        if size > self.most_bytes:
+            raise ValueError(f"a state of {size} bytes is more than the {self.most_bytes} that {self.name} carries")
+
+    def _forget(self) -> None:
+        self._expected, self._joiner = None, None
+        self._pieces, self._unfetched = [], set()
+
+    # Conversation
+
+    async def _converse(self, connection: PeerSocket, process: Peer) -> None:
+        peer = DbusPeer(process.uid, self._guid)
+        send, receive = trio.open_memory_channel[Asked](_UNANSWERED)
+        attached = False
+        reason = "it closed the connection"
+        try:
+            # What is asked is answered beside the reading, so that the end of a QEMU that waits is noticed.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._answer_all, connection, peer, receive)
+                with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
+                    while True:
+                        await self._lane.turn()
+                        data = await connection.receive_alone(min(max(_READ, peer.missing), _READ_MAX))
+                        for asked in peer.receive_data(data):
+                            if isinstance(asked, Opened):
+                                opening.deadline = math.inf
+                                await self._port.seat.take(process)
+                                attached = True
+                                await self._desk.tell(Attached(process))
+                            else:
+                                await send.send(asked)
+                        await connection.send(peer.data_to_send())
+                raise PeerGone(f"it has not opened the conversation within {OPENING_S:g} s")
+        except* (AuthError, WireError, PeerGone) as errors:
+            reason = str(first_of(errors))
+        if attached:
+            self._pieces, self._unfetched, self._joiner = [], set(), None
+            await self._desk.tell(Lost(reason))
+        raise PeerGone(reason)
+
+    async def _answer_all(
+        self, connection: PeerSocket, peer: DbusPeer, receive: trio.MemoryReceiveChannel[Asked]
+    ) -> None:
+        async for asked in receive:
+            await _ANSWERS[type(asked)](self, peer, asked)
+            await connection.send(peer.data_to_send())
+
+    async def _owners(self, peer: DbusPeer, asked: OwnersAsked) -> None:
+        if self._expected is not None:
+            self._joiner = Joiner(self._expected, PIECE_MAX)
+            peer.list_owners(asked, pieces_for(self._expected, PIECE_MAX - HEAD_SIZE))
+            return
+        answer = await self._desk.ask(SaveAsked(), ANSWER_S)
+        if isinstance(answer, Offered):
+            self._pieces = cut(answer.state, PIECE_MAX)
+            self._unfetched = set(range(len(self._pieces)))
+            peer.list_owners(asked, len(self._pieces))
+        else:
+            peer.refuse(asked, _reason(answer))
+
+    async def _save(self, peer: DbusPeer, asked: SaveCalled) -> None:
+        if asked.index not in self._unfetched:
+            peer.refuse(asked, "there is no state to save, or it was saved before")
+            return
+        self._unfetched.remove(asked.index)
+        peer.give(asked, b"".join(self._pieces[asked.index]))
+        if not self._unfetched:
+            # Told before the last piece leaves: from then on the destination may have all of them.
+            self._pieces = []
+            await self._desk.tell(Taken())
+
+    async def _load(self, peer: DbusPeer, asked: LoadCalled) -> None:
+        if self._joiner is None:
+            peer.refuse(asked, "no state is expected here")
+            return
+        try:
+            state = self._joiner.add(asked.index, asked.piece)
+        except ChunkError as error:
+            self._joiner = None
+            peer.refuse(asked, str(error))
+            return
+        if state is not None:
+            self._joiner = None
+            answer = await self._desk.ask(StateLoaded(state), ANSWER_S)
+            if isinstance(answer, Refused):
+                peer.refuse(asked, answer.reason)
+                return
+        peer.accept(asked)
+
+
+_ANSWERS: Mapping[type[Asked], Callable[[DbusVmstate, DbusPeer, Any], Awaitable[None]]] = {
+    OwnersAsked: DbusVmstate._owners,
+    SaveCalled: DbusVmstate._save,
+    LoadCalled: DbusVmstate._load,
+}
+
+
+def _reason(answer: Answer) -> str:
+    return answer.reason if isinstance(answer, Refused) else "the daemon has no state to offer"
+
+
+def vmstate_object(path: Path, object_id: str) -> dict[str, Any]:
+    """Return the object to give QEMU, for its `-object` in JSON or `object-add`.
+
+    Args:
+        path: the carrier's socket, as QEMU sees it.
+        object_id: what the object is called.
+    """
+    # In a D-Bus address everything but these is escaped.
+    return {"qom-type": "dbus-vmstate", "id": object_id, "addr": f"unix:path={quote(os.fspath(path), safe='/-_.')}"}

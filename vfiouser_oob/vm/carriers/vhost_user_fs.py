@@ -1,0 +1,387 @@
+"""Carrier F: a `vhost-user-fs-pci` device without files, whose back-end is this process.
+
+The guest sees a device that it may bind a driver to (Linux does by itself) and never mounts. With a driver, QEMU asks
+for the stop right after its vCPUs, before the last pass over memory, logs what the functions write meanwhile, and does
+not let the guest run before the answer to the go. The state goes through a descriptor, so it may be large, and the
+destination has it while QEMU's main loop is still free. Without a driver only the state remains; stop and go are the
+monitor's to tell.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vfiouser_oob.observability import log
+from vfiouser_oob.transport.fds import ForeignFd, close_fds
+from vfiouser_oob.transport.listener import Listener
+from vfiouser_oob.transport.peer import Peer
+from vfiouser_oob.transport.worker import Worker
+from vfiouser_oob.vm.carriers.desk import Desk, Offered, Refused
+from vfiouser_oob.vm.carriers.interface import (
+    AnswerDue,
+    Attached,
+    CarrierEvent,
+    GoAsked,
+    LogChanged,
+    Lost,
+    MonitorCommand,
+    SaveAsked,
+    State,
+    StateLoaded,
+    StopAsked,
+    Taken,
+)
+from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
+from vfiouser_oob.vm.carriers.port import OPENING_S, Port, first_of
+from vfiouser_oob.vm.carriers.state_pipe import PipeEnd, PipeError, StateReader, write_state
+from vfiouser_oob.vm.carriers.vhost_backend import (
+    CheckNeeded,
+    GoNeeded,
+    LoadNeeded,
+    LogEnded,
+    LogGiven,
+    QueuesChanged,
+    SaveNeeded,
+    Step,
+    StopNeeded,
+    VhostBackend,
+)
+from vfiouser_oob.vm.carriers.vhost_log import LogRefused, VhostLog
+from vfiouser_oob.vm.carriers.vhost_messages import VRING_MASK, Request
+from vfiouser_oob.vm.carriers.vhost_rings import Rings
+from vfiouser_oob.vm.carriers.vhost_wire import Framer, Message, WireError
+
+#: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
+MOST_BYTES = 1 << 30
+#: Seconds for an answer. QEMU itself would wait for ever, and the guest with it.
+ANSWER_S = 20.0
+#: Messages that were read and not handled: some need no reply.
+_UNHANDLED = 32
+
+
+class VhostUserFs:
+    """One VM's carrier F.
+
+    Args:
+        listener: the socket that QEMU connects to; owned from now on.
+        path: where it is, for logs.
+        allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+    """
+
+    name = "vhost-user-fs"
+    most_bytes = MOST_BYTES
+
+    def __init__(self, listener: Listener, path: Path, allow_uids: frozenset[int] | None = None) -> None:
+        self._port = Port(listener, f"{self.name} {path}", allow_uids)
+        self._desk = Desk()
+        #: At the destination: bytes of the largest state to take; None at the source.
+        self._expected: int | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve QEMU until cancelled, one QEMU after the other."""
+        await self._port.serve(self._converse, task_status=task_status)
+
+    async def next_event(self) -> CarrierEvent:
+        """Wait for what comes next."""
+        return await self._desk.next_event()
+
+    def expect(self, most_bytes: int = MOST_BYTES) -> None:
+        """Take a state if one comes.
+
+        Args:
+            most_bytes: bytes of the largest state to take.
+
+        Raises:
+            ValueError: it is more than can be carried.
+        """
+        self._check(most_bytes)
+        self._expected = most_bytes
+
+    def offer(self, state: State) -> bool:
+        """Answer `SaveAsked` with the state; returns whether somebody waited for it.
+
+        Raises:
+            ValueError: it is larger than can be carried; nothing was answered.
+        """
+        self._check(len(state))
+        return self._desk.offer(state)
+
+    def answer(self) -> bool:
+        """Answer any other question: it is done; returns whether somebody waited for it."""
+        return self._desk.done()
+
+    def refuse(self, reason: str) -> bool:
+        """Answer a question with no; returns whether somebody waited for it."""
+        return self._desk.refuse(reason)
+
+    def reset(self) -> None:
+        """Expect no state any more, and refuse what is open."""
+        self._expected = None
+        self._desk.withdraw("the migration was given up")
+
+    def repair(self) -> tuple[MonitorCommand, ...]:
+        """Nothing that a monitor could do connects a device's back-end anew."""
+        return ()
+
+    def _check(self, size: int) -> None:
+        if size > self.most_bytes:
+            raise ValueError(f"a state of {size} bytes is more than the {self.most_bytes} that {self.name} carries")
+
+    async def _converse(self, connection: PeerSocket, process: Peer) -> None:
+        conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected)
+        attached = False
+        reason = "it closed the connection"
+        framer = Framer()
+        try:
+            # What is asked is answered beside the reading, so that the end of a QEMU that waits is noticed.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(conversation.run)
+                with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
+                    while True:
+                        message = framer.feed(*await connection.receive(framer.bytes_wanted))
+                        if message is None:
+                            continue
+                        if not attached:
+                            opening.deadline = math.inf
+                            await self._port.seat.take(process)
+                            attached = True
+                            await self._desk.tell(Attached(process))
+                        await conversation.put(message)
+                raise PeerGone(f"it has not said anything within {OPENING_S:g} s")
+        except* (WireError, PeerGone) as errors:
+            reason = str(first_of(errors))
+        finally:
+            framer.close()
+            conversation.close()
+        if attached:
+            await self._desk.tell(Lost(reason))
+        raise PeerGone(reason)
+
+
+class _Transfer:
+    """A state that goes out or comes in.
+
+    Args:
+        end: where it goes through.
+        comes: whether it comes in.
+    """
+
+    def __init__(self, end: PipeEnd, comes: bool) -> None:
+        self.end = end
+        self.comes = comes
+        self.error: str | None = None
+        self.finished = trio.Event()
+
+
+class _Conversation:
+    """What one QEMU's device asks for, done in order.
+
+    Args:
+        connection: its socket.
+        port: where it came in.
+        desk: where to ask.
+        expected: how large a state to take; None for none.
+    """
+
+    def __init__(self, connection: PeerSocket, port: Port, desk: Desk, expected: Callable[[], int | None]) -> None:
+        self._connection = connection
+        self._account = port.account
+        self._desk = desk
+        self._expected = expected
+        self._backend = VhostBackend()
+        self._worker = Worker(port.account)
+        self._log = log.get("carrier").bind(carrier=VhostUserFs.name)
+        self._written: VhostLog | None = None
+        self._rings = Rings(port.account, self._mark)
+        self._transfer: _Transfer | None = None
+        self._send, self._receive = trio.open_memory_channel[Message](_UNHANDLED)
+        self._transfers: trio.Nursery
+
+    async def put(self, message: Message) -> None:
+        """Have a message handled, in its turn."""
+        try:
+            await self._send.send(message)
+        except trio.Cancelled:
+            close_fds(message.fds)
+            raise
+
+    async def run(self) -> None:
+        """Handle messages until cancelled."""
+        async with trio.open_nursery() as self._transfers:
+            self._transfers.start_soon(self._rings.run)
+            async for message in self._receive:
+                try:
+                    await self._handle(message)
+                finally:
+                    close_fds(message.fds)
+
+    def close(self) -> None:
+        """Give up what is still held."""
+        while True:
+            try:
+                close_fds(self._receive.receive_nowait().fds)
+            except trio.WouldBlock:
+                break
+        if self._written is not None:
+            self._written.close()
+        self._rings.close()
+        self._worker.close()
+
+    async def _handle(self, message: Message) -> None:
+        step = self._backend.take(message)
+        if step is not None:
+            await _STEPS[type(step)](self, step)
+        await self._connection.send(self._backend.data_to_send())
+
+    # The queues
+
+    async def _change_queues(self, step: QueuesChanged) -> None:
+        message = step.message
+        _QUEUES[message.request](self._rings, message.payload, message.fds)
+
+    def _mark(self, address: int, length: int) -> None:
+        if self._written is not None:
+            self._written.mark(address, length)
+
+    # The log
+
+    async def _begin_log(self, step: LogGiven) -> None:
+        await self._drop_log()
+        try:
+            self._written = VhostLog(step.fd, step.area.size, step.area.offset, self._account)
+        except LogRefused as error:
+            # QEMU cannot be told; what is written then travels in the state, as without a driver.
+            self._log.warning("QEMU's log of written pages is not used", reason=error)
+        else:
+            await self._desk.tell(LogChanged(self._written))
+        self._backend.log_taken()
+
+    async def _end_log(self, _: LogEnded) -> None:
+        await self._drop_log()
+
+    async def _drop_log(self) -> None:
+        if self._written is not None:
+            self._written.close()
+            self._written = None
+            await self._desk.tell(LogChanged(None))
+
+    # Stop and go
+
+    async def _stop(self, step: StopNeeded) -> None:
+        self._backend.moved(await self._rings.stop())
+        answer = await self._desk.ask(StopAsked(sure=step.logged), ANSWER_S)
+        if isinstance(answer, Refused):
+            self._log.warning("QEMU is not let stop", reason=answer.reason)
+            self._backend.deny_stop(step.index)
+        else:
+            self._backend.stopped(step.index)
+        await self._drop_log()
+
+    async def _go(self, step: GoNeeded) -> None:
+        answer = await self._desk.ask(GoAsked(), ANSWER_S)
+        self._backend.done(step.message, failed=isinstance(answer, Refused))
+        self._rings.start(step.bases)
+
+    # The state
+
+    async def _save(self, step: SaveNeeded) -> None:
+        answer = await self._desk.ask(SaveAsked(), ANSWER_S)
+        if not isinstance(answer, Offered):
+            self._refuse_transfer(answer.reason if isinstance(answer, Refused) else "there is no state to offer")
+            return
+        transfer = self._begin_transfer(PipeEnd(step.fd.take(), self._worker), comes=False)
+        self._transfers.start_soon(self._write, transfer, answer.state)
+
+    async def _load(self, step: LoadNeeded) -> None:
+        most_bytes = self._expected()
+        if most_bytes is None:
+            self._refuse_transfer("no state is expected here")
+            return
+        transfer = self._begin_transfer(PipeEnd(step.fd.take(), self._worker), comes=True)
+        self._transfers.start_soon(self._read, transfer, most_bytes)
+
+    def _refuse_transfer(self, reason: str) -> None:
+        self._transfer = None
+        self._log.warning("QEMU's transfer of the state is refused", reason=reason)
+        self._backend.transfer(begins=False)
+
+    def _begin_transfer(self, end: PipeEnd, comes: bool) -> _Transfer:
+        self._transfer = _Transfer(end, comes)
+        self._backend.transfer(begins=True)
+        return self._transfer
+
+    async def _write(self, transfer: _Transfer, state: State) -> None:
+        try:
+            await write_state(transfer.end, state, lambda: self._desk.tell(Taken()))
+        except PipeError as error:
+            transfer.error = str(error)
+        transfer.finished.set()
+
+    async def _read(self, transfer: _Transfer, most_bytes: int) -> None:
+        reader = StateReader(transfer.end, most_bytes)
+        try:
+            state = await reader.state()
+            # The trail is read meanwhile, else QEMU's main loop would be held up by a full pipe.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader.end)
+                answer = await self._desk.ask(StateLoaded(state, free=not reader.ended), ANSWER_S)
+            if isinstance(answer, Refused):
+                transfer.error = answer.reason
+        except* PipeError as errors:
+            transfer.error = str(first_of(errors))
+        finally:
+            transfer.end.close()
+        transfer.finished.set()
+
+    async def _check_transfer(self, _: CheckNeeded) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            self._backend.checked(good=False)
+            return
+        if not transfer.finished.is_set():
+            if transfer.comes:
+                await self._desk.tell(AnswerDue())
+            await transfer.finished.wait()
+        if transfer.error is not None:
+            self._log.warning("the state did not get through", reason=transfer.error)
+        self._backend.checked(good=transfer.error is None)
+
+
+_QUEUES: Mapping[Request, Callable[[Rings, Any, list[ForeignFd]], None]] = {
+    Request.SET_MEM_TABLE: lambda rings, table, fds: rings.set_memory(table, fds),
+    Request.SET_VRING_NUM: lambda rings, vring, _: rings.set_size(vring.index, vring.number),
+    Request.SET_VRING_ADDR: lambda rings, address, _: rings.set_address(address),
+    Request.SET_VRING_KICK: lambda rings, vring, fds: rings.set_kick(vring.value & VRING_MASK, fds[0] if fds else None),
+    Request.SET_VRING_CALL: lambda rings, vring, fds: rings.set_call(vring.value & VRING_MASK, fds[0] if fds else None),
+}
+_STEPS: Mapping[type[Step], Callable[[_Conversation, Any], Awaitable[None]]] = {
+    QueuesChanged: _Conversation._change_queues,
+    LogGiven: _Conversation._begin_log,
+    LogEnded: _Conversation._end_log,
+    StopNeeded: _Conversation._stop,
+    GoNeeded: _Conversation._go,
+    SaveNeeded: _Conversation._save,
+    LoadNeeded: _Conversation._load,
+    CheckNeeded: _Conversation._check_transfer,
+}
+
+
+def companion_arguments(path: Path, *, tag: str = "vfiouser-oob", **properties: Any) -> tuple[str, ...]:
+    """Return QEMU's arguments for a companion; they belong behind those of the functions.
+
+    Args:
+        path: the carrier's socket, as QEMU sees it.
+        tag: what a guest would mount.
+        properties: further properties of the device, such as `bus` and `addr`.
+    """
+    device = {"driver": "vhost-user-fs-pci", "id": "oobcompanion", "chardev": "oobvhost", "tag": tag, "queue-size": 16}
+    # In a chardev's options a comma is written twice.
+    chardev = f"socket,id=oobvhost,path={os.fspath(path).replace(',', ',,')}"
+    return "-chardev", chardev, "-device", json.dumps(device | properties)
