@@ -229,5 +229,5 @@ def test_names() -> None:
     assert "n" * 63 == function_of(name)
     shared = file_name(1, (1 << 64) - 1, 2)
     assert is_name(shared)
-    assert shared == "vfiouser/file/1-ffffffffffffffff-2"
-    assert (None, None, None) == tuple(map(function_of, (shared, "nvme0", "vfiouser/probe-1")))
+    assert shared == "vfu/file/1-ffffffffffffffff-2"
+    assert (None, None, None) == tuple(map(function_of, (shared, "nvme0", "vfu/probe-1")))
