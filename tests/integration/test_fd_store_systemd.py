@@ -70,7 +70,7 @@ def test_what_is_kept_survives(tmp_path: Path, reports: Reports) -> None:
         manager.ctl("restart", "kept.service")
         third = reports.next()
         for later, starts in ((second, 1), (third, 2)):
-            assert (["vfiouser/journal"], starts, True) == (later["found"], later["starts"], later["whole"])
+            assert (["vfu/journal"], starts, True) == (later["found"], later["starts"], later["whole"])
 
 
 @pytest.mark.parametrize("room", [0, 3, 4])

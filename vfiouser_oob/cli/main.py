@@ -48,6 +48,7 @@ class CommandEntry:
 
 COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("serve", "vfiouser_oob.cli.serve", "export functions on vfio-user sockets"),
+    CommandEntry("keep", "vfiouser_oob.cli.keep", "run a command, and again with the descriptors that it kept"),
     CommandEntry("check-config", "vfiouser_oob.cli.check_config", "check a configuration file and sum it up"),
     CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),

@@ -66,6 +66,8 @@ class Stage(IntEnum):
     BEGUN = 1
     #: It was executed, and its answer may have been sent.
     ANSWERING = 2
+    #: It failed, and that may have been said.
+    REFUSING = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,10 @@ class CommandPage:
     def answering(self) -> None:
         """It was executed, and its answer is about to be sent."""
         self._words[_PROGRESS] = (self._answered & _MASK) << 8 | 2
+
+    def refusing(self) -> None:
+        """It failed, and that is about to be said."""
+        self._words[_PROGRESS] = (self._answered & _MASK) << 8 | 3
 
     def answered(self) -> None:
         """Its answer was sent, or nobody waits for one."""

@@ -10,7 +10,9 @@ Rule 1: *a name stands for one descriptor.* What is kept twice under one name is
 Rule 2: *nothing tells that a descriptor was not kept*: not permitted (NotifyAccess=), not wanted
         (FileDescriptorStoreMax=0, the default), or full. So we ask by a descriptor of which we can see whether the
         manager has closed it; that one comes last, so what came before it has been kept.
-Rule 3: *nobody waits for the manager* but who asks by `barrier` or `check`, and they wait as long as they want to.
+Rule 3: *names have little room*. The next process gets all of them in one variable, which the kernel limits to 128 KiB;
+        a service whose variable is longer cannot be started at all. So what does not fit is not kept.
+Rule 4: *nobody waits for the manager* but who asks by `barrier` or `check`, and they wait as long as they want to.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 LIMIT_VARIABLE = "FDSTORE"
 MAX_NAME = 255
 #: What the names of our descriptors begin with, to tell them from sockets that units have opened.
-PREFIX = "vfiouser/"
+PREFIX = "vfu/"
+#: Bytes of all names together, each with a colon; the rest of 128 KiB is for sockets of units.
+MAX_NAMES_SIZE = 120_000
 _PROBE = f"{PREFIX}probe"
 #: Seconds after a barrier within which a manager closes what it has not kept; newer ones do so in a thread.
 _CLOSED_S = 0.1
@@ -52,6 +56,8 @@ class FdStore:
         self._mailbox = mailbox
         self._limit = limit
         self._uses: Counter[str] = Counter()
+        self._names_size = 0
+        self._refused: set[str] = set()
         self._log = log.get("systemd.fd-store")
         self._said = False
         self._checks = 0
@@ -71,7 +77,7 @@ class FdStore:
     @property
     def names(self) -> frozenset[str]:
         """What is kept, as far as we know."""
-        return frozenset(self._uses)
+        return frozenset(self._uses) - self._refused
 
     @property
     def limit(self) -> int | None:
@@ -91,10 +97,18 @@ class FdStore:
         """
         if not is_name(name):
             raise ValueError(f"{name!r} cannot be the name of a kept descriptor")
-        self._uses[name] += 1
-        if self._uses[name] > 1:
+        if self._uses[name]:
+            self._uses[name] += 1
             return
-        self._note_limit()
+        self._add(name, 1)
+        if self._names_size > MAX_NAMES_SIZE:
+            self._refused.add(name)
+            self._say("a restart would lose clients: the names of what is to be kept have no room", MAX_NAMES_SIZE)
+            return
+        if self._limit is not None and len(self._uses) > self._limit:
+            self._say(
+                "a restart would lose clients: too few descriptors are kept (FileDescriptorStoreMax=)", self._limit
+            )
         poll = "" if watched else "\nFDPOLL=0"
         self._mailbox.send(f"FDSTORE=1\nFDNAME={name}{poll}".encode(), (fd,))
 
@@ -104,12 +118,12 @@ class FdStore:
         Args:
             name: what it was kept as; one that is not kept is left alone.
         """
-        uses = self._uses.get(name, 0)
-        if uses > 1:
-            self._uses[name] = uses - 1
-        elif uses:
+        if self._uses[name] > 1:
+            self._uses[name] -= 1
+        elif self._uses[name]:
+            self.discard(name)
+        else:
             del self._uses[name]
-            self._mailbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
 
     def adopt(self, name: str, uses: int = 1) -> None:
         """Know of a descriptor that the manager has kept since another process.
@@ -118,26 +132,31 @@ class FdStore:
             name: what it is kept as.
             uses: by how many it will be dropped.
         """
-        self._uses[name] += uses
+        self._add(name, uses)
 
     def discard(self, name: str) -> None:
-        """Give up a name that came from another process and that nobody uses.
+        """Give up a name, however many uses it has.
 
         Args:
-            name: what it is kept as.
+            name: what it is kept as; also what came from another process and nobody uses.
         """
-        self._uses.pop(name, None)
-        self._mailbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
+        if self._uses.pop(name, 0):
+            self._names_size -= len(name) + 1
+        if name in self._refused:
+            self._refused.discard(name)
+        else:
+            self._mailbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
 
-    def _note_limit(self) -> None:
-        if self._limit is None or len(self._uses) <= self._limit or self._said:
-            return
-        self._said = True
-        self._log.warning(
-            "the service manager keeps too few descriptors; a restart would lose clients (FileDescriptorStoreMax=)",
-            limit=self._limit,
-            wanted=len(self._uses),
-        )
+    def _add(self, name: str, uses: int) -> None:
+        if not self._uses[name]:
+            self._names_size += len(name) + 1
+        self._uses[name] += uses
+
+    def _say(self, event: str, limit: int) -> None:
+        """Say once what is too little."""
+        if not self._said:
+            self._said = True
+            self._log.warning(event, limit=limit, descriptors=len(self._uses))
 
     async def barrier(self) -> None:
         """Wait until the manager has done everything that was asked of it.
@@ -165,6 +184,8 @@ class FdStore:
         Raises:
             StoreLost: some of it did not reach it.
         """
+        if self._refused:
+            return False
         self._checks += 1
         name = f"{_PROBE}-{self._checks}"
         reader, writer = _pipe()

@@ -96,6 +96,27 @@ def inherited_descriptors(
     return Inherited(sockets, kept)
 
 
+def announced(environ: MutableMapping[str, str] = os.environ) -> list[tuple[int, str]]:
+    """Descriptors that the environment announces to this process, whatever they are; the caller owns them.
+
+    Args:
+        environ: the environment; the variables are removed.
+
+    Returns:
+        Their numbers and names.
+
+    Raises:
+        ConfigError: the variables contradict themselves, or a descriptor is none.
+    """
+    found = list(enumerate(_announced(environ, os.getpid(), True), start=FIRST_FD))
+    for fd, name in found:
+        try:
+            os.set_inheritable(fd, False)
+        except OSError as error:
+            raise ConfigError(f"descriptor {name!r} ({fd}) is none: {error.strerror}", _SOURCE) from error
+    return found
+
+
 def _announced(environ: MutableMapping[str, str], pid: int, unset: bool) -> list[str]:
     """The names of the descriptors that the environment announces to a process."""
     values = {name: environ.get(name, "") for name in _VARIABLES}

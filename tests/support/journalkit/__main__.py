@@ -16,7 +16,7 @@ from vfiouser_oob.transport.fds import OwnedFd
 
 
 def main(journal_number: int, page_number: int, seed: int, done: int) -> None:
-    """Write until killed; each step is a command, answered when it is written."""
+    """Write until killed, a dot for a hundred steps; each step is a command, answered when it is written."""
     fd = OwnedFd(journal_number)
     journal = Journal.resume(fd, read_journal(fd))
     page = CommandPage.resume(OwnedFd(page_number))
@@ -25,6 +25,8 @@ def main(journal_number: int, page_number: int, seed: int, done: int) -> None:
         page.take(number & 0xFFFF, 1, b"")
         change(journal, *step)
         page.answered()
+        if number % 100 == 99:
+            os.write(1, b".")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from vfiouser_oob.systemd.listen import inherited_descriptors
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 
-JOURNAL = "vfiouser/journal"
+JOURNAL = "vfu/journal"
 
 
 async def main(report: Path, count: int) -> None:
@@ -42,7 +42,7 @@ async def main(report: Path, count: int) -> None:
         nursery.start_soon(notifier.run)
         ends = []
         for number in range(count):
-            name = f"vfiouser/f{number}/main"
+            name = f"vfu/f{number}/main"
             if name not in kept:
                 left, right = socket.socketpair()
                 with OwnedFd(left.detach()) as fd:

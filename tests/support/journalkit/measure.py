@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from vfiouser_oob.persist.command_page import BEGUN, CommandPage
 from vfiouser_oob.persist.journal.journal import Journal, read_journal
+from vfiouser_oob.persist.successor.things import RangeThing
 
 
 def best_ns(work: Callable[[], object], number: int, rounds: int = 30) -> float:
@@ -24,6 +25,8 @@ def main() -> None:
         print(f"put, 1000 records known  {best_ns(lambda: journal.put(1, key, value), 20_000, 10):6.0f} ns")
         count = read_journal(journal).changes + 1000
         print(f"read, per record         {best_ns(lambda: read_journal(journal), 1) / count:6.0f} ns")
+    mapped = RangeThing(1 << 32, 1 << 30, 3, 0, "vfu/file/1-2345-2")
+    print(f"a range as a record      {best_ns(mapped.to_record, 10_000):6.0f} ns")
     payload = bytes(16)
     with CommandPage.create("measure") as page:
 

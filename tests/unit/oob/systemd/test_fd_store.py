@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from openfds import open_fds
-from vfiouser_oob.systemd.fd_store import MAX_NAME, FdStore, StoreLost
+from vfiouser_oob.systemd.fd_store import MAX_NAME, MAX_NAMES_SIZE, FdStore, StoreLost
 from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
@@ -82,36 +82,36 @@ def test_a_descriptor_is_kept_and_dropped(manager: Manager) -> None:
     """The manager gets the descriptor under its name, and is told when it is not needed any more."""
     store = FdStore(Mailbox(manager.address))
     with some_fd() as fd:
-        store.keep("vfiouser/a", fd)
-        store.keep("vfiouser/b", fd, watched=True)
+        store.keep("vfu/a", fd)
+        store.keep("vfu/b", fd, watched=True)
         for _ in range(2):
             manager.take_one()
-        assert {"vfiouser/a", "vfiouser/b"} == set(manager.kept) == store.names
-        assert same_file(fd, manager.kept["vfiouser/a"])
-    store.drop("vfiouser/a")
-    store.drop("vfiouser/a")
+        assert {"vfu/a", "vfu/b"} == set(manager.kept) == store.names
+        assert same_file(fd, manager.kept["vfu/a"])
+    store.drop("vfu/a")
+    store.drop("vfu/a")
     store.drop("never")
     manager.take_one()
-    assert {"vfiouser/b"} == set(manager.kept) == store.names
+    assert {"vfu/b"} == set(manager.kept) == store.names
     assert [
-        "FDSTORE=1\nFDNAME=vfiouser/a\nFDPOLL=0",
-        "FDSTORE=1\nFDNAME=vfiouser/b",
-        "FDSTOREREMOVE=1\nFDNAME=vfiouser/a",
+        "FDSTORE=1\nFDNAME=vfu/a\nFDPOLL=0",
+        "FDSTORE=1\nFDNAME=vfu/b",
+        "FDSTOREREMOVE=1\nFDNAME=vfu/a",
     ] == manager.messages
 
 
 def test_a_name_is_kept_as_long_as_anybody_uses_it(manager: Manager) -> None:
     """What two functions share is sent once, and given up when both have; so is what came from another process."""
     store = FdStore(Mailbox(manager.address))
-    store.adopt("vfiouser/old", 2)
+    store.adopt("vfu/old", 2)
     with some_fd() as fd:
-        store.keep("vfiouser/a", fd)
-        store.keep("vfiouser/a", fd)
-    store.drop("vfiouser/a")
-    store.drop("vfiouser/old")
-    store.drop("vfiouser/a")
-    store.drop("vfiouser/old")
-    store.discard("vfiouser/odd")
+        store.keep("vfu/a", fd)
+        store.keep("vfu/a", fd)
+    store.drop("vfu/a")
+    store.drop("vfu/old")
+    store.drop("vfu/a")
+    store.drop("vfu/old")
+    store.discard("vfu/odd")
     for _ in range(4):
         manager.take_one()
     assert not store.names
@@ -120,7 +120,7 @@ def test_a_name_is_kept_as_long_as_anybody_uses_it(manager: Manager) -> None:
         manager.take_one()
 
 
-@pytest.mark.parametrize("name", ["", "a", "vfiouser/a:b", "vfiouser/ä", "vfiouser/\n", "vfiouser/" + "x" * MAX_NAME])
+@pytest.mark.parametrize("name", ["", "a", "vfu/a:b", "vfu/ä", "vfu/\n", "vfu/" + "x" * MAX_NAME])
 def test_what_is_no_name(name: str) -> None:
     """A name that systemd would not take, or that is not told from a socket's, is a mistake of ours."""
     with some_fd() as fd, pytest.raises(ValueError, match="cannot be the name"):
@@ -136,10 +136,36 @@ def test_the_limit_of_a_newer_systemd_is_read(
     store = FdStore(Mailbox(manager.address), limit=2)
     with some_fd() as fd:
         for number in range(5):
-            store.keep(f"vfiouser/{number}", fd)
+            store.keep(f"vfu/{number}", fd)
     (record,) = caplog.records
     assert "FileDescriptorStoreMax=" in record.message
-    assert {"limit": 2, "wanted": 3} == record.fields  # type: ignore[attr-defined]
+    assert {"limit": 2, "descriptors": 3} == record.fields  # type: ignore[attr-defined]
+
+
+async def test_names_that_have_no_room_are_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A service whose names are too long for one variable could not be started again; so the rest is not kept."""
+    manager = Manager(tmp_path / "n", limit=1000)
+    store = FdStore(Mailbox(manager.address))
+    names = [f"vfu/{number:05d}/" + "x" * 230 for number in range(MAX_NAMES_SIZE // 240 + 2)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store._mailbox.run)
+        nursery.start_soon(manager.run)
+        with some_fd() as fd:
+            for name in names:
+                store.keep(name, fd)
+        await store.barrier()
+        assert set(manager.kept) == store.names < set(names)
+        assert sum(len(name) + 1 for name in store.names) <= MAX_NAMES_SIZE
+        (record,) = caplog.records
+        assert "have no room" in record.message
+        assert not await store.check()
+        for name in sorted(set(names) - store.names):
+            store.drop(name)
+        assert await store.check()
+        await store.barrier()
+        assert set(manager.kept) == store.names
+        nursery.cancel_scope.cancel()
+    manager.close()
 
 
 async def test_a_barrier_says_when_all_is_done(manager: Manager) -> None:
@@ -153,7 +179,7 @@ async def test_a_barrier_says_when_all_is_done(manager: Manager) -> None:
         done = True
 
     with some_fd() as fd:
-        store.keep("vfiouser/a", fd)
+        store.keep("vfu/a", fd)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
@@ -172,12 +198,12 @@ async def test_whether_all_is_kept_is_found_out(tmp_path: Path, limit: int, kept
     async with trio.open_nursery() as nursery:
         nursery.start_soon(manager.run)
         with some_fd() as fd:
-            for name in ("vfiouser/a", "vfiouser/b"):
+            for name in ("vfu/a", "vfu/b"):
                 store.keep(name, fd)
         assert kept == await store.check()
         await store.barrier()
         nursery.cancel_scope.cancel()
-    assert limit == 0 or {"vfiouser/a", "vfiouser/b"} == set(manager.kept)
+    assert limit == 0 or {"vfu/a", "vfu/b"} == set(manager.kept)
     manager.close()
 
 
@@ -185,11 +211,11 @@ async def test_without_a_manager_it_is_said(tmp_path: Path) -> None:
     """Nobody who asks is told that anything was kept: there is no manager, or it has gone."""
     with some_fd() as fd:
         store = FdStore(Mailbox(None))
-        store.keep("vfiouser/a", fd)
+        store.keep("vfu/a", fd)
         with pytest.raises(StoreLost, match="no service manager"):
             await store.check()
         store = FdStore(Mailbox(str(tmp_path / "gone")))
-        store.keep("vfiouser/a", fd)
+        store.keep("vfu/a", fd)
         with pytest.raises(StoreLost, match="2 messages did not reach"):
             await store.barrier()
         with pytest.raises(StoreLost, match="messages did not reach"):
@@ -203,7 +229,7 @@ async def test_a_full_queue_loses_nothing(manager: Manager) -> None:
     store = FdStore(notifier.mailbox)
     with some_fd() as fd:
         for number in range(60):
-            store.keep(f"vfiouser/{number}", fd)
+            store.keep(f"vfu/{number}", fd)
             notifier.status(str(number))
     assert notifier.mailbox.waiting > 0
     assert notifier.mailbox.lost == 0
@@ -227,7 +253,7 @@ async def test_a_manager_that_goes_while_messages_wait(manager: Manager, caplog:
     store = FdStore(mailbox)
     with some_fd() as fd:
         for number in range(60):
-            store.keep(f"vfiouser/{number}", fd)
+            store.keep(f"vfu/{number}", fd)
     assert mailbox.waiting > 0
     async with trio.open_nursery() as nursery:
         nursery.start_soon(mailbox.run)

@@ -148,10 +148,10 @@ def test_what_was_kept_is_told_from_sockets(tmp_path: Path, place: Place) -> Non
     left, right = socket.socketpair()
     more = [socket.socket(socket.AF_UNIX) for _ in range(2)]
     place([listening(tmp_path / "a"), left, more[0], more[1]])
-    environ = environment(4, "nvme0:vfiouser/f/main:vfiouser/f/twin:vfiouser/f/twin")
+    environ = environment(4, "nvme0:vfu/f/main:vfu/f/twin:vfu/f/twin")
     inherited = inherited_descriptors(environ, first_fd=FIRST)
     assert {"nvme0": [FIRST]} == inherited.sockets
-    assert {"vfiouser/f/main": FIRST + 1, "vfiouser/f/twin": FIRST + 3} == {
+    assert {"vfu/f/main": FIRST + 1, "vfu/f/twin": FIRST + 3} == {
         name: fd.fileno() for name, fd in inherited.kept.items()
     }
     assert not any(os.get_inheritable(fd.fileno()) for fd in inherited.kept.values())
@@ -167,7 +167,7 @@ def test_who_takes_only_sockets_leaves_nothing_open(tmp_path: Path, place: Place
     left, right = socket.socketpair()
     place([listening(tmp_path / "a"), left])
     with right:
-        assert {"nvme0": [FIRST]} == inherited_sockets(environment(2, "nvme0:vfiouser/f/main"), first_fd=FIRST)
+        assert {"nvme0": [FIRST]} == inherited_sockets(environment(2, "nvme0:vfu/f/main"), first_fd=FIRST)
         assert b"" == right.recv(1)
     assert REAPER.settle(10)
     os.dup2(FIRST, FIRST + 1)
@@ -175,5 +175,5 @@ def test_who_takes_only_sockets_leaves_nothing_open(tmp_path: Path, place: Place
 
 def test_a_kept_descriptor_that_is_none(place: Place) -> None:
     """A number without a descriptor is one clear line."""
-    with pytest.raises(ConfigError, match=r"kept descriptor 'vfiouser/x'.*Bad file descriptor"):
-        inherited_descriptors(environment(1, "vfiouser/x"), first_fd=FIRST)
+    with pytest.raises(ConfigError, match=r"kept descriptor 'vfu/x'.*Bad file descriptor"):
+        inherited_descriptors(environment(1, "vfu/x"), first_fd=FIRST)

@@ -1,0 +1,80 @@
+"""`keep`: what systemd does for a service that hands descriptors over, where there is no systemd."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from vfiouser_oob.cli.errors import CommandFailed
+from vfiouser_oob.cli.options import add_logging_arguments, count, option
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.schema import LogFormat, LogLevel
+from vfiouser_oob.config.values import read_socket_path
+
+_MAX_DESCRIPTORS = 1 << 16
+_MAX_STOP_S = 3600
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `keep`."""
+    parser.description = (
+        "Runs a command, keeps the descriptors that it hands over by the protocol of sd_notify(3), and starts it again "
+        "with them (LISTEN_FDS) when it failed or was killed. SIGUSR2 restarts the command; SIGTERM ends it, and the "
+        "keeper with it; SIGHUP and SIGUSR1 are passed on."
+    )
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        type=option(_socket),
+        help="where the command's messages are heard (default: in a new directory)",
+    )
+    parser.add_argument(
+        "--max-descriptors",
+        metavar="N",
+        type=count(0, _MAX_DESCRIPTORS),
+        default=4096,
+        help="keep at most so many (default: 4096)",
+    )
+    parser.add_argument(
+        "--stop-timeout",
+        metavar="SECONDS",
+        type=count(1, _MAX_STOP_S),
+        default=15,
+        help="kill a command that takes longer to end (default: 15)",
+    )
+    add_logging_arguments(parser)
+    parser.add_argument("argv", metavar="COMMAND …", nargs=argparse.REMAINDER, help="the command, after --")
+
+
+def _socket(text: str) -> Path:
+    return read_socket_path(text.removeprefix("unix:"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Keep until the command has ended for good."""
+    command = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+    if not command:
+        raise ConfigError("a command is needed, for example: keep -- vfiouser-oob serve --config FILE")
+    import trio
+
+    from vfiouser_oob.keeper.keeper import Keeper
+    from vfiouser_oob.keeper.store import Limits
+    from vfiouser_oob.observability import log
+    from vfiouser_oob.systemd.listen import announced
+    from vfiouser_oob.transport.fds import OwnedFd
+
+    log.configure(LogLevel(args.log_level or "info"), LogFormat(args.log_format or "human"))
+    with ExitStack() as resources:
+        address = args.socket
+        if address is None:
+            address = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="vfiouser-keep-"))) / "notify"
+        inherited = [(name, OwnedFd(number)) for number, name in announced(os.environ)]
+        try:
+            keeper = Keeper(command, address, Limits(args.max_descriptors), args.stop_timeout, inherited)
+            resources.callback(keeper.close)
+            return trio.run(keeper.run)
+        except OSError as error:
+            raise CommandFailed(f"{command[0]}: {error.strerror}") from error
