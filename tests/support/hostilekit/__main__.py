@@ -1,4 +1,7 @@
-"""The attacker's process: `python -m hostilekit MODULE NAME DIRECTORY DAEMON SECONDS`."""
+"""The attacker's process: `python -m hostilekit MODULE NAME DIRECTORY SECONDS`.
+
+It begins when it is told the daemon's process id on standard input, so that it is ready when the daemon is.
+"""
 
 import sys
 from importlib import import_module
@@ -6,6 +9,7 @@ from pathlib import Path
 
 from hostilekit.case import ATTACKS, Stage
 
-module, name, directory, daemon, seconds = sys.argv[1:]
+module, name, directory, seconds = sys.argv[1:]
 import_module(module)
-ATTACKS[name].run(Stage(Path(directory), int(daemon), float(seconds)))
+if told := sys.stdin.readline():
+    ATTACKS[name].run(Stage(Path(directory), int(told), float(seconds)))

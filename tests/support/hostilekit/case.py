@@ -82,6 +82,7 @@ class Attack:
         spare_mb: by how much the daemon's memory may have grown when the attack is over.
         budget_s: the daemon's `reply_budget_s`.
         proof: that the kit sees what it has to see: the case is to fail.
+        waits: it keeps no processor busy, so that others need not take turns with it.
     """
 
     run: Callable[[Stage], None]
@@ -92,6 +93,7 @@ class Attack:
     spare_mb: float
     budget_s: float
     proof: bool
+    waits: bool
 
     @property
     def name(self) -> str:
@@ -112,6 +114,7 @@ def attack(
     spare_mb: float = 16.0,
     budget_s: float = 1.0,
     proof: bool = False,
+    waits: bool = False,
     possible: bool = True,
 ) -> Callable[[Callable[[Stage], None]], Callable[[Stage], None]]:
     """Make a function a case of the suite; see `Attack` for the arguments.
@@ -122,7 +125,7 @@ def attack(
     def register(run: Callable[[Stage], None]) -> Callable[[Stage], None]:
         assert run.__name__ not in ATTACKS, f"there are two attacks called {run.__name__}"
         if possible:
-            ATTACKS[run.__name__] = Attack(run, scene, seconds, descriptors, stderr, spare_mb, budget_s, proof)
+            ATTACKS[run.__name__] = Attack(run, scene, seconds, descriptors, stderr, spare_mb, budget_s, proof, waits)
         return run
 
     return register

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -94,24 +93,20 @@ class House:
         return log
 
     def _start(self, name: str, arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        limit = self.case.descriptors if name == "daemon" else 0
-
-        def lower_limit() -> None:
-            if limit:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-
+        command = [sys.executable, "-m", "vfiouser_oob", *arguments]
+        if name == "daemon" and self.case.descriptors:
+            command = ["sh", "-c", f'ulimit -n {self.case.descriptors} && exec "$@"', "sh", *command]
         path = self.place / f"{name}.notify"
         search = os.pathsep.join(path for path in sys.path if path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(str(path))
             notify.settimeout(READY_S)
             process = subprocess.Popen(
-                [sys.executable, "-m", "vfiouser_oob", *arguments],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": search, "NOTIFY_SOCKET": str(path)},
-                preexec_fn=lower_limit,
                 start_new_session=True,
             )
             self._processes.append(process)

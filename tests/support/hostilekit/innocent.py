@@ -1,11 +1,12 @@
 """The innocent client, a process: reads a register of its function all the time, and notes what each read took.
 
-    python -m hostilekit.innocent SOCKET test|nvme INTERVAL PID…
+    python -m hostilekit.innocent SOCKET test|nvme INTERVAL
 
-Each line on standard input begins a phase with that name; its end ends the client, which then prints what it found.
-The processes named are those that its reads go through. The kernel accounts how long each of them, and this one, was
-ready to run and waited for a processor; that is the machine's doing and is taken off, and what is left is the time in
-which the daemon was busy with others, or blocked by them.
+The first line on standard input names processes, by their ids, and has the client attach. Each other line begins a
+phase with that name; the end ends the client, which then prints what it found. The processes named are those that its
+reads go through. The kernel accounts how long each of them, and this one, was ready to run and waited for a processor;
+that is the machine's doing and is taken off, and what is left is the time in which the daemon was busy with others, or
+blocked by them.
 """
 
 from __future__ import annotations
@@ -116,16 +117,24 @@ class Innocent:
         self.peer.close()
 
 
+def _line() -> str:
+    """The next line of standard input, empty at its end; whoever writes it writes it at once."""
+    return os.read(0, 256).decode()
+
+
 def main() -> None:
     """Run until standard input ends."""
-    path, kind, interval, *pids = sys.argv[1:]
+    path, kind, interval = sys.argv[1:]
+    pids = _line().split()
+    if not pids:
+        return  # there is nothing to attach to
     innocent = Innocent(path, kind, Waits([int(pid) for pid in pids]))
     phases: dict[str, list[tuple[float, float]]] = {}
     print("ready", flush=True)  # noqa: T201  the parent waits for it
     try:
         while True:
             if select.select([0], [], [], float(interval))[0]:
-                line = os.read(0, 256).decode()
+                line = _line()
                 if not line:
                     break
                 innocent.samples = phases.setdefault(line.split()[-1], [])

@@ -1,4 +1,4 @@
-"""One measurement: control interval, attack, what is left afterwards."""
+"""Measurements: control interval, attack, what is left afterwards."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +32,35 @@ TAIL_S = 0.5
 GRACE_S = 25.0
 #: How long the daemon may take to give back what it had for an attacker.
 SETTLE_S = 6.0
+#: Cases that are measured at a time: while one attacks, others start, or wait.
+AT_A_TIME = 3
+#: Whoever keeps processors busy takes turns with those that do, so as to have as much of them as alone.
+_BUSY = threading.Lock()
 _PYTHON = [sys.executable, "-m"]
 #: What no peer may make the daemon say.
 _NOISE = ("Traceback", "bug:", "Task exception")
 
 
-def run_case(case: Attack) -> Verdict:
-    """Measure, and fail with all figures unless the daemon stood it.
+@contextmanager
+def background() -> Iterator[Callable[[Attack], Future[Verdict]]]:
+    """Gives what has a case measured in the background, where `AT_A_TIME` of them are until the end of the block.
 
-    Latencies out of budget are measured again, a bounded number of times, because a shared machine stalls now and then;
-    death, damage and what was not given back are not.
-
-    Args:
-        case: the attack.
-
-    Raises:
-        AssertionError: the daemon did not stand it.
+    There is a verdict if the daemon stood it, else an AssertionError with all figures. Latencies out of budget are
+    measured again, a bounded number of times, because a shared machine stalls now and then; death, damage and what was
+    not given back are not.
     """
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    with _alone():
+        try:
+            yield lambda case: pool.submit(_run_case, case)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_case(case: Attack) -> Verdict:
     slow: list[str] = []
     for _ in range(ATTEMPTS):
-        verdict = measure(case)
+        verdict = _measure(case)
         wrong = verdict.wrong(case.spare_mb)
         assert not wrong, f"{verdict}\n  " + "\n  ".join(wrong)
         breach = verdict.unfit() or verdict.slow()
@@ -65,19 +76,30 @@ def measure(case: Attack) -> Verdict:
     Args:
         case: the attack.
     """
-    with _alone(), tempfile.TemporaryDirectory(prefix="hostile-") as name:
+    with _alone():
+        return _measure(case)
+
+
+def _measure(case: Attack) -> Verdict:
+    with tempfile.TemporaryDirectory(prefix="hostile-") as name:
         place = Path(name)
-        with House(case, place) as house, _innocent(house, place) as innocent:
-            return _observe(case, house, innocent)
+        house = House(case, place)
+        # Both clients start while the daemon does, and wait for it.
+        with _attacker(case, place) as attacker, _innocent(house) as innocent, house:
+            _attach(innocent, house)
+            return _observe(case, house, innocent, attacker)
 
 
-def _observe(case: Attack, house: House, innocent: subprocess.Popen[bytes]) -> Verdict:
+def _observe(
+    case: Attack, house: House, innocent: subprocess.Popen[bytes], attacker: subprocess.Popen[bytes]
+) -> Verdict:
     assert innocent.stdin is not None
-    _phase(innocent, "control")
+    _tell(innocent, "control")
     time.sleep(CONTROL_S)
-    before = house.health()
-    _phase(innocent, "felt")
-    error, peak = _attack(case, house, before)
+    with nullcontext() if case.waits else _BUSY:
+        before = house.health()
+        _tell(innocent, "felt")
+        error, peak = _attack(case, house, attacker, before)
     time.sleep(TAIL_S)
     innocent.stdin.close()
     report = _report(innocent)
@@ -102,37 +124,53 @@ def _felt(report: dict[str, Any], phase: str) -> Felt:
     return Felt([Sample(*sample) for sample in report["phases"].get(phase, [])], INTERVAL)
 
 
-def _phase(innocent: subprocess.Popen[bytes], name: str) -> None:
-    assert innocent.stdin is not None
+def _tell(process: subprocess.Popen[bytes], word: str) -> None:
+    assert process.stdin is not None
     try:
-        innocent.stdin.write(name.encode() + b"\n")
-        innocent.stdin.flush()
+        process.stdin.write(word.encode() + b"\n")
+        process.stdin.flush()
     except BrokenPipeError:
-        pass  # it has ended; its report says why
+        pass  # it has ended; its report, or its log, says why
 
 
-def _attack(case: Attack, house: House, before: Health) -> tuple[str | None, Health]:
-    """Run the attack to its end; returns why it failed, and the most that was seen of the daemon."""
-    arguments = [case.run.__module__, case.name, str(house.place), str(house.daemon.pid), str(case.seconds)]
-    with (house.place / "attack.log").open("wb") as log:
-        attacker = subprocess.Popen(
-            [*_PYTHON, "hostilekit", *arguments], stdout=log, stderr=log, env=_environment(), start_new_session=True
+@contextmanager
+def _attacker(case: Attack, place: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Have the attacker's process wait for its word; it is gone, with all that it started, at the end."""
+    arguments = [case.run.__module__, case.name, str(place), str(case.seconds)]
+    with (place / "attack.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*_PYTHON, "hostilekit", *arguments],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=_environment(),
+            start_new_session=True,
         )
-    peak, end = before, time.monotonic() + case.seconds + GRACE_S
+    assert process.stdin is not None
     try:
-        while attacker.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
-            peak = peak.most(house.health())
-        error = None
-        if attacker.poll() is None:
-            error = f"it did not end within {GRACE_S:g} s of its time"
-        elif attacker.returncode != 0:
-            error = (house.place / "attack.log").read_text(errors="replace")[-2000:]
-        return error, peak
+        yield process
     finally:
-        if attacker.poll() is None:
-            os.killpg(attacker.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdin.close()
+
+
+def _attack(case: Attack, house: House, attacker: subprocess.Popen[bytes], before: Health) -> tuple[str | None, Health]:
+    """Have the attack carried out to its end; returns why it failed, and the most that was seen of the daemon."""
+    _tell(attacker, str(house.daemon.pid))
+    peak, end = before, time.monotonic() + case.seconds + GRACE_S
+    while attacker.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+        peak = peak.most(house.health())
+    if attacker.poll() is None:
+        os.killpg(attacker.pid, signal.SIGKILL)
         attacker.wait()
+        return f"it did not end within {GRACE_S:g} s of its time", peak
+    if attacker.returncode != 0:
+        return (house.place / "attack.log").read_text(errors="replace")[-2000:], peak
+    return None, peak
 
 
 def _settled(house: House, before: Health, spare_mb: float) -> Health:
@@ -160,10 +198,10 @@ def _serves(house: House) -> bool:
 
 
 @contextmanager
-def _innocent(house: House, place: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the innocent client until the end of the block; it is attached when the block begins."""
-    arguments = [str(place / "second.sock"), house.kind, str(INTERVAL), *map(str, house.pids())]
-    with (place / "innocent.log").open("wb") as log:
+def _innocent(house: House) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the innocent client until the end of the block; it waits for `_attach`."""
+    arguments = [str(house.place / "second.sock"), house.kind, str(INTERVAL)]
+    with (house.place / "innocent.log").open("wb") as log:
         process = subprocess.Popen(
             [*_PYTHON, "hostilekit.innocent", *arguments],
             stdin=subprocess.PIPE,
@@ -172,9 +210,6 @@ def _innocent(house: House, place: Path) -> Iterator[subprocess.Popen[bytes]]:
             env=_environment(),
         )
     try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said == b"ready\n", (place / "innocent.log").read_text() + house.log()
         yield process
     finally:
         process.kill()
@@ -182,6 +217,14 @@ def _innocent(house: House, place: Path) -> Iterator[subprocess.Popen[bytes]]:
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
+
+
+def _attach(innocent: subprocess.Popen[bytes], house: House) -> None:
+    """Have the innocent client attach, and wait until it has."""
+    assert innocent.stdout is not None
+    _tell(innocent, " ".join(map(str, house.pids())))
+    said = innocent.stdout.readline()
+    assert said == b"ready\n", (house.place / "innocent.log").read_text() + house.log()
 
 
 def _report(innocent: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -199,7 +242,7 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Keep measurements of other runs on this machine waiting until this one is over."""
+    """Keep measurements of other runs on this machine waiting until those of this one are over."""
     with (Path(tempfile.gettempdir()) / f"hostilekit.{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

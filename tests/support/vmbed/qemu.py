@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vmbed.assets import Assets
+from vmbed.assets import Assets, bootable
 from vmbed.errors import BedError
 from vmbed.guest import Guest
 from vmbed.lines import LineListener
@@ -21,7 +21,11 @@ __all__ = ["GUEST_QEMU", "TRACE_EVENTS", "Qemu", "QemuConfig", "VfioUserDevice",
 
 #: Where QEMU itself is in a guest that has it.
 GUEST_QEMU = Path("/qemu")
-KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
+KERNEL_ARGUMENTS = (
+    "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
+    # Security modules, self tests, and keys that no module of ours is signed by: a quarter of a boot's work.
+    " lsm= audit=0 cryptomgr.notests initcall_blacklist=load_system_certificate_list"
+)
 # Every trapped access, and every mapped area, of a vfio-user region as QEMU sees them: few lines each,
 # and independent of what the server counts.
 TRACE_EVENTS = ("vfio_region_read", "vfio_region_write", "vfio_region_mmap", "vfio_msix_vector_do_use")
@@ -169,7 +173,8 @@ def _machine(assets: Assets, config: QemuConfig, qmp: Path) -> list[str]:
 
 def _boot(assets: Assets, config: QemuConfig, console: Path, commands: Path) -> list[str]:
     """The kernel, and two serial ports: the kernel's messages into a file, and the guest's commands."""
-    argv = ["-kernel", str(config.kernel or assets.kernel), "-initrd", str(config.initramfs or assets.initramfs)]
+    kernel = bootable(config.kernel or assets.kernel)
+    argv = ["-kernel", str(kernel), "-initrd", str(config.initramfs or assets.initramfs)]
     argv += ["-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip()]
     argv += ["-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"]
     argv += ["-chardev", f"socket,id=commands,path={commands}", "-serial", "chardev:commands"]

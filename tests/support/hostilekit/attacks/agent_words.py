@@ -73,7 +73,7 @@ async def _tell(stage: Stage, agent: FaultyAgent, function: MemoryFunction, serv
             await trio.lowlevel.checkpoint()
 
 
-@attack(Scene.AGENT)
+@attack(Scene.AGENT, waits=True)
 def agent_that_comes_and_goes(stage: Stage) -> None:
     """It is away half of the time, while its function is paused, goes on and is reset: no reset ever fails."""
     _as_agent(stage, _come_and_go)

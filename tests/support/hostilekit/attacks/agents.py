@@ -34,7 +34,7 @@ def _migrate(peer: Peer) -> None:
     _set_state(peer, RUNNING)
 
 
-@attack(Scene.AGENT, seconds=3.0, budget_s=1.0)
+@attack(Scene.AGENT, seconds=3.0, budget_s=1.0, waits=True)
 def agent_that_never_answers(stage: Stage) -> None:
     """An agent that takes every call and answers none of those that matter."""
     going = stage.clock()
@@ -52,7 +52,7 @@ def agent_that_never_answers(stage: Stage) -> None:
         pass
 
 
-@attack(Scene.AGENT, seconds=3.0)
+@attack(Scene.AGENT, seconds=3.0, waits=True)
 def agent_garbage(stage: Stage) -> None:
     """Garbage, deep structures and messages without end in the place of answers, on each connection anew."""
     going = stage.clock()

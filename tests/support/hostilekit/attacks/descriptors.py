@@ -69,7 +69,7 @@ def _offer(stage: Stage, command: int, send: Callable[[Peer, bytes], None]) -> N
         pass
 
 
-@attack(seconds=3.0)
+@attack(seconds=3.0, waits=True)
 def lingering_sockets(stage: Stage) -> None:
     """Every command comes with a socket that takes 45 s to close, and the client leaves."""
     going = stage.clock()
@@ -81,13 +81,13 @@ def lingering_sockets(stage: Stage) -> None:
             break
 
 
-@attack(Scene.SOC, seconds=3.0)
+@attack(Scene.SOC, seconds=3.0, waits=True)
 def lingering_sockets_behind_an_upstream(stage: Stage) -> None:
     """The same through a function whose descriptors are passed on."""
     lingering_sockets(stage)
 
 
-@attack(seconds=3.0)
+@attack(seconds=3.0, waits=True)
 def lingering_sockets_of_one_client(stage: Stage) -> None:
     """One client that stays sends socket after socket, with commands that want none."""
     going = stage.clock()
@@ -103,7 +103,7 @@ def _send_with(fd: int, peer: Peer, data: bytes) -> None:
     peer.send(data, [fd])
 
 
-@attack(seconds=3.0, possible=os.geteuid() == 0 and os.path.exists("/dev/fuse"))
+@attack(seconds=3.0, possible=os.geteuid() == 0 and os.path.exists("/dev/fuse"), waits=True)
 def silent_fuse_file(stage: Stage) -> None:
     """A file whose server stops answering: in DMA_MAP's fstat, in every close, in the close of a leaving client."""
     place = stage.directory / "fuse"

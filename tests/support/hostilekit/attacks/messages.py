@@ -171,7 +171,7 @@ def sizes_that_lie(stage: Stage) -> None:
             pass
 
 
-@attack()
+@attack(waits=True)
 def replies_nobody_takes(stage: Stage) -> None:
     """Reads of a whole region without a pause, whose replies stay in the socket."""
     with Peer(stage.first) as peer:

@@ -72,7 +72,7 @@ def absurd_numbers(stage: Stage) -> None:
         chosen = (chosen + 1) % 4
 
 
-@attack(Scene.UPSTREAM, seconds=3.0)
+@attack(Scene.UPSTREAM, seconds=3.0, waits=True)
 def lingering_reply_descriptors(stage: Stage) -> None:
     """Each answer comes with a socket that takes 45 s to close."""
     kept: list[Lingerer] = []
@@ -89,7 +89,7 @@ def lingering_reply_descriptors(stage: Stage) -> None:
         _visit(stage)
 
 
-@attack(Scene.UPSTREAM, seconds=3.0)
+@attack(Scene.UPSTREAM, seconds=3.0, waits=True)
 def upstream_replies_never_late_or_wrong(stage: Stage) -> None:
     """Answers to reads that never come, come too late, twice, for other ids, or with another size."""
     going = stage.clock()

@@ -96,7 +96,7 @@ def _server(
         thread.join()
 
 
-@attack(Scene.UPSTREAM)
+@attack(Scene.UPSTREAM, waits=True)
 def upstream_numbers(stage: Stage) -> None:
     """2^26 vectors, 60,000 mapped areas, 120,000 capabilities, 2^31 regions, claimed to one client after another."""
     going = stage.clock()

@@ -7,6 +7,6 @@ Standard library only.
 from __future__ import annotations
 
 from vmbed.assets.errors import AssetError
-from vmbed.assets.store import Assets, default_cache, locate
+from vmbed.assets.store import Assets, bootable, default_cache, locate
 
-__all__ = ["AssetError", "Assets", "default_cache", "locate"]
+__all__ = ["AssetError", "Assets", "bootable", "default_cache", "locate"]

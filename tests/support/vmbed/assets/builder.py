@@ -30,6 +30,7 @@ from vmbed.assets.mdev import (
     mdev_recipe,
     require_compiler,
 )
+from vmbed.assets.plain import PLAIN, write_plain_kernel
 from vmbed.assets.python import PYTHON_NEEDS, PYTHON_PACKAGE, lay_out, python_recipe
 from vmbed.assets.recipe import (
     BACKPORTS,
@@ -83,6 +84,7 @@ def build(
                 manifest = _fetch_oldest_kernel(cache, report, archive, manifest)
             if manifest.initramfs_recipe != initramfs_recipe() or not (cache / manifest.initramfs).is_file():
                 manifest = _pack(cache, report, manifest)
+            _unwrap(cache, manifest)
     except OSError as error:
         raise AssetError(f"cannot build in {cache}: {error.strerror}: {error.filename}") from error
     return locate(cache)
@@ -287,6 +289,13 @@ def _pack(cache: Path, report: Report, manifest: Manifest) -> Manifest:
     complete.save(cache)
     _drop_stale(cache, complete)
     return complete
+
+
+def _unwrap(cache: Path, manifest: Manifest) -> None:
+    """Decompress the kernels, beside what they come from; these are no part of the manifest, guests boot either."""
+    for name in filter(None, (manifest.kernel, manifest.oldest_kernel, manifest.mdev_kernel)):
+        if not (cache / name / PLAIN).is_file():
+            write_plain_kernel(cache / name / "vmlinuz", cache / manifest.python)
 
 
 def _drop_stale(cache: Path, manifest: Manifest) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from vmbed.assets.errors import AssetError
 from vmbed.assets.initramfs import initramfs_recipe
 from vmbed.assets.mdev import mdev_recipe
+from vmbed.assets.plain import PLAIN
 from vmbed.assets.python import python_recipe
 from vmbed.assets.recipe import recipe
 
-__all__ = ["CACHE_ENV", "Assets", "Manifest", "default_cache", "locate"]
+__all__ = ["CACHE_ENV", "Assets", "Manifest", "bootable", "default_cache", "locate"]
 
 CACHE_ENV = "VFIOUSER_VM_CACHE"
 MANIFEST = "manifest.json"
@@ -93,6 +94,12 @@ class Assets:
     def qemu_environment(self) -> dict[str, str]:
         """What must be set for QEMU to load its accelerators from its own tree."""
         return {"QEMU_MODULE_DIR": str(self.qemu_root / LIBRARIES / "qemu")}
+
+
+def bootable(kernel: Path) -> Path:
+    """Return the file to boot for a vmlinuz: the same kernel without its wrapper, where that has been made."""
+    plain = kernel.with_name(PLAIN)
+    return plain if plain.is_file() else kernel
 
 
 def default_cache() -> Path:
