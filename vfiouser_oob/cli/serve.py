@@ -14,6 +14,7 @@ from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.long_lived import settle_objects
 from vfiouser_oob.cli.options import (
     add_control_socket_argument,
+    add_key,
     add_logging_arguments,
     add_state_directory_argument,
     chosen_path,
@@ -23,9 +24,8 @@ from vfiouser_oob.cli.options import (
 from vfiouser_oob.config.agents import parse_agent
 from vfiouser_oob.config.devices import parse_device
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.load import check_unique, load_config, read_reply_budget
+from vfiouser_oob.config.load import check_unique, load_config
 from vfiouser_oob.config.schema import (
-    DEFAULT_REPLY_BUDGET_S,
     DaemonConfig,
     DmaMode,
     FunctionConfig,
@@ -34,7 +34,7 @@ from vfiouser_oob.config.schema import (
     default_control_socket,
     default_state_directory,
 )
-from vfiouser_oob.config.values import read_name, read_path, read_socket_path
+from vfiouser_oob.config.values import PATH, SOCKET_PATH
 
 # Options that describe the one function of the form without a file.
 _ONE_FUNCTION = {
@@ -48,31 +48,19 @@ _ONE_FUNCTION = {
 _FD_MAX = (1 << 31) - 1
 
 
-def _seconds(text: str) -> float:
-    try:
-        return read_reply_budget(float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `serve`."""
-    parser.add_argument("--config", metavar="FILE", type=option(read_path), help="serve what this TOML file says")
+    parser.add_argument("--config", metavar="FILE", type=option(PATH.read), help="serve what this TOML file says")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket-path", metavar="PATH", type=option(read_socket_path), help="serve one function here")
+    where.add_argument("--socket-path", metavar="PATH", type=option(SOCKET_PATH.read), help="serve one function here")
     where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
     parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
     parser.add_argument(
         "--agent", metavar="KIND:…", help="what migrates it, e.g. msgpack-rpc:unix:///run/agent.sock,function=f0"
     )
-    parser.add_argument("--name", type=option(read_name), help="its name (default: from the socket's path)")
-    parser.add_argument("--dma", choices=[mode.value for mode in DmaMode], help="how the device reaches guest memory")
-    parser.add_argument(
-        "--reply-budget",
-        metavar="SECONDS",
-        type=_seconds,
-        help=f"time within which every message is answered (default: {DEFAULT_REPLY_BUDGET_S:g})",
-    )
+    add_key(parser, "--name", FunctionConfig, "name", "its name (default: from the socket's path)")
+    add_key(parser, "--dma", FunctionConfig, "dma")
+    add_key(parser, "--reply-budget", DaemonConfig, "reply_budget_s", metavar="SECONDS")
     add_control_socket_argument(parser, "; 'none' for no control socket")
     add_state_directory_argument(parser)
     add_logging_arguments(parser)

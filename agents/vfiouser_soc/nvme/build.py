@@ -10,14 +10,14 @@ import uuid
 from pathlib import Path
 
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import Doorbells, NvmeOptions
+from vfiouser_oob.config.models import model
 from vfiouser_soc.nvme.config import ControllerIdentity
 from vfiouser_soc.nvme.function import NvmeFunction, NvmeSettings
 from vfiouser_soc.nvme.namespace import Namespace, NamespaceIdentity
+from vfiouser_soc.nvme.options import DEFAULT_SIZE, LBA_SIZE, Doorbells, NvmeOptions
 from vfiouser_soc.nvme.stores import BackingStore, FileStore, MemoryStore, StoreError
 
-DEFAULT_SIZE = 64 << 20
-LBA_SHIFT = 9
+LBA_SHIFT = LBA_SIZE.bit_length() - 1
 #: Root of all names: version 5 UUIDs below it do not collide with those of real devices.
 _NAMES = uuid.uuid5(uuid.NAMESPACE_DNS, "nvme.vfiouser-oob")
 #: An IEEE identifier with the "locally administered" bit set, as the start of every EUI-64.
@@ -25,17 +25,17 @@ _LOCAL_OUI = bytes((0x02, 0x0B, 0x0B))
 _SERIAL_SIZE = 20
 
 
-def build(name: str, options: object) -> NvmeFunction:
+@model(NvmeOptions)
+def build(name: str, options: NvmeOptions) -> NvmeFunction:
     """Make an NVMe function with one namespace.
 
     Args:
         name: the function's name, from which its identifiers are made.
-        options: `NvmeOptions`.
+        options: its settings.
 
     Raises:
         ConfigError: the image cannot be used.
     """
-    assert isinstance(options, NvmeOptions)
     settings = NvmeSettings(
         controller_identity(name),
         polled_doorbells=options.doorbells is Doorbells.POLLED,
@@ -46,7 +46,7 @@ def build(name: str, options: object) -> NvmeFunction:
     except StoreError as error:
         raise ConfigError(f"function {name!r}: {error}") from error
     try:
-        if store.size < 1 << LBA_SHIFT:
+        if store.size < LBA_SIZE:
             raise ConfigError(f"function {name!r}: {store.summary} is smaller than one block of 512 bytes")
         return NvmeFunction(settings, [Namespace(1, store, namespace_identity(name, 1), LBA_SHIFT)])
     except BaseException:

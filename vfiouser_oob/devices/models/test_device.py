@@ -29,6 +29,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
+from vfiouser_oob.config.models import model
+from vfiouser_oob.config.tables import NoOptions
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.devices.model import DeviceModel, ModelHost, ModelRegion, ResetKind
 from vfiouser_protocol.constants import IrqIndex
@@ -212,6 +214,7 @@ _WRITABLE: Mapping[int, int] = {
 }
 
 
-def build(name: str, options: object) -> DeviceModel:
+@model(NoOptions)
+def build(name: str, options: NoOptions) -> DeviceModel:
     """Build the model for a function of this name; it has no options."""
     return TestDevice(name)

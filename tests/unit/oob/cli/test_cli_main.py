@@ -19,16 +19,15 @@ from vfiouser_oob.config import (
     ConfigError,
     DaemonConfig,
     DmaMode,
-    Doorbells,
     FunctionConfig,
     LogFormat,
     LogLevel,
     ModelDevice,
-    NvmeOptions,
     default_control_socket,
 )
 from vfiouser_protocol.errors import CommandError
 from vfiouser_soc import command
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 from vfiouser_soc.options import SocAgentOptions, SocOptions, SocPart
 
 CONFIG = """\
@@ -170,7 +169,7 @@ def test_serve_one_function() -> None:
             FunctionConfig(
                 name="nvme0",
                 socket=Path("/run/vfio-user/nvme0.sock"),
-                device=ModelDevice(options=NvmeOptions(size=1 << 20)),
+                device=ModelDevice(model="nvme", options=NvmeOptions(size=1 << 20)),
                 dma=DmaMode.MESSAGES,
             ),
         ),

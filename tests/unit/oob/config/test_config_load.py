@@ -12,18 +12,17 @@ from vfiouser_oob.config import (
     ConfigError,
     DaemonConfig,
     DmaMode,
-    Doorbells,
     FunctionConfig,
     LogFormat,
     LogLevel,
     ModelDevice,
-    NvmeOptions,
     UpstreamDevice,
     default_control_socket,
     default_state_directory,
     load_config,
     parse_config,
 )
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 
 PATH = Path("/etc/vfiouser-oob/config.toml")
 
