@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import os
 import re
+import textwrap
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from vfiouser_oob.cli.options import (
     option,
 )
 from vfiouser_oob.config.agents import parse_agent
-from vfiouser_oob.config.devices import parse_device
+from vfiouser_oob.config.devices import device_forms, parse_device
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.load import check_unique, load_config
 from vfiouser_oob.config.schema import (
@@ -34,7 +36,8 @@ from vfiouser_oob.config.schema import (
     default_control_socket,
     default_state_directory,
 )
-from vfiouser_oob.config.values import PATH, SOCKET_PATH
+from vfiouser_oob.config.tables import brief
+from vfiouser_oob.config.values import PATH, SOCKET_PATH, Value
 
 # Options that describe the one function of the form without a file.
 _ONE_FUNCTION = {
@@ -48,13 +51,37 @@ _ONE_FUNCTION = {
 _FD_MAX = (1 << 31) - 1
 
 
+class _WithShortForms(argparse.HelpFormatter):
+    """Help that ends with what ``--device`` takes; models are loaded for it, so it is not made before it is read."""
+
+    def format_help(self) -> str:
+        """Return the help."""
+        head = "devices; KEY=VALUE after a comma, a comma inside a value is written twice:"
+        return "\n".join([super().format_help(), head, *short_forms(self._width)]) + "\n"
+
+
+def short_forms(width: int) -> Iterator[str]:
+    """Each kind of device and its keys, as lines.
+
+    Args:
+        width: columns.
+    """
+    for form, options in device_forms().items():
+        yield f"  {form}"
+        for one in options:
+            choices = "|".join(one.value.choices) if isinstance(one.value, Value) else ""
+            text = f"{one.name}={choices or '…'}  {brief(one)}"
+            yield textwrap.fill(text, width, initial_indent=" " * 4, subsequent_indent=" " * 8)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `serve`."""
+    parser.formatter_class = _WithShortForms
     parser.add_argument("--config", metavar="FILE", type=option(PATH.read), help="serve what this TOML file says")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket-path", metavar="PATH", type=option(SOCKET_PATH.read), help="serve one function here")
     where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
-    parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
+    parser.add_argument("--device", metavar="KIND:…", help="that function: one of the devices below")
     parser.add_argument(
         "--agent", metavar="KIND:…", help="what migrates it, e.g. msgpack-rpc:unix:///run/agent.sock,function=f0"
     )

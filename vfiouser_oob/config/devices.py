@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.models import find_model, models
 from vfiouser_oob.config.tables import (
+    Key,
     NoOptions,
     Place,
     Table,
@@ -64,6 +65,7 @@ class ModelDevice:
     """A function that is played by a Python model."""
 
     kind: ClassVar[str] = "model"
+    first: ClassVar[Sequence[str]] = ("model",)
     example: ClassVar[str] = "model:nvme,size=64M"
 
     model: str = key(TEXT, "the model's name; the other keys are the model's own options")
@@ -80,6 +82,7 @@ class UpstreamDevice:
     """A function that another vfio-user server provides."""
 
     kind: ClassVar[str] = "vfio-user"
+    first: ClassVar[Sequence[str]] = ("socket",)
     example: ClassVar[str] = "vfio-user:/run/soc/f0.sock"
 
     socket: Path = key(SOCKET_PATH, "the other server's socket")
@@ -101,6 +104,7 @@ class KernelVfioDevice:
     """A PCI function of this machine that is bound to the kernel's vfio-pci driver, or a mediated device."""
 
     kind: ClassVar[str] = "kernel-vfio"
+    first: ClassVar[Sequence[str]] = ("bdf", "mdev")
     example: ClassVar[str] = "kernel-vfio:0000:3b:00.2"
     constraints: ClassVar[Mapping[str, Any]] = {"oneOf": [{"required": ["bdf"]}, {"required": ["mdev"]}]}
 
@@ -133,6 +137,7 @@ class KernelVfioDevice:
         return short_form(self.kind, self)
 
 
+#: Each kind names the keys that the first word of its short form may stand for, and an example of that form.
 DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice
 KINDS: Mapping[str, type[DeviceConfig]] = {
     declared.kind: declared for declared in (ModelDevice, KernelVfioDevice, UpstreamDevice)
@@ -186,6 +191,16 @@ def device_schema() -> Mapping[str, Any]:
 DEVICE = Table(lambda raw, place, around: read_device(raw, place), device_schema)
 
 
+def device_forms() -> Mapping[str, Sequence[Key]]:
+    """The short form of each device, up to its first comma, with the keys that may follow."""
+    forms = {f"{ModelDevice.kind}:{name}": [*keys(find_model(name).options).values()] for name in models()}
+    for kind, declared in KINDS.items():
+        if declared is not ModelDevice:
+            others = [one for name, one in keys(declared).items() if name not in declared.first]
+            forms[f"{kind}:{'|'.join(declared.first).upper()}"] = others
+    return forms
+
+
 def parse_device(text: str, source: str | None = None) -> DeviceConfig:
     """Read the short form of a device.
 
@@ -202,8 +217,8 @@ def parse_device(text: str, source: str | None = None) -> DeviceConfig:
     if declared is None:
         place.fail(f"unknown kind {kind!r}{suggestion(kind, tuple(KINDS))}")
     first, *options = (part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", rest))
-    # A mediated device has no address; all others go by their first key.
-    name = "mdev" if declared is KernelVfioDevice and MDEV.fits(first) else next(iter(keys(declared)))
+    default, *others = declared.first
+    name = next((other for other in others if keys(declared)[other].fits(first)), default)
     if not colon or not first:
         place.fail(f"{name} is missing; an example: {declared.example}")
     raw: dict[str, Any] = {"kind": kind, name: first}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
@@ -63,6 +63,8 @@ def read_named(header: str, declared: type[T], raw: Any, place: Place, index: in
 @section
 class ConfigFile:
     """The sections of a configuration file."""
+
+    constraints: ClassVar[Mapping[str, Any]] = {"required": ["function"]}
 
     daemon: Mapping[str, Any] = key(
         Table(_one_daemon, lambda: schema_of(DaemonConfig)), "the process as a whole", factory=dict

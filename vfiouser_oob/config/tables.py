@@ -109,6 +109,20 @@ class Key:
         """Whether the table is refused without it."""
         return self.default is MISSING
 
+    def fits(self, raw: Any) -> bool:
+        """Whether it may hold a single value."""
+        try:
+            return isinstance(self.value, Value) and self.value.read(raw) is not None
+        except ValueError:
+            return False
+
+    @property
+    def full(self) -> str:
+        """What it means, and each word that it may be."""
+        choices = self.value.choices if isinstance(self.value, Value) else {}
+        words = "; ".join(f'`"{word}"`: {meaning}' for word, meaning in choices.items() if meaning)
+        return f"{self.meaning}. {words}" if words else self.meaning
+
     @property
     def literal(self) -> str:
         """Its default as TOML (and JSON) has it; empty if there is none that can be written."""
@@ -256,9 +270,9 @@ def schema_of(declared: type, **constants: str) -> dict[str, Any]:
     """
     properties: dict[str, Any] = {name: {"const": word} for name, word in constants.items()}
     required = list(constants)
-    for one in keys(declared).values():
+    for one in (one for name, one in keys(declared).items() if name not in constants):
         shape = one.value.schema if isinstance(one.value, Value) else one.value.schema()
-        properties[one.name] = {"description": one.meaning, **shape}
+        properties[one.name] = {"description": _plain(one.full), **shape}
         if one.required:
             required.append(one.name)
         elif one.literal:

@@ -63,14 +63,6 @@ class Value(Generic[T]):
         except Unfit:
             raise ValueError(f"must be {self.rule}, got {shown(raw)}") from None
 
-    def fits(self, raw: Any) -> bool:
-        """Whether it can be read."""
-        try:
-            self.read(raw)
-        except ValueError:
-            return False
-        return True
-
     def literal(self, value: T) -> str:
         """The typed value as TOML (and JSON) has it."""
         text = self.write(value)
@@ -121,9 +113,10 @@ def _size(value: Any) -> int:
     return int(match["number"]) * _UNITS[match["unit"].upper()]
 
 
-def _size_schema(**limits: int) -> Mapping[str, Any]:
+def _size_schema(**limits: int | None) -> Mapping[str, Any]:
+    given = {name: limit for name, limit in limits.items() if limit is not None}
     pattern = {"type": "string", "pattern": "^[0-9]+[KMGTkmgt]?([iI]?[bB])?$"}
-    return {"anyOf": [{"type": "integer", "minimum": 0, **limits}, pattern]}
+    return {"anyOf": [{"type": "integer", "minimum": 0, **given}, pattern]}
 
 
 SIZE = Value("a size in bytes such as 4096, 64M or 1G", _size, _size_schema(), format_size)
@@ -139,7 +132,7 @@ def size_of(low: int, high: int | None = None, *, unit: int = 1, or_zero: bool =
         or_zero: whether 0 is allowed, too.
         rule: the rule in other words.
     """
-    limits = {"minimum": 0 if or_zero else low, "multipleOf": unit} | ({} if high is None else {"maximum": high})
+    limits = {"minimum": 0 if or_zero else low, "maximum": high, "multipleOf": unit if unit > 1 else None}
     pages = f" in whole pages of {_PAGE} bytes" if unit == _PAGE else ""
     bounds = (
         f"at least {format_size(low)}" if high is None else f"a size from {format_size(low)} to {format_size(high)}"

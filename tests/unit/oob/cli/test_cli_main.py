@@ -25,6 +25,7 @@ from vfiouser_oob.config import (
     ModelDevice,
     default_control_socket,
 )
+from vfiouser_oob.config.devices import device_forms
 from vfiouser_protocol.errors import CommandError
 from vfiouser_soc import command
 from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
@@ -74,6 +75,16 @@ def test_help_of_each_command(capsys: pytest.CaptureFixture[str], name: str) -> 
     code, out, _ = outcome(capsys, name, "--help")
     assert 0 == code
     assert out.startswith(f"usage: vfiouser-oob {name}")
+
+
+def test_help_of_serve_tells_the_short_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each kind of device is there as `--device` takes it, with all its keys, their words and defaults."""
+    _, out, _ = outcome(capsys, "serve", "--help")
+    for form, options in device_forms().items():
+        assert f"  {form}\n" in out
+        for key in options:
+            assert f"    {key.name}=" in out
+    assert "doorbells=trapped|polled  how doorbells are written (default: trapped)" in out
 
 
 def test_help_imports_neither_trio_nor_construct() -> None:
