@@ -7,8 +7,9 @@ every section of the configuration is (see `tables`): a function by the decorato
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
@@ -56,11 +57,16 @@ def model(
     return lambda make: Model(make, options)
 
 
+@cache
+def _installed() -> Sequence[metadata.EntryPoint]:
+    # Every distribution's files are read for it, which is too slow to be done for each of hundreds of functions.
+    return tuple(metadata.entry_points(group=GROUP))
+
+
 def models() -> Mapping[str, metadata.EntryPoint]:
     """All models by name."""
-    found = {name: metadata.EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
-    found.update((entry.name, entry) for entry in metadata.entry_points(group=GROUP) if entry.name not in BUILT_IN)
-    return dict(sorted(found.items()))
+    built_in = {name: metadata.EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    return dict(sorted(({entry.name: entry for entry in _installed()} | built_in).items()))
 
 
 def find_model(name: str) -> Model[Any, Any]:
