@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
@@ -23,41 +23,35 @@ from vfiouser_oob.config.schema import (
 from vfiouser_oob.config.tables import Place, Table, key, read_section, read_table, schema_of, section
 from vfiouser_oob.config.values import shown
 
-T = TypeVar("T")
-
 # Far more than hundreds of functions need; a wrong path (a disk image) is refused before it fills memory.
 CONFIG_SIZE_MAX = 4 << 20
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column \d+\)")
-NO_FUNCTION = "there must be at least one [[function]]"
 
 
 def _one_daemon(raw: Any, place: Place, around: Mapping[str, Any]) -> dict[str, Any]:
     return read_table(DaemonConfig, raw, replace(place, label="[daemon]"))
 
 
-def _functions(raw: Any, place: Place, around: Mapping[str, Any]) -> tuple[FunctionConfig, ...]:
-    if not isinstance(raw, list) or not raw:
-        raise ConfigError(NO_FUNCTION, place.source, place.line_of())
-    return tuple(read_named("[[function]]", FunctionConfig, table, place, index) for index, table in enumerate(raw))
-
-
-def read_named(header: str, declared: type[T], raw: Any, place: Place, index: int) -> T:
-    """Read one of several tables under the same header, each with a `name`; it is told the line where it stands.
+def tables_named(header: str, declared: type) -> Table:
+    """At least one table under the same header, each with a `name`; a field `line` is told where it stands.
 
     Args:
         header: as it is written.
-        declared: the section, which has a field `line`.
-        raw: what TOML holds in its place.
-        place: where all of them stand.
-        index: which of them it is, from 0.
-
-    Raises:
-        ConfigError: it cannot be used.
+        declared: the section.
     """
-    name = raw.get("name") if isinstance(raw, Mapping) else None
-    label = f"{header} {shown(name)}" if isinstance(name, str) else f"{header} number {index + 1}"
-    here = Place(label, place.source, partial(place.line_of, index))
-    return read_section(declared, raw, here, line=here.line_of())
+
+    def read(raw: Any, place: Place, around: Mapping[str, Any]) -> tuple[Any, ...]:
+        if not isinstance(raw, list) or not raw:
+            raise ConfigError(f"there must be at least one {header}", place.source, place.line_of())
+        return tuple(read_one(table, place, index) for index, table in enumerate(raw))
+
+    def read_one(raw: Any, place: Place, index: int) -> Any:
+        name = raw.get("name") if isinstance(raw, Mapping) else None
+        label = f"{header} {shown(name)}" if isinstance(name, str) else f"{header} number {index + 1}"
+        here = Place(label, place.source, partial(place.line_of, index))
+        return read_section(declared, raw, here, line=here.line_of())
+
+    return Table(read, lambda: {"type": "array", "minItems": 1, "items": schema_of(declared)})
 
 
 @section
@@ -70,9 +64,7 @@ class ConfigFile:
         Table(_one_daemon, lambda: schema_of(DaemonConfig)), "the process as a whole", factory=dict
     )
     function: tuple[FunctionConfig, ...] = key(
-        Table(_functions, lambda: {"type": "array", "minItems": 1, "items": schema_of(FunctionConfig)}),
-        "one table per PCI function",
-        default=(),
+        tables_named("[[function]]", FunctionConfig), "one table per PCI function", default=()
     )
 
 
@@ -122,7 +114,7 @@ def parse_config(text: str, path: Path) -> DaemonConfig:
     lines = LineMap(text)
     top = read_table(ConfigFile, raw, Place("top level", source, lines.line))
     if "function" not in top:
-        raise ConfigError(NO_FUNCTION, source)
+        raise ConfigError("there must be at least one [[function]]", source)
     paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
     config = DaemonConfig(functions=top["function"], source=path, **(paths | top.get("daemon", {})))
     check_unique(config)

@@ -11,9 +11,10 @@ A section is a class. Each of its keys is one entry, which says all that there i
 The dataclass, what is refused and how, the reference page, `--help` and the JSON Schema all come from it. So
 
 * a new key is one entry in its class (in `schema`, or where a model declares its options);
-* a new table inside a section is one class and one entry `key(Table(…), …)`;
-* a new section of the file is one class, a row in `load.SECTIONS`, and a heading with the two `keys:` marks in
-  docs/reference/configuration.md;
+* a new table inside a section is one class, and one entry `key(Table.of(CLASS), …)` in that section;
+* a new section of the file is one class, and one entry in `load.ConfigFile`, such as
+  `vm: tuple[VmConfig, ...] = key(tables_named("[[vm]]", VmConfig), …)`;
+* for either, the page gets a heading with the two marks between which its keys go, and `tools/config_page.py` a row;
 * `make pages` then writes the page and the schema.
 
 What two keys must be to each other is checked in the class's `__post_init__`, which raises ValueError; the same rule
