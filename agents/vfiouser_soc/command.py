@@ -7,11 +7,11 @@ import argparse
 from vfiouser_agents.rpc.kinds import DEFAULT_KIND, SERVED_KINDS
 from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.long_lived import settle_objects
-from vfiouser_oob.cli.options import add_logging_arguments, count, option
-from vfiouser_oob.config.devices import read_cmb_size, read_namespace_size
-from vfiouser_oob.config.schema import Doorbells, LogFormat, LogLevel
-from vfiouser_oob.config.values import read_path, read_size
+from vfiouser_oob.cli.options import add_key, add_logging_arguments, count, option
+from vfiouser_oob.config.schema import FunctionConfig, LogFormat, LogLevel
+from vfiouser_oob.config.values import PATH, SIZE
 from vfiouser_protocol.pci_header import FUNCTIONS_PER_BUS
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 from vfiouser_soc.options import (
     DEFAULT_AGENT_ADDRESS,
     SocAgentOptions,
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--socket-dir",
         metavar="DIR",
-        type=option(read_path),
+        type=option(PATH.read),
         required=True,
         help="directory for the functions' sockets, f0.sock, f1.sock …",
     )
@@ -36,41 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="how many functions (default: 1)",
     )
-    parser.add_argument(
-        "--size",
-        metavar="BYTES",
-        type=option(read_namespace_size),
-        help="size of each namespace, for example 64M (default: the image's, or 64M of RAM)",
-    )
-    parser.add_argument(
-        "--image",
-        metavar="FILE",
-        type=option(read_path),
-        help="file behind the namespace; with several functions FILE.0, FILE.1 … (default: RAM)",
-    )
-    parser.add_argument(
-        "--cmb",
-        metavar="BYTES",
-        type=option(read_cmb_size),
-        default=0,
-        help="controller memory buffer of each function, at least 2M (default: none)",
-    )
-    parser.add_argument(
-        "--doorbells",
-        choices=[way.value for way in Doorbells],
-        default=Doorbells.TRAPPED.value,
-        help="as messages, or in shared memory that the controller polls (default: trapped)",
-    )
-    parser.add_argument(
-        "--retain-state",
-        action="store_true",
-        help="let a client find what the one before it left in registers and device memory, which are new otherwise",
-    )
-    parser.add_argument(
-        "--shared-image",
-        action="store_true",
-        help="other simulators may use the image too, if they say so as well",
-    )
+    add_key(parser, "--size", NvmeOptions, "size", metavar="BYTES")
+    image = "file that holds the namespace; with several functions FILE.0, FILE.1 … (default: RAM)"
+    add_key(parser, "--image", NvmeOptions, "image", image, metavar="FILE")
+    add_key(parser, "--cmb", NvmeOptions, "cmb", metavar="BYTES", default=0)
+    add_key(parser, "--doorbells", NvmeOptions, "doorbells", default=Doorbells.TRAPPED.value)
+    add_key(parser, "--retain-state", FunctionConfig, "retain_state", action="store_true")
+    add_key(parser, "--shared-image", NvmeOptions, "shared", action="store_true")
     _add_agent_arguments(parser)
     add_logging_arguments(parser)
 
@@ -112,12 +84,12 @@ def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_KIND,
         help=f"what the agent speaks at its addresses (default: {DEFAULT_KIND})",
     )
-    parser.add_argument("--tls-cert", metavar="FILE", type=option(read_path), help="certificate of the agent")
-    parser.add_argument("--tls-key", metavar="FILE", type=option(read_path), help="its key (default: in --tls-cert)")
+    parser.add_argument("--tls-cert", metavar="FILE", type=option(PATH.read), help="certificate of the agent")
+    parser.add_argument("--tls-key", metavar="FILE", type=option(PATH.read), help="its key (default: in --tls-cert)")
     parser.add_argument(
         "--tls-ca",
         metavar="FILE",
-        type=option(read_path),
+        type=option(PATH.read),
         help="certificates of those who sign clients' certificates (default: clients need none)",
     )
     parser.add_argument(
@@ -126,14 +98,14 @@ def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-size",
         metavar="BYTES",
-        type=option(read_size),
+        type=option(SIZE.read),
         default=0,
         help="device memory that each function carries in a migration, up to many gigabytes (default: none)",
     )
     parser.add_argument(
         "--state-churn",
         metavar="BYTES",
-        type=option(read_size),
+        type=option(SIZE.read),
         help="how much of it a running function rewrites per second (default: a 64th)",
     )
     parser.add_argument(

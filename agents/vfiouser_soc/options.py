@@ -10,16 +10,14 @@ from vfiouser_agents.rpc.kinds import DEFAULT_KIND
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import (
     DaemonConfig,
-    Doorbells,
     FunctionConfig,
     LogFormat,
     LogLevel,
     ModelDevice,
-    NvmeOptions,
 )
 from vfiouser_protocol.pci_header import FUNCTIONS_PER_BUS
+from vfiouser_soc.nvme.options import DEFAULT_SIZE, Doorbells, NvmeOptions
 
-DEFAULT_NAMESPACE_SIZE = 64 << 20
 #: Where the agent listens unless something else was asked for: any free port, for this host only.
 DEFAULT_AGENT_ADDRESS = "tcp://127.0.0.1:0"
 #: In the directory of the sockets: through which the agent process reaches the device process, and where it can be
@@ -130,7 +128,7 @@ class SocOptions:
             image = image.with_name(f"{image.name}.{index}")
         size = self.size
         if size is None and image is None:
-            size = DEFAULT_NAMESPACE_SIZE
+            size = DEFAULT_SIZE
         options = NvmeOptions(size=size, image=image, cmb=self.cmb, doorbells=self.doorbells, shared=self.shared_image)
         name = f"f{index}"
         return FunctionConfig(

@@ -29,8 +29,8 @@ from rawclient import (
     map_request,
     memfd,
 )
+from vfiouser_oob.config import models
 from vfiouser_oob.config.schema import FunctionConfig, ModelDevice, UpstreamDevice
-from vfiouser_oob.devices.models import registry
 from vfiouser_oob.server.daemon import Daemon
 from vfiouser_oob.transport.listener import ListenError, listen_on_path
 
@@ -385,7 +385,7 @@ async def test_device_whose_task_dies_takes_only_its_function_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bug in a device ends that function with EIO and a reason in `status`; the others go on."""
-    monkeypatch.setattr(registry, "BUILT_IN", {**registry.BUILT_IN, "broken": "brokendevice:build"})
+    monkeypatch.setattr(models, "BUILT_IN", {**models.BUILT_IN, "broken": "brokendevice:build"})
     broken = function(tmp_path, "f0", ModelDevice(model="broken"))
     async with serving(broken, function(tmp_path, "f1")) as daemon:
         events = daemon.subscribe()

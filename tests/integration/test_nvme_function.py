@@ -12,8 +12,9 @@ from daemonkit import function, serving
 from openfds import open_fds
 from vfiouser_oob.client.client import Client
 from vfiouser_oob.client.guest import ClientMemory
-from vfiouser_oob.config.schema import DmaMode, Doorbells, ModelDevice, NvmeOptions
+from vfiouser_oob.config.schema import DmaMode, ModelDevice
 from vfiouser_oob.lab.nvme.driver import NvmeDriver
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 
 SIZE = 4 << 20
 
@@ -39,14 +40,14 @@ async def transfer(path: Path, seed: int, *, with_fd: bool, use_mapping: bool) -
 async def test_verified_io(tmp_path: Path, doorbells: Doorbells, with_fd: bool, use_mapping: bool) -> None:
     """Data is right whichever way memory and doorbells take, with an image that blocks and a memory buffer."""
     options = NvmeOptions(size=SIZE, image=tmp_path / "image", cmb=2 << 20, doorbells=doorbells)
-    async with serving(function(tmp_path, device=ModelDevice(options=options))):
+    async with serving(function(tmp_path, device=ModelDevice(model="nvme", options=options))):
         await transfer(tmp_path / "f0.sock", 1, with_fd=with_fd, use_mapping=use_mapping)
 
 
 async def test_one_client_after_the_other(tmp_path: Path) -> None:
     """Each new client finds a controller that works; messages are used where the configuration asks for them."""
     options = NvmeOptions(size=SIZE)
-    async with serving(function(tmp_path, device=ModelDevice(options=options), dma=DmaMode.MESSAGES)):
+    async with serving(function(tmp_path, device=ModelDevice(model="nvme", options=options), dma=DmaMode.MESSAGES)):
         for seed in range(4):
             await transfer(tmp_path / "f0.sock", seed, with_fd=True, use_mapping=True)
 
@@ -54,7 +55,7 @@ async def test_one_client_after_the_other(tmp_path: Path) -> None:
 async def test_client_that_vanishes_under_io(tmp_path: Path) -> None:
     """A client that goes with commands in flight and its controller enabled harms no successor, and leaks nothing."""
     options = NvmeOptions(size=SIZE)
-    async with serving(function(tmp_path, device=ModelDevice(options=options))):
+    async with serving(function(tmp_path, device=ModelDevice(model="nvme", options=options))):
         path = tmp_path / "f0.sock"
         await transfer(path, 1, with_fd=True, use_mapping=True)
         before = open_fds()

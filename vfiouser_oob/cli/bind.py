@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
 from vfiouser_oob.cli.options import option
-from vfiouser_oob.config.values import read_bdf
+from vfiouser_oob.config.values import BDF
 from vfiouser_oob.devices.base import BackendUnavailable
 from vfiouser_oob.devices.kernel_vfio import binding
 
@@ -18,7 +18,7 @@ DEV = Path("/dev")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bind`."""
-    parser.add_argument("bdf", metavar="BDF", type=option(read_bdf), help="the function, e.g. 0000:3b:00.2")
+    parser.add_argument("bdf", metavar="BDF", type=option(BDF.read), help="the function, e.g. 0000:3b:00.2")
     parser.add_argument("--owner", metavar="USER", type=_user, help="user that is to own the function's VFIO nodes")
 
 

@@ -7,15 +7,14 @@ import sys
 
 from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.options import option
-from vfiouser_oob.config.agents import verify_agents
-from vfiouser_oob.config.load import load_config
+from vfiouser_oob.config.load import load_config, verify_agents
 from vfiouser_oob.config.summary import summary, warnings
-from vfiouser_oob.config.values import read_path
+from vfiouser_oob.config.values import PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `check-config`."""
-    parser.add_argument("file", metavar="FILE", type=option(read_path), help="the TOML file")
+    parser.add_argument("file", metavar="FILE", type=option(PATH.read), help="the TOML file")
 
 
 def run(args: argparse.Namespace) -> int:

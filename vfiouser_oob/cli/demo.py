@@ -14,10 +14,9 @@ from vfiouser_oob import __version__
 from vfiouser_oob.cli.demo_display import Display, print_functions, print_journeys
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode, explain, leaves
 from vfiouser_oob.cli.interruptible import run_interruptible
-from vfiouser_oob.cli.options import count, option
-from vfiouser_oob.config.devices import read_namespace_size
-from vfiouser_oob.config.schema import Doorbells
-from vfiouser_oob.config.values import read_size
+from vfiouser_oob.cli.options import add_key, count, option
+from vfiouser_oob.config.models import find_model
+from vfiouser_oob.config.values import SIZE
 from vfiouser_oob.lab.demo.certificates import CertificatesUnavailable
 from vfiouser_oob.lab.demo.children import ChildFailed
 from vfiouser_oob.lab.demo.hosts import HostOptions
@@ -40,13 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one host: write and read back the whole namespace, and reset, but do not migrate",
     )
-    parser.add_argument(
-        "--size",
-        metavar="BYTES",
-        type=option(read_namespace_size),
-        default=64 << 20,
-        help="size of each namespace; without migration all of it is written and read back (default: 64M)",
-    )
+    options = find_model("nvme").options
+    size = "size of each namespace; without migration all of it is written and read back (default: 64M)"
+    add_key(parser, "--size", options, "size", size, metavar="BYTES", default=64 << 20)
     parser.add_argument(
         "--functions",
         metavar="N",
@@ -57,16 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-size",
         metavar="BYTES",
-        type=option(read_size),
+        type=option(SIZE.read),
         default=32 << 20,
         help="device memory that each function carries in a migration (default: 32M)",
     )
-    parser.add_argument(
-        "--doorbells",
-        choices=[way.value for way in Doorbells],
-        default=Doorbells.POLLED.value,
-        help="as messages, or in shared memory that is polled (default: polled)",
-    )
+    doorbells = "as messages, or in shared memory that is polled (default: polled)"
+    add_key(parser, "--doorbells", options, "doorbells", doorbells, default="polled")
     parser.add_argument(
         "--agent",
         metavar="KIND[,KIND]",

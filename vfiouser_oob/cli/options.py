@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vfiouser_oob.config.schema import LogFormat, LogLevel, default_control_socket
-from vfiouser_oob.config.values import read_control_socket, read_state_directory
+from vfiouser_oob.config.schema import DaemonConfig, default_control_socket
+from vfiouser_oob.config.tables import brief, keys
+from vfiouser_oob.config.values import CONTROL_SOCKET, STATE_DIRECTORY, Value
 
 T = TypeVar("T")
 
@@ -36,12 +37,35 @@ def count(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def add_key(
+    parser: argparse.ArgumentParser, flag: str, declared: type, name: str, help: str = "", **extra: Any
+) -> None:
+    """Add an option for a key of the configuration; its rule, its words and its help are the key's.
+
+    Args:
+        parser: of the sub-command.
+        flag: the option.
+        declared: the section.
+        name: the key.
+        help: what the option means, where that is not what the key means.
+        extra: for `add_argument`.
+    """
+    one = keys(declared)[name]
+    assert isinstance(one.value, Value)
+    read = one.value.read
+    if one.value.choices:
+        extra["choices"] = list(one.value.choices)
+    elif one.value.schema.get("type") == "number":
+        extra["type"] = option(lambda text: read(float(text)))
+    elif "action" not in extra:
+        extra.setdefault("type", option(read))
+    parser.add_argument(flag, help=(help or brief(one)).replace("%", "%%"), **extra)
+
+
 def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--log-level`` and ``--log-format``; without them the configuration or its defaults count."""
-    levels = [level.value for level in LogLevel]
-    formats = [log_format.value for log_format in LogFormat]
-    parser.add_argument("--log-level", choices=levels, help="least important record written")
-    parser.add_argument("--log-format", choices=formats, help="for people or for machines")
+    add_key(parser, "--log-level", DaemonConfig, "log_level")
+    add_key(parser, "--log-format", DaemonConfig, "log_format")
 
 
 def add_control_socket_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
@@ -49,29 +73,24 @@ def add_control_socket_argument(parser: argparse.ArgumentParser, note: str = "")
     parser.add_argument(
         "--control-socket",
         metavar="PATH",
-        type=option(_control_socket),
+        type=option(_or_word(CONTROL_SOCKET)),
         help=f"control socket (default: {default_control_socket()}){note}",
     )
 
 
-def _control_socket(text: str) -> Path | str:
-    path = read_control_socket(text)
-    return "none" if path is None else path
-
-
 def add_state_directory_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--state-directory``."""
+    what = brief(keys(DaemonConfig)["state_directory"], default=False)
     parser.add_argument(
         "--state-directory",
         metavar="PATH",
-        type=option(_state_directory),
-        help="where what agents can do is remembered (default: $STATE_DIRECTORY); 'none' for nowhere",
+        type=option(_or_word(STATE_DIRECTORY)),
+        help=f"{what} (default: $STATE_DIRECTORY); 'none' for nowhere",
     )
 
 
-def _state_directory(text: str) -> Path | str:
-    path = read_state_directory(text)
-    return "none" if path is None else path
+def _or_word(value: Value[Path | None]) -> Callable[[Any], Path | str]:
+    return lambda text: value.read(text) or "none"
 
 
 def chosen_path(value: Path | str | None, default: Path | None) -> Path | None:

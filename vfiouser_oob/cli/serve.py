@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import os
 import re
+import textwrap
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.long_lived import settle_objects
 from vfiouser_oob.cli.options import (
     add_control_socket_argument,
+    add_key,
     add_logging_arguments,
     add_state_directory_argument,
     chosen_path,
@@ -21,11 +24,10 @@ from vfiouser_oob.cli.options import (
     option,
 )
 from vfiouser_oob.config.agents import parse_agent
-from vfiouser_oob.config.devices import parse_device
+from vfiouser_oob.config.devices import device_forms, parse_device
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.load import check_unique, load_config, read_reply_budget
+from vfiouser_oob.config.load import check_unique, load_config
 from vfiouser_oob.config.schema import (
-    DEFAULT_REPLY_BUDGET_S,
     DaemonConfig,
     DmaMode,
     FunctionConfig,
@@ -34,7 +36,8 @@ from vfiouser_oob.config.schema import (
     default_control_socket,
     default_state_directory,
 )
-from vfiouser_oob.config.values import read_name, read_path, read_socket_path
+from vfiouser_oob.config.tables import brief
+from vfiouser_oob.config.values import PATH, SOCKET_PATH, Value
 
 # Options that describe the one function of the form without a file.
 _ONE_FUNCTION = {
@@ -48,31 +51,43 @@ _ONE_FUNCTION = {
 _FD_MAX = (1 << 31) - 1
 
 
-def _seconds(text: str) -> float:
-    try:
-        return read_reply_budget(float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+class _WithShortForms(argparse.HelpFormatter):
+    """Help that ends with what ``--device`` takes; models are loaded for it, so it is not made before it is read."""
+
+    def format_help(self) -> str:
+        """Return the help."""
+        head = "devices; KEY=VALUE after a comma, a comma inside a value is written twice:"
+        return "\n".join([super().format_help(), head, *short_forms(self._width)]) + "\n"
+
+
+def short_forms(width: int) -> Iterator[str]:
+    """Each kind of device and its keys, as lines.
+
+    Args:
+        width: columns.
+    """
+    for form, options in device_forms().items():
+        yield f"  {form}"
+        for one in options:
+            choices = "|".join(one.value.choices) if isinstance(one.value, Value) else ""
+            text = f"{one.name}={choices or '…'}  {brief(one)}"
+            yield textwrap.fill(text, width, initial_indent=" " * 4, subsequent_indent=" " * 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `serve`."""
-    parser.add_argument("--config", metavar="FILE", type=option(read_path), help="serve what this TOML file says")
+    parser.formatter_class = _WithShortForms
+    parser.add_argument("--config", metavar="FILE", type=option(PATH.read), help="serve what this TOML file says")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket-path", metavar="PATH", type=option(read_socket_path), help="serve one function here")
+    where.add_argument("--socket-path", metavar="PATH", type=option(SOCKET_PATH.read), help="serve one function here")
     where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
-    parser.add_argument("--device", metavar="KIND:…", help="that function, e.g. vfio-user:/run/soc/f0.sock")
+    parser.add_argument("--device", metavar="KIND:…", help="that function: one of the devices below")
     parser.add_argument(
         "--agent", metavar="KIND:…", help="what migrates it, e.g. msgpack-rpc:unix:///run/agent.sock,function=f0"
     )
-    parser.add_argument("--name", type=option(read_name), help="its name (default: from the socket's path)")
-    parser.add_argument("--dma", choices=[mode.value for mode in DmaMode], help="how the device reaches guest memory")
-    parser.add_argument(
-        "--reply-budget",
-        metavar="SECONDS",
-        type=_seconds,
-        help=f"time within which every message is answered (default: {DEFAULT_REPLY_BUDGET_S:g})",
-    )
+    add_key(parser, "--name", FunctionConfig, "name", "its name (default: from the socket's path)")
+    add_key(parser, "--dma", FunctionConfig, "dma")
+    add_key(parser, "--reply-budget", DaemonConfig, "reply_budget_s", metavar="SECONDS")
     add_control_socket_argument(parser, "; 'none' for no control socket")
     add_state_directory_argument(parser)
     add_logging_arguments(parser)

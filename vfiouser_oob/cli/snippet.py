@@ -15,7 +15,7 @@ from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.load import load_config
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, DaemonConfig, FunctionConfig, KernelVfioDevice
 from vfiouser_oob.config.tables import suggestion
-from vfiouser_oob.config.values import format_size, read_path, read_size
+from vfiouser_oob.config.values import PATH, SIZE, format_size
 
 DEFAULT_CONFIG = Path("/etc/vfiouser-oob/config.toml")
 # Where the socket units that we ship listen.
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        type=option(read_path),
+        type=option(PATH.read),
         default=DEFAULT_CONFIG,
         help=f"the daemon's configuration (default: {DEFAULT_CONFIG})",
     )
     parser.add_argument(
         "--memory",
         metavar="BYTES",
-        type=option(read_size),
+        type=option(SIZE.read),
         default=DEFAULT_MEMORY,
         help=f"the VM's memory (default: {format_size(DEFAULT_MEMORY)})",
     )

@@ -3,75 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any
 
-from vfiouser_oob.config.schema import (
-    AgentConfig,
-    DaemonConfig,
-    DeviceConfig,
-    Generations,
-    KernelVfioDevice,
-    MigrationConfig,
-)
-from vfiouser_oob.config.tables import Key, Place, read_table
-from vfiouser_oob.config.values import one_of, read_size, read_string, seconds_between, shown
+from vfiouser_oob.config.devices import DeviceConfig, KernelVfioDevice
+from vfiouser_oob.config.tables import Place, Table, key, keys, read_section, read_table, schema_of, section
+from vfiouser_oob.config.values import FLAG, TEXT, Word, one_of, seconds_between, shown, size_of
 
 #: The agent that is the device's own kernel driver; it is no service, and so has no options.
 OWN_AGENT = "kernel-vfio"
-_PAGE = 4096
-_CHUNK_MIN, _CHUNK_MAX = 4096, 16 << 20
-_V1_DATA_MAX = 64 << 20
 
 
-def read_flag(value: Any) -> bool:
-    """Yes or no."""
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, got {shown(value)}")
-    return value
+class Generations(Word):
+    """Which generations of migration a client may use."""
+
+    AUTO = "auto", "v2 for every client, the region of v1 for those that announce `migration` in VERSION"
+    BOTH = "both", "both for every client"
+    V1 = "v1", "only v1"
+    V2 = "v2", "only v2"
+    NONE = "none", "neither, though there is an agent"
 
 
-def read_chunk_size(value: Any) -> int:
-    """Bytes of state that are asked for at once."""
-    size = read_size(value)
-    if not _CHUNK_MIN <= size <= _CHUNK_MAX:
-        raise ValueError(f"must be a size from 4K to 16M, got {shown(value)}")
-    return size
+_SECONDS = seconds_between(0.01, 3600)
 
 
-def read_data_size(value: Any) -> int:
-    """Bytes of the data section of the v1 migration region."""
-    size = read_size(value)
-    if not _PAGE <= size <= _V1_DATA_MAX or size % _PAGE:
-        raise ValueError(f"must be a size from 4K to 64M in whole pages of 4096 bytes, got {shown(value)}")
-    return size
+@section
+class MigrationConfig:
+    """How a function with an agent is migrated."""
+
+    generations: Generations = key(
+        one_of(Generations), "which generations of migration a client may use", default=Generations.AUTO
+    )
+    precopy: bool = key(
+        FLAG, "whether v2 offers PRE_COPY; an agent without it sends only the descriptor early", default=True
+    )
+    pad_reads: bool = key(
+        FLAG,
+        "whether replies to MIG_DATA_READ have the size that was asked for, with zeros behind the data, for clients "
+        "that read it so",
+        default=False,
+    )
+    chunk_size: int = key(
+        size_of(4 << 10, 16 << 20),
+        "bytes of state asked of the agent at once; about two chunks are in memory per function. While several "
+        "functions save at once, chunks above 1M become smaller, so that together they hold about 32M",
+        default=4 << 20,
+    )
+    v1_data_size: int = key(
+        size_of(4 << 10, 64 << 20, unit=4096), "bytes of the data section of the v1 region", default=1 << 20
+    )
+    call_s: float = key(_SECONDS, "seconds that the agent may take for a small call", default=2.0)
+    stop_s: float = key(_SECONDS, "seconds for a call that drains, starts or resets the function", default=5.0)
+    data_s: float = key(_SECONDS, "seconds for a chunk of state, and for applying it", default=30.0)
+    retry_s: float = key(
+        _SECONDS, "seconds before the first repetition of what failed for the moment; they double", default=0.1
+    )
 
 
-_seconds = seconds_between(0.01, 3600)
-
-MIGRATION_KEYS = (
-    Key("generations", one_of(Generations)),
-    Key("precopy", read_flag),
-    Key("pad_reads", read_flag),
-    Key("chunk_size", read_chunk_size),
-    Key("v1_data_size", read_data_size),
-    Key("call_s", _seconds),
-    Key("stop_s", _seconds),
-    Key("data_s", _seconds),
-    Key("retry_s", _seconds),
-)
+def _read_migration(raw: Any, place: Place, around: Mapping[str, Any]) -> MigrationConfig:
+    if "agent" not in around:
+        place.fail("there is no agent, so the function cannot be migrated")
+    return read_section(MigrationConfig, raw, place)
 
 
-def read_migration(raw: Any, place: Place) -> MigrationConfig:
-    """Read a `migration` table.
+MIGRATION = Table(_read_migration, lambda: schema_of(MigrationConfig))
 
-    Args:
-        raw: what stands in its place.
-        place: where it stands.
 
-    Raises:
-        ConfigError: it cannot be used.
-    """
-    return MigrationConfig(**read_table(raw, MIGRATION_KEYS, place))
+@section
+class OwnAgent:
+    """The agent that is the device's own kernel driver."""
+
+    kind: str = key(TEXT, "the device is migrated by its own kernel driver, if that can")
+
+
+@section
+class AgentConfig:
+    """The service that stops, saves, loads and resumes a function; what its adapter needs is in `options`."""
+
+    kind: str = key(TEXT, "which adapter speaks to it; unknown ones are refused with the list of those that there are")
+    function: str = key(TEXT, "the agent's own name for the function")
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The agent in a few words."""
+        address = self.options.get("address")
+        return f"{self.kind}:{address or ''} function {self.function}"
 
 
 def read_agent(raw: Any, place: Place, device: DeviceConfig) -> AgentConfig:
@@ -87,33 +103,36 @@ def read_agent(raw: Any, place: Place, device: DeviceConfig) -> AgentConfig:
     """
     if not isinstance(raw, Mapping):
         place.fail(f'must be a table such as {{kind = "msgpack-rpc", address = …, function = …}}, got {shown(raw)}')
-    options = dict(raw)
-    if options.get("kind") == OWN_AGENT:
-        return _own_agent(options, place, device)
-    for name in ("kind", "function"):
-        if name not in options:
-            place.fail(f"key {name!r} is missing")
-        try:
-            read_string(options[name])
-        except ValueError as error:
-            place.fail(f"{name} {error}", name)
-    kind, function = options.pop("kind"), options.pop("function")
+    if raw.get("kind") == OWN_AGENT:
+        return _own_agent(raw, place, device)
+    common = read_table(AgentConfig, {name: raw[name] for name in keys(AgentConfig) if name in raw}, place)
+    options = {name: value for name, value in raw.items() if name not in common}
     # Imported here: a configuration without agents is read without what speaks to them.
     from vfiouser_agents.options import OptionError
     from vfiouser_agents.registry import make_agent
 
     try:
-        make_agent(kind, options)
+        make_agent(common["kind"], options)
     except OptionError as error:
         place.fail(str(error), error.key)
-    return AgentConfig(kind=kind, function=function, options=options)
+    return AgentConfig(**common, options=options)
 
 
-def _own_agent(options: Mapping[str, Any], place: Place, device: DeviceConfig) -> AgentConfig:
-    read_table(options, (Key("kind", read_string),), place)
+def _own_agent(raw: Mapping[str, Any], place: Place, device: DeviceConfig) -> AgentConfig:
+    read_table(OwnAgent, raw, place)
     if not isinstance(device, KernelVfioDevice):
         place.fail(f"kind {OWN_AGENT!r} is the kernel driver of a device of that kind, and this one is {device.kind!r}")
     return AgentConfig(kind=OWN_AGENT, function=device.name)
+
+
+def agent_schema() -> Mapping[str, Any]:
+    """The JSON Schema of an `agent` table; the options of adapters, and which there are, are open."""
+    served = schema_of(AgentConfig)
+    served["properties"]["kind"]["not"] = {"const": OWN_AGENT}
+    return {"oneOf": [served | {"additionalProperties": True}, schema_of(OwnAgent, kind=OWN_AGENT)]}
+
+
+AGENT = Table(lambda raw, place, around: read_agent(raw, place, around["device"]), agent_schema)
 
 
 def parse_agent(text: str, device: DeviceConfig, source: str | None = None) -> AgentConfig:
@@ -138,24 +157,3 @@ def parse_agent(text: str, device: DeviceConfig, source: str | None = None) -> A
     except OptionError as error:
         place.fail(str(error))
     return read_agent({"kind": kind, **options}, place, device)
-
-
-def verify_agents(config: DaemonConfig, source: str) -> None:
-    """Look whether what the agents are configured with can work at all, such as a library; connects to nothing.
-
-    Args:
-        config: the configuration.
-        source: where it came from.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    from vfiouser_agents.options import OptionError
-    from vfiouser_agents.registry import make_agent
-
-    for function in config.functions:
-        if function.agent is not None and function.agent.kind != OWN_AGENT:
-            try:
-                make_agent(function.agent.kind, function.agent.options).verify()
-            except OptionError as error:
-                Place(f'[[function]] "{function.name}": agent', source).fail(str(error))

@@ -1,143 +1,163 @@
-"""The device kinds: how each is written in a file and in the short form of ``--device``."""
+"""The device kinds: what each may hold in a file, and how the short form of ``--device`` is read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
-from vfiouser_oob.config.schema import (
-    DeviceConfig,
-    Doorbells,
-    KernelVfioDevice,
-    ModelDevice,
-    NvmeOptions,
-    RegionPolicy,
-    UpstreamDevice,
-    VfioInterface,
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.models import find_model, models
+from vfiouser_oob.config.tables import (
+    Key,
+    NoOptions,
+    Place,
+    Table,
+    key,
+    keys,
+    read_section,
+    schema_of,
+    section,
+    suggestion,
+    written,
 )
-from vfiouser_oob.config.tables import Key, Place, read_table, suggestion
 from vfiouser_oob.config.values import (
-    is_mdev,
+    BDF,
+    MDEV,
+    SOCKET_PATH,
+    TEXT,
+    Word,
     one_of,
-    read_bdf,
-    read_mdev,
-    read_path,
-    read_size,
-    read_socket_path,
-    read_string,
-    read_switch,
     shown,
-)
-
-BLOCK_SIZE = 512
-CMB_MIN = 2 << 20
-MAX_WRITE_MIN = 4 << 10
-MAX_WRITE_MAX = 1 << 20
-
-
-def read_namespace_size(value: Any) -> int:
-    """Bytes of an NVMe namespace: at least one block, and whole blocks."""
-    size = read_size(value)
-    if size == 0 or size % BLOCK_SIZE:
-        raise ValueError(f"must be a multiple of {BLOCK_SIZE} bytes and not 0, got {shown(value)}")
-    return size
-
-
-def read_cmb_size(value: Any) -> int:
-    """Bytes of a controller memory buffer: none, or enough for a driver to use it, in whole pages."""
-    size = read_size(value)
-    if size and (size < CMB_MIN or size % 4096):
-        raise ValueError(f"must be 0 or at least 2M in whole pages of 4096 bytes, got {shown(value)}")
-    return size
-
-
-NVME_KEYS = (
-    Key("size", read_namespace_size),
-    Key("image", read_path),
-    Key("cmb", read_cmb_size),
-    Key("doorbells", one_of(Doorbells)),
-    Key("shared", read_switch),
+    size_of,
 )
 
 
-def _read_model(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
-    # The model's name decides which further keys there are, so it is looked at first.
-    model = raw.get("model")
-    if model is None:
-        place.fail("key 'model' is missing", "model")
-    if not isinstance(model, str) or model not in MODELS:
-        place.fail(f"unknown model {shown(model)}{suggestion(str(model), tuple(MODELS))}", "model")
-    options = {name: value for name, value in raw.items() if name != "model"}
-    values = read_table(options, MODELS[model], place)
-    return ModelDevice(model=model, options=NvmeOptions(**values))
+class RegionPolicy(Word):
+    """By which descriptor a client maps the regions of a real function."""
+
+    AUTO = "auto", "a dma-buf where the kernel can map one, else the device"
+    DEVICE_FD = "device-fd", "the device, which works on every kernel and gives the client all of it"
+    DMABUF = "dmabuf", "a dma-buf, else not at all"
+    TRAP = "trap", "not at all: every access is a message"
 
 
-def read_write_size(value: Any) -> int:
-    """Bytes of data in one message to an upstream server: from a page to what the protocol takes by default."""
-    size = read_size(value)
-    if not MAX_WRITE_MIN <= size <= MAX_WRITE_MAX:
-        raise ValueError(f"must be from 4K to 1M, got {shown(value)}")
-    return size
+class VfioInterface(Word):
+    """By which interface of the kernel a real function is opened."""
+
+    AUTO = (
+        "auto",
+        "its own node and an iommufd, where both are there and the daemon may open them, else its group's node",
+    )
+    GROUP = "group", "the IOMMU group's node and a container"
+    CDEV = "cdev", "its own node and an iommufd"
 
 
-UPSTREAM_KEYS = (
-    Key("socket", read_socket_path, required=True),
-    Key("max_write", read_write_size),
-)
+def short_form(kind: str, *sections: Any) -> str:
+    """A device as ``--device`` takes it: what differs from the defaults, the first without its key."""
+    (_, first), *rest = [(name, text.replace(",", ",,")) for one in sections for name, text in written(one)]
+    return f"{kind}:{first}" + "".join(f",{name}={text}" for name, text in rest)
 
 
-def _read_upstream(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
-    return UpstreamDevice(**read_table(raw, UPSTREAM_KEYS, place))
+@section
+class ModelDevice:
+    """A function that is played by a Python model."""
+
+    kind: ClassVar[str] = "model"
+    first: ClassVar[Sequence[str]] = ("model",)
+    example: ClassVar[str] = "model:nvme,size=64M"
+
+    model: str = key(TEXT, "the model's name; the other keys are the model's own options")
+    #: What the model declares; None = all of it at its defaults.
+    options: Any = None
+
+    def describe(self) -> str:
+        """The device as ``--device`` takes it."""
+        return short_form(self.kind, self, NoOptions() if self.options is None else self.options)
 
 
-KERNEL_VFIO_KEYS = (
-    Key("bdf", read_bdf),
-    Key("mdev", read_mdev),
-    Key("region_policy", one_of(RegionPolicy)),
-    Key("interface", one_of(VfioInterface)),
-)
+@section
+class UpstreamDevice:
+    """A function that another vfio-user server provides."""
+
+    kind: ClassVar[str] = "vfio-user"
+    first: ClassVar[Sequence[str]] = ("socket",)
+    example: ClassVar[str] = "vfio-user:/run/soc/f0.sock"
+
+    socket: Path = key(SOCKET_PATH, "the other server's socket")
+    # A socket holds 208 KiB by default on Linux; what is larger arrives in parts, which some servers cannot read.
+    max_write: int = key(
+        size_of(4 << 10, 1 << 20, rule="from 4K to 1M"),
+        "bytes of data in one message to that server; larger writes are split. A socket holds 208 KiB by default on "
+        "Linux, and some servers read a message by a single call and lose their place when only a part of it is there",
+        default=128 << 10,
+    )
+
+    def describe(self) -> str:
+        """The device as ``--device`` takes it."""
+        return short_form(self.kind, self)
 
 
-def _read_kernel_vfio(raw: Mapping[str, Any], place: Place) -> DeviceConfig:
-    values = read_table(raw, KERNEL_VFIO_KEYS, place)
-    named = [name for name in ("bdf", "mdev") if name in values]
-    if len(named) != 1:
-        place.fail("keys 'bdf' and 'mdev' exclude each other" if named else "key 'bdf' or 'mdev' is missing")
-    return KernelVfioDevice(**values)
+@section
+class KernelVfioDevice:
+    """A PCI function of this machine that is bound to the kernel's vfio-pci driver, or a mediated device."""
+
+    kind: ClassVar[str] = "kernel-vfio"
+    first: ClassVar[Sequence[str]] = ("bdf", "mdev")
+    example: ClassVar[str] = "kernel-vfio:0000:3b:00.2"
+    constraints: ClassVar[Mapping[str, Any]] = {"oneOf": [{"required": ["bdf"]}, {"required": ["mdev"]}]}
+
+    bdf: str | None = key(
+        BDF, "its address; without a domain, 0000 is meant", default=None, unset="this or `mdev` is required"
+    )
+    mdev: str | None = key(
+        MDEV, "the mediated device, by its UUID or its directory", default=None, unset="this or `bdf` is required"
+    )
+    region_policy: RegionPolicy = key(
+        one_of(RegionPolicy), "by which descriptor a client maps its BARs", default=RegionPolicy.AUTO
+    )
+    interface: VfioInterface = key(
+        one_of(VfioInterface), "by which interface of the kernel it is opened", default=VfioInterface.AUTO
+    )
+
+    def __post_init__(self) -> None:
+        if self.bdf and self.mdev:
+            raise ValueError("keys 'bdf' and 'mdev' exclude each other")
+        if not self.name:
+            raise ValueError("key 'bdf' or 'mdev' is missing")
+
+    @property
+    def name(self) -> str:
+        """What the kernel calls it."""
+        return self.bdf or self.mdev or ""
+
+    def describe(self) -> str:
+        """The device as ``--device`` takes it."""
+        return short_form(self.kind, self)
 
 
-#: Models by name, each with the keys that it has; `test` is a function for testing servers and clients.
-MODELS: Mapping[str, Sequence[Key]] = {"nvme": NVME_KEYS, "test": ()}
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of device.
-
-    Args:
-        read: turns its table (without `kind`) into the dataclass.
-        first: the key that the first word of the short form stands for.
-        example: a short form for error messages.
-        others: further keys that it may stand for, each with what tells its values.
-    """
-
-    read: Callable[[Mapping[str, Any], Place], DeviceConfig]
-    first: str
-    example: str
-    others: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
-
-    def key_of(self, first: str) -> str:
-        """The key that a first word stands for."""
-        return next((key for key, matches in self.others.items() if matches(first)), self.first)
-
-
-KINDS: Mapping[str, Kind] = {
-    "model": Kind(_read_model, "model", "model:nvme,size=64M"),
-    "kernel-vfio": Kind(_read_kernel_vfio, "bdf", "kernel-vfio:0000:3b:00.2", {"mdev": is_mdev}),
-    "vfio-user": Kind(_read_upstream, "socket", "vfio-user:/run/soc/f0.sock"),
+#: Each kind names the keys that the first word of its short form may stand for, and an example of that form.
+DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice
+KINDS: Mapping[str, type[DeviceConfig]] = {
+    declared.kind: declared for declared in (ModelDevice, KernelVfioDevice, UpstreamDevice)
 }
+
+
+def _read_model(raw: Mapping[str, Any], place: Place) -> ModelDevice:
+    # The model's name decides which further keys there are, so it is looked at first.
+    name = raw.get("model")
+    if name is None:
+        place.fail("key 'model' is missing", "model")
+    if not isinstance(name, str) or name not in models():
+        place.fail(f"unknown model {shown(name)}{suggestion(str(name), tuple(models()))}", "model")
+    try:
+        declared = find_model(name).options
+    except ConfigError as error:
+        place.fail(str(error), "model")
+    given = {key: value for key, value in raw.items() if key != "model"}
+    options = read_section(declared, given, place)
+    return ModelDevice(model=name, options=options if given else None)
 
 
 def read_device(raw: Any, place: Place) -> DeviceConfig:
@@ -157,7 +177,28 @@ def read_device(raw: Any, place: Place) -> DeviceConfig:
         place.fail(f"key 'kind' is missing (allowed: {', '.join(KINDS)})")
     if not isinstance(kind, str) or kind not in KINDS:
         place.fail(f"unknown kind {shown(kind)}{suggestion(str(kind), tuple(KINDS))}", "kind")
-    return KINDS[kind].read({name: value for name, value in raw.items() if name != "kind"}, place)
+    rest = {name: value for name, value in raw.items() if name != "kind"}
+    return _read_model(rest, place) if kind == ModelDevice.kind else read_section(KINDS[kind], rest, place)
+
+
+def device_schema() -> Mapping[str, Any]:
+    """The JSON Schema of a ``device`` table; it knows the models that are installed."""
+    named = {name: schema_of(find_model(name).options, kind=ModelDevice.kind, model=name) for name in models()}
+    others = [schema_of(declared, kind=kind) for kind, declared in KINDS.items() if declared is not ModelDevice]
+    return {"oneOf": [*named.values(), *others]}
+
+
+DEVICE = Table(lambda raw, place, around: read_device(raw, place), device_schema)
+
+
+def device_forms() -> Mapping[str, Sequence[Key]]:
+    """The short form of each device, up to its first comma, with the keys that may follow."""
+    forms = {f"{ModelDevice.kind}:{name}": [*keys(find_model(name).options).values()] for name in models()}
+    for kind, declared in KINDS.items():
+        if declared is not ModelDevice:
+            others = [one for name, one in keys(declared).items() if name not in declared.first]
+            forms[f"{kind}:{'|'.join(declared.first).upper()}"] = others
+    return forms
 
 
 def parse_device(text: str, source: str | None = None) -> DeviceConfig:
@@ -171,18 +212,20 @@ def parse_device(text: str, source: str | None = None) -> DeviceConfig:
         ConfigError: it cannot be used.
     """
     place = Place(f"device {shown(text)}", source)
-    kind_name, colon, rest = text.partition(":")
-    kind = KINDS.get(kind_name)
-    if kind is None:
-        place.fail(f"unknown kind {kind_name!r}{suggestion(kind_name, tuple(KINDS))}")
+    kind, colon, rest = text.partition(":")
+    declared = KINDS.get(kind)
+    if declared is None:
+        place.fail(f"unknown kind {kind!r}{suggestion(kind, tuple(KINDS))}")
     first, *options = (part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", rest))
+    default, *others = declared.first
+    name = next((other for other in others if keys(declared)[other].fits(first)), default)
     if not colon or not first:
-        place.fail(f"{kind.first} is missing; an example: {kind.example}")
-    raw: dict[str, Any] = {"kind": kind_name, kind.key_of(first): read_string(first)}
+        place.fail(f"{name} is missing; an example: {declared.example}")
+    raw: dict[str, Any] = {"kind": kind, name: first}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
-            place.fail(f"{option!r} must be KEY=VALUE; an example: {kind.example}")
+            place.fail(f"{option!r} must be KEY=VALUE; an example: {declared.example}")
         if name in raw:
             place.fail(f"{name} is given twice")
         raw[name] = value

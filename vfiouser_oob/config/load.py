@@ -5,125 +5,67 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from vfiouser_oob.config.agents import read_agent, read_migration
-from vfiouser_oob.config.devices import read_device
+from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.lines import LineMap
 from vfiouser_oob.config.schema import (
     DaemonConfig,
-    DmaMode,
     FunctionConfig,
-    LogFormat,
-    LogLevel,
     UpstreamDevice,
     default_control_socket,
     default_state_directory,
 )
-from vfiouser_oob.config.tables import Key, Place, read_table
-from vfiouser_oob.config.values import (
-    one_of,
-    read_absolute_socket_path,
-    read_control_socket,
-    read_group,
-    read_mode,
-    read_name,
-    read_state_directory,
-    read_switch,
-    read_uids,
-    seconds_between,
-    shown,
-)
+from vfiouser_oob.config.tables import Place, Table, key, read_section, read_table, schema_of, section
+from vfiouser_oob.config.values import shown
 
 # Far more than hundreds of functions need; a wrong path (a disk image) is refused before it fills memory.
 CONFIG_SIZE_MAX = 4 << 20
-
-read_reply_budget = seconds_between(0.1, 3600)
-
-DAEMON_KEYS = (
-    Key("control_socket", read_control_socket),
-    Key("state_directory", read_state_directory),
-    Key("log_level", one_of(LogLevel)),
-    Key("log_format", one_of(LogFormat)),
-    Key("reply_budget_s", read_reply_budget),
-)
-
-FUNCTION_KEYS = (
-    Key("name", read_name, required=True),
-    Key("device", lambda raw: raw, required=True),  # read on its own: it has keys of its own
-    Key("socket", read_absolute_socket_path),
-    Key("socket_mode", read_mode),
-    Key("socket_group", read_group),
-    Key("allow_uids", read_uids),
-    Key("dma", one_of(DmaMode)),
-    Key("retain_state", read_switch),
-    Key("agent", lambda raw: raw),  # as `device`
-    Key("migration", lambda raw: raw),
-)
-
-TOP_KEYS = (Key("daemon", lambda raw: raw), Key("function", lambda raw: raw))
-
-_HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?")
-_ASSIGNMENT = re.compile(r"\s*([A-Za-z0-9_\"'.-]+)\s*=")
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column \d+\)")
 
-_Location = tuple[str | int, ...]
+
+def _one_daemon(raw: Any, place: Place, around: Mapping[str, Any]) -> dict[str, Any]:
+    return read_table(DaemonConfig, raw, replace(place, label="[daemon]"))
 
 
-class LineMap:
-    """Finds the line of a key in a TOML text, since `tomllib` does not tell.
+def tables_named(header: str, declared: type) -> Table:
+    """At least one table under the same header, each with a `name`; a field `line` is told where it stands.
 
-    It reads headers and assignments line by line. A multi-line string could mislead it, which would make a
-    line number wrong and nothing else.
+    Args:
+        header: as it is written.
+        declared: the section.
     """
 
-    def __init__(self, text: str) -> None:
-        self._lines: dict[_Location, int] = {}
-        counts: dict[str, int] = {}
-        table: _Location = ()
-        for number, line in enumerate(text.splitlines(), start=1):
-            if header := _HEADER.fullmatch(line):
-                brackets, name = header.groups()
-                if brackets == "[[":
-                    counts[name] = counts.get(name, -1) + 1
-                table = self._location(name, counts)
-                self._lines.setdefault(table, number)
-                self._lines.setdefault(table[:1], number)
-            elif assignment := _ASSIGNMENT.match(line):
-                self._lines.setdefault((*table, *_words(assignment[1])), number)
+    def read(raw: Any, place: Place, around: Mapping[str, Any]) -> tuple[Any, ...]:
+        if not isinstance(raw, list) or not raw:
+            raise ConfigError(f"there must be at least one {header}", place.source, place.line_of())
+        return tuple(read_one(table, place, index) for index, table in enumerate(raw))
 
-    @staticmethod
-    def _location(name: str, counts: Mapping[str, int]) -> _Location:
-        first, *rest = _words(name)
-        index = (counts[first],) if first in counts else ()
-        return (first, *index, *rest)
+    def read_one(raw: Any, place: Place, index: int) -> Any:
+        name = raw.get("name") if isinstance(raw, Mapping) else None
+        label = f"{header} {shown(name)}" if isinstance(name, str) else f"{header} number {index + 1}"
+        here = Place(label, place.source, partial(place.line_of, index))
+        return read_section(declared, raw, here, line=here.line_of())
 
-    def line(self, *location: str | int | None) -> int | None:
-        """Line of a key, also one of tables inside each other, or of the nearest thing around it.
-
-        Args:
-            location: words, which may have dots between them, and numbers of tables in an array.
-
-        Returns:
-            None for the file as a whole.
-        """
-        words = tuple(
-            part
-            for word in location
-            if word is not None
-            for part in (word.split(".") if isinstance(word, str) else (word,))
-        )
-        while words:
-            if words in self._lines:
-                return self._lines[words]
-            words = words[:-1]
-        return None
+    return Table(read, lambda: {"type": "array", "minItems": 1, "items": schema_of(declared)})
 
 
-def _words(dotted: str) -> tuple[str, ...]:
-    return tuple(word.strip(" \"'") for word in dotted.split("."))
+@section
+class ConfigFile:
+    """The sections of a configuration file."""
+
+    constraints: ClassVar[Mapping[str, Any]] = {"required": ["function"]}
+
+    daemon: Mapping[str, Any] = key(
+        Table(_one_daemon, lambda: schema_of(DaemonConfig)), "the process as a whole", factory=dict
+    )
+    function: tuple[FunctionConfig, ...] = key(
+        tables_named("[[function]]", FunctionConfig), "one table per PCI function", default=()
+    )
 
 
 def load_config(path: Path) -> DaemonConfig:
@@ -170,34 +112,13 @@ def parse_config(text: str, path: Path) -> DaemonConfig:
     except RecursionError as error:
         raise ConfigError("not valid TOML: nested too deeply", source) from error
     lines = LineMap(text)
-    top = read_table(raw, TOP_KEYS, Place("top level", source, lines.line))
-    daemon = read_table(top.get("daemon", {}), DAEMON_KEYS, Place("[daemon]", source, partial(lines.line, "daemon")))
-    tables = top.get("function")
-    if not isinstance(tables, list) or not tables:
-        raise ConfigError("there must be at least one [[function]]", source, lines.line("function"))
-    functions = tuple(_read_function(table, index, source, lines) for index, table in enumerate(tables))
-    daemon.setdefault("control_socket", default_control_socket())
-    daemon.setdefault("state_directory", default_state_directory())
-    config = DaemonConfig(functions=functions, source=path, **daemon)
+    top = read_table(ConfigFile, raw, Place("top level", source, lines.line))
+    if "function" not in top:
+        raise ConfigError("there must be at least one [[function]]", source)
+    paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
+    config = DaemonConfig(functions=top["function"], source=path, **(paths | top.get("daemon", {})))
     check_unique(config)
     return config
-
-
-def _read_function(raw: Any, index: int, source: str, lines: LineMap) -> FunctionConfig:
-    name = raw.get("name") if isinstance(raw, Mapping) else None
-    label = "[[function]]" + (f" {shown(name)}" if isinstance(name, str) else f" number {index + 1}")
-    values = read_table(raw, FUNCTION_KEYS, Place(label, source, partial(lines.line, "function", index)))
-    place = Place(f"{label}: device", source, partial(lines.line, "function", index, "device"))
-    values["device"] = read_device(values["device"], place)
-    if "agent" in values:
-        place = Place(f"{label}: agent", source, partial(lines.line, "function", index, "agent"))
-        values["agent"] = read_agent(values["agent"], place, values["device"])
-    if "migration" in values:
-        place = Place(f"{label}: migration", source, partial(lines.line, "function", index, "migration"))
-        if "agent" not in values:
-            place.fail("there is no agent, so the function cannot be migrated")
-        values["migration"] = read_migration(values["migration"], place)
-    return FunctionConfig(**values, line=lines.line("function", index))
 
 
 def check_unique(config: DaemonConfig) -> None:
@@ -230,3 +151,24 @@ def check_unique(config: DaemonConfig) -> None:
                 source,
                 function.line,
             )
+
+
+def verify_agents(config: DaemonConfig, source: str) -> None:
+    """Look whether what the agents are configured with can work at all, such as a library; connects to nothing.
+
+    Args:
+        config: the configuration.
+        source: where it came from.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from vfiouser_agents.options import OptionError
+    from vfiouser_agents.registry import make_agent
+
+    for function in config.functions:
+        if function.agent is not None and function.agent.kind != OWN_AGENT:
+            try:
+                make_agent(function.agent.kind, function.agent.options).verify()
+            except OptionError as error:
+                Place(f'[[function]] "{function.name}": agent', source).fail(str(error))

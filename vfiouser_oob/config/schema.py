@@ -1,311 +1,177 @@
-"""What the daemon can be told, as dataclasses.
+"""What the daemon can be told, as dataclasses, each of them a section that declares its keys (see `tables`).
 
     DaemonConfig
      └── functions: FunctionConfig …
-          └── device: ModelDevice | UpstreamDevice | KernelVfioDevice
+          ├── device: ModelDevice | UpstreamDevice | KernelVfioDevice
+          ├── agent: AgentConfig
+          └── migration: MigrationConfig
 
-A configuration file (`load`), the short form of the command line (`devices`) and `simulate-soc` (`soc`) all
-end here, so the server sees one shape whichever way it was started.
+A configuration file (`load`), the short form of the command line (`devices`, `agents`) and `simulate-soc` all end here,
+so the server sees one shape whichever way it was started.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
-from vfiouser_oob.config.values import format_size
+from vfiouser_oob.config.agents import AGENT, MIGRATION, AgentConfig, Generations, MigrationConfig
+from vfiouser_oob.config.devices import (
+    DEVICE,
+    DeviceConfig,
+    KernelVfioDevice,
+    ModelDevice,
+    RegionPolicy,
+    UpstreamDevice,
+    VfioInterface,
+)
+from vfiouser_oob.config.tables import key, section
+from vfiouser_oob.config.values import (
+    ABSOLUTE_SOCKET_PATH,
+    CONTROL_SOCKET,
+    GROUP,
+    MODE,
+    NAME,
+    STATE_DIRECTORY,
+    SWITCH,
+    UIDS,
+    Word,
+    one_of,
+    seconds_between,
+)
 
-# Stock QEMU gives up on a reply after 5 s and is then out of step with the stream for good: stay well below.
-DEFAULT_REPLY_BUDGET_S = 4.0
-DEFAULT_SOCKET_MODE = 0o660
+__all__ = [
+    "DEFAULT_SOCKET_GROUP",
+    "AgentConfig",
+    "DaemonConfig",
+    "DeviceConfig",
+    "DmaMode",
+    "FunctionConfig",
+    "Generations",
+    "KernelVfioDevice",
+    "LogFormat",
+    "LogLevel",
+    "MigrationConfig",
+    "ModelDevice",
+    "RegionPolicy",
+    "UpstreamDevice",
+    "VfioInterface",
+    "default_control_socket",
+    "default_state_directory",
+]
+
 # Debian, Fedora and libvirt all run QEMU in this group, so that a VM can connect on day one.
 DEFAULT_SOCKET_GROUP = "kvm"
-# A socket holds 208 KiB by default on Linux; what is larger arrives in parts, which some servers cannot read.
-DEFAULT_MAX_WRITE = 128 << 10
 CONTROL_SOCKET_NAME = "control.sock"
 
 
-class DmaMode(StrEnum):
+class DmaMode(Word):
     """How a device reaches the client's memory."""
 
-    FILES = "files"
-    MESSAGES = "messages"
+    FILES = "files", "through the descriptors that the client sends"
+    MESSAGES = "messages", "by asking the client for each transfer"
 
 
-class Doorbells(StrEnum):
-    """How a simulated NVMe controller learns of a doorbell."""
-
-    TRAPPED = "trapped"
-    POLLED = "polled"
-
-
-class Generations(StrEnum):
-    """Which generations of migration a client may use."""
-
-    #: v2 always; v1's region only for clients that announce migration.
-    AUTO = "auto"
-    BOTH = "both"
-    V1 = "v1"
-    V2 = "v2"
-    NONE = "none"
-
-
-class RegionPolicy(StrEnum):
-    """By which descriptor a client maps the regions of a real function."""
-
-    #: A dma-buf of the region where the kernel can map one, else the device.
-    AUTO = "auto"
-    #: The device itself: works on every kernel, and gives the client the whole device.
-    DEVICE_FD = "device-fd"
-    #: A dma-buf, or nothing.
-    DMABUF = "dmabuf"
-    #: Nothing: every access is a message.
-    TRAP = "trap"
-
-
-class VfioInterface(StrEnum):
-    """By which interface of the kernel a real function is opened."""
-
-    #: The device's own node and an iommufd where there are both and they may be opened, else the group's node.
-    AUTO = "auto"
-    #: The IOMMU group's node and a container.
-    GROUP = "group"
-    #: The device's own node and an iommufd.
-    CDEV = "cdev"
-
-
-class LogFormat(StrEnum):
+class LogFormat(Word):
     """How log records are written."""
 
-    HUMAN = "human"
-    JSON = "json"
+    HUMAN = "human", "for people"
+    JSON = "json", "one object per line"
 
 
-class LogLevel(StrEnum):
+class LogLevel(Word):
     """The least important record that is still written."""
 
-    DEBUG = "debug"
+    DEBUG = "debug", "every message is one line"
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
 
 
-def _doubled_commas(path: Path) -> str:
-    return str(path).replace(",", ",,")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NvmeOptions:
-    """The simulated NVMe controller's settings.
-
-    Args:
-        size: bytes of its namespace; None = the size of `image`, or 64 MiB of RAM without one.
-        image: file that holds the namespace; None = RAM.
-        cmb: bytes of controller memory buffer in a mappable BAR of its own; 0 = none.
-        doorbells: trapped as messages, or in a mapped page that the model polls.
-        shared: other simulators may use `image` too; only one of them runs the function at any time.
-    """
-
-    size: int | None = None
-    image: Path | None = None
-    cmb: int = 0
-    doorbells: Doorbells = Doorbells.TRAPPED
-    shared: bool = False
-
-    def describe(self) -> str:
-        """The settings that differ from the defaults, as the short form writes them."""
-        parts = []
-        if self.size is not None:
-            parts.append(f"size={format_size(self.size)}")
-        if self.image is not None:
-            parts.append(f"image={_doubled_commas(self.image)}")
-        if self.cmb:
-            parts.append(f"cmb={format_size(self.cmb)}")
-        if self.doorbells is not Doorbells.TRAPPED:
-            parts.append(f"doorbells={self.doorbells.value}")
-        if self.shared:
-            parts.append("shared=true")
-        return ",".join(parts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelDevice:
-    """A function that is played by a Python model.
-
-    Args:
-        model: name of the model, for example ``nvme``.
-        options: that model's settings.
-    """
-
-    kind: ClassVar[str] = "model"
-
-    model: str = "nvme"
-    options: NvmeOptions = field(default_factory=NvmeOptions)
-
-    def describe(self) -> str:
-        """The device as ``--device`` takes it."""
-        options = self.options.describe()
-        return f"{self.kind}:{self.model}" + (f",{options}" if options else "")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpstreamDevice:
-    """A function that another vfio-user server provides.
-
-    Args:
-        socket: that server's UNIX socket.
-        max_write: bytes of data in one message to that server; what is larger is split.
-    """
-
-    kind: ClassVar[str] = "vfio-user"
-
-    socket: Path
-    max_write: int = DEFAULT_MAX_WRITE
-
-    def describe(self) -> str:
-        """The device as ``--device`` takes it."""
-        size = "" if self.max_write == DEFAULT_MAX_WRITE else f",max_write={format_size(self.max_write)}"
-        return f"{self.kind}:{_doubled_commas(self.socket)}{size}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelVfioDevice:
-    """A PCI function of this machine that is bound to the kernel's vfio-pci driver, or a mediated device; one of both.
-
-    Args:
-        bdf: the function's address, such as ``0000:3b:00.2``.
-        mdev: the mediated device's UUID.
-        region_policy: how a client may map its regions.
-        interface: by which interface of the kernel it is opened.
-    """
-
-    kind: ClassVar[str] = "kernel-vfio"
-
-    bdf: str | None = None
-    mdev: str | None = None
-    region_policy: RegionPolicy = RegionPolicy.AUTO
-    interface: VfioInterface = VfioInterface.AUTO
-
-    @property
-    def name(self) -> str:
-        """What the kernel calls it."""
-        return self.bdf or self.mdev or ""
-
-    def describe(self) -> str:
-        """The device as ``--device`` takes it."""
-        policy = "" if self.region_policy is RegionPolicy.AUTO else f",region_policy={self.region_policy.value}"
-        interface = "" if self.interface is VfioInterface.AUTO else f",interface={self.interface.value}"
-        return f"{self.kind}:{self.name}{policy}{interface}"
-
-
-DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentConfig:
-    """The service that stops, saves, loads and resumes a function.
-
-    Args:
-        kind: which adapter speaks to it.
-        function: the agent's own name for the function.
-        options: what the adapter needs: address, credentials …
-    """
-
-    kind: str
-    function: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def describe(self) -> str:
-        """The agent in a few words."""
-        address = self.options.get("address")
-        return f"{self.kind}:{address or ''} function {self.function}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationConfig:
-    """How a function with an agent is migrated.
-
-    Args:
-        generations: which generations a client may use.
-        precopy: whether the state PRE_COPY is offered.
-        pad_reads: whether replies to MIG_DATA_READ have the size that was asked for, for clients that insist.
-        chunk_size: bytes of state asked of the agent at once; about two chunks are in memory, and they become smaller
-            while many functions migrate at once.
-        v1_data_size: bytes of the data section of the v1 region.
-        call_s: seconds that the agent may take for a call without much work.
-        stop_s: seconds for a call that drains, starts or resets the function.
-        data_s: seconds for a chunk of state, and for applying it.
-        retry_s: seconds before the first repetition; they double with each.
-    """
-
-    generations: Generations = Generations.AUTO
-    precopy: bool = True
-    pad_reads: bool = False
-    chunk_size: int = 4 << 20
-    v1_data_size: int = 1 << 20
-    call_s: float = 2.0
-    stop_s: float = 5.0
-    data_s: float = 30.0
-    retry_s: float = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section
 class FunctionConfig:
-    """One exported PCI function.
+    """One exported PCI function."""
 
-    Args:
-        name: its name in logs, in status and among systemd's sockets.
-        device: where it comes from.
-        socket: path to listen on; None = `fd`, or the socket that systemd passes under `name`.
-        fd: number of an inherited UNIX socket to serve on, instead of a path.
-        socket_mode: permission bits of the socket file that we create.
-        socket_group: group of that file; None = `kvm` if we are root and there is such a group.
-        allow_uids: user ids that may connect; None = whoever the file's permissions let in.
-        dma: how the device reaches the client's memory.
-        retain_state: whether a client finds what the one before it left in registers and device memory.
-        agent: what migrates it; None = it cannot be migrated.
-        migration: how it is migrated.
-        line: where the function stands in its configuration file, for messages.
-    """
+    constraints: ClassVar[Mapping[str, Any]] = {"dependencies": {"migration": ["agent"]}}
 
-    name: str
-    device: DeviceConfig
-    socket: Path | None = None
+    name: str = key(NAME, "its name in logs, in status and among systemd's sockets; unique")
+    device: DeviceConfig = key(DEVICE, "where the function comes from, see below")
+    socket: Path | None = key(
+        ABSOLUTE_SOCKET_PATH,
+        "path to listen on; unique",
+        default=None,
+        unset="the socket that systemd passes under `name`",
+    )
+    #: Number of an inherited UNIX socket to serve on, instead of a path; of the command line only.
     fd: int | None = None
-    socket_mode: int = DEFAULT_SOCKET_MODE
-    socket_group: str | None = None
-    allow_uids: tuple[int, ...] | None = None
-    dma: DmaMode = DmaMode.FILES
-    retain_state: bool = False
-    agent: AgentConfig | None = None
-    migration: MigrationConfig = field(default_factory=MigrationConfig)
+    socket_mode: int = key(MODE, "permission bits of the socket file", default=0o660)
+    socket_group: str | None = key(
+        GROUP,
+        "group of the socket file",
+        default=None,
+        unset=f"`{DEFAULT_SOCKET_GROUP}`, if the daemon runs as root and that group exists; else the daemon's own",
+    )
+    allow_uids: tuple[int, ...] | None = key(
+        UIDS,
+        "users that may connect, whatever the file's permissions say",
+        default=None,
+        unset="whoever the permissions let in",
+    )
+    dma: DmaMode = key(one_of(DmaMode), "how the device reaches guest memory", default=DmaMode.FILES)
+    retain_state: bool = key(
+        SWITCH,
+        "whether a client finds what the one before it left in registers and device memory, as the vfio-user "
+        "specification allows, and may share mapped memory with it. Else it finds a reset function with new memory, "
+        "see [trust](../explanation/trust.md#what-one-client-leaves-for-the-next). Not for real functions, which the "
+        "kernel resets",
+        default=False,
+    )
+    agent: AgentConfig | None = key(
+        AGENT,
+        "what migrates the function, see [below](#agent)",
+        default=None,
+        unset="none: the function cannot be migrated",
+    )
+    migration: MigrationConfig = key(
+        MIGRATION,
+        "how it is migrated, see [below](#migration); only with an `agent`",
+        factory=MigrationConfig,
+        unset="the defaults there",
+    )
+    #: Where the function stands in its configuration file, for messages.
     line: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section
 class DaemonConfig:
-    """All that one daemon process needs to know.
+    """All that one daemon process needs to know; names and sockets of its functions are unique."""
 
-    Args:
-        functions: the exported functions; names and sockets are unique.
-        control_socket: path of the control socket; None = no control socket.
-        state_directory: where what agents can do is kept beyond the daemon's end; None = it is not.
-        log_level: least important record that is written.
-        log_format: for people or for machines.
-        reply_budget_s: seconds after which a client message is answered, come what may.
-        source: the file that it was read from.
-    """
-
-    functions: tuple[FunctionConfig, ...]
-    control_socket: Path | None = None
-    state_directory: Path | None = None
-    log_level: LogLevel = LogLevel.INFO
-    log_format: LogFormat = LogFormat.HUMAN
-    reply_budget_s: float = DEFAULT_REPLY_BUDGET_S
+    functions: tuple[FunctionConfig, ...] = field()
+    control_socket: Path | None = key(
+        CONTROL_SOCKET,
+        "path of the [control socket](control-socket.md)",
+        default=None,
+        unset="`/run/vfiouser-oob/control.sock`; for other users than root "
+        "`$XDG_RUNTIME_DIR/vfiouser-oob/control.sock`, if that variable is set",
+    )
+    state_directory: Path | None = key(
+        STATE_DIRECTORY,
+        "where [what agents can do](../explanation/migration.md#what-is-remembered) is remembered; made when needed",
+        default=None,
+        unset='the unit\'s `StateDirectory=`, as systemd tells it in `$STATE_DIRECTORY`; without that `"none"`',
+    )
+    log_level: LogLevel = key(one_of(LogLevel), "least important record that is written", default=LogLevel.INFO)
+    log_format: LogFormat = key(one_of(LogFormat), "how log records are written", default=LogFormat.HUMAN)
+    # Stock QEMU gives up on a reply after 5 s and is then out of step with the stream for good: stay well below.
+    reply_budget_s: float = key(
+        seconds_between(0.1, 3600),
+        "time within which every message of a client is answered, come what may",
+        default=4.0,
+    )
+    #: The file that it was read from.
     source: Path | None = None
 
     def function(self, name: str) -> FunctionConfig | None:

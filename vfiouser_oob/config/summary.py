@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vfiouser_oob.config.schema import (
-    DEFAULT_REPLY_BUDGET_S,
     DaemonConfig,
     DmaMode,
     FunctionConfig,
@@ -16,6 +15,8 @@ from vfiouser_oob.config.schema import (
     ModelDevice,
     UpstreamDevice,
 )
+from vfiouser_oob.config.tables import keys
+from vfiouser_oob.config.values import FILE
 
 
 def summary(config: DaemonConfig) -> list[str]:
@@ -47,7 +48,7 @@ def _function_line(function: FunctionConfig) -> str:
 
 def warnings(config: DaemonConfig) -> list[str]:
     """What is allowed but may surprise, one line each, as things stand on this machine now."""
-    found = [_of_budget(config)] if config.reply_budget_s > DEFAULT_REPLY_BUDGET_S else []
+    found = [_of_budget(config)] if config.reply_budget_s > keys(DaemonConfig)["reply_budget_s"].default else []
     if config.state_directory is not None:
         found += _of_state_directory(config.state_directory)
     for function in config.functions:
@@ -103,6 +104,7 @@ def _of_kernel_vfio(device: KernelVfioDevice) -> Iterator[str]:
 
 
 def _of_model(device: ModelDevice) -> Iterator[str]:
-    image = device.options.image
-    if image is not None and not image.is_file():
-        yield f"image {image} does not exist yet"
+    for one in keys(type(device.options)).values() if device.options is not None else ():
+        path = getattr(device.options, one.name)
+        if one.value is FILE and path is not None and not path.is_file():
+            yield f"{one.name} {path} does not exist yet"

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.models import find_model
 from vfiouser_oob.config.schema import DmaMode, FunctionConfig, KernelVfioDevice, ModelDevice, UpstreamDevice
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.model_backend import ModelBackend
-from vfiouser_oob.devices.models.registry import model_builder
 from vfiouser_oob.devices.upstream import UpstreamBackend
 from vfiouser_oob.transport.activity import Activity
 
@@ -31,11 +31,11 @@ def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     device = config.device
     assert isinstance(device, ModelDevice)
     try:
-        build = model_builder(device.model)
+        model = find_model(device.model)
     except ConfigError as error:
         raise ConfigError(f"function {config.name!r}: {error}") from error
     return ModelBackend(
-        build(config.name, device.options),
+        model(config.name, device.options),
         dma_by_message=config.dma is DmaMode.MESSAGES,
         retain_state=config.retain_state,
     )

@@ -18,7 +18,6 @@ import trio
 from vfiouser_oob.client.client import Client, ClientIoFds, ClientRegion
 from vfiouser_oob.client.dma import DmaServer
 from vfiouser_oob.client.errors import BadReply
-from vfiouser_oob.config.schema import DEFAULT_MAX_WRITE
 from vfiouser_oob.devices.base import (
     Answer,
     BackendSession,
@@ -79,7 +78,7 @@ class UpstreamBackend(DeviceBackend):
         activity: Activity,
         *,
         dma_by_message: bool = False,
-        max_write: int = DEFAULT_MAX_WRITE,
+        max_write: int,
         retain_state: bool = False,
     ) -> None:
         self.path = path

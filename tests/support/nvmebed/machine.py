@@ -10,7 +10,7 @@ import trio
 
 from nvmebed.driver import Driver, Queue
 from nvmebed.host import Host
-from vfiouser_soc.nvme.build import controller_identity, namespace_identity
+from vfiouser_soc.nvme.assembly import controller_identity, namespace_identity
 from vfiouser_soc.nvme.config import ControllerLimits
 from vfiouser_soc.nvme.doorbells import PollTimes
 from vfiouser_soc.nvme.function import NvmeFunction, NvmeSettings

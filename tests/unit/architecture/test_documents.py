@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import json
 import re
@@ -14,10 +13,16 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.cli.main import COMMANDS, build_parser
-from vfiouser_oob.config.agents import MIGRATION_KEYS
-from vfiouser_oob.config.devices import NVME_KEYS, UPSTREAM_KEYS
-from vfiouser_oob.config.load import DAEMON_KEYS, FUNCTION_KEYS, load_config, parse_config
-from vfiouser_oob.config.schema import KernelVfioDevice
+from vfiouser_oob.config.load import load_config, parse_config
+from vfiouser_oob.config.schema import (
+    DaemonConfig,
+    FunctionConfig,
+    KernelVfioDevice,
+    MigrationConfig,
+    ModelDevice,
+    UpstreamDevice,
+)
+from vfiouser_oob.config.tables import keys
 from vfiouser_oob.control.protocol import ErrorCode
 from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
@@ -28,6 +33,7 @@ from vfiouser_oob.observability.status import (
     MigrationStatus,
     RegionStatus,
 )
+from vfiouser_soc.nvme.options import NvmeOptions
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = sorted(
@@ -135,12 +141,12 @@ def test_every_command_is_described() -> None:
 @pytest.mark.parametrize(
     ("heading", "keys"),
     [
-        ("[daemon]", {key.name for key in DAEMON_KEYS}),
-        ("[[function]]", {key.name for key in FUNCTION_KEYS}),
-        ("migration", {key.name for key in MIGRATION_KEYS}),
-        ('device, kind = "vfio-user"', {key.name for key in UPSTREAM_KEYS}),
-        ('device, kind = "kernel-vfio"', {field.name for field in dataclasses.fields(KernelVfioDevice)}),
-        ('device, kind = "model"', {"model", *(key.name for key in NVME_KEYS)}),
+        ("[daemon]", {*keys(DaemonConfig)}),
+        ("[[function]]", {*keys(FunctionConfig)}),
+        ("migration", {*keys(MigrationConfig)}),
+        ('device, kind = "vfio-user"', {*keys(UpstreamDevice)}),
+        ('device, kind = "kernel-vfio"', {*keys(KernelVfioDevice)}),
+        ('device, kind = "model"', {*keys(ModelDevice), *keys(NvmeOptions)}),
     ],
 )
 def test_every_key_is_described(heading: str, keys: set[str]) -> None:

@@ -11,8 +11,8 @@ import trio
 
 from nvmebed import machine, make_function
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import Doorbells, NvmeOptions
 from vfiouser_soc.nvme.build import build
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 from vfiouser_soc.nvme.stores import BackingStore, FileStore, MemoryStore, StoreError
 
 SIZE = 1 << 20

@@ -29,6 +29,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
+from vfiouser_oob.config.models import model
+from vfiouser_oob.config.tables import section
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.devices.model import DeviceModel, ModelHost, ModelRegion, ResetKind
 from vfiouser_protocol.constants import IrqIndex
@@ -212,6 +214,12 @@ _WRITABLE: Mapping[int, int] = {
 }
 
 
-def build(name: str, options: object) -> DeviceModel:
-    """Build the model for a function of this name; it has no options."""
+@section
+class TestDeviceOptions:
+    """A [function for testing](test-device.md) servers and clients."""
+
+
+@model(TestDeviceOptions)
+def build(name: str, options: TestDeviceOptions) -> DeviceModel:
+    """Build the model for a function of this name."""
     return TestDevice(name)

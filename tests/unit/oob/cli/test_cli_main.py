@@ -19,16 +19,16 @@ from vfiouser_oob.config import (
     ConfigError,
     DaemonConfig,
     DmaMode,
-    Doorbells,
     FunctionConfig,
     LogFormat,
     LogLevel,
     ModelDevice,
-    NvmeOptions,
     default_control_socket,
 )
+from vfiouser_oob.config.devices import device_forms
 from vfiouser_protocol.errors import CommandError
 from vfiouser_soc import command
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 from vfiouser_soc.options import SocAgentOptions, SocOptions, SocPart
 
 CONFIG = """\
@@ -75,6 +75,16 @@ def test_help_of_each_command(capsys: pytest.CaptureFixture[str], name: str) -> 
     code, out, _ = outcome(capsys, name, "--help")
     assert 0 == code
     assert out.startswith(f"usage: vfiouser-oob {name}")
+
+
+def test_help_of_serve_tells_the_short_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each kind of device is there as `--device` takes it, with all its keys, their words and defaults."""
+    _, out, _ = outcome(capsys, "serve", "--help")
+    for form, options in device_forms().items():
+        assert f"  {form}\n" in out
+        for key in options:
+            assert f"    {key.name}=" in out
+    assert "doorbells=trapped|polled  how doorbells are written (default: trapped)" in out
 
 
 def test_help_imports_neither_trio_nor_construct() -> None:
@@ -170,7 +180,7 @@ def test_serve_one_function() -> None:
             FunctionConfig(
                 name="nvme0",
                 socket=Path("/run/vfio-user/nvme0.sock"),
-                device=ModelDevice(options=NvmeOptions(size=1 << 20)),
+                device=ModelDevice(model="nvme", options=NvmeOptions(size=1 << 20)),
                 dma=DmaMode.MESSAGES,
             ),
         ),

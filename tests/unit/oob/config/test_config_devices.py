@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from vfiouser_oob.config import (
     ConfigError,
     DeviceConfig,
-    Doorbells,
     KernelVfioDevice,
     ModelDevice,
-    NvmeOptions,
     RegionPolicy,
     UpstreamDevice,
     parse_device,
 )
-from vfiouser_oob.config.values import format_size, read_size
+from vfiouser_oob.config.values import SIZE, format_size
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 from vfiouser_soc.options import SocOptions
 
 
@@ -27,10 +26,11 @@ from vfiouser_soc.options import SocOptions
     ("text", "expected"),
     [
         ("model:nvme", ModelDevice(model="nvme")),
-        ("model:nvme,size=64M", ModelDevice(options=NvmeOptions(size=64 << 20))),
+        ("model:nvme,size=64M", ModelDevice(model="nvme", options=NvmeOptions(size=64 << 20))),
         (
             "model:nvme,image=/a,,b.img,cmb=4M,doorbells=polled,shared=true",
             ModelDevice(
+                model="nvme",
                 options=NvmeOptions(image=Path("/a,b.img"), cmb=4 << 20, doorbells=Doorbells.POLLED, shared=True),
             ),
         ),
@@ -83,8 +83,8 @@ def test_short_form_mistakes(text: str, words: str) -> None:
 
 @given(st.integers(min_value=0, max_value=1 << 60))
 def test_sizes_survive_being_written(size: int) -> None:
-    """What format_size writes, read_size reads back to the same number of bytes."""
-    assert size == read_size(format_size(size))
+    """What format_size writes, SIZE reads back to the same number of bytes."""
+    assert size == SIZE.read(format_size(size))
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_sizes_survive_being_written(size: int) -> None:
 )
 def test_sizes(text: object, size: int) -> None:
     """Sizes are bytes or carry a unit of a power of 1024, in either case."""
-    assert size == read_size(text)
+    assert size == SIZE.read(text)
 
 
 @pytest.mark.parametrize("text", ["", "M", "1.5M", "-1", -1, "1 M", "1P", True, None, 1.0, "٣"])
 def test_no_sizes(text: object) -> None:
     """Anything else is refused rather than guessed."""
     with pytest.raises(ValueError, match="must be a size"):
-        read_size(text)
+        SIZE.read(text)
 
 
 def test_soc_functions_get_sockets_and_images_of_their_own(tmp_path: Path) -> None:
@@ -109,7 +109,10 @@ def test_soc_functions_get_sockets_and_images_of_their_own(tmp_path: Path) -> No
     config = options.daemon_config()
     assert ["f0", "f1"] == [function.name for function in config.functions]
     assert [tmp_path / "f0.sock", tmp_path / "f1.sock"] == [function.socket for function in config.functions]
-    expected = [ModelDevice(options=NvmeOptions(image=Path(f"/d/disk.img.{index}"), cmb=2 << 20)) for index in range(2)]
+    expected = [
+        ModelDevice(model="nvme", options=NvmeOptions(image=Path(f"/d/disk.img.{index}"), cmb=2 << 20))
+        for index in range(2)
+    ]
     assert expected == [function.device for function in config.functions]
     assert config.control_socket is None
 
@@ -118,9 +121,9 @@ def test_one_soc_function_uses_the_image_as_it_is(tmp_path: Path) -> None:
     """With one function the file's name is not changed; without a file there is RAM of the default size."""
     image = Path("/d/disk.img")
     one = SocOptions(socket_dir=tmp_path, image=image).daemon_config().functions[0].device
-    assert ModelDevice(options=NvmeOptions(image=image)) == one
+    assert ModelDevice(model="nvme", options=NvmeOptions(image=image)) == one
     ram = SocOptions(socket_dir=tmp_path).daemon_config().functions[0].device
-    assert ModelDevice(options=NvmeOptions(size=64 << 20)) == ram
+    assert ModelDevice(model="nvme", options=NvmeOptions(size=64 << 20)) == ram
 
 
 @pytest.mark.parametrize("functions", [0, 257])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +14,17 @@ from vfiouser_oob.config import (
     ConfigError,
     DaemonConfig,
     DmaMode,
-    Doorbells,
     FunctionConfig,
     LogFormat,
     LogLevel,
     ModelDevice,
-    NvmeOptions,
     UpstreamDevice,
     default_control_socket,
     default_state_directory,
     load_config,
     parse_config,
 )
+from vfiouser_soc.nvme.options import Doorbells, NvmeOptions
 
 PATH = Path("/etc/vfiouser-oob/config.toml")
 
@@ -99,6 +100,18 @@ def test_every_key_reaches_the_dataclasses() -> None:
         ),
     )
     assert expected == parse_config(FULL, PATH)
+
+
+def test_reading_loads_neither_an_event_loop_nor_a_model() -> None:
+    """Mistakes are told at once: a model's options are known without what plays it."""
+    code = (
+        "import sys; from pathlib import Path; from vfiouser_oob.config.load import parse_config\n"
+        f"parse_config({MINIMAL!r}, Path('c.toml'))\n"
+        "print([name for name in ('trio', 'vfiouser_soc.nvme.controller') if name in sys.modules])"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert "[]\n" == done.stdout
 
 
 def test_defaults() -> None:

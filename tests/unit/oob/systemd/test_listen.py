@@ -50,7 +50,7 @@ def environment(count: int | str, names: str = "") -> dict[str, str]:
 
 def function(name: str, path: Path | None = None, fd: int | None = None) -> FunctionConfig:
     """A function with a socket of its own, or with none."""
-    return FunctionConfig(name=name, socket=path, fd=fd, device=ModelDevice())
+    return FunctionConfig(name=name, socket=path, fd=fd, device=ModelDevice(model="nvme"))
 
 
 def test_sockets_are_taken_by_name(tmp_path: Path, place: Place) -> None:

@@ -1,0 +1,88 @@
+"""Finds device models by name, so that anybody's can be installed beside ours, and the options that each declares.
+
+A model is registered in the entry-point group `vfiouser_oob.models` under its name. The entry point leads to whatever
+makes a device out of a function's name and the model's options. It brings the table of its options itself, declared as
+every section of the configuration is (see `tables`): a function by the decorator `model`, a class by its own `Options`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.tables import NoOptions
+
+GROUP = "vfiouser_oob.models"
+#: Found also where the distribution is not installed; the entry point in pyproject.toml is the same.
+BUILT_IN: Mapping[str, str] = {"test": "vfiouser_oob.devices.models.test_device:build"}
+
+OptionsT = TypeVar("OptionsT")
+DeviceT = TypeVar("DeviceT")
+
+
+@dataclass(frozen=True, slots=True)
+class Model(Generic[OptionsT, DeviceT]):
+    """A kind of device that is played in Python.
+
+    Args:
+        make: makes one, from the function's name and the options.
+        options: the section that declares its options.
+    """
+
+    make: Callable[[str, OptionsT], DeviceT]
+    options: type[OptionsT]
+
+    def __call__(self, name: str, options: OptionsT | None = None) -> DeviceT:
+        """Make the device of a function.
+
+        Args:
+            name: the function's name.
+            options: None = all of them at their defaults.
+        """
+        return self.make(name, self.options() if options is None else options)
+
+
+def model(
+    options: type[OptionsT],
+) -> Callable[[Callable[[str, OptionsT], DeviceT]], Model[OptionsT, DeviceT]]:
+    """Make a model of a function that makes devices.
+
+    Args:
+        options: the section that declares its options.
+    """
+    return lambda make: Model(make, options)
+
+
+@cache
+def _installed() -> Sequence[metadata.EntryPoint]:
+    # Every distribution's files are read for it, which is too slow to be done for each of hundreds of functions.
+    return tuple(metadata.entry_points(group=GROUP))
+
+
+def models() -> Mapping[str, metadata.EntryPoint]:
+    """All models by name."""
+    built_in = {name: metadata.EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    return dict(sorted(({entry.name: entry for entry in _installed()} | built_in).items()))
+
+
+def find_model(name: str) -> Model[Any, Any]:
+    """Return a model; it is loaded now.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be loaded.
+    """
+    entry = models().get(name)
+    if entry is None:
+        raise ConfigError(f"there is no model {name!r} (there is: {', '.join(models())})")
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model {name!r} ({entry.value}) cannot be loaded: {error}") from error
+    return found if isinstance(found, Model) else Model(found, getattr(found, "Options", NoOptions))
