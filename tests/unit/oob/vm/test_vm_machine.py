@@ -323,6 +323,7 @@ TROUBLE: dict[str, Case] = {
         Phase.STOPPED,
         [ev.Cancel("f0: no"), ev.Tell(True, "f0: no"), ev.Later("f0")],
     ),
+    "and is stopped later": ((*TO_ARMED, STOP, failed(Deed.STOP), ev.Due("f0")), Phase.STOPPED, [STOP_IT]),
     "and is told to run": ((*TO_ARMED, STOP, failed(Deed.STOP), RESUME), Phase.ARMED, [RESUME_IT]),
     "and is to be saved": (
         (*TO_ARMED, STOP, failed(Deed.STOP), SAVE),
@@ -508,9 +509,10 @@ def test_every_event_has_a_handler() -> None:
 def test_every_phase_has_its_rows() -> None:
     """No phase is without rows and wants."""
     assert set(ROWS) == set(WANTED) == set(Phase)
+    assert set(ROUTES) == set(WANTED.values()) - {None}
 
 
-@pytest.mark.parametrize("wanted", dict.fromkeys(filter(None, WANTED.values())), ids=lambda each: each.value)
+@pytest.mark.parametrize("wanted", ROUTES)
 @pytest.mark.parametrize("place", Place)
 def test_routes_arrive(wanted: Place, place: Place) -> None:
     """From every place the routes end, if every step is taken; only what is barred is never brought to run again."""
