@@ -15,6 +15,7 @@ import trio
 
 from vfiouser_oob.transport.listener import listen_on_path
 from vfiouser_oob.vm.monitor import Found, GoneError, Monitor, MonitorPort, RefusedError
+from vfiouser_oob.vm.topology import Bdf, Slot, bridge_of, early_master, parse_slot, port_read, read_value
 from vmbed.assets import Assets
 from vmbed.qemu import Qemu, QemuConfig, start_qemu
 
@@ -293,13 +294,30 @@ async def test_source_paused_and_resumed_on_the_way(assets: Assets, workdir: Pat
         assert ["STOP", "MIGRATION device", "MIGRATION completed"] == await both.at_source.until("MIGRATION completed")
 
 
-async def test_early_write_to_configuration_space(assets: Assets, workdir: Path) -> None:
-    """Ports can be written through the human monitor while a QEMU waits for its state."""
-    async with pair(assets, workdir) as both:
-        monitor = both.our_destination
-        before = await monitor.hmp("i /w 0xcf8")
-        await monitor.hmp("o /w 0xcf8 0x8000fa04")  # the SATA controller's command register
-        await monitor.hmp("o /h 0xcfc 0x0004")
-        assert "0x0004" in await monitor.hmp("i /h 0xcfc")
-        assert before.startswith("port")
+@pytest.mark.parametrize("bridges", [0, 1, 2])
+async def test_early_dma(assets: Assets, workdir: Path, bridges: int) -> None:
+    """A function is found and may do DMA while its QEMU waits for its state, on the root bus and behind bridges."""
+    ports = ["pcie-root-port,id=b0,bus=pcie.0,addr=4,chassis=1", "pcie-pci-bridge,id=b1,bus=b0"][:bridges]
+    bus, address = [("pcie.0", 5), ("b0", 0), ("b1", 3)][bridges]
+    devices = [argument for port in ports for argument in ("-device", port)]
+    devices += ["-device", f"virtio-rng-pci,id=f0,bus={bus},addr={address:#x}"]
+    async with watched(workdir, "vm") as [watch], start_qemu(assets, machine(watch, *devices, *INCOMING), workdir):
+        monitor = await watch.next()
+        path: list[Slot] = []
+        name = "f0"
+        while True:
+            place = {"path": f"/machine/peripheral/{name}"}
+            path.insert(0, parse_slot(await monitor.execute("qom-get", {**place, "property": "addr"})))
+            above = bridge_of(await monitor.execute("qom-get", {**place, "property": "parent_bus"}))
+            if above is None:
+                break
+            name = above
+        assert len(path) == bridges + 1
+        for line in early_master(path):
+            assert "" == await monitor.hmp(line)
+        function = Bdf(0x70 + bridges - 1 if bridges else 0, path[-1].device, path[-1].function)
+        *before, last = port_read(function, 0x04, 2)
+        for line in before:
+            await monitor.hmp(line)
+        assert 0x0004 == read_value(await monitor.hmp(last)) & 0x0007
         assert "inmigrate" == (await monitor.execute("query-status"))["status"]

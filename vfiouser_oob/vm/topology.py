@@ -22,7 +22,6 @@ _COMMAND = 0x04
 _BUS_MASTER = 0x0004
 #: The human monitor's names for sizes.
 _SIZES: Mapping[int, str] = {1: "b", 2: "h", 4: "w"}
-_ADDRESS = re.compile(r"([0-9a-fA-F]{1,2})(?:\.([0-7]))?")
 _VALUE = re.compile(r"= (0x[0-9a-fA-F]{1,8})\s*$")
 
 
@@ -111,18 +110,17 @@ def _below(holder: Any, depth: int) -> Iterator[Mapping[str, Any]]:
 
 
 def parse_slot(address: Any) -> Slot:
-    """Read a device's property `addr`.
+    """Read a device's property `addr`, which QEMU gives as one number.
 
     Args:
-        address: such as 05.0.
+        address: eight times the device, and the function.
 
     Raises:
         TopologyError: it is none.
     """
-    found = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
-    if found is None or int(found[1], 16) > 31:
-        raise TopologyError(f"{address!a} is no address of a PCI device")
-    return Slot(int(found[1], 16), int(found[2] or 0))
+    if not isinstance(address, int) or isinstance(address, bool) or not 0 <= address <= 255:
+        raise TopologyError(f"{ascii(address)[:40]} is no address of a PCI device")
+    return Slot(address >> 3, address & 7)
 
 
 def bridge_of(parent: Any) -> str | None:

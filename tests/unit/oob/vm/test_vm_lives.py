@@ -30,6 +30,7 @@ class Device:
         #: It has the guest's state.
         self.live = False
         self.barred = False
+        self.saved = False
 
     def take(self, deed: Deed) -> None:
         """Do it."""
@@ -40,11 +41,12 @@ class Device:
                 self.runs, self.live = False, True
             case Deed.RESUME:
                 assert not self.barred
-                self.runs = True
+                self.runs, self.saved = True, False
             case Deed.BAR:
                 self.runs, self.barred = False, True
             case Deed.SAVE:
                 assert not self.runs, "saved while it runs"
+                self.saved = True
 
 
 class Call(Enum):
@@ -95,6 +97,7 @@ class Host:
             match effect:
                 case ev.Do():
                     assert effect.deed is not Deed.RESUME or self.granted, "resumed without QEMU's word"
+                    assert effect.deed is not Deed.RESUME or not self.replays, "resumed before the replay was read"
                     self.deeds.append(effect)
                 case ev.Later(function=name):
                     self.due.append(name)
@@ -106,6 +109,7 @@ class Host:
                     self.granted = False
                     assert not self.deeds, "answered while something is done"
                     assert not any(device.runs for device in self.devices.values()), "given while it runs"
+                    assert all(device.saved for device in self.devices.values()), "given without having been saved"
                     self._answered(Call.SAVE, True)
                 case ev.RefuseSave():
                     self._answered(Call.SAVE, False)
@@ -293,14 +297,20 @@ class Lives(RuleBasedStateMachine):
         else:
             source.end()
 
-    @rule(at_source=st.booleans(), count=st.integers(1, 6), index=st.integers(0, 3))
-    def tend(self, at_source: bool, count: int, index: int) -> None:
-        """A daemon does some of what it has to."""
+    @rule(
+        at_source=st.booleans(),
+        count=st.integers(1, 6),
+        index=st.integers(0, 3),
+        fate=st.sampled_from([0, 0, 0, 0, 0, 0, 1, 2]),
+    )
+    def tend(self, at_source: bool, count: int, index: int, fate: int) -> None:
+        """A daemon does some of what it has to; the first of it may fail."""
         host = self.source if at_source else self.destination
         for _ in range(count):
             host.read()
             if host.deeds:
-                host.work(index, 0)
+                host.work(index, fate)
+                fate = 0
             host.answer_question()
         if host.replays:
             host.replayed(True)
