@@ -17,8 +17,17 @@ from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.transport.listener import listen_on_path
 from vfiouser_oob.vm.monitor import Monitor, MonitorPort
 from vfiouser_oob.vm.preflight import FunctionFacts, Moment, judge
-from vfiouser_oob.vm.record import Phase, Record
-from vfiouser_oob.vm.replay import Memory, Shape, Source, checks, plan_replay, table_at, through_ecam, written_bytes
+from vfiouser_oob.vm.record import VmPhase, VmRecord
+from vfiouser_oob.vm.replay import (
+    FunctionShape,
+    MemoryWrite,
+    SourceView,
+    checks,
+    plan_replay,
+    table_at,
+    through_ecam,
+    written_bytes,
+)
 from vfiouser_oob.vm.survey import survey
 from vfiouser_oob.vm.topology import find_device
 from vmbed.assets import Assets
@@ -93,13 +102,13 @@ async def move(both: Sides, uri: str) -> None:
             pass
 
 
-async def write(qemu: Qemu, writes: list[Memory]) -> None:
+async def write(qemu: Qemu, writes: list[MemoryWrite]) -> None:
     """Carry a plan out."""
     for each in writes:
         await qemu.qtest.write(each.address, each.data)
 
 
-async def failures(qemu: Qemu, writes: list[Memory]) -> list[str]:
+async def failures(qemu: Qemu, writes: list[MemoryWrite]) -> list[str]:
     """What is not as planned."""
     found = [each.failure(await qemu.qtest.read(each.address, len(each.data))) for each in checks(writes)]
     return list(filter(None, found))
@@ -124,13 +133,13 @@ async def test_replay(assets: Assets, workdir: Path, memory_on: bool) -> None:
         if not memory_on:
             await function.config_write(0x04, 0x0400, 2)
         view = await function.view()
-        shape = Shape(view, sizes)
+        shape = FunctionShape(view, sizes)
         written = written_bytes(function.shadow.writes())
         assert table_at(written, shape) == (msix.table, 16 * msix.vectors)
 
         await move(both, f"unix:{workdir / 'mig'}")
         place = find_device(await both.destination.qmp.execute("query-pci"), "f0")
-        plan = plan_replay(Source(written, table), shape)
+        plan = plan_replay(SourceView(written, table), shape)
         steps = through_ecam(plan.steps, place, ECAM)
         assert len(await failures(both.destination, steps)) >= 3  # stock QEMU has brought nothing
         await write(both.destination, steps)
@@ -176,7 +185,7 @@ async def test_survey(assets: Assets, workdir: Path) -> None:
         async with start_qemu(assets, config, workdir) as qemu:
             with trio.fail_after(30):
                 monitor = await come.receive()
-            record = Record(phase=Phase.RUNNING)
+            record = VmRecord(phase=VmPhase.RUNNING)
 
             async def codes(*names: str) -> list[str]:
                 facts = await survey(record, monitor, tuple(map(FunctionFacts, names)))

@@ -9,19 +9,19 @@ from vfiouser_oob.vm.record import Deed
 # Events
 
 
-class Event:
+class VmEvent:
     """Something that has happened."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Started(Event):
+class DaemonStarted(VmEvent):
     """A daemon goes on where another one ended."""
 
 
 @dataclass(frozen=True, slots=True)
-class QemuCame(Event):
+class QemuCame(VmEvent):
     """A QEMU has connected its monitor, for the first time or again.
 
     Args:
@@ -38,27 +38,27 @@ class QemuCame(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class MonitorLost(Event):
+class MonitorLost(VmEvent):
     """The monitor's connection has ended; QEMU may live."""
 
 
 @dataclass(frozen=True, slots=True)
-class QemuGone(Event):
+class QemuGone(VmEvent):
     """QEMU has ended: its monitor and its devices' connections have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped(Event):
+class Stopped(VmEvent):
     """QEMU's event STOP."""
 
 
 @dataclass(frozen=True, slots=True)
-class Resumed(Event):
+class Resumed(VmEvent):
     """QEMU's event RESUME."""
 
 
 @dataclass(frozen=True, slots=True)
-class MigrationIs(Event):
+class MigrationIs(VmEvent):
     """QEMU's event MIGRATION.
 
     Args:
@@ -69,7 +69,7 @@ class MigrationIs(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class RunstateIs(Event):
+class RunstateIs(VmEvent):
     """The answer to `AskRunstate`.
 
     Args:
@@ -80,7 +80,7 @@ class RunstateIs(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged(Event):
+class Judged(VmEvent):
     """The answer to `Judge`.
 
     Args:
@@ -91,33 +91,33 @@ class Judged(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class HoldAsked(Event):
+class CarrierHolds(VmEvent):
     """The carrier says that QEMU wants devices to stand, and waits for the answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class SaveAsked(Event):
+class CarrierSaves(VmEvent):
     """The carrier waits for the state. All of the monitor's events that came before must have been fed."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoadAsked(Event):
+class CarrierLoads(VmEvent):
     """The carrier has brought the state, and waits. All of the monitor's events that came before must have been fed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Go(Event):
+class CarrierGoes(VmEvent):
     """The carrier says that QEMU starts the VM now, if it can say so itself."""
 
 
 @dataclass(frozen=True, slots=True)
-class CarrierReset(Event):
+class CarrierReset(VmEvent):
     """The carrier's connection was lost: what it waited for is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Did(Event):
-    """A function is where `Do` wanted it.
+class Did(VmEvent):
+    """A function is where `DoDeed` wanted it.
 
     Args:
         function: its name.
@@ -129,8 +129,8 @@ class Did(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Failed(Event):
-    """What `Do` wanted has failed, and may have been half done.
+class Failed(VmEvent):
+    """What `DoDeed` wanted has failed, and may have been half done.
 
     Args:
         function: its name.
@@ -144,7 +144,7 @@ class Failed(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Due(Event):
+class Due(VmEvent):
     """The next attempt of what has failed is due.
 
     Args:
@@ -155,7 +155,7 @@ class Due(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed(Event):
+class Replayed(VmEvent):
     """The replay was read back.
 
     Args:
@@ -168,29 +168,29 @@ class Replayed(Event):
 # Effects
 
 
-class Effect:
+class VmEffect:
     """Something to be done."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Arm(Effect):
+class Arm(VmEffect):
     """Record what the functions write, or have them write by messages, so that QEMU knows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Disarm(Effect):
+class Disarm(VmEffect):
     """End that."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judge(Effect):
+class Judge(VmEffect):
     """Find out whether this migration can go well; `Judged` is the answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel(Effect):
+class Cancel(VmEffect):
     """Have QEMU give the migration up.
 
     Args:
@@ -201,12 +201,12 @@ class Cancel(Effect):
 
 
 @dataclass(frozen=True, slots=True)
-class AskRunstate(Effect):
+class AskRunstate(VmEffect):
     """Ask QEMU whether the VM runs; `RunstateIs` is the answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Do(Effect):
+class DoDeed(VmEffect):
     """Do something to a function; `Did` or `Failed` is the answer.
 
     Args:
@@ -219,7 +219,7 @@ class Do(Effect):
 
 
 @dataclass(frozen=True, slots=True)
-class Later(Effect):
+class Later(VmEffect):
     """Feed `Due` after a pause.
 
     Args:
@@ -230,12 +230,12 @@ class Later(Effect):
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerHold(Effect):
+class AnswerHold(VmEffect):
     """The functions stand."""
 
 
 @dataclass(frozen=True, slots=True)
-class RefuseHold(Effect):
+class RefuseHold(VmEffect):
     """They do not.
 
     Args:
@@ -246,12 +246,12 @@ class RefuseHold(Effect):
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerSave(Effect):
+class AnswerSave(VmEffect):
     """Give the carrier the state. From then on the source comes back only by QEMU's word."""
 
 
 @dataclass(frozen=True, slots=True)
-class RefuseSave(Effect):
+class RefuseSave(VmEffect):
     """Give the carrier no state, in the way that has QEMU give the migration up.
 
     Args:
@@ -262,22 +262,22 @@ class RefuseSave(Effect):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepare(Effect):
+class Prepare(VmEffect):
     """Let the functions of a VM that is yet to come do DMA, so that the replay can be written by them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Replay(Effect):
+class Replay(VmEffect):
     """Write what QEMU keeps of the functions, and read it back; `Replayed` is the answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerLoad(Effect):
+class AnswerLoad(VmEffect):
     """The carrier's state is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
-class RefuseLoad(Effect):
+class RefuseLoad(VmEffect):
     """It is not.
 
     Args:
@@ -288,17 +288,17 @@ class RefuseLoad(Effect):
 
 
 @dataclass(frozen=True, slots=True)
-class RepairCarrier(Effect):
+class RepairCarrier(VmEffect):
     """Have QEMU make its end of the carrier anew."""
 
 
 @dataclass(frozen=True, slots=True)
-class Leave(Effect):
+class LeaveFunctions(VmEffect):
     """QEMU has gone: give up what is being done to the functions; what becomes of them is their own rules' affair."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tell(Effect):
+class TellPeople(VmEffect):
     """Tell people.
 
     Args:

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vfiouser_oob.vm import events as ev
-from vfiouser_oob.vm.record import Carrier, Function, Migration, Phase, Place, Record
+from vfiouser_oob.vm.record import CarrierKind, FunctionPlace, Migration, VmFunction, VmPhase, VmRecord
 from vfiouser_oob.vm.table import (
     ANSWERED_EARLY,
     BEGINNINGS,
@@ -41,10 +41,10 @@ _RUNNING = "running"
 #: Migrations for which what the functions write is recorded.
 _UNDER_WAY = frozenset({Migration.LIVE, Migration.ENDING})
 #: Phases of a migration that may still be given up from here.
-_TO_BE_JUDGED = frozenset({Phase.ARMED, Phase.STOPPED})
+_TO_BE_JUDGED = frozenset({VmPhase.ARMED, VmPhase.STOPPED})
 
 
-def advance(record: Record, event: ev.Event) -> tuple[Record, tuple[ev.Effect, ...]]:
+def advance(record: VmRecord, event: ev.VmEvent) -> tuple[VmRecord, tuple[ev.VmEffect, ...]]:
     """Take an event.
 
     Args:
@@ -63,14 +63,14 @@ def advance(record: Record, event: ev.Event) -> tuple[Record, tuple[ev.Effect, .
 class _Turn:
     """The work on one event."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: VmRecord) -> None:
         self.record = record
-        self.effects: list[ev.Effect] = []
+        self.effects: list[ev.VmEffect] = []
 
     def set(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
 
-    def do(self, effect: ev.Effect) -> None:
+    def do(self, effect: ev.VmEffect) -> None:
         self.effects.append(effect)
 
     def cue(self, cue: Cue, reason: str = "") -> None:
@@ -84,7 +84,7 @@ class _Turn:
         for act in row.acts:
             _ACTS[act](self, text)
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: VmPhase) -> None:
         """Be in a phase; what it wants anew is attempted at once, whatever has failed before."""
         if WANTED[phase] is not WANTED[self.record.phase]:
             self.set(functions=tuple(replace(each, waits=False) for each in self.record.functions))
@@ -94,11 +94,11 @@ class _Turn:
         """Take the functions to where the phase wants them, as far as that goes by itself."""
         while self._arrived():
             self.cue(Cue.ARRIVED)
-        if self.record.phase is Phase.ARMED and self.record.migration not in _UNDER_WAY:
-            self.enter(Phase.RUNNING)
+        if self.record.phase is VmPhase.ARMED and self.record.migration not in _UNDER_WAY:
+            self.enter(VmPhase.RUNNING)
             self.set(refused="")
             self.do(ev.Disarm())
-        if self.record.phase is Phase.RUNNING and self.record.carrier_lost and self.record.connected:
+        if self.record.phase is VmPhase.RUNNING and self.record.carrier_lost and self.record.connected:
             self.set(carrier_lost=False)
             self.do(ev.RepairCarrier())
         for function in self.record.functions:
@@ -112,16 +112,16 @@ class _Turn:
             for each in self.record.functions
         )
 
-    def _step(self, function: Function) -> None:
+    def _step(self, function: VmFunction) -> None:
         wanted = WANTED[self.record.phase]
         deed = None if wanted is None else ROUTES[wanted][function.place]
         if deed is not None and function.doing is None and not function.waits:
             self.record = self.record.with_function(replace(function, doing=deed))
-            self.do(ev.Do(function.name, deed))
+            self.do(ev.DoDeed(function.name, deed))
 
     # Acts
 
-    def refuse(self, effect: ev.Effect, reason: str) -> None:
+    def refuse(self, effect: ev.VmEffect, reason: str) -> None:
         """The migration must not go through any more."""
         self.set(refused=self.record.refused or reason)
         self.do(effect)
@@ -129,7 +129,7 @@ class _Turn:
     def tell(self, error: bool, text: str) -> None:
         if error:
             self.set(last_error=text)
-        self.do(ev.Tell(error, text))
+        self.do(ev.TellPeople(error, text))
 
 
 def _arm(turn: _Turn, text: str) -> None:
@@ -137,12 +137,12 @@ def _arm(turn: _Turn, text: str) -> None:
     turn.do(ev.Arm())
 
 
-def _early(turn: _Turn, effect: ev.Effect) -> None:
+def _early(turn: _Turn, effect: ev.VmEffect) -> None:
     if turn.record.carrier in ANSWERED_EARLY:
         turn.do(effect)
 
 
-def _late(turn: _Turn, effect: ev.Effect) -> None:
+def _late(turn: _Turn, effect: ev.VmEffect) -> None:
     if turn.record.carrier not in ANSWERED_EARLY:
         turn.do(effect)
 
@@ -168,28 +168,28 @@ _ACTS: Mapping[Act, Callable[[_Turn, str], None]] = MappingProxyType(
 )
 
 
-def _started(turn: _Turn, event: ev.Started) -> None:
+def _started(turn: _Turn, event: ev.DaemonStarted) -> None:
     """What was being done is given up; the carrier's connection ended with the other daemon."""
     record = turn.record
     functions = tuple(
-        replace(each, place=each.place if each.doing is None else Place.UNSURE, doing=None, waits=False)
+        replace(each, place=each.place if each.doing is None else FunctionPlace.UNSURE, doing=None, waits=False)
         for each in record.functions
     )
-    alive = record.phase is not Phase.ABSENT
-    turn.set(functions=functions, connected=False, carrier_lost=alive and record.carrier is Carrier.DBUS_VMSTATE)
+    alive = record.phase is not VmPhase.ABSENT
+    turn.set(functions=functions, connected=False, carrier_lost=alive and record.carrier is CarrierKind.DBUS_VMSTATE)
     turn.cue(Cue.STARTED)
 
 
 def _qemu_came(turn: _Turn, event: ev.QemuCame) -> None:
-    if turn.record.phase is not Phase.ABSENT and turn.record.qemu != event.qemu:
+    if turn.record.phase is not VmPhase.ABSENT and turn.record.qemu != event.qemu:
         _qemu_gone(turn, ev.QemuGone())
-    known = turn.record.phase is not Phase.ABSENT
+    known = turn.record.phase is not VmPhase.ABSENT
     turn.set(qemu=event.qemu, connected=True, tells=event.tells)
     if not known:
-        phase, place = BEGINNINGS.get(event.runstate, (Phase.RUNNING, Place.FRESH))
-        turn.set(functions=tuple(Function(each.name, place) for each in turn.record.functions))
+        phase, place = BEGINNINGS.get(event.runstate, (VmPhase.RUNNING, FunctionPlace.FRESH))
+        turn.set(functions=tuple(VmFunction(each.name, place) for each in turn.record.functions))
         turn.enter(phase)
-        if phase is Phase.INCOMING:
+        if phase is VmPhase.INCOMING:
             turn.do(ev.Prepare())
     if event.runstate == _INCOMING:
         # What QEMU says of a migration is about the one to here, and what it was for was told by the carrier.
@@ -209,16 +209,16 @@ def _monitor_lost(turn: _Turn, event: ev.MonitorLost) -> None:
 
 def _qemu_gone(turn: _Turn, event: ev.QemuGone) -> None:
     record = turn.record
-    if record.phase is Phase.ABSENT:
+    if record.phase is VmPhase.ABSENT:
         return
     if record.phase in FAREWELLS:
-        turn.do(ev.Tell(False, FAREWELLS[record.phase]))
-    turn.record = Record(
-        functions=tuple(Function(each.name) for each in record.functions),
+        turn.do(ev.TellPeople(False, FAREWELLS[record.phase]))
+    turn.record = VmRecord(
+        functions=tuple(VmFunction(each.name) for each in record.functions),
         carrier=record.carrier,
         last_error=record.last_error,
     )
-    turn.do(ev.Leave())
+    turn.do(ev.LeaveFunctions())
 
 
 def _migration_is(turn: _Turn, event: ev.MigrationIs) -> None:
@@ -240,11 +240,11 @@ def _judged(turn: _Turn, event: ev.Judged) -> None:
         turn.cue(Cue.JUDGED, "; ".join(event.reasons))
 
 
-def _hold_asked(turn: _Turn, event: ev.HoldAsked) -> None:
+def _hold_asked(turn: _Turn, event: ev.CarrierHolds) -> None:
     turn.cue(Cue.HOLD if turn.record.hears else Cue.HOLD_BLIND)
 
 
-def _save_asked(turn: _Turn, event: ev.SaveAsked) -> None:
+def _save_asked(turn: _Turn, event: ev.CarrierSaves) -> None:
     if turn.record.refused:
         turn.cue(Cue.SAVE_REFUSED, turn.record.refused)
     else:
@@ -252,21 +252,21 @@ def _save_asked(turn: _Turn, event: ev.SaveAsked) -> None:
 
 
 def _carrier_reset(turn: _Turn, event: ev.CarrierReset) -> None:
-    turn.set(carrier_lost=turn.record.phase is not Phase.ABSENT and turn.record.carrier is Carrier.DBUS_VMSTATE)
+    turn.set(carrier_lost=turn.record.phase is not VmPhase.ABSENT and turn.record.carrier is CarrierKind.DBUS_VMSTATE)
     turn.cue(Cue.CARRIER_RESET)
 
 
 def _did(turn: _Turn, event: ev.Did) -> None:
     function = turn.record.function(event.function)
     if function is not None and function.doing is event.deed:
-        turn.record = turn.record.with_function(Function(function.name, DONE[event.deed]))
+        turn.record = turn.record.with_function(VmFunction(function.name, DONE[event.deed]))
 
 
 def _failed(turn: _Turn, event: ev.Failed) -> None:
     function = turn.record.function(event.function)
     if function is None or function.doing is not event.deed:
         return
-    turn.record = turn.record.with_function(Function(function.name, UNDONE[event.deed], waits=True))
+    turn.record = turn.record.with_function(VmFunction(function.name, UNDONE[event.deed], waits=True))
     turn.cue(Cue.FELL, f"{event.function}: {event.reason}")
     after = turn.record.function(event.function)
     if after is not None and after.waits:
@@ -283,9 +283,9 @@ def _replayed(turn: _Turn, event: ev.Replayed) -> None:
     turn.cue(Cue.UNREPLAYED if event.failure else Cue.REPLAYED, event.failure)
 
 
-_HANDLERS: Mapping[type[ev.Event], Callable[[_Turn, Any], None]] = MappingProxyType(
+_HANDLERS: Mapping[type[ev.VmEvent], Callable[[_Turn, Any], None]] = MappingProxyType(
     {
-        ev.Started: _started,
+        ev.DaemonStarted: _started,
         ev.QemuCame: _qemu_came,
         ev.MonitorLost: _monitor_lost,
         ev.QemuGone: _qemu_gone,
@@ -294,10 +294,10 @@ _HANDLERS: Mapping[type[ev.Event], Callable[[_Turn, Any], None]] = MappingProxyT
         ev.MigrationIs: _migration_is,
         ev.RunstateIs: _runstate_is,
         ev.Judged: _judged,
-        ev.HoldAsked: _hold_asked,
-        ev.SaveAsked: _save_asked,
-        ev.LoadAsked: lambda turn, event: turn.cue(Cue.LOAD),
-        ev.Go: lambda turn, event: turn.cue(Cue.GO),
+        ev.CarrierHolds: _hold_asked,
+        ev.CarrierSaves: _save_asked,
+        ev.CarrierLoads: lambda turn, event: turn.cue(Cue.LOAD),
+        ev.CarrierGoes: lambda turn, event: turn.cue(Cue.GO),
         ev.CarrierReset: _carrier_reset,
         ev.Did: _did,
         ev.Failed: _failed,

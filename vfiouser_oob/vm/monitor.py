@@ -25,7 +25,7 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_oob.vm.monitor_wire import STATUS, GoneError, MonitorError, MonitorWire, RefusedError, UnansweredError
-from vfiouser_oob.vm.qmp import NEGOTIATE, Event, Greeting
+from vfiouser_oob.vm.qmp import NEGOTIATE, QmpEvent, QmpGreeting
 
 __all__ = ["Found", "GoneError", "Monitor", "MonitorError", "MonitorPort", "RefusedError", "UnansweredError"]
 
@@ -65,7 +65,7 @@ class Monitor:
         found: what it was doing then.
     """
 
-    def __init__(self, wire: MonitorWire, peer: Peer | None, greeting: Greeting, found: Found) -> None:
+    def __init__(self, wire: MonitorWire, peer: Peer | None, greeting: QmpGreeting, found: Found) -> None:
         self._wire = wire
         self.peer = peer
         self.greeting = greeting
@@ -106,7 +106,7 @@ class Monitor:
         """
         return str(await self.execute("human-monitor-command", {"command-line": line}, seconds=seconds))
 
-    async def next_event(self) -> Event:
+    async def next_event(self) -> QmpEvent:
         """Wait for the next event.
 
         Raises:
@@ -118,7 +118,7 @@ class Monitor:
         """Wait until the monitor is lost."""
         await self._wire.lost.wait()
 
-    def pending_events(self) -> list[Event]:
+    def pending_events(self) -> list[QmpEvent]:
         """Take the events that are here already, also those that the kernel holds.
 
         A carrier's call comes on another socket and may overtake an event that QEMU sent before it. Whoever serves one

@@ -14,13 +14,13 @@ from vfiouser_oob.migration.backoff import Pace
 from vfiouser_oob.transport.fds import ForeignFd, close_fds
 from vfiouser_oob.vm.qmp import (
     LINE_MAX,
-    Answer,
-    Event,
-    Greeting,
-    Message,
+    QmpAnswer,
+    QmpEvent,
+    QmpGreeting,
+    QmpMessage,
     QmpProtocolError,
+    QmpRefusal,
     QmpSession,
-    Refusal,
     TooManyUnansweredError,
 )
 
@@ -79,9 +79,9 @@ class MonitorWire:
         self._waiting: dict[int, _Call] = {}
         self._outbox: deque[bytes] = deque()
         self._filled = trio.Event()
-        self._told, self._untaken = trio.open_memory_channel[Event](EVENTS_MAX)
+        self._told, self._untaken = trio.open_memory_channel[QmpEvent](EVENTS_MAX)
         self._listening = False
-        self._greeting: Greeting | None = None
+        self._greeting: QmpGreeting | None = None
         self._greeted = trio.Event()
 
     async def run_reader(self) -> None:
@@ -107,7 +107,7 @@ class MonitorWire:
         except OSError as error:
             self.lose(_reason(error))
 
-    async def greeting(self) -> Greeting:
+    async def greeting(self) -> QmpGreeting:
         """Wait for QEMU's first words.
 
         Raises:
@@ -136,15 +136,15 @@ class MonitorWire:
             if self._waiting.pop(number, None) is not None:
                 self._session.give_up(number)
         match call.outcome:
-            case Answer(result=result):
+            case QmpAnswer(result=result):
                 return result
-            case Refusal(kind=kind, text=text):
+            case QmpRefusal(kind=kind, text=text):
                 raise RefusedError(command, kind, text)
         if self.why_lost:
             raise GoneError(self.why_lost)
         raise UnansweredError(f"QEMU did not answer {command} within {seconds:g} s")
 
-    async def next_event(self) -> Event:
+    async def next_event(self) -> QmpEvent:
         """Wait for the next event.
 
         Raises:
@@ -155,7 +155,7 @@ class MonitorWire:
         except trio.EndOfChannel:
             raise GoneError(self.why_lost) from None
 
-    def pending_events(self) -> list[Event]:
+    def pending_events(self) -> list[QmpEvent]:
         """Take the events that are here already, also those that the kernel holds."""
         try:
             # Whoever never stops sending has sent more than one long line by now.
@@ -167,7 +167,7 @@ class MonitorWire:
             pass
         except (QmpProtocolError, OSError) as error:
             self.lose(_reason(error))
-        found: list[Event] = []
+        found: list[QmpEvent] = []
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             while True:
                 found.append(self._untaken.receive_nowait())
@@ -228,21 +228,21 @@ class MonitorWire:
             self._take(message)
         return count
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: QmpMessage) -> None:
         match message:
-            case Event():
+            case QmpEvent():
                 self._tell(message)
-            case Greeting():
+            case QmpGreeting():
                 self._greeting = message
                 self._greeted.set()
-            case Answer() | Refusal():
+            case QmpAnswer() | QmpRefusal():
                 call = self._waiting.pop(message.id)
                 call.outcome = message
                 call.over.set()
                 # At once: what tells of a change may be in the same bytes.
                 self._listening = self._listening or call.command == STATUS
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: QmpEvent) -> None:
         if not self._listening:
             return
         try:
@@ -258,7 +258,7 @@ class _Call:
 
     def __init__(self, command: str) -> None:
         self.command = command
-        self.outcome: Answer | Refusal | None = None
+        self.outcome: QmpAnswer | QmpRefusal | None = None
         self.over = trio.Event()
 
 

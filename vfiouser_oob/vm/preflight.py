@@ -13,7 +13,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
-from vfiouser_oob.vm.record import Carrier, Phase
+from vfiouser_oob.vm.record import CarrierKind, VmPhase
 
 #: The oldest QEMU whose client's DMA messages carry the replay.
 OLDEST = (11, 1, 0)
@@ -69,7 +69,7 @@ class FunctionFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class VmFacts:
     """What is known of one VM.
 
     Args:
@@ -85,11 +85,11 @@ class Facts:
         functions: the VM's functions.
     """
 
-    phase: Phase = Phase.RUNNING
+    phase: VmPhase = VmPhase.RUNNING
     connected: bool = True
     tells: bool = True
     version: tuple[int, int, int] | None = None
-    carrier: Carrier = Carrier.DBUS_VMSTATE
+    carrier: CarrierKind = CarrierKind.DBUS_VMSTATE
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     blockers: tuple[str, ...] = ()
     objects: Mapping[str, str] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Reason:
 
 
 #: The subjects of a rule: what its text is filled with, once for each thing that is in the way.
-Finder = Callable[[Facts], Iterator[Mapping[str, Any]]]
+Finder = Callable[[VmFacts], Iterator[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +137,8 @@ class Rule:
     asks: bool = False
 
 
-def _when(holds: Callable[[Facts], bool]) -> Finder:
-    def find(facts: Facts) -> Iterator[Mapping[str, Any]]:
+def _when(holds: Callable[[VmFacts], bool]) -> Finder:
+    def find(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
         if holds(facts):
             yield {}
 
@@ -146,7 +146,7 @@ def _when(holds: Callable[[Facts], bool]) -> Finder:
 
 
 def _each_function(holds: Callable[[FunctionFacts], Any]) -> Finder:
-    def find(facts: Facts) -> Iterator[Mapping[str, Any]]:
+    def find(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
         for function in facts.functions:
             if holds(function):
                 yield {name: getattr(function, name) for name in FunctionFacts.__slots__}
@@ -158,23 +158,23 @@ def _on(capability: str) -> Finder:
     return _when(lambda facts: facts.capabilities.get(capability, False))
 
 
-def _too_old(facts: Facts) -> Iterator[Mapping[str, Any]]:
+def _too_old(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
     if facts.version is not None and facts.version < OLDEST:
         yield {"version": ".".join(map(str, facts.version)), "oldest": ".".join(map(str, OLDEST[:2]))}
 
 
-def _blocked(facts: Facts) -> Iterator[Mapping[str, Any]]:
+def _blocked(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
     for blocker in facts.blockers:
         yield {"reason": blocker}
 
 
-def _not_in_qemu(facts: Facts) -> Iterator[Mapping[str, Any]]:
+def _not_in_qemu(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
     for function in facts.functions:
         if facts.devices.get(function.name) != CLIENT:
             yield {"name": function.name}
 
 
-def _strangers(facts: Facts) -> Iterator[Mapping[str, Any]]:
+def _strangers(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
     ours = {function.name for function in facts.functions}
     for name, kind in facts.devices.items():
         if kind == CLIENT and name not in ours:
@@ -182,15 +182,15 @@ def _strangers(facts: Facts) -> Iterator[Mapping[str, Any]]:
 
 
 #: What a carrier is in QEMU: where to look, and for which class.
-_CARRIERS: Mapping[Carrier, tuple[Callable[[Facts], Mapping[str, str]], str]] = MappingProxyType(
+_CARRIERS: Mapping[CarrierKind, tuple[Callable[[VmFacts], Mapping[str, str]], str]] = MappingProxyType(
     {
-        Carrier.DBUS_VMSTATE: (lambda facts: facts.objects, "dbus-vmstate"),
-        Carrier.VHOST_USER_FS: (lambda facts: facts.devices, "vhost-user-fs-pci"),
+        CarrierKind.DBUS_VMSTATE: (lambda facts: facts.objects, "dbus-vmstate"),
+        CarrierKind.VHOST_USER_FS: (lambda facts: facts.devices, "vhost-user-fs-pci"),
     }
 )
 
 
-def _no_carrier(facts: Facts) -> Iterator[Mapping[str, Any]]:
+def _no_carrier(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
     look, kind = _CARRIERS[facts.carrier]
     if kind not in look(facts).values():
         yield {"kind": kind}
@@ -220,12 +220,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "barred",
         "The VM came to this host without its functions' state, so there is none that could move on.",
-        _when(lambda facts: facts.phase is Phase.BARRED),
+        _when(lambda facts: facts.phase is VmPhase.BARRED),
     ),
     Rule(
         "incoming",
         "The VM has not arrived on this host yet.",
-        _when(lambda facts: facts.phase in {Phase.INCOMING, Phase.LOADING, Phase.LOADED}),
+        _when(lambda facts: facts.phase in {VmPhase.INCOMING, VmPhase.LOADING, VmPhase.LOADED}),
     ),
     Rule(
         "no-return-path",
@@ -299,7 +299,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def judge(facts: Facts, moment: Moment) -> tuple[Reason, ...]:
+def judge(facts: VmFacts, moment: Moment) -> tuple[Reason, ...]:
     """Find what is in the way.
 
     Args:
@@ -330,7 +330,7 @@ def read_answers(answers: Mapping[str, Any]) -> dict[str, Any]:
         answers: by the names of the queries.
 
     Returns:
-        Fields of `Facts`.
+        Fields of `VmFacts`.
     """
     migration = answers.get("migration")
     blockers = migration.get("blocked-reasons", []) if isinstance(migration, dict) else []

@@ -36,7 +36,7 @@ class TooManyUnansweredError(Exception):
     """QEMU has not answered so many commands that it gets no further one."""
 
 
-class Phase(Enum):
+class QmpPhase(Enum):
     """How far the conversation is."""
 
     GREETING = "greeting"
@@ -45,7 +45,7 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Greeting:
+class QmpGreeting:
     """QEMU's first words.
 
     Args:
@@ -60,7 +60,7 @@ class Greeting:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class QmpEvent:
     """Something that QEMU tells by itself.
 
     Args:
@@ -75,7 +75,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class QmpAnswer:
     """A command's result.
 
     Args:
@@ -88,7 +88,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class QmpRefusal:
     """A command that QEMU did not carry out.
 
     Args:
@@ -102,7 +102,7 @@ class Refusal:
     text: str
 
 
-Message = Greeting | Event | Answer | Refusal
+QmpMessage = QmpGreeting | QmpEvent | QmpAnswer | QmpRefusal
 
 
 class QmpSession:
@@ -115,7 +115,7 @@ class QmpSession:
     """
 
     def __init__(self, line_max: int = LINE_MAX) -> None:
-        self.phase = Phase.GREETING
+        self.phase = QmpPhase.GREETING
         self._line_max = line_max
         self._buffer = bytearray()
         self._searched = 0
@@ -132,7 +132,7 @@ class QmpSession:
         """
         self._buffer += data
 
-    def next_message(self) -> Message | None:
+    def next_message(self) -> QmpMessage | None:
         """Return the next message, None if there is no whole one. A late answer to what was given up is none.
 
         Raises:
@@ -158,7 +158,7 @@ class QmpSession:
             TooManyUnansweredError: QEMU has to answer first.
             ValueError: the phase does not allow it, or the arguments are no JSON.
         """
-        if self.phase is Phase.GREETING or (self.phase is Phase.NEGOTIATING) != (name == NEGOTIATE):
+        if self.phase is QmpPhase.GREETING or (self.phase is QmpPhase.NEGOTIATING) != (name == NEGOTIATE):
             raise ValueError(f"{name} cannot be sent while {self.phase.value}")
         if len(self._awaited) + len(self._given_up) >= UNANSWERED_MAX:
             raise TooManyUnansweredError(f"QEMU has left {UNANSWERED_MAX} commands unanswered")
@@ -191,7 +191,7 @@ class QmpSession:
         self._searched = 0
         return line
 
-    def _read(self, line: bytes) -> Message | None:
+    def _read(self, line: bytes) -> QmpMessage | None:
         try:
             # Told the encoding, json guesses none.
             message = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
@@ -204,7 +204,7 @@ class QmpSession:
                 return _READERS[kind](self, message)
         raise QmpProtocolError(f"not a message for a session that is {self.phase.value}: {_shown(line)}")
 
-    def _greeting(self, message: Mapping[str, Any]) -> Greeting:
+    def _greeting(self, message: Mapping[str, Any]) -> QmpGreeting:
         body = _object(message["QMP"], "QMP")
         version = _object(body.get("version"), "version")
         numbers = _object(version.get("qemu"), "qemu")
@@ -214,32 +214,32 @@ class QmpSession:
         capabilities = body.get("capabilities", [])
         if not isinstance(capabilities, list):
             raise QmpProtocolError(f"a greeting whose capabilities are no list: {_shown(capabilities)}")
-        self.phase = Phase.NEGOTIATING
+        self.phase = QmpPhase.NEGOTIATING
         major, minor, micro = found
-        return Greeting(
+        return QmpGreeting(
             (int(major or 0), int(minor or 0), int(micro or 0)),
             _words(version.get("package", "")),
             tuple(_words(each) for each in capabilities[:UNANSWERED_MAX]),
         )
 
-    def _event(self, message: Mapping[str, Any]) -> Event:
+    def _event(self, message: Mapping[str, Any]) -> QmpEvent:
         data = message.get("data", {})
-        return Event(_words(message["event"]), _object(data, "data"), _seconds(message.get("timestamp")))
+        return QmpEvent(_words(message["event"]), _object(data, "data"), _seconds(message.get("timestamp")))
 
-    def _answer(self, message: Mapping[str, Any]) -> Answer | None:
+    def _answer(self, message: Mapping[str, Any]) -> QmpAnswer | None:
         number = self._answered(message)
         if number is None:
             return None
         if number == self._negotiation:
-            self.phase = Phase.READY
-        return Answer(number, message["return"])
+            self.phase = QmpPhase.READY
+        return QmpAnswer(number, message["return"])
 
-    def _refusal(self, message: Mapping[str, Any]) -> Refusal | None:
+    def _refusal(self, message: Mapping[str, Any]) -> QmpRefusal | None:
         error = _object(message["error"], "error")
         if "id" not in message:
             raise QmpProtocolError(f"an error that is about no command: {_shown(error)}")
         number = self._answered(message)
-        return None if number is None else Refusal(number, _words(error.get("class")), _words(error.get("desc")))
+        return None if number is None else QmpRefusal(number, _words(error.get("class")), _words(error.get("desc")))
 
     def _answered(self, message: Mapping[str, Any]) -> int | None:
         """The command that this answers; None if it was given up."""
@@ -257,14 +257,14 @@ class QmpSession:
 
 #: What may come in which phase. Events may come before the answer that ends the negotiation: QEMU turns them on before
 #: it answers, and another thread may have one at that moment.
-_ALLOWED: Mapping[Phase, tuple[str, ...]] = MappingProxyType(
+_ALLOWED: Mapping[QmpPhase, tuple[str, ...]] = MappingProxyType(
     {
-        Phase.GREETING: ("QMP",),
-        Phase.NEGOTIATING: ("return", "error", "event"),
-        Phase.READY: ("event", "return", "error"),
+        QmpPhase.GREETING: ("QMP",),
+        QmpPhase.NEGOTIATING: ("return", "error", "event"),
+        QmpPhase.READY: ("event", "return", "error"),
     }
 )
-_READERS: Mapping[str, Callable[[QmpSession, Mapping[str, Any]], Message | None]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[QmpSession, Mapping[str, Any]], QmpMessage | None]] = MappingProxyType(
     {
         "QMP": QmpSession._greeting,
         "event": QmpSession._event,

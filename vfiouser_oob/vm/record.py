@@ -14,7 +14,7 @@ from typing import Any
 VERSION = 1
 
 
-class Phase(Enum):
+class VmPhase(Enum):
     """Where the VM is, as its functions have to know it."""
 
     #: There is no QEMU.
@@ -60,14 +60,14 @@ class Migration(Enum):
     OVER = "over"
 
 
-class Carrier(Enum):
+class CarrierKind(Enum):
     """What carries the state in QEMU's stream."""
 
     DBUS_VMSTATE = "dbus-vmstate"
     VHOST_USER_FS = "vhost-user-fs"
 
 
-class Place(Enum):
+class FunctionPlace(Enum):
     """Where a function is."""
 
     #: As its client found it: reset, and of no migration.
@@ -95,7 +95,7 @@ class Deed(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Function:
+class VmFunction:
     """One function of the VM.
 
     Args:
@@ -106,13 +106,13 @@ class Function:
     """
 
     name: str
-    place: Place = Place.FRESH
+    place: FunctionPlace = FunctionPlace.FRESH
     doing: Deed | None = None
     waits: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class VmRecord:
     """The record of one VM.
 
     Args:
@@ -128,9 +128,9 @@ class Record:
         last_error: what failed last; empty if nothing did.
     """
 
-    functions: tuple[Function, ...] = ()
-    carrier: Carrier = Carrier.DBUS_VMSTATE
-    phase: Phase = Phase.ABSENT
+    functions: tuple[VmFunction, ...] = ()
+    carrier: CarrierKind = CarrierKind.DBUS_VMSTATE
+    phase: VmPhase = VmPhase.ABSENT
     migration: Migration = Migration.NONE
     qemu: str = ""
     connected: bool = False
@@ -144,11 +144,11 @@ class Record:
         """Whether QEMU would have told us of a migration."""
         return self.connected and self.tells
 
-    def function(self, name: str) -> Function | None:
+    def function(self, name: str) -> VmFunction | None:
         """The function of that name; None if the VM has none."""
         return next((each for each in self.functions if each.name == name), None)
 
-    def with_function(self, function: Function) -> Record:
+    def with_function(self, function: VmFunction) -> VmRecord:
         """This record with one function as it is now."""
         return replace(
             self, functions=tuple(function if each.name == function.name else each for each in self.functions)
@@ -172,7 +172,7 @@ class Record:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> Record:
+    def from_json(cls, text: str) -> VmRecord:
         """Read what `to_json` wrote.
 
         Args:
@@ -188,8 +188,8 @@ class Record:
         try:
             return cls(
                 functions=tuple(map(_function, values["functions"])),
-                carrier=Carrier(values["carrier"]),
-                phase=Phase(values["phase"]),
+                carrier=CarrierKind(values["carrier"]),
+                phase=VmPhase(values["phase"]),
                 migration=Migration(values["migration"]),
                 **{name: _plain(kind, values[name]) for name, kind in _PLAIN.items()},
             )
@@ -214,6 +214,6 @@ def _plain(kind: type, value: Any) -> Any:
     return value
 
 
-def _function(value: Any) -> Function:
+def _function(value: Any) -> VmFunction:
     doing = value["doing"]
-    return Function(_plain(str, value["name"]), Place(value["place"]), None if doing is None else Deed(doing))
+    return VmFunction(_plain(str, value["name"]), FunctionPlace(value["place"]), None if doing is None else Deed(doing))

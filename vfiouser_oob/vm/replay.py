@@ -50,7 +50,7 @@ _POWER_WRITTEN = 0x7FFF
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceView:
     """What is known of a function at the source.
 
     Args:
@@ -63,7 +63,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class FunctionShape:
     """What a function looks like.
 
     Args:
@@ -78,7 +78,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class ConfigWrite:
     """A write to configuration space.
 
     Args:
@@ -93,7 +93,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryWrite:
     """A write to the function's own memory.
 
     Args:
@@ -108,7 +108,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class ReadBack:
     """Something to be read back.
 
     Args:
@@ -140,7 +140,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ReplayPlan:
     """All of a replay, in order.
 
     Args:
@@ -149,8 +149,8 @@ class Plan:
         missing: what is not replayed, for people; empty if nothing is.
     """
 
-    steps: tuple[Config | Memory, ...]
-    closing: tuple[Config, ...] = ()
+    steps: tuple[ConfigWrite | MemoryWrite, ...]
+    closing: tuple[ConfigWrite, ...] = ()
     missing: tuple[str, ...] = field(default=())
 
 
@@ -163,7 +163,7 @@ def written_bytes(writes: Iterable[tuple[int, bytes]]) -> dict[int, int]:
     return {offset + index: byte for offset, data in writes for index, byte in enumerate(data)}
 
 
-def plan_replay(source: Source, shape: Shape) -> Plan:
+def plan_replay(source: SourceView, shape: FunctionShape) -> ReplayPlan:
     """Plan what is written at the destination.
 
     Args:
@@ -176,7 +176,7 @@ def plan_replay(source: Source, shape: Shape) -> Plan:
     return _Planner(source, shape).plan()
 
 
-def table_at(written: Mapping[int, int], shape: Shape) -> tuple[int, int] | None:
+def table_at(written: Mapping[int, int], shape: FunctionShape) -> tuple[int, int] | None:
     """Where the source's MSI-X table can be read by DMA, as long as COMMAND has memory and DMA on.
 
     Args:
@@ -186,7 +186,7 @@ def table_at(written: Mapping[int, int], shape: Shape) -> tuple[int, int] | None
     Returns:
         The guest's address and the bytes; None if there is no table, or it is at no address.
     """
-    table = _Planner(Source(written), shape).table()
+    table = _Planner(SourceView(written), shape).table()
     return None if table is None or table.address is None else (table.address, table.size)
 
 
@@ -202,7 +202,7 @@ class _Table:
 class _Planner:
     """The work on one plan."""
 
-    def __init__(self, source: Source, shape: Shape) -> None:
+    def __init__(self, source: SourceView, shape: FunctionShape) -> None:
         self._written = source.written
         self._table = source.table
         self._shape = shape
@@ -210,11 +210,11 @@ class _Planner:
         self._capabilities = dict(_capabilities(self._head))
         self._missing: list[str] = []
 
-    def plan(self) -> Plan:
+    def plan(self) -> ReplayPlan:
         command = self._value(ConfigOffset.COMMAND, 2) or 0
         table = list(self._table_writes())
         reach = command | _REACH
-        steps: list[Config | Memory] = [*self._bars(), *self._rom()]
+        steps: list[ConfigWrite | MemoryWrite] = [*self._bars(), *self._rom()]
         # With the memory off its BARs may be anywhere, and are only turned on for the table's sake.
         opened = reach if table else command | CommandBits.BUS_MASTER
         checked = _REACH if table else CommandBits.BUS_MASTER
@@ -226,7 +226,7 @@ class _Planner:
         closing = list(self._power())
         if command != opened:
             closing.append(_config(ConfigOffset.COMMAND, command, 2))
-        return Plan(tuple(steps), tuple(closing), tuple(self._missing))
+        return ReplayPlan(tuple(steps), tuple(closing), tuple(self._missing))
 
     def _value(self, offset: int, size: int) -> int | None:
         """What was written to a register; bytes that were not are as reset leaves them. None if none was."""
@@ -235,12 +235,12 @@ class _Planner:
             return None
         return int.from_bytes(bytes(self._written.get(place, 0) for place in places), "little")
 
-    def _register(self, offset: int, size: int, mask: int, keep: int = -1) -> Iterator[Config]:
+    def _register(self, offset: int, size: int, mask: int, keep: int = -1) -> Iterator[ConfigWrite]:
         value = self._value(offset, size)
         if value is not None:
             yield _config(offset, value & keep & ((1 << 8 * size) - 1), size, mask)
 
-    def _bars(self) -> Iterator[Config]:
+    def _bars(self) -> Iterator[ConfigWrite]:
         for bar, size in self._shape.sizes.items():
             offset = ConfigOffset.BAR0 + 4 * bar
             kind = self._head[offset]
@@ -254,7 +254,7 @@ class _Planner:
         kind = self._head[ConfigOffset.BAR0 + 4 * bar]
         return bar < _BARS - 1 and not kind & _IO_BAR and bool(kind & _WIDE_BAR)
 
-    def _rom(self) -> Iterator[Config]:
+    def _rom(self) -> Iterator[ConfigWrite]:
         if self._shape.rom_size:
             yield from self._register(
                 ConfigOffset.ROM, 4, ~(self._shape.rom_size - 1) & _ROM_ADDRESS | ROM_ENABLE, _ROM_ADDRESS | ROM_ENABLE
@@ -283,7 +283,7 @@ class _Planner:
         base = self._address(where & 7)
         return _Table(where & 7, None if base is None else base + (where & ~7), size)
 
-    def _table_writes(self) -> Iterator[Memory]:
+    def _table_writes(self) -> Iterator[MemoryWrite]:
         table = self.table()
         if table is None or not self._table:
             return
@@ -292,9 +292,9 @@ class _Planner:
         if table.address is None:
             self._missing.append(f"the MSI-X table, since BAR {table.bar} has no address")
             return
-        yield Memory(table.address, self._table, _ENTRY_MASK * (table.size // MSIX_ENTRY_SIZE))
+        yield MemoryWrite(table.address, self._table, _ENTRY_MASK * (table.size // MSIX_ENTRY_SIZE))
 
-    def _msi(self) -> Iterator[Config]:
+    def _msi(self) -> Iterator[ConfigWrite]:
         position = self._capabilities.get(CapabilityId.MSI)
         if position is None:
             return
@@ -310,12 +310,12 @@ class _Planner:
             yield from self._register(data + 4, 4, (1 << vectors) - 1)
         yield from self._register(position + MsiControl.OFFSET, 2, _MSI_SWITCHES)
 
-    def _msix_control(self) -> Iterator[Config]:
+    def _msix_control(self) -> Iterator[ConfigWrite]:
         position = self._capabilities.get(CapabilityId.MSIX)
         if position is not None:
             yield from self._register(position + MsixControl.OFFSET, 2, _MSIX_SWITCHES)
 
-    def _power(self) -> Iterator[Config]:
+    def _power(self) -> Iterator[ConfigWrite]:
         position = self._capabilities.get(CapabilityId.POWER_MANAGEMENT)
         if position is not None:
             offset = position + PowerControl.CONTROL
@@ -326,8 +326,8 @@ class _Planner:
                 yield _config(offset, value & _POWER_WRITTEN & ~PowerControl.STATE_MASK | state, 2)
 
 
-def _config(offset: int, value: int, size: int, mask: int = 0) -> Config:
-    return Config(offset, value.to_bytes(size, "little"), mask.to_bytes(size, "little") if mask else b"")
+def _config(offset: int, value: int, size: int, mask: int = 0) -> ConfigWrite:
+    return ConfigWrite(offset, value.to_bytes(size, "little"), mask.to_bytes(size, "little") if mask else b"")
 
 
 def _capabilities(head: bytes) -> Iterator[tuple[int, int]]:
@@ -345,7 +345,7 @@ def _capabilities(head: bytes) -> Iterator[tuple[int, int]]:
 # How it is carried out
 
 
-def through_ecam(steps: Sequence[Config | Memory], place: Bdf, base: int) -> list[Memory]:
+def through_ecam(steps: Sequence[ConfigWrite | MemoryWrite], place: Bdf, base: int) -> list[MemoryWrite]:
     """The writes as DMA of the function itself, where the machine has ECAM.
 
     Args:
@@ -354,12 +354,12 @@ def through_ecam(steps: Sequence[Config | Memory], place: Bdf, base: int) -> lis
         base: where ECAM begins.
     """
     return [
-        step if isinstance(step, Memory) else Memory(place.ecam(base, step.offset), step.data, step.mask)
+        step if isinstance(step, MemoryWrite) else MemoryWrite(place.ecam(base, step.offset), step.data, step.mask)
         for step in steps
     ]
 
 
-def through_ports(steps: Sequence[Config | Memory], place: Bdf, address: int) -> list[str | Memory]:
+def through_ports(steps: Sequence[ConfigWrite | MemoryWrite], place: Bdf, address: int) -> list[str | MemoryWrite]:
     """The writes as lines for the human monitor, and as DMA what the ports do not reach, for a machine without ECAM.
 
     Args:
@@ -367,19 +367,19 @@ def through_ports(steps: Sequence[Config | Memory], place: Bdf, address: int) ->
         place: where the function is.
         address: what the guest has in port 0xcf8, which is put back in the end.
     """
-    found: list[str | Memory] = []
+    found: list[str | MemoryWrite] = []
     for step in steps:
-        if isinstance(step, Memory):
+        if isinstance(step, MemoryWrite):
             found.append(step)
         else:
             found += port_write(place, step.offset, step.data)
     return [*found, f"o /w 0xcf8 {address:#x}"]
 
 
-def checks(writes: Sequence[Memory]) -> list[Check]:
+def checks(writes: Sequence[MemoryWrite]) -> list[ReadBack]:
     """What is to be read back of writes.
 
     Args:
         writes: as DMA.
     """
-    return [Check(each.address, each.data, each.mask, f"{each.address:#x}") for each in writes if any(each.mask)]
+    return [ReadBack(each.address, each.data, each.mask, f"{each.address:#x}") for each in writes if any(each.mask)]

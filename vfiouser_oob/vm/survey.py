@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from vfiouser_oob.vm.monitor import Monitor, RefusedError
-from vfiouser_oob.vm.preflight import QUERIES, Facts, FunctionFacts, read_answers
-from vfiouser_oob.vm.record import Record
+from vfiouser_oob.vm.preflight import QUERIES, FunctionFacts, VmFacts, read_answers
+from vfiouser_oob.vm.record import VmRecord
 
 
-async def survey(record: Record, monitor: Monitor | None, functions: tuple[FunctionFacts, ...]) -> Facts:
+async def survey(record: VmRecord, monitor: Monitor | None, functions: tuple[FunctionFacts, ...]) -> VmFacts:
     """Collect what is known of a VM.
 
     Args:
@@ -25,14 +25,14 @@ async def survey(record: Record, monitor: Monitor | None, functions: tuple[Funct
         GoneError: the monitor was lost.
     """
     if monitor is None:
-        return Facts(phase=record.phase, connected=False, carrier=record.carrier, functions=functions)
+        return VmFacts(phase=record.phase, connected=False, carrier=record.carrier, functions=functions)
     answers: dict[str, Any] = {}
     for name, (command, arguments) in QUERIES.items():
         try:
             answers[name] = await monitor.execute(command, arguments)
         except RefusedError:
             continue
-    return Facts(
+    return VmFacts(
         phase=record.phase,
         tells=monitor.found.tells,
         version=monitor.greeting.version,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from types import MappingProxyType
 
-from vfiouser_oob.vm.record import Carrier, Deed, Migration, Phase, Place
+from vfiouser_oob.vm.record import CarrierKind, Deed, FunctionPlace, Migration, VmPhase
 
 
 class Cue(Enum):
@@ -70,7 +70,7 @@ class Act(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CueRow:
     """What is done about a cue.
 
     Args:
@@ -79,13 +79,13 @@ class Row:
         text: for people; the cue's own reason follows it.
     """
 
-    to: Phase | None = None
+    to: VmPhase | None = None
     acts: tuple[Act, ...] = ()
     text: str = ""
 
 
-def _row(to: Phase | None, *acts: Act, text: str = "") -> Row:
-    return Row(to, acts, text)
+def _row(to: VmPhase | None, *acts: Act, text: str = "") -> CueRow:
+    return CueRow(to, acts, text)
 
 
 _UNASKED = "the VM has moved without its functions' state, which QEMU did not ask for: is the carrier's object missing?"
@@ -93,47 +93,47 @@ _UNLOADED = "the VM came without its functions' state, so they must not run: had
 _INCOMPLETE = "the VM resumed before its functions' state was loaded, so they must not run"
 _LOST = "the migration to here has failed"
 _AGAIN = "the VM runs again"
-_BACK = _row(Phase.ARMED)
-_BAR = _row(Phase.BARRED, Act.ERROR, text=_UNLOADED)
-_BAR_LOST = _row(Phase.BARRED, Act.INFO, text=_LOST)
+_BACK = _row(VmPhase.ARMED)
+_BAR = _row(VmPhase.BARRED, Act.ERROR, text=_UNLOADED)
+_BAR_LOST = _row(VmPhase.BARRED, Act.INFO, text=_LOST)
 _BEGIN = (Act.ARM, Act.JUDGE)
-_UNSAVED = _row(Phase.ARMED, Act.REFUSE_SAVE, text=_AGAIN)
+_UNSAVED = _row(VmPhase.ARMED, Act.REFUSE_SAVE, text=_AGAIN)
 _VETO = _row(None, Act.REFUSE_SAVE)
-_BAR_LOADING = _row(Phase.BARRED, Act.REFUSE_LOAD, Act.ERROR, text=_INCOMPLETE)
+_BAR_LOADING = _row(VmPhase.BARRED, Act.REFUSE_LOAD, Act.ERROR, text=_INCOMPLETE)
 
 #: RESUME comes on another socket than the carrier's calls, and may be older than the last of them. As long as nothing
 #: has left this side that does not matter. Once the state is being saved it does: QEMU is asked before anything runs.
-ROWS: Mapping[Phase, Mapping[Cue, Row]] = MappingProxyType(
+ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
     {
-        Phase.ABSENT: {},
-        Phase.RUNNING: {
-            Cue.LIVE: _row(Phase.ARMED, *_BEGIN),
+        VmPhase.ABSENT: {},
+        VmPhase.RUNNING: {
+            Cue.LIVE: _row(VmPhase.ARMED, *_BEGIN),
             # A device that is reset, or whose driver goes: no migration would have been untold.
             Cue.HOLD: _row(None, Act.ANSWER_HOLD),
-            Cue.HOLD_BLIND: _row(Phase.HOLDING, Act.ARM),
-            Cue.SAVE_BLIND: _row(Phase.SAVING, Act.ARM),
+            Cue.HOLD_BLIND: _row(VmPhase.HOLDING, Act.ARM),
+            Cue.SAVE_BLIND: _row(VmPhase.SAVING, Act.ARM),
             Cue.FELL: _row(None, Act.ERROR),
         },
-        Phase.ARMED: {
-            Cue.STOP: _row(Phase.STOPPED),
-            Cue.HOLD: _row(Phase.HOLDING),
-            Cue.HOLD_BLIND: _row(Phase.HOLDING),
-            Cue.SAVE: _row(Phase.SAVING),
-            Cue.SAVE_BLIND: _row(Phase.SAVING),
+        VmPhase.ARMED: {
+            Cue.STOP: _row(VmPhase.STOPPED),
+            Cue.HOLD: _row(VmPhase.HOLDING),
+            Cue.HOLD_BLIND: _row(VmPhase.HOLDING),
+            Cue.SAVE: _row(VmPhase.SAVING),
+            Cue.SAVE_BLIND: _row(VmPhase.SAVING),
             Cue.SAVE_REFUSED: _VETO,
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
-            Cue.OVER: _row(Phase.AWAY, Act.ERROR, text=_UNASKED),
+            Cue.OVER: _row(VmPhase.AWAY, Act.ERROR, text=_UNASKED),
             Cue.FELL: _row(None, Act.ERROR),
         },
-        Phase.HOLDING: {
-            Cue.ARRIVED: _row(Phase.STOPPED, Act.ANSWER_HOLD, Act.ASK),
-            Cue.FELL: _row(Phase.STOPPED, Act.REFUSE_HOLD, Act.CANCEL, Act.ERROR),
-            Cue.GO: _row(Phase.ARMED, Act.ANSWER_HOLD),
+        VmPhase.HOLDING: {
+            Cue.ARRIVED: _row(VmPhase.STOPPED, Act.ANSWER_HOLD, Act.ASK),
+            Cue.FELL: _row(VmPhase.STOPPED, Act.REFUSE_HOLD, Act.CANCEL, Act.ERROR),
+            Cue.GO: _row(VmPhase.ARMED, Act.ANSWER_HOLD),
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
-            Cue.CARRIER_RESET: _row(Phase.STOPPED, Act.ASK),
-            Cue.STARTED: _row(Phase.STOPPED),
+            Cue.CARRIER_RESET: _row(VmPhase.STOPPED, Act.ASK),
+            Cue.STARTED: _row(VmPhase.STOPPED),
         },
-        Phase.STOPPED: {
+        VmPhase.STOPPED: {
             Cue.RESUME: _BACK,
             Cue.GO: _BACK,
             Cue.RUNS: _BACK,
@@ -141,103 +141,103 @@ ROWS: Mapping[Phase, Mapping[Cue, Row]] = MappingProxyType(
             # its very first RESUME here, and its copy may run instead: what stands goes on standing.
             Cue.BACK: _row(None, Act.ASK),
             Cue.LIVE: _row(None, *_BEGIN),
-            Cue.HOLD: _row(Phase.HOLDING),
-            Cue.HOLD_BLIND: _row(Phase.HOLDING),
-            Cue.SAVE: _row(Phase.SAVING),
-            Cue.SAVE_BLIND: _row(Phase.SAVING),
+            Cue.HOLD: _row(VmPhase.HOLDING),
+            Cue.HOLD_BLIND: _row(VmPhase.HOLDING),
+            Cue.SAVE: _row(VmPhase.SAVING),
+            Cue.SAVE_BLIND: _row(VmPhase.SAVING),
             Cue.SAVE_REFUSED: _VETO,
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
             Cue.FELL: _row(None, Act.CANCEL, Act.ERROR),
-            Cue.OVER: _row(Phase.AWAY, Act.ERROR, text=_UNASKED),
+            Cue.OVER: _row(VmPhase.AWAY, Act.ERROR, text=_UNASKED),
         },
-        Phase.SAVING: {
-            Cue.ARRIVED: _row(Phase.SAVED, Act.ANSWER_SAVE),
-            Cue.FELL: _row(Phase.STOPPED, Act.REFUSE_SAVE, Act.ERROR),
-            Cue.CARRIER_RESET: _row(Phase.STOPPED, Act.ASK),
+        VmPhase.SAVING: {
+            Cue.ARRIVED: _row(VmPhase.SAVED, Act.ANSWER_SAVE),
+            Cue.FELL: _row(VmPhase.STOPPED, Act.REFUSE_SAVE, Act.ERROR),
+            Cue.CARRIER_RESET: _row(VmPhase.STOPPED, Act.ASK),
             Cue.RESUME: _row(None, Act.ASK),
             Cue.RUNS: _UNSAVED,
             Cue.GO: _UNSAVED,
-            Cue.BACK: _row(Phase.STOPPED, Act.REFUSE_SAVE, Act.ASK, text="the migration was given up"),
-            Cue.JUDGED: _row(Phase.STOPPED, Act.REFUSE_SAVE, Act.CANCEL, Act.ERROR),
-            Cue.STARTED: _row(Phase.STOPPED),
-            Cue.OVER: _row(Phase.AWAY, Act.REFUSE_SAVE, Act.ERROR, text=_UNASKED),
+            Cue.BACK: _row(VmPhase.STOPPED, Act.REFUSE_SAVE, Act.ASK, text="the migration was given up"),
+            Cue.JUDGED: _row(VmPhase.STOPPED, Act.REFUSE_SAVE, Act.CANCEL, Act.ERROR),
+            Cue.STARTED: _row(VmPhase.STOPPED),
+            Cue.OVER: _row(VmPhase.AWAY, Act.REFUSE_SAVE, Act.ERROR, text=_UNASKED),
         },
-        Phase.SAVED: {
+        VmPhase.SAVED: {
             Cue.RESUME: _row(None, Act.ASK),
             Cue.RUNS: _BACK,
             Cue.GO: _BACK,
             Cue.BACK: _row(None, Act.ASK),
-            Cue.OVER: _row(Phase.AWAY),
-            Cue.LIVE: _row(Phase.STOPPED, *_BEGIN),
+            Cue.OVER: _row(VmPhase.AWAY),
+            Cue.LIVE: _row(VmPhase.STOPPED, *_BEGIN),
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
             # Asked again, for another part of it: it has not changed.
-            Cue.SAVE: _row(Phase.SAVING),
-            Cue.SAVE_BLIND: _row(Phase.SAVING),
+            Cue.SAVE: _row(VmPhase.SAVING),
+            Cue.SAVE_BLIND: _row(VmPhase.SAVING),
             Cue.HOLD: _row(None, Act.ANSWER_HOLD),
             Cue.HOLD_BLIND: _row(None, Act.ANSWER_HOLD),
         },
-        Phase.AWAY: {
-            Cue.RESUME: _row(Phase.ARMED, Act.INFO, text="the VM is taken back after it had moved"),
-            Cue.GO: _row(Phase.ARMED, Act.INFO, text="the VM is taken back after it had moved"),
-            Cue.RUNS: _row(Phase.ARMED, Act.INFO, text="the VM is taken back after it had moved"),
+        VmPhase.AWAY: {
+            Cue.RESUME: _row(VmPhase.ARMED, Act.INFO, text="the VM is taken back after it had moved"),
+            Cue.GO: _row(VmPhase.ARMED, Act.INFO, text="the VM is taken back after it had moved"),
+            Cue.RUNS: _row(VmPhase.ARMED, Act.INFO, text="the VM is taken back after it had moved"),
             Cue.FELL: _row(None, Act.ERROR),
             Cue.HOLD: _row(None, Act.ANSWER_HOLD),
             Cue.HOLD_BLIND: _row(None, Act.ANSWER_HOLD),
         },
-        Phase.INCOMING: {
-            Cue.LOAD: _row(Phase.LOADING),
+        VmPhase.INCOMING: {
+            Cue.LOAD: _row(VmPhase.LOADING),
             Cue.RESUME: _BAR,
             Cue.GO: _BAR,
             Cue.RUNS: _BAR,
             Cue.OVER: _BAR,
             Cue.BACK: _BAR_LOST,
         },
-        Phase.LOADING: {
-            Cue.ARRIVED: _row(Phase.LOADED, Act.REPLAY, Act.ANSWER_LOAD_EARLY),
-            Cue.FELL: _row(Phase.BARRED, Act.REFUSE_LOAD, Act.ERROR),
-            Cue.CARRIER_RESET: _row(Phase.BARRED, Act.ERROR, text="the carrier was lost while the state was loaded"),
+        VmPhase.LOADING: {
+            Cue.ARRIVED: _row(VmPhase.LOADED, Act.REPLAY, Act.ANSWER_LOAD_EARLY),
+            Cue.FELL: _row(VmPhase.BARRED, Act.REFUSE_LOAD, Act.ERROR),
+            Cue.CARRIER_RESET: _row(VmPhase.BARRED, Act.ERROR, text="the carrier was lost while the state was loaded"),
             Cue.RESUME: _BAR_LOADING,
             Cue.GO: _BAR_LOADING,
             Cue.RUNS: _BAR_LOADING,
-            Cue.BACK: _row(Phase.BARRED, Act.REFUSE_LOAD, Act.INFO, text=_LOST),
-            Cue.STARTED: _row(Phase.BARRED, Act.ERROR, text="the daemon was started anew while the state was loaded"),
+            Cue.BACK: _row(VmPhase.BARRED, Act.REFUSE_LOAD, Act.INFO, text=_LOST),
+            Cue.STARTED: _row(VmPhase.BARRED, Act.ERROR, text="the daemon was started anew while the state was loaded"),
         },
-        Phase.LOADED: {
-            Cue.REPLAYED: _row(Phase.READY, Act.ANSWER_LOAD_LATE),
-            Cue.UNREPLAYED: _row(Phase.BARRED, Act.REFUSE_LOAD_LATE, Act.ERROR),
-            Cue.RESUME: _row(Phase.GOING),
-            Cue.GO: _row(Phase.GOING),
-            Cue.RUNS: _row(Phase.GOING),
-            Cue.BACK: _row(Phase.BARRED, Act.REFUSE_LOAD_LATE, Act.INFO, text=_LOST),
+        VmPhase.LOADED: {
+            Cue.REPLAYED: _row(VmPhase.READY, Act.ANSWER_LOAD_LATE),
+            Cue.UNREPLAYED: _row(VmPhase.BARRED, Act.REFUSE_LOAD_LATE, Act.ERROR),
+            Cue.RESUME: _row(VmPhase.GOING),
+            Cue.GO: _row(VmPhase.GOING),
+            Cue.RUNS: _row(VmPhase.GOING),
+            Cue.BACK: _row(VmPhase.BARRED, Act.REFUSE_LOAD_LATE, Act.INFO, text=_LOST),
             # The VM has not run yet, as far as was heard: writing it once more is no harm.
             Cue.STARTED: _row(None, Act.REPLAY),
         },
-        Phase.READY: {
-            Cue.RESUME: _row(Phase.RUNNING),
-            Cue.GO: _row(Phase.RUNNING),
-            Cue.RUNS: _row(Phase.RUNNING),
+        VmPhase.READY: {
+            Cue.RESUME: _row(VmPhase.RUNNING),
+            Cue.GO: _row(VmPhase.RUNNING),
+            Cue.RUNS: _row(VmPhase.RUNNING),
             Cue.BACK: _BAR_LOST,
             # It goes on to another host before it ever ran here.
-            Cue.LIVE: _row(Phase.STOPPED, *_BEGIN),
-            Cue.SAVE: _row(Phase.SAVING, Act.ARM),
-            Cue.SAVE_BLIND: _row(Phase.SAVING, Act.ARM),
+            Cue.LIVE: _row(VmPhase.STOPPED, *_BEGIN),
+            Cue.SAVE: _row(VmPhase.SAVING, Act.ARM),
+            Cue.SAVE_BLIND: _row(VmPhase.SAVING, Act.ARM),
             Cue.HOLD: _row(None, Act.ANSWER_HOLD),
             Cue.HOLD_BLIND: _row(None, Act.ANSWER_HOLD),
         },
-        Phase.GOING: {
-            Cue.REPLAYED: _row(Phase.RUNNING),
-            Cue.UNREPLAYED: _row(Phase.BARRED, Act.ERROR),
-            Cue.STOP: _row(Phase.LOADED),
-            Cue.STARTED: _row(Phase.BARRED, Act.ERROR, text="the daemon was started anew before it knew the replay"),
+        VmPhase.GOING: {
+            Cue.REPLAYED: _row(VmPhase.RUNNING),
+            Cue.UNREPLAYED: _row(VmPhase.BARRED, Act.ERROR),
+            Cue.STOP: _row(VmPhase.LOADED),
+            Cue.STARTED: _row(VmPhase.BARRED, Act.ERROR, text="the daemon was started anew before it knew the replay"),
         },
-        Phase.BARRED: {
+        VmPhase.BARRED: {
             Cue.LIVE: _row(None, Act.CANCEL, Act.ERROR, text="its functions do not have the guest's state"),
             Cue.FELL: _row(None, Act.ERROR),
         },
     }
 )
 #: What a carrier is told that waits for something for which there is no row.
-REFUSALS: Mapping[Cue, Row] = MappingProxyType(
+REFUSALS: Mapping[Cue, CueRow] = MappingProxyType(
     {
         Cue.HOLD: _row(None, Act.ANSWER_HOLD),
         Cue.HOLD_BLIND: _row(None, Act.ANSWER_HOLD),
@@ -248,65 +248,67 @@ REFUSALS: Mapping[Cue, Row] = MappingProxyType(
     }
 )
 #: Where a phase wants the functions; None leaves them alone.
-WANTED: Mapping[Phase, Place | None] = MappingProxyType(
+WANTED: Mapping[VmPhase, FunctionPlace | None] = MappingProxyType(
     {
-        Phase.ABSENT: None,
-        Phase.RUNNING: Place.RUNS,
-        Phase.ARMED: Place.RUNS,
-        Phase.HOLDING: Place.STANDS,
-        Phase.STOPPED: Place.STANDS,
-        Phase.SAVING: Place.SAVED,
-        Phase.SAVED: Place.STANDS,
-        Phase.AWAY: Place.STANDS,
-        Phase.INCOMING: None,
-        Phase.LOADING: Place.LOADED,
-        Phase.LOADED: Place.LOADED,
-        Phase.READY: Place.LOADED,
-        Phase.GOING: Place.LOADED,
-        Phase.BARRED: Place.BARRED,
+        VmPhase.ABSENT: None,
+        VmPhase.RUNNING: FunctionPlace.RUNS,
+        VmPhase.ARMED: FunctionPlace.RUNS,
+        VmPhase.HOLDING: FunctionPlace.STANDS,
+        VmPhase.STOPPED: FunctionPlace.STANDS,
+        VmPhase.SAVING: FunctionPlace.SAVED,
+        VmPhase.SAVED: FunctionPlace.STANDS,
+        VmPhase.AWAY: FunctionPlace.STANDS,
+        VmPhase.INCOMING: None,
+        VmPhase.LOADING: FunctionPlace.LOADED,
+        VmPhase.LOADED: FunctionPlace.LOADED,
+        VmPhase.READY: FunctionPlace.LOADED,
+        VmPhase.GOING: FunctionPlace.LOADED,
+        VmPhase.BARRED: FunctionPlace.BARRED,
     }
 )
-_HALTED: Mapping[Place, Deed | None] = MappingProxyType(
+_HALTED: Mapping[FunctionPlace, Deed | None] = MappingProxyType(
     {
-        Place.FRESH: Deed.STOP,
-        Place.RUNS: Deed.STOP,
-        Place.UNSURE: Deed.STOP,
-        Place.STANDS: None,
-        Place.SAVED: None,
-        Place.LOADED: None,
-        Place.BARRED: None,
+        FunctionPlace.FRESH: Deed.STOP,
+        FunctionPlace.RUNS: Deed.STOP,
+        FunctionPlace.UNSURE: Deed.STOP,
+        FunctionPlace.STANDS: None,
+        FunctionPlace.SAVED: None,
+        FunctionPlace.LOADED: None,
+        FunctionPlace.BARRED: None,
     }
 )
 #: The next step from a place to where a phase wants a function; None if it is there.
-ROUTES: Mapping[Place, Mapping[Place, Deed | None]] = MappingProxyType(
+ROUTES: Mapping[FunctionPlace, Mapping[FunctionPlace, Deed | None]] = MappingProxyType(
     {
-        Place.RUNS: {
-            Place.FRESH: None,
-            Place.RUNS: None,
-            Place.STANDS: Deed.RESUME,
-            Place.SAVED: Deed.RESUME,
-            Place.LOADED: Deed.RESUME,
-            Place.UNSURE: Deed.RESUME,
-            Place.BARRED: None,
+        FunctionPlace.RUNS: {
+            FunctionPlace.FRESH: None,
+            FunctionPlace.RUNS: None,
+            FunctionPlace.STANDS: Deed.RESUME,
+            FunctionPlace.SAVED: Deed.RESUME,
+            FunctionPlace.LOADED: Deed.RESUME,
+            FunctionPlace.UNSURE: Deed.RESUME,
+            FunctionPlace.BARRED: None,
         },
-        Place.STANDS: _HALTED,
-        Place.SAVED: {**_HALTED, Place.STANDS: Deed.SAVE, Place.LOADED: Deed.SAVE},
-        Place.LOADED: {**dict.fromkeys(Place, Deed.LOAD), Place.LOADED: None},
-        Place.BARRED: {**dict.fromkeys(Place, Deed.BAR), Place.BARRED: None},
+        FunctionPlace.STANDS: _HALTED,
+        FunctionPlace.SAVED: {**_HALTED, FunctionPlace.STANDS: Deed.SAVE, FunctionPlace.LOADED: Deed.SAVE},
+        FunctionPlace.LOADED: {**dict.fromkeys(FunctionPlace, Deed.LOAD), FunctionPlace.LOADED: None},
+        FunctionPlace.BARRED: {**dict.fromkeys(FunctionPlace, Deed.BAR), FunctionPlace.BARRED: None},
     }
 )
 #: Where a function is after what was done to it.
-DONE: Mapping[Deed, Place] = MappingProxyType(
+DONE: Mapping[Deed, FunctionPlace] = MappingProxyType(
     {
-        Deed.STOP: Place.STANDS,
-        Deed.SAVE: Place.SAVED,
-        Deed.LOAD: Place.LOADED,
-        Deed.RESUME: Place.RUNS,
-        Deed.BAR: Place.BARRED,
+        Deed.STOP: FunctionPlace.STANDS,
+        Deed.SAVE: FunctionPlace.SAVED,
+        Deed.LOAD: FunctionPlace.LOADED,
+        Deed.RESUME: FunctionPlace.RUNS,
+        Deed.BAR: FunctionPlace.BARRED,
     }
 )
 #: Where it is after what could not be done.
-UNDONE: Mapping[Deed, Place] = MappingProxyType({**dict.fromkeys(Deed, Place.UNSURE), Deed.SAVE: Place.STANDS})
+UNDONE: Mapping[Deed, FunctionPlace] = MappingProxyType(
+    {**dict.fromkeys(Deed, FunctionPlace.UNSURE), Deed.SAVE: FunctionPlace.STANDS}
+)
 #: QEMU's names for what a migration does.
 #: Spec: QEMU, qapi/migration.json, MigrationStatus.
 STATUSES: Mapping[str, Migration] = MappingProxyType(
@@ -334,21 +336,21 @@ MIGRATION_CUES: Mapping[Migration, Cue] = MappingProxyType(
 )
 #: The phase of a QEMU that is seen for the first time, and where its functions are then; others are `RUNNING`.
 #: Spec: QEMU, qapi/run-state.json, RunState.
-BEGINNINGS: Mapping[str, tuple[Phase, Place]] = MappingProxyType(
+BEGINNINGS: Mapping[str, tuple[VmPhase, FunctionPlace]] = MappingProxyType(
     {
-        "inmigrate": (Phase.INCOMING, Place.FRESH),
-        "finish-migrate": (Phase.STOPPED, Place.UNSURE),
-        "postmigrate": (Phase.AWAY, Place.UNSURE),
+        "inmigrate": (VmPhase.INCOMING, FunctionPlace.FRESH),
+        "finish-migrate": (VmPhase.STOPPED, FunctionPlace.UNSURE),
+        "postmigrate": (VmPhase.AWAY, FunctionPlace.UNSURE),
     }
 )
 #: Carriers that are answered before the replay is read back: QEMU carries out what was written before it goes on.
-ANSWERED_EARLY = frozenset({Carrier.DBUS_VMSTATE})
+ANSWERED_EARLY = frozenset({CarrierKind.DBUS_VMSTATE})
 #: What is worth knowing when QEMU ends in a phase.
-FAREWELLS: Mapping[Phase, str] = MappingProxyType(
+FAREWELLS: Mapping[VmPhase, str] = MappingProxyType(
     {
-        Phase.SAVED: "QEMU ended after the state was handed over: the functions may run elsewhere, and stay stopped",
-        Phase.LOADING: "QEMU ended while the state was loaded",
-        Phase.LOADED: "QEMU ended after the state was loaded, and before the VM ran here",
-        Phase.READY: "QEMU ended after the state was loaded, and before the VM ran here",
+        VmPhase.SAVED: "QEMU ended after the state was handed over: the functions may run elsewhere, and stay stopped",
+        VmPhase.LOADING: "QEMU ended while the state was loaded",
+        VmPhase.LOADED: "QEMU ended after the state was loaded, and before the VM ran here",
+        VmPhase.READY: "QEMU ended after the state was loaded, and before the VM ran here",
     }
 )

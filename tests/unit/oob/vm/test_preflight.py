@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from vfiouser_oob.vm.preflight import (
     RULES,
-    Facts,
     FunctionFacts,
     Moment,
+    VmFacts,
     Weight,
     judge,
     read_answers,
     refusals,
 )
-from vfiouser_oob.vm.record import Carrier, Phase
+from vfiouser_oob.vm.record import CarrierKind, VmPhase
 
-GOOD = Facts(
+GOOD = VmFacts(
     version=(11, 1, 3),
     capabilities={"return-path": True, "postcopy-ram": False, "events": True},
     objects={"oobvmstate": "dbus-vmstate", "mon": "monitor-qmp"},
@@ -36,8 +36,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no-monitor": ({"connected": False}, "has not connected its monitor"),
     "no-events": ({"tells": False}, "does not send events"),
     "qemu-too-old": ({"version": (10, 2, 0)}, "QEMU 10.2.0 is too old: the client of QEMU 11.1 is"),
-    "barred": ({"phase": Phase.BARRED}, "without its functions' state"),
-    "incoming": ({"phase": Phase.INCOMING}, "has not arrived"),
+    "barred": ({"phase": VmPhase.BARRED}, "without its functions' state"),
+    "incoming": ({"phase": VmPhase.INCOMING}, "has not arrived"),
     "no-return-path": ({"capabilities": {}}, "return-path is off"),
     "postcopy": ({"capabilities": {"return-path": True, "postcopy-ram": True}}, "postcopy-ram is on"),
     "background-snapshot": ({"capabilities": {"return-path": True, "background-snapshot": True}}, "snapshot is on"),
@@ -63,7 +63,7 @@ ADVICE = {"no-return-path", "postcopy", "background-snapshot", "colo"}
 def test_a_vm_that_would(moment: Moment) -> None:
     """Nothing is in the way."""
     assert judge(GOOD, moment) == ()
-    companion = replace(GOOD, carrier=Carrier.VHOST_USER_FS, devices={**GOOD.devices, "oob": "vhost-user-fs-pci"})
+    companion = replace(GOOD, carrier=CarrierKind.VHOST_USER_FS, devices={**GOOD.devices, "oob": "vhost-user-fs-pci"})
     assert judge(companion, moment) == ()
 
 
@@ -106,14 +106,14 @@ def test_several_at_once() -> None:
 
 def test_without_a_monitor_nothing_is_guessed() -> None:
     """What QEMU was not asked is no reason."""
-    assert ["no-monitor"] == [reason.code for reason in judge(Facts(connected=False, functions=(F0,)), Moment.REST)]
+    assert ["no-monitor"] == [reason.code for reason in judge(VmFacts(connected=False, functions=(F0,)), Moment.REST)]
 
 
-@pytest.mark.parametrize("phase", Phase)
-def test_phases_that_can_be_left(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", VmPhase)
+def test_phases_that_can_be_left(phase: VmPhase) -> None:
     """A VM that has arrived may move on, also before it ever ran here."""
     reasons = judge(replace(GOOD, phase=phase), Moment.SETUP)
-    assert bool(reasons) == (phase in {Phase.BARRED, Phase.INCOMING, Phase.LOADING, Phase.LOADED})
+    assert bool(reasons) == (phase in {VmPhase.BARRED, VmPhase.INCOMING, VmPhase.LOADING, VmPhase.LOADED})
 
 
 def test_words_of_others_are_no_format() -> None:
@@ -157,4 +157,4 @@ ODD = st.recursive(
 @given(st.dictionaries(st.sampled_from(["capabilities", "migration", "objects", "devices"]), ODD))
 def test_odd_answers(answers: dict[str, Any]) -> None:
     """Whatever QEMU answers can be judged."""
-    judge(Facts(functions=(F0,), **read_answers(answers)), Moment.SETUP)
+    judge(VmFacts(functions=(F0,), **read_answers(answers)), Moment.SETUP)

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from vfiouser_oob.vm import qmp
 from vfiouser_oob.vm.qmp import (
-    Answer,
-    Event,
-    Greeting,
-    Message,
-    Phase,
+    QmpAnswer,
+    QmpEvent,
+    QmpGreeting,
+    QmpMessage,
+    QmpPhase,
     QmpProtocolError,
+    QmpRefusal,
     QmpSession,
-    Refusal,
     TooManyUnansweredError,
 )
 
@@ -36,9 +36,9 @@ def line(message: Any) -> bytes:
     return json.dumps(message).encode() + b"\r\n"
 
 
-def messages(session: QmpSession, data: bytes, step: int = 0) -> list[Message]:
+def messages(session: QmpSession, data: bytes, step: int = 0) -> list[QmpMessage]:
     """What comes of bytes, in pieces of `step`."""
-    found: list[Message] = []
+    found: list[QmpMessage] = []
     for at in range(0, len(data), step or len(data)):
         session.receive_data(data[at : at + (step or len(data))])
         while (message := session.next_message()) is not None:
@@ -52,7 +52,7 @@ def ready() -> QmpSession:
     messages(session, GREETING)
     number, _ = session.command(qmp.NEGOTIATE)
     messages(session, line({"return": {}, "id": number}))
-    assert session.phase is Phase.READY
+    assert session.phase is QmpPhase.READY
     return session
 
 
@@ -60,11 +60,11 @@ def ready() -> QmpSession:
 def test_conversation(step: int) -> None:
     """A whole conversation gives the same messages, however the bytes are cut."""
     session = QmpSession()
-    greeting = Greeting((11, 1, 3), "Debian 1:11.1.3+ds-1~bpo13+1", ("oob",))
+    greeting = QmpGreeting((11, 1, 3), "Debian 1:11.1.3+ds-1~bpo13+1", ("oob",))
     assert [greeting] == messages(session, GREETING, step)
     number, data = session.command("qmp_capabilities")
     assert {"execute": "qmp_capabilities", "id": number} == json.loads(data)
-    assert [Answer(number, {})] == messages(session, line({"return": {}, "id": number}), step)
+    assert [QmpAnswer(number, {})] == messages(session, line({"return": {}, "id": number}), step)
     first, data = session.command("query-status")
     second, _ = session.command("human-monitor-command", {"command-line": "i /w 0xcf8"})
     assert {"execute": "query-status", "id": first} == json.loads(data)
@@ -72,7 +72,7 @@ def test_conversation(step: int) -> None:
     assert data.count(b"\n") == 1
     refusal = {"id": second, "error": {"class": "GenericError", "desc": "no"}}
     told = messages(session, STOP + line(refusal) + line({"return": [], "id": first}), step)
-    assert told == [Event("STOP", {}, 1795818000.25), Refusal(second, "GenericError", "no"), Answer(first, [])]
+    assert told == [QmpEvent("STOP", {}, 1795818000.25), QmpRefusal(second, "GenericError", "no"), QmpAnswer(first, [])]
 
 
 def test_commands_have_their_phase() -> None:
@@ -93,7 +93,7 @@ def test_event_before_the_negotiation_is_answered() -> None:
     messages(session, GREETING)
     number, _ = session.command(qmp.NEGOTIATE)
     told = messages(session, STOP + line({"return": {}, "id": number}))
-    assert [type(each) for each in told] == [Event, Answer]
+    assert [type(each) for each in told] == [QmpEvent, QmpAnswer]
 
 
 def test_refused_negotiation_is_not_ready() -> None:
@@ -102,7 +102,7 @@ def test_refused_negotiation_is_not_ready() -> None:
     messages(session, GREETING)
     number, _ = session.command(qmp.NEGOTIATE)
     messages(session, line({"error": {"class": "CommandNotFound", "desc": "?"}, "id": number}))
-    assert session.phase is Phase.NEGOTIATING
+    assert session.phase is QmpPhase.NEGOTIATING
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_line_has_an_end(end: bytes) -> None:
     messages(session, GREETING)
     number, _ = session.command(qmp.NEGOTIATE)
     answer = json.dumps({"return": {}, "id": number}).encode()
-    assert [Answer(number, {})] == messages(session, answer.ljust(200) + b"\n")
+    assert [QmpAnswer(number, {})] == messages(session, answer.ljust(200) + b"\n")
     with pytest.raises(QmpProtocolError, match="more than 200 bytes"):
         messages(session, b" " * 201 + end)
 
@@ -178,7 +178,9 @@ def test_late_answer_is_dropped() -> None:
     session.give_up(late)
     session.give_up(99)
     other, _ = session.command("query-pci")
-    assert [Answer(other, [])] == messages(session, line({"return": 1, "id": late}) + line({"return": [], "id": other}))
+    assert [QmpAnswer(other, [])] == messages(
+        session, line({"return": 1, "id": late}) + line({"return": [], "id": other})
+    )
     with pytest.raises(QmpProtocolError, match="not sent"):
         messages(session, line({"return": 1, "id": late}))
 
@@ -224,7 +226,7 @@ def test_command_that_is_no_json_leaves_no_trace() -> None:
 )
 def test_when(timestamp: Any, seconds: float | None) -> None:
     """A time that makes no sense is none."""
-    assert [Event("RESUME", {"a": 1}, seconds)] == messages(
+    assert [QmpEvent("RESUME", {"a": 1}, seconds)] == messages(
         ready(), line({"event": "RESUME", "data": {"a": 1}, "timestamp": timestamp})
     )
 
@@ -234,7 +236,7 @@ def test_words_are_bounded() -> None:
     session = ready()
     number, _ = session.command("x")
     (refusal,) = messages(session, line({"error": {"class": "G" * 9000, "desc": "d" * 9000}, "id": number}))
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, QmpRefusal)
     assert len(refusal.kind) == len(refusal.text) == 500
 
 

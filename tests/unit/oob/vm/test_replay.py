@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.vm.replay import (
-    Check,
-    Config,
-    Memory,
-    Plan,
-    Shape,
-    Source,
+    ConfigWrite,
+    FunctionShape,
+    MemoryWrite,
+    ReadBack,
+    ReplayPlan,
+    SourceView,
     checks,
     plan_replay,
     table_at,
@@ -58,9 +58,9 @@ SIZES = {0: 0x4000, 2: 0x1000, 4: 0x20}
 PM, MSI, MSIX = 0x40, 0x48, 0x60
 
 
-def shape() -> Shape:
+def shape() -> FunctionShape:
     """What it looks like."""
-    return Shape(space().read(0, 256), SIZES, 0x1_0000)
+    return FunctionShape(space().read(0, 256), SIZES, 0x1_0000)
 
 
 def shadow(*writes: tuple[int, int, int]) -> dict[int, int]:
@@ -75,16 +75,16 @@ PLACED = ((0x10, BASE | 4, 4), (0x14, 0, 4), (0x18, 0xFE00_0000, 4), (0x20, 0xC0
 ENABLED = (*PLACED, (0x04, 0x0407, 2), (0x3C, 0x0B, 1), (MSIX + 2, 0x8001, 2))
 
 
-def plan(*writes: tuple[int, int, int], table: bytes = TABLE) -> Plan:
+def plan(*writes: tuple[int, int, int], table: bytes = TABLE) -> ReplayPlan:
     """The plan of what a guest wrote."""
-    return plan_replay(Source(shadow(*writes), table), shape())
+    return plan_replay(SourceView(shadow(*writes), table), shape())
 
 
-def text(steps: tuple[Config | Memory, ...]) -> list[str]:
+def text(steps: tuple[ConfigWrite | MemoryWrite, ...]) -> list[str]:
     """Steps as short words."""
     return [
         f"{step.offset:#x}={int.from_bytes(step.data, 'little'):#x}/{len(step.data)}"
-        if isinstance(step, Config)
+        if isinstance(step, ConfigWrite)
         else f"[{step.address:#x}]{len(step.data)}"
         for step in steps
     ]
@@ -143,14 +143,14 @@ def test_bar_that_is_being_sized(low: int) -> None:
 def test_wide_address() -> None:
     """The upper half counts."""
     found = plan((0x10, 0x4, 4), (0x14, 0x38, 4), (0x04, 6, 2))
-    assert found.steps[-1] == Memory(0x38_0000_2000, TABLE, found.steps[-1].mask)
+    assert found.steps[-1] == MemoryWrite(0x38_0000_2000, TABLE, found.steps[-1].mask)
     assert table_at(shadow((0x10, 0x4, 4), (0x14, 0x38, 4)), shape()) == (0x38_0000_2000, 32)
 
 
 def test_no_table_no_address() -> None:
     """Nothing is read of a function without a table, or one at no address."""
     assert table_at(shadow(), shape()) is None
-    assert table_at(shadow(*PLACED), Shape(bytes(256), SIZES)) is None
+    assert table_at(shadow(*PLACED), FunctionShape(bytes(256), SIZES)) is None
 
 
 def test_table_of_another_size() -> None:
@@ -163,7 +163,7 @@ def test_narrow_msi() -> None:
     """MSI with 32 bits and without masks has its data where the upper address would be."""
     config = ConfigSpace(PciIdentity(1, 2, 3), [], capabilities=[Msi(is_64=False)])
     noted = shadow((0x44, 0xFEE0_0000, 4), (0x48, 0x31, 2), (0x42, 1, 2))
-    found = plan_replay(Source(noted), Shape(config.read(0, 256), {}))
+    found = plan_replay(SourceView(noted), FunctionShape(config.read(0, 256), {}))
     assert text(found.steps) == ["0x4=0x4/2", "0x44=0xfee00000/4", "0x48=0x31/2", "0x42=0x1/2"]
 
 
@@ -173,14 +173,14 @@ def test_narrow_msi() -> None:
 )
 def test_odd_shapes(head: bytes) -> None:
     """A head without capabilities, a short one, and circles are planned all the same."""
-    plan_replay(Source(shadow(*ENABLED)), Shape(head, {0: 0x4000, 5: 0x1000}))
+    plan_replay(SourceView(shadow(*ENABLED)), FunctionShape(head, {0: 0x4000, 5: 0x1000}))
 
 
 def test_through_ecam() -> None:
     """Each function has 4 KiB of addresses."""
     place = Bdf(2, 3, 1)
     writes = through_ecam(plan(*ENABLED).steps, place, 0xB000_0000)
-    assert writes[0] == Memory(0xB021_9010, (BASE | 4).to_bytes(4, "little"), b"\0\xc0\xff\xff")
+    assert writes[0] == MemoryWrite(0xB021_9010, (BASE | 4).to_bytes(4, "little"), b"\0\xc0\xff\xff")
     assert {each.address >> 12 for each in writes} == {0xB0219, BASE + 0x2000 >> 12}
 
 
@@ -188,15 +188,15 @@ def test_through_ports() -> None:
     """Without ECAM the monitor writes the ports, the function its table, and the guest's port is put back."""
     found = through_ports(plan(*ENABLED).steps, Bdf(0, 5), 0x8000_2850)
     assert found[:2] == ["o /w 0xcf8 0x80002810", f"o /w 0xcfc {BASE | 4:#x}"]
-    assert [each for each in found if isinstance(each, Memory)] == [
-        step for step in plan(*ENABLED).steps if isinstance(step, Memory)
+    assert [each for each in found if isinstance(each, MemoryWrite)] == [
+        step for step in plan(*ENABLED).steps if isinstance(step, MemoryWrite)
     ]
     assert found[-3:] == ["o /w 0xcf8 0x80002860", "o /h 0xcfe 0x8001", "o /w 0xcf8 0x80002850"]
 
 
 def test_check() -> None:
     """What was read is compared in the bits that can be read."""
-    check = Check(0x1000, b"\x04\0\xbf\xfe\x01\0\0\0", b"\xf0\xff\xff\xff\x01\0\0\0", "BAR 0")
+    check = ReadBack(0x1000, b"\x04\0\xbf\xfe\x01\0\0\0", b"\xf0\xff\xff\xff\x01\0\0\0", "BAR 0")
     assert check.failure(b"\x0c\0\xbf\xfe\x03\xff\0\0") == ""
     assert check.failure(b"\x04\0\xbf\xfe\0\0\0\0") == "BAR 0+0x4 is 00000000 instead of 01000000"
     assert check.failure(b"\x04\0") == "BAR 0 gave 2 bytes of 8"
@@ -243,8 +243,8 @@ def test_the_same_view(writes: list[tuple[int, int, int]]) -> None:
     for offset, value, size in writes:
         source.space.write(offset, value.to_bytes(size, "little"))
         noted.note(offset, value.to_bytes(size, "little"))
-    seen = Shape(source.space.read(0, 256), SIZES, 0x1_0000)
-    found = plan_replay(Source(written_bytes(noted.writes()), TABLE), seen)
+    seen = FunctionShape(source.space.read(0, 256), SIZES, 0x1_0000)
+    found = plan_replay(SourceView(written_bytes(noted.writes()), TABLE), seen)
     destination.space.write(4, MASTER.to_bytes(2, "little"))
     steps = through_ecam(found.steps, Bdf(0, 0), 0)
     for each in steps:
@@ -261,7 +261,7 @@ def test_the_same_view(writes: list[tuple[int, int, int]]) -> None:
 def test_a_spoilt_replay_is_found(writes: list[tuple[int, int, int]], at: int, bit: int) -> None:
     """A bit of the table that is not as it should be is told."""
     found: Mapping[int, int] = shadow(*writes, *ENABLED)
-    steps = through_ecam(plan_replay(Source(found, TABLE), shape()).steps, Bdf(0, 0), 0)
+    steps = through_ecam(plan_replay(SourceView(found, TABLE), shape()).steps, Bdf(0, 0), 0)
     (check,) = [each for each in checks(steps) if each.address > 0x1000]
     spoilt = bytearray(TABLE)
     spoilt[at] ^= 1 << bit

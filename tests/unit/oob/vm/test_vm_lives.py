@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vfiouser_oob.vm import events as ev
 from vfiouser_oob.vm.machine import advance
-from vfiouser_oob.vm.record import Carrier, Deed, Function, Phase, Record
+from vfiouser_oob.vm.record import CarrierKind, Deed, VmFunction, VmPhase, VmRecord
 
 NAMES = ("f0", "f1")
 TROUBLE = ("pause", "go on", "cancel", "die", "fail", "half", "again", "unreplayed", "lose", "restart")
@@ -60,21 +60,21 @@ class Call(Enum):
 class Host:
     """A QEMU, the daemon beside it, and the functions."""
 
-    carrier: Carrier
+    carrier: CarrierKind
     serial: int = 0
-    record: Record = field(default_factory=Record)
+    record: VmRecord = field(default_factory=VmRecord)
     devices: dict[str, Device] = field(default_factory=dict)
     # QEMU
     alive: bool = False
     runstate: str = ""
     status: str = ""
     monitor: bool = False
-    queue: list[ev.Event] = field(default_factory=list)
+    queue: list[ev.VmEvent] = field(default_factory=list)
     call: Call | None = None
     answer: bool | None = None
     was_running: bool = True
     # Effects that are still to be carried out.
-    deeds: list[ev.Do] = field(default_factory=list)
+    deeds: list[ev.DoDeed] = field(default_factory=list)
     due: list[str] = field(default_factory=list)
     questions: int = 0
     replays: int = 0
@@ -86,16 +86,16 @@ class Host:
         """Whether the VM does."""
         return self.alive and self.runstate == "running"
 
-    def feed(self, event: ev.Event) -> None:
+    def feed(self, event: ev.VmEvent) -> None:
         """The daemon takes an event."""
         match event:
-            case ev.Resumed() | ev.Go() | ev.RunstateIs(runstate="running") | ev.QemuCame(runstate="running"):
+            case ev.Resumed() | ev.CarrierGoes() | ev.RunstateIs(runstate="running") | ev.QemuCame(runstate="running"):
                 self.granted = True
         self.record, effects = advance(self.record, event)
-        assert self.record == Record.from_json(self.record.to_json()) or any(f.waits for f in self.record.functions)
+        assert self.record == VmRecord.from_json(self.record.to_json()) or any(f.waits for f in self.record.functions)
         for effect in effects:
             match effect:
-                case ev.Do():
+                case ev.DoDeed():
                     assert effect.deed is not Deed.RESUME or self.granted, "resumed without QEMU's word"
                     assert effect.deed is not Deed.RESUME or not self.replays, "resumed before the replay was read"
                     self.deeds.append(effect)
@@ -118,7 +118,7 @@ class Host:
                     self._answered(Call.LOAD, True)
                 case ev.RefuseLoad():
                     self._answered(Call.LOAD, False)
-                case ev.Leave():
+                case ev.LeaveFunctions():
                     self.deeds.clear()
                     self.due.clear()
 
@@ -138,7 +138,7 @@ class Host:
         for device in self.devices.values():
             device.live = runstate == "running"
         if not self.record.functions:
-            self.record = Record(functions=tuple(map(Function, NAMES)), carrier=self.carrier)
+            self.record = VmRecord(functions=tuple(map(VmFunction, NAMES)), carrier=self.carrier)
         self.connect()
 
     def connect(self) -> None:
@@ -166,7 +166,7 @@ class Host:
         for device in self.devices.values():
             device.runs, device.live = False, False
 
-    def tell(self, event: ev.Event) -> None:
+    def tell(self, event: ev.VmEvent) -> None:
         """QEMU sends an event."""
         if self.monitor:
             self.queue.append(event)
@@ -191,7 +191,7 @@ class Host:
         """The carrier is asked; the daemon reads what the monitor has told before."""
         self.call, self.answer = call, None
         self.read_all()
-        self.feed(ev.SaveAsked() if call is Call.SAVE else ev.LoadAsked())
+        self.feed(ev.CarrierSaves() if call is Call.SAVE else ev.CarrierLoads())
 
     def read(self) -> None:
         """The daemon reads one event."""
@@ -210,7 +210,7 @@ class Host:
         deed = self.deeds.pop(index % len(self.deeds))
         if fate != 1 and self.alive:
             self.devices[deed.function].take(deed.deed)
-        done: ev.Event = ev.Did(deed.function, deed.deed)
+        done: ev.VmEvent = ev.Did(deed.function, deed.deed)
         self.feed(done if fate == 0 else ev.Failed(deed.function, deed.deed, "no"))
 
     def answer_question(self) -> None:
@@ -234,10 +234,10 @@ class Host:
         self.queue.clear()
         self.questions = self.replays = 0
         self.monitor = False
-        self.record = Record.from_json(self.record.to_json())
+        self.record = VmRecord.from_json(self.record.to_json())
         if self.call is not None and self.answer is None:
             self.answer = False
-        self.feed(ev.Started())
+        self.feed(ev.DaemonStarted())
 
     def quiet(self) -> None:
         """Everybody does what they owe."""
@@ -260,8 +260,8 @@ class Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.source = Host(Carrier.DBUS_VMSTATE)
-        self.destination = Host(Carrier.DBUS_VMSTATE)
+        self.source = Host(CarrierKind.DBUS_VMSTATE)
+        self.destination = Host(CarrierKind.DBUS_VMSTATE)
         self.paused_start = False
         self.source.start("running")
 
@@ -446,7 +446,7 @@ class Lives(RuleBasedStateMachine):
     def never_without_its_state(self) -> None:
         """A function that may run has its state."""
         for host in self.hosts:
-            if host.record.phase in {Phase.RUNNING, Phase.ARMED}:
+            if host.record.phase in {VmPhase.RUNNING, VmPhase.ARMED}:
                 assert all(device.live for device in host.devices.values()) or not host.alive
 
     def teardown(self) -> None:
@@ -462,13 +462,13 @@ class Lives(RuleBasedStateMachine):
             if not host.alive or host.call is not None:
                 continue
             whole = all(device.live and not device.barred for device in host.devices.values())
-            if host.runs and whole and host.record.phase is not Phase.BARRED:
+            if host.runs and whole and host.record.phase is not VmPhase.BARRED:
                 assert all(device.runs for device in host.devices.values()), host.record
-            if host.record.phase is Phase.BARRED:
+            if host.record.phase is VmPhase.BARRED:
                 assert not any(device.runs for device in host.devices.values())
             if host.runstate == "postmigrate":
                 assert not any(device.runs for device in host.devices.values())
 
 
-Lives.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+Lives.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestLives = Lives.TestCase

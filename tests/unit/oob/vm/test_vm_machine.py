@@ -9,10 +9,10 @@ import pytest
 
 from vfiouser_oob.vm import events as ev
 from vfiouser_oob.vm.machine import _HANDLERS, advance
-from vfiouser_oob.vm.record import Carrier, Deed, Function, Migration, Phase, Place, Record
+from vfiouser_oob.vm.record import CarrierKind, Deed, FunctionPlace, Migration, VmFunction, VmPhase, VmRecord
 from vfiouser_oob.vm.table import DONE, REFUSALS, ROUTES, ROWS, UNDONE, WANTED, Act, Cue
 
-V, F = Carrier.DBUS_VMSTATE, Carrier.VHOST_USER_FS
+V, F = CarrierKind.DBUS_VMSTATE, CarrierKind.VHOST_USER_FS
 RUNNING = ev.QemuCame("1", "running")
 INCOMING = ev.QemuCame("1", "inmigrate")
 SETUP, ACTIVE, DEVICE = (ev.MigrationIs(status) for status in ("setup", "active", "device"))
@@ -21,10 +21,10 @@ FAILING, FAILED, COMPLETED = (ev.MigrationIs(status) for status in ("failing", "
 STOP, RESUME, SAVE, LOAD, HOLD, GO = (
     ev.Stopped(),
     ev.Resumed(),
-    ev.SaveAsked(),
-    ev.LoadAsked(),
-    ev.HoldAsked(),
-    ev.Go(),
+    ev.CarrierSaves(),
+    ev.CarrierLoads(),
+    ev.CarrierHolds(),
+    ev.CarrierGoes(),
 )
 RUNS, STANDS = ev.RunstateIs("running"), ev.RunstateIs("paused")
 OK = ev.Replayed()
@@ -44,7 +44,7 @@ STOPPED, SAVED, LOADED, RESUMED, BARRED = (
     did(deed) for deed in (Deed.STOP, Deed.SAVE, Deed.LOAD, Deed.RESUME, Deed.BAR)
 )
 STOP_IT, SAVE_IT, LOAD_IT, RESUME_IT, BAR_IT = (
-    ev.Do("f0", deed) for deed in (Deed.STOP, Deed.SAVE, Deed.LOAD, Deed.RESUME, Deed.BAR)
+    ev.DoDeed("f0", deed) for deed in (Deed.STOP, Deed.SAVE, Deed.LOAD, Deed.RESUME, Deed.BAR)
 )
 #: How a phase is reached.
 TO_ARMED = (RUNNING, SETUP, ACTIVE)
@@ -55,380 +55,384 @@ TO_AWAY = (*TO_SAVED, DEVICE, COMPLETED)
 TO_LOADING = (INCOMING, SETUP, ACTIVE, LOAD)
 TO_LOADED = (*TO_LOADING, LOADED)
 TO_READY = (*TO_LOADED, OK)
-REACHED: dict[Phase, tuple[ev.Event, ...]] = {
-    Phase.ABSENT: (),
-    Phase.RUNNING: (RUNNING,),
-    Phase.ARMED: TO_ARMED,
-    Phase.HOLDING: (*TO_ARMED, HOLD),
-    Phase.STOPPED: TO_STOPPED,
-    Phase.SAVING: TO_SAVING,
-    Phase.SAVED: TO_SAVED,
-    Phase.AWAY: TO_AWAY,
-    Phase.INCOMING: (INCOMING,),
-    Phase.LOADING: TO_LOADING,
-    Phase.LOADED: TO_LOADED,
-    Phase.READY: TO_READY,
-    Phase.GOING: (*TO_LOADED, RESUME),
-    Phase.BARRED: (INCOMING, RESUME, BARRED),
+REACHED: dict[VmPhase, tuple[ev.VmEvent, ...]] = {
+    VmPhase.ABSENT: (),
+    VmPhase.RUNNING: (RUNNING,),
+    VmPhase.ARMED: TO_ARMED,
+    VmPhase.HOLDING: (*TO_ARMED, HOLD),
+    VmPhase.STOPPED: TO_STOPPED,
+    VmPhase.SAVING: TO_SAVING,
+    VmPhase.SAVED: TO_SAVED,
+    VmPhase.AWAY: TO_AWAY,
+    VmPhase.INCOMING: (INCOMING,),
+    VmPhase.LOADING: TO_LOADING,
+    VmPhase.LOADED: TO_LOADED,
+    VmPhase.READY: TO_READY,
+    VmPhase.GOING: (*TO_LOADED, RESUME),
+    VmPhase.BARRED: (INCOMING, RESUME, BARRED),
 }
 
 
-def tell(story: Sequence[ev.Event], carrier: Carrier = V, names: Sequence[str] = ("f0",)) -> Record:
+def tell(story: Sequence[ev.VmEvent], carrier: CarrierKind = V, names: Sequence[str] = ("f0",)) -> VmRecord:
     """The record after a story."""
-    record = Record(functions=tuple(map(Function, names)), carrier=carrier)
+    record = VmRecord(functions=tuple(map(VmFunction, names)), carrier=carrier)
     for event in story:
         record, _ = advance(record, event)
     return record
 
 
-def last(story: Sequence[ev.Event], carrier: Carrier = V) -> tuple[Record, list[ev.Effect]]:
+def last(story: Sequence[ev.VmEvent], carrier: CarrierKind = V) -> tuple[VmRecord, list[ev.VmEffect]]:
     """The record after a story, and what its last event led to."""
     record, effects = advance(tell(story[:-1], carrier), story[-1])
     return record, list(effects)
 
 
-@pytest.mark.parametrize("phase", Phase)
-def test_phases_are_reached(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", VmPhase)
+def test_phases_are_reached(phase: VmPhase) -> None:
     """Each phase is where its story leads; the record can be written down and read back there."""
     record = tell(REACHED[phase])
     assert record.phase is phase
-    assert record == Record.from_json(record.to_json())
+    assert record == VmRecord.from_json(record.to_json())
 
 
 # Story, phase, effects of the last event.
-Case = tuple[Sequence[ev.Event], Phase, list[ev.Effect]]
+Case = tuple[Sequence[ev.VmEvent], VmPhase, list[ev.VmEffect]]
 SOURCE: dict[str, Case] = {
-    "a VM": ((RUNNING,), Phase.RUNNING, []),
-    "paused by its user": ((RUNNING, STOP), Phase.RUNNING, []),
-    "goes on": ((RUNNING, STOP, RESUME), Phase.RUNNING, []),
-    "armed": ((RUNNING, SETUP), Phase.ARMED, [ev.Arm(), ev.Judge()]),
-    "armed once": (TO_ARMED, Phase.ARMED, []),
-    "seen late": ((RUNNING, ACTIVE), Phase.ARMED, [ev.Arm(), ev.Judge()]),
-    "judged well": ((*TO_ARMED, ev.Judged(())), Phase.ARMED, []),
-    "given up early": ((*TO_ARMED, CANCELLING, CANCELLED), Phase.RUNNING, [ev.Disarm()]),
-    "stopped": ((*TO_ARMED, STOP), Phase.STOPPED, [STOP_IT]),
-    "paused and resumed on the way": ((*TO_STOPPED, RESUME), Phase.ARMED, [RESUME_IT]),
-    "resumed before it stood": ((*TO_ARMED, STOP, RESUME, STOPPED), Phase.ARMED, [RESUME_IT]),
-    "saving": (TO_SAVING, Phase.SAVING, [SAVE_IT]),
-    "saving before it stood": ((*TO_ARMED, STOP, SAVE, STOPPED), Phase.SAVING, [SAVE_IT]),
-    "saving a VM that was paused": ((*TO_ARMED, SAVE), Phase.SAVING, [STOP_IT]),
-    "saved": (TO_SAVED, Phase.SAVED, [ev.AnswerSave()]),
-    "asked again": ((*TO_SAVED, SAVE), Phase.SAVED, [ev.AnswerSave()]),
-    "moved": (TO_AWAY, Phase.AWAY, []),
-    "moved by postcopy": ((*TO_SAVED, ev.MigrationIs("postcopy-active")), Phase.AWAY, []),
-    "resumed, perhaps": ((*TO_SAVED, CANCELLING, RESUME), Phase.SAVED, [ev.AskRunstate()]),
-    "resumed long ago": ((*TO_SAVED, RESUME, STANDS), Phase.SAVED, []),
-    "resumed indeed": ((*TO_SAVED, CANCELLING, RESUME, RUNS), Phase.ARMED, [RESUME_IT]),
+    "a VM": ((RUNNING,), VmPhase.RUNNING, []),
+    "paused by its user": ((RUNNING, STOP), VmPhase.RUNNING, []),
+    "goes on": ((RUNNING, STOP, RESUME), VmPhase.RUNNING, []),
+    "armed": ((RUNNING, SETUP), VmPhase.ARMED, [ev.Arm(), ev.Judge()]),
+    "armed once": (TO_ARMED, VmPhase.ARMED, []),
+    "seen late": ((RUNNING, ACTIVE), VmPhase.ARMED, [ev.Arm(), ev.Judge()]),
+    "judged well": ((*TO_ARMED, ev.Judged(())), VmPhase.ARMED, []),
+    "given up early": ((*TO_ARMED, CANCELLING, CANCELLED), VmPhase.RUNNING, [ev.Disarm()]),
+    "stopped": ((*TO_ARMED, STOP), VmPhase.STOPPED, [STOP_IT]),
+    "paused and resumed on the way": ((*TO_STOPPED, RESUME), VmPhase.ARMED, [RESUME_IT]),
+    "resumed before it stood": ((*TO_ARMED, STOP, RESUME, STOPPED), VmPhase.ARMED, [RESUME_IT]),
+    "saving": (TO_SAVING, VmPhase.SAVING, [SAVE_IT]),
+    "saving before it stood": ((*TO_ARMED, STOP, SAVE, STOPPED), VmPhase.SAVING, [SAVE_IT]),
+    "saving a VM that was paused": ((*TO_ARMED, SAVE), VmPhase.SAVING, [STOP_IT]),
+    "saved": (TO_SAVED, VmPhase.SAVED, [ev.AnswerSave()]),
+    "asked again": ((*TO_SAVED, SAVE), VmPhase.SAVED, [ev.AnswerSave()]),
+    "moved": (TO_AWAY, VmPhase.AWAY, []),
+    "moved by postcopy": ((*TO_SAVED, ev.MigrationIs("postcopy-active")), VmPhase.AWAY, []),
+    "resumed, perhaps": ((*TO_SAVED, CANCELLING, RESUME), VmPhase.SAVED, [ev.AskRunstate()]),
+    "resumed long ago": ((*TO_SAVED, RESUME, STANDS), VmPhase.SAVED, []),
+    "resumed indeed": ((*TO_SAVED, CANCELLING, RESUME, RUNS), VmPhase.ARMED, [RESUME_IT]),
     "cancelled": (
         (*TO_SAVED, CANCELLING, RESUME, RUNS, RESUMED, CANCELLED),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [ev.Disarm()],
     ),
-    "failed": ((*TO_SAVED, FAILING, RESUME, RUNS, FAILED), Phase.RUNNING, [ev.Disarm()]),
-    "failed, and told late": ((*TO_SAVED, FAILED, RUNS), Phase.RUNNING, [ev.Disarm(), RESUME_IT]),
-    "cancelled while paused": ((*TO_SAVED, CANCELLED, STANDS), Phase.SAVED, []),
-    "the same before it was saved": ((*TO_STOPPED, CANCELLED, STANDS), Phase.STOPPED, []),
-    "and resumed at last": ((*TO_STOPPED, CANCELLED, STANDS, RESUME), Phase.RUNNING, [ev.Disarm(), RESUME_IT]),
-    "and migrated again": ((*TO_STOPPED, CANCELLED, SETUP), Phase.STOPPED, [ev.Arm(), ev.Judge()]),
-    "saved, cancelled, migrated again": ((*TO_SAVED, CANCELLED, SETUP), Phase.STOPPED, [ev.Arm(), ev.Judge()]),
-    "and saved again": ((*TO_SAVED, CANCELLED, SETUP, SAVE), Phase.SAVED, [ev.AnswerSave()]),
+    "failed": ((*TO_SAVED, FAILING, RESUME, RUNS, FAILED), VmPhase.RUNNING, [ev.Disarm()]),
+    "failed, and told late": ((*TO_SAVED, FAILED, RUNS), VmPhase.RUNNING, [ev.Disarm(), RESUME_IT]),
+    "cancelled while paused": ((*TO_SAVED, CANCELLED, STANDS), VmPhase.SAVED, []),
+    "the same before it was saved": ((*TO_STOPPED, CANCELLED, STANDS), VmPhase.STOPPED, []),
+    "and resumed at last": ((*TO_STOPPED, CANCELLED, STANDS, RESUME), VmPhase.RUNNING, [ev.Disarm(), RESUME_IT]),
+    "and migrated again": ((*TO_STOPPED, CANCELLED, SETUP), VmPhase.STOPPED, [ev.Arm(), ev.Judge()]),
+    "saved, cancelled, migrated again": ((*TO_SAVED, CANCELLED, SETUP), VmPhase.STOPPED, [ev.Arm(), ev.Judge()]),
+    "and saved again": ((*TO_SAVED, CANCELLED, SETUP, SAVE), VmPhase.SAVED, [ev.AnswerSave()]),
     "taken back": (
         (*TO_AWAY, RESUME),
-        Phase.RUNNING,
-        [ev.Tell(False, "the VM is taken back after it had moved"), ev.Disarm(), RESUME_IT],
+        VmPhase.RUNNING,
+        [ev.TellPeople(False, "the VM is taken back after it had moved"), ev.Disarm(), RESUME_IT],
     ),
     "resumed while saving": (
         (*TO_SAVING, RESUME, RUNS),
-        Phase.ARMED,
+        VmPhase.ARMED,
         [ev.RefuseSave("the VM runs again")],
     ),
-    "and then saved": ((*TO_SAVING, RESUME, RUNS, SAVED), Phase.ARMED, [RESUME_IT]),
+    "and then saved": ((*TO_SAVING, RESUME, RUNS, SAVED), VmPhase.ARMED, [RESUME_IT]),
     "given up while saving": (
         (*TO_SAVING, CANCELLING, CANCELLED),
-        Phase.STOPPED,
+        VmPhase.STOPPED,
         [ev.RefuseSave("the migration was given up"), ev.AskRunstate()],
     ),
     "moved without its state": (
         (*TO_STOPPED, COMPLETED),
-        Phase.AWAY,
+        VmPhase.AWAY,
         [
-            ev.Tell(
+            ev.TellPeople(
                 True,
                 "the VM has moved without its functions' state, which QEMU did not ask for: is the carrier's object "
                 "missing?",
             )
         ],
     ),
-    "words of the migration to here": ((*TO_READY, RESUME, RESUMED, COMPLETED), Phase.RUNNING, []),
-    "a word that is not known": ((RUNNING, ev.MigrationIs("teleporting")), Phase.RUNNING, []),
+    "words of the migration to here": ((*TO_READY, RESUME, RESUMED, COMPLETED), VmPhase.RUNNING, []),
+    "a word that is not known": ((RUNNING, ev.MigrationIs("teleporting")), VmPhase.RUNNING, []),
     "judged ill": (
         (*TO_ARMED, ev.Judged(("no return-path", "too old"))),
-        Phase.ARMED,
-        [ev.Cancel("no return-path; too old"), ev.Tell(True, "no return-path; too old")],
+        VmPhase.ARMED,
+        [ev.Cancel("no return-path; too old"), ev.TellPeople(True, "no return-path; too old")],
     ),
     "judged ill, and asked all the same": (
         (*TO_ARMED, ev.Judged(("no return-path",)), STOP, SAVE),
-        Phase.STOPPED,
+        VmPhase.STOPPED,
         [ev.RefuseSave("no return-path")],
     ),
     "judged ill, and asked at once": (
         (*TO_ARMED, ev.Judged(("no return-path",)), SAVE),
-        Phase.ARMED,
+        VmPhase.ARMED,
         [ev.RefuseSave("no return-path")],
     ),
-    "judged late": ((*TO_SAVED, ev.Judged(("x",))), Phase.SAVED, [ev.Cancel("x"), ev.Tell(True, "x")]),
+    "judged late": ((*TO_SAVED, ev.Judged(("x",))), VmPhase.SAVED, [ev.Cancel("x"), ev.TellPeople(True, "x")]),
     "judged while saving": (
         (*TO_SAVING, ev.Judged(("x",))),
-        Phase.STOPPED,
-        [ev.RefuseSave("x"), ev.Cancel("x"), ev.Tell(True, "x")],
+        VmPhase.STOPPED,
+        [ev.RefuseSave("x"), ev.Cancel("x"), ev.TellPeople(True, "x")],
     ),
-    "judged ill the last time": ((*TO_ARMED, ev.Judged(("x",)), CANCELLED, SETUP, STOP, SAVE), Phase.SAVING, []),
+    "judged ill the last time": ((*TO_ARMED, ev.Judged(("x",)), CANCELLED, SETUP, STOP, SAVE), VmPhase.SAVING, []),
     "asked without a migration": (
         (RUNNING, SAVE),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [ev.RefuseSave("no migration from here is under way")],
     ),
-    "asked while QEMU could not tell": ((RUNNING, ev.MonitorLost(), SAVE), Phase.SAVING, [ev.Arm(), STOP_IT]),
+    "asked while QEMU could not tell": ((RUNNING, ev.MonitorLost(), SAVE), VmPhase.SAVING, [ev.Arm(), STOP_IT]),
     "asked of a QEMU that tells nothing": (
         (ev.QemuCame("1", "running", tells=False), SAVE),
-        Phase.SAVING,
+        VmPhase.SAVING,
         [ev.Arm(), STOP_IT],
     ),
     "and it comes back": (
         (RUNNING, ev.MonitorLost(), SAVE, STOPPED, SAVED, RUNNING),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [ev.Disarm(), RESUME_IT],
     ),
-    "asked without QEMU": ((SAVE,), Phase.ABSENT, [ev.RefuseSave("this VM has no state to be saved")]),
+    "asked without QEMU": ((SAVE,), VmPhase.ABSENT, [ev.RefuseSave("this VM has no state to be saved")]),
 }
 HOLDS: dict[str, Case] = {
-    "a device is reset": ((RUNNING, HOLD), Phase.RUNNING, [ev.AnswerHold()]),
-    "held": ((*TO_ARMED, HOLD), Phase.HOLDING, [STOP_IT]),
-    "stands": ((*TO_ARMED, HOLD, STOPPED), Phase.STOPPED, [ev.AnswerHold(), ev.AskRunstate()]),
-    "only a device was reset": ((*TO_ARMED, HOLD, STOPPED, RUNS), Phase.ARMED, [RESUME_IT]),
-    "held while it stands": ((*TO_STOPPED, HOLD), Phase.STOPPED, [ev.AnswerHold(), ev.AskRunstate()]),
-    "held blindly": ((RUNNING, ev.MonitorLost(), HOLD), Phase.HOLDING, [ev.Arm(), STOP_IT]),
+    "a device is reset": ((RUNNING, HOLD), VmPhase.RUNNING, [ev.AnswerHold()]),
+    "held": ((*TO_ARMED, HOLD), VmPhase.HOLDING, [STOP_IT]),
+    "stands": ((*TO_ARMED, HOLD, STOPPED), VmPhase.STOPPED, [ev.AnswerHold(), ev.AskRunstate()]),
+    "only a device was reset": ((*TO_ARMED, HOLD, STOPPED, RUNS), VmPhase.ARMED, [RESUME_IT]),
+    "held while it stands": ((*TO_STOPPED, HOLD), VmPhase.STOPPED, [ev.AnswerHold(), ev.AskRunstate()]),
+    "held blindly": ((RUNNING, ev.MonitorLost(), HOLD), VmPhase.HOLDING, [ev.Arm(), STOP_IT]),
     "does not stand": (
         (*TO_ARMED, HOLD, failed(Deed.STOP)),
-        Phase.STOPPED,
-        [ev.RefuseHold("f0: no"), ev.Cancel("f0: no"), ev.Tell(True, "f0: no"), ev.Later("f0")],
+        VmPhase.STOPPED,
+        [ev.RefuseHold("f0: no"), ev.Cancel("f0: no"), ev.TellPeople(True, "f0: no"), ev.Later("f0")],
     ),
-    "the carrier starts it": ((*TO_SAVED, GO), Phase.ARMED, [RESUME_IT]),
-    "held when saved": ((*TO_SAVED, HOLD), Phase.SAVED, [ev.AnswerHold()]),
-    "held without QEMU": ((HOLD,), Phase.ABSENT, [ev.AnswerHold()]),
+    "the carrier starts it": ((*TO_SAVED, GO), VmPhase.ARMED, [RESUME_IT]),
+    "held when saved": ((*TO_SAVED, HOLD), VmPhase.SAVED, [ev.AnswerHold()]),
+    "held without QEMU": ((HOLD,), VmPhase.ABSENT, [ev.AnswerHold()]),
 }
 UNLOADED = "the VM came without its functions' state, so they must not run: had its source no carrier, or no daemon?"
 DESTINATION: dict[str, Case] = {
-    "waits": ((INCOMING,), Phase.INCOMING, [ev.Prepare()]),
-    "its migration begins": ((INCOMING, SETUP, ACTIVE), Phase.INCOMING, []),
-    "loading": (TO_LOADING, Phase.LOADING, [LOAD_IT]),
-    "resumed without a load": ((INCOMING, RESUME), Phase.BARRED, [ev.Tell(True, UNLOADED), BAR_IT]),
-    "completed without a load": ((INCOMING, ACTIVE, COMPLETED), Phase.BARRED, [ev.Tell(True, UNLOADED), BAR_IT]),
+    "waits": ((INCOMING,), VmPhase.INCOMING, [ev.Prepare()]),
+    "its migration begins": ((INCOMING, SETUP, ACTIVE), VmPhase.INCOMING, []),
+    "loading": (TO_LOADING, VmPhase.LOADING, [LOAD_IT]),
+    "resumed without a load": ((INCOMING, RESUME), VmPhase.BARRED, [ev.TellPeople(True, UNLOADED), BAR_IT]),
+    "completed without a load": (
+        (INCOMING, ACTIVE, COMPLETED),
+        VmPhase.BARRED,
+        [ev.TellPeople(True, UNLOADED), BAR_IT],
+    ),
     "seen running without a load": (
         (INCOMING, ev.MonitorLost(), RUNNING),
-        Phase.BARRED,
-        [ev.Tell(True, UNLOADED), BAR_IT],
+        VmPhase.BARRED,
+        [ev.TellPeople(True, UNLOADED), BAR_IT],
     ),
     "failed without a load": (
         (INCOMING, ACTIVE, FAILED),
-        Phase.BARRED,
-        [ev.Tell(False, "the migration to here has failed"), BAR_IT],
+        VmPhase.BARRED,
+        [ev.TellPeople(False, "the migration to here has failed"), BAR_IT],
     ),
-    "barred for good": ((INCOMING, RESUME, BARRED, STOP, RESUME), Phase.BARRED, []),
+    "barred for good": ((INCOMING, RESUME, BARRED, STOP, RESUME), VmPhase.BARRED, []),
     "barred, and asked to load": (
         (INCOMING, RESUME, BARRED, LOAD),
-        Phase.BARRED,
+        VmPhase.BARRED,
         [ev.RefuseLoad("no migration to here is under way")],
     ),
     "barred, and to be migrated": (
         (INCOMING, RESUME, BARRED, SETUP),
-        Phase.BARRED,
+        VmPhase.BARRED,
         [
             ev.Cancel("its functions do not have the guest's state"),
-            ev.Tell(True, "its functions do not have the guest's state"),
+            ev.TellPeople(True, "its functions do not have the guest's state"),
         ],
     ),
     "cannot be barred": (
         (INCOMING, RESUME, failed(Deed.BAR)),
-        Phase.BARRED,
-        [ev.Tell(True, "f0: no"), ev.Later("f0")],
+        VmPhase.BARRED,
+        [ev.TellPeople(True, "f0: no"), ev.Later("f0")],
     ),
-    "and is barred later": ((INCOMING, RESUME, failed(Deed.BAR), ev.Due("f0")), Phase.BARRED, [BAR_IT]),
+    "and is barred later": ((INCOMING, RESUME, failed(Deed.BAR), ev.Due("f0")), VmPhase.BARRED, [BAR_IT]),
     "load refused": (
         (*TO_LOADING, failed(Deed.LOAD)),
-        Phase.BARRED,
-        [ev.RefuseLoad("f0: no"), ev.Tell(True, "f0: no"), BAR_IT],
+        VmPhase.BARRED,
+        [ev.RefuseLoad("f0: no"), ev.TellPeople(True, "f0: no"), BAR_IT],
     ),
     "resumed while loading": (
         (*TO_LOADING, RESUME),
-        Phase.BARRED,
+        VmPhase.BARRED,
         [
             ev.RefuseLoad("the VM resumed before its functions' state was loaded, so they must not run"),
-            ev.Tell(True, "the VM resumed before its functions' state was loaded, so they must not run"),
+            ev.TellPeople(True, "the VM resumed before its functions' state was loaded, so they must not run"),
         ],
     ),
-    "and then loaded": ((*TO_LOADING, RESUME, LOADED), Phase.BARRED, [BAR_IT]),
+    "and then loaded": ((*TO_LOADING, RESUME, LOADED), VmPhase.BARRED, [BAR_IT]),
     "carrier lost while loading": (
         (*TO_LOADING, ev.CarrierReset(), LOADED),
-        Phase.BARRED,
+        VmPhase.BARRED,
         [BAR_IT],
     ),
     "given up while loading": (
         (*TO_LOADING, FAILED),
-        Phase.BARRED,
+        VmPhase.BARRED,
         [
             ev.RefuseLoad("the migration to here has failed"),
-            ev.Tell(False, "the migration to here has failed"),
+            ev.TellPeople(False, "the migration to here has failed"),
         ],
     ),
-    "ready": (TO_READY, Phase.READY, []),
-    "complete": ((*TO_READY, COMPLETED), Phase.READY, []),
-    "runs": ((*TO_READY, COMPLETED, RESUME), Phase.RUNNING, [RESUME_IT]),
-    "runs by the carrier's word": ((*TO_READY, GO), Phase.RUNNING, [RESUME_IT]),
-    "resumed before the replay was read": ((*TO_LOADED, RESUME), Phase.GOING, []),
-    "and it is right": ((*TO_LOADED, RESUME, OK), Phase.RUNNING, [RESUME_IT]),
+    "ready": (TO_READY, VmPhase.READY, []),
+    "complete": ((*TO_READY, COMPLETED), VmPhase.READY, []),
+    "runs": ((*TO_READY, COMPLETED, RESUME), VmPhase.RUNNING, [RESUME_IT]),
+    "runs by the carrier's word": ((*TO_READY, GO), VmPhase.RUNNING, [RESUME_IT]),
+    "resumed before the replay was read": ((*TO_LOADED, RESUME), VmPhase.GOING, []),
+    "and it is right": ((*TO_LOADED, RESUME, OK), VmPhase.RUNNING, [RESUME_IT]),
     "and it is wrong": (
         (*TO_LOADED, RESUME, ev.Replayed("BAR 0")),
-        Phase.BARRED,
-        [ev.Tell(True, "BAR 0"), BAR_IT],
+        VmPhase.BARRED,
+        [ev.TellPeople(True, "BAR 0"), BAR_IT],
     ),
-    "and it is paused again": ((*TO_LOADED, RESUME, STOP, OK), Phase.READY, []),
+    "and it is paused again": ((*TO_LOADED, RESUME, STOP, OK), VmPhase.READY, []),
     "failed after the load": (
         (*TO_READY, FAILED),
-        Phase.BARRED,
-        [ev.Tell(False, "the migration to here has failed"), BAR_IT],
+        VmPhase.BARRED,
+        [ev.TellPeople(False, "the migration to here has failed"), BAR_IT],
     ),
-    "goes on to another host": ((*TO_READY, COMPLETED, SETUP), Phase.STOPPED, [ev.Arm(), ev.Judge()]),
-    "and is saved": ((*TO_READY, COMPLETED, SETUP, SAVE), Phase.SAVING, [SAVE_IT]),
+    "goes on to another host": ((*TO_READY, COMPLETED, SETUP), VmPhase.STOPPED, [ev.Arm(), ev.Judge()]),
+    "and is saved": ((*TO_READY, COMPLETED, SETUP, SAVE), VmPhase.SAVING, [SAVE_IT]),
     "and comes back without ever having run": (
         (*TO_READY, COMPLETED, SETUP, SAVE, SAVED, CANCELLED, STANDS),
-        Phase.SAVED,
+        VmPhase.SAVED,
         [],
     ),
-    "asked to load without QEMU": ((LOAD,), Phase.ABSENT, [ev.RefuseLoad("no migration to here is under way")]),
+    "asked to load without QEMU": ((LOAD,), VmPhase.ABSENT, [ev.RefuseLoad("no migration to here is under way")]),
     "asked to load a VM that runs": (
         (RUNNING, LOAD),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [ev.RefuseLoad("no migration to here is under way")],
     ),
     "asked to save a VM that comes": (
         (INCOMING, SAVE),
-        Phase.INCOMING,
+        VmPhase.INCOMING,
         [ev.RefuseSave("no migration from here is under way")],
     ),
 }
 TROUBLE: dict[str, Case] = {
     "cannot stop": (
         (*TO_ARMED, STOP, failed(Deed.STOP)),
-        Phase.STOPPED,
-        [ev.Cancel("f0: no"), ev.Tell(True, "f0: no"), ev.Later("f0")],
+        VmPhase.STOPPED,
+        [ev.Cancel("f0: no"), ev.TellPeople(True, "f0: no"), ev.Later("f0")],
     ),
-    "and is stopped later": ((*TO_ARMED, STOP, failed(Deed.STOP), ev.Due("f0")), Phase.STOPPED, [STOP_IT]),
-    "and is told to run": ((*TO_ARMED, STOP, failed(Deed.STOP), RESUME), Phase.ARMED, [RESUME_IT]),
+    "and is stopped later": ((*TO_ARMED, STOP, failed(Deed.STOP), ev.Due("f0")), VmPhase.STOPPED, [STOP_IT]),
+    "and is told to run": ((*TO_ARMED, STOP, failed(Deed.STOP), RESUME), VmPhase.ARMED, [RESUME_IT]),
     "and is to be saved": (
         (*TO_ARMED, STOP, failed(Deed.STOP), SAVE),
-        Phase.STOPPED,
+        VmPhase.STOPPED,
         [ev.RefuseSave("f0: no")],
     ),
     "cannot be saved": (
         (*TO_SAVING, failed(Deed.SAVE)),
-        Phase.STOPPED,
-        [ev.RefuseSave("f0: no"), ev.Tell(True, "f0: no")],
+        VmPhase.STOPPED,
+        [ev.RefuseSave("f0: no"), ev.TellPeople(True, "f0: no")],
     ),
     "and comes back": (
         (*TO_SAVING, failed(Deed.SAVE), FAILING, RESUME, FAILED),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [ev.Disarm()],
     ),
     "cannot resume": (
         (*TO_STOPPED, RESUME, failed(Deed.RESUME)),
-        Phase.ARMED,
-        [ev.Tell(True, "f0: no"), ev.Later("f0")],
+        VmPhase.ARMED,
+        [ev.TellPeople(True, "f0: no"), ev.Later("f0")],
     ),
-    "and is resumed later": ((*TO_STOPPED, RESUME, failed(Deed.RESUME), ev.Due("f0")), Phase.ARMED, [RESUME_IT]),
-    "a word about what nobody asked": ((RUNNING, did(Deed.STOP)), Phase.RUNNING, []),
-    "a failure of what nobody asked": ((RUNNING, failed(Deed.STOP)), Phase.RUNNING, []),
-    "a word about a stranger": ((RUNNING, did(Deed.STOP, "f9"), ev.Due("f9")), Phase.RUNNING, []),
-    "a carrier lost while nothing is under way": ((RUNNING, ev.CarrierReset()), Phase.RUNNING, [ev.RepairCarrier()]),
-    "lost in a migration": ((*TO_ARMED, ev.CarrierReset()), Phase.ARMED, []),
+    "and is resumed later": ((*TO_STOPPED, RESUME, failed(Deed.RESUME), ev.Due("f0")), VmPhase.ARMED, [RESUME_IT]),
+    "a word about what nobody asked": ((RUNNING, did(Deed.STOP)), VmPhase.RUNNING, []),
+    "a failure of what nobody asked": ((RUNNING, failed(Deed.STOP)), VmPhase.RUNNING, []),
+    "a word about a stranger": ((RUNNING, did(Deed.STOP, "f9"), ev.Due("f9")), VmPhase.RUNNING, []),
+    "a carrier lost while nothing is under way": ((RUNNING, ev.CarrierReset()), VmPhase.RUNNING, [ev.RepairCarrier()]),
+    "lost in a migration": ((*TO_ARMED, ev.CarrierReset()), VmPhase.ARMED, []),
     "made anew afterwards": (
         (*TO_ARMED, ev.CarrierReset(), FAILED),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [ev.Disarm(), ev.RepairCarrier()],
     ),
-    "lost while saving": ((*TO_SAVING, ev.CarrierReset()), Phase.STOPPED, [ev.AskRunstate()]),
-    "lost without QEMU": ((ev.CarrierReset(),), Phase.ABSENT, []),
-    "QEMU ends": ((RUNNING, ev.QemuGone()), Phase.ABSENT, [ev.Leave()]),
+    "lost while saving": ((*TO_SAVING, ev.CarrierReset()), VmPhase.STOPPED, [ev.AskRunstate()]),
+    "lost without QEMU": ((ev.CarrierReset(),), VmPhase.ABSENT, []),
+    "QEMU ends": ((RUNNING, ev.QemuGone()), VmPhase.ABSENT, [ev.LeaveFunctions()]),
     "QEMU ends when the state has left": (
         (*TO_SAVED, ev.QemuGone()),
-        Phase.ABSENT,
+        VmPhase.ABSENT,
         [
-            ev.Tell(
+            ev.TellPeople(
                 False,
                 "QEMU ended after the state was handed over: the functions may run elsewhere, and stay stopped",
             ),
-            ev.Leave(),
+            ev.LeaveFunctions(),
         ],
     ),
-    "QEMU has ended twice": ((RUNNING, ev.QemuGone(), ev.QemuGone()), Phase.ABSENT, []),
+    "QEMU has ended twice": ((RUNNING, ev.QemuGone(), ev.QemuGone()), VmPhase.ABSENT, []),
     "another QEMU": (
         (*TO_STOPPED, ev.QemuCame("2", "running")),
-        Phase.RUNNING,
-        [ev.Leave()],
+        VmPhase.RUNNING,
+        [ev.LeaveFunctions()],
     ),
-    "a monitor that comes back to the same": ((RUNNING, ev.MonitorLost(), RUNNING), Phase.RUNNING, []),
+    "a monitor that comes back to the same": ((RUNNING, ev.MonitorLost(), RUNNING), VmPhase.RUNNING, []),
     "in a migration": (
         (*TO_ARMED, ev.MonitorLost(), ev.QemuCame("1", "running", "active")),
-        Phase.ARMED,
+        VmPhase.ARMED,
         [ev.Judge()],
     ),
     "that began meanwhile": (
         (RUNNING, ev.MonitorLost(), ev.QemuCame("1", "running", "active")),
-        Phase.ARMED,
+        VmPhase.ARMED,
         [ev.Arm(), ev.Judge()],
     ),
     "that stopped meanwhile": (
         (*TO_ARMED, ev.MonitorLost(), ev.QemuCame("1", "finish-migrate", "device")),
-        Phase.STOPPED,
+        VmPhase.STOPPED,
         [ev.Judge(), STOP_IT],
     ),
     "that was completed meanwhile": (
         (*TO_SAVED, ev.MonitorLost(), ev.QemuCame("1", "postmigrate", "completed")),
-        Phase.AWAY,
+        VmPhase.AWAY,
         [],
     ),
     "that failed meanwhile": (
         (*TO_SAVED, ev.MonitorLost(), ev.QemuCame("1", "running", "failed")),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [ev.AskRunstate(), ev.Disarm(), RESUME_IT],
     ),
     "that was completed here meanwhile": (
         (*TO_READY, ev.MonitorLost(), ev.QemuCame("1", "running", "completed")),
-        Phase.RUNNING,
+        VmPhase.RUNNING,
         [RESUME_IT],
     ),
-    "that waits here still": ((*TO_READY, ev.MonitorLost(), INCOMING), Phase.READY, []),
+    "that waits here still": ((*TO_READY, ev.MonitorLost(), INCOMING), VmPhase.READY, []),
     "found in the switchover": (
         (ev.QemuCame("1", "finish-migrate", "device"),),
-        Phase.STOPPED,
+        VmPhase.STOPPED,
         [ev.Arm(), ev.Judge(), STOP_IT],
     ),
-    "found moved": ((ev.QemuCame("1", "postmigrate", "completed"),), Phase.AWAY, [STOP_IT]),
-    "found with an old failure": ((ev.QemuCame("1", "running", "failed"),), Phase.RUNNING, []),
-    "found paused": ((ev.QemuCame("1", "paused", ""),), Phase.RUNNING, []),
-    "started anew": ((*TO_STOPPED, ev.Started()), Phase.STOPPED, []),
-    "started anew with nothing": ((ev.Started(),), Phase.ABSENT, []),
-    "started anew while stopping": ((*TO_ARMED, STOP, ev.Started()), Phase.STOPPED, [STOP_IT]),
-    "started anew while saving": ((*TO_SAVING, ev.Started()), Phase.STOPPED, [STOP_IT]),
+    "found moved": ((ev.QemuCame("1", "postmigrate", "completed"),), VmPhase.AWAY, [STOP_IT]),
+    "found with an old failure": ((ev.QemuCame("1", "running", "failed"),), VmPhase.RUNNING, []),
+    "found paused": ((ev.QemuCame("1", "paused", ""),), VmPhase.RUNNING, []),
+    "started anew": ((*TO_STOPPED, ev.DaemonStarted()), VmPhase.STOPPED, []),
+    "started anew with nothing": ((ev.DaemonStarted(),), VmPhase.ABSENT, []),
+    "started anew while stopping": ((*TO_ARMED, STOP, ev.DaemonStarted()), VmPhase.STOPPED, [STOP_IT]),
+    "started anew while saving": ((*TO_SAVING, ev.DaemonStarted()), VmPhase.STOPPED, [STOP_IT]),
     "started anew while loading": (
-        (*TO_LOADING, ev.Started()),
-        Phase.BARRED,
-        [ev.Tell(True, "the daemon was started anew while the state was loaded"), BAR_IT],
+        (*TO_LOADING, ev.DaemonStarted()),
+        VmPhase.BARRED,
+        [ev.TellPeople(True, "the daemon was started anew while the state was loaded"), BAR_IT],
     ),
-    "started anew before the replay was read": ((*TO_LOADED, ev.Started()), Phase.LOADED, [ev.Replay()]),
+    "started anew before the replay was read": ((*TO_LOADED, ev.DaemonStarted()), VmPhase.LOADED, [ev.Replay()]),
     "started anew, and QEMU makes its end anew": (
-        (RUNNING, ev.Started(), RUNNING),
-        Phase.RUNNING,
+        (RUNNING, ev.DaemonStarted(), RUNNING),
+        VmPhase.RUNNING,
         [ev.RepairCarrier()],
     ),
 }
@@ -452,12 +456,14 @@ def test_story(name: str) -> None:
         (TO_READY, [], [ev.AnswerLoad()]),
         (
             (*TO_LOADED, ev.Replayed("BAR 0")),
-            [ev.Tell(True, "BAR 0"), BAR_IT],
-            [ev.RefuseLoad("BAR 0"), ev.Tell(True, "BAR 0"), BAR_IT],
+            [ev.TellPeople(True, "BAR 0"), BAR_IT],
+            [ev.RefuseLoad("BAR 0"), ev.TellPeople(True, "BAR 0"), BAR_IT],
         ),
     ],
 )
-def test_when_a_load_is_answered(story: Sequence[ev.Event], early: list[ev.Effect], late: list[ev.Effect]) -> None:
+def test_when_a_load_is_answered(
+    story: Sequence[ev.VmEvent], early: list[ev.VmEffect], late: list[ev.VmEffect]
+) -> None:
     """The one carrier is answered once the replay is on its way, the other once it was read back."""
     assert early == last(story, V)[1]
     assert late == last(story, F)[1]
@@ -467,19 +473,19 @@ def test_all_functions_together() -> None:
     """The state is given when the last one is saved; one that fails spoils it for all, and all come back."""
     names = ("f0", "f1")
     record = tell((*TO_ARMED, STOP, STOPPED, did(Deed.STOP, "f1"), SAVE, SAVED), names=names)
-    assert record.phase is Phase.SAVING
+    assert record.phase is VmPhase.SAVING
     done, effects = advance(record, did(Deed.SAVE, "f1"))
-    assert (done.phase, effects) == (Phase.SAVED, (ev.AnswerSave(),))
+    assert (done.phase, effects) == (VmPhase.SAVED, (ev.AnswerSave(),))
     spoilt, _ = advance(record, failed(Deed.SAVE, "f1"))
     back, effects = advance(spoilt, RESUME)
-    assert back.phase is Phase.ARMED
-    assert effects == (ev.Do("f0", Deed.RESUME), ev.Do("f1", Deed.RESUME))
+    assert back.phase is VmPhase.ARMED
+    assert effects == (ev.DoDeed("f0", Deed.RESUME), ev.DoDeed("f1", Deed.RESUME))
 
 
 def test_a_vm_without_functions() -> None:
     """Nobody has to be waited for."""
     record, effects = advance(tell((*TO_ARMED, STOP), names=()), SAVE)
-    assert (record.phase, effects) == (Phase.SAVED, (ev.AnswerSave(),))
+    assert (record.phase, effects) == (VmPhase.SAVED, (ev.AnswerSave(),))
 
 
 def test_what_failed_waits() -> None:
@@ -502,47 +508,47 @@ def test_the_last_error_is_kept() -> None:
 
 def test_every_event_has_a_handler() -> None:
     """No event is unknown to the machine."""
-    events = {each for each in vars(ev).values() if isinstance(each, type) and issubclass(each, ev.Event)}
-    assert events - {ev.Event} == set(_HANDLERS)
+    events = {each for each in vars(ev).values() if isinstance(each, type) and issubclass(each, ev.VmEvent)}
+    assert events - {ev.VmEvent} == set(_HANDLERS)
 
 
 def test_every_phase_has_its_rows() -> None:
     """No phase is without rows and wants."""
-    assert set(ROWS) == set(WANTED) == set(Phase)
+    assert set(ROWS) == set(WANTED) == set(VmPhase)
     assert set(ROUTES) == set(WANTED.values()) - {None}
 
 
 @pytest.mark.parametrize("wanted", ROUTES)
-@pytest.mark.parametrize("place", Place)
-def test_routes_arrive(wanted: Place, place: Place) -> None:
+@pytest.mark.parametrize("place", FunctionPlace)
+def test_routes_arrive(wanted: FunctionPlace, place: FunctionPlace) -> None:
     """From every place the routes end, if every step is taken; only what is barred is never brought to run again."""
     seen = []
     while (deed := ROUTES[wanted][place]) is not None:
         assert place not in seen
         seen.append(place)
         place = DONE[deed]
-    if wanted is Place.RUNS:
-        assert place in {Place.RUNS, Place.FRESH, Place.BARRED}
-    elif wanted is Place.STANDS:
-        assert place not in {Place.RUNS, Place.FRESH, Place.UNSURE}
-    elif wanted is Place.SAVED:
-        assert place in {Place.SAVED, Place.BARRED}
+    if wanted is FunctionPlace.RUNS:
+        assert place in {FunctionPlace.RUNS, FunctionPlace.FRESH, FunctionPlace.BARRED}
+    elif wanted is FunctionPlace.STANDS:
+        assert place not in {FunctionPlace.RUNS, FunctionPlace.FRESH, FunctionPlace.UNSURE}
+    elif wanted is FunctionPlace.SAVED:
+        assert place in {FunctionPlace.SAVED, FunctionPlace.BARRED}
     else:
         assert place is wanted
     assert set(UNDONE) == set(Deed)
 
 
-@pytest.mark.parametrize("phase", Phase)
-@pytest.mark.parametrize("carrier", Carrier)
+@pytest.mark.parametrize("phase", VmPhase)
+@pytest.mark.parametrize("carrier", CarrierKind)
 @pytest.mark.parametrize("cue", [HOLD, SAVE, LOAD], ids=["hold", "save", "load"])
-def test_a_carrier_is_answered(phase: Phase, carrier: Carrier, cue: ev.Event) -> None:
+def test_a_carrier_is_answered(phase: VmPhase, carrier: CarrierKind, cue: ev.VmEvent) -> None:
     """Whatever a carrier asks in whatever phase, it is answered, once the functions have done what they are told."""
     record = tell(REACHED[phase], carrier)
     record, effects = advance(record, cue)
     found = list(effects)
     for _ in range(5):
         doing = [ev.Did(each.name, each.doing) for each in record.functions if each.doing is not None]
-        for event in (*doing, *([OK] if ev.Replay() in found and record.phase is Phase.LOADED else ())):
+        for event in (*doing, *([OK] if ev.Replay() in found and record.phase is VmPhase.LOADED else ())):
             record, effects = advance(record, event)
             found += effects
     answers = (ev.AnswerHold, ev.RefuseHold, ev.AnswerSave, ev.RefuseSave, ev.AnswerLoad, ev.RefuseLoad)
@@ -551,7 +557,10 @@ def test_a_carrier_is_answered(phase: Phase, carrier: Carrier, cue: ev.Event) ->
 
 #: Rows that lead to where functions run.
 INTO_RUNNING = {
-    (phase, cue) for phase, rows in ROWS.items() for cue, row in rows.items() if row.to in {Phase.RUNNING, Phase.ARMED}
+    (phase, cue)
+    for phase, rows in ROWS.items()
+    for cue, row in rows.items()
+    if row.to in {VmPhase.RUNNING, VmPhase.ARMED}
 }
 
 
@@ -559,16 +568,16 @@ def test_ways_into_running() -> None:
     """Functions are brought to run by QEMU's word alone, and never out of a phase without their state."""
     words = {Cue.RESUME, Cue.RUNS, Cue.GO}
     for phase, cue in INTO_RUNNING:
-        assert phase not in {Phase.INCOMING, Phase.LOADING, Phase.BARRED}
-        if WANTED[phase] is not Place.RUNS:
-            assert cue in words or (phase, cue) == (Phase.GOING, Cue.REPLAYED)
+        assert phase not in {VmPhase.INCOMING, VmPhase.LOADING, VmPhase.BARRED}
+        if WANTED[phase] is not FunctionPlace.RUNS:
+            assert cue in words or (phase, cue) == (VmPhase.GOING, Cue.REPLAYED)
     # Once the state may have left, the monitor's RESUME alone is not believed.
-    assert {(Phase.SAVING, Cue.RESUME), (Phase.SAVED, Cue.RESUME)}.isdisjoint(INTO_RUNNING)
+    assert {(VmPhase.SAVING, Cue.RESUME), (VmPhase.SAVED, Cue.RESUME)}.isdisjoint(INTO_RUNNING)
 
 
 def test_no_way_out_of_barred() -> None:
     """Only the end of QEMU leads out."""
-    assert [] == [row for row in ROWS[Phase.BARRED].values() if row.to not in {None, Phase.BARRED}]
+    assert [] == [row for row in ROWS[VmPhase.BARRED].values() if row.to not in {None, VmPhase.BARRED}]
 
 
 @pytest.mark.parametrize("act", Act)
@@ -589,24 +598,24 @@ def test_every_act_is_used(act: Act) -> None:
         '{"version": 2}',
         '{"version": 1}',
         '{"version": 1, "functions": 3}',
-        Record().to_json().replace("absent", "here"),
-        Record().to_json().replace('"qemu": ""', '"qemu": 3'),
-        Record(functions=(Function("f"),)).to_json().replace("fresh", "stale"),
-        Record(functions=(Function("f"),)).to_json().replace('"f"', "7"),
+        VmRecord().to_json().replace("absent", "here"),
+        VmRecord().to_json().replace('"qemu": ""', '"qemu": 3'),
+        VmRecord(functions=(VmFunction("f"),)).to_json().replace("fresh", "stale"),
+        VmRecord(functions=(VmFunction("f"),)).to_json().replace('"f"', "7"),
     ],
 )
 def test_damaged_records(text: str) -> None:
     """A record that makes no sense is refused."""
     with pytest.raises(ValueError, match="record of a VM"):
-        Record.from_json(text)
+        VmRecord.from_json(text)
 
 
 def test_record_is_written_whole() -> None:
     """Every field comes back, but for what a pause was about."""
-    record = Record(
-        functions=(Function("f0", Place.UNSURE, Deed.STOP), Function("f1", Place.SAVED)),
+    record = VmRecord(
+        functions=(VmFunction("f0", FunctionPlace.UNSURE, Deed.STOP), VmFunction("f1", FunctionPlace.SAVED)),
         carrier=F,
-        phase=Phase.SAVING,
+        phase=VmPhase.SAVING,
         migration=Migration.ENDING,
         qemu="12:34",
         connected=True,
@@ -615,7 +624,7 @@ def test_record_is_written_whole() -> None:
         carrier_lost=True,
         last_error="yes",
     )
-    assert record == Record.from_json(record.to_json())
-    defaults = Record()
-    for field in dataclasses.fields(Record):
+    assert record == VmRecord.from_json(record.to_json())
+    defaults = VmRecord()
+    for field in dataclasses.fields(VmRecord):
         assert getattr(record, field.name) != getattr(defaults, field.name), field.name
