@@ -20,6 +20,7 @@ import journalkit
 from vfiouser_oob.keeper.handover import environment, start
 
 SUPPORT = Path(journalkit.__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow  # each starts several processes, one after the other
 KEEP = (sys.executable, "-m", "vfiouser_oob", "keep")
 PYTHON = (sys.executable, "-m", "journalkit.kept")
 

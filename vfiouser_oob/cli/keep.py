@@ -12,7 +12,7 @@ from vfiouser_oob.cli.errors import CommandFailed
 from vfiouser_oob.cli.options import add_logging_arguments, count, option
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import LogFormat, LogLevel
-from vfiouser_oob.config.values import read_socket_path
+from vfiouser_oob.config.values import SOCKET_PATH
 
 _MAX_DESCRIPTORS = 1 << 16
 _MAX_STOP_S = 3600
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _socket(text: str) -> Path:
-    return read_socket_path(text.removeprefix("unix:"))
+    return SOCKET_PATH.read(text.removeprefix("unix:"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,19 +61,19 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from vfiouser_oob.keeper.keeper import Keeper
-    from vfiouser_oob.keeper.store import Limits
+    from vfiouser_oob.keeper.store import KeeperLimits
     from vfiouser_oob.observability import log
     from vfiouser_oob.systemd.listen import announced
     from vfiouser_oob.transport.fds import OwnedFd
 
-    log.configure(LogLevel(args.log_level or "info"), LogFormat(args.log_format or "human"))
+    log.configure(args.log_level or LogLevel.INFO, args.log_format or LogFormat.HUMAN)
     with ExitStack() as resources:
         address = args.socket
         if address is None:
             address = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="vfiouser-keep-"))) / "notify"
         inherited = [(name, OwnedFd(number)) for number, name in announced(os.environ)]
         try:
-            keeper = Keeper(command, address, Limits(args.max_descriptors), args.stop_timeout, inherited)
+            keeper = Keeper(command, address, KeeperLimits(args.max_descriptors), args.stop_timeout, inherited)
             resources.callback(keeper.close)
             return trio.run(keeper.run)
         except OSError as error:

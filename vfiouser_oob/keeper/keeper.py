@@ -27,7 +27,7 @@ import trio
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.keeper.handover import environment, start
 from vfiouser_oob.keeper.lives import Ending, Lives
-from vfiouser_oob.keeper.store import MAX_MESSAGE, Kept, Limits, Store
+from vfiouser_oob.keeper.store import MAX_MESSAGE, KeeperLimits, Kept, Store
 from vfiouser_oob.observability import log
 from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.transport.fds import ForeignFd, OwnedFd, close_fds
@@ -63,7 +63,7 @@ class Keeper:
         self,
         command: Sequence[str],
         address: Path,
-        limits: Limits,
+        limits: KeeperLimits,
         stop_s: float,
         inherited: Sequence[tuple[str, OwnedFd]] = (),
         environ: Mapping[str, str] = os.environ,

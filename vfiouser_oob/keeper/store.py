@@ -26,7 +26,7 @@ FORWARDED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class KeeperLimits:
     """What a keeper keeps at most.
 
     Args:
@@ -54,7 +54,7 @@ class Kept(Generic[H]):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[H]):
+class MessageOutcome(Generic[H]):
     """What came of a message.
 
     Args:
@@ -75,7 +75,7 @@ class Store(Generic[H]):
         limits: how many there may be.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: KeeperLimits) -> None:
         self._limits = limits
         self._kept: list[Kept[H]] = []
         self._names_size = 0
@@ -86,7 +86,7 @@ class Store(Generic[H]):
     def __iter__(self) -> Iterator[Kept[H]]:
         return iter(tuple(self._kept))
 
-    def take(self, message: bytes, handles: Sequence[H]) -> Outcome[H]:
+    def take(self, message: bytes, handles: Sequence[H]) -> MessageOutcome[H]:
         """Do what a message says.
 
         Args:
@@ -95,22 +95,22 @@ class Store(Generic[H]):
         """
         every = tuple(handles)
         if len(message) > MAX_MESSAGE:
-            return Outcome(every, refused=f"a message of more than {MAX_MESSAGE} bytes")
+            return MessageOutcome(every, refused=f"a message of more than {MAX_MESSAGE} bytes")
         try:
             fields = dict(_fields(message.decode()))
         except ValueError:
-            return Outcome(every, refused="a message that is not made of lines KEY=VALUE")
+            return MessageOutcome(every, refused="a message that is not made of lines KEY=VALUE")
         forwarded = {key: value for key, value in fields.items() if key in FORWARDED}
         name = fields.get("FDNAME", NO_NAME)
         if not _is_name(name):
-            return Outcome(every, forwarded, f"{name[:40]!r} as the name of a descriptor")
+            return MessageOutcome(every, forwarded, f"{name[:40]!r} as the name of a descriptor")
         if fields.get("FDSTOREREMOVE") == "1":
-            return Outcome(every + self._remove(name), forwarded)
+            return MessageOutcome(every + self._remove(name), forwarded)
         if fields.get("FDSTORE") == "1":
             reason = self._keep(name, every, watched=fields.get("FDPOLL") != "0")
-            return Outcome(every if reason else (), forwarded, reason)
+            return MessageOutcome(every if reason else (), forwarded, reason)
         # A barrier, or descriptors that came by mistake.
-        return Outcome(every, forwarded)
+        return MessageOutcome(every, forwarded)
 
     def _keep(self, name: str, handles: Sequence[H], *, watched: bool) -> str | None:
         """Keep descriptors, all of them or none; returns why not."""

@@ -6,6 +6,7 @@ import os
 from functools import cache
 from itertools import islice
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -79,7 +80,7 @@ class JournalMachine(RuleBasedStateMachine):
 
 
 JournalMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestJournalMachine = JournalMachine.TestCase
+TestJournalMachine = pytest.mark.slow(JournalMachine.TestCase)
 
 
 @cache
@@ -121,6 +122,7 @@ def _written() -> int:
     return len(image[: history.place.end].rstrip(b"\0"))
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=300)
 def test_a_changed_byte_is_noticed(data: st.DataObject) -> None:

@@ -29,11 +29,11 @@ from vfiouser_oob.persist.journal.layout import (
     MAX_SIZE,
     PAGE,
     SEGMENT_HEAD,
+    FrameOperation,
     History,
     Key,
-    Operation,
-    Place,
     Records,
+    SegmentPlace,
     body,
     file_head,
     read_history,
@@ -50,7 +50,7 @@ _PER_CHANGE = 8
 _NO_SHRINKING = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _CHECK_SIZE = FRAME_CHECK.size
 _pack_check = FRAME_CHECK.pack
-_PUT, _DROP, _FORGET = int(Operation.PUT), int(Operation.DROP), int(Operation.FORGET)
+_PUT, _DROP, _FORGET = int(FrameOperation.PUT), int(FrameOperation.DROP), int(FrameOperation.FORGET)
 
 
 class Segment:
@@ -63,7 +63,7 @@ class Segment:
 
     __slots__ = ("at", "check", "end", "generation", "place")
 
-    def __init__(self, place: Place, generation: int) -> None:
+    def __init__(self, place: SegmentPlace, generation: int) -> None:
         self.place = place
         self.end = place.end
         self.generation = generation
@@ -101,7 +101,7 @@ class Journal:
         generation: of that segment.
     """
 
-    def __init__(self, fd: OwnedFd, records: Records, place: Place, generation: int) -> None:
+    def __init__(self, fd: OwnedFd, records: Records, place: SegmentPlace, generation: int) -> None:
         self._fd = fd
         self._records = records
         #: The segment that counts, and the offset from which on the next one is being made. What is torn is left behind
@@ -131,7 +131,7 @@ class Journal:
             OSError: there is no memory.
         """
         with OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)) as fd:
-            nowhere = Place(PAGE, 0)
+            nowhere = SegmentPlace(PAGE, 0)
             os.pwrite(fd.fileno(), file_head(nowhere).ljust(PAGE, b"\0"), 0)
             # A mapping of memory that was cut off is SIGBUS. Whoever holds the descriptor can read and write, no more.
             fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, _NO_SHRINKING)
@@ -152,7 +152,7 @@ class Journal:
         return cls._owner(fd, records, history.place, history.generation)
 
     @classmethod
-    def _owner(cls, fd: OwnedFd, records: Records, place: Place, generation: int) -> Journal:
+    def _owner(cls, fd: OwnedFd, records: Records, place: SegmentPlace, generation: int) -> Journal:
         journal = cls(fd, records, place, generation)
         journal._fd = fd.take()
         return journal
@@ -284,14 +284,14 @@ class Journal:
         size = sum(sum(map(len, each)) + sum(map(len, each.values())) + FRAME_SIZE * len(each) for each in records)
         size = max(SMALLEST, -(-_ROOM * (size + SEGMENT_HEAD.size) // PAGE) * PAGE)
         old = self._active.place
-        place = Place(PAGE if PAGE + size <= old.start else old.end, size)
+        place = SegmentPlace(PAGE if PAGE + size <= old.start else old.end, size)
         if place.end > MAX_SIZE:
             raise OSError(errno.ENOSPC, f"a journal has at most {MAX_SIZE} bytes")
         self._provide(place)
         self._generation += 1
         return Segment(place, self._generation)
 
-    def _provide(self, place: Place) -> None:
+    def _provide(self, place: SegmentPlace) -> None:
         """Have memory for a segment, all zero.
 
         Raises:
@@ -318,7 +318,7 @@ class Journal:
         self._turn = segment.at + (place.end - segment.at) // 2
         self._give_back(old)
 
-    def _give_back(self, place: Place) -> None:
+    def _give_back(self, place: SegmentPlace) -> None:
         if place.size:
             self._memory.madvise(mmap.MADV_REMOVE, place.start, place.size)
 

@@ -50,7 +50,7 @@ _SEED = Struct("<QII")
 _NOTHING = bytes(FRAME_SIZE)
 
 
-class Operation(IntEnum):
+class FrameOperation(IntEnum):
     """What a frame says; 0 is none, for that is what memory is filled with."""
 
     #: The record of this kind and key is this.
@@ -74,12 +74,12 @@ def _forget(records: Records, kind: int, key: Key, value: bytes) -> None:
 
 
 _CARRY_OUT: Mapping[int, Callable[[Records, int, Key, bytes], None]] = MappingProxyType(
-    {Operation.PUT: _put, Operation.DROP: _drop, Operation.FORGET: _forget}
+    {FrameOperation.PUT: _put, FrameOperation.DROP: _drop, FrameOperation.FORGET: _forget}
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SegmentPlace:
     """Where a segment is.
 
     Args:
@@ -101,7 +101,7 @@ class Place:
         return (self.start // PAGE) << 32 | self.size // PAGE
 
     @classmethod
-    def of(cls, word: int) -> Place:
+    def of(cls, word: int) -> SegmentPlace:
         """The place that a word says."""
         return cls((word >> 32) * PAGE, (word & 0xFFFFFFFF) * PAGE)
 
@@ -137,13 +137,13 @@ class History:
     """
 
     records: Records = field(repr=False)
-    place: Place
+    place: SegmentPlace
     generation: int
     changes: int
     torn: bool
 
 
-def file_head(active: Place) -> bytes:
+def file_head(active: SegmentPlace) -> bytes:
     """The head of a file.
 
     Args:
@@ -193,7 +193,7 @@ def read_history(image: bytes) -> History:
     if version != VERSION:
         age = "a newer" if version > VERSION else "an unknown"
         raise UnusableRecord(f"it is of {age} version, {version}; {VERSION} is understood")
-    place = Place.of(word)
+    place = SegmentPlace.of(word)
     if place.start < PAGE or place.size < PAGE or place.end > len(image):
         raise UnusableRecord("it is damaged: its head names a segment that it does not have")
     generation, base_end, _ = SEGMENT_HEAD.unpack_from(image, place.start)

@@ -15,7 +15,7 @@ _BY_KIND: Mapping[int, type[Thing]] = MappingProxyType({thing.KIND: thing for th
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class CannotRebuild:
     """Something that cannot be rebuilt.
 
     Args:
@@ -38,7 +38,7 @@ class Refusal:
 
 def rebuild(
     records: Mapping[int, Mapping[Key, bytes]], descriptors: Mapping[str, DescriptorKind]
-) -> list[Thing | Refusal]:
+) -> list[Thing | CannotRebuild]:
     """Judge what was left behind.
 
     Args:
@@ -57,18 +57,18 @@ def rebuild(
     ]
 
 
-def _judged(kind: int, key: Key, value: bytes, descriptors: Mapping[str, DescriptorKind]) -> Thing | Refusal:
+def _judged(kind: int, key: Key, value: bytes, descriptors: Mapping[str, DescriptorKind]) -> Thing | CannotRebuild:
     known = _BY_KIND.get(kind)
     if known is None:
-        return Refusal(kind, key, "this version of the program does not know that kind of record")
+        return CannotRebuild(kind, key, "this version of the program does not know that kind of record")
     try:
         thing = known.from_record(value)
     except UnusableRecord as error:
-        return Refusal(kind, key, str(error))
+        return CannotRebuild(kind, key, str(error))
     if thing.key != key:
-        return Refusal(kind, key, "it is damaged: it says of itself that it is another one", thing)
+        return CannotRebuild(kind, key, "it is damaged: it says of itself that it is another one", thing)
     reason = next(_obstacles(thing, descriptors), None)
-    return thing if reason is None else Refusal(kind, key, reason, thing)
+    return thing if reason is None else CannotRebuild(kind, key, reason, thing)
 
 
 def _obstacles(thing: Thing, descriptors: Mapping[str, DescriptorKind]) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _obstacles(thing: Thing, descriptors: Mapping[str, DescriptorKind]) -> Itera
             yield f"its {field} {name!r} is {found.value}, it has to be {wanted.value}"
 
 
-def unused(things: list[Thing | Refusal], descriptors: Mapping[str, DescriptorKind]) -> set[str]:
+def unused(things: list[Thing | CannotRebuild], descriptors: Mapping[str, DescriptorKind]) -> set[str]:
     """Kept descriptors that nothing that is rebuilt needs, to be given up.
 
     Args:

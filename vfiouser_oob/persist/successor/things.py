@@ -20,7 +20,7 @@ import msgpack
 from vfiouser_oob.persist.journal.layout import Key
 from vfiouser_oob.persist.record import UnusableRecord
 from vfiouser_oob.persist.successor.descriptors import DescriptorKind
-from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, Negotiated, TwinSocket
+from vfiouser_protocol.capabilities import MigrationCapability, Negotiated, TwinSocket, VersionCapabilities
 
 _U16, _U32, _U64 = (1 << 16) - 1, (1 << 32) - 1, (1 << 64) - 1
 
@@ -142,8 +142,8 @@ class AgreedThing(Thing):
     KIND: ClassVar[int] = 4
     minor: int
     reply_payload: bytes
-    client: Capabilities
-    server: Capabilities
+    client: VersionCapabilities
+    server: VersionCapabilities
     twin: bool
     write_multiple: bool
     migration_pgsize: int | None
@@ -381,7 +381,9 @@ _READERS: Mapping[Any, Callable[[str, Any], Any]] = MappingProxyType(
         bytes: _is(bytes),
         str: _is(str),
         str | None: _or_none(_is(str)),
-        Capabilities: _parts(Capabilities, (*[_ANY_NUMBER] * 4, _is(bool), _or_none(_TWIN), _or_none(_MIGRATION))),
+        VersionCapabilities: _parts(
+            VersionCapabilities, (*[_ANY_NUMBER] * 4, _is(bool), _or_none(_TWIN), _or_none(_MIGRATION))
+        ),
     }
 )
 

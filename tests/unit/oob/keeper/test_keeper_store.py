@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfiouser_oob.keeper.store import FORWARDED, MAX_MESSAGE, NO_NAME, Limits, Store
+from vfiouser_oob.keeper.store import FORWARDED, MAX_MESSAGE, NO_NAME, KeeperLimits, Store
 
 
 def names(store: Store[int]) -> list[tuple[str, int, bool]]:
@@ -18,7 +18,7 @@ def names(store: Store[int]) -> list[tuple[str, int, bool]]:
 
 def test_descriptors_are_kept_in_order_and_removed_by_name() -> None:
     """As sd_notify(3) says: several under one name, the default name, and FDPOLL."""
-    store: Store[int] = Store(Limits())
+    store: Store[int] = Store(KeeperLimits())
     assert () == store.take(b"FDSTORE=1\nFDNAME=a\nFDPOLL=0", [1]).released
     assert () == store.take(b"FDSTORE=1", [2, 3]).released
     assert () == store.take(b"FDSTORE=1\nFDNAME=a\n", [4]).released
@@ -31,14 +31,14 @@ def test_descriptors_are_kept_in_order_and_removed_by_name() -> None:
 
 def test_a_barrier_is_released() -> None:
     """Its descriptor is given up at once, which is what the sender waits for."""
-    store: Store[int] = Store(Limits())
+    store: Store[int] = Store(KeeperLimits())
     assert (7,) == store.take(b"BARRIER=1", [7]).released
     assert (7, 8) == store.take(b"STATUS=x", [7, 8]).released
 
 
 def test_what_is_meant_for_others_is_passed_on() -> None:
     """States go to the manager above; what only a keeper understands does not."""
-    store: Store[int] = Store(Limits())
+    store: Store[int] = Store(KeeperLimits())
     outcome = store.take(b"READY=1\nSTATUS=a=b\nMAINPID=1\nX_OWN=2\nFDSTORE=1\nFDNAME=a", [1])
     assert {"READY": "1", "STATUS": "a=b"} == outcome.forwarded
     assert [("a", 1, True)] == names(store)
@@ -59,7 +59,7 @@ def test_what_is_meant_for_others_is_passed_on() -> None:
 )
 def test_nonsense_is_refused_in_words(message: bytes, words: str) -> None:
     """Nothing is kept of it, and what came with it is released."""
-    store: Store[int] = Store(Limits())
+    store: Store[int] = Store(KeeperLimits())
     outcome = store.take(message, [1, 2])
     assert words in str(outcome.refused)
     assert (1, 2) == outcome.released
@@ -68,7 +68,7 @@ def test_nonsense_is_refused_in_words(message: bytes, words: str) -> None:
 
 def test_limits_hold() -> None:
     """One more than fits is refused, all of it; room that was given up can be used again."""
-    store: Store[int] = Store(Limits(descriptors=3, names_size=8))
+    store: Store[int] = Store(KeeperLimits(descriptors=3, names_size=8))
     assert store.take(b"FDSTORE=1\nFDNAME=a", [1, 2]).refused is None
     assert "more than 3 descriptors" == store.take(b"FDSTORE=1\nFDNAME=b", [3, 4]).refused
     assert "more than 8 bytes of names" == store.take(b"FDSTORE=1\nFDNAME=long", [3]).refused
@@ -97,7 +97,7 @@ messages = st.lists(lines, max_size=5).map(b"\n".join) | st.binary(max_size=30)
 @given(st.lists(st.tuples(messages, st.integers(0, 4)), max_size=30))
 def test_every_descriptor_is_kept_or_released_once(sent: list[tuple[bytes, int]]) -> None:
     """Over any messages: none is lost, none is closed twice, none is kept and closed, and limits hold."""
-    store: Store[int] = Store(Limits(descriptors=6, names_size=40))
+    store: Store[int] = Store(KeeperLimits(descriptors=6, names_size=40))
     came: list[int] = []
     released: Counter[int] = Counter()
     for message, count in sent:

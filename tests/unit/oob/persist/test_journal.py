@@ -132,6 +132,7 @@ def test_many_changes_take_little_memory() -> None:
         assert plain(journal.records) == plain(read_journal(journal).records)
 
 
+@pytest.mark.slow
 def test_a_journal_grows_and_shrinks_with_what_it_knows() -> None:
     """65 535 maps fit, and when they are gone so is their memory."""
     with Journal.create("test") as journal:

@@ -22,7 +22,7 @@ from vfiouser_oob.persist.successor.descriptors import (
     kind_of,
     kind_of_target,
 )
-from vfiouser_oob.persist.successor.rebuild import Refusal, rebuild, unused
+from vfiouser_oob.persist.successor.rebuild import CannotRebuild, rebuild, unused
 from vfiouser_oob.persist.successor.things import (
     THINGS,
     AgreedThing,
@@ -41,17 +41,17 @@ from vfiouser_oob.persist.successor.things import (
     VfioThing,
 )
 from vfiouser_oob.systemd.fd_store import MAX_NAME, is_name
-from vfiouser_oob.transport.fds import Lent, OwnedFd
-from vfiouser_protocol.capabilities import Capabilities, MigrationCapability, TwinSocket
+from vfiouser_oob.transport.fds import LentFd, OwnedFd
+from vfiouser_protocol.capabilities import MigrationCapability, TwinSocket, VersionCapabilities
 
-CAPS = Capabilities(8, 1 << 20, 65535, 4096, True, TwinSocket(True, 0), MigrationCapability(4096, 256 << 20))
+CAPS = VersionCapabilities(8, 1 << 20, 65535, 4096, True, TwinSocket(True, 0), MigrationCapability(4096, 256 << 20))
 #: One of each, with as much in it as it can have.
 EXAMPLES: tuple[Thing, ...] = (
     FunctionThing("nvme0", "ab" * 32, "1.2"),
     ClientThing("main", "page", 412, 64055, 109),
     TwinThing("twin"),
-    AgreedThing(1, b'{"a":1}\0', Capabilities(), CAPS, True, True, 4096),
-    AgreedThing(0, b"", CAPS, Capabilities(), False, False, None),
+    AgreedThing(1, b'{"a":1}\0', VersionCapabilities(), CAPS, True, True, 4096),
+    AgreedThing(0, b"", CAPS, VersionCapabilities(), False, False, None),
     RangeThing(0xFFFF_FFFF_0000_0000, 1 << 43, 3, 0x1000, "file"),
     RangeThing(0, 4096, 1, 0, None),
     VectorThing(2, 2047, 1 << 5, "irq"),
@@ -101,7 +101,7 @@ def test_what_is_written_is_read(thing: Thing) -> None:
 
 def test_what_was_negotiated_comes_back() -> None:
     """The value that the protocol has, and no copy with other fields, is what is restored."""
-    agreed = AgreedThing(1, b"{}\0", CAPS, Capabilities(), True, False, 4096)
+    agreed = AgreedThing(1, b"{}\0", CAPS, VersionCapabilities(), True, False, 4096)
     assert agreed == AgreedThing.of(agreed.negotiated)
     assert agreed.negotiated.client == CAPS
     assert isinstance(agreed.negotiated.client.twin_socket, TwinSocket)
@@ -151,7 +151,7 @@ def test_all_is_rebuilt_in_order() -> None:
             for key, value in records.items():
                 journal.put(kind, key, value)
         found = rebuild(read_journal(journal).records, KINDS)
-    assert not [item for item in found if isinstance(item, Refusal)]
+    assert not [item for item in found if isinstance(item, CannotRebuild)]
     expected = [example for example in EXAMPLES if example != EXAMPLES[3]]  # the fourth was replaced by the fifth
     assert sorted(map(str, expected)) == sorted(map(str, found))
     order = [THINGS.index(type(item)) for item in found if isinstance(item, Thing)]
@@ -168,7 +168,7 @@ def test_what_was_not_kept_is_refused_with_a_reason(name: str, other: Descriptor
     if other is not None:
         descriptors[name] = other
     found = rebuild(records_of(EXAMPLES), descriptors)
-    (refusal,) = [item for item in found if isinstance(item, Refusal)]
+    (refusal,) = [item for item in found if isinstance(item, CannotRebuild)]
     assert len(found) == len(EXAMPLES) - 1
     assert refusal.thing is not None
     assert name in refusal.reason
@@ -218,7 +218,7 @@ def test_real_descriptors() -> None:
         assert DescriptorKind.MEMORY is kind_of(memory)
         assert DescriptorKind.EVENTFD is kind_of(event)
     with pytest.raises(OSError, match="No such file"):
-        kind_of(Lent(1 << 20))
+        kind_of(LentFd(1 << 20))
 
 
 def test_names() -> None:
