@@ -37,6 +37,8 @@ from vfiouser_oob.vm.table import (
 )
 
 _INCOMING = "inmigrate"
+#: What a QEMU that comes back has done meanwhile, by its runstate; in any other one its vCPUs stand.
+_RETURNS: Mapping[str, Cue] = MappingProxyType({"running": Cue.RUNS, "postmigrate": Cue.MOVED})
 _RUNNING = "running"
 #: Migrations for which what the functions write is recorded.
 _UNDER_WAY = frozenset({Migration.LIVE, Migration.ENDING})
@@ -197,7 +199,7 @@ def _qemu_came(turn: _Turn, event: ev.QemuCame) -> None:
     before = turn.record.migration
     _migration_is(turn, ev.MigrationIs(event.migration))
     if known:
-        turn.cue(Cue.RUNS if event.runstate == _RUNNING else Cue.STOP)
+        turn.cue(_RETURNS.get(event.runstate, Cue.STOP))
         if before is turn.record.migration is Migration.LIVE and turn.record.phase in _TO_BE_JUDGED:
             # What was judged may have been lost with the monitor.
             turn.do(ev.Judge())

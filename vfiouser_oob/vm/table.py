@@ -23,6 +23,8 @@ class Cue(Enum):
     #: The VM runs or stands, by QEMU's answer.
     RUNS = auto()
     STANDS = auto()
+    #: A QEMU that comes back has moved its VM meanwhile.
+    MOVED = auto()
     LIVE = auto()
     ENDING = auto()
     BACK = auto()
@@ -112,6 +114,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.HOLD: _row(None, Act.ANSWER_HOLD),
             Cue.HOLD_BLIND: _row(VmPhase.HOLDING, Act.ARM),
             Cue.SAVE_BLIND: _row(VmPhase.SAVING, Act.ARM),
+            Cue.MOVED: _row(VmPhase.AWAY, Act.ERROR, text=_UNASKED),
             Cue.FELL: _row(None, Act.ERROR),
         },
         VmPhase.ARMED: {
@@ -168,6 +171,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.GO: _BACK,
             Cue.BACK: _row(None, Act.ASK),
             Cue.OVER: _row(VmPhase.AWAY),
+            Cue.MOVED: _row(VmPhase.AWAY),
             Cue.LIVE: _row(VmPhase.STOPPED, *_BEGIN),
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
             # Asked again, for another part of it: it has not changed.

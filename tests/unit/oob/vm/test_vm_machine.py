@@ -46,6 +46,7 @@ STOPPED, SAVED, LOADED, RESUMED, BARRED = (
 STOP_IT, SAVE_IT, LOAD_IT, RESUME_IT, BAR_IT = (
     ev.DoDeed("f0", deed) for deed in (Deed.STOP, Deed.SAVE, Deed.LOAD, Deed.RESUME, Deed.BAR)
 )
+MOVED = ev.QemuCame("1", "postmigrate", "completed")
 #: How a phase is reached.
 TO_ARMED = (RUNNING, SETUP, ACTIVE)
 TO_STOPPED = (*TO_ARMED, STOP, STOPPED)
@@ -217,6 +218,7 @@ HOLDS: dict[str, Case] = {
     "held when saved": ((*TO_SAVED, HOLD), VmPhase.SAVED, [ev.AnswerHold()]),
     "held without QEMU": ((HOLD,), VmPhase.ABSENT, [ev.AnswerHold()]),
 }
+UNASKED = "the VM has moved without its functions' state, which QEMU did not ask for: is the carrier's object missing?"
 UNLOADED = "the VM came without its functions' state, so they must not run: had its source no carrier, or no daemon?"
 DESTINATION: dict[str, Case] = {
     "waits": ((INCOMING,), VmPhase.INCOMING, [ev.Prepare()]),
@@ -400,6 +402,16 @@ TROUBLE: dict[str, Case] = {
         (*TO_SAVED, ev.MonitorLost(), ev.QemuCame("1", "postmigrate", "completed")),
         VmPhase.AWAY,
         [],
+    ),
+    "that was asked for its state and completed meanwhile, after another": (
+        (*TO_READY, COMPLETED, RESUME, RESUMED, ev.MonitorLost(), SAVE, STOPPED, SAVED, MOVED),
+        VmPhase.AWAY,
+        [],
+    ),
+    "that began and was completed meanwhile, without the functions": (
+        (RUNNING, ev.MonitorLost(), MOVED),
+        VmPhase.AWAY,
+        [ev.TellPeople(True, UNASKED), STOP_IT],
     ),
     "that failed meanwhile": (
         (*TO_SAVED, ev.MonitorLost(), ev.QemuCame("1", "running", "failed")),
