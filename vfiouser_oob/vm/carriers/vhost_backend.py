@@ -122,6 +122,19 @@ class CheckNeeded:
     """Whether the transfer succeeded is asked; answer by `checked`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What outlives a connection to a front-end that goes on.
+
+    Args:
+        runs: whether all vrings are enabled.
+        bases: of each vring, where its next request is.
+    """
+
+    runs: bool
+    bases: tuple[tuple[int, int], ...]
+
+
 Step: TypeAlias = QueuesChanged | LogGiven | LogEnded | StopNeeded | GoNeeded | SaveNeeded | LoadNeeded | CheckNeeded
 
 
@@ -129,16 +142,25 @@ class VhostBackend:
     """One front-end's connection.
 
     After `take` and after each answer, `data_to_send` has what is to be sent.
+
+    Args:
+        before: where a connection was that this one takes the place of, while the front-end went on; None if the
+            front-end is new. It will not say anything again that it has said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Standing | None = None) -> None:
         self._to_send: list[bytes] = []
         self._features = Features(0)
-        self._bases: dict[int, int] = {}
+        self._bases: dict[int, int] = dict(before.bases) if before else {}
         self._enabled: set[int] = set()
         self._logged = False
         #: Whether all vrings are enabled.
-        self.runs = False
+        self.runs = before is not None and before.runs
+
+    @property
+    def standing(self) -> Standing:
+        """Where this connection is, for one that takes its place."""
+        return Standing(self.runs, tuple(self._bases.items()))
 
     def data_to_send(self) -> bytes:
         """Return what to send now; it is returned once."""
@@ -207,6 +229,12 @@ class VhostBackend:
     def _get_protocol_features(self, _: Message, __: Any) -> None:
         self._reply(Request.GET_PROTOCOL_FEATURES, Number(PROTOCOL_FEATURES))
 
+    def _own(self, _: Message, __: Any) -> None:
+        # A front-end that begins, so what was known was another's.
+        self._bases.clear()
+        self._enabled.clear()
+        self.runs = False
+
     def _set_features(self, _: Message, payload: Number) -> Step | None:
         self._features = Features(payload.value)
         if self._logged and not self._features & Features.LOG_ALL:
@@ -274,6 +302,7 @@ _HANDLERS: Mapping[Request, Callable[[VhostBackend, Message, Any], Step | None]]
     {
         Request.GET_FEATURES: VhostBackend._get_features,
         Request.SET_FEATURES: VhostBackend._set_features,
+        Request.SET_OWNER: VhostBackend._own,
         Request.GET_PROTOCOL_FEATURES: VhostBackend._get_protocol_features,
         Request.SET_MEM_TABLE: VhostBackend._memory,
         Request.SET_LOG_BASE: VhostBackend._set_log_base,

@@ -246,6 +246,11 @@ class Rings:
             os.eventfd_write(self._wake.fileno(), 1)
             with trio.move_on_after(PATIENCE_S):
                 await self._stopped.wait()
+        return self.bases
+
+    @property
+    def bases(self) -> dict[int, int]:
+        """Where the next request of each queue that was served is."""
         return {index: each.vring.base for index, each in self._settings.items() if each.vring is not None}
 
     async def run(self) -> None:

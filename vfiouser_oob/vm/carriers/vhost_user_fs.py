@@ -39,7 +39,7 @@ from vfiouser_oob.vm.carriers.interface import (
     Taken,
 )
 from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
-from vfiouser_oob.vm.carriers.port import OPENING_S, Port, first_of
+from vfiouser_oob.vm.carriers.port import OPENING_S, Caller, Meeting, Port, first_of
 from vfiouser_oob.vm.carriers.state_pipe import PipeEnd, PipeError, StateReader, write_state
 from vfiouser_oob.vm.carriers.vhost_backend import (
     CheckNeeded,
@@ -49,6 +49,7 @@ from vfiouser_oob.vm.carriers.vhost_backend import (
     LogGiven,
     QueuesChanged,
     SaveNeeded,
+    Standing,
     Step,
     StopNeeded,
     VhostBackend,
@@ -69,17 +70,31 @@ _UNHANDLED = 32
 class VhostUserFs:
     """One VM's carrier F.
 
+    QEMU cannot connect a device's back-end anew. So if the daemon is to be restarted under a running VM, QEMU has to
+    listen, and we connect; it then goes on where it was, without saying anything again.
+
     Args:
-        listener: the socket that QEMU connects to; owned from now on.
-        path: where it is, for logs.
-        allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+        listener: the socket that QEMU connects to, owned from now on; None if QEMU listens.
+        path: where it is.
+        allow_uids: users that may be the peer; None allows whoever the socket's permissions let in.
+        before: where the carrier of an earlier daemon was, if QEMU listens and goes on; see `standing`.
     """
 
     name = "vhost-user-fs"
     most_bytes = MOST_BYTES
 
-    def __init__(self, listener: Listener, path: Path, allow_uids: frozenset[int] | None = None) -> None:
-        self._port = Port(listener, f"{self.name} {path}", allow_uids)
+    def __init__(
+        self,
+        listener: Listener | None,
+        path: Path,
+        allow_uids: frozenset[int] | None = None,
+        before: Standing | None = None,
+    ) -> None:
+        name = f"{self.name} {path}"
+        self._port = Caller(path, name, allow_uids) if listener is None else Port(listener, name, allow_uids)
+        self._calls = listener is None
+        #: Where the device was when its connection was lost; only where it can be taken up again.
+        self.standing: Standing | None = before
         self._desk = Desk()
         #: At the destination: bytes of the largest state to take; None at the source.
         self._expected: int | None = None
@@ -135,7 +150,8 @@ class VhostUserFs:
             raise ValueError(f"a state of {size} bytes is more than the {self.most_bytes} that {self.name} carries")
 
     async def _converse(self, connection: PeerSocket, process: Peer) -> None:
-        conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected)
+        before = self.standing if self._calls else None
+        conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected, before)
         attached = False
         reason = "it closed the connection"
         framer = Framer()
@@ -144,15 +160,16 @@ class VhostUserFs:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(conversation.run)
                 with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
+                    if self._calls:
+                        opening.deadline = math.inf
+                        attached = await self._attach(process)
                     while True:
                         message = framer.feed(*await connection.receive(framer.bytes_wanted))
                         if message is None:
                             continue
                         if not attached:
                             opening.deadline = math.inf
-                            await self._port.seat.take(process)
-                            attached = True
-                            await self._desk.tell(Attached(process))
+                            attached = await self._attach(process)
                         await conversation.put(message)
                 raise PeerGone(f"it has not said anything within {OPENING_S:g} s")
         except* (WireError, PeerGone) as errors:
@@ -160,9 +177,15 @@ class VhostUserFs:
         finally:
             framer.close()
             conversation.close()
+            self.standing = conversation.standing
         if attached:
             await self._desk.tell(Lost(reason))
         raise PeerGone(reason)
+
+    async def _attach(self, process: Peer) -> bool:
+        await self._port.seat.take(process)
+        await self._desk.tell(Attached(process))
+        return True
 
 
 class _Transfer:
@@ -188,14 +211,22 @@ class _Conversation:
         port: where it came in.
         desk: where to ask.
         expected: how large a state to take; None for none.
+        before: where an earlier connection was that this one takes the place of.
     """
 
-    def __init__(self, connection: PeerSocket, port: Port, desk: Desk, expected: Callable[[], int | None]) -> None:
+    def __init__(
+        self,
+        connection: PeerSocket,
+        port: Meeting,
+        desk: Desk,
+        expected: Callable[[], int | None],
+        before: Standing | None,
+    ) -> None:
         self._connection = connection
         self._account = port.account
         self._desk = desk
         self._expected = expected
-        self._backend = VhostBackend()
+        self._backend = VhostBackend(before)
         self._worker = Worker(port.account)
         self._log = log.get("carrier").bind(carrier=VhostUserFs.name)
         self._written: VhostLog | None = None
@@ -203,6 +234,12 @@ class _Conversation:
         self._transfer: _Transfer | None = None
         self._send, self._receive = trio.open_memory_channel[Message](_UNHANDLED)
         self._transfers: trio.Nursery
+
+    @property
+    def standing(self) -> Standing:
+        """Where the device is, for a connection that takes this one's place."""
+        self._backend.moved(self._rings.bases)
+        return self._backend.standing
 
     async def put(self, message: Message) -> None:
         """Have a message handled, in its turn."""
@@ -373,15 +410,20 @@ _STEPS: Mapping[type[Step], Callable[[_Conversation, Any], Awaitable[None]]] = {
 }
 
 
-def companion_arguments(path: Path, *, tag: str = "vfiouser-oob", **properties: Any) -> tuple[str, ...]:
+def companion_arguments(
+    path: Path, *, tag: str = "vfiouser-oob", listens: bool = False, **properties: Any
+) -> tuple[str, ...]:
     """Return QEMU's arguments for a companion; they belong behind those of the functions.
 
     Args:
         path: the carrier's socket, as QEMU sees it.
         tag: what a guest would mount.
+        listens: whether QEMU listens there, and waits for us when it starts.
         properties: further properties of the device, such as `bus` and `addr`.
     """
     device = {"driver": "vhost-user-fs-pci", "id": "oobcompanion", "chardev": "oobvhost", "tag": tag, "queue-size": 16}
     # In a chardev's options a comma is written twice.
     chardev = f"socket,id=oobvhost,path={os.fspath(path).replace(',', ',,')}"
+    if listens:
+        chardev += ",server=on,wait=on"
     return "-chardev", chardev, "-device", json.dumps(device | properties)

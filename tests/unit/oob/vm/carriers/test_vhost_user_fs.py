@@ -17,6 +17,7 @@ from carrierbed.hand import Hand
 from carrierbed.vhostclient import VhostClient, sealed_file
 from vfiouser_oob.transport.listener import listen_on_path
 from vfiouser_oob.transport.reaper import REAPER
+from vfiouser_oob.vm.carriers import port
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
     Attached,
@@ -274,3 +275,57 @@ def test_a_comma_in_a_chardev_is_written_twice() -> None:
     arguments = companion_arguments(Path("/run/a,b"), addr="0x10")
     assert arguments[1] == "socket,id=oobvhost,path=/run/a,,b"
     assert '"addr": "0x10"' in arguments[3]
+
+
+async def test_where_qemu_listens_it_is_called_again_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first connection was told is known to the next one; a QEMU that begins anew is a new one."""
+    monkeypatch.setattr(port, "AGAIN_S", 0.01)
+    path = tmp_path / "qemu"
+    hand = Bed(VhostUserFs(None, path), b"state")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hand.run)
+        await nursery.start(hand.carrier.run)
+        listening = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await listening.bind(str(path))
+        listening.listen(1)
+
+        async def called() -> VhostClient:
+            hand.clients.append(VhostClient(trio.SocketStream((await listening.accept())[0])))
+            return hand.clients[-1]
+
+        qemu = await called()
+        await qemu.begin()
+        await qemu.stream.aclose()
+        qemu = await called()
+        assert await qemu.end() == [struct.pack("<II", 0, 7), struct.pack("<II", 1, 8)]
+        assert len(hand.told(StopAsked)) == len(hand.told(GoAsked)) == 1
+        await qemu.begin()
+        await qemu.stream.aclose()
+        qemu = await called()
+        await qemu.send(vhostclient.SET_OWNER)
+        assert await qemu.end() == [struct.pack("<II", 0, 0), struct.pack("<II", 1, 0)]
+        assert len(hand.told(StopAsked)) == 1
+        assert len(hand.told(Attached)) == 3
+        await qemu.stream.aclose()
+        listening.close()
+        nursery.cancel_scope.cancel()
+    assert REAPER.settle(5)
+
+
+async def test_a_user_that_may_not_listen_is_not_served(tmp_path: Path) -> None:
+    """The other direction of the same check."""
+    path = tmp_path / "qemu"
+    hand = Hand(VhostUserFs(None, path, frozenset({os.geteuid() + 1})), b"state")
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as listening:
+        await listening.bind(str(path))
+        listening.listen(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand.run)
+            await nursery.start(hand.carrier.run)
+            async with trio.SocketStream((await listening.accept())[0]) as stream:
+                assert await stream.receive_some(1) == b""
+            nursery.cancel_scope.cancel()
+    assert not hand.events
+    assert REAPER.settle(5)
