@@ -27,6 +27,9 @@ from vfiouser_protocol.errors import DmaFault
 
 #: Seconds for which the answer to the stop waits for the thread.
 PATIENCE_S = 2.0
+#: Seconds of rest after requests were refused: nobody is in a hurry to be refused, and a thread that is always at it
+#: would take its time from every function.
+REST_S = 0.01
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -269,9 +272,12 @@ class Rings:
         job = _Round(memory, tuple(self._settings.values()), self._wake)
         self._busy = True
         await self._worker.run(job.work, self._landed)
+        served = bool(memory.written)
         for address, length in memory.written:
             self._mark(address, length)
         memory.written.clear()
+        if served:
+            await trio.sleep(REST_S)
         for reason in job.broken:
             self._log.warning("a companion's queue makes no sense", reason=reason)
 

@@ -23,7 +23,8 @@ _NEXT = 1
 _WRITE = 2
 #: In the available ring: the driver wants no interrupt.
 _NO_INTERRUPT = 1
-SIZE_MAX = 1024
+#: Descriptors of the largest queue that is served: as many requests are refused in one go.
+SIZE_MAX = 256
 
 
 class VringError(Exception):
