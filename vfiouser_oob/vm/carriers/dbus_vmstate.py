@@ -25,7 +25,7 @@ import trio
 
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer
-from vfiouser_oob.transport.turns import Lane
+from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_oob.vm.carriers.chunks import HEAD_SIZE, ChunkError, Joiner, cut, pieces_for
 from vfiouser_oob.vm.carriers.dbus_auth import AuthError
 from vfiouser_oob.vm.carriers.dbus_peer import (
@@ -86,7 +86,7 @@ class DbusVmstate:
         self._object_id = object_id
         self._guid = secrets.token_hex(16)
         self._desk = Desk()
-        self._lane = Lane()
+        self._queue = FunctionQueue()
         #: At the destination: bytes of the largest state to take; None at the source.
         self._expected: int | None = None
         self._joiner: Joiner | None = None
@@ -165,7 +165,7 @@ class DbusVmstate:
                 nursery.start_soon(self._answer_all, connection, peer, receive)
                 with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
                     while True:
-                        await self._lane.turn()
+                        await self._queue.turn()
                         data = await connection.receive_alone(min(max(_READ, peer.missing), _READ_MAX))
                         for asked in peer.receive_data(data):
                             if isinstance(asked, Opened):
