@@ -16,7 +16,15 @@ import trio.testing
 from carrierbed.machines import begin, machine, outcome, pause_before_switchover, status
 from carrierbed.sides import KINDS, Kind, Side, two_machines, two_sides
 from carrierbed.virtiofs import VirtioFs
-from vfiouser_oob.vm.carriers.interface import Attached, GoAsked, LogChanged, Lost, SaveAsked, StateLoaded, StopAsked
+from vfiouser_oob.vm.carriers.interface import (
+    GoAsked,
+    LogChanged,
+    Lost,
+    QemuAttached,
+    SaveAsked,
+    StateLoaded,
+    StopAsked,
+)
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs, companion_arguments
 from vmbed.assets import Assets
 from vmbed.qemu import Qemu
@@ -212,7 +220,7 @@ async def test_a_daemon_that_comes_back_goes_on(assets: Assets, workdir: Path) -
             assert standing.runs
             source.kind = dataclasses.replace(calls, make=lambda path: VhostUserFs(None, path, before=standing))
             await source.start(b"state of the second")
-            await source.hand.until(Attached)
+            await source.hand.until(QemuAttached)
             async with machine(assets, workdir, "b", destination.arguments, incoming=True) as b:
                 await begin(a, b, workdir)
                 assert await outcome(a) == "completed"

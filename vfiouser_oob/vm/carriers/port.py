@@ -118,7 +118,7 @@ class Meeting:
         return peer
 
 
-class Port(Meeting):
+class CarrierPort(Meeting):
     """Accepts for one carrier.
 
     Args:
@@ -155,7 +155,7 @@ class Port(Meeting):
             return None
 
 
-class Caller(Meeting):
+class CarrierCaller(Meeting):
     """Connects for one carrier, to a socket that QEMU listens on.
 
     Args:

@@ -21,8 +21,8 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.transport.fds import ForeignFd, OwnedFd
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_oob.transport.worker import Worker
-from vfiouser_oob.vm.carriers.vhost_messages import MemoryTable, Region, VringAddress
-from vfiouser_oob.vm.carriers.vring import Place, Vring, VringError
+from vfiouser_oob.vm.carriers.vhost_messages import MemoryTable, VhostRegion, VringAddress
+from vfiouser_oob.vm.carriers.vring import Vring, VringError, VringPlace
 from vfiouser_protocol.errors import DmaFault
 
 #: Seconds for which the answer to the stop waits for the thread.
@@ -42,7 +42,7 @@ class GuestTable:
         account: whose files they are.
     """
 
-    def __init__(self, regions: Iterable[Region], fds: Iterable[ForeignFd], account: Account) -> None:
+    def __init__(self, regions: Iterable[VhostRegion], fds: Iterable[ForeignFd], account: Account) -> None:
         self._regions = [
             (region, GuestFile((0, 0, index), fd.take(), in_memory=False, account=account))
             for index, (region, fd) in enumerate(zip(regions, fds, strict=False))
@@ -301,4 +301,4 @@ def _vring(memory: GuestTable, setting: _Setting, base: int) -> Vring | None:
     if setting.address is None:
         return None
     parts = (setting.address.descriptors, setting.address.available, setting.address.used)
-    return Vring(Place(setting.size, *map(memory.guest_address, parts)), base)
+    return Vring(VringPlace(setting.size, *map(memory.guest_address, parts)), base)

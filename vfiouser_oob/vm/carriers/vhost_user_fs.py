@@ -26,21 +26,21 @@ from vfiouser_oob.transport.worker import Worker
 from vfiouser_oob.vm.carriers.desk import Desk, Offered, Refused
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
-    Attached,
     CarrierEvent,
     GoAsked,
     LogChanged,
     Lost,
     MonitorCommand,
+    QemuAttached,
     SaveAsked,
     State,
     StateLoaded,
+    StateTaken,
     StopAsked,
-    Taken,
 )
 from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
-from vfiouser_oob.vm.carriers.port import OPENING_S, Caller, Meeting, Port, first_of
-from vfiouser_oob.vm.carriers.state_pipe import PipeEnd, PipeError, StateReader, write_state
+from vfiouser_oob.vm.carriers.port import OPENING_S, CarrierCaller, CarrierPort, Meeting, first_of
+from vfiouser_oob.vm.carriers.state_pipe import PipedStateReader, PipeEnd, PipeError, write_state
 from vfiouser_oob.vm.carriers.vhost_backend import (
     CheckNeeded,
     GoNeeded,
@@ -55,9 +55,9 @@ from vfiouser_oob.vm.carriers.vhost_backend import (
     VhostBackend,
 )
 from vfiouser_oob.vm.carriers.vhost_log import LogRefused, VhostLog
-from vfiouser_oob.vm.carriers.vhost_messages import VRING_MASK, Request
+from vfiouser_oob.vm.carriers.vhost_messages import VRING_MASK, VhostRequest
 from vfiouser_oob.vm.carriers.vhost_rings import Rings
-from vfiouser_oob.vm.carriers.vhost_wire import Framer, Message, WireError
+from vfiouser_oob.vm.carriers.vhost_wire import VhostFramer, VhostMessage, VhostWireError
 
 #: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
 MOST_BYTES = 1 << 30
@@ -91,7 +91,9 @@ class VhostUserFs:
         before: Standing | None = None,
     ) -> None:
         name = f"{self.name} {path}"
-        self._port = Caller(path, name, allow_uids) if listener is None else Port(listener, name, allow_uids)
+        self._port = (
+            CarrierCaller(path, name, allow_uids) if listener is None else CarrierPort(listener, name, allow_uids)
+        )
         self._calls = listener is None
         #: Where the device was when its connection was lost; only where it can be taken up again.
         self.standing: Standing | None = before
@@ -154,7 +156,7 @@ class VhostUserFs:
         conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected, before)
         attached = False
         reason = "it closed the connection"
-        framer = Framer()
+        framer = VhostFramer()
         try:
             # What is asked is answered beside the reading, so that the end of a QEMU that waits is noticed.
             async with trio.open_nursery() as nursery:
@@ -172,7 +174,7 @@ class VhostUserFs:
                             attached = await self._attach(process)
                         await conversation.put(message)
                 raise PeerGone(f"it has not said anything within {OPENING_S:g} s")
-        except* (WireError, PeerGone) as errors:
+        except* (VhostWireError, PeerGone) as errors:
             reason = str(first_of(errors))
         finally:
             framer.close()
@@ -184,7 +186,7 @@ class VhostUserFs:
 
     async def _attach(self, process: Peer) -> bool:
         await self._port.seat.take(process)
-        await self._desk.tell(Attached(process))
+        await self._desk.tell(QemuAttached(process))
         return True
 
 
@@ -232,7 +234,7 @@ class _Conversation:
         self._written: VhostLog | None = None
         self._rings = Rings(port.account, self._mark)
         self._transfer: _Transfer | None = None
-        self._send, self._receive = trio.open_memory_channel[Message](_UNHANDLED)
+        self._send, self._receive = trio.open_memory_channel[VhostMessage](_UNHANDLED)
         self._transfers: trio.Nursery
 
     @property
@@ -241,7 +243,7 @@ class _Conversation:
         self._backend.moved(self._rings.bases)
         return self._backend.standing
 
-    async def put(self, message: Message) -> None:
+    async def put(self, message: VhostMessage) -> None:
         """Have a message handled, in its turn."""
         try:
             await self._send.send(message)
@@ -271,7 +273,7 @@ class _Conversation:
         self._rings.close()
         self._worker.close()
 
-    async def _handle(self, message: Message) -> None:
+    async def _handle(self, message: VhostMessage) -> None:
         step = self._backend.take(message)
         if step is not None:
             await _STEPS[type(step)](self, step)
@@ -356,13 +358,13 @@ class _Conversation:
 
     async def _write(self, transfer: _Transfer, state: State) -> None:
         try:
-            await write_state(transfer.end, state, lambda: self._desk.tell(Taken()))
+            await write_state(transfer.end, state, lambda: self._desk.tell(StateTaken()))
         except PipeError as error:
             transfer.error = str(error)
         transfer.finished.set()
 
     async def _read(self, transfer: _Transfer, most_bytes: int) -> None:
-        reader = StateReader(transfer.end, most_bytes)
+        reader = PipedStateReader(transfer.end, most_bytes)
         try:
             state = await reader.state()
             # The trail is read meanwhile, else QEMU's main loop would be held up by a full pipe.
@@ -391,12 +393,16 @@ class _Conversation:
         self._backend.checked(good=transfer.error is None)
 
 
-_QUEUES: Mapping[Request, Callable[[Rings, Any, list[ForeignFd]], None]] = {
-    Request.SET_MEM_TABLE: lambda rings, table, fds: rings.set_memory(table, fds),
-    Request.SET_VRING_NUM: lambda rings, vring, _: rings.set_size(vring.index, vring.number),
-    Request.SET_VRING_ADDR: lambda rings, address, _: rings.set_address(address),
-    Request.SET_VRING_KICK: lambda rings, vring, fds: rings.set_kick(vring.value & VRING_MASK, fds[0] if fds else None),
-    Request.SET_VRING_CALL: lambda rings, vring, fds: rings.set_call(vring.value & VRING_MASK, fds[0] if fds else None),
+_QUEUES: Mapping[VhostRequest, Callable[[Rings, Any, list[ForeignFd]], None]] = {
+    VhostRequest.SET_MEM_TABLE: lambda rings, table, fds: rings.set_memory(table, fds),
+    VhostRequest.SET_VRING_NUM: lambda rings, vring, _: rings.set_size(vring.index, vring.number),
+    VhostRequest.SET_VRING_ADDR: lambda rings, address, _: rings.set_address(address),
+    VhostRequest.SET_VRING_KICK: lambda rings, vring, fds: rings.set_kick(
+        vring.value & VRING_MASK, fds[0] if fds else None
+    ),
+    VhostRequest.SET_VRING_CALL: lambda rings, vring, fds: rings.set_call(
+        vring.value & VRING_MASK, fds[0] if fds else None
+    ),
 }
 _STEPS: Mapping[type[Step], Callable[[_Conversation, Any], Awaitable[None]]] = {
     QueuesChanged: _Conversation._change_queues,

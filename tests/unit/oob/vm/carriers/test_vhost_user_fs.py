@@ -20,14 +20,14 @@ from vfiouser_oob.transport.reaper import REAPER
 from vfiouser_oob.vm.carriers import port
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
-    Attached,
     GoAsked,
     LogChanged,
     Lost,
+    QemuAttached,
     SaveAsked,
     StateLoaded,
+    StateTaken,
     StopAsked,
-    Taken,
 )
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs, companion_arguments
 
@@ -73,7 +73,7 @@ async def test_features(tmp_path: Path) -> None:
         protocol = int.from_bytes(await qemu.ask(vhostclient.GET_PROTOCOL_FEATURES), "little")
         assert features == 1 << 26 | 1 << 30 | 1 << 32
         assert protocol == 1 << 1 | 1 << 3 | 1 << 19
-        assert [type(event) for event in hand.events] == [Attached]
+        assert [type(event) for event in hand.events] == [QemuAttached]
 
 
 @pytest.mark.parametrize("size", [0, 5, 20 * MIB])
@@ -85,7 +85,7 @@ async def test_a_state_goes_out_and_comes_in(tmp_path: Path, size: int) -> None:
         data = await qemu.save()
         await qemu.stream.aclose()
         await hand.until(Lost)
-        assert [type(event) for event in hand.events] == [Attached, SaveAsked, Taken, Lost]
+        assert [type(event) for event in hand.events] == [QemuAttached, SaveAsked, StateTaken, Lost]
         hand.carrier.expect(20 * MIB)
         assert await (await hand.client()).load(data) == 0
         assert hand.told(StateLoaded)[0].state == state
@@ -137,7 +137,7 @@ async def test_stop_and_go(tmp_path: Path) -> None:
     async with carrier(tmp_path) as hand:
         qemu = await hand.client()
         assert await qemu.begin() == [0, 0]
-        assert [type(event) for event in hand.events] == [Attached, GoAsked]
+        assert [type(event) for event in hand.events] == [QemuAttached, GoAsked]
         assert await qemu.end() == [struct.pack("<II", 0, 7), struct.pack("<II", 1, 8)]
         assert hand.told(StopAsked) == [StopAsked(sure=False)]
         hand.ignores = (GoAsked,)
@@ -229,7 +229,7 @@ async def test_a_second_state_is_saved_after_a_failed_one(tmp_path: Path) -> Non
         os.close(reader)
         assert await qemu.check() == 1
         assert len(await qemu.save()) > 4 * MIB
-        assert len(hand.told(Taken)) == 1
+        assert len(hand.told(StateTaken)) == 1
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ async def test_where_qemu_listens_it_is_called_again_and_goes_on(
         await qemu.send(vhostclient.SET_OWNER)
         assert await qemu.end() == [struct.pack("<II", 0, 0), struct.pack("<II", 1, 0)]
         assert len(hand.told(StopAsked)) == 1
-        assert len(hand.told(Attached)) == 3
+        assert len(hand.told(QemuAttached)) == 3
         await qemu.stream.aclose()
         listening.close()
         nursery.cancel_scope.cancel()
