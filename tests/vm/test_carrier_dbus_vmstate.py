@@ -8,7 +8,7 @@ import pytest
 
 from carrierbed.machines import begin, machine, outcome
 from carrierbed.sides import KINDS, two_sides
-from vfiouser_oob.vm.carriers.interface import Attached, StateLoaded
+from vfiouser_oob.vm.carriers.interface import QemuAttached, StateLoaded
 from vmbed.assets import Assets
 from vmbed.errors import BedError
 
@@ -20,7 +20,7 @@ async def test_a_lost_endpoint_is_repaired(assets: Assets, workdir: Path) -> Non
     """Without its daemon the source does not migrate; the repair's commands connect a new one, and then it does."""
     async with two_sides(VMSTATE, workdir, b"state") as (source, destination):
         async with machine(assets, workdir, "a", source.arguments) as a:
-            await source.hand.until(Attached)
+            await source.hand.until(QemuAttached)
             source.stop()
             async with machine(assets, workdir, "b", destination.arguments, incoming=True) as b:
                 await begin(a, b, workdir)
@@ -30,7 +30,7 @@ async def test_a_lost_endpoint_is_repaired(assets: Assets, workdir: Path) -> Non
             await source.start(b"new state")
             for command in source.hand.carrier.repair():
                 await a.qmp.execute(command.execute, **command.arguments)
-            await source.hand.until(Attached)
+            await source.hand.until(QemuAttached)
             async with machine(assets, workdir, "c", destination.arguments, incoming=True) as c:
                 await begin(a, c, workdir)
                 assert await outcome(a) == "completed"

@@ -5,16 +5,27 @@ The driver is played over qtest, so there is no guest.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from carrierbed.machines import begin, machine, outcome, pause_before_switchover, status
-from carrierbed.sides import KINDS, Side, two_machines, two_sides
+from carrierbed.sides import KINDS, Kind, Side, two_machines, two_sides
 from carrierbed.virtiofs import VirtioFs
-from vfiouser_oob.vm.carriers.interface import GoAsked, LogChanged, Lost, SaveAsked, StateLoaded, StopAsked
+from vfiouser_oob.vm.carriers.interface import (
+    GoAsked,
+    LogChanged,
+    Lost,
+    QemuAttached,
+    SaveAsked,
+    StateLoaded,
+    StopAsked,
+)
+from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs, companion_arguments
 from vmbed.assets import Assets
 from vmbed.qemu import Qemu
 
@@ -187,3 +198,31 @@ async def given_back(driver: VirtioFs, queue: int, count: int) -> None:
     with trio.fail_after(30):
         while await driver.used(queue) != count:
             pass
+
+
+async def test_a_daemon_that_comes_back_goes_on(assets: Assets, workdir: Path) -> None:
+    """Where QEMU listens, a second daemon takes up what the first one had told it, without a word from QEMU."""
+    calls = Kind(
+        lambda path: VhostUserFs(None, path),
+        lambda path: companion_arguments(path, listens=True, addr="0x10"),
+        says_why=False,
+    )
+    async with two_sides(calls, workdir, b"state") as (source, destination):
+        async with machine(assets, workdir, "a", source.arguments) as a:
+            await VirtioFs(a.qtest).bind()
+            await source.hand.until(GoAsked)
+            first = source.hand.carrier
+            assert isinstance(first, VhostUserFs)
+            source.stop()
+            await trio.testing.wait_all_tasks_blocked()
+            standing = first.standing
+            assert standing is not None
+            assert standing.runs
+            source.kind = dataclasses.replace(calls, make=lambda path: VhostUserFs(None, path, before=standing))
+            await source.start(b"state of the second")
+            await source.hand.until(QemuAttached)
+            async with machine(assets, workdir, "b", destination.arguments, incoming=True) as b:
+                await begin(a, b, workdir)
+                assert await outcome(a) == "completed"
+            assert (await source.hand.until(StopAsked)).sure
+        assert bytes((await destination.hand.until(StateLoaded)).state) == b"state of the second"

@@ -13,7 +13,7 @@ import trio.testing
 from carrierbed.hand import Hand
 from carrierbed.machines import begin, machine, outcome, pause_before_switchover, status
 from carrierbed.sides import KINDS, Kind, two_machines, two_sides
-from vfiouser_oob.vm.carriers.interface import Attached, Lost, SaveAsked, StateLoaded, Taken
+from vfiouser_oob.vm.carriers.interface import Lost, QemuAttached, SaveAsked, StateLoaded, StateTaken
 from vmbed.assets import Assets
 
 pytestmark = pytest.mark.vm
@@ -46,7 +46,7 @@ async def test_a_state_travels_in_the_stream(kind: Kind, assets: Assets, workdir
             print(f"{size} bytes: {time.monotonic() - start:.3f} s")  # noqa: T201
         loaded = await destination.hand.until(StateLoaded)
         assert bytes(loaded.state) == source.hand.state
-        assert [type(event) for event in source.hand.events[:3]] == [Attached, SaveAsked, Taken]
+        assert [type(event) for event in source.hand.events[:3]] == [QemuAttached, SaveAsked, StateTaken]
 
 
 async def test_a_veto_is_a_clean_failure(kind: Kind, assets: Assets, workdir: Path) -> None:
@@ -61,7 +61,7 @@ async def test_a_veto_is_a_clean_failure(kind: Kind, assets: Assets, workdir: Pa
         assert (await a.qmp.execute("query-status"))["status"] == "running"
         assert (Hand.reason in a.process.log.read_text()) == kind.says_why
         await b.process.wait()
-        assert not source.hand.told(Taken)
+        assert not source.hand.told(StateTaken)
         assert not destination.hand.told(StateLoaded)
         await destination.hand.until(Lost)
         source.hand.refuses = ()
@@ -143,7 +143,7 @@ async def test_a_cancel_while_the_state_is_asked_for(kind: Kind, assets: Assets,
             assert await outcome(b) == "completed"
             assert (await a.qmp.execute("query-status"))["running"] == (end == "cancelled")
             assert not (await b.qmp.execute("query-status"))["running"]
-        assert source.hand.told(Taken)
+        assert source.hand.told(StateTaken)
         assert destination.hand.told(StateLoaded)
 
 

@@ -8,12 +8,12 @@ from typing import TypeVar
 import trio
 
 from vfiouser_oob.vm.carriers.interface import (
-    Carrier,
     CarrierEvent,
     GoAsked,
     SaveAsked,
     StateLoaded,
     StopAsked,
+    VmCarrier,
 )
 
 __all__ = ["Hand"]
@@ -36,7 +36,7 @@ class Hand:
 
     def __init__(
         self,
-        carrier: Carrier,
+        carrier: VmCarrier,
         state: bytes = b"",
         *,
         refuses: tuple[type[CarrierEvent], ...] = (),

@@ -14,7 +14,7 @@ from carrierbed.hand import Hand
 from carrierbed.machines import machine
 from vfiouser_oob.transport.listener import listen_on_path
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate, vmstate_object
-from vfiouser_oob.vm.carriers.interface import Carrier
+from vfiouser_oob.vm.carriers.interface import VmCarrier
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs, companion_arguments
 from vmbed.assets import Assets
 from vmbed.qemu import Qemu
@@ -32,7 +32,7 @@ class Kind:
         says_why: whether QEMU prints a refusal's reason.
     """
 
-    make: Callable[[Path], Carrier]
+    make: Callable[[Path], VmCarrier]
     arguments: Callable[[Path], Sequence[str]]
     says_why: bool
 

@@ -18,7 +18,7 @@ _EOL = b"\r\n"
 _REJECTED = b"REJECTED EXTERNAL"
 
 
-class AuthError(Exception):
+class SaslError(Exception):
     """The opening failed; the connection is to be closed."""
 
 
@@ -52,12 +52,12 @@ class SaslServer:
             The bytes behind the opening, once that is done.
 
         Raises:
-            AuthError: this is no D-Bus client, or not the one that the kernel says.
+            SaslError: this is no D-Bus client, or not the one that the kernel says.
         """
         self._buffer += data
         if not self._nul_seen and self._buffer:
             if self._buffer[0]:
-                raise AuthError("the first byte is not 0, as D-Bus demands")
+                raise SaslError("the first byte is not 0, as D-Bus demands")
             del self._buffer[:1]
             self._nul_seen = True
         while not self.done and (end := self._buffer.find(_EOL, 0, LINE_MAX)) >= 0:
@@ -69,7 +69,7 @@ class SaslServer:
             self._buffer.clear()
             return rest
         if len(self._buffer) >= LINE_MAX:
-            raise AuthError(f"a line of the opening has more than {LINE_MAX} bytes")
+            raise SaslError(f"a line of the opening has more than {LINE_MAX} bytes")
         return b""
 
     def data_to_send(self) -> bytes:
@@ -81,7 +81,7 @@ class SaslServer:
     def _take_line(self, line: bytes) -> None:
         self._lines += 1
         if self._lines > LINES_MAX:
-            raise AuthError(f"the opening has more than {LINES_MAX} lines")
+            raise SaslError(f"the opening has more than {LINES_MAX} lines")
         command, _, rest = line.partition(b" ")
         handler = _COMMANDS.get(command)
         if handler is None:
@@ -114,15 +114,15 @@ class SaslServer:
         try:
             told = bytes.fromhex(claim.decode("ascii")).decode("ascii")
         except ValueError:
-            raise AuthError("the identity is not hexadecimal") from None
+            raise SaslError("the identity is not hexadecimal") from None
         if told not in ("", str(self._uid)):
-            raise AuthError(f"the client says that it is user {told[:20]!r}, and the kernel says {self._uid}")
+            raise SaslError(f"the client says that it is user {told[:20]!r}, and the kernel says {self._uid}")
         self._authenticated = True
         self._say(b"OK " + self._guid)
 
     def _begin(self, _: bytes) -> None:
         if not self._authenticated:
-            raise AuthError("the client begins before it has said who it is")
+            raise SaslError("the client begins before it has said who it is")
         self.done = True
 
     def _cancel(self, _: bytes) -> None:

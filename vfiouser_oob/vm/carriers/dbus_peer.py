@@ -104,8 +104,8 @@ class DbusPeer:
             What has to be answered, in order.
 
         Raises:
-            AuthError: the client is not who it says, or no D-Bus client.
-            WireError: what came is no D-Bus.
+            SaslError: the client is not who it says, or no D-Bus client.
+            DbusWireError: what came is no D-Bus.
         """
         if not self._auth.done:
             data = self._auth.receive_data(data)

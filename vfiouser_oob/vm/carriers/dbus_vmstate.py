@@ -27,7 +27,7 @@ from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_oob.vm.carriers.chunks import HEAD_SIZE, ChunkError, Joiner, cut, pieces_for
-from vfiouser_oob.vm.carriers.dbus_auth import AuthError
+from vfiouser_oob.vm.carriers.dbus_auth import SaslError
 from vfiouser_oob.vm.carriers.dbus_peer import (
     PIECE_MAX,
     Asked,
@@ -37,20 +37,20 @@ from vfiouser_oob.vm.carriers.dbus_peer import (
     OwnersAsked,
     SaveCalled,
 )
-from vfiouser_oob.vm.carriers.dbus_wire import WireError
+from vfiouser_oob.vm.carriers.dbus_wire import DbusWireError
 from vfiouser_oob.vm.carriers.desk import Answer, Desk, Offered, Refused
 from vfiouser_oob.vm.carriers.interface import (
-    Attached,
     CarrierEvent,
     Lost,
     MonitorCommand,
+    QemuAttached,
     SaveAsked,
     State,
     StateLoaded,
-    Taken,
+    StateTaken,
 )
 from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
-from vfiouser_oob.vm.carriers.port import OPENING_S, Port, first_of
+from vfiouser_oob.vm.carriers.port import OPENING_S, CarrierPort, first_of
 
 #: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
 MOST_BYTES = 256 << 20
@@ -81,12 +81,16 @@ class DbusVmstate:
     def __init__(
         self, listener: Listener, path: Path, object_id: str = "oobvmstate", allow_uids: frozenset[int] | None = None
     ) -> None:
-        self._port = Port(listener, f"{self.name} {path}", allow_uids)
+        self._port = CarrierPort(listener, f"{self.name} {path}", allow_uids)
         self._path = path
         self._object_id = object_id
         self._guid = secrets.token_hex(16)
         self._desk = Desk()
+<<<<<<< HEAD
         self._lane = FunctionQueue()
+=======
+        self._queue = FunctionQueue()
+>>>>>>> carriers
         #: At the destination: bytes of the largest state to take; None at the source.
         self._expected: int | None = None
         self._joiner: Joiner | None = None
@@ -165,19 +169,19 @@ class DbusVmstate:
                 nursery.start_soon(self._answer_all, connection, peer, receive)
                 with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
                     while True:
-                        await self._lane.turn()
+                        await self._queue.turn()
                         data = await connection.receive_alone(min(max(_READ, peer.missing), _READ_MAX))
                         for asked in peer.receive_data(data):
                             if isinstance(asked, Opened):
                                 opening.deadline = math.inf
                                 await self._port.seat.take(process)
                                 attached = True
-                                await self._desk.tell(Attached(process))
+                                await self._desk.tell(QemuAttached(process))
                             else:
                                 await send.send(asked)
                         await connection.send(peer.data_to_send())
                 raise PeerGone(f"it has not opened the conversation within {OPENING_S:g} s")
-        except* (AuthError, WireError, PeerGone) as errors:
+        except* (SaslError, DbusWireError, PeerGone) as errors:
             reason = str(first_of(errors))
         if attached:
             self._pieces, self._unfetched, self._joiner = [], set(), None
@@ -213,7 +217,7 @@ class DbusVmstate:
         if not self._unfetched:
             # Told before the last piece leaves: from then on the destination may have all of them.
             self._pieces = []
-            await self._desk.tell(Taken())
+            await self._desk.tell(StateTaken())
 
     async def _load(self, peer: DbusPeer, asked: LoadCalled) -> None:
         if self._joiner is None:

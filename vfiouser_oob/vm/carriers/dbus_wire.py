@@ -39,7 +39,7 @@ SIGNATURES = frozenset({"", "s", "ss", "su", "ay"})
 _MISFITS = (struct.error, ValueError, LookupError, AssertionError, TypeError)
 
 
-class WireError(Exception):
+class DbusWireError(Exception):
     """The stream is broken; the connection is to be closed."""
 
 
@@ -84,7 +84,7 @@ class CallReader:
             The calls that are whole now.
 
         Raises:
-            WireError: this is no D-Bus, or too much of it.
+            DbusWireError: this is no D-Bus, or too much of it.
         """
         self._buffer += data
         while (size := self._message_size()) is not None and len(self._buffer) >= size:
@@ -105,11 +105,11 @@ class CallReader:
             return None
         order = _ORDERS.get(self._buffer[0])
         if order is None or self._buffer[3] != _PROTOCOL:
-            raise WireError("what came is no D-Bus message")
+            raise DbusWireError("what came is no D-Bus message")
         body, serial, fields = struct.unpack_from(f"{order}III", self._buffer, 4)
         if body > self._body_max or fields > FIELDS_MAX or not serial:
             allowed = f"allowed are {FIELDS_MAX} and {self._body_max}"
-            raise WireError(f"a message has {fields} bytes of header fields and {body} of body; {allowed}")
+            raise DbusWireError(f"a message has {fields} bytes of header fields and {body} of body; {allowed}")
         return _fields_end(fields) + int(body)
 
 
@@ -140,7 +140,7 @@ def _call_in(message: bytes) -> Call | None:
             not flags & MessageFlag.no_reply_expected,
         )
     except _MISFITS as error:
-        raise WireError(f"a message of {len(message)} bytes cannot be read ({type(error).__name__})") from error
+        raise DbusWireError(f"a message of {len(message)} bytes cannot be read ({type(error).__name__})") from error
 
 
 def _fields_in(message: bytes, end: int, order: Endianness) -> dict[int, Any]:

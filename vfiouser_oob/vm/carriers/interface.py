@@ -30,7 +30,7 @@ State: TypeAlias = "bytes | bytearray | memoryview"
 
 
 @dataclass(frozen=True, slots=True)
-class Attached:
+class QemuAttached:
     """A QEMU has connected its object and is served.
 
     Args:
@@ -58,7 +58,7 @@ class SaveAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class StateTaken:
     """QEMU has taken the whole state; from now on the destination may have it."""
 
 
@@ -94,7 +94,7 @@ class LogChanged:
         log: where to tell; None when nobody listens any more.
     """
 
-    log: DirtyLog | None
+    log: WrittenPagesLog | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Lost:
 
 #: Questions, of which one is open at a time.
 Question: TypeAlias = StopAsked | SaveAsked | StateLoaded | GoAsked
-CarrierEvent: TypeAlias = Question | Attached | Taken | AnswerDue | LogChanged | Lost
+CarrierEvent: TypeAlias = Question | QemuAttached | StateTaken | AnswerDue | LogChanged | Lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class MonitorCommand:
     arguments: dict[str, Any]
 
 
-class DirtyLog(Protocol):
+class WrittenPagesLog(Protocol):
     """A log of written pages, which QEMU reads while it migrates memory."""
 
     def mark(self, address: int, length: int) -> None:
@@ -139,7 +139,7 @@ class DirtyLog(Protocol):
         ...
 
 
-class Carrier(Protocol):
+class VmCarrier(Protocol):
     """One VM's carrier, whatever it is in QEMU.
 
     `run` serves QEMU; `next_event` is what it tells, in order; the other methods answer what was asked. An answer that

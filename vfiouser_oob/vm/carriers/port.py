@@ -1,13 +1,16 @@
-"""The socket that a carrier listens on: who may come, how many, and who is the one that is served.
+"""How a carrier meets QEMU: who may come, how many, and who is the one that is served.
 
-Whoever comes has to say something sensible within seconds before it counts (`Seat.take`), so those who only sit there
-keep nobody out. One is served at a time.
+Usually QEMU comes to us. Whoever comes has to say something sensible within seconds before it counts (`Seat.take`), so
+those who only sit there keep nobody out. One is served at a time. Where QEMU listens, we come to it, again and again.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeAlias
 
 import trio
 
@@ -23,6 +26,10 @@ OPENING_S = 5.0
 HANDOVER_S = 1.0
 #: Connections at a time: one that is served, and newcomers.
 CONNECTIONS_MAX = 8
+#: Seconds after which QEMU's socket is tried again.
+AGAIN_S = 0.25
+
+Converse: TypeAlias = Callable[[PeerSocket, Peer], Awaitable[None]]
 
 
 class Seat:
@@ -55,17 +62,15 @@ class Seat:
             self._lock.release()
 
 
-class Port:
-    """Accepts for one carrier.
+class Meeting:
+    """What is the same whoever comes to whom.
 
     Args:
-        listener: the socket; owned from now on.
         name: which carrier of which VM, for logs.
-        allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+        allow_uids: users that may be the peer; None allows all.
     """
 
-    def __init__(self, listener: Listener, name: str, allow_uids: frozenset[int] | None = None) -> None:
-        self._listener = listener
+    def __init__(self, name: str, allow_uids: frozenset[int] | None) -> None:
         self._allow_uids = allow_uids
         self._log = log.get("carrier").bind(carrier=name)
         self._noise = log.RateLimited(self._log)
@@ -78,18 +83,56 @@ class Port:
         """Where its peers' descriptors are counted."""
         return self._account
 
-    async def serve(
-        self,
-        converse: Callable[[PeerSocket, Peer], Awaitable[None]],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Accept until cancelled.
+    async def serve(self, converse: Converse, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled.
 
         Args:
             converse: serves one connection; `PeerGone` ends it.
-            task_status: told when connections are accepted.
+            task_status: told when QEMU can be met.
         """
+        raise NotImplementedError
+
+    async def _serve_one(self, sock: socket.socket, converse: Converse) -> None:
+        connection = PeerSocket(sock, self._account)
+        try:
+            peer = self._checked(sock)
+            await converse(connection, peer)
+        except PeerGone as gone:
+            self._noise.info("connection ended", reason=gone)
+        except OSError as error:
+            self._noise.warning("a connection cannot be served now", error=error.strerror)
+        finally:
+            self.seat.leave()
+            connection.close()
+            self._connections -= 1
+
+    def _checked(self, sock: socket.socket) -> Peer:
+        try:
+            peer = peer_of(sock)
+        except OSError as error:
+            raise PeerGone(f"the kernel does not say who it is: {error.strerror}") from error
+        if self._allow_uids is not None and peer.uid not in self._allow_uids:
+            raise PeerGone(f"{peer} may not connect (allowed: {sorted(self._allow_uids)})")
+        if self._connections > CONNECTIONS_MAX:
+            raise PeerGone(f"{peer} comes while {CONNECTIONS_MAX} others are connected")
+        return peer
+
+
+class CarrierPort(Meeting):
+    """Accepts for one carrier.
+
+    Args:
+        listener: the socket; owned from now on.
+        name: which carrier of which VM, for logs.
+        allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+    """
+
+    def __init__(self, listener: Listener, name: str, allow_uids: frozenset[int] | None = None) -> None:
+        super().__init__(name, allow_uids)
+        self._listener = listener
+
+    async def serve(self, converse: Converse, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Accept until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
@@ -111,28 +154,41 @@ class Port:
             await trio.sleep(EXHAUSTED_WAIT_S)
             return None
 
-    async def _serve_one(self, sock: socket.socket, converse: Callable[[PeerSocket, Peer], Awaitable[None]]) -> None:
-        connection = PeerSocket(sock, self._account)
-        try:
-            peer = self._checked(sock)
-            await converse(connection, peer)
-        except PeerGone as gone:
-            self._noise.info("connection ended", reason=gone)
-        finally:
-            self.seat.leave()
-            connection.close()
-            self._connections -= 1
 
-    def _checked(self, sock: socket.socket) -> Peer:
+class CarrierCaller(Meeting):
+    """Connects for one carrier, to a socket that QEMU listens on.
+
+    Args:
+        path: where.
+        name: which carrier of which VM, for logs.
+        allow_uids: users that may listen there; None allows all.
+    """
+
+    def __init__(self, path: Path, name: str, allow_uids: frozenset[int] | None = None) -> None:
+        super().__init__(name, allow_uids)
+        self._path = path
+
+    async def serve(self, converse: Converse, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Connect until cancelled."""
+        task_status.started()
+        while True:
+            sock = self._connected()
+            if sock is not None:
+                self._connections += 1
+                await self._serve_one(sock, converse)
+            await trio.sleep(AGAIN_S)
+
+    def _connected(self) -> socket.socket | None:
         try:
-            peer = peer_of(sock)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         except OSError as error:
-            raise PeerGone(f"the kernel does not say who it is: {error.strerror}") from error
-        if self._allow_uids is not None and peer.uid not in self._allow_uids:
-            raise PeerGone(f"{peer} may not connect (allowed: {sorted(self._allow_uids)})")
-        if self._connections > CONNECTIONS_MAX:
-            raise PeerGone(f"{peer} comes while {CONNECTIONS_MAX} others are connected")
-        return peer
+            self._noise.warning("cannot connect now", error=error.strerror)
+            return None
+        # To a UNIX socket nobody has to wait: it is done, or nobody listens, or its queue is full.
+        if not sock.connect_ex(os.fspath(self._path)):
+            return sock
+        sock.close()
+        return None
 
 
 def first_of(errors: BaseExceptionGroup[Exception]) -> BaseException:

@@ -141,7 +141,7 @@ def _write_some(piece: memoryview, number: int) -> int:
     return os.write(number, piece)
 
 
-class StateReader:
+class PipedStateReader:
     """Reads a state.
 
     Args:

@@ -20,21 +20,21 @@ from vfiouser_oob.vm.carriers.vhost_messages import (
     REQUESTS,
     VRING_MASK,
     Direction,
-    Features,
     LogArea,
     MemoryTable,
     Nothing,
     Number,
     ProtocolFeatures,
-    Request,
     StateTransfer,
+    VhostFeatures,
+    VhostRequest,
     VringAddress,
     VringState,
 )
-from vfiouser_oob.vm.carriers.vhost_wire import Message, WireError, reply
+from vfiouser_oob.vm.carriers.vhost_wire import VhostMessage, VhostWireError, reply
 from vfiouser_protocol.fields import Payload
 
-FEATURES = Features.VERSION_1 | Features.PROTOCOL_FEATURES | Features.LOG_ALL
+FEATURES = VhostFeatures.VERSION_1 | VhostFeatures.PROTOCOL_FEATURES | VhostFeatures.LOG_ALL
 PROTOCOL_FEATURES = ProtocolFeatures.LOG_SHMFD | ProtocolFeatures.REPLY_ACK | ProtocolFeatures.DEVICE_STATE
 #: Vrings of a device with one request queue, and as many as a companion may have.
 QUEUES_MAX = 16
@@ -66,7 +66,7 @@ class QueuesChanged:
         message: what.
     """
 
-    message: Message
+    message: VhostMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class GoNeeded:
         bases: where each vring's next request is.
     """
 
-    message: Message
+    message: VhostMessage
     bases: dict[int, int]
 
 
@@ -122,6 +122,19 @@ class CheckNeeded:
     """Whether the transfer succeeded is asked; answer by `checked`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What outlives a connection to a front-end that goes on.
+
+    Args:
+        runs: whether all vrings are enabled.
+        bases: of each vring, where its next request is.
+    """
+
+    runs: bool
+    bases: tuple[tuple[int, int], ...]
+
+
 Step: TypeAlias = QueuesChanged | LogGiven | LogEnded | StopNeeded | GoNeeded | SaveNeeded | LoadNeeded | CheckNeeded
 
 
@@ -129,16 +142,25 @@ class VhostBackend:
     """One front-end's connection.
 
     After `take` and after each answer, `data_to_send` has what is to be sent.
+
+    Args:
+        before: where a connection was that this one takes the place of, while the front-end went on; None if the
+            front-end is new. It will not say anything again that it has said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Standing | None = None) -> None:
         self._to_send: list[bytes] = []
-        self._features = Features(0)
-        self._bases: dict[int, int] = {}
+        self._features = VhostFeatures(0)
+        self._bases: dict[int, int] = dict(before.bases) if before else {}
         self._enabled: set[int] = set()
         self._logged = False
         #: Whether all vrings are enabled.
-        self.runs = False
+        self.runs = before is not None and before.runs
+
+    @property
+    def standing(self) -> Standing:
+        """Where this connection is, for one that takes its place."""
+        return Standing(self.runs, tuple(self._bases.items()))
 
     def data_to_send(self) -> bytes:
         """Return what to send now; it is returned once."""
@@ -146,7 +168,7 @@ class VhostBackend:
         self._to_send.clear()
         return data
 
-    def take(self, message: Message) -> Step | None:
+    def take(self, message: VhostMessage) -> Step | None:
         """Take a message.
 
         Args:
@@ -156,7 +178,7 @@ class VhostBackend:
             What has to be done, and answered, before the next message; None if nothing has.
 
         Raises:
-            WireError: the front-end asks for what cannot be.
+            VhostWireError: the front-end asks for what cannot be.
         """
         handler = _HANDLERS.get(message.request)
         step = None if handler is None else handler(self, message, message.payload)
@@ -166,7 +188,7 @@ class VhostBackend:
 
     # Answers
 
-    def done(self, message: Message, failed: bool = False) -> None:
+    def done(self, message: VhostMessage, failed: bool = False) -> None:
         """Say that something without a reply of its own is done, if that is waited for."""
         if message.needs_reply:
             self._reply(message.request, Number(int(failed)))
@@ -174,7 +196,7 @@ class VhostBackend:
     def log_taken(self) -> None:
         """Say that the log is in use."""
         self._logged = True
-        self._reply(Request.SET_LOG_BASE, Nothing())
+        self._reply(VhostRequest.SET_LOG_BASE, Nothing())
 
     def moved(self, bases: dict[int, int]) -> None:
         """Note where vrings have come to."""
@@ -182,59 +204,65 @@ class VhostBackend:
 
     def stopped(self, index: int) -> None:
         """Say that a vring stands, and where."""
-        self._reply(Request.GET_VRING_BASE, VringState(index, self._bases.get(index, 0)))
+        self._reply(VhostRequest.GET_VRING_BASE, VringState(index, self._bases.get(index, 0)))
 
     def deny_stop(self, index: int) -> None:
         """Say something else than is waited for: QEMU's way of hearing no is a reply to another question."""
-        self._reply(Request.GET_FEATURES, VringState(index, 0))
+        self._reply(VhostRequest.GET_FEATURES, VringState(index, 0))
 
     def transfer(self, begins: bool) -> None:
         """Say whether a state's transfer begins, through the descriptor that was given."""
-        self._reply(Request.SET_DEVICE_STATE_FD, Number(NO_FD if begins else NO_FD | 1))
+        self._reply(VhostRequest.SET_DEVICE_STATE_FD, Number(NO_FD if begins else NO_FD | 1))
 
     def checked(self, good: bool) -> None:
         """Say whether the transfer succeeded."""
-        self._reply(Request.CHECK_DEVICE_STATE, Number(int(not good)))
+        self._reply(VhostRequest.CHECK_DEVICE_STATE, Number(int(not good)))
 
-    def _reply(self, request: Request, payload: Payload) -> None:
+    def _reply(self, request: VhostRequest, payload: Payload) -> None:
         self._to_send.append(reply(request, payload))
 
     # Messages
 
-    def _get_features(self, _: Message, __: Any) -> None:
-        self._reply(Request.GET_FEATURES, Number(FEATURES))
+    def _get_features(self, _: VhostMessage, __: Any) -> None:
+        self._reply(VhostRequest.GET_FEATURES, Number(FEATURES))
 
-    def _get_protocol_features(self, _: Message, __: Any) -> None:
-        self._reply(Request.GET_PROTOCOL_FEATURES, Number(PROTOCOL_FEATURES))
+    def _get_protocol_features(self, _: VhostMessage, __: Any) -> None:
+        self._reply(VhostRequest.GET_PROTOCOL_FEATURES, Number(PROTOCOL_FEATURES))
 
-    def _set_features(self, _: Message, payload: Number) -> Step | None:
-        self._features = Features(payload.value)
-        if self._logged and not self._features & Features.LOG_ALL:
+    def _own(self, _: VhostMessage, __: Any) -> None:
+        # A front-end that begins, so what was known was another's.
+        self._bases.clear()
+        self._enabled.clear()
+        self.runs = False
+
+    def _set_features(self, _: VhostMessage, payload: Number) -> Step | None:
+        self._features = VhostFeatures(payload.value)
+        if self._logged and not self._features & VhostFeatures.LOG_ALL:
             self._logged = False
             return LogEnded()
         return None
 
-    def _set_log_base(self, message: Message, payload: LogArea) -> Step:
+    def _set_log_base(self, message: VhostMessage, payload: LogArea) -> Step:
         return LogGiven(payload, message.fds[0])
 
-    def _memory(self, message: Message, payload: MemoryTable) -> Step:
+    def _memory(self, message: VhostMessage, payload: MemoryTable) -> Step:
         if len(message.fds) != payload.count:
-            raise WireError(f"{payload.count} regions of guest memory came with {len(message.fds)} descriptors")
+            raise VhostWireError(f"{payload.count} regions of guest memory came with {len(message.fds)} descriptors")
         return QueuesChanged(message)
 
-    def _vring_set(self, message: Message, payload: VringState | VringAddress) -> Step:
+    def _vring_set(self, message: VhostMessage, payload: VringState | VringAddress) -> Step:
         _vring(payload)
         return QueuesChanged(message)
 
-    def _vring_fd(self, message: Message, payload: Number) -> Step:
+    def _vring_fd(self, message: VhostMessage, payload: Number) -> Step:
         if payload.value & VRING_MASK >= QUEUES_MAX:
-            raise WireError(f"there is no vring {payload.value & VRING_MASK}")
+            raise VhostWireError(f"there is no vring {payload.value & VRING_MASK}")
         return QueuesChanged(message)
 
-    def _set_base(self, _: Message, payload: VringState) -> None:
+    def _set_base(self, _: VhostMessage, payload: VringState) -> None:
         self._bases[_vring(payload)] = payload.number
 
-    def _get_base(self, _: Message, payload: VringState) -> Step | None:
+    def _get_base(self, _: VhostMessage, payload: VringState) -> Step | None:
         index = _vring(payload)
         if self.runs:
             self.runs = False
@@ -243,7 +271,7 @@ class VhostBackend:
         self.stopped(index)
         return None
 
-    def _enable(self, message: Message, payload: VringState) -> Step | None:
+    def _enable(self, message: VhostMessage, payload: VringState) -> Step | None:
         index = _vring(payload)
         if not payload.number:
             self._enabled.discard(index)
@@ -254,37 +282,38 @@ class VhostBackend:
         self.runs = True
         return GoNeeded(message, dict(self._bases))
 
-    def _state_fd(self, message: Message, payload: StateTransfer) -> Step:
+    def _state_fd(self, message: VhostMessage, payload: StateTransfer) -> Step:
         if payload.phase or payload.direction not in Direction._value2member_map_:
-            raise WireError(f"a state goes in direction {payload.direction} in phase {payload.phase}")
+            raise VhostWireError(f"a state goes in direction {payload.direction} in phase {payload.phase}")
         kind = SaveNeeded if payload.direction == Direction.SAVE else LoadNeeded
         return kind(message.fds[0])
 
-    def _check(self, _: Message, __: Any) -> Step:
+    def _check(self, _: VhostMessage, __: Any) -> Step:
         return CheckNeeded()
 
 
 def _vring(payload: VringState | VringAddress) -> int:
     if payload.index >= QUEUES_MAX:
-        raise WireError(f"there is no vring {payload.index}")
+        raise VhostWireError(f"there is no vring {payload.index}")
     return payload.index
 
 
-_HANDLERS: Mapping[Request, Callable[[VhostBackend, Message, Any], Step | None]] = MappingProxyType(
+_HANDLERS: Mapping[VhostRequest, Callable[[VhostBackend, VhostMessage, Any], Step | None]] = MappingProxyType(
     {
-        Request.GET_FEATURES: VhostBackend._get_features,
-        Request.SET_FEATURES: VhostBackend._set_features,
-        Request.GET_PROTOCOL_FEATURES: VhostBackend._get_protocol_features,
-        Request.SET_MEM_TABLE: VhostBackend._memory,
-        Request.SET_LOG_BASE: VhostBackend._set_log_base,
-        Request.SET_VRING_NUM: VhostBackend._vring_set,
-        Request.SET_VRING_ADDR: VhostBackend._vring_set,
-        Request.SET_VRING_KICK: VhostBackend._vring_fd,
-        Request.SET_VRING_CALL: VhostBackend._vring_fd,
-        Request.SET_VRING_BASE: VhostBackend._set_base,
-        Request.GET_VRING_BASE: VhostBackend._get_base,
-        Request.SET_VRING_ENABLE: VhostBackend._enable,
-        Request.SET_DEVICE_STATE_FD: VhostBackend._state_fd,
-        Request.CHECK_DEVICE_STATE: VhostBackend._check,
+        VhostRequest.GET_FEATURES: VhostBackend._get_features,
+        VhostRequest.SET_FEATURES: VhostBackend._set_features,
+        VhostRequest.SET_OWNER: VhostBackend._own,
+        VhostRequest.GET_PROTOCOL_FEATURES: VhostBackend._get_protocol_features,
+        VhostRequest.SET_MEM_TABLE: VhostBackend._memory,
+        VhostRequest.SET_LOG_BASE: VhostBackend._set_log_base,
+        VhostRequest.SET_VRING_NUM: VhostBackend._vring_set,
+        VhostRequest.SET_VRING_ADDR: VhostBackend._vring_set,
+        VhostRequest.SET_VRING_KICK: VhostBackend._vring_fd,
+        VhostRequest.SET_VRING_CALL: VhostBackend._vring_fd,
+        VhostRequest.SET_VRING_BASE: VhostBackend._set_base,
+        VhostRequest.GET_VRING_BASE: VhostBackend._get_base,
+        VhostRequest.SET_VRING_ENABLE: VhostBackend._enable,
+        VhostRequest.SET_DEVICE_STATE_FD: VhostBackend._state_fd,
+        VhostRequest.CHECK_DEVICE_STATE: VhostBackend._check,
     }
 )

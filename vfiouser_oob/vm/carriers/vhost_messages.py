@@ -24,7 +24,7 @@ PAYLOAD_MAX = 8 + 8 * 32
 REGIONS_MAX = 8
 
 
-class Request(IntEnum):
+class VhostRequest(IntEnum):
     """What the front-end asks for."""
 
     GET_FEATURES = 1
@@ -47,7 +47,7 @@ class Request(IntEnum):
     CHECK_DEVICE_STATE = 43
 
 
-class Features(IntFlag):
+class VhostFeatures(IntFlag):
     """Virtio's features, and vhost's among them."""
 
     LOG_ALL = 1 << 26
@@ -76,7 +76,7 @@ NO_FD = 1 << 8
 VRING_MASK = 0xFF
 
 
-class Header(NamedTuple):
+class VhostHeader(NamedTuple):
     """What stands in front of each message."""
 
     request: U32
@@ -119,7 +119,7 @@ class LogArea(NamedTuple):
     offset: U64
 
 
-class Region(NamedTuple):
+class VhostRegion(NamedTuple):
     """A piece of guest memory."""
 
     guest_address: Annotated[int, Int64ul]
@@ -134,7 +134,7 @@ class MemoryTable(NamedTuple):
     count: U32  # type: ignore[assignment]
     padding: U32
     regions: Annotated[
-        tuple[Region, ...],
+        tuple[VhostRegion, ...],
         Array(
             this.count,
             Struct("guest_address" / Int64ul, "size" / Int64ul, "user_address" / Int64ul, "offset" / Int64ul),
@@ -165,27 +165,27 @@ class Row(NamedTuple):
     own_reply: bool = False
 
 
-REQUESTS: Mapping[Request, Row] = MappingProxyType(
+REQUESTS: Mapping[VhostRequest, Row] = MappingProxyType(
     {
-        Request.GET_FEATURES: Row(Nothing, own_reply=True),
-        Request.SET_FEATURES: Row(Number),
-        Request.SET_OWNER: Row(Nothing),
-        Request.RESET_OWNER: Row(Nothing),
-        Request.SET_MEM_TABLE: Row(MemoryTable, 0, REGIONS_MAX),
-        Request.SET_LOG_BASE: Row(LogArea, 1, 1, own_reply=True),
-        Request.SET_VRING_NUM: Row(VringState),
-        Request.SET_VRING_ADDR: Row(VringAddress),
-        Request.SET_VRING_BASE: Row(VringState),
-        Request.GET_VRING_BASE: Row(VringState, own_reply=True),
-        Request.SET_VRING_KICK: Row(Number, 0, 1),
-        Request.SET_VRING_CALL: Row(Number, 0, 1),
-        Request.SET_VRING_ERR: Row(Number, 0, 1),
-        Request.GET_PROTOCOL_FEATURES: Row(Nothing, own_reply=True),
-        Request.SET_PROTOCOL_FEATURES: Row(Number),
-        Request.SET_VRING_ENABLE: Row(VringState),
-        Request.SET_DEVICE_STATE_FD: Row(StateTransfer, 1, 1, own_reply=True),
-        Request.CHECK_DEVICE_STATE: Row(Nothing, own_reply=True),
+        VhostRequest.GET_FEATURES: Row(Nothing, own_reply=True),
+        VhostRequest.SET_FEATURES: Row(Number),
+        VhostRequest.SET_OWNER: Row(Nothing),
+        VhostRequest.RESET_OWNER: Row(Nothing),
+        VhostRequest.SET_MEM_TABLE: Row(MemoryTable, 0, REGIONS_MAX),
+        VhostRequest.SET_LOG_BASE: Row(LogArea, 1, 1, own_reply=True),
+        VhostRequest.SET_VRING_NUM: Row(VringState),
+        VhostRequest.SET_VRING_ADDR: Row(VringAddress),
+        VhostRequest.SET_VRING_BASE: Row(VringState),
+        VhostRequest.GET_VRING_BASE: Row(VringState, own_reply=True),
+        VhostRequest.SET_VRING_KICK: Row(Number, 0, 1),
+        VhostRequest.SET_VRING_CALL: Row(Number, 0, 1),
+        VhostRequest.SET_VRING_ERR: Row(Number, 0, 1),
+        VhostRequest.GET_PROTOCOL_FEATURES: Row(Nothing, own_reply=True),
+        VhostRequest.SET_PROTOCOL_FEATURES: Row(Number),
+        VhostRequest.SET_VRING_ENABLE: Row(VringState),
+        VhostRequest.SET_DEVICE_STATE_FD: Row(StateTransfer, 1, 1, own_reply=True),
+        VhostRequest.CHECK_DEVICE_STATE: Row(Nothing, own_reply=True),
     }
 )
 
-HEADER_SIZE = least_size(Header)
+HEADER_SIZE = least_size(VhostHeader)

@@ -21,12 +21,15 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.transport.fds import ForeignFd, OwnedFd
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_oob.transport.worker import Worker
-from vfiouser_oob.vm.carriers.vhost_messages import MemoryTable, Region, VringAddress
-from vfiouser_oob.vm.carriers.vring import Place, Vring, VringError
+from vfiouser_oob.vm.carriers.vhost_messages import MemoryTable, VhostRegion, VringAddress
+from vfiouser_oob.vm.carriers.vring import Vring, VringError, VringPlace
 from vfiouser_protocol.errors import DmaFault
 
 #: Seconds for which the answer to the stop waits for the thread.
 PATIENCE_S = 2.0
+#: Seconds of rest after requests were refused: nobody is in a hurry to be refused, and a thread that is always at it
+#: would take its time from every function.
+REST_S = 0.01
 _ONE = (1).to_bytes(8, "little")
 
 
@@ -39,7 +42,7 @@ class GuestTable:
         account: whose files they are.
     """
 
-    def __init__(self, regions: Iterable[Region], fds: Iterable[ForeignFd], account: Account) -> None:
+    def __init__(self, regions: Iterable[VhostRegion], fds: Iterable[ForeignFd], account: Account) -> None:
         self._regions = [
             (region, GuestFile((0, 0, index), fd.take(), in_memory=False, account=account))
             for index, (region, fd) in enumerate(zip(regions, fds, strict=False))
@@ -246,6 +249,11 @@ class Rings:
             os.eventfd_write(self._wake.fileno(), 1)
             with trio.move_on_after(PATIENCE_S):
                 await self._stopped.wait()
+        return self.bases
+
+    @property
+    def bases(self) -> dict[int, int]:
+        """Where the next request of each queue that was served is."""
         return {index: each.vring.base for index, each in self._settings.items() if each.vring is not None}
 
     async def run(self) -> None:
@@ -264,9 +272,12 @@ class Rings:
         job = _Round(memory, tuple(self._settings.values()), self._wake)
         self._busy = True
         await self._worker.run(job.work, self._landed)
+        served = bool(memory.written)
         for address, length in memory.written:
             self._mark(address, length)
         memory.written.clear()
+        if served:
+            await trio.sleep(REST_S)
         for reason in job.broken:
             self._log.warning("a companion's queue makes no sense", reason=reason)
 
@@ -290,4 +301,4 @@ def _vring(memory: GuestTable, setting: _Setting, base: int) -> Vring | None:
     if setting.address is None:
         return None
     parts = (setting.address.descriptors, setting.address.available, setting.address.used)
-    return Vring(Place(setting.size, *map(memory.guest_address, parts)), base)
+    return Vring(VringPlace(setting.size, *map(memory.guest_address, parts)), base)

@@ -26,21 +26,21 @@ from vfiouser_oob.transport.worker import Worker
 from vfiouser_oob.vm.carriers.desk import Desk, Offered, Refused
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
-    Attached,
     CarrierEvent,
     GoAsked,
     LogChanged,
     Lost,
     MonitorCommand,
+    QemuAttached,
     SaveAsked,
     State,
     StateLoaded,
+    StateTaken,
     StopAsked,
-    Taken,
 )
 from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
-from vfiouser_oob.vm.carriers.port import OPENING_S, Port, first_of
-from vfiouser_oob.vm.carriers.state_pipe import PipeEnd, PipeError, StateReader, write_state
+from vfiouser_oob.vm.carriers.port import OPENING_S, CarrierCaller, CarrierPort, Meeting, first_of
+from vfiouser_oob.vm.carriers.state_pipe import PipedStateReader, PipeEnd, PipeError, write_state
 from vfiouser_oob.vm.carriers.vhost_backend import (
     CheckNeeded,
     GoNeeded,
@@ -49,14 +49,15 @@ from vfiouser_oob.vm.carriers.vhost_backend import (
     LogGiven,
     QueuesChanged,
     SaveNeeded,
+    Standing,
     Step,
     StopNeeded,
     VhostBackend,
 )
 from vfiouser_oob.vm.carriers.vhost_log import LogRefused, VhostLog
-from vfiouser_oob.vm.carriers.vhost_messages import VRING_MASK, Request
+from vfiouser_oob.vm.carriers.vhost_messages import VRING_MASK, VhostRequest
 from vfiouser_oob.vm.carriers.vhost_rings import Rings
-from vfiouser_oob.vm.carriers.vhost_wire import Framer, Message, WireError
+from vfiouser_oob.vm.carriers.vhost_wire import VhostFramer, VhostMessage, VhostWireError
 
 #: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
 MOST_BYTES = 1 << 30
@@ -69,17 +70,33 @@ _UNHANDLED = 32
 class VhostUserFs:
     """One VM's carrier F.
 
+    QEMU cannot connect a device's back-end anew. So if the daemon is to be restarted under a running VM, QEMU has to
+    listen, and we connect; it then goes on where it was, without saying anything again.
+
     Args:
-        listener: the socket that QEMU connects to; owned from now on.
-        path: where it is, for logs.
-        allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+        listener: the socket that QEMU connects to, owned from now on; None if QEMU listens.
+        path: where it is.
+        allow_uids: users that may be the peer; None allows whoever the socket's permissions let in.
+        before: where the carrier of an earlier daemon was, if QEMU listens and goes on; see `standing`.
     """
 
     name = "vhost-user-fs"
     most_bytes = MOST_BYTES
 
-    def __init__(self, listener: Listener, path: Path, allow_uids: frozenset[int] | None = None) -> None:
-        self._port = Port(listener, f"{self.name} {path}", allow_uids)
+    def __init__(
+        self,
+        listener: Listener | None,
+        path: Path,
+        allow_uids: frozenset[int] | None = None,
+        before: Standing | None = None,
+    ) -> None:
+        name = f"{self.name} {path}"
+        self._port = (
+            CarrierCaller(path, name, allow_uids) if listener is None else CarrierPort(listener, name, allow_uids)
+        )
+        self._calls = listener is None
+        #: Where the device was when its connection was lost; only where it can be taken up again.
+        self.standing: Standing | None = before
         self._desk = Desk()
         #: At the destination: bytes of the largest state to take; None at the source.
         self._expected: int | None = None
@@ -135,34 +152,42 @@ class VhostUserFs:
             raise ValueError(f"a state of {size} bytes is more than the {self.most_bytes} that {self.name} carries")
 
     async def _converse(self, connection: PeerSocket, process: Peer) -> None:
-        conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected)
+        before = self.standing if self._calls else None
+        conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected, before)
         attached = False
         reason = "it closed the connection"
-        framer = Framer()
+        framer = VhostFramer()
         try:
             # What is asked is answered beside the reading, so that the end of a QEMU that waits is noticed.
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(conversation.run)
                 with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
+                    if self._calls:
+                        opening.deadline = math.inf
+                        attached = await self._attach(process)
                     while True:
                         message = framer.feed(*await connection.receive(framer.bytes_wanted))
                         if message is None:
                             continue
                         if not attached:
                             opening.deadline = math.inf
-                            await self._port.seat.take(process)
-                            attached = True
-                            await self._desk.tell(Attached(process))
+                            attached = await self._attach(process)
                         await conversation.put(message)
                 raise PeerGone(f"it has not said anything within {OPENING_S:g} s")
-        except* (WireError, PeerGone) as errors:
+        except* (VhostWireError, PeerGone) as errors:
             reason = str(first_of(errors))
         finally:
             framer.close()
             conversation.close()
+            self.standing = conversation.standing
         if attached:
             await self._desk.tell(Lost(reason))
         raise PeerGone(reason)
+
+    async def _attach(self, process: Peer) -> bool:
+        await self._port.seat.take(process)
+        await self._desk.tell(QemuAttached(process))
+        return True
 
 
 class _Transfer:
@@ -188,23 +213,37 @@ class _Conversation:
         port: where it came in.
         desk: where to ask.
         expected: how large a state to take; None for none.
+        before: where an earlier connection was that this one takes the place of.
     """
 
-    def __init__(self, connection: PeerSocket, port: Port, desk: Desk, expected: Callable[[], int | None]) -> None:
+    def __init__(
+        self,
+        connection: PeerSocket,
+        port: Meeting,
+        desk: Desk,
+        expected: Callable[[], int | None],
+        before: Standing | None,
+    ) -> None:
         self._connection = connection
         self._account = port.account
         self._desk = desk
         self._expected = expected
-        self._backend = VhostBackend()
+        self._backend = VhostBackend(before)
         self._worker = Worker(port.account)
         self._log = log.get("carrier").bind(carrier=VhostUserFs.name)
         self._written: VhostLog | None = None
         self._rings = Rings(port.account, self._mark)
         self._transfer: _Transfer | None = None
-        self._send, self._receive = trio.open_memory_channel[Message](_UNHANDLED)
+        self._send, self._receive = trio.open_memory_channel[VhostMessage](_UNHANDLED)
         self._transfers: trio.Nursery
 
-    async def put(self, message: Message) -> None:
+    @property
+    def standing(self) -> Standing:
+        """Where the device is, for a connection that takes this one's place."""
+        self._backend.moved(self._rings.bases)
+        return self._backend.standing
+
+    async def put(self, message: VhostMessage) -> None:
         """Have a message handled, in its turn."""
         try:
             await self._send.send(message)
@@ -234,7 +273,7 @@ class _Conversation:
         self._rings.close()
         self._worker.close()
 
-    async def _handle(self, message: Message) -> None:
+    async def _handle(self, message: VhostMessage) -> None:
         step = self._backend.take(message)
         if step is not None:
             await _STEPS[type(step)](self, step)
@@ -319,13 +358,13 @@ class _Conversation:
 
     async def _write(self, transfer: _Transfer, state: State) -> None:
         try:
-            await write_state(transfer.end, state, lambda: self._desk.tell(Taken()))
+            await write_state(transfer.end, state, lambda: self._desk.tell(StateTaken()))
         except PipeError as error:
             transfer.error = str(error)
         transfer.finished.set()
 
     async def _read(self, transfer: _Transfer, most_bytes: int) -> None:
-        reader = StateReader(transfer.end, most_bytes)
+        reader = PipedStateReader(transfer.end, most_bytes)
         try:
             state = await reader.state()
             # The trail is read meanwhile, else QEMU's main loop would be held up by a full pipe.
@@ -354,12 +393,16 @@ class _Conversation:
         self._backend.checked(good=transfer.error is None)
 
 
-_QUEUES: Mapping[Request, Callable[[Rings, Any, list[ForeignFd]], None]] = {
-    Request.SET_MEM_TABLE: lambda rings, table, fds: rings.set_memory(table, fds),
-    Request.SET_VRING_NUM: lambda rings, vring, _: rings.set_size(vring.index, vring.number),
-    Request.SET_VRING_ADDR: lambda rings, address, _: rings.set_address(address),
-    Request.SET_VRING_KICK: lambda rings, vring, fds: rings.set_kick(vring.value & VRING_MASK, fds[0] if fds else None),
-    Request.SET_VRING_CALL: lambda rings, vring, fds: rings.set_call(vring.value & VRING_MASK, fds[0] if fds else None),
+_QUEUES: Mapping[VhostRequest, Callable[[Rings, Any, list[ForeignFd]], None]] = {
+    VhostRequest.SET_MEM_TABLE: lambda rings, table, fds: rings.set_memory(table, fds),
+    VhostRequest.SET_VRING_NUM: lambda rings, vring, _: rings.set_size(vring.index, vring.number),
+    VhostRequest.SET_VRING_ADDR: lambda rings, address, _: rings.set_address(address),
+    VhostRequest.SET_VRING_KICK: lambda rings, vring, fds: rings.set_kick(
+        vring.value & VRING_MASK, fds[0] if fds else None
+    ),
+    VhostRequest.SET_VRING_CALL: lambda rings, vring, fds: rings.set_call(
+        vring.value & VRING_MASK, fds[0] if fds else None
+    ),
 }
 _STEPS: Mapping[type[Step], Callable[[_Conversation, Any], Awaitable[None]]] = {
     QueuesChanged: _Conversation._change_queues,
@@ -373,15 +416,20 @@ _STEPS: Mapping[type[Step], Callable[[_Conversation, Any], Awaitable[None]]] = {
 }
 
 
-def companion_arguments(path: Path, *, tag: str = "vfiouser-oob", **properties: Any) -> tuple[str, ...]:
+def companion_arguments(
+    path: Path, *, tag: str = "vfiouser-oob", listens: bool = False, **properties: Any
+) -> tuple[str, ...]:
     """Return QEMU's arguments for a companion; they belong behind those of the functions.
 
     Args:
         path: the carrier's socket, as QEMU sees it.
         tag: what a guest would mount.
+        listens: whether QEMU listens there, and waits for us when it starts.
         properties: further properties of the device, such as `bus` and `addr`.
     """
     device = {"driver": "vhost-user-fs-pci", "id": "oobcompanion", "chardev": "oobvhost", "tag": tag, "queue-size": 16}
     # In a chardev's options a comma is written twice.
     chardev = f"socket,id=oobvhost,path={os.fspath(path).replace(',', ',,')}"
+    if listens:
+        chardev += ",server=on,wait=on"
     return "-chardev", chardev, "-device", json.dumps(device | properties)

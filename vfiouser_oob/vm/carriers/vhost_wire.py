@@ -13,20 +13,20 @@ from vfiouser_oob.vm.carriers.vhost_messages import (
     REQUESTS,
     VERSION,
     VERSION_MASK,
-    Header,
-    Request,
+    VhostHeader,
+    VhostRequest,
 )
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.fields import Payload, least_size
 
 
-class WireError(Exception):
+class VhostWireError(Exception):
     """The stream is broken; the connection is to be closed."""
 
 
 @dataclass(slots=True)
-class Message:
+class VhostMessage:
     """A request.
 
     Args:
@@ -36,17 +36,17 @@ class Message:
         fds: its descriptors; whoever keeps one takes it.
     """
 
-    request: Request
+    request: VhostRequest
     payload: Payload
     needs_reply: bool
     fds: list[ForeignFd] = field(default_factory=list)
 
 
-class Framer:
+class VhostFramer:
     """Says how many bytes to read next, and makes messages of them."""
 
     def __init__(self) -> None:
-        self._head: Header | None = None
+        self._head: VhostHeader | None = None
         self._buffer = bytearray()
         self._fds: list[ForeignFd] = []
 
@@ -55,7 +55,7 @@ class Framer:
         """How many bytes may be read next: more would take the next message's descriptors."""
         return (HEADER_SIZE if self._head is None else self._head.size) - len(self._buffer)
 
-    def feed(self, data: bytes, fds: list[ForeignFd]) -> Message | None:
+    def feed(self, data: bytes, fds: list[ForeignFd]) -> VhostMessage | None:
         """Take bytes, at most as many as are wanted, and descriptors.
 
         Args:
@@ -66,12 +66,12 @@ class Framer:
             A message, if one is whole.
 
         Raises:
-            WireError: this is no message that is understood here.
+            VhostWireError: this is no message that is understood here.
         """
         self._buffer += data
         self._fds += fds
         if self._head is None and len(self._buffer) == HEADER_SIZE:
-            self._head = self._checked(decode(Header, bytes(self._buffer)))
+            self._head = self._checked(decode(VhostHeader, bytes(self._buffer)))
             self._buffer.clear()
         if self._head is None or len(self._buffer) < self._head.size:
             return None
@@ -80,7 +80,7 @@ class Framer:
         self._buffer.clear()
         try:
             return _message(head, payload, taken)
-        except WireError:
+        except VhostWireError:
             close_fds(taken)
             raise
 
@@ -88,28 +88,30 @@ class Framer:
         """Close the descriptors of a message that was not whole."""
         close_fds(self._fds)
 
-    def _checked(self, head: Header) -> Header:
-        if head.request not in Request._value2member_map_:
-            raise WireError(f"request {head.request} is none that a companion understands")
+    def _checked(self, head: VhostHeader) -> VhostHeader:
+        if head.request not in VhostRequest._value2member_map_:
+            raise VhostWireError(f"request {head.request} is none that a companion understands")
         if head.flags & VERSION_MASK != VERSION or head.flags & REPLY or head.size > PAYLOAD_MAX:
-            raise WireError(f"{Request(head.request).name} has flags {head.flags:#x} and {head.size} bytes of payload")
+            raise VhostWireError(
+                f"{VhostRequest(head.request).name} has flags {head.flags:#x} and {head.size} bytes of payload"
+            )
         return head
 
 
-def _message(head: Header, payload: bytes, fds: list[ForeignFd]) -> Message:
-    request = Request(head.request)
+def _message(head: VhostHeader, payload: bytes, fds: list[ForeignFd]) -> VhostMessage:
+    request = VhostRequest(head.request)
     row = REQUESTS[request]
     if not row.fds_least <= len(fds) <= row.fds_most:
-        raise WireError(f"{request.name} came with {len(fds)} descriptors")
+        raise VhostWireError(f"{request.name} came with {len(fds)} descriptors")
     if len(payload) < least_size(row.payload):
-        raise WireError(f"{request.name} has {len(payload)} bytes of payload")
+        raise VhostWireError(f"{request.name} has {len(payload)} bytes of payload")
     try:
-        return Message(request, decode(row.payload, payload), bool(head.flags & NEED_REPLY), fds)
+        return VhostMessage(request, decode(row.payload, payload), bool(head.flags & NEED_REPLY), fds)
     except CommandError as error:
-        raise WireError(f"{request.name}: {error}") from error
+        raise VhostWireError(f"{request.name}: {error}") from error
 
 
-def reply(request: Request, payload: Payload) -> bytes:
+def reply(request: VhostRequest, payload: Payload) -> bytes:
     """Return a reply's bytes.
 
     Args:
@@ -117,4 +119,4 @@ def reply(request: Request, payload: Payload) -> bytes:
         payload: with what.
     """
     body = encode(payload)
-    return encode(Header(request, VERSION | REPLY, len(body))) + body
+    return encode(VhostHeader(request, VERSION | REPLY, len(body))) + body

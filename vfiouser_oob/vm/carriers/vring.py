@@ -23,14 +23,15 @@ _NEXT = 1
 _WRITE = 2
 #: In the available ring: the driver wants no interrupt.
 _NO_INTERRUPT = 1
-SIZE_MAX = 1024
+#: Descriptors of the largest queue that is served: as many requests are refused in one go.
+SIZE_MAX = 256
 
 
 class VringError(Exception):
     """The driver's queue makes no sense; it is not served any more."""
 
 
-class GuestMemory(Protocol):
+class VringMemory(Protocol):
     """Guest memory by guest physical address."""
 
     def read(self, address: int, length: int) -> bytes:
@@ -50,7 +51,7 @@ class GuestMemory(Protocol):
         ...
 
 
-class Place(NamedTuple):
+class VringPlace(NamedTuple):
     """Where a vring's parts are.
 
     Args:
@@ -74,12 +75,12 @@ class Vring:
         base: the first entry of the available ring to look at.
     """
 
-    def __init__(self, place: Place, base: int) -> None:
+    def __init__(self, place: VringPlace, base: int) -> None:
         self._place = place
         #: The next entry of the available ring to look at.
         self.base = base & 0xFFFF
 
-    def serve(self, memory: GuestMemory) -> bool:
+    def serve(self, memory: VringMemory) -> bool:
         """Give back each request that waits, with an error.
 
         Args:
@@ -109,7 +110,7 @@ class Vring:
             self.base = self.base + 1 & 0xFFFF
         return bool(waiting) and not flags & _NO_INTERRUPT
 
-    def _refuse(self, memory: GuestMemory, head: int) -> int:
+    def _refuse(self, memory: VringMemory, head: int) -> int:
         """Write an error into a request, if it has room for one; returns how many bytes were written."""
         unique = None
         for address, length, flags in self._chain(memory, head):
@@ -121,7 +122,7 @@ class Vring:
                 return _ANSWER.size
         return 0
 
-    def _chain(self, memory: GuestMemory, head: int) -> Iterator[tuple[int, int, int]]:
+    def _chain(self, memory: VringMemory, head: int) -> Iterator[tuple[int, int, int]]:
         index = head
         for _ in range(self._place.size):
             if index >= self._place.size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vfiouser_oob.vm.carriers.dbus_auth import LINE_MAX, LINES_MAX, AuthError, SaslServer
+from vfiouser_oob.vm.carriers.dbus_auth import LINE_MAX, LINES_MAX, SaslError, SaslServer
 
 GUID = "0123456789abcdef" * 2
 UID = 1000
@@ -58,5 +58,5 @@ def test_openings_that_succeed(lines: list[bytes], expected: list[str], step: in
 )
 def test_openings_that_fail(data: bytes, reason: str) -> None:
     """The connection is to be closed, and the error says why."""
-    with pytest.raises(AuthError, match=reason):
+    with pytest.raises(SaslError, match=reason):
         SaslServer(UID, GUID).receive_data(data)

@@ -19,7 +19,7 @@ from vfiouser_oob.transport.listener import listen_on_path
 from vfiouser_oob.transport.reaper import REAPER
 from vfiouser_oob.vm.carriers import port
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate, vmstate_object
-from vfiouser_oob.vm.carriers.interface import Attached, Lost, SaveAsked, StateLoaded, Taken
+from vfiouser_oob.vm.carriers.interface import Lost, QemuAttached, SaveAsked, StateLoaded, StateTaken
 
 MIB = 1 << 20
 
@@ -69,7 +69,7 @@ async def test_a_state_goes_out_and_comes_in(tmp_path: Path, size: int) -> None:
         assert max(map(len, pieces.values())) <= MIB
         await qemu.stream.aclose()
         await hand.until(Lost)
-        assert [type(event) for event in hand.events] == [Attached, SaveAsked, Taken, Lost]
+        assert [type(event) for event in hand.events] == [QemuAttached, SaveAsked, StateTaken, Lost]
         hand.carrier.expect(4 * MIB)
         qemu = await hand.client()
         await qemu.load(dict(reversed(pieces.items())))
@@ -95,7 +95,7 @@ async def test_a_state_leaves_once(tmp_path: Path) -> None:
         with pytest.raises(BusError, match="no state to save"):
             await qemu.call(owner(":1.1"), "Save")
         await qemu.save()
-        assert len(hand.told(Taken)) == 2
+        assert len(hand.told(StateTaken)) == 2
 
 
 async def test_what_is_too_large_is_neither_offered_nor_expected(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ async def test_one_qemu_is_served_at_a_time(tmp_path: Path, monkeypatch: pytest.
         assert len(await first.save()) == 1
         await first.stream.aclose()
         assert len(await (await hand.client()).save()) == 1
-        assert len(hand.told(Attached)) == 2
+        assert len(hand.told(QemuAttached)) == 2
 
 
 async def test_a_users_id_decides(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ async def test_those_who_only_sit_there_keep_nobody_out(tmp_path: Path) -> None:
         await silent[0].stream.aclose()
         await wait_all_tasks_blocked(0.01)
         assert len(await (await hand.client()).save()) == 1
-        assert len(hand.told(Attached)) == 1
+        assert len(hand.told(QemuAttached)) == 1
         for each in silent:
             await each.stream.aclose()
 

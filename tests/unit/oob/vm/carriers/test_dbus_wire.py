@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jeepney import DBusAddress, new_method_call, new_signal
 from jeepney.low_level import Endianness, Message, MessageFlag
 
-from vfiouser_oob.vm.carriers.dbus_wire import FIELDS_MAX, Call, CallReader, WireError
+from vfiouser_oob.vm.carriers.dbus_wire import FIELDS_MAX, Call, CallReader, DbusWireError
 
 BODY_MAX = 4096
 ADDRESS = DBusAddress("/a", bus_name="b.c", interface="d.e")
@@ -83,7 +83,7 @@ def header(body: int = 0, fields: bytes = b"", serial: int = 1, version: int = 1
 )
 def test_what_is_no_dbus_breaks_the_stream(data: bytes) -> None:
     """One kind of error, before anything is kept."""
-    with pytest.raises(WireError):
+    with pytest.raises(DbusWireError):
         calls_in(data)
 
 
@@ -95,7 +95,7 @@ def test_garbage_never_raises_anything_else(noise: bytes, at: int, patch: bytes)
     for data in (noise, bytes(message), header(fields=noise)):
         try:
             calls_in(data)
-        except WireError:
+        except DbusWireError:
             pass
 
 

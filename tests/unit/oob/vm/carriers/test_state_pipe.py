@@ -13,7 +13,7 @@ from vfiouser_oob.transport.fds import ForeignFd
 from vfiouser_oob.transport.reaper import REAPER, Account
 from vfiouser_oob.transport.worker import Worker
 from vfiouser_oob.vm.carriers import state_pipe
-from vfiouser_oob.vm.carriers.state_pipe import TRAIL, PipeEnd, PipeError, StateReader, hold_for, write_state
+from vfiouser_oob.vm.carriers.state_pipe import TRAIL, PipedStateReader, PipeEnd, PipeError, hold_for, write_state
 
 
 def end(number: int) -> PipeEnd:
@@ -33,7 +33,7 @@ async def test_a_state_is_whole_before_its_end(size: int, monkeypatch: pytest.Mo
     state = os.urandom(size)
     release = trio.Event()
     incoming = end(reader)
-    reading = StateReader(incoming, size)
+    reading = PipedStateReader(incoming, size)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write_state, end(writer), state, release.wait)
         assert await reading.state() == state
@@ -71,14 +71,14 @@ async def test_what_is_no_whole_state_is_refused(data: bytes, reason: str) -> No
     os.write(writer, data)
     os.close(writer)
     incoming = end(reader)
-    reading = StateReader(incoming, 100)
+    reading = PipedStateReader(incoming, 100)
     with pytest.raises(PipeError, match=reason):
         await both(reading)
     incoming.close()
     assert REAPER.settle(5)
 
 
-async def both(reading: StateReader) -> None:
+async def both(reading: PipedStateReader) -> None:
     """Read to the end."""
     await reading.state()
     await reading.end()
@@ -103,7 +103,7 @@ async def test_a_descriptor_stays_open_while_a_thread_uses_it() -> None:
     account = Account("test")
     incoming = PipeEnd(ForeignFd(reader, account), Worker(account))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(StateReader(incoming, 100).state)
+        nursery.start_soon(PipedStateReader(incoming, 100).state)
         await wait_all_tasks_blocked(0.02)
         nursery.cancel_scope.cancel()
     incoming.close()

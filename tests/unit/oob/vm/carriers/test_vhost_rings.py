@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from vfiouser_oob.transport.fds import ForeignFd
 from vfiouser_oob.transport.reaper import REAPER, Account
 from vfiouser_oob.vm.carriers import vhost_rings
-from vfiouser_oob.vm.carriers.vhost_messages import MemoryTable, Region, VringAddress
+from vfiouser_oob.vm.carriers.vhost_messages import MemoryTable, VhostRegion, VringAddress
 from vfiouser_oob.vm.carriers.vhost_rings import Rings
 
 GUEST, USER, SIZE = 0x10_0000, 0x7F00_0000, 0x1_0000
@@ -40,7 +40,7 @@ class Bed:
 
     def set_up(self, base: int = 0) -> None:
         """Say what QEMU says, and start."""
-        table = MemoryTable(1, 0, (Region(GUEST, SIZE, USER, 0),))
+        table = MemoryTable(1, 0, (VhostRegion(GUEST, SIZE, USER, 0),))
         self.rings.set_memory(table, [self.lend(self.memory)])
         self.rings.set_size(0, 4)
         self.rings.set_address(VringAddress(0, 0, USER + DESCRIPTORS, USER + USED, USER + AVAILABLE, 0))
@@ -119,7 +119,7 @@ async def test_what_is_replaced_is_closed_once_the_thread_is_through() -> None:
     async with bed() as made:
         made.set_up()
         await wait_all_tasks_blocked(0.05)
-        made.rings.set_memory(MemoryTable(1, 0, (Region(GUEST, SIZE, USER, 0),)), [made.lend(made.memory)])
+        made.rings.set_memory(MemoryTable(1, 0, (VhostRegion(GUEST, SIZE, USER, 0),)), [made.lend(made.memory)])
         made.rings.set_kick(0, made.lend(made.kick))
         made.rings.set_call(0, made.lend(made.call))
         with trio.fail_after(10):

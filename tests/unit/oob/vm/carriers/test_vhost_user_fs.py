@@ -17,16 +17,17 @@ from carrierbed.hand import Hand
 from carrierbed.vhostclient import VhostClient, sealed_file
 from vfiouser_oob.transport.listener import listen_on_path
 from vfiouser_oob.transport.reaper import REAPER
+from vfiouser_oob.vm.carriers import port
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
-    Attached,
     GoAsked,
     LogChanged,
     Lost,
+    QemuAttached,
     SaveAsked,
     StateLoaded,
+    StateTaken,
     StopAsked,
-    Taken,
 )
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs, companion_arguments
 
@@ -72,7 +73,7 @@ async def test_features(tmp_path: Path) -> None:
         protocol = int.from_bytes(await qemu.ask(vhostclient.GET_PROTOCOL_FEATURES), "little")
         assert features == 1 << 26 | 1 << 30 | 1 << 32
         assert protocol == 1 << 1 | 1 << 3 | 1 << 19
-        assert [type(event) for event in hand.events] == [Attached]
+        assert [type(event) for event in hand.events] == [QemuAttached]
 
 
 @pytest.mark.parametrize("size", [0, 5, 20 * MIB])
@@ -84,7 +85,7 @@ async def test_a_state_goes_out_and_comes_in(tmp_path: Path, size: int) -> None:
         data = await qemu.save()
         await qemu.stream.aclose()
         await hand.until(Lost)
-        assert [type(event) for event in hand.events] == [Attached, SaveAsked, Taken, Lost]
+        assert [type(event) for event in hand.events] == [QemuAttached, SaveAsked, StateTaken, Lost]
         hand.carrier.expect(20 * MIB)
         assert await (await hand.client()).load(data) == 0
         assert hand.told(StateLoaded)[0].state == state
@@ -136,7 +137,7 @@ async def test_stop_and_go(tmp_path: Path) -> None:
     async with carrier(tmp_path) as hand:
         qemu = await hand.client()
         assert await qemu.begin() == [0, 0]
-        assert [type(event) for event in hand.events] == [Attached, GoAsked]
+        assert [type(event) for event in hand.events] == [QemuAttached, GoAsked]
         assert await qemu.end() == [struct.pack("<II", 0, 7), struct.pack("<II", 1, 8)]
         assert hand.told(StopAsked) == [StopAsked(sure=False)]
         hand.ignores = (GoAsked,)
@@ -228,7 +229,7 @@ async def test_a_second_state_is_saved_after_a_failed_one(tmp_path: Path) -> Non
         os.close(reader)
         assert await qemu.check() == 1
         assert len(await qemu.save()) > 4 * MIB
-        assert len(hand.told(Taken)) == 1
+        assert len(hand.told(StateTaken)) == 1
 
 
 @pytest.mark.parametrize(
@@ -250,14 +251,21 @@ async def test_rubbish_ends_its_own_connection(tmp_path: Path, noise: bytes) -> 
         assert await (await hand.client()).save()
 
 
-async def test_descriptors_that_nobody_takes_are_closed(tmp_path: Path) -> None:
-    """Kicks and calls of vrings, and tables of memory, which a device without files never uses."""
+async def test_descriptors_are_closed_at_last(tmp_path: Path) -> None:
+    """What nobody takes at once, what is kept when it is replaced, and the rest with the connection."""
     async with carrier(tmp_path) as hand:
         qemu = await hand.client()
-        for request, payload in ((12, bytes(8)), (13, bytes(8)), (5, struct.pack("<II4Q", 1, 0, 0, 4096, 0, 0))):
+        readers = []
+        table = struct.pack("<II4Q", 1, 0, 0, 4096, 0, 0)
+        # An error's descriptor is of no use; the second of each other kind replaces the first.
+        for request, payload in [(14, bytes(8)), *[(12, bytes(8)), (13, bytes(8)), (5, table)] * 2]:
             reader, writer = os.pipe()
             await qemu.send(request, payload, [writer])
             os.close(writer)
+            readers.append(reader)
+        for number, reader in enumerate(readers):
+            if number == 4:
+                await qemu.stream.aclose()
             with os.fdopen(reader, "rb") as pipe:
                 assert await trio.to_thread.run_sync(pipe.read) == b""
 
@@ -267,3 +275,57 @@ def test_a_comma_in_a_chardev_is_written_twice() -> None:
     arguments = companion_arguments(Path("/run/a,b"), addr="0x10")
     assert arguments[1] == "socket,id=oobvhost,path=/run/a,,b"
     assert '"addr": "0x10"' in arguments[3]
+
+
+async def test_where_qemu_listens_it_is_called_again_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first connection was told is known to the next one; a QEMU that begins anew is a new one."""
+    monkeypatch.setattr(port, "AGAIN_S", 0.01)
+    path = tmp_path / "qemu"
+    hand = Bed(VhostUserFs(None, path), b"state")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hand.run)
+        await nursery.start(hand.carrier.run)
+        listening = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await listening.bind(str(path))
+        listening.listen(1)
+
+        async def called() -> VhostClient:
+            hand.clients.append(VhostClient(trio.SocketStream((await listening.accept())[0])))
+            return hand.clients[-1]
+
+        qemu = await called()
+        await qemu.begin()
+        await qemu.stream.aclose()
+        qemu = await called()
+        assert await qemu.end() == [struct.pack("<II", 0, 7), struct.pack("<II", 1, 8)]
+        assert len(hand.told(StopAsked)) == len(hand.told(GoAsked)) == 1
+        await qemu.begin()
+        await qemu.stream.aclose()
+        qemu = await called()
+        await qemu.send(vhostclient.SET_OWNER)
+        assert await qemu.end() == [struct.pack("<II", 0, 0), struct.pack("<II", 1, 0)]
+        assert len(hand.told(StopAsked)) == 1
+        assert len(hand.told(QemuAttached)) == 3
+        await qemu.stream.aclose()
+        listening.close()
+        nursery.cancel_scope.cancel()
+    assert REAPER.settle(5)
+
+
+async def test_a_user_that_may_not_listen_is_not_served(tmp_path: Path) -> None:
+    """The other direction of the same check."""
+    path = tmp_path / "qemu"
+    hand = Hand(VhostUserFs(None, path, frozenset({os.geteuid() + 1})), b"state")
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as listening:
+        await listening.bind(str(path))
+        listening.listen(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand.run)
+            await nursery.start(hand.carrier.run)
+            async with trio.SocketStream((await listening.accept())[0]) as stream:
+                assert await stream.receive_some(1) == b""
+            nursery.cancel_scope.cancel()
+    assert not hand.events
+    assert REAPER.settle(5)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfiouser_oob.vm.carriers.vring import Place, Vring, VringError
+from vfiouser_oob.vm.carriers.vring import Vring, VringError, VringPlace
 
 SIZE = 4
-PLACE = Place(SIZE, 0, 256, 512)
+PLACE = VringPlace(SIZE, 0, 256, 512)
 BUFFER = 1024
 NEXT, WRITE = 1, 2
 
@@ -109,7 +109,7 @@ def test_what_has_no_room_for_an_answer_is_given_back_without_one(rows: list[tup
     ],
 )
 def test_queues_without_sense_are_not_served(
-    place: Place, rows: list[tuple[int, int, int, int]], heads: list[int]
+    place: VringPlace, rows: list[tuple[int, int, int, int]], heads: list[int]
 ) -> None:
     """Loops, indices outside, more requests than fit."""
     memory = Memory()
