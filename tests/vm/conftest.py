@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmbed.assets import Assets, locate
+from vmbed.boots import Boots
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +19,24 @@ def assets() -> Assets:
     found = locate()
     print(f"\nVM tests with QEMU {found.qemu_version}, Linux {found.kernel_version}")  # noqa: T201
     return found
+
+
+@pytest.fixture(scope="session")
+def boots(request: pytest.FixtureRequest, assets: Assets) -> Iterator[Boots]:
+    """The guests that run scenarios. Those that the selected tests need begin as soon as the first one is asked for.
+
+    A module's `BOOTS` says which of its fixtures needs which boot.
+    """
+    wanted = dict.fromkeys(
+        boot
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        for fixture, boot in getattr(item.module, "BOOTS", {}).items()
+        if fixture in item.fixturenames
+    )
+    # One of several processes that share the tests cannot tell which of them it will be given.
+    with Boots(assets, [] if hasattr(request.config, "workerinput") else list(wanted)) as boots:
+        yield boots
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from vmbed.assets import Assets, default_cache
 from vmbed.assets.ownkernel import own_kernel
-from vmbed.vfioguest import Answers, expect_success, run_scenarios
+from vmbed.vfioguest import Answers, Boot, expect_success, run_scenarios
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.long]
 
@@ -64,28 +64,27 @@ MIGRATION = ("make_mtty", "mdev_registers", "mdev_move", "mdev_cancel", "mdev_co
 WITHOUT_IOMMU = ("no_iommu", "noiommu_mode")
 
 
-@pytest.fixture(scope="module")
-def kernel() -> Path:
+def kernel(_: Assets) -> Path:
     """The kernel with iommufd."""
     return own_kernel(default_cache())
 
 
 @pytest.fixture(scope="module")
-def by_node(assets: Assets, kernel: Path) -> Answers:
+def by_node(assets: Assets) -> Answers:
     """What every scenario said where daemons open device nodes."""
-    return run_scenarios(assets, (*COMMON, *OWN, *MIGRATION), kernel=kernel, interface="cdev")
+    return run_scenarios(assets, Boot((*COMMON, *OWN, *MIGRATION), kernel=kernel, interface="cdev"))
 
 
 @pytest.fixture(scope="module")
-def by_group(assets: Assets, kernel: Path) -> Answers:
+def by_group(assets: Assets) -> Answers:
     """What every scenario said where daemons open groups."""
-    return run_scenarios(assets, COMMON, kernel=kernel, interface="group")
+    return run_scenarios(assets, Boot(COMMON, kernel=kernel, interface="group"))
 
 
 @pytest.fixture(scope="module")
-def without_iommu(assets: Assets, kernel: Path) -> Answers:
+def without_iommu(assets: Assets) -> Answers:
     """What is said on a machine that has no IOMMU, by a kernel that can do without."""
-    return run_scenarios(assets, WITHOUT_IOMMU, kernel=kernel, interface="cdev", iommu=False)
+    return run_scenarios(assets, Boot(WITHOUT_IOMMU, kernel=kernel, interface="cdev", iommu=False))
 
 
 @pytest.mark.parametrize("name", [*COMMON, *OWN, *MIGRATION])

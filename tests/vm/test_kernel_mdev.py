@@ -13,7 +13,8 @@ import pytest
 from kvfio.mdev import SCENARIOS as KNOWN
 from kvfio.scenarios import bind_nvme
 from vmbed.assets import AssetError, Assets
-from vmbed.vfioguest import MDEV_DRIVERS, Answers, expect_success, run_scenarios
+from vmbed.boots import Boots
+from vmbed.vfioguest import MDEV_DRIVERS, Answers, Boot, expect_success
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
@@ -40,7 +41,6 @@ SCENARIOS = (
 SCENARIO_S = 250.0
 
 
-@pytest.fixture(scope="module")
 def kernel(assets: Assets) -> Path:
     """The kernel with mediated devices."""
     if assets.mdev_kernel is None:
@@ -48,10 +48,14 @@ def kernel(assets: Assets) -> Path:
     return assets.mdev_kernel
 
 
+#: By the fixture that has its answers.
+BOOTS = {"answers": Boot(SCENARIOS, kernel=kernel, drivers=MDEV_DRIVERS, qemu=False, seconds=SCENARIO_S)}
+
+
 @pytest.fixture(scope="module")
-def answers(assets: Assets, kernel: Path) -> Answers:
+def answers(boots: Boots) -> Answers:
     """What every scenario said."""
-    return run_scenarios(assets, SCENARIOS, kernel=kernel, drivers=MDEV_DRIVERS, qemu=False, seconds=SCENARIO_S)
+    return boots.answers(BOOTS["answers"])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from vmbed.assets import AssetError, Assets
-from vmbed.vfioguest import Answers, expect_success, run_scenarios
+from vmbed.boots import Boots
+from vmbed.vfioguest import Answers, Boot, expect_success, run_scenarios
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
@@ -53,12 +54,17 @@ SCENARIOS = (
     "qemu",
 )
 LINUX_S = 1600.0
+#: By the fixture that has its answers.
+BOOTS = {
+    "answers": Boot(SCENARIOS),
+    "answers_without_iommu": Boot(("no_iommu",), qemu=False, iommu=False),
+}
 
 
 @pytest.fixture(scope="module")
-def answers(assets: Assets) -> Answers:
+def answers(boots: Boots) -> Answers:
     """What every scenario said."""
-    return run_scenarios(assets, SCENARIOS)
+    return boots.answers(BOOTS["answers"])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -68,9 +74,9 @@ def test_in_the_guest(answers: Answers, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers_without_iommu(assets: Assets) -> Answers:
+def answers_without_iommu(boots: Boots) -> Answers:
     """What is said on a machine that has no IOMMU."""
-    return run_scenarios(assets, ("no_iommu",), iommu=False)
+    return boots.answers(BOOTS["answers_without_iommu"])
 
 
 def test_a_machine_without_an_iommu(answers_without_iommu: Answers) -> None:
@@ -78,7 +84,6 @@ def test_a_machine_without_an_iommu(answers_without_iommu: Answers) -> None:
     sys.stdout.write(expect_success(answers_without_iommu, "no_iommu"))
 
 
-@pytest.fixture(scope="module")
 def oldest(assets: Assets) -> Path:
     """The oldest supported kernel."""
     if assets.oldest_kernel is None:
@@ -87,9 +92,9 @@ def oldest(assets: Assets) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers_of_the_oldest(assets: Assets, oldest: Path) -> Answers:
+def answers_of_the_oldest(assets: Assets) -> Answers:
     """What every scenario said on the oldest supported kernel."""
-    return run_scenarios(assets, SCENARIOS, kernel=oldest)
+    return run_scenarios(assets, Boot(SCENARIOS, kernel=oldest))
 
 
 @pytest.mark.long
@@ -102,5 +107,5 @@ def test_on_the_oldest_kernel(answers_of_the_oldest: Answers, name: str) -> None
 @pytest.mark.long
 def test_linux_in_nested_qemu(assets: Assets) -> None:
     """Linux in QEMU in the guest does verified I/O on the function, by interrupts and without messages."""
-    answers = run_scenarios(assets, ("bind_nvme", "linux"), seconds=LINUX_S)
+    answers = run_scenarios(assets, Boot(("bind_nvme", "linux"), seconds=LINUX_S))
     sys.stdout.write(expect_success(answers, "linux"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -15,9 +16,9 @@ from vmbed.assets import Assets
 from vmbed.errors import BedError
 from vmbed.guest import Answer
 from vmbed.pythonguest import ENVIRONMENT, PYTHON, write_python_guest
-from vmbed.qemu import QemuConfig, start_qemu
+from vmbed.qemu import Qemu, QemuConfig, start_qemu
 
-__all__ = ["Answers", "expect_success", "run_scenarios"]
+__all__ = ["Answers", "Boot", "expect_success", "run_scenarios", "scenarios_of"]
 
 #: By scenario, what it said, or how the guest was lost in it.
 Answers = Mapping[str, Answer | BedError]
@@ -31,16 +32,29 @@ LOGGED = os.environ.get("KVFIO_LOG", "info")
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """One boot: see `run_scenarios`."""
+class Boot:
+    """One boot, and what is run in it.
 
-    kernel: Path | None
-    seconds: float
-    interface: str
-    iommu: bool
+    Attributes:
+        scenarios: their names, in order.
+        kernel: picks the kernel instead of the assets' own.
+        drivers: kernel modules to load.
+        qemu: whether the guest has QEMU for guests of its own.
+        seconds: that each scenario may take.
+        interface: the kernel's interface that daemons open functions by: "group" or "cdev".
+        iommu: whether the machine has one.
+    """
+
+    scenarios: tuple[str, ...]
+    kernel: Callable[[Assets], Path] | None = None
+    drivers: tuple[str, ...] = DRIVERS
+    qemu: bool = True
+    seconds: float = SCENARIO_S
+    interface: str = "group"
+    iommu: bool = True
 
 
-def _machine(workdir: Path, initramfs: Path, run: _Run) -> QemuConfig:
+def _machine(workdir: Path, initramfs: Path, kernel: Path | None, *, iommu: bool) -> QemuConfig:
     """NVMe controllers, two in one group, a network card with VFs, a device without reset; with an IOMMU or without."""
     devices = []
     for name in ("alone", "first", "second"):
@@ -57,44 +71,47 @@ def _machine(workdir: Path, initramfs: Path, run: _Run) -> QemuConfig:
         [],
         memory_mib=2048,
         trace=(),
-        early=["-device", "intel-iommu,intremap=on,aw-bits=48"] if run.iommu else [],
-        kernel=run.kernel,
+        early=["-device", "intel-iommu,intremap=on,aw-bits=48"] if iommu else [],
+        kernel=kernel,
         initramfs=initramfs,
         kernel_arguments="intel_iommu=on",
         extra=devices,
     )
 
 
-def run_scenarios(
-    assets: Assets,
-    scenarios: Sequence[str],
-    *,
-    kernel: Path | None = None,
-    drivers: Sequence[str] = DRIVERS,
-    qemu: bool = True,
-    seconds: float = SCENARIO_S,
-    interface: str = "group",
-    iommu: bool = True,
-) -> Answers:
-    """Boot once, run scenarios in order, and keep what each one said.
+def run_scenarios(assets: Assets, boot: Boot) -> Answers:
+    """Boot once, run scenarios in order, and keep what each one said."""
+    return trio.run(scenarios_of, assets, boot)
 
-    Args:
-        assets: the bed's assets.
-        scenarios: their names.
-        kernel: instead of the assets' own.
-        drivers: kernel modules to load.
-        qemu: whether the guest has QEMU for guests of its own.
-        seconds: that each may take.
-        interface: the kernel's interface that daemons open functions by: "group" or "cdev".
-        iommu: whether the machine has one.
-    """
+
+async def scenarios_of(assets: Assets, boot: Boot) -> Answers:
+    """The same for those who run beside others."""
     workdir = Path(tempfile.mkdtemp(prefix="vmbed-"))
     try:
+        kernel = boot.kernel(assets) if boot.kernel else None
         initramfs = workdir / "initramfs.cpio"
-        write_python_guest(initramfs, assets, workdir, drivers=drivers, support=SUPPORT, kernel=kernel, qemu=qemu)
-        return trio.run(_run_all, assets, workdir, initramfs, scenarios, _Run(kernel, seconds, interface, iommu))
+        write = partial(write_python_guest, drivers=boot.drivers, support=SUPPORT, kernel=kernel, qemu=boot.qemu)
+        await trio.to_thread.run_sync(write, initramfs, assets, workdir)
+        machine = _machine(workdir, initramfs, kernel, iommu=boot.iommu)
+        async with start_qemu(assets, machine, workdir) as qemu:
+            return await _run_all(qemu, boot)
     finally:
         shutil.rmtree(workdir)
+
+
+async def _run_all(qemu: Qemu, boot: Boot) -> Answers:
+    answers: dict[str, Answer | BedError] = {}
+    await qemu.guest.ready()
+    environment = f"{ENVIRONMENT} KVFIO_INTERFACE={boot.interface} KVFIO_LOG={LOGGED}"
+    await qemu.guest.start(f"sh {environment} exec {PYTHON} -m kvfio")
+    await qemu.guest.ready()
+    for name in boot.scenarios:
+        try:
+            answers[name] = await qemu.guest.run(name, boot.seconds)
+        except BedError as error:
+            answers[name] = error
+            break
+    return answers
 
 
 def expect_success(answers: Answers, name: str) -> str:
@@ -112,19 +129,3 @@ def expect_success(answers: Answers, name: str) -> str:
     if answer.status != 0:
         raise BedError(f"scenario {name} failed:\n{text}")
     return text
-
-
-async def _run_all(assets: Assets, workdir: Path, initramfs: Path, scenarios: Sequence[str], run: _Run) -> Answers:
-    answers: dict[str, Answer | BedError] = {}
-    async with start_qemu(assets, _machine(workdir, initramfs, run), workdir) as qemu:
-        await qemu.guest.ready()
-        environment = f"{ENVIRONMENT} KVFIO_INTERFACE={run.interface} KVFIO_LOG={LOGGED}"
-        await qemu.guest.start(f"sh {environment} exec {PYTHON} -m kvfio")
-        await qemu.guest.ready()
-        for name in scenarios:
-            try:
-                answers[name] = await qemu.guest.run(name, run.seconds)
-            except BedError as error:
-                answers[name] = error
-                break
-    return answers
