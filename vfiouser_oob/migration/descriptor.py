@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from dataclasses import fields
 
 from vfiouser_agents.api import Capabilities, Descriptor
 from vfiouser_agents.errors import Incompatible, ProtocolError
+from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
 from vfiouser_oob.migration.stream_format import DESCRIPTOR, RECORDS
 
-_TEXTS = ("format_id", "vendor", "model", "kind", "firmware")
-_NUMBERS = ("format_version", "state_max")
-_MAX_FINGERPRINT = 1024
 #: Bytes of an encoded descriptor.
 _MOST = RECORDS[DESCRIPTOR].most
 
@@ -27,26 +23,24 @@ def encode_descriptor(descriptor: Descriptor) -> bytes:
     Raises:
         ProtocolError: no destination would take it.
     """
-    encoded, size = b"", sum(len(text) for text in _texts(descriptor))
-    entries = len(descriptor.fingerprint)
-    if entries <= _MAX_FINGERPRINT and size <= _MOST:  # before it costs anything to write it
-        fields = asdict(descriptor)
-        fields["fingerprint"] = dict(sorted(descriptor.fingerprint.items()))
-        encoded = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-        size = len(encoded)
+    encoded, refusal = b"", _refusal(descriptor)
+    if not refusal:  # before it costs anything to write it
+        encoded = json.dumps(to_wire(descriptor), sort_keys=True, separators=(",", ":")).encode()
+        if len(encoded) > _MOST:
+            refusal = f"it has {len(encoded)} bytes; allowed are {_MOST}"
     del descriptor  # which may be large, and would live as long as the error does
-    if entries > _MAX_FINGERPRINT or size > _MOST:
-        raise ProtocolError(
-            f"the agent's descriptor has {entries} entries of a fingerprint and {size} bytes or more; "
-            f"{_MAX_FINGERPRINT} and {_MOST} are allowed, so the function cannot be migrated"
-        )
+    if refusal:
+        raise ProtocolError(f"the agent's descriptor cannot be sent: {refusal}, so the function cannot be migrated")
     return encoded
 
 
-def _texts(descriptor: Descriptor) -> Iterator[str]:
-    yield from (getattr(descriptor, name) for name in _TEXTS)
-    for pair in descriptor.fingerprint.items():
-        yield from pair
+def _refusal(descriptor: Descriptor) -> str:
+    """Why a destination would not take a descriptor; empty if it would."""
+    try:
+        from_wire(Descriptor, to_wire(descriptor), "descriptor")
+    except WireError as error:
+        return str(error)
+    return ""
 
 
 def decode_descriptor(payload: bytes) -> Descriptor:
@@ -59,24 +53,18 @@ def decode_descriptor(payload: bytes) -> Descriptor:
         Incompatible: it is no descriptor.
     """
     try:
-        fields = json.loads(payload)
+        document = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise Incompatible([f"the source's descriptor is no JSON: {error}"]) from None
-    if not isinstance(fields, dict) or not _is_descriptor(fields):
-        raise Incompatible(["the source's descriptor lacks what one must have, or has it in another form"])
-    known = {name: fields[name] for name in (*_TEXTS, *_NUMBERS, "fingerprint")}
-    return Descriptor(**known)
-
-
-def _is_descriptor(fields: dict[str, Any]) -> bool:
-    fingerprint = fields.get("fingerprint")
-    return (
-        all(isinstance(fields.get(name), str) for name in _TEXTS)
-        and all(type(fields.get(name)) is int and fields[name] >= 0 for name in _NUMBERS)
-        and isinstance(fingerprint, dict)
-        and len(fingerprint) <= _MAX_FINGERPRINT
-        and all(isinstance(value, str) for value in fingerprint.values())
-    )
+    try:
+        descriptor: Descriptor = from_wire(Descriptor, document, "descriptor")
+    except WireError as error:
+        raise Incompatible([f"the source's descriptor cannot be used: {error}"]) from None
+    # What an agent may leave out, a daemon writes.
+    missing = {field.name for field in fields(Descriptor)} - document.keys()
+    if missing:
+        raise Incompatible([f"the source's descriptor lacks {', '.join(sorted(missing))}"])
+    return descriptor
 
 
 def require_similar(theirs: Descriptor, ours: Descriptor, caps: Capabilities) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Generator, Iterable, Iterator
 
 import trio
 
+from vfiouser_agents.answers import check_report as check_answer
 from vfiouser_agents.api import DirtyReport, Range
 from vfiouser_agents.errors import AgentError
-from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.limits import check_page_size
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
@@ -259,13 +259,17 @@ class DirtyTracker:
     async def _ask(self, start: int, end: int, deadline: float) -> None:
         page = self._agent_page
         low, high = start // page * page, min(-(-end // page) * page, ADDRESS_SPACE - page)
+        # The last page of the address space, about which nobody can be asked.
+        self._mark(max(start, high), end)
+        if low == high:
+            return
         known = False
         try:
             for _ in range(_MAX_ANSWERS):
                 report = await self._link.call(
                     Operation.DIRTY_REPORT, min(deadline, trio.current_time() + self._call_s), low, high - low
                 )
-                self._take(report, low, start, end)
+                self._take(check_answer(report, low, high - low, page), low, start, end)
                 if not report.more:
                     known = True
                     return
@@ -277,10 +281,7 @@ class DirtyTracker:
 
     def _take(self, report: DirtyReport, low: int, start: int, end: int) -> None:
         if report.bitmap is not None:
-            pages = -(-(end - low) // self._agent_page)
-            if 8 * len(report.bitmap) < pages:
-                raise AgentProtocolError(f"the agent gave a bitmap of {len(report.bitmap)} bytes for {pages} pages")
-            self.log.mark_bitmap(low, self._agent_page, report.bitmap[: -(-pages // 8)])
+            self.log.mark_bitmap(low, self._agent_page, report.bitmap)
         for item in report.ranges:
             first, last = max(start, item.iova), min(end, item.iova + item.length)
             self._mark(first, last)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import TypeVar
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,8 @@ from vfiouser_protocol.capabilities import (
     parse_version_request,
 )
 from vfiouser_protocol.errors import StreamError
+
+T = TypeVar("T")
 
 MINIMUM = len(b'\0\0\0\0{"capabilities":{}}\0')
 
@@ -62,7 +66,7 @@ capabilities = st.builds(
 )
 
 
-def parsed(parse, payload):
+def parsed(parse: Callable[[bytes], T], payload: bytes) -> T | None:
     """What a parser makes of a payload, None if it ends the connection."""
     try:
         return parse(payload)
@@ -71,7 +75,7 @@ def parsed(parse, payload):
 
 
 @given(st.binary(max_size=80), st.booleans())
-def test_bytes(payload, with_nul):
+def test_bytes(payload: bytes, with_nul: bool) -> None:
     """Proves that no bytes make a parser raise anything but StreamError."""
     payload = bytes(4) + payload + (b"\0" if with_nul else b"")
     for parse in (parse_version_request, parse_version_reply):
@@ -79,7 +83,7 @@ def test_bytes(payload, with_nul):
 
 
 @given(wild, st.integers(0, 0xFFFF), capabilities, st.booleans())
-def test_answers(members, minor, offer, grant_twin):
+def test_answers(members: dict[str, object], minor: int, offer: VersionCapabilities, grant_twin: bool) -> None:
     """Proves, for every request, the rules of the answer: fitting, a subset, typed, a smaller minor."""
     text = json.dumps({"capabilities": members}).encode()
     payload = b"\0\0" + minor.to_bytes(2, "little") + text + b"\0"
@@ -98,7 +102,7 @@ def test_answers(members, minor, offer, grant_twin):
 
 
 @given(capabilities, capabilities, st.booleans())
-def test_both_sides_agree(proposal, offer, grant_twin):
+def test_both_sides_agree(proposal: VersionCapabilities, offer: VersionCapabilities, grant_twin: bool) -> None:
     """Proves that server and client make the same agreement of the same two messages."""
     payload = encode_version(proposal)
     request = parse_version_request(payload)
@@ -110,6 +114,6 @@ def test_both_sides_agree(proposal, offer, grant_twin):
 
 
 @given(capabilities)
-def test_encode_and_parse(announced):
+def test_encode_and_parse(announced: VersionCapabilities) -> None:
     """Proves that what is announced is what the peer reads."""
     assert parse_version_request(encode_version(announced)).capabilities == announced

@@ -16,7 +16,7 @@ LIMIT = 256
 
 
 @st.composite
-def streams(draw):
+def streams(draw: st.DrawFn) -> list[tuple[bytes, list[int]]]:
     """A few messages as (bytes, fds), the descriptors numbered so that each is unique."""
     messages = []
     next_fd = 100
@@ -31,7 +31,7 @@ def streams(draw):
 
 
 @given(streams(), st.integers(1, 80))
-def test_any_piece_size(messages, piece):
+def test_any_piece_size(messages: list[tuple[bytes, list[int]]], piece: int) -> None:
     """Proves that messages and their descriptors come out whole however small the reads are."""
     wire = Wire(Framer(LIMIT), piece)
     for data, fds in messages:
@@ -43,7 +43,7 @@ def test_any_piece_size(messages, piece):
 
 
 @given(st.binary(max_size=40), st.lists(st.integers(3, 999), max_size=4), st.data())
-def test_every_cut(payload, fds, data):
+def test_every_cut(payload: bytes, fds: list[int], data: st.DataObject) -> None:
     """Proves that one message cut at arbitrary places, descriptors on its first byte, is the same message."""
     whole = pack_header(7, 9, 16 + len(payload), 0) + payload
     cuts = sorted(data.draw(st.sets(st.integers(1, len(whole) - 1), max_size=len(whole) - 1)))
@@ -62,7 +62,7 @@ def test_every_cut(payload, fds, data):
 
 
 @given(u32.filter(lambda size: size < 16 or size > LIMIT), u32)
-def test_impossible_lengths(size, flags):
+def test_impossible_lengths(size: int, flags: int) -> None:
     """Proves that an impossible length ends the stream, keeps the descriptors, and stores nothing."""
     framer = Framer(LIMIT)
     with pytest.raises(StreamError) as caught:
@@ -77,7 +77,7 @@ def test_impossible_lengths(size, flags):
 
 
 @given(st.binary(max_size=200), st.integers(1, 20))
-def test_garbage(garbage, piece):
+def test_garbage(garbage: bytes, piece: int) -> None:
     """Proves that random bytes give messages or end the stream, nothing else, within the limit."""
     wire = Wire(Framer(LIMIT), piece)
     wire.send(garbage)

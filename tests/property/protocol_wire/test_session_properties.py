@@ -25,7 +25,7 @@ from wire_strategies import u32
 
 
 @st.composite
-def messages(draw):
+def messages(draw: st.DrawFn) -> Message:
     """Messages with likely and unlikely headers."""
     payload = draw(st.binary(max_size=48))
     header = Header(
@@ -41,7 +41,7 @@ def messages(draw):
 @pytest.mark.parametrize("role", ConnectionEnd)
 @pytest.mark.parametrize("negotiated", [False, True])
 @given(stream=st.lists(messages(), max_size=12))
-def test_whatever_comes(role, negotiated, stream):
+def test_whatever_comes(role: ConnectionEnd, negotiated: bool, stream: list[Message]) -> None:
     """Proves that no message raises, no descriptor is lost, silence is kept, and the end is final."""
     pair = joined()
     session = (pair.server if role is ConnectionEnd.SERVER else pair.client) if negotiated else ProtocolSession(role)
@@ -69,16 +69,16 @@ def test_whatever_comes(role, negotiated, stream):
 class Conversation(RuleBasedStateMachine):
     """Two sessions that send, read and answer at random times, in random pieces."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.pair = joined(piece=5)
         self.sessions = {ConnectionEnd.CLIENT: self.pair.client, ConnectionEnd.SERVER: self.pair.server}
-        self.sent = {role: deque() for role in ConnectionEnd}
-        self.owed = {role: deque() for role in ConnectionEnd}
+        self.sent: dict[ConnectionEnd, deque[tuple[int, bool]]] = {role: deque() for role in ConnectionEnd}
+        self.owed: dict[ConnectionEnd, deque[CommandReceived]] = {role: deque() for role in ConnectionEnd}
         self.counter = 0
 
     @rule(role=st.sampled_from(ConnectionEnd), size=st.integers(0, 20), no_reply=st.booleans())
-    def send_command(self, role, size, no_reply):
+    def send_command(self, role: ConnectionEnd, size: int, no_reply: bool) -> None:
         """One side sends a numbered command, perhaps without wanting a reply."""
         self.counter += 1
         command = Command.REGION_WRITE if role is ConnectionEnd.CLIENT else Command.DMA_WRITE
@@ -89,7 +89,7 @@ class Conversation(RuleBasedStateMachine):
         self.sent[role].append((self.counter, no_reply))
 
     @rule(role=st.sampled_from(ConnectionEnd))
-    def read(self, role):
+    def read(self, role: ConnectionEnd) -> None:
         """One side reads all there is; the replies it gets are those of its oldest commands."""
         for result in self.pair.receive(self.sessions[role]):
             if isinstance(result, CommandReceived):
@@ -104,7 +104,7 @@ class Conversation(RuleBasedStateMachine):
 
     @precondition(lambda self: any(self.owed.values()))
     @rule(data=st.data())
-    def answer(self, data):
+    def answer(self, data: st.DataObject) -> None:
         """One side answers its oldest unanswered command."""
         role = data.draw(st.sampled_from([role for role in ConnectionEnd if self.owed[role]]))
         command = self.owed[role].popleft()
@@ -112,7 +112,7 @@ class Conversation(RuleBasedStateMachine):
         self.pair.send(session, session.reply(command.header, command.payload[:16]))
 
     @invariant()
-    def books_are_right(self):
+    def books_are_right(self) -> None:
         """What each session believes to be outstanding and unanswered is so."""
         for role, session in self.sessions.items():
             waiting = [token for token, no_reply in self.sent[role] if not no_reply]

@@ -109,7 +109,7 @@ async def play(steps: list[tuple[str, int]]) -> None:
                 reference.write_cc(value)
                 driver.write32(CC, value)
             elif what == "reset":
-                m.function.reset(value)
+                m.function.reset(ResetKind(value))
                 reference, queue = Reference(), None
             elif what == "rest":
                 await trio.testing.wait_all_tasks_blocked()

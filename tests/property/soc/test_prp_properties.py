@@ -18,7 +18,7 @@ PAGES = 64
 
 def naive(memory: dict[int, int], prp1: int, prp2: int, length: int, page: int) -> list[int]:
     """The address of every byte of a transfer."""
-    addresses = []
+    addresses: list[int] = []
     slot: int | None = None
     current = prp1
     pages_left = -(-(prp1 % page + length) // page)

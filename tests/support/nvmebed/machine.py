@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypedDict
 
 import trio
 
@@ -32,6 +33,15 @@ class Machine:
     def io(self) -> Queue:
         """The first I/O queue pair."""
         return self.driver.queues[1]
+
+
+class FunctionOptions(TypedDict, total=False):
+    """What `make_function` can be told besides the stores."""
+
+    limits: ControllerLimits | None
+    polled: bool
+    cmb_size: int
+    lba_shift: int
 
 
 def make_function(

@@ -134,9 +134,13 @@ async def test_events_that_fail() -> None:
     class Session(MemorySession):
         @asynccontextmanager
         async def watch(self) -> AsyncIterator[AsyncIterator[Event]]:
-            await trio.lowlevel.checkpoint()
-            raise TransportLost("nobody tells")
-            yield
+            await nobody_tells()
+            async with super().watch() as events:
+                yield events
+
+    async def nobody_tells() -> None:
+        await trio.lowlevel.checkpoint()
+        raise TransportLost("nobody tells")
 
     class Agent(MemoryAgent):
         async def open(self, function_id: str) -> MemorySession:
@@ -172,6 +176,7 @@ async def test_a_function_that_is_listed_wrongly() -> None:
 
 async def test_an_agent_that_loses_functions_with_its_connection() -> None:
     """What was stopped must stay stopped: an agent that resumes when a client goes is found."""
+    function = MemoryFunction()
 
     class Agent(MemoryAgent):
         async def aclose(self) -> None:
@@ -179,7 +184,6 @@ async def test_an_agent_that_loses_functions_with_its_connection() -> None:
             function.move(AgentState.RUNNING)
             await super().aclose()
 
-    function = MemoryFunction()
     assert "survives-connection" in await failures(lambda: Agent([function]))
 
 

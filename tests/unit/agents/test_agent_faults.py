@@ -227,7 +227,7 @@ async def test_restart(
         agent.restart()
     assert ("", AgentState.QUIESCED) == ((await session.status()).pending, function.state)
     await trio.sleep(5)
-    assert AgentState.QUIESCED is function.state
+    assert [AgentState.QUIESCED] == [function.state]
     await session.resume()
     assert AgentState.RUNNING is function.state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -74,7 +75,9 @@ def test_who_makes_way_for_a_new_migration(owned_by: str, state: AgentState, err
     assert rules.make_way(Role.SOURCE, "old")
     if error is None:
         assert not rules.make_way(Role.SOURCE, "new")
-        assert (None, "") == (function.role, function.migration_id)
+        assert {"role": None, "migration_id": ""} == {
+            name: getattr(function, name) for name in ("role", "migration_id")
+        }
     else:
         with pytest.raises(error, match="function f0 is source of 'old'"):
             rules.make_way(Role.SOURCE, "new")
@@ -126,12 +129,13 @@ def test_what_can_be_loaded() -> None:
 def test_what_cannot_be_done_is_told() -> None:
     """Each ability that a function has not is refused by name, before anything is asked of it."""
     rules = rules_of(function_in(AgentState.RUNNING, caps=LITTLE))
-    for call, words in (
+    calls: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: rules.migratable("m"), "cannot be migrated"),
         (lambda: rules.saveable_piece(0, 1, Phase.PRECOPY), "no pre-copy"),
         (rules.can_log, "no dirty log"),
         (rules.resettable, "cannot be reset"),
-    ):
+    )
+    for call, words in calls:
         with pytest.raises(Unsupported, match=words):
             call()
 

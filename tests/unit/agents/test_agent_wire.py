@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfiouser_agents.errors import ERRORS, AgentError, Busy, Incompatible, NoResources, ProtocolError
+from vfiouser_agents.rpc.errormap import error_from_map, error_to_map
 from vfiouser_agents.rpc.messages import Message, Notification, Request, Response
-from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec, error_from_map, error_to_map
+from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
 from vfiouser_agents.rpc.wire import WireError, from_wire, to_wire
 from vfiouser_agents.values import (
     AgentInfo,

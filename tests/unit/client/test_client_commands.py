@@ -61,7 +61,7 @@ def always(payload: bytes) -> Handler:
 
 async def test_get_info() -> None:
     """GET_INFO is decoded."""
-    handlers = {Command.DEVICE_GET_INFO: always(encode(DeviceInfo(16, 3, 9, 5)))}
+    handlers: dict[int, Handler] = {Command.DEVICE_GET_INFO: always(encode(DeviceInfo(16, 3, 9, 5)))}
     async with connected(handlers=handlers) as (client, server):
         assert DeviceInfo(16, 3, 9, 5) == await client.get_info()
         assert DeviceInfo(16) == decode(DeviceInfo, server.received[0].payload)
@@ -241,7 +241,7 @@ async def test_empty_read() -> None:
 async def test_region_write_multi() -> None:
     """Batched writes work when both sides announced them, and are refused here when not."""
     writes = [RegionWrite(0, 0, 4, b"abcd"), RegionWrite(8, 0, 1, b"x")]
-    handlers = {Command.REGION_WRITE_MULTI: always(encode(RegionWriteMultiReply(2)))}
+    handlers: dict[int, Handler] = {Command.REGION_WRITE_MULTI: always(encode(RegionWriteMultiReply(2)))}
     async with connected(handlers=handlers) as (client, server):
         assert 2 == await client.region_write_multi(writes)
         assert 2 == await client.region_write_multi(writes, posted=True)

@@ -126,11 +126,12 @@ async def test_posted_dma_write_is_not_answered() -> None:
 async def test_dma_during_an_own_region_access(patient: bool) -> None:
     """With `serve_dma_when_idle` DMA waits for the reply to our access, as in QEMU; without, it does not."""
     with ClientMemory(4096) as memory:
-        served_during_access = []
+        served_during_access: list[bool] = []
 
         async def read(event: CommandReceived) -> Answer:
             request = decode(RegionRead, event.payload)
             answer = server.submit(Command.DMA_READ, encode(DmaRead(0, 4)))
+            assert server.nursery is not None
             server.nursery.start_soon(note, answer)
             await trio.testing.wait_all_tasks_blocked()
             served_during_access.append(memory.message_reads == 1)
@@ -141,8 +142,10 @@ async def test_dma_during_an_own_region_access(patient: bool) -> None:
             answered.set()
 
         answered = trio.Event()
-        options = {"dma_server": memory, "serve_dma_when_idle": patient}
-        async with connected(handlers={Command.REGION_READ: read}, **options) as (client, server):
+        async with connected(handlers={Command.REGION_READ: read}, dma_server=memory, serve_dma_when_idle=patient) as (
+            client,
+            server,
+        ):
             await client.region_read(0, 0, 4)
             await answered.wait()
     assert [not patient] == served_during_access
@@ -155,8 +158,10 @@ async def test_cancelled_access_lets_dma_through() -> None:
         return Answer(raw=b"")
 
     with ClientMemory(4096) as memory:
-        options = {"dma_server": memory, "serve_dma_when_idle": True}
-        async with connected(handlers={Command.REGION_READ: never}, **options) as (client, server):
+        async with connected(handlers={Command.REGION_READ: never}, dma_server=memory, serve_dma_when_idle=True) as (
+            client,
+            server,
+        ):
             with trio.move_on_after(0.01):
                 await client.region_read(0, 0, 4)
             assert bytes(4) == await server.dma_read(0, 4)
@@ -191,13 +196,15 @@ async def test_flood_of_large_writes_that_cannot_be_served_ends_the_connection()
     """Behind an access of our own they have to be read, since its reply comes after them; but not without end."""
 
     def never(_: CommandReceived) -> Answer:
-        for _ in range(100):
+        for _turn in range(100):
             server.submit(Command.DMA_WRITE, encode(DmaWrite(0, 1 << 20, bytes(1 << 20))))
         return Answer(raw=b"")
 
     with ClientMemory(1 << 20) as memory:
-        options = {"dma_server": memory, "serve_dma_when_idle": True}
-        async with connected(handlers={Command.REGION_READ: never}, **options) as (client, server):
+        async with connected(handlers={Command.REGION_READ: never}, dma_server=memory, serve_dma_when_idle=True) as (
+            client,
+            server,
+        ):
             with pytest.raises(ServerGone, match="without waiting"):
                 await client.region_read(0, 0, 4)
 

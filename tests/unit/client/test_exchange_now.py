@@ -13,6 +13,7 @@ import trio.testing
 
 from fakeserver import Answer, connected
 from vfiouser_oob.client.client import Client
+from vfiouser_oob.client.dma import DmaServer
 from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.transport.activity import Activity
@@ -82,11 +83,11 @@ def patient() -> Activity:
 
 
 @asynccontextmanager
-async def spinning_client(talk: Talk, **options: object) -> AsyncIterator[Client]:
+async def spinning_client(talk: Talk, dma_server: DmaServer | None = None) -> AsyncIterator[Client]:
     """A client that has seen a quick reply, so that it thinks looking is worth while."""
     activity = patient()
     with thread_server(talk) as sock:
-        async with Client.from_socket(sock, activity=activity, **options) as client:
+        async with Client.from_socket(sock, activity=activity, dma_server=dma_server) as client:
             # However slow this machine is, the last round trip counts as quick.
             client._round_trip_ns = 0
             yield client

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fakevfio import FakeKernel, FakeMigration
-from fakevfio.bed import NoMessages, answer, running
+from fakevfio.bed import NoMessages, running
 from fakevfio.kernel import BDF
 from vfiouser_agents.api import Agent, AgentState, Outcome, Phase, Range, Role, Session
 from vfiouser_agents.errors import Busy, CorruptState, Incompatible, InvalidState, Unsupported
@@ -163,7 +163,7 @@ async def test_a_reset_by_the_client_is_noticed(tmp_path: Path) -> None:
         await session.load_begin(None)
         done = client.reset()
         assert done is not None
-        await answer(done)
+        await done
         assert AgentState.RUNNING is (await session.status()).state
         await session.resume()
         await client.close()

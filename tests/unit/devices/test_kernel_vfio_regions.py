@@ -81,9 +81,9 @@ def test_capability_lists_that_are_broken() -> None:
     circle = bytearray(256)
     circle[0x34] = 0x40
     circle[0x40:0x42] = bytes([0x01, 0x40])
-    assert {0x01: 0x40} == capability_offsets(circle)
+    assert {0x01: 0x40} == capability_offsets(bytes(circle))
     edge = bytearray(256)
     edge[0x34] = 0xF8
     edge[0xF8:0xFA] = bytes([0x11, 0])
-    assert () == msix_areas(edge)
+    assert () == msix_areas(bytes(edge))
     assert {} == capability_offsets(bytes(0x20))

@@ -54,7 +54,9 @@ async def test_regions_are_the_kernels(kernel: FakeKernel) -> None:
         assert [True, False, True] == [region.mappable for region in regions[0:3]]
         assert not regions[4].mappable
         assert client.region_fd(0) == client.region_fd(2)
-        assert client.region_fd(0).fileno() in kernel.nodes
+        file = client.region_fd(0)
+        assert file is not None
+        assert file.fileno() in kernel.nodes
         assert client.region_fd(CONFIG) is None
         assert client.region_fd(4) is None
         assert [1, 8, 65, 1, 1] == [irq.count for irq in client.description.irqs]
@@ -118,15 +120,15 @@ async def test_resets_are_waited_for_in_a_thread(kernel: FakeKernel) -> None:
         await answer(client.region_write(CONFIG, 4, b"\x06\x00", posted=False))
         reset = client.reset()
         assert reset is not None
-        await answer(reset)
+        await reset
         assert 1 == kernel.device.resets
         assert 2 == kernel.device.command, "bus mastering is still on"
         flr = client.region_write(CONFIG, PCIE + 8, b"\x00\x80", posted=False)
         assert flr is not None
         later = client.region_write(CONFIG, 4, b"\x02\x00", posted=False)  # in order, behind the reset
         assert later is not None
-        await answer(flr)
-        await answer(later)
+        await flr
+        await later
         assert 2 == kernel.device.resets
         assert 2 == kernel.device.command
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,21 +196,20 @@ async def test_unmap_is_answered_when_the_kernel_has_done_it(tmp_path: Path) -> 
             kernel.mapping.clear()
             job = client.dma_unmap(unmap_request(0, MIB)) if by_range else client.dma_unmap_all()
             assert job is not None
-            answered = False
+            answered = trio.Event()
 
-            async def wait(job: Any = job) -> None:
-                nonlocal answered
+            async def wait(job: Awaitable[None] = job, answered: trio.Event = answered) -> None:
                 await job
-                answered = True
+                answered.set()
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait)
                 await trio.to_thread.run_sync(kernel.mapping.wait)
-                assert not answered
+                assert not answered.is_set()
                 assert 1 == len(client.memory.map)
                 assert [(0, MIB, 3)] == kernel.iommu.ranges
                 kernel.gate.set()
-            assert answered
+            assert answered.is_set()
             assert 0 == len(client.memory.map)
             assert [] == kernel.iommu.ranges
             kernel.holding = False

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+from typing import Any
 
 import pytest
 
 from vfiouser_protocol.capabilities import (
     MigrationCapability,
+    Negotiated,
     TwinSocket,
     VersionCapabilities,
     accept_reply,
@@ -35,29 +37,30 @@ SAMPLE_CLIENT = b"\0\0\2\0" + b'{"capabilities":{"max_msg_fds":32,"max_data_xfer
 OFFER = VersionCapabilities(max_msg_fds=16, write_multiple=True, migration=MigrationCapability())
 
 
-def version(text, minor=1):
+def version(text: str, minor: int = 1) -> bytes:
     """A VERSION payload with this JSON."""
     return b"\0\0" + minor.to_bytes(2, "little") + text.encode("utf-8", "surrogatepass") + b"\0"
 
 
-def members(payload):
+def members(payload: bytes) -> dict[str, Any]:
     """The capabilities in a payload, read by an independent parser."""
     assert payload[-1] == 0
-    return json.loads(payload[4:-1])["capabilities"]
+    found: dict[str, Any] = json.loads(payload[4:-1])["capabilities"]
+    return found
 
 
-def answer(payload, offer=OFFER, **options):
+def answer(payload: bytes, offer: VersionCapabilities = OFFER, **options: bool) -> Negotiated:
     """Negotiate the answer to a request's payload."""
     return negotiate(parse_version_request(payload), offer, request_payload_size=len(payload), **options)
 
 
-def test_known_sizes():
+def test_known_sizes() -> None:
     """Proves that the requests above are as long as they were seen on the wire."""
     assert [len(QEMU) + 16, len(QEMU_V1) + 16] == [214, 120]
 
 
 @pytest.mark.parametrize("request_", [QEMU, QEMU_V1, RUST, SAMPLE_CLIENT], ids=["qemu", "v1", "rust", "sample"])
-def test_real_clients_get_a_fitting_answer(request_):
+def test_real_clients_get_a_fitting_answer(request_: bytes) -> None:
     """Proves that no real client gets a reply longer than its request, and each gets only what it named."""
     agreed = answer(request_)
     assert len(agreed.reply_payload) <= len(request_)
@@ -67,7 +70,7 @@ def test_real_clients_get_a_fitting_answer(request_):
     assert set(replied.get("migration", {})) <= set(proposed.get("migration", {}))
 
 
-def test_qemu_answer():
+def test_qemu_answer() -> None:
     """Proves the whole answer to QEMU: minor 0, real integers and booleans, our values."""
     agreed = answer(QEMU)
     assert agreed.reply_payload[:4] == bytes(4)
@@ -84,7 +87,7 @@ def test_qemu_answer():
     assert b" " not in agreed.reply_payload
 
 
-def test_sample_client_keeps_what_differs_from_defaults():
+def test_sample_client_keeps_what_differs_from_defaults() -> None:
     """Proves that a longer value makes room by dropping what equals its default, which loses nothing."""
     agreed = answer(SAMPLE_CLIENT, VersionCapabilities(max_msg_fds=16))
     assert members(agreed.reply_payload) == {"max_msg_fds": 16}
@@ -92,7 +95,7 @@ def test_sample_client_keeps_what_differs_from_defaults():
     assert agreed.client.max_data_xfer_size == 1024
 
 
-def test_limits_that_differ_are_dropped_last():
+def test_limits_that_differ_are_dropped_last() -> None:
     """Proves that a smaller transfer limit, which the client must know, outlives the other members."""
     request = version('{"capabilities":{"max_data_xfer_size":1,"max_msg_fds":1}}')
     agreed = answer(request, VersionCapabilities(max_msg_fds=16, max_data_xfer_size=65536))
@@ -100,7 +103,7 @@ def test_limits_that_differ_are_dropped_last():
 
 
 @pytest.mark.parametrize("payload", [b"\0\0\0\0", version("{}"), version('{"capabilities":{}}')])
-def test_silence_means_defaults(payload):
+def test_silence_means_defaults(payload: bytes) -> None:
     """Proves that a request without capabilities is legal, and is answered by an empty object."""
     request = parse_version_request(payload)
     assert request.capabilities == VersionCapabilities(1, 1048576, 65535, 4096, False, None, None)
@@ -109,7 +112,7 @@ def test_silence_means_defaults(payload):
 
 
 @pytest.mark.parametrize(("proposed", "used"), [(0, 0), (1, 1), (2, 2), (3, 2), (99, 2), (0xFFFF, 2)])
-def test_minor_is_the_smaller(proposed, used):
+def test_minor_is_the_smaller(proposed: int, used: int) -> None:
     """Proves that the reply's minor is never above the proposed one, nor above our own."""
     assert answer(version("{}", proposed)).minor == used
     assert answer(version("{}", proposed)).reply_payload[2:4] == used.to_bytes(2, "little")
@@ -171,7 +174,7 @@ for name, values in BAD_VALUES.items():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name):
+def test_refused(name: str) -> None:
     """Proves that malformed version data ends the connection with EINVAL and a bounded sentence."""
     with pytest.raises(StreamError) as caught:
         parse_version_request(REFUSED[name])
@@ -196,18 +199,18 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_accepted(name):
+def test_accepted(name: str) -> None:
     """Proves that what libvfio-user accepts is accepted, and answered with an object."""
     assert isinstance(members(answer(version(ACCEPTED[name])).reply_payload), dict)
 
 
-def test_last_duplicate_counts():
+def test_last_duplicate_counts() -> None:
     """Proves that of a member that occurs twice the last one counts."""
     request = parse_version_request(version('{"capabilities":{"max_msg_fds":3,"max_msg_fds":5}}'))
     assert request.capabilities.max_msg_fds == 5
 
 
-def test_present_names_what_was_said():
+def test_present_names_what_was_said() -> None:
     """Proves that defaults can be told from statements, nested ones included."""
     request = parse_version_request(version('{"capabilities":{"max_msg_fds":1,"migration":{"pgsize":0},"x":1}}'))
     assert request.present == {"max_msg_fds", "migration", "migration.pgsize"}
@@ -217,7 +220,7 @@ def test_present_names_what_was_said():
     ("theirs", "ours", "agreed"),
     [(8192, 4096, 4096), (4096, 65536, 4096), (65536, 65536, 65536), (0, 65536, 65536)],
 )
-def test_smaller_migration_pgsize_wins(theirs, ours, agreed):
+def test_smaller_migration_pgsize_wins(theirs: int, ours: int, agreed: int) -> None:
     """Proves that both sides use the smaller page size, and that an unsaid one does not count."""
     request = version(f'{{"capabilities":{{"migration":{{"pgsize":{theirs}}}, "padding":"{"x" * 20}"}}}}')
     negotiated = answer(request, VersionCapabilities(migration=MigrationCapability(ours)))
@@ -225,7 +228,7 @@ def test_smaller_migration_pgsize_wins(theirs, ours, agreed):
     assert members(negotiated.reply_payload) == {"migration": {"pgsize": agreed}}
 
 
-def test_no_migration_offered():
+def test_no_migration_offered() -> None:
     """Proves that a server that cannot migrate does not mention it."""
     agreed = answer(QEMU, VersionCapabilities(max_msg_fds=8))
     assert "migration" not in members(agreed.reply_payload)
@@ -234,7 +237,7 @@ def test_no_migration_offered():
 
 @pytest.mark.parametrize("offered", [True, False])
 @pytest.mark.parametrize("wanted", ["true", "false", None])
-def test_write_multiple_needs_both(wanted, offered):
+def test_write_multiple_needs_both(wanted: str | None, offered: bool) -> None:
     """Proves that WRITE_MULTI is agreed only if both want it, and never mentioned otherwise."""
     member = "" if wanted is None else f'"write_multiple":{wanted},'
     request = version(f'{{"capabilities":{{{member}"x":"{"y" * 30}"}}}}')
@@ -259,7 +262,7 @@ TWIN = '"twin_socket":{"supported":true}'
         ('"max_msg_fds":1', True, False),
     ],
 )
-def test_twin_socket(text, grant, granted):
+def test_twin_socket(text: str, grant: bool, granted: bool) -> None:
     """Proves that a twin socket is granted only if asked for, wanted by us, and receivable."""
     agreed = answer(version(f'{{"capabilities":{{{text}}}}}'), VersionCapabilities(), grant_twin=grant)
     assert granted == agreed.twin
@@ -267,7 +270,7 @@ def test_twin_socket(text, grant, granted):
     assert twin == ({"supported": True, "fd_index": 0} if granted else None)
 
 
-def test_what_does_not_fit_is_not_granted():
+def test_what_does_not_fit_is_not_granted() -> None:
     """Proves that a member without room in the reply is not agreed on behind the client's back."""
     request = version('{"capabilities":{' + TWIN + "}}")
     agreed = answer(request, VersionCapabilities(), grant_twin=True)
@@ -276,7 +279,7 @@ def test_what_does_not_fit_is_not_granted():
     assert not agreed.twin
 
 
-def test_transfers_are_limited_by_both():
+def test_transfers_are_limited_by_both() -> None:
     """Proves that we never send more than the client takes, nor than we would take ourselves."""
     small = answer(version('{"capabilities":{"max_data_xfer_size":4096}}'))
     large = answer(version('{"capabilities":{"max_data_xfer_size":67108864}}'))
@@ -286,12 +289,12 @@ def test_transfers_are_limited_by_both():
 PROPOSAL = parse_version_request(encode_version(OFFER._replace(twin_socket=TwinSocket(True), max_msg_fds=8), minor=1))
 
 
-def reply(text, minor=0):
+def reply(text: str, minor: int = 0) -> Negotiated:
     """Let a client judge a reply with this JSON."""
     return accept_reply(PROPOSAL, version(text, minor), 1)
 
 
-def test_client_takes_a_silent_reply():
+def test_client_takes_a_silent_reply() -> None:
     """Proves that a four-byte reply and an empty object mean a server of defaults."""
     for agreed in (accept_reply(PROPOSAL, bytes(4), 0), reply("{}"), reply('{"capabilities":{}}')):
         assert agreed.server == VersionCapabilities()
@@ -300,7 +303,7 @@ def test_client_takes_a_silent_reply():
         assert agreed.migration_pgsize is None
 
 
-def test_client_takes_a_full_reply():
+def test_client_takes_a_full_reply() -> None:
     """Proves the client's view of a server that grants everything."""
     agreed = reply(
         '{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":65536,"write_multiple":true,'
@@ -329,14 +332,14 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_client_refuses(name):
+def test_client_refuses(name: str) -> None:
     """Proves that a client ends the connection with a server that contradicts itself or the proposal."""
     payload, nfds = CONTRADICTIONS[name]
     with pytest.raises(StreamError):
         accept_reply(PROPOSAL, payload, nfds)
 
 
-def test_client_refuses_an_unasked_twin():
+def test_client_refuses_an_unasked_twin() -> None:
     """Proves that a twin socket that nobody asked for ends the connection."""
     silent = parse_version_request(encode_version(VersionCapabilities(), 1))
     granted = version('{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}', 0)
@@ -344,7 +347,7 @@ def test_client_refuses_an_unasked_twin():
         accept_reply(silent, granted, 1)
 
 
-def test_reply_and_request_are_parsed_alike():
+def test_reply_and_request_are_parsed_alike() -> None:
     """Proves that fd_index counts in replies and has no meaning in requests."""
     payload = version('{"capabilities":{"twin_socket":{"supported":true,"fd_index":2}}}')
     assert parse_version_request(payload).capabilities.twin_socket == TwinSocket(True, None)

@@ -9,7 +9,7 @@ import pytest
 from vfiouser_protocol import messages as m
 from vfiouser_protocol.codec import decode, describe, encode
 from vfiouser_protocol.errors import CommandError, LocalProtocolError
-from vfiouser_protocol.fields import LayoutRow, layout_table
+from vfiouser_protocol.fields import LayoutRow, Payload, layout_table
 from vfiouser_protocol.header import HEADER_LAYOUT, Header, command_name, pack_header, unpack_header
 
 TOO_SHORT = {
@@ -44,7 +44,7 @@ TOO_SHORT = {
 
 
 @pytest.mark.parametrize("cls", TOO_SHORT, ids=lambda cls: cls.__name__)
-def test_one_byte_short_is_refused(cls):
+def test_one_byte_short_is_refused(cls: type[Payload]) -> None:
     """Proves that a payload one byte below its fixed part is EINVAL, and that the full length is not."""
     with pytest.raises(CommandError) as caught:
         decode(cls, bytes(TOO_SHORT[cls]))
@@ -72,7 +72,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_contradictions_are_refused(name):
+def test_contradictions_are_refused(name: str) -> None:
     """Proves that a payload whose counts do not fit its length is EINVAL."""
     cls, payload = CONTRADICTIONS[name]
     with pytest.raises(CommandError) as caught:
@@ -91,24 +91,24 @@ SURPLUS += [
 
 
 @pytest.mark.parametrize("message", SURPLUS, ids=lambda message: type(message).__name__)
-def test_surplus_is_ignored(message):
+def test_surplus_is_ignored(message: Payload) -> None:
     """Proves that clients with longer structures (20-byte GET_INFO, padded MIG_DATA) are understood."""
     assert message == decode(type(message), encode(message) + b"\xee\xee\xee\xee")
 
 
-def test_padded_migration_data_is_cut():
+def test_padded_migration_data_is_cut() -> None:
     """Proves that libvfio-user's padded MIG_DATA_READ reply loses its padding."""
     payload = encode(m.MigDataReadReply(16, 8, b"eight by")) + bytes(56)
     assert decode(m.MigDataReadReply, payload).data == b"eight by"
 
 
-def test_shortened_io_fds():
+def test_shortened_io_fds() -> None:
     """Proves that the reply to a too small argsz, a true count without entries, goes both ways."""
     short = m.RegionIoFds(16 + 3 * 48, 0, 2, 3)
     assert short == decode(m.RegionIoFds, encode(short))
 
 
-UNSENDABLE = {
+UNSENDABLE: dict[str, Payload] = {
     "count without its data": m.RegionWrite(0, 0, 4, b"abc"),
     "a negative offset": m.RegionRead(-1, 0, 4),
     "65-bit address": m.DmaMap(32, 3, 0, 1 << 64, 4096),
@@ -123,13 +123,13 @@ UNSENDABLE = {
 
 
 @pytest.mark.parametrize("name", UNSENDABLE)
-def test_what_does_not_fit_is_not_sent(name):
+def test_what_does_not_fit_is_not_sent(name: str) -> None:
     """Proves that our own mistakes are LocalProtocolError, never a malformed message."""
     with pytest.raises(LocalProtocolError):
         encode(UNSENDABLE[name])
 
 
-def test_header_mistakes_are_ours():
+def test_header_mistakes_are_ours() -> None:
     """Proves that a header that does not fit, and a buffer that is none, are LocalProtocolError."""
     with pytest.raises(LocalProtocolError, match="does not fit"):
         pack_header(1 << 16, 1, 16, 0)
@@ -138,18 +138,18 @@ def test_header_mistakes_are_ours():
 
 
 @pytest.mark.parametrize("number", [0, 19, 99, 0xFFFF])
-def test_no_such_command(number):
+def test_no_such_command(number: int) -> None:
     """Proves that unknown numbers have a name in logs."""
     assert command_name(number) == f"command {number}"
 
 
-def test_feature_flags_in_words():
+def test_feature_flags_in_words() -> None:
     """Proves the views of DEVICE_FEATURE's flags."""
     feature = m.DeviceFeature(8, 0x50002)
     assert (feature.index, feature.get, feature.set, feature.probe) == (2, True, False, True)
 
 
-def test_layout_table():
+def test_layout_table() -> None:
     """Proves that layout tables are derived with offsets, sizes and names as in the specification."""
     assert [row[:3] for row in layout_table(m.DmaMap)] == [
         (0, 4, "argsz"),
@@ -208,13 +208,13 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_describe(line):
+def test_describe(line: str) -> None:
     """Proves the debug lines: one readable line per message, data counted and not shown."""
     header, payload, nfds = LINES[line]
     assert line == describe(header, payload, nfds, "<")
 
 
-def test_describe_elides_long_version_text():
+def test_describe_elides_long_version_text() -> None:
     """Proves that a stranger's text does not flood the log."""
     line = describe(Header(0, 1, 70000, 0), bytes(4) + b"x" * 60000 + b"\0", 0, "<")
     assert len(line) < 400

@@ -31,7 +31,7 @@ OVERVIEW = {
 
 
 @pytest.mark.parametrize("number", OVERVIEW)
-def test_row(number):
+def test_row(number: int) -> None:
     """Proves that each row says what the specification says."""
     spec = COMMANDS[number]
     actual = (spec.sender, spec.min_payload, spec.request_fds, spec.reply_fds)
@@ -39,18 +39,18 @@ def test_row(number):
     assert spec.command == number
 
 
-def test_the_table_is_complete():
+def test_the_table_is_complete() -> None:
     """Proves that every command has a row and nothing else has."""
     assert set(Command) == set(COMMANDS)
 
 
-def test_only_version_negotiates():
+def test_only_version_negotiates() -> None:
     """Proves that VERSION alone comes before the connection is ready, and alone ignores NO_REPLY."""
     assert {spec.command for spec in COMMANDS.values() if spec.phase is ConnectionPhase.NEGOTIATING} == {1}
     assert {spec.command for spec in COMMANDS.values() if not spec.no_reply} == {1}
 
 
-def test_roles_are_peers():
+def test_roles_are_peers() -> None:
     """Proves that each role is the other's peer."""
     assert ConnectionEnd.CLIENT.peer is ConnectionEnd.SERVER
     assert ConnectionEnd.SERVER.peer is ConnectionEnd.CLIENT

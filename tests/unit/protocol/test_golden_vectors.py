@@ -7,10 +7,11 @@ import pytest
 from vfiouser_protocol import codec
 from vfiouser_protocol import messages as m
 from vfiouser_protocol.codec import decode, encode
+from vfiouser_protocol.fields import Payload
 from vfiouser_protocol.header import Header, error_reply, pack_header, unpack_header
 
 
-def hexed(text):
+def hexed(text: str) -> bytes:
     """Bytes from hex with spaces; one group per field keeps the vectors readable."""
     return bytes.fromhex(text.replace("\n", " "))
 
@@ -23,7 +24,7 @@ HEADERS = {
 }
 
 #: name: (message, payload)
-PAYLOADS = {
+PAYLOADS: dict[str, tuple[Payload, str]] = {
     "VERSION 0.1 without JSON": (m.Version(0, 1), "0000 0100"),
     "VERSION 0.0 with {}": (m.Version(0, 0, b"{}\0"), "0000 0000 7b7d00"),
     "DMA_MAP of RAM at 1 MiB": (
@@ -131,7 +132,7 @@ PAYLOADS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_header(name):
+def test_header(name: str) -> None:
     """Proves that headers are written and read as they stand on the wire."""
     header, text = HEADERS[name]
     assert hexed(text) == pack_header(*header)
@@ -139,20 +140,20 @@ def test_header(name):
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_payload(name):
+def test_payload(name: str) -> None:
     """Proves that every payload is written and read as it stands on the wire."""
     message, text = PAYLOADS[name]
     assert hexed(text) == encode(message)
     assert message == decode(type(message), hexed(text))
 
 
-def test_every_payload_class_has_a_vector():
+def test_every_payload_class_has_a_vector() -> None:
     """Proves that no class is left out above; the feature that has only a number is inside another vector."""
     covered = {type(message) for message, _ in PAYLOADS.values()} | {m.FeatureMigration, m.FeatureDeviceState}
     assert codec.PAYLOADS == covered
 
 
-def test_error_reply_is_the_header_alone():
+def test_error_reply_is_the_header_alone() -> None:
     """Proves that an error reply echoes id and command, drops NO_REPLY and has no payload."""
     reply = error_reply(Header(9, 10, 36, 0xFFFF_FFD0, 5), 22)
     assert hexed("0900 0a00 10000000 21000000 16000000") == reply

@@ -9,6 +9,7 @@ import pytest
 from vfiouser_protocol import messages as m
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.fields import Payload
 from vfiouser_protocol.rules import (
     check_request,
     decode_reply,
@@ -74,13 +75,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("request_", ALLOWED, ids=repr)
-def test_allowed_sizes(request_):
+def test_allowed_sizes(request_: Payload) -> None:
     """Proves that sizes which real clients use pass."""
     check_request(request_, MIB)
 
 
 @pytest.mark.parametrize("request_", REFUSED, ids=repr)
-def test_refused_sizes(request_):
+def test_refused_sizes(request_: Payload) -> None:
     """Proves that sizes which libvfio-user refuses are EINVAL."""
     with pytest.raises(CommandError) as caught:
         check_request(request_, MIB)
@@ -88,7 +89,7 @@ def test_refused_sizes(request_):
     assert "allowed" in str(caught.value)
 
 
-def test_require_argsz():
+def test_require_argsz() -> None:
     """Proves that a reply without shortened form needs all its room."""
     require_argsz(40, 40)
     with pytest.raises(CommandError, match="argsz is 39, the reply needs 40"):
@@ -111,7 +112,7 @@ SHADOW = m.IoFdEntry(0, 8, 0, 2, 0, 0, 1, 0)
         ((SHADOW,) * 3, 160, 160, True),
     ],
 )
-def test_region_io_fds(entries, argsz, needed, complete):
+def test_region_io_fds(entries: tuple[m.IoFdEntry, ...], argsz: int, needed: int, complete: bool) -> None:
     """Proves that entries come all or not at all, with the true count and the room they need."""
     reply, whole = region_io_fds_reply(m.RegionIoFds(argsz, 0, 2), entries)
     assert (reply.argsz, reply.flags, reply.index, reply.count) == (needed, 0, 2, len(entries))
@@ -121,14 +122,14 @@ def test_region_io_fds(entries, argsz, needed, complete):
 
 
 @pytest.mark.parametrize("request_", [m.RegionIoFds(16, 1, 0), m.RegionIoFds(16, 0, 0, 1)])
-def test_region_io_fds_refuses(request_):
+def test_region_io_fds_refuses(request_: m.RegionIoFds) -> None:
     """Proves that a request with flags or a count is EINVAL."""
     with pytest.raises(CommandError):
         region_io_fds_reply(request_)
 
 
 @pytest.mark.parametrize(("argsz", "length"), [(48, 48), (MIB, 48), (47, 8), (8, 8)])
-def test_dirty_pages_reply(argsz, length):
+def test_dirty_pages_reply(argsz: int, length: int) -> None:
     """Proves that a bitmap that does not fit is left out, the room is named, and a client can read both."""
     request = m.DirtyPages(argsz, 4, 0, 1 << 18, 4096, 8)
     payload = dirty_pages_reply(request, b"\x0f" + bytes(7))
@@ -139,7 +140,7 @@ def test_dirty_pages_reply(argsz, length):
 
 
 READ = m.RegionRead(8, 0, 4)
-MISFITS = {
+MISFITS: dict[str, tuple[Payload, Payload]] = {
     "more data than asked": (READ, m.RegionReadReply(8, 0, 5, b"12345")),
     "another offset": (READ, m.RegionReadReply(9, 0, 4, b"1234")),
     "another region": (m.RegionWrite(8, 0, 1, b"x"), m.RegionWriteReply(8, 1, 1)),
@@ -158,7 +159,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_replies_that_do_not_fit(name):
+def test_replies_that_do_not_fit(name: str) -> None:
     """Proves that a reply which answers something else is refused."""
     request, reply = MISFITS[name]
     with pytest.raises(CommandError, match="does not answer"):
@@ -176,7 +177,7 @@ FITTING = [
 
 
 @pytest.mark.parametrize(("request_", "reply"), FITTING)
-def test_replies_that_fit(request_, reply):
+def test_replies_that_fit(request_: Payload, reply: Payload) -> None:
     """Proves that legal replies, partial ones included, are read."""
     assert reply == decode_reply(type(reply), request_, encode(reply))
 
@@ -190,7 +191,7 @@ HEADER_ONLY = [
 
 
 @pytest.mark.parametrize(("request_", "reply"), HEADER_ONLY)
-def test_replies_of_the_header_alone(request_, reply):
+def test_replies_of_the_header_alone(request_: Payload, reply: Payload) -> None:
     """Proves that the header-only replies of known implementations are taken as success."""
     assert reply == decode_reply(type(reply), request_, b"")
 
@@ -199,7 +200,7 @@ def test_replies_of_the_header_alone(request_, reply):
     ("cls", "request_"),
     [(m.RegionReadReply, READ), (m.DmaReadReply, m.DmaRead(0, 1)), (m.DeviceInfo, m.DeviceInfo(16))],
 )
-def test_missing_data_is_no_success(cls, request_):
+def test_missing_data_is_no_success(cls: type[Payload], request_: Payload) -> None:
     """Proves that where data is due, a header alone is refused."""
     with pytest.raises(CommandError):
         decode_reply(cls, request_, b"")

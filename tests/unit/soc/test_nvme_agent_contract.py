@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from nvmebed import machine, make_function
+from nvmebed.machine import FunctionOptions
 from nvmebed.moving import agent_function
 from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import Agent, AgentState
@@ -32,7 +33,7 @@ async def _failures(factory: Callable[[], Agent]) -> dict[str, str]:
 
 
 @KINDS
-async def test_contract_in_the_process(options: dict[str, int], state_size: int) -> None:
+async def test_contract_in_the_process(options: FunctionOptions, state_size: int) -> None:
     """Every check applies and passes; the function runs afterwards."""
     async with machine(make_function(**options)) as bed:
         function = agent_function(bed.function, state_size=state_size, churn=state_size)
@@ -42,7 +43,7 @@ async def test_contract_in_the_process(options: dict[str, int], state_size: int)
 
 @KINDS
 async def test_contract_through_the_reference_protocol(
-    options: dict[str, int], state_size: int, tmp_path: Path
+    options: FunctionOptions, state_size: int, tmp_path: Path
 ) -> None:
     """The same through msgpack-RPC over a UNIX socket."""
     address = parse_address(f"unix://{tmp_path}/agent.sock")

@@ -16,10 +16,10 @@ ERROR_LOG, SMART_LOG, FIRMWARE_LOG, CHANGED_LOG, COMMANDS_LOG = 1, 2, 3, 4, 5
 EVENT_REQUEST = 0x0C
 
 
-async def set_failure(m: Machine, feature: int, value: int = 0, **options: int) -> int:
+async def set_failure(m: Machine, feature: int, value: int = 0, *, nsid: int = 0, save: bool = False) -> int:
     """Set a feature, which must fail; returns the status."""
     with pytest.raises(CommandFailed) as caught:
-        await m.driver.set_feature(feature, value, **options)
+        await m.driver.set_feature(feature, value, nsid=nsid, save=save)
     return caught.value.status
 
 

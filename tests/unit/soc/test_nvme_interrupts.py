@@ -73,18 +73,23 @@ async def test_queue_without_interrupts_is_silent() -> None:
         assert (before, False) == (m.host.interrupts, m.host.intx)
 
 
+def pin(m: Machine) -> bool:
+    """Whether INTx is asserted now."""
+    return m.host.intx
+
+
 async def test_pin_is_asserted_while_entries_are_unacknowledged() -> None:
     """INTx rises with an entry and falls with the head doorbell that consumes the last one."""
     async with machine(msix=False) as m:
-        assert not m.host.intx
+        assert not pin(m)
         await flush(m)
         await flush(m)
-        assert m.host.intx
+        assert pin(m)
         assert 1 << 3 == m.function.config.read(6, 2)[0] & 1 << 3  # PCI status
         m.driver.doorbell(3, 1)
-        assert m.host.intx
+        assert pin(m)
         m.driver.doorbell(3, 2)
-        assert not m.host.intx
+        assert not pin(m)
         assert 0 == m.function.config.read(6, 2)[0] & 1 << 3
 
 
@@ -93,11 +98,11 @@ async def test_pin_obeys_the_mask_registers() -> None:
     async with machine(msix=False) as m:
         await flush(m)
         m.driver.write32(0x0C, 1 << 1)
-        assert not m.host.intx
+        assert not pin(m)
         m.driver.write32(0x10, 1 << 0)
-        assert not m.host.intx
+        assert not pin(m)
         m.driver.write32(0x10, 1 << 1)
-        assert m.host.intx
+        assert pin(m)
 
 
 async def test_pin_is_released_by_msix_and_by_resets() -> None:
@@ -105,15 +110,15 @@ async def test_pin_is_released_by_msix_and_by_resets() -> None:
     async with machine(msix=False) as m:
         await flush(m)
         m.driver.enable_msix()
-        assert not m.host.intx
+        assert not pin(m)
         at = m.function.config.capability_offset(0x11)
         assert at is not None
         m.function.config_changed(m.function.config.write(at + 2, b"\0\0"))
-        assert m.host.intx
+        assert pin(m)
         m.driver.write32(0x14, 0)
-        assert not m.host.intx
+        assert not pin(m)
     async with machine(msix=False) as m:
         await flush(m)
         m.function.config.clear_bus_master()
         m.function.disconnected()
-        assert not m.host.intx
+        assert not pin(m)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import struct
+from typing import Unpack
 
 import pytest
 import trio
 
 from nvmebed import CommandFailed, Machine, machine, make_function
+from nvmebed.driver import Fields
 from vfiouser_soc.nvme.config import ControllerLimits
 from vfiouser_soc.nvme.stores import BackingStore, MemoryStore
 
@@ -21,7 +23,7 @@ def pattern(count: int, seed: int = 1) -> bytes:
     return b"".join(struct.pack("<QQ", seed, number) for number in range(count // 16))
 
 
-async def failure(m: Machine, opcode: int, **fields: int) -> int:
+async def failure(m: Machine, opcode: int, **fields: Unpack[Fields]) -> int:
     """Execute a command that must fail; returns its status."""
     with pytest.raises(CommandFailed) as caught:
         await m.driver.io(opcode, **fields)

@@ -12,6 +12,7 @@ import trio
 
 from nvmebed import CommandFailed, Driver, Host, Machine, machine, make_function
 from nvmebed.host import RAM_START
+from nvmebed.machine import FunctionOptions
 from nvmebed.moving import agent_function, migrate, moved_driver, read_all, session_of, spare
 from vfiouser_agents.api import AgentState, Outcome, Phase, Range, Role
 from vfiouser_agents.errors import CorruptState, Incompatible, InvalidArgument, InvalidState
@@ -55,8 +56,11 @@ async def pair(
     first = make_function(store, polled=polled, cmb_size=cmb_size)
     second = make_function(store, polled=polled, cmb_size=cmb_size)
     async with machine(first) as bed, spare(second, bed) as host:
-        options = {"state_size": state_size, "churn": churn, "drain_s": drain_s}
-        yield Pair(bed, agent_function(first, **options), agent_function(second, **options), second, host)
+        source, target = (
+            agent_function(function, state_size=state_size, churn=churn, drain_s=drain_s)
+            for function in (first, second)
+        )
+        yield Pair(bed, source, target, second, host)
 
 
 @pytest.mark.parametrize("polled", [False, True])
@@ -305,7 +309,7 @@ async def test_every_flipped_byte_is_found() -> None:
         ),
     ],
 )
-async def test_incompatible_functions_are_refused(change: dict[str, int], reason: str) -> None:
+async def test_incompatible_functions_are_refused(change: FunctionOptions, reason: str) -> None:
     """The reasons name both sides."""
     store = MemoryStore(4 << 20)
     source, target = agent_function(make_function(store)), agent_function(make_function(store, **change))

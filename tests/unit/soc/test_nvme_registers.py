@@ -8,13 +8,14 @@ import trio
 from nvmebed import CommandFailed, Driver, Host, Queue, machine, make_function
 from vfiouser_oob.devices.model import ResetKind
 from vfiouser_protocol.errors import CommandError
+from vfiouser_soc.nvme.function import NvmeFunction
 
 CAP, VS, INTMS, INTMC, CC, CSTS, NSSR, AQA, ASQ, ACQ = 0, 8, 0xC, 0x10, 0x14, 0x1C, 0x20, 0x24, 0x28, 0x30
 CMBLOC, CMBSZ, CMBMSC = 0x38, 0x3C, 0x50
 RDY, CFS, SHST = 1, 2, 0xC
 
 
-def idle_driver(function=None) -> Driver:
+def idle_driver(function: NvmeFunction | None = None) -> Driver:
     """A driver on a function whose controller was never enabled, and which no task runs."""
     function = function or make_function()
     return Driver(function, Host(function))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ async def restart(m: Machine) -> None:
 
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("held", ["fetch", "data", "completion"])
-async def test_nothing_touches_memory_after_a_reset(reset, held: str) -> None:
+async def test_nothing_touches_memory_after_a_reset(reset: Callable[[Machine], None], held: str) -> None:
     """Commands are stopped wherever they wait; memory stays as it is; I/O works after a new set-up."""
     async with machine() as m:
         driver = m.driver

@@ -6,6 +6,8 @@ of the two that have the state, and not the other one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -56,7 +58,7 @@ class Lives(RuleBasedStateMachine):
     @rule(stages=st.integers(1, 11), trouble=st.integers(0, 10), plan=fates)
     def voyage(self, stages: int, trouble: int, plan: list[Fate]) -> None:
         """The client moves the guest's state, or some of the way; steps of one stage may fail, and it goes on."""
-        travel = (
+        travel: tuple[Callable[[list[Fate]], object], ...] = (
             lambda plan: self.move_source(S.PRE_COPY, plan),
             lambda plan: self.move_source(S.STOP_COPY, plan),
             lambda plan: self.read_source(end=True) if self.source.record.saves else None,

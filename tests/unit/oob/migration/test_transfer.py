@@ -117,7 +117,7 @@ async def test_a_state_is_moved() -> None:
         assert here.runner.record.stream is not None
         assert len(stream) == here.runner.record.stream.position
         await there.go(S.RESUMING)
-        assert there.v2.loading
+        assert [True] == [there.v2.loading]
         for start in range(0, len(stream), 7000):
             await there.v2.write(stream[start : start + 7000])
         await there.go(S.RUNNING)

@@ -15,6 +15,7 @@ from vfiouser_agents.api import Capabilities
 from vfiouser_oob.observability import log
 from vfiouser_oob.persist import capabilities
 from vfiouser_oob.persist.capabilities import CapabilityStore, Facts, FunctionCapabilities, Source, agent_identity
+from vfiouser_oob.persist.record import write_record
 
 CAPS = Capabilities(stop_copy=False, p2p=True, formats=("a", "b"), max_state=1 << 40, page_sizes=(4096, 65536))
 
@@ -83,8 +84,9 @@ async def test_damage_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         assert await place.recall() is None
     assert ["what the agent can do could not be read; going on without"] == caplog.messages
-    assert place.problem is not None
-    assert str(path) in place.problem
+    problem = place.problem
+    assert problem is not None
+    assert str(path) in problem
     await place.remember(Facts(CAPS, 2.0))
     assert place.problem is None
     assert Facts(CAPS, 2.0, Source.STORED) == await drawer(tmp_path).recall()
@@ -132,7 +134,7 @@ async def test_the_last_word_is_what_is_written(tmp_path: Path, monkeypatch: pyt
     """What comes while something is being written is written after it, and of several only the last."""
     place = drawer(tmp_path)
     written = []
-    write = capabilities.write_record
+    write = write_record
 
     def slow(*args: object) -> None:
         written.append(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_what_was_taken_is_closed_by_its_new_owner_only() -> None:
 
 
 @pytest.mark.parametrize("use", [OwnedFd.fileno, OwnedFd.take, OwnedFd.detach, OwnedFd.duplicate])
-def test_an_empty_owner_gives_no_number(use) -> None:
+def test_an_empty_owner_gives_no_number(use: Callable[[OwnedFd], object]) -> None:
     """What was closed or taken cannot be used: not its number, which is somebody else's."""
     fd = OwnedFd(new_file())
     fd.take().close()

@@ -44,7 +44,7 @@ def test_a_device_whose_reads_do_nothing() -> None:
 def test_what_is_gone_is_not_guessed(command: int) -> None:
     """Without its payload or its descriptors nothing is executed; what was executed may still be confirmed."""
     for missing in ({"payload": None}, {"with_fds": True}):
-        fates = {fate(taken(command, stage, **missing)) for stage in Stage}  # type: ignore[arg-type]
+        fates = {fate(taken(command, stage, **missing)) for stage in Stage}
         assert not fates & {Fate.EXECUTE, Fate.EXECUTE_IF_UNHEARD}
     expected = Fate.CONFIRM_IF_UNHEARD if command in CONFIRMABLE else Fate.FAIL_IF_UNHEARD
     if command == MAP:
