@@ -51,10 +51,9 @@ class Bed:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.configure("x")
-        command = ["-c", "import os, sys; os.environ['STATE_DIRECTORY'] = sys.argv.pop(1); "]
-        command[1] += "from vfiouser_oob.cli.main import main; sys.exit(main(sys.argv[1:]))"
         serve = ["serve", f"--config={place / 'daemon.toml'}"]
-        self.daemon = Service("daemon", [*command, str(place / "state"), *serve], place)
+        told = {"STATE_DIRECTORY": str(place / "state")}
+        self.daemon = Service("daemon", "vfiouser_oob", serve, place, told)
         self.stored = place / "state" / "agents" / "f0.json"
 
     def configure(self, agent: str) -> None:
@@ -159,7 +158,7 @@ async def test_agent_that_can_do_something_else_now(tmp_path: Path) -> None:
     stored = state / "agents" / "f0.json"
 
     def dirty() -> bool | None:
-        return json.loads(stored.read_text())["capabilities"]["dirty"] if stored.exists() else None  # type: ignore[no-any-return]
+        return json.loads(stored.read_text())["capabilities"]["dirty"] if stored.exists() else None
 
     async with serving(*config, agents={"test": agent}, state_directory=state):
         await until(lambda: dirty() is False)

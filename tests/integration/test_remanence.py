@@ -68,7 +68,7 @@ NVME = "model:nvme,size=1M,cmb=2M,doorbells=polled"
 @contextmanager
 def program(name: str, directory: Path, *arguments: str) -> Iterator[None]:
     """Run one of our programs until the block ends."""
-    service = Service(name, ["-m", "vfiouser_oob", *arguments], directory)
+    service = Service(name, "vfiouser_oob", arguments, directory)
     service.await_ready(service.begin())
     try:
         yield
