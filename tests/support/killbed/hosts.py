@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import trio
 
@@ -41,10 +42,19 @@ class Service:
         module: run as ``python -m`` does.
         arguments: its arguments.
         directory: for its log and the socket on which it reports.
+        environment: what it is told beside our own environment.
     """
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], directory: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        directory: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.name = name
+        self._environment = environment
         self._module = module
         self._arguments = arguments
         self._directory = directory
@@ -67,7 +77,7 @@ class Service:
             self._process = fork_program(
                 self._module,
                 self._arguments,
-                env={**os.environ, "PYTHONPATH": search, "NOTIFY_SOCKET": str(path)},
+                env={**os.environ, **self._environment, "PYTHONPATH": search, "NOTIFY_SOCKET": str(path)},
                 stdout=log.fileno(),
                 stderr=log.fileno(),
             )
