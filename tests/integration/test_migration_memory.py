@@ -51,14 +51,9 @@ class Bed:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.configure("x")
-<<<<<<< HEAD
-        serve = ["serve", f"--config={place / 'daemon.toml'}", f"--state-directory={place / 'state'}"]
-        self.daemon = Service("daemon", "vfiouser_oob", serve, place)
-=======
         serve = ["serve", f"--config={place / 'daemon.toml'}"]
         told = {"STATE_DIRECTORY": str(place / "state")}
         self.daemon = Service("daemon", "vfiouser_oob", serve, place, told)
->>>>>>> codec2
         self.stored = place / "state" / "agents" / "f0.json"
 
     def configure(self, agent: str) -> None:

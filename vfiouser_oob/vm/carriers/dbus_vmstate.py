@@ -86,11 +86,7 @@ class DbusVmstate:
         self._object_id = object_id
         self._guid = secrets.token_hex(16)
         self._desk = Desk()
-<<<<<<< HEAD
-        self._lane = FunctionQueue()
-=======
         self._queue = FunctionQueue()
->>>>>>> carriers
         #: At the destination: bytes of the largest state to take; None at the source.
         self._expected: int | None = None
         self._joiner: Joiner | None = None
