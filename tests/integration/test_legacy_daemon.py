@@ -98,7 +98,7 @@ async def test_what_an_earlier_daemon_left_is_reset_before_its_next_client(left:
     server = LegacyServer(STATE)
     server.state = left
     async with hosted(tmp_path, src=server) as daemon:
-        [engine] = [each.engine for each in daemon.functions]
+        [engine] = [each.migration for each in daemon.functions]
         assert engine is not None
         await until(lambda: engine.record.fenced)
         assert [] == server.states

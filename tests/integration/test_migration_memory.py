@@ -165,7 +165,7 @@ async def test_agent_that_can_do_something_else_now(tmp_path: Path) -> None:
     device.caps = ALL_CAPABILITIES
     agent.inject("open", Fails(Busy("not now")), count=None)
     async with serving(*config, agents={"test": agent}, state_directory=state) as daemon:
-        engine = daemon.functions[1].engine
+        engine = daemon.functions[1].migration
         assert engine is not None
         assert engine.link.facts is not None
         assert (Source.STORED, False) == (engine.link.facts.source, engine.link.facts.caps.dirty)

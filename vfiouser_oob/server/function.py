@@ -34,8 +34,8 @@ _MOST_SILENT = 16
 _HARMLESS = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
 
 
-#: Builds a function's migration engine, given its name, where changes are announced, and its logger.
-EngineMaker: TypeAlias = Callable[[str, EventHub, Logger], MigrationRunner]
+#: Builds a function's migration, given its name, where changes are announced, and its logger.
+MigrationMaker: TypeAlias = Callable[[str, EventHub, Logger], MigrationRunner]
 
 
 class Function:
@@ -49,7 +49,7 @@ class Function:
         events: where changes are announced.
         log: a logger; the function's name is added.
         allow_uids: user ids that may connect; None allows whoever the socket's permissions let in.
-        migration: builds its migration engine from events and logger; None if it cannot be migrated.
+        migration: builds its migration from events and logger; None if it cannot be migrated.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Function:
         events: EventHub,
         log: Logger,
         allow_uids: tuple[int, ...] | None = None,
-        migration: EngineMaker | None = None,
+        migration: MigrationMaker | None = None,
     ) -> None:
         self.name = name
         self.backend = backend
@@ -80,7 +80,7 @@ class Function:
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
-        self.engine = None if migration is None else migration(name, events, self.log)
+        self.migration = None if migration is None else migration(name, events, self.log)
 
     # Serving
 
@@ -99,9 +99,9 @@ class Function:
 
     async def run_migration(self) -> None:
         """Run the migration's own tasks, if the function can be migrated."""
-        if self.engine is not None:
+        if self.migration is not None:
             with Contained() as outcome:
-                await self.engine.run()
+                await self.migration.run()
             if outcome.error is not None:
                 self.failed = f"its migration died: {outcome.error}"
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
@@ -122,7 +122,7 @@ class Function:
         Raises:
             BackendUnavailable: the function must not run now.
         """
-        return None if self.engine is None else await attach(self.engine, backend, self.name, client)
+        return None if self.migration is None else await attach(self.migration, backend, self.name, client)
 
     async def run_device(self) -> None:
         """Run the device's own tasks; a device that dies takes its function out of service, and nothing else."""

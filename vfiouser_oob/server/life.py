@@ -97,8 +97,8 @@ class Life:
                 clients.start_soon(function.serve, listener)
             if self._connected:
                 clients.start_soon(self._serve_connected, exhausted)
-            if function.engine is not None:
-                await function.engine.ready()
+            if function.migration is not None:
+                await function.migration.ready()
             for listener in self._listeners:
                 function.log.info("listening", socket=listener.address, device=function.backend.summary)
             self._started = True
@@ -115,9 +115,9 @@ class Life:
 
     async def _drain(self) -> None:
         """Give a function that stands still for a migration that ends with it the time to go on."""
-        if self.function.engine is not None:
+        if self.function.migration is not None:
             with trio.CancelScope(shield=True), trio.move_on_after(self.function.context.reply_budget_s):
-                await self.function.engine.settle()
+                await self.function.migration.settle()
 
     def stop(self) -> None:
         """Turn the clients out and end; `ended` says when that is done. A second call does nothing."""

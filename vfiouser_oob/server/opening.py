@@ -20,7 +20,7 @@ from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
-from vfiouser_oob.server.function import EngineMaker, Function
+from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import Life
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
@@ -84,7 +84,7 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
 
 def _engine_maker(
     config: FunctionConfig, backend: DeviceBackend, means: SharedParts, leases: list[AgentLease]
-) -> EngineMaker | None:
+) -> MigrationMaker | None:
     agent = config.agent
     if agent is None:
         return None

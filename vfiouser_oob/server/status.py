@@ -39,7 +39,7 @@ def function_status(function: Function) -> FunctionStatus:
         fds=sum(irqs.values()) + maps["files"] + (0 if attached is None else attached.sockets),
         messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
         dma={} if attached is None else attached.dma.summary(),
-        migration=None if function.engine is None else _migration(function.engine),
+        migration=None if function.migration is None else _migration(function.migration),
         unavailable=function.backend.unavailable,
         last_error=function.last_error,
     )

@@ -187,7 +187,7 @@ class Side:
     @property
     def runner(self) -> MigrationRunner:
         """Its migration."""
-        engine = next(function.engine for function in self.daemon.functions if function.name == self.name)
+        engine = next(function.migration for function in self.daemon.functions if function.name == self.name)
         assert engine is not None
         return engine
 

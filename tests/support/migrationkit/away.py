@@ -43,7 +43,7 @@ class Place:
     @property
     def runner(self) -> MigrationRunner:
         """Its migration."""
-        engine = self.daemon.functions[0].engine
+        engine = self.daemon.functions[0].migration
         assert engine is not None
         return engine
 
