@@ -12,7 +12,7 @@ from vfiouser_oob.cli.errors import CommandFailed
 from vfiouser_oob.cli.options import add_logging_arguments, count, option
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import LogFormat, LogLevel
-from vfiouser_oob.config.values import read_socket_path
+from vfiouser_oob.config.values import SOCKET_PATH
 
 _MAX_DESCRIPTORS = 1 << 16
 _MAX_STOP_S = 3600
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _socket(text: str) -> Path:
-    return read_socket_path(text.removeprefix("unix:"))
+    return SOCKET_PATH.read(text.removeprefix("unix:"))
 
 
 def run(args: argparse.Namespace) -> int:
