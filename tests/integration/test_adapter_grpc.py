@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,11 @@ async def test_an_agent_that_is_something_else() -> None:
             await agent.connect()
 
 
+def status_of(state: int, request: Any, context: grpc.ServicerContext) -> Any:
+    """An answer to Status, whose state the test chooses."""
+    return MESSAGES["StatusResponse"](state=state)
+
+
 async def test_answers_that_make_no_sense() -> None:
     """A state that nobody knows, or more bytes than were asked for, are ProtocolErrors."""
     calls: dict[str, Call] = {
@@ -223,7 +229,7 @@ async def test_answers_that_make_no_sense() -> None:
             with pytest.raises(ProtocolError, match="101 bytes"):
                 await session.save(0, 100, Phase.FINAL)
             for state, says in [(99, "number 99"), (0, "None")]:
-                calls["Status"] = lambda request, context, state=state: MESSAGES["StatusResponse"](state=state)
+                calls["Status"] = partial(status_of, state)
                 with pytest.raises(ProtocolError, match=says):
                     await session.status()
 

@@ -42,12 +42,16 @@ async def migrate(source: Session, target: Session, limit: int = 1 << 20) -> Non
     await target.end(Outcome.SUCCESS)
 
 
-def pair(count: int, **options: int) -> tuple[MemoryAgent, MemoryAgent]:
+def pair(count: int, *, state_size: int, churn: int) -> tuple[MemoryAgent, MemoryAgent]:
     """Two agents with functions that fit each other."""
-    return tuple(  # type: ignore[return-value]
-        MemoryAgent([MemoryFunction(f"f{index}", seed=index + seed, **options) for index in range(count)])
-        for seed in (1, 1000)
-    )
+
+    def agent(seed: int) -> MemoryAgent:
+        numbers = range(count)
+        return MemoryAgent(
+            [MemoryFunction(f"f{i}", seed=i + seed, state_size=state_size, churn=churn) for i in numbers]
+        )
+
+    return agent(1), agent(1000)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -137,6 +141,7 @@ async def test_cancelled_calls_leave_the_connection_usable(tmp_path: Path) -> No
     async with served(agent, "unix", tmp_path) as server, server.client() as client:
         session = await client.open("f0")
         info = await client.connect()
+        assert isinstance(client, MsgpackRpcAgent)
         link = await client.link()
         await session.begin(Role.SOURCE, "m")
         await session.stop()
@@ -187,7 +192,8 @@ async def test_reconnect(transport: str, tmp_path: Path) -> None:
             await session.status()
             event = await anext(events)
             assert EventKind.RECONNECTED is event.kind
-            assert (AgentState.STOPPED, "m") == (event.status and event.status.state, event.status.migration_id)
+            assert event.status is not None
+            assert (AgentState.STOPPED, "m") == (event.status.state, event.status.migration_id)
         assert first == await session.save(0, 1000, Phase.FINAL)
         await session.resume()
         await session.end(Outcome.CANCELLED)

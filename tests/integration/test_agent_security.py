@@ -19,7 +19,9 @@ from vfiouser_agents.rpc.endpoint import TlsOptions, open_listeners, parse_addre
 def client_with(server: Served, tls: TlsOptions) -> MsgpackRpcAgent:
     """A client that has these files."""
     options = {name: value for name, value in asdict(tls).items() if value is not None}
-    return MsgpackRpcAgent.from_options({"address": str(server.address), "tls": options})
+    agent = MsgpackRpcAgent.from_options({"address": str(server.address), "tls": options})
+    assert isinstance(agent, MsgpackRpcAgent)
+    return agent
 
 
 async def test_a_server_that_is_not_trusted(tmp_path: Path) -> None:
@@ -99,6 +101,7 @@ def test_options_that_cannot_be_used(options: dict[str, Any], says: str) -> None
 def test_options_as_text() -> None:
     """Numbers and sizes may come as text from a command line."""
     agent = MsgpackRpcAgent.from_options({"address": "unix:///x", "chunk_size": "64K", "keepalive_s": "2.5"})
+    assert isinstance(agent, MsgpackRpcAgent)
     assert 65536 == agent.chunk_size
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def start(directory: Path, *options: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def short_path() -> Path:
+def short_path() -> Iterator[Path]:
     """A directory whose path leaves room for socket names."""
     with tempfile.TemporaryDirectory(prefix="vt-") as place:
         yield Path(place)

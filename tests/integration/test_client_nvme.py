@@ -57,8 +57,7 @@ async def driver(
 ) -> AsyncIterator[tuple[NvmeDriver, ClientMemory, Client]]:
     """A driver bound to the function at a socket, with a client that serves DMA as late as QEMU does."""
     with ClientMemory(16 << 20, base=0x2_0000_0000) as memory:
-        options = {"dma_server": memory, "serve_dma_when_idle": True, "twin_socket": twin_socket}
-        async with Client.connect(path, **options) as client:
+        async with Client.connect(path, dma_server=memory, serve_dma_when_idle=True, twin_socket=twin_socket) as client:
             await memory.map(client, with_fd=with_fd)
             async with NvmeDriver.open(client, memory, io_queues=2) as nvme:
                 yield nvme, memory, client

@@ -17,7 +17,7 @@ import trio
 import trio.lowlevel
 
 from daemonkit import function, serving
-from fakeserver import Answer, FakeServer
+from fakeserver import Answer, FakeServer, Handler
 from openfds import open_fds
 from rawclient import DMA_MAP, REGION_READ, RawClient, attached, map_request, memfd
 from vfiouser_oob.config.schema import UpstreamDevice
@@ -47,7 +47,7 @@ def get_irq_info(event: CommandReceived) -> Answer:
 
 
 @asynccontextmanager
-async def upstream(path: Path, **handlers) -> AsyncIterator[FakeServer]:
+async def upstream(path: Path, **handlers: Handler) -> AsyncIterator[list[FakeServer]]:
     """An upstream server for one connection, whose answers the test decides."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(os.fspath(path))
@@ -57,7 +57,7 @@ async def upstream(path: Path, **handlers) -> AsyncIterator[FakeServer]:
 
             async def run() -> None:
                 await trio.lowlevel.wait_readable(listener)
-                table = {Command[name.upper()]: handler for name, handler in handlers.items()}
+                table: dict[int, Handler] = {Command[name.upper()]: handler for name, handler in handlers.items()}
                 table |= {
                     Command.DEVICE_GET_INFO: get_info,
                     Command.DEVICE_GET_REGION_INFO: get_region_info,

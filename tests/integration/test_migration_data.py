@@ -213,7 +213,7 @@ async def test_slow_data(tmp_path: Path) -> None:
         both.agent.inject("save", Delay(0.6), after=2, function_id="src")
         await until(lambda: both.source.runner.steps.source.buffered > 65536)  # type: ignore[union-attr]
         await src.set_state(STOP_COPY)
-        errors = []
+        errors: list[int] = []
         while len(errors) < 50:
             answer = await src.command(17, struct.pack("<II", 8 + 60_000, 60_000))
             errors.append(answer.error)

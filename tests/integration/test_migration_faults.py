@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +155,7 @@ class Moves:
         request = struct.pack("<IIQII", 24, LOG_START | SET, 4096, 0, 0) if start else struct.pack("<II", 8, 7 | SET)
         return (await self.client.command(FEATURE, request)).error
 
-    async def report(self, length: int) -> set[int]:
+    async def report(self, length: int) -> Set[int]:
         """The dirty pages of the first so many bytes."""
         return await (self.client.v1_dirty(0, length) if self.v1 else self.client.report(0, length))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from migrationkit import (
 )
 from openfds import open_fds
 from rawclient import CONFIG, RESET, connect
-from vfiouser_agents.api import AgentState, Outcome, Role
+from vfiouser_agents.api import AgentState, Role
 from vfiouser_agents.errors import AgentError, Busy, DeviceFailed
 from vfiouser_agents.faults import Fails, FaultyAgent, NeverAnswers
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
@@ -106,7 +107,8 @@ async def test_destination_stays_stopped(tmp_path: Path, loaded: int | None) -> 
             if loaded is None:
                 await dst.set_state(STOP)
         await until(lambda: both.destination.runner.record.fenced)
-        assert not both.destination.runs
+        stands_still = not both.destination.runs
+        assert stands_still
         async with both.destination.vmm() as dst:
             assert RUNNING == await dst.state()
             assert both.destination.runs
@@ -372,17 +374,20 @@ async def test_daemon_that_ends_brings_its_functions_back(tmp_path: Path) -> Non
 
 async def test_end_of_migration_is_told(tmp_path: Path) -> None:
     """Both agents learn how it ended."""
-    outcomes: list[tuple[str, Outcome]] = []
+    told: list[str] = []
+
+    def tell(name: str, forget: Callable[[], None]) -> None:
+        told.append(name)
+        forget()
+
     async with bed(tmp_path) as both, both.source.vmm() as src, both.destination.vmm() as dst:
         for side in (both.source, both.destination):
-            forget = side.device.forget_migration
-            side.device.forget_migration = (  # type: ignore[method-assign]
-                lambda name=side.name, forget=forget: (outcomes.append(name), forget())[1]
-            )
+            forget = partial(tell, side.name, side.device.forget_migration)
+            side.device.forget_migration = forget  # type: ignore[method-assign]
         await src.set_state(STOP_COPY)
         await dst.set_state(RESUMING)
         await dst.write_stream(await src.read_stream())
         await dst.set_state(RUNNING)
         await src.set_state(STOP)
-        assert ["dst"] == outcomes
+        assert ["dst"] == told
         assert both.source.device.role is Role.SOURCE

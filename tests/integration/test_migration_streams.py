@@ -64,7 +64,8 @@ async def refuse(side: Side, stream: bytes, chunk: int = 30_000) -> tuple[int, s
         assert late
         why = side.runner.tracer.last_failure or ""
         assert RESUMING == await dst.state()
-        assert not side.runs
+        stands_still = not side.runs
+        assert stands_still
         assert before == side.device.digest()
         assert "load_commit" not in side.device.calls
         await dst.succeed(RESET)
@@ -92,7 +93,8 @@ async def test_flipped_bits(tmp_path: Path) -> None:
     rng = random.Random(1)
     async with bed(tmp_path, state_size=SMALL) as both:
         stream = await stream_of(both.source)
-        heads, at = [], 0
+        heads: list[int] = []
+        at = 0
         for record in records_of(stream):
             heads += range(at, at + HEAD_SIZE, 4)
             at += len(record)

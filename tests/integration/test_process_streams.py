@@ -45,7 +45,7 @@ def daemon(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(directory / "notify"))
         manager.settimeout(60)
-        arguments = ["serve", "--socket-path", directory / "f0.sock", "--device", "model:test"]
+        arguments: list[str | Path] = ["serve", "--socket-path", directory / "f0.sock", "--device", "model:test"]
         line = command(*arguments, "--control-socket", directory / "control.sock", "--state-directory", "none", *more)
         if shell:
             line = ["bash", "-c", f'exec "$@" {shell}', "bash", *line]

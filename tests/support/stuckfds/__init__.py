@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -90,13 +90,13 @@ def lingering(directory: Path) -> Iterator[Stuck]:
 
 
 @contextmanager
-def stuck_file(directory: Path) -> Iterator[Stuck]:
+def stuck_file(directory: Path) -> Iterator[StuckFile]:
     """A FUSE file."""
     with FuseMount(directory / "mnt") as mount:
         yield StuckFile(mount)
 
 
 #: What there is on this machine, by name: only root can mount a file system.
-KINDS: dict[str, Callable[[Path], object]] = {"linger": lingering}
+KINDS: dict[str, Callable[[Path], AbstractContextManager[Stuck]]] = {"linger": lingering}
 if os.geteuid() == 0 and os.path.exists("/dev/fuse"):
     KINDS["fuse"] = stuck_file
