@@ -76,7 +76,7 @@ class MonitorWire:
         self.lost = trio.Event()
         self._sock = sock
         self._session = QmpSession()
-        self._waiting: dict[int, _Call] = {}
+        self._waiting: dict[int, _QmpCall] = {}
         self._outbox: deque[bytes] = deque()
         self._filled = trio.Event()
         self._told, self._untaken = trio.open_memory_channel[QmpEvent](EVENTS_MAX)
@@ -126,7 +126,7 @@ class MonitorWire:
             number, data = self._session.command(command, arguments)
         except TooManyUnansweredError as error:
             raise UnansweredError(f"{command} was not sent: {error}") from None
-        call = self._waiting[number] = _Call(command)
+        call = self._waiting[number] = _QmpCall(command)
         self._outbox.append(data)
         self._filled.set()
         try:
@@ -251,7 +251,7 @@ class MonitorWire:
             raise QmpProtocolError(f"more than {EVENTS_MAX} events that nobody has taken") from None
 
 
-class _Call:
+class _QmpCall:
     """A command that waits for its answer."""
 
     __slots__ = ("command", "outcome", "over")

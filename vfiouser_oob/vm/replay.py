@@ -191,7 +191,7 @@ def table_at(written: Mapping[int, int], shape: FunctionShape) -> tuple[int, int
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class _VectorTable:
     """An MSI-X table: the BAR that it is in, its address if that has one, and its bytes."""
 
     bar: int
@@ -272,7 +272,7 @@ class _Planner:
         address = (high << 32 | low) & ~(size - 1)
         return address or None
 
-    def table(self) -> _Table | None:
+    def table(self) -> _VectorTable | None:
         """Where the table is; None if the function has none."""
         position = self._capabilities.get(CapabilityId.MSIX)
         if position is None:
@@ -281,7 +281,7 @@ class _Planner:
         where = int.from_bytes(self._head[position + 4 : position + 8], "little")
         size = ((control & MsixControl.SIZE_MASK) + 1) * MSIX_ENTRY_SIZE
         base = self._address(where & 7)
-        return _Table(where & 7, None if base is None else base + (where & ~7), size)
+        return _VectorTable(where & 7, None if base is None else base + (where & ~7), size)
 
     def _table_writes(self) -> Iterator[MemoryWrite]:
         table = self.table()
