@@ -16,7 +16,7 @@ from machinekit import Fate, Script, Side
 from vfiouser_agents.api import AgentState, Status
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration.fence import REACTIONS
-from vfiouser_oob.migration.record import RUNS, Certainty, MigrationRecord
+from vfiouser_oob.migration.record import RUNS, Certainty, Goal, MigrationRecord
 from vfiouser_protocol.constants import DeviceState
 
 S = DeviceState
@@ -61,7 +61,7 @@ class Lives(RuleBasedStateMachine):
         travel: tuple[Callable[[list[Fate]], object], ...] = (
             lambda plan: self.move_source(S.PRE_COPY, plan),
             lambda plan: self.move_source(S.STOP_COPY, plan),
-            lambda plan: self.read_source(end=True) if self.source.record.saves else None,
+            lambda plan: self.read_source(end=True) if self.gives_state() else None,
             lambda plan: self.move_source(S.STOP, plan) if self.source.record.handed else None,
             lambda plan: self.move_destination(S.RESUMING, plan),
             lambda plan: self.write_destination(fails=False) if self.destination.record.loads else None,
@@ -84,7 +84,8 @@ class Lives(RuleBasedStateMachine):
         if not record.attached or record.certainty is not Certainty.KNOWN:
             return
         if wanted in RUNS:
-            if record.handed and self.decided is self.destination:
+            # Also when it has been told to save once more, what it had handed over is another's.
+            if self.source.live and self.decided is self.destination:
                 return
             self.decided = self.source if record.handed else self.decided
         if (record.state, wanted) == (S.STOP_COPY, S.PRE_COPY):
@@ -92,7 +93,12 @@ class Lives(RuleBasedStateMachine):
         answer = self.source.request(wanted, scripted(plan))
         assert answer is None or answer.text is None or answer.errno
 
-    @precondition(lambda self: self.source.record.saves and self.source.record.state in (S.PRE_COPY, S.STOP_COPY))
+    def gives_state(self) -> bool:
+        """Whether the source answers reads: the runner drops what is left as soon as the function is to run again."""
+        record = self.source.record
+        return record.saves and record.goal is not Goal.RESUME
+
+    @precondition(lambda self: self.gives_state() and self.source.record.state in (S.PRE_COPY, S.STOP_COPY))
     @rule(end=st.booleans())
     def read_source(self, end: bool) -> None:
         """The client reads some of the state, or the rest."""

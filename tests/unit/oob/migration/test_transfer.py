@@ -154,6 +154,28 @@ async def test_the_point_of_no_return() -> None:
         assert here.runner.record.handed
 
 
+async def test_a_state_is_not_handed_over_while_its_function_is_brought_back() -> None:
+    """The client wanted it to run here again, and its agent is away: whoever read the rest could run a second one."""
+    async with place() as here:
+        await here.go(S.STOP_COPY)
+        await here.v2.prepare(1000)
+        assert here.v2.read(1000)
+        here.agent.inject("resume", NeverAnswers())
+        with pytest.raises(CommandError):
+            await here.go(S.RUNNING)
+        assert not here.v2.certain
+        for attempt in (lambda: here.v2.read(1000), lambda: here.v2.has(1000)):
+            with pytest.raises(CommandError, match="no state is being saved"):
+                attempt()
+        with pytest.raises(CommandError, match="no state is being saved"):
+            await here.v2.prepare(1000)
+        assert not here.runner.record.handed
+        here.agent.heal()
+        while not here.v2.certain:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert S.RUNNING is here.v2.state
+
+
 async def test_nothing_is_read_or_written_where_nothing_is_moved() -> None:
     """Each says so."""
     async with place() as here:
