@@ -44,9 +44,8 @@ def goal_of(record: MigrationRecord, undo: Undo) -> Goal:
         record: what is known.
         undo: what is left to be undone.
     """
-    if undo is Undo.LEARN and not record.elsewhere:
-        return Goal.RESUME
-    return plans.GOALS[undo]
+    goal = Goal.RESUME if undo is Undo.LEARN else plans.GOALS[undo]
+    return Goal.LEARN if goal is Goal.RESUME and record.elsewhere else goal
 
 
 class Turn:

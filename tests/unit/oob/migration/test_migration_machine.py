@@ -319,6 +319,17 @@ def test_the_point_of_no_return(handed: bool, goal: Goal) -> None:
     assert (not handed, Certainty.KNOWN) == (side.runs, side.record.certainty)
 
 
+@pytest.mark.parametrize(("handed", "goal"), [(False, Goal.RESUME), (True, Goal.LEARN)])
+def test_what_was_handed_over_is_not_brought_back_when_it_is_saved_once_more(handed: bool, goal: Goal) -> None:
+    """A client that has the whole state asks for it again, and gives that up: the first copy may run elsewhere."""
+    side = Side(MigrationRecord(asked=True, attached=True, state=S.STOP, owner=Owner.V2, handed=handed))
+    side.agent = AgentState.STOPPED
+    side.request(S.STOP_COPY, lambda do: Fate.GIVEN_UP_DONE)
+    assert goal is side.record.goal
+    side.settle()
+    assert side.runs is not handed
+
+
 @pytest.mark.parametrize(
     ("record", "agent", "runs", "fenced"),
     [
