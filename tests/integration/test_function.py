@@ -273,7 +273,7 @@ async def test_posted_and_pipelined(tmp_path: Path, backend: str) -> None:
 
 async def test_write_multi(tmp_path: Path, backend: str) -> None:
     """REGION_WRITE_MULTI does its writes in order and says how many it did."""
-    async with serving(*functions(tmp_path, backend)), attached(tmp_path / "f0.sock") as client:
+    async with serving(*functions(tmp_path, backend), reply_budget_s=30.0), attached(tmp_path / "f0.sock") as client:
         writes = [struct.pack("<QII8s", 0x04, 0, 4, struct.pack("<Q", value)) for value in (1, 2, 3)]
         answer = await client.succeed(WRITE_MULTI, struct.pack("<Q", 3) + b"".join(writes))
         assert struct.pack("<Q", 3) == answer.payload
