@@ -53,9 +53,9 @@ class EventKind(Enum):
     DEVICE_ERROR = "device-error"
     SIZE_CHANGED = "size-changed"
     STATE_CHANGED = "state-changed"
-    #: From the adapter: the connection is gone; the function's state is not known. The next call connects again.
+    #: From the adapter: the connection is gone, and the session with it; the function's state is not known.
     CONNECTION_LOST = "connection-lost"
-    #: From the adapter: connected again; `status` is what the agent says now.
+    #: The agent can be reached again; `status` is what it says now.
     RECONNECTED = "reconnected"
     #: As RECONNECTED, to an agent that was started since.
     AGENT_RESTARTED = "agent-restarted"

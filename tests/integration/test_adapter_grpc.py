@@ -76,7 +76,7 @@ async def test_contract(transport: str, tmp_path: Path) -> None:
 
 
 async def test_migration_goes_on_after_the_agent_was_restarted(tmp_path: Path) -> None:
-    """A lost connection is TransportLost once; then the session is opened anew and takes its migration over."""
+    """A lost connection ends its session; another one takes the migration over."""
     async with served(MemoryAgent(), "tcp", tmp_path, "grpc") as server, server.client() as agent:
         session = await agent.open("f0")
         await session.begin(Role.SOURCE, "m")
@@ -86,6 +86,8 @@ async def test_migration_goes_on_after_the_agent_was_restarted(tmp_path: Path) -
         with pytest.raises((TransportLost, ConnectError)):
             await session.save(0, 1000, Phase.FINAL)
         await server.start()
+        session = await agent.open("f0")
+        await session.begin(Role.SOURCE, "m")
         assert first == await session.save(0, 1000, Phase.FINAL)
 
 

@@ -11,6 +11,7 @@ import trio
 from agentbed import TRANSPORTS, served, silent_agent
 from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.api import AgentInfo, AgentState, EventKind, Outcome, Phase, Range, Role, Session
+from vfiouser_agents.delivery import followed
 from vfiouser_agents.errors import ConnectError, DeviceFailed, InvalidState, TransportLost
 from vfiouser_agents.faults import Delay, FaultyAgent, NeverAnswers
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
@@ -178,7 +179,7 @@ async def test_events_reach_the_watcher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transport", ["unix", "tls"])
 async def test_reconnect(transport: str, tmp_path: Path) -> None:
-    """After a loss the session asks `status`, takes its migration over and goes on; the watcher is told."""
+    """A session ends with its connection, and its watcher is told; another one takes the migration over and goes on."""
     function = MemoryFunction(state_size=100_000)
     async with served(MemoryAgent([function]), transport, tmp_path) as server, server.client() as client:
         session = await client.open("f0")
@@ -188,12 +189,15 @@ async def test_reconnect(transport: str, tmp_path: Path) -> None:
         async with session.watch() as events:
             await server.stop()
             assert EventKind.CONNECTION_LOST is (await anext(events)).kind
-            await server.start()
+        await server.start()
+        with pytest.raises(TransportLost, match="another session is needed") as caught, followed() as delivery:
             await session.status()
-            event = await anext(events)
-            assert EventKind.RECONNECTED is event.kind
-            assert event.status is not None
-            assert (AgentState.STOPPED, "m") == (event.status.state, event.status.migration_id)
+        delivery.judge(caught.value)
+        assert delivery.unsent
+        session = await client.open("f0")
+        status = await session.status()
+        assert (AgentState.STOPPED, "m") == (status.state, status.migration_id)
+        await session.begin(Role.SOURCE, "m")
         assert first == await session.save(0, 1000, Phase.FINAL)
         await session.resume()
         await session.end(Outcome.CANCELLED)
@@ -217,11 +221,11 @@ async def test_calls_under_way_are_lost_with_the_connection(tmp_path: Path) -> N
                 pass
             await server.stop()
         await server.start()
-        assert AgentState.STOPPED is (await session.status()).state
+        assert AgentState.STOPPED is (await (await client.open("f0")).status()).state
 
 
 async def test_an_agent_that_forgot(tmp_path: Path) -> None:
-    """An agent started anew without the migration: save and load say so instead of starting over by themselves."""
+    """An agent that was started anew without the migration says so; nothing starts over by itself."""
     agent = MemoryAgent()
     async with served(agent, "unix", tmp_path) as server, server.client() as client:
         session = await client.open("f0")
@@ -231,9 +235,12 @@ async def test_an_agent_that_forgot(tmp_path: Path) -> None:
         await server.stop()
         agent.by_id["f0"].forget_migration()
         await server.start()
-        with pytest.raises(InvalidState, match="no longer knows migration"):
+        with pytest.raises(TransportLost):
             await session.load(0, b"x")
-        await session.end(Outcome.FAILED)
+        session = await client.open("f0")
+        assert "" == (await session.status()).migration_id
+        with pytest.raises(InvalidState):
+            await session.load(0, b"x")
         await session.begin(Role.DESTINATION, "n")
         await session.load_begin(None)
 
@@ -242,14 +249,14 @@ async def test_restarted_agent(tmp_path: Path) -> None:
     """An agent with another instance is told apart from one that was merely out of reach."""
     function = MemoryFunction()
     async with served(MemoryAgent([function]), "unix", tmp_path) as server, server.client() as client:
+        before = (await client.connect()).instance
         session = await client.open("f0")
         async with session.watch() as events:
             await server.stop()
             server.agent = MemoryAgent([function], AgentInfo("v", "p", instance="another"))
             await server.start()
-            await session.status()
-            kinds = [(await anext(events)).kind for _ in range(2)]
-        assert [EventKind.CONNECTION_LOST, EventKind.AGENT_RESTARTED] == kinds
+            assert EventKind.CONNECTION_LOST is (await anext(events)).kind
+        assert before != "another" == (await client.connect()).instance
 
 
 async def test_nobody_there(tmp_path: Path) -> None:

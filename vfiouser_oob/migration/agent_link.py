@@ -3,7 +3,8 @@
 Rule 1: every call has a deadline. One that did not answer in time has an unknown effect, which is what
         `DeadlineExceeded` says; so has one whose connection was lost. One that was certainly not sent says so
         (`AgentError.unsent`), and has none.
-Rule 2: a lost session is opened again by the next call, and a migration that was begun is taken over by its id.
+Rule 2: a lost session is opened again by the next call, and a migration that was begun is taken over by its id. Nobody
+        else does that: an adapter's session ends with its connection.
 Rule 3: while nothing is to be done no session is open, so an idle function costs the agent nothing.
 Rule 4: while a session is open its events are listened to, if it has any; they are hints, on which nothing depends.
 Rule 5: an agent that is away is told of once, and once more when it is back, however often it was called meanwhile.
@@ -128,34 +129,52 @@ class AgentLink:
         Raises:
             AgentError: as for `call`.
         """
-        used: Session | None = None
         with self._tracer.step(op.name, quiet=op in _OFTEN), followed() as delivery:
             if op.changes:
                 self.changing = delivery
             self._in_use += 1
             try:
                 with trio.move_on_at(deadline):
-                    delivery.note(sent=False)
-                    used = await self._opened(op)
-                    delivery.note(sent=None)
-                    result = await work(used)
-                    self._answered(op)
-                    return result
-                raise _late(op.name, delivery)
-            except AgentError as error:
-                self._failed(op, error, used, delivery)
-                raise
-            except OSError as error:
-                lost = _lost(error, delivery)
-                self._failed(op, lost, used, delivery)
-                raise lost from error
+                    return await self._made(op, delivery, work)
+                late = _late(op.name, delivery)
+                self._failed(op, late, None, delivery)
+                raise late
             finally:
                 self._in_use -= 1
 
+    async def _made(self, op: Op[..., Any], delivery: Delivery, work: Callable[[Session], Awaitable[T]]) -> T:
+        """Make a call on the open session; on another one if its connection turns out to have gone before we came."""
+        while True:
+            known, used = self._session, None
+            try:
+                used = await self._ready(op, delivery)
+                result = await work(used)
+            except (AgentError, OSError) as error:
+                told = error if isinstance(error, AgentError) else _lost(error, delivery)
+                delivery.judge(told)
+                if isinstance(told, TransportLost) and told.unsent and used is not None and used is known:
+                    self._forget(used)
+                    continue
+                self._failed(op, told, used, delivery)
+                if told is error:
+                    raise
+                raise told from error
+            self._answered(op)
+            return result
+
+    async def _ready(self, op: Op[..., Any], delivery: Delivery) -> Session:
+        """A session on which the call can be made; what is sent until then changes nothing."""
+        delivery.note(sent=False)
+        try:
+            session = await self._opened(op)
+        except BaseException:
+            delivery.note(sent=False)
+            raise
+        delivery.note(sent=None)
+        return session
+
     def _failed(self, op: Op[..., Any], error: AgentError, used: Session | None, delivery: Delivery) -> None:
         """Note at an error what is known of its call, and what it says of the agent."""
-        if used is None:
-            delivery.note(sent=False)  # what was sent to open the session changes nothing
         delivery.judge(error)
         if isinstance(error, _SESSION_LOST):
             self._forget(used)
@@ -200,9 +219,13 @@ class AgentLink:
                 self._watching.begin(partial(self._watch, session))
             if not op.anybody and self._session is not self._member:
                 begun = self._host.record.begun
-                if begun is not None:
-                    await self._session.begin(begun.role, begun.id)
-                self._member = self._session
+                if begun is None or await _taken_over(self._session, begun):
+                    self._member = self._session
+                elif op.role is not None:
+                    raise InvalidState(
+                        f"the agent no longer knows migration {begun.id} of function {self.function_id}; "
+                        f"{op.name} was not sent"
+                    )
             return self._session
 
     def _learn(self, session: Session) -> None:
@@ -283,6 +306,20 @@ class AgentLink:
         self._watching.cancel()
         if session is not None:
             self._host.background.begin(_let_go, session)
+
+
+async def _taken_over(session: Session, begun: Begun) -> bool:
+    """Take over a migration that was begun in an earlier session.
+
+    Returns:
+        Whether the agent has it still: one that it has forgotten is not begun anew, for that would be another one.
+    """
+    if session.caps.takeover:
+        status = await session.status()
+        if (status.role, status.migration_id) != (begun.role, begun.id):
+            return False
+    await session.begin(begun.role, begun.id)
+    return True
 
 
 async def _let_go(session: Session) -> None:

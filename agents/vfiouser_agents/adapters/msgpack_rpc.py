@@ -1,10 +1,9 @@
 """The client of the reference protocol over msgpack-RPC (docs/reference/agent-protocol.md).
 
-One connection carries the sessions of all functions. It is made by the first call that needs it. When it is lost, the
-calls under way fail with `TransportLost`; the next call connects again, opens its session anew and asks `status` before
-anything else, and takes its migration over by repeating `begin`. Nothing of that happens by itself: whoever watches is
-told of the loss, and when to try again is the caller's to say. There is a keepalive only while a migration is begun or
-an answer is due.
+One connection carries the sessions of all functions. It is made by the first call that needs it. When it is lost, its
+sessions end: the calls under way and all later ones fail with `TransportLost`, and whoever watches is told. Whoever
+wants to go on opens another session, which connects again, and takes the migration over by repeating `begin`. There is
+a keepalive only while a migration is begun or an answer is due.
 """
 
 from __future__ import annotations
@@ -169,7 +168,7 @@ class MsgpackRpcAgent(AgentWithTasks):
     @property
     def migrating(self) -> bool:
         """A session is in a migration."""
-        return any(session.migration is not None for session in self.sessions)
+        return any(session.migrating for session in self.sessions)
 
     async def connect(self) -> AgentInfo:
         """Reach the agent and agree on a version."""
@@ -192,7 +191,7 @@ class MsgpackRpcAgent(AgentWithTasks):
     async def open(self, function_id: str) -> RpcSession:
         """A session for a function."""
         session = RpcSession(self, function_id)
-        await session.attached(adopt=False)
+        await session.open(await self.link())
         self.sessions.append(session)
         return session
 

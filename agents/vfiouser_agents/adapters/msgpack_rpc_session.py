@@ -1,4 +1,4 @@
-"""A session of the reference protocol, as its client sees it; it outlives connections."""
+"""A session of the reference protocol, as its client sees it; it ends with its connection."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from vfiouser_agents.api import (
     Phase,
     Range,
     Role,
-    Status,
 )
 from vfiouser_agents.delivery import preparing, sending
-from vfiouser_agents.errors import AgentError, InvalidArgument, InvalidState, ProtocolError, Unsupported
+from vfiouser_agents.errors import AgentError, InvalidArgument, ProtocolError, TransportLost, Unsupported
 from vfiouser_agents.events import EventFeed
 from vfiouser_agents.limits import check_capabilities, check_page_size
 from vfiouser_agents.operations import Op, Operation
@@ -63,12 +62,8 @@ class RpcSession(RelaySession):
         self._caps = Capabilities()
         self._number = 0
         self._link: Link | None = None
-        self._instance = ""
-        #: The migration that was begun and not ended.
-        self.migration: tuple[Role, str] | None = None
-        self._adopted = True
-        self._reopening = trio.Lock()
-        self._adopting = trio.Lock()
+        #: A migration was begun and not ended.
+        self.migrating = False
         self._page_size = 4096
         self._watchers = 0
         self.feed = EventFeed()
@@ -80,86 +75,57 @@ class RpcSession(RelaySession):
 
     @property
     def caps(self) -> Capabilities:
-        """What can be done with it, as the agent said when the session was opened last."""
+        """What can be done with it, as the agent said when the session was opened."""
         return self._caps
-
-    @property
-    def detached(self) -> bool:
-        """It is not open at the agent."""
-        return self._link is None or not self._link.usable
 
     def is_number(self, link: Link, number: object) -> bool:
         """It is the session that the agent knows by this number on this connection."""
         return self._link is link and self._number == number
 
     def on_loss(self, link: Link, reason: str) -> None:
-        """Its connection is gone."""
+        """Its connection is gone, and it with that."""
         if self._link is link:
-            self._link = None
+            self.migrating = False
             self.feed.put(Event(EventKind.CONNECTION_LOST, reason))
 
-    async def attached(self, *, adopt: bool) -> Link:
-        """The connection, with this session open on it.
+    async def open(self, link: Link) -> None:
+        """Open it at the agent.
 
         Args:
-            adopt: the migration is to be taken over, too, if the connection is a new one.
-        """
-        link = await self._agent.link()
-        if self._link is not link:
-            async with self._reopening:
-                if self._link is not link:
-                    await self._reopen(link)
-        if adopt and not self._adopted:
-            async with self._adopting:
-                if not self._adopted:
-                    await self._adopt(link)
-        return link
+            link: the connection that it belongs to from now on.
 
-    async def _reopen(self, link: Link) -> None:
+        Raises:
+            AgentError: the agent does not open it, or what it says of it cannot be.
+        """
+
         def close_late(raw: Any) -> None:
             if isinstance(raw, dict):
                 self._agent.background(partial(link.call, CLOSE, {"session": raw.get("session")}))
 
         raw = await link.call(OPEN, {"function": self._function_id}, close_late)
         opened: _Opened = parse(_Opened, raw, OPEN)
-        try:
-            status = await self._status(link, opened.session)
-            if self._watchers:
-                await self._watch_at(link, opened.session)
-        except BaseException:
-            close_late(raw)
-            raise
-        restarted = self._instance not in ("", link.info.instance)
-        again = self._instance != ""
         most = self._agent.largest_chunk(link.info.max_message)
-        caps = replace(opened.capabilities, max_chunk=min(opened.capabilities.max_chunk, most))
+        self._caps = replace(opened.capabilities, max_chunk=min(opened.capabilities.max_chunk, most))
         try:
-            check_capabilities(caps)
+            check_capabilities(self._caps)
         except ProtocolError:
             close_late(raw)
             raise
-        self._number, self._instance, self._link = opened.session, link.info.instance, link
-        self._caps = caps
-        self._adopted = self.migration is None
-        if again:
-            kind = EventKind.AGENT_RESTARTED if restarted else EventKind.RECONNECTED
-            self.feed.put(Event(kind, f"function {self._function_id} is {status.state.value}", status))
+        self._number, self._link = opened.session, link
 
-    async def _status(self, link: Link, number: int) -> Status:
-        wire = Operation.STATUS.wire
-        return parse(Status, await link.call(wire, {"session": number}), wire)  # type: ignore[no-any-return]
+    def _attached(self) -> Link:
+        """The connection on which it is open."""
+        if self._link is None or not self._link.usable:
+            raise TransportLost(
+                f"the connection of this session for function {self._function_id} is lost; another session is needed"
+            )
+        return self._link
 
-    async def _watch_at(self, link: Link, number: int) -> None:
+    async def _watch_at(self, link: Link) -> None:
         try:
-            await link.call(WATCH, {"session": number, "on": True})
+            await link.call(WATCH, {"session": self._number, "on": True})
         except Unsupported:
             pass  # what this side sees of the connection is reported all the same
-
-    async def _adopt(self, link: Link) -> None:
-        status = await self._status(link, self._number)
-        if self.migration is not None and (status.role, status.migration_id) == self.migration:
-            await self._send(link, Operation.BEGIN, *self.migration)
-            self._adopted = True
 
     async def _send(self, link: Link, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         given = dict(zip(op.arguments, args, strict=False)) | kwargs
@@ -170,28 +136,21 @@ class RpcSession(RelaySession):
         return cast("T", None if op.result is None else parse(op.result, raw, op.wire))
 
     async def operate(self, op: Op[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Ask the agent, on a connection on which this session is open.
+        """Ask the agent.
 
         Raises:
-            InvalidState: it needs a migration of which the agent knows nothing any more.
+            TransportLost: the session's connection is gone; nothing was sent if it was so before.
         """
         preparing()
-        link = await self.attached(adopt=not op.anybody)
-        if op.role is not None and not self._adopted:
-            raise InvalidState(
-                f"the agent was connected again and no longer knows migration {self.migration} of function "
-                f"{self._function_id}; {op} was not sent"
-            )
+        link = self._attached()
         sending()
         return await self._send(link, op, *args, **kwargs)
 
     async def begin(self, role: Role, migration_id: str) -> None:
-        """Begin; the migration is taken over again after a loss of the connection."""
+        """Begin, or take over what an earlier session has begun; from now on the agent is asked whether it is there."""
         await self.operate(Operation.BEGIN, role, migration_id)
-        self.migration = (role, migration_id)
-        self._adopted = True
-        if self._link is not None:
-            self._link.wake.set()
+        self.migrating = True
+        self._attached().wake.set()
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
         """Ask the agent.
@@ -199,13 +158,11 @@ class RpcSession(RelaySession):
         Raises:
             ProtocolError: it gave more than was asked for, or nothing for no reason.
         """
-        await self.attached(adopt=False)
         limit = min(limit, self._caps.max_chunk)
         return check_chunk(await self.operate(Operation.SAVE, offset, limit, phase), limit, phase)
 
     async def load(self, offset: int, data: bytes) -> None:
         """Send the agent a piece."""
-        await self.attached(adopt=False)
         if len(data) > self._caps.max_chunk:
             raise InvalidArgument(f"load of {len(data)} bytes; at most {self._caps.max_chunk} at once; not sent")
         await self.operate(Operation.LOAD, offset, data)
@@ -233,16 +190,12 @@ class RpcSession(RelaySession):
     async def reset(self) -> None:
         """Tell the agent; a migration is over with it."""
         await self.operate(Operation.RESET)
-        self._forget()
+        self.migrating = False
 
     async def end(self, outcome: Outcome) -> None:
         """Tell the agent."""
         await self.operate(Operation.END, outcome)
-        self._forget()
-
-    def _forget(self) -> None:
-        self.migration = None
-        self._adopted = True
+        self.migrating = False
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[Event]]:
@@ -250,13 +203,12 @@ class RpcSession(RelaySession):
         self._watchers += 1
         try:
             async with self.feed.watch() as events:
-                link = await self.attached(adopt=False)
                 if self._watchers == 1:
-                    await self._watch_at(link, self._number)
+                    await self._watch_at(self._attached())
                 yield events
         finally:
             self._watchers -= 1
-            if not self._watchers and not self.detached and self._link is not None:
+            if not self._watchers and self._link is not None and self._link.usable:
                 off = {"session": self._number, "on": False}
                 self._agent.background(partial(self._link.call, WATCH, off))
 
