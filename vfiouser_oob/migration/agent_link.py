@@ -276,6 +276,7 @@ class AgentLink:
             if error.unsent:
                 self._host.feed(BeganAtAgent(before))
             raise
+        self._member = self._session
 
     async def leave(self, outcome: Outcome, deadline: float, *, abort: bool) -> None:
         """End the migration, if one was begun; when that fails, it still counts as begun.
