@@ -128,6 +128,7 @@ async def test_stop_survives_the_agent(place: Path) -> None:
             assert AgentState.STOPPED is await state_of(place)
             assert before["addresses"] == agent_file(place)["addresses"]
             assert before["pid"] != agent_file(place)["pid"]
+            session = await agent.open("f0")
             await session.begin(Role.SOURCE, "first")
             status = await session.status()
             assert (AgentState.STOPPED, Role.SOURCE, "first") == (status.state, status.role, status.migration_id)
