@@ -15,6 +15,6 @@ def programs_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put modules with slow tests first, of all rooms: begun last, one of them would be what all processors wait for."""
+    """Put modules with slow tests first, of all rooms: begun last, one of them is what all processors wait for."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
