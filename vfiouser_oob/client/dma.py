@@ -85,6 +85,7 @@ class DmaService:
         self._waiting: deque[tuple[MessageSocket, Header | None, bytes]] = deque()
         self._waiting_bytes = 0
         self._holds = 0
+        self._closed = False
         self._work = trio.Event()
         self._served = trio.Event()
 
@@ -111,7 +112,8 @@ class DmaService:
             await self._served.wait()
 
     def close(self) -> None:
-        """Drop what waits: nobody can be answered any more."""
+        """Drop what waits and what still comes: nobody can be answered any more, nor whoever is behind them."""
+        self._closed = True
         self._waiting.clear()
         self._waiting_bytes = 0
         self._served.set()
@@ -138,6 +140,8 @@ class DmaService:
         self._put(channel, None, reply)
 
     def _put(self, channel: MessageSocket, header: Header | None, payload: bytes) -> None:
+        if self._closed:
+            return
         self._waiting_bytes += len(payload)
         if len(self._waiting) >= _MAX_WAITING or self._waiting_bytes > _MAX_WAITING_BYTES:
             raise StreamError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -10,14 +11,16 @@ import trio
 import trio.testing
 
 from fakeserver import Answer, connected
-from vfiouser_oob.client.dma import DmaServer
+from vfiouser_oob.client.dma import DmaServer, DmaService
 from vfiouser_oob.client.errors import ServerGone
 from vfiouser_oob.client.guest import ClientMemory
+from vfiouser_oob.transport.message_socket import MessageSocket
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import DmaFault, ReplyError
 from vfiouser_protocol.messages import DmaRead, DmaWrite, RegionRead, RegionReadReply
 from vfiouser_protocol.session import CommandReceived, ReplyReceived
+from wire_pair import joined
 
 
 @pytest.mark.parametrize("grant_twin", [False, True])
@@ -245,3 +248,29 @@ async def test_every_message_can_be_traced() -> None:
         (">", "DMA_WRITE", True),
     ] == marks
     assert not any("secret" in line for line in lines)
+
+
+async def test_what_comes_after_the_end_is_not_served() -> None:
+    """What waited when the connection ended is never answered, so nothing behind it may be: it is not its turn."""
+    pair = joined()
+    ours, theirs = socket.socketpair()
+    channel = MessageSocket(ours, 1 << 20)
+    with ClientMemory(4096) as memory, theirs:
+        service = DmaService(memory, pair.client, 1 << 20, lambda reply: None)
+
+        def ask() -> None:
+            _, data = pair.server.command(Command.DMA_WRITE, encode(DmaWrite(0, 4, b"data")), token=None)
+            pair.send(pair.server, data)
+            [event] = pair.receive(pair.client)
+            assert isinstance(event, CommandReceived)
+            service.take(channel, event.header, event.payload)
+
+        ask()
+        service.close()
+        ask()  # the reader is in the middle of a burst
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.run)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert 0 == memory.message_writes
+    channel.close()
