@@ -149,16 +149,15 @@ class AgentLink:
             try:
                 used = await self._ready(op, delivery)
                 result = await work(used)
-            except (AgentError, OSError) as error:
-                told = error if isinstance(error, AgentError) else _lost(error, delivery)
-                delivery.judge(told)
-                if isinstance(told, TransportLost) and told.unsent and used is not None and used is known:
+            except AgentError as error:
+                delivery.judge(error)
+                if isinstance(error, TransportLost) and error.unsent and used is not None and used is known:
                     self._forget(used)
                     continue
-                self._failed(op, told, used, delivery)
-                if told is error:
-                    raise
-                raise told from error
+                self._failed(op, error, used, delivery)
+                raise
+            except OSError as error:
+                raise self._lost(op, error, used, delivery) from error
             self._answered(op)
             return result
 
@@ -182,6 +181,12 @@ class AgentLink:
             self._missed(error)
         elif not error.unsent and not isinstance(error, Unsupported):  # which adapters say themselves
             self._answered(op)
+
+    def _lost(self, op: Op[..., Any], error: OSError, used: Session | None, delivery: Delivery) -> AgentError:
+        """The error of a call that the system ended; a frame that raises it and keeps it would keep what it holds."""
+        lost = _lost(error, delivery)
+        self._failed(op, lost, used, delivery)
+        return lost
 
     def _missed(self, error: AgentError) -> None:
         if self.away_since is None:
