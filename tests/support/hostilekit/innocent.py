@@ -137,7 +137,9 @@ def main() -> None:
                 line = _line()
                 if not line:
                     break
-                innocent.samples = phases.setdefault(line.split()[-1], [])
+                phase = line.split()[-1]
+                innocent.samples = phases.setdefault(phase, [])
+                print(phase, flush=True)  # noqa: T201  what comes from now on belongs to it
             innocent.step()
         innocent.leave()
     except (OSError, EOFError, AssertionError) as error:

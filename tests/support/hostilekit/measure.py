@@ -94,11 +94,11 @@ def _observe(
     case: Attack, house: House, innocent: subprocess.Popen[bytes], attacker: subprocess.Popen[bytes]
 ) -> Verdict:
     assert innocent.stdin is not None
-    _tell(innocent, "control")
+    _enter(innocent, "control", house)
     time.sleep(CONTROL_S)
     with nullcontext() if case.waits else _BUSY:
         before = house.health()
-        _tell(innocent, "felt")
+        _enter(innocent, "felt", house)
         error, peak = _attack(case, house, attacker, before)
     time.sleep(TAIL_S)
     innocent.stdin.close()
@@ -225,6 +225,14 @@ def _attach(innocent: subprocess.Popen[bytes], house: House) -> None:
     _tell(innocent, " ".join(map(str, house.pids())))
     said = innocent.stdout.readline()
     assert said == b"ready\n", (house.place / "innocent.log").read_text() + house.log()
+
+
+def _enter(innocent: subprocess.Popen[bytes], phase: str, house: House) -> None:
+    """Have the innocent client begin a phase, and wait until it has: a read under way belongs to the last one."""
+    assert innocent.stdout is not None
+    _tell(innocent, phase)
+    said = innocent.stdout.readline()
+    assert said == f"{phase}\n".encode(), (house.place / "innocent.log").read_text() + house.log() + said.decode()
 
 
 def _report(innocent: subprocess.Popen[bytes]) -> dict[str, Any]:
