@@ -19,6 +19,8 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hostilekit.wire import Peer
 from rawmessages import CONFIG, memfd
@@ -79,10 +81,21 @@ class Innocent:
 
     def timed_read(self, region: int, offset: int, count: int) -> bytes:
         """Read, and note what it took."""
+        with self.timed():
+            return self.peer.read(region, offset, count)
+
+    def timed_write(self, offset: int, data: bytes) -> None:
+        """Write to the device's registers, and note what it took."""
+        with self.timed():
+            self.peer.write(0, offset, data)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Note what the access in the block takes: a stall may fall into any of them."""
         waited = self.waits.seconds()
         begin = time.monotonic()
         try:
-            return self.peer.read(region, offset, count)
+            yield
         finally:
             latency = time.monotonic() - begin
             self.samples.append((latency, max(0.0, latency - (self.waits.seconds() - waited))))
@@ -100,9 +113,9 @@ class Innocent:
     def look_at_memory(self) -> None:
         """Let the device read a page of this client's memory, and compare what it got."""
         self.page = (self.page + PAGE) % MEMORY
-        self.peer.write(0, 0x18, struct.pack("<Q", BASE + self.page))
-        self.peer.write(0, 0x20, struct.pack("<I", PAGE))
-        self.peer.write(0, 0x24, struct.pack("<I", 1))
+        self.timed_write(0x18, struct.pack("<Q", BASE + self.page))
+        self.timed_write(0x20, struct.pack("<I", PAGE))
+        self.timed_write(0x24, struct.pack("<I", 1))
         while (status := int.from_bytes(self.timed_read(0, 0x28, 4), "little")) == 1:
             time.sleep(0.001)
         if status != 2:
