@@ -136,9 +136,7 @@ class AgentLink:
             try:
                 with trio.move_on_at(deadline):
                     return await self._made(op, delivery, work)
-                late = _late(op.name, delivery)
-                self._failed(op, late, None, delivery)
-                raise late
+                raise self._told(op, _late(op.name, delivery), None, delivery)
             finally:
                 self._in_use -= 1
 
@@ -157,7 +155,7 @@ class AgentLink:
                 self._failed(op, error, used, delivery)
                 raise
             except OSError as error:
-                raise self._lost(op, error, used, delivery) from error
+                raise self._told(op, _lost(error, delivery), used, delivery) from error
             self._answered(op)
             return result
 
@@ -182,11 +180,10 @@ class AgentLink:
         elif not error.unsent and not isinstance(error, Unsupported):  # which adapters say themselves
             self._answered(op)
 
-    def _lost(self, op: Op[..., Any], error: OSError, used: Session | None, delivery: Delivery) -> AgentError:
-        """The error of a call that the system ended; a frame that raises it and keeps it would keep what it holds."""
-        lost = _lost(error, delivery)
-        self._failed(op, lost, used, delivery)
-        return lost
+    def _told(self, op: Op[..., Any], error: AgentError, used: Session | None, delivery: Delivery) -> AgentError:
+        """An error of our own, noted; a frame that raises an error and keeps it would keep all that is in its calls."""
+        self._failed(op, error, used, delivery)
+        return error
 
     def _missed(self, error: AgentError) -> None:
         if self.away_since is None:
