@@ -51,7 +51,7 @@ class NarrowRam(GuestRam):
     """Memory of QEMU 10.1 and 10.2: structures with a 32-bit count and the data behind it.
 
     Written as `vfio_user_dma_read` and `vfio_user_dma_write` are there: the reply is a zeroed buffer as long as the
-    padded structure and the data, and a request that is long enough for the structure is not checked any further.
+    padded structure and the data, and a request has to be as long.
     """
 
     def read_reply(self, address: int, count: int) -> bytes:
@@ -66,6 +66,8 @@ class NarrowRam(GuestRam):
         if len(payload) < 16:
             return errno.EINVAL
         address, count = struct.unpack_from("<QI", payload)
+        if count > len(payload) - 16:
+            return errno.E2BIG
         self.bytes[address : address + count] = payload[12 : 12 + count]
         return b""
 
