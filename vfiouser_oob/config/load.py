@@ -22,6 +22,7 @@ from vfiouser_oob.config.schema import (
 )
 from vfiouser_oob.config.tables import Place, Table, key, read_section, read_table, schema_of, section
 from vfiouser_oob.config.values import shown
+from vfiouser_oob.config.vms import VmConfig, check_vms, vm_sockets
 
 # Far more than hundreds of functions need; a wrong path (a disk image) is refused before it fills memory.
 CONFIG_SIZE_MAX = 4 << 20
@@ -65,6 +66,11 @@ class ConfigFile:
     )
     function: tuple[FunctionConfig, ...] = key(
         tables_named("[[function]]", FunctionConfig), "one table per PCI function", default=()
+    )
+    vm: tuple[VmConfig, ...] = key(
+        tables_named("[[vm]]", VmConfig),
+        "one table per VM that is migrated by a QEMU without migration of its own for vfio-user",
+        default=(),
     )
 
 
@@ -116,13 +122,14 @@ def parse_config(text: str, path: Path) -> DaemonConfig:
     if "function" not in top:
         raise ConfigError("there must be at least one [[function]]", source)
     paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
-    config = DaemonConfig(functions=top["function"], source=path, **(paths | top.get("daemon", {})))
+    vms = top.get("vm", ())
+    config = DaemonConfig(functions=top["function"], vms=vms, source=path, **(paths | top.get("daemon", {})))
     check_unique(config)
     return config
 
 
 def check_unique(config: DaemonConfig) -> None:
-    """Refuse two functions of one name or two users of one socket path.
+    """Refuse two functions of one name, two users of one socket path, and VMs of functions that there are not.
 
     Raises:
         ConfigError: there are such.
@@ -143,6 +150,11 @@ def check_unique(config: DaemonConfig) -> None:
             message = f"function {function.name!r}: socket {function.socket} is that of {user} already"
             raise ConfigError(message, source, function.line)
         sockets[function.socket] = f"function {function.name!r}"
+    check_vms(config.vms, frozenset(names), source)
+    for vm, what, path in vm_sockets(config.vms):
+        if path in sockets:
+            raise ConfigError(f"VM {vm.name!r}: {what} {path} is that of {sockets[path]} already", source, vm.line)
+        sockets[path] = f"VM {vm.name!r}"
     for function in config.functions:
         # A function wrapped around its own socket would wait for itself.
         if isinstance(function.device, UpstreamDevice) and function.device.socket == function.socket:

@@ -1,10 +1,11 @@
 """What the daemon can be told, as dataclasses, each of them a section that declares its keys (see `tables`).
 
     DaemonConfig
-     └── functions: FunctionConfig …
-          ├── device: ModelDevice | UpstreamDevice | KernelVfioDevice
-          ├── agent: AgentConfig
-          └── migration: MigrationConfig
+     ├── functions: FunctionConfig …
+     │    ├── device: ModelDevice | UpstreamDevice | KernelVfioDevice
+     │    ├── agent: AgentConfig
+     │    └── migration: MigrationConfig
+     └── vms: VmConfig …
 
 A configuration file (`load`), the short form of the command line (`devices`, `agents`) and `simulate-soc` all end here,
 so the server sees one shape whichever way it was started.
@@ -42,16 +43,19 @@ from vfiouser_oob.config.values import (
     one_of,
     seconds_between,
 )
+from vfiouser_oob.config.vms import CarrierChoice, Listens, VmConfig
 
 __all__ = [
     "DEFAULT_SOCKET_GROUP",
     "AgentConfig",
+    "CarrierChoice",
     "DaemonConfig",
     "DeviceConfig",
     "DmaMode",
     "FunctionConfig",
     "Generations",
     "KernelVfioDevice",
+    "Listens",
     "LogFormat",
     "LogLevel",
     "MigrationConfig",
@@ -59,6 +63,7 @@ __all__ = [
     "RegionPolicy",
     "UpstreamDevice",
     "VfioInterface",
+    "VmConfig",
     "default_control_socket",
     "default_state_directory",
 ]
@@ -150,6 +155,7 @@ class DaemonConfig:
     """All that one daemon process needs to know; names and sockets of its functions are unique."""
 
     functions: tuple[FunctionConfig, ...] = field()
+    vms: tuple[VmConfig, ...] = ()
     control_socket: Path | None = key(
         CONTROL_SOCKET,
         "path of the [control socket](control-socket.md)",
@@ -177,6 +183,10 @@ class DaemonConfig:
     def function(self, name: str) -> FunctionConfig | None:
         """The function of that name, if there is one."""
         return next((function for function in self.functions if function.name == name), None)
+
+    def vm(self, name: str) -> VmConfig | None:
+        """The VM of that name, if there is one."""
+        return next((vm for vm in self.vms if vm.name == name), None)
 
 
 def default_control_socket(euid: int | None = None, environ: Mapping[str, str] = os.environ) -> Path:
