@@ -19,7 +19,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vfiouser_oob.config.agents import AGENT, MIGRATION, AgentConfig, Generations, MigrationConfig
+from vfiouser_oob.config.agents import AGENT, MIGRATION, AgentConfig, Generations, MigrationConfig, P2p
 from vfiouser_oob.config.devices import (
     DEVICE,
     DeviceConfig,
@@ -60,6 +60,7 @@ __all__ = [
     "LogLevel",
     "MigrationConfig",
     "ModelDevice",
+    "P2p",
     "RegionPolicy",
     "UpstreamDevice",
     "VfioInterface",

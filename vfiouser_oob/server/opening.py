@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from vfiouser_agents.api import Agent
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.p2p import settled
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, AgentConfig, FunctionConfig
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
@@ -94,9 +95,10 @@ def _engine_maker(
         raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
     identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
     memory = means.memory.drawer(config.name, identity)
+    migration = settled(config)
 
     def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
-        return MigrationRunner(name, connected, agent.function, config.migration, events, logger, memory, means.sharing)
+        return MigrationRunner(name, connected, agent.function, migration, events, logger, memory, means.sharing)
 
     return make
 
