@@ -29,7 +29,7 @@ from vfiouser_oob.config.devices import (
     UpstreamDevice,
     VfioInterface,
 )
-from vfiouser_oob.config.tables import key, section
+from vfiouser_oob.config.tables import SpoiledTable, key, section
 from vfiouser_oob.config.values import (
     ABSOLUTE_SOCKET_PATH,
     CONTROL_SOCKET,
@@ -126,6 +126,9 @@ class FunctionConfig:
         default=None,
         unset="whoever the permissions let in",
     )
+    log_level: LogLevel | None = key(
+        one_of(LogLevel), "least important record of this function that is written", default=None, unset="the daemon's"
+    )
     dma: DmaMode = key(one_of(DmaMode), "how the device reaches guest memory", default=DmaMode.FILES)
     retain_state: bool = key(
         SWITCH,
@@ -178,8 +181,23 @@ class DaemonConfig:
         "time within which every message of a client is answered, come what may",
         default=4.0,
     )
+    admin_uids: tuple[int, ...] = key(
+        UIDS,
+        "users that may change what runs, see [control socket](control-socket.md#who-may); root and the daemon's own "
+        "user always may",
+        factory=tuple,
+        unset="nobody else",
+    )
+    control_group: str | None = key(
+        GROUP,
+        "group of the control socket's file, whose members may ask but change nothing",
+        default=None,
+        unset="the daemon's own",
+    )
     #: The file that it was read from.
     source: Path | None = None
+    #: Functions of that file that cannot be used.
+    spoiled: tuple[SpoiledTable, ...] = ()
 
     def function(self, name: str) -> FunctionConfig | None:
         """The function of that name, if there is one."""

@@ -90,7 +90,8 @@ class MigrationStatus(TypedDict):
 class FunctionStatus(TypedDict):
     """One function.
 
-    `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
+    `phase` is `starting`, `listening`, `negotiating`, `attached`, `drained` or `failed`, and `failed` the reason of the
+    last one. `irqs` counts the vectors with an eventfd
     by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
     itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
     is when the phase began (ISO 8601, UTC).
@@ -101,6 +102,7 @@ class FunctionStatus(TypedDict):
     device: str
     phase: str
     since: str
+    failed: str | None
     client: ClientStatus | None
     regions: list[RegionStatus]
     maps: MapsStatus
