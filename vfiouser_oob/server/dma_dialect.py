@@ -42,18 +42,19 @@ class DmaDialect:
         """How a message is laid out now."""
         return self.layout or DmaLayout.SPECIFIED
 
-    async def decode_read(self, address: int, count: int, payload: bytes) -> ReadReply:
+    async def decode_read(self, address: int, count: int, payload: bytes, again: RawRead | None = None) -> ReadReply:
         """Take a reply to DMA_READ apart; the first ones tell which layout it is.
 
         Args:
             address: what was asked for, and `count`.
             payload: behind the reply's header.
+            again: how to read more of what this is a part of; None: as memory is read.
 
         Raises:
             DmaFault: it has neither layout, or another than the client's others.
         """
         if self.layout is None:
-            await self._learn(address, count, payload)
+            await self._learn(address, count, payload, again or self._read)
         if self.spoken not in fitting(payload, count):
             raise DmaFault(
                 f"the client answered DMA_READ {address:#x}+{count:#x} with {len(payload)} bytes that are no reply of "
@@ -65,7 +66,7 @@ class DmaDialect:
         except VfioUserError as error:
             raise DmaFault(f"the client's reply makes no sense: {error}", errno.EPROTO) from error
 
-    async def _learn(self, address: int, count: int, payload: bytes) -> None:
+    async def _learn(self, address: int, count: int, payload: bytes, read: RawRead) -> None:
         """Find out what a reply proves, and read more where it fits both layouts."""
         if self._decided(payload, count):
             return
@@ -73,7 +74,7 @@ class DmaDialect:
             for place in probes(payload, count) if len(fitting(payload, count)) > 1 else ():
                 if self.layout is not None:
                     return
-                more = await self._read(address + place.offset, place.size)
+                more = await read(address + place.offset, place.size)
                 if self._decided(more, place.size):
                     return
 

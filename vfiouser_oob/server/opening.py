@@ -18,11 +18,13 @@ from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.pool import AgentLease, AgentPool
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.sharing import BufferShare
-from vfiouser_oob.observability import log
+from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import Function, MigrationMaker
-from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.life import LIVE_KEYS, Life
+from vfiouser_oob.server.sockets import SocketShelf
+from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 
@@ -80,7 +82,22 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
         for lease in leases:
             resources.callback(lease.release)
         listeners, connected = _open_sockets(config, inherited, resources)
+        levels.choose(config.name, config.log_level)
         return Life(function, leases, listeners, connected, resources.pop_all())
+
+
+def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
+    """What a function is as a unit of a daemon.
+
+    Args:
+        shelf: the sockets that systemd passed.
+        means: what functions share.
+    """
+
+    def open_one(config: FunctionConfig) -> Life:
+        return open_function(config, shelf.take(config), means)
+
+    return UnitKind("function", "[[function]]", open_one, LIVE_KEYS)
 
 
 def _engine_maker(
@@ -128,13 +145,16 @@ def _open_sockets(
             connected.append(sock)
             resources.callback(sock.close)
     if not listeners and not connected and config.socket is not None:
-        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or _default_group()))
+        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or default_group()))
         resources.callback(listeners[-1].close)
     return listeners, connected
 
 
-def _default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; only root may give files away."""
+def default_group() -> str | None:
+    """The group of socket files unless another one is configured; None for the daemon's own.
+
+    It is QEMU's, so that a VMM running as its own user can connect on day one; only root may give files away.
+    """
     if os.geteuid() != 0:
         return None
     import grp
