@@ -29,6 +29,7 @@ from vfiouser_oob.server.administration import Administration, ChangeRefused, Re
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.opening import SharedParts, function_kind
+from vfiouser_oob.server.pulse import Pulse
 from vfiouser_oob.server.registry import Registry, Units
 from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time, unit_status
@@ -162,6 +163,9 @@ class Daemon:
                 await self.registry.start()
                 text = "" if beside is None else f"; {await beside(self, self._nursery)}"
                 self._announce_ready(text)
+                if (watchdog_s := self._notifier.watchdog_s) is not None:
+                    pulse = Pulse(lambda: self.registry.units, watchdog_s, self._notifier.alive, self._log)
+                    self._nursery.start_soon(pulse.run)
                 task_status.started(self)
                 await trio.sleep_forever()
         await self.registry.stop()

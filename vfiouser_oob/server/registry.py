@@ -14,9 +14,11 @@ from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.tables import SpoiledTable
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.containment import Contained, root_cause
-from vfiouser_oob.server.unit import Origin, Unit, UnitConfig, UnitFailure, UnitKind
+from vfiouser_oob.server.unit import Origin, Unit, UnitConfig, UnitFailure, UnitHangs, UnitKind
 
 _LOG = log.get("daemon")
+#: Seconds after which a unit that was stopped is not waited for any more: a call into the kernel may never return.
+END_S = 60.0
 
 
 class Units:
@@ -229,6 +231,7 @@ class Registry:
 
         Raises:
             KeyError: there is none of this name.
+            UnitHangs: it does not end.
         """
         async with self.changing:
             unit = self.units.find(name, kind)
@@ -252,12 +255,21 @@ class Registry:
             raise
 
     async def end(self, unit: Unit) -> None:
-        """Stop a unit, if it lives, and wait until nothing of it is left."""
+        """Stop a unit, if it lives, and wait until nothing of it is left.
+
+        Raises:
+            UnitHangs: it does not end; that is noted.
+        """
         settle(unit)
-        if unit.life is not None:
-            unit.life.stop()
+        if unit.life is None:
+            return
+        unit.life.stop()
+        with trio.move_on_after(END_S):
             await unit.life.ended.wait()
-            unit.life = None
+        if not unit.life.ended.is_set():
+            unit.failure = UnitFailure(f"it should have ended, and something of it still hangs after {END_S:g} s")
+            raise UnitHangs(unit.failure.reason)
+        unit.life = None
 
     async def stop(self) -> None:
         """Stop all units, those of a kind side by side, and wait until nothing of them is left."""
