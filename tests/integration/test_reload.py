@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,12 +16,15 @@ import trio
 
 from daemonkit import serving
 from migrationkit import until
-from rawclient import attached, connect
+from rawclient import REGION_READ, attached, connect
 from vfiouser_oob.cli.main import main
 from vfiouser_oob.config.load import load_config
-from vfiouser_oob.observability import levels
+from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.status import FunctionStatus
 from vfiouser_oob.server.daemon import Daemon
+from vfiouser_oob.server.dispatcher import Queued
+from vfiouser_oob.server.pulse import Pulse
+from vfiouser_protocol.session import CommandReceived
 
 MAGIC = 0x75666F76
 
@@ -179,6 +183,39 @@ async def test_one_bad_function_stops_no_other(site: Site, told: Told) -> None:
         site.write(site.table("good"), site.table("typo"))
         assert 0 == await site.run("reload")
         assert {"good": "listening", "typo": "listening"} == site.phases()
+
+
+async def test_the_line_that_a_unit_lacks_is_named(site: Site, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the service may not make a socket: to let it, or to have systemd make it."""
+    monkeypatch.setenv("INVOCATION_ID", "1")
+    site.write(site.table("f0"))
+    (site.directory / "new.toml").write_text(site.table("new").replace(str(site.directory), "/nowhere"))
+    async with site.serving():
+        assert 1 == await site.run("add", str(site.directory / "new.toml"))
+        said = told()
+        assert "`ReadWritePaths=/nowhere` by `systemctl edit vfiouser-oob.service`" in said
+        assert "`ListenStream=/nowhere/new.sock` by `systemctl edit vfiouser-oob.socket`" in said
+        assert {"f0": "listening"} == site.phases()
+
+
+async def test_a_device_that_hangs_costs_its_function_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is overdue beyond all budgets: its client gets EIO, and a reload brings the function back."""
+    site.write(site.table("f0"), site.table("f1"))
+    async with site.serving() as daemon, attached(site.socket("f0")) as client:
+        units = daemon.registry.units
+        pulse = Pulse(lambda: units, 12.0, lambda: None, log.get("test"))
+        await pulse.round()
+        assert {"f0": "attached", "f1": "listening"} == site.phases()
+        dispatcher = daemon.functions[0].attached.dispatcher  # type: ignore[union-attr]
+        event = CommandReceived(None, None, b"", [], [])  # type: ignore[arg-type]
+        dispatcher._queue.append(Queued(event, trio.current_time() - 100))
+        await pulse.round()
+        assert {"f0": "failed", "f1": "listening"} == site.phases()
+        assert "should have been answered 100 s ago" in str(site.status()["f0"]["failed"])
+        dispatcher._queue.clear()
+        assert errno.EIO == await client.errno(REGION_READ, struct.pack("<QII", 0, 0, 4))
+        assert 0 == await site.run("reload")
+        assert await answers(site.socket("f0"))
 
 
 async def test_a_function_that_broke_is_tried_again(site: Site, told: Told) -> None:

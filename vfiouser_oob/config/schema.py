@@ -118,7 +118,7 @@ class FunctionConfig:
         GROUP,
         "group of the socket file",
         default=None,
-        unset=f"`{DEFAULT_SOCKET_GROUP}`, if the daemon runs as root and that group exists; else the daemon's own",
+        unset=f"`{DEFAULT_SOCKET_GROUP}`, if that group exists and the daemon is root or in it; else the daemon's own",
     )
     allow_uids: tuple[int, ...] | None = key(
         UIDS,

@@ -18,7 +18,7 @@ from vfiouser_oob.server.containment import Contained
 from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.registry import Registry, reason_of
 from vfiouser_oob.server.reload import ChangeOutcome, Reloading, difference
-from vfiouser_oob.server.unit import Unit, UnitConfig, UnitKind
+from vfiouser_oob.server.unit import Unit, UnitConfig, UnitHangs, UnitKind
 
 #: Seconds that reading the configuration may take: a network file system or a FIFO may never answer.
 READ_S = 10.0
@@ -140,6 +140,8 @@ class Administration:
             await self._registry.remove(name, unit.kind)
         except KeyError:
             raise ChangeRefused(f"{name} has just been removed") from None
+        except UnitHangs as hangs:
+            raise ChangeRefused(f"{name}: {hangs}") from None
         self._log.info(f"{unit.kind.word} removed", function=name, turned_out=user)
         return {"name": name, "turned_out": user}
 

@@ -28,6 +28,8 @@ from vfiouser_protocol.capabilities import VersionCapabilities
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
+#: Seconds beyond another whole reply budget after which a message that is not answered shows that something hangs.
+OVERDUE_S = 5.0
 #: Connections that may say nothing at one time; QEMU says its VERSION at once.
 _MOST_SILENT = 16
 #: A client that left before it was accepted; nothing to be said, and the next one may be there.
@@ -102,6 +104,26 @@ class Function:
         self.context.note_error(reason)
         if self.connection is not None:
             self.connection.link.fail(reason)
+
+    def condemn(self, reason: str) -> None:
+        """Take the function out of service, since it cannot be relied on any more; its client gets EIO.
+
+        Args:
+            reason: why, for `status`.
+        """
+        self.failed = reason
+        self.context.note_error(reason)
+        if self.connection is not None:
+            self.connection.link.fail(reason)
+        self.phase_changed()
+
+    def overdue(self) -> str | None:
+        """What should have been answered long ago, in words; None if nothing should."""
+        attached = self.attached
+        late_s = 0.0 if attached is None else trio.current_time() - attached.dispatcher.head_deadline
+        if late_s < self.context.reply_budget_s + OVERDUE_S:
+            return None
+        return f"a message of its client should have been answered {late_s:.0f} s ago"
 
     async def run_migration(self) -> None:
         """Run the migration's own tasks, if the function can be migrated."""

@@ -50,6 +50,8 @@ class Life:
         self._resources = resources
         self._serving = trio.CancelScope()
         self._started = False
+        #: Questions whether its tasks run; each is answered by being set.
+        self._asked, self._questions = trio.open_memory_channel[trio.Event](1)
         #: Whether its clients were connected already, have gone, and no other one can come.
         self.exhausted = False
         #: Set when nothing of it is left.
@@ -118,10 +120,33 @@ class Life:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.function.run_device)
             nursery.start_soon(self.function.run_migration)
+            nursery.start_soon(self._answer)
             with self._serving:
                 await self._serve(exhausted, task_status)
             await self._drain()
             nursery.cancel_scope.cancel()
+
+    async def _answer(self) -> None:
+        async for question in self._questions:
+            question.set()
+
+    async def prove(self) -> str | None:
+        """Answer from its own tasks.
+
+        Returns:
+            What hangs; None if nothing does.
+        """
+        if self._serving.cancel_called:  # it ends, and that has a time of its own
+            return None
+        if self._started:
+            question = trio.Event()
+            await self._asked.send(question)
+            await question.wait()
+        return self.function.overdue()
+
+    def condemn(self, reason: str) -> None:
+        """Take the function out of service; its client gets EIO."""
+        self.function.condemn(reason)
 
     async def _serve(self, exhausted: Callable[[], None], task_status: trio.TaskStatus[None]) -> None:
         function = self.function

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vfiouser_agents.api import Agent
 from vfiouser_oob.config.agents import OWN_AGENT
@@ -26,7 +28,12 @@ from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
+from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
+
+#: Systemd sets it for every service.
+_UNIT = "INVOCATION_ID"
+#: Errors that say that a directory is not for us, as the unit stands.
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT})
 
 
 @dataclass(frozen=True)
@@ -145,21 +152,33 @@ def _open_sockets(
             connected.append(sock)
             resources.callback(sock.close)
     if not listeners and not connected and config.socket is not None:
-        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or default_group()))
+        listeners.append(_listen(config, config.socket))
         resources.callback(listeners[-1].close)
     return listeners, connected
 
 
-def default_group() -> str | None:
-    """The group of socket files unless another one is configured; None for the daemon's own.
+def _listen(config: FunctionConfig, path: Path) -> Listener:
+    """Make a function's socket; where we may not, the error names the line that is missing."""
+    try:
+        return listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+    except ListenError as error:
+        cause = error.__cause__
+        if _UNIT not in os.environ or not isinstance(cause, OSError) or cause.errno not in _NOT_OURS:
+            raise
+        raise ListenError(
+            f"{error}; either the service may write there (`ReadWritePaths={path.parent}` by `systemctl edit "
+            f"vfiouser-oob.service`, and a directory that it may write), or systemd makes the socket "
+            f"(`ListenStream={path}` by `systemctl edit vfiouser-oob.socket`)"
+        ) from cause
 
-    It is QEMU's, so that a VMM running as its own user can connect on day one; only root may give files away.
-    """
-    if os.geteuid() != 0:
-        return None
+
+def default_group() -> str | None:
+    """QEMU's group, so that a VMM running as its own user can connect on day one; who is not root may give files only
+    to groups that it is in."""
     import grp
 
     try:
-        return grp.getgrnam(DEFAULT_SOCKET_GROUP).gr_name
+        group = grp.getgrnam(DEFAULT_SOCKET_GROUP)
     except KeyError:
         return None
+    return group.gr_name if os.geteuid() == 0 or group.gr_gid in os.getgroups() else None

@@ -20,7 +20,7 @@ import trio
 from vfiouser_oob.config.tables import SpoiledTable
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.server.registry import Registry, Units, settle
-from vfiouser_oob.server.unit import Origin, Unit, UnitConfig, UnitFailure, UnitKind, changed_keys
+from vfiouser_oob.server.unit import Origin, Unit, UnitConfig, UnitFailure, UnitHangs, UnitKind, changed_keys
 
 
 class ReloadStep(StrEnum):
@@ -209,19 +209,28 @@ class Reloading:
             unit = Unit(change.kind, change.name, change.config)
             self._units.put(unit)
         if change.config is None:
-            await self._registry.end(unit)
-            self._units.drop(unit)
-            return _outcome(change)
+            return await self._remove(unit, change)
         unit.config = change.config
         if change.step is ReloadStep.ADAPT and unit.life is not None:
             unit.life.adopt(change.config)
             return _outcome(change)
-        await self._registry.end(unit)
+        try:
+            await self._registry.end(unit)
+        except UnitHangs as hangs:
+            return _outcome(change, "failed", str(hangs))
         errors = await self._registry.bring(unit)
         if errors:
             return _outcome(change, "failed", unit.failed or "")
         if unit.drained and unit.life is not None:
             unit.life.drain()
+        return _outcome(change)
+
+    async def _remove(self, unit: Unit, change: Change) -> ChangeOutcome:
+        try:
+            await self._registry.end(unit)
+        except UnitHangs as hangs:
+            return _outcome(change, "failed", str(hangs))
+        self._units.drop(unit)
         return _outcome(change)
 
     def _note_spoiled(self, unit: Unit | None, change: Change) -> ChangeOutcome:

@@ -59,6 +59,12 @@ class UnitLife(Protocol):
     def adopt(self, config: Any) -> None:
         """Go on with a configuration that differs in what can be changed while it lives."""
 
+    async def prove(self) -> str | None:
+        """Answer from its own tasks; returns what hangs, None if nothing does."""
+
+    def condemn(self, reason: str) -> None:
+        """Take it out of service; its user learns that it is of no use."""
+
     def stop(self) -> None:
         """Turn users out and end."""
 
@@ -90,17 +96,21 @@ class Origin(StrEnum):
     ADDED = "added"
 
 
-class UnitFailure(Exception):
+@dataclass(frozen=True, slots=True)
+class UnitFailure:
     """A unit cannot be had.
 
     Args:
         reason: why, for people.
+        since: when that was found, in seconds since 1970.
     """
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.since = time.time()
+    reason: str
+    since: float = field(default_factory=time.time)
+
+
+class UnitHangs(Exception):
+    """A unit was stopped, and something of it is still there; the text says so to people."""
 
 
 @dataclass(eq=False)
