@@ -122,7 +122,9 @@ def _run_cases(args: argparse.Namespace, cases: list[Case]) -> RunOutcome:
 
     try:
         with _terminated_like_interrupted():
-            runner = Runner(target, pinned=args.strict, progress=progress, limit_s=args.run_timeout)
+            # What a client cannot live with is more than what is not recommended.
+            pinned = args.strict or args.client is not None
+            runner = Runner(target, pinned=pinned, progress=progress, limit_s=args.run_timeout)
             outcome = runner.run(cases)
     except Unreachable as error:
         raise ConfigError(str(error)) from None

@@ -47,12 +47,12 @@ _P2P, _PRE_COPY_P2P = int(DeviceState.RUNNING_P2P), int(DeviceState.PRE_COPY_P2P
 def no_descriptor_comes_with_a_state(t: Trial) -> None:
     """A reply to SET says that no descriptor comes with the state.
 
-    Sends: SET of STOP, STOP_COPY, STOP and RUNNING with data_fd 0.
+    Sends: SET of STOP, STOP_COPY and STOP with data_fd 0.
     Expects: success, and data_fd -1 in each reply: the client takes anything else for a descriptor, and asks for no
     further state.
     """
     link = begin(t)
-    for state in (STOP, STOP_COPY, STOP, RUNNING):
+    for state in (STOP, STOP_COPY, STOP):
         request = set_request(state)
         said = check_set_reply(request, link.ok(FEATURE, request).payload)
         same(-1, said, f"data_fd of the reply to SET {name(state)}")
@@ -175,16 +175,20 @@ def resets_after_a_refusal(t: Trial) -> None:
     """After a SET that is refused a reset succeeds, without which QEMU ends the VM.
 
     Sends: in RUNNING, STOP, STOP_COPY, RESUMING and PRE_COPY: SET of a state that there is not; DEVICE_RESET.
-    Expects: an error, then success; RUNNING.
+    Expects: an error, then success; RUNNING. That a reset in STOP or STOP_COPY is refused, or leaves the device there,
+    as libvfio-user has it, is reported.
     """
     t.facts.resets()
     link = begin(t)
+    may_refuse = (STOP, STOP_COPY)
     for state in (RUNNING, STOP, STOP_COPY, RESUMING, *((PRE_COPY,) if t.facts.pre_copy else ())):
         go(link, state)
         check(try_state(link, 99).failed, "SET of state 99 succeeded")
         reply = link.call(Command.DEVICE_RESET)
-        check(not reply.failed, f"DEVICE_RESET in {name(state)} failed with error {reply.error}")
-        same(name(RUNNING), name(get_state(link)), f"state after a reset in {name(state)}")
+        left = f"refused with error {reply.error}" if reply.failed else name(get_state(link))
+        check(left == name(RUNNING) or state in may_refuse, f"DEVICE_RESET in {name(state)}: {left}")
+        t.saw(f"DEVICE_RESET in {name(state)}", left, recommended=left == name(RUNNING))
+        back(link)
 
 
 @AREA.case(23, COMPAT, "R447", compat=_WHOSE)
