@@ -78,7 +78,7 @@ def give_up_attach(turn: Turn, errand: PlanProgress) -> None:
 def client_went(turn: Turn, event: ev.ClientWent) -> None:
     """Bring a source back that the client did not take, fence what may live elsewhere."""
     lost = turn.record.elsewhere or turn.record.loads
-    turn.set(attached=False, logging=False, by_client=False)
+    turn.set(attached=False, logging=False, p2p=False, by_client=False)
     turn.drop()
     if event.logged:
         turn.do(ev.StopLogging())
