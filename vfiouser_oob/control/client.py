@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,8 +66,11 @@ class ControlClient:
         """
         return cast("StatusReport", self._call("status"))
 
-    def watch(self) -> Iterator[dict[str, Any]]:
+    def watch(self, beat_s: float | None = None) -> Iterator[dict[str, Any]]:
         """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.
+
+        Args:
+            beat_s: seconds of silence after which ``{}`` is given; None = silence is silence.
 
         Raises:
             ControlError: no answer, or a refusal.
@@ -74,7 +78,12 @@ class ControlClient:
         yield {"status": self._call("watch")}
         # From now on silence is normal.
         self._sock.settimeout(None)
-        while (message := self._receive()) is not None:
+        while True:
+            if beat_s is not None and b"\n" not in self._buffer and not select.select([self._sock], [], [], beat_s)[0]:
+                yield {}
+                continue
+            if (message := self._receive()) is None:
+                return
             event = message.get("event")
             if isinstance(event, dict):
                 yield event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,18 @@ class Tracer:
         self.agent_away = False
         self.steps = 0
         self.failures = 0
-        self.last_failure: str | None = None
+        #: The last failure that no success of the same step has followed: the step, why, and when (since 1970).
+        self._failed: tuple[str, str, float] | None = None
+
+    @property
+    def last_failure(self) -> str | None:
+        """The last step that failed, and why; None if none did, or it has succeeded since."""
+        return None if self._failed is None else f"{self._failed[0]}: {self._failed[1]}"
+
+    @property
+    def last_failure_time(self) -> float | None:
+        """When that was, in seconds since 1970."""
+        return None if self._failed is None else self._failed[2]
 
     @property
     def doing(self) -> str | None:
@@ -84,11 +96,13 @@ class Tracer:
             if isinstance(error, Exception):
                 reason = str(error) or type(error).__name__
                 self.failures += 1
-                self.last_failure = f"{name}: {reason}"
+                self._failed = name, reason, time.time()
             duration = trio.current_time() - begun
             self._tell("failed", name, bytes=span.bytes, duration_s=round(duration, 6), error=reason)
             raise
         else:
+            if self._failed is not None and self._failed[0] == name:
+                self._failed = None
             if not quiet:
                 duration = trio.current_time() - begun
                 self._tell("complete", name, bytes=span.bytes, duration_s=round(duration, 6))

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:  # the client side is for quick commands, which do without trio
     import trio
+
+
+class CommandStatus(TypedDict):
+    """One command of a function's clients, since the daemon began: `count` were answered or refused.
+
+    `per_s` is of the last half to whole minute; so are `p50_s` and `p99_s`, the durations that half and all but a
+    hundredth did not exceed, or of all, if none came of late.
+    """
+
+    count: int
+    per_s: float
+    p50_s: float
+    p99_s: float
 
 
 class ClientStatus(TypedDict):
@@ -59,7 +72,8 @@ class MigrationStatus(TypedDict):
     agent still owes a reset that the client was promised; `held_back` whether guest writes wait for the agent; `owner`
     the generation that migrates; `fenced` whether the function must be reset before anybody may use it. `bytes` counts
     what was taken from or given to this side's stream, `buffered` what waits, `remaining` what is estimated to come.
-    `step` is what is being done at this moment.
+    `step` is what is being done at this moment. `last_failure` is the last step that failed and has not succeeded
+    since, `last_failure_at` when it did (ISO 8601, UTC).
     """
 
     agent: str
@@ -82,6 +96,7 @@ class MigrationStatus(TypedDict):
     steps: int
     failures: int
     last_failure: str | None
+    last_failure_at: str | None
     capabilities: CapabilitiesStatus
 
 
@@ -89,9 +104,10 @@ class FunctionStatus(TypedDict):
     """One function.
 
     `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
-    by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
-    itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
-    is when the phase began (ISO 8601, UTC).
+    by IRQ type, `messages` the messages received by command, `commands` says how they were served, `dma` what went
+    through the daemon itself, `unavailable` why the device cannot be had now, `broken` why the client gets errors only.
+    `migration` is None for a function without an agent. `since` is when the phase began, `unavailable_since` since when
+    the device cannot be had, `last_error_at` when that was (ISO 8601, UTC).
     """
 
     name: str
@@ -105,16 +121,46 @@ class FunctionStatus(TypedDict):
     irqs: dict[str, int]
     fds: int
     messages: dict[str, int]
+    commands: dict[str, CommandStatus]
     dma: dict[str, int]
     migration: MigrationStatus | None
+    broken: str | None
     unavailable: str | None
+    unavailable_since: str | None
+    last_error: str | None
+    last_error_at: str | None
+
+
+class VmStatus(TypedDict):
+    """One VM whose functions move with it.
+
+    `qemu_pid`, `qemu_version` and `runstate` are what its QEMU said, null without one; `armed` whether a plain
+    `migrate` would take the functions along, `refused` why not; `phase` where the migration is, `bytes` what it has
+    moved, and `downtime_s` how long its functions stood still in the last one; `since` is when the phase began (ISO
+    8601, UTC).
+    """
+
+    name: str
+    functions: list[str]
+    carrier: str
+    qemu_pid: int | None
+    qemu_version: str | None
+    runstate: str | None
+    armed: bool
+    refused: str | None
+    phase: str
+    since: str
+    bytes: int
+    downtime_s: float | None
     last_error: str | None
 
 
 class DaemonStatus(TypedDict):
-    """The process. `started` is ISO 8601, UTC; `functions` how many there are."""
+    """The process. `started` is ISO 8601, UTC; `functions` how many there are; `python` and `kernel` are versions."""
 
     version: str
+    python: str
+    kernel: str
     pid: int
     started: str
     functions: int
@@ -125,6 +171,7 @@ class StatusReport(TypedDict):
 
     daemon: DaemonStatus
     functions: list[FunctionStatus]
+    vms: NotRequired[list[VmStatus]]
 
 
 class StatusProvider(Protocol):

@@ -6,6 +6,7 @@ signals ──► stop accepting ──► clients turned out ──► devices 
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import signal
 import socket
@@ -23,6 +24,7 @@ from vfiouser_oob import __version__
 from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
+from vfiouser_oob.observability.latency import MARK_S
 from vfiouser_oob.observability.status import DaemonStatus, StatusProvider, StatusReport
 from vfiouser_oob.persist.capabilities import CapabilityStore
 from vfiouser_oob.server.function import Function
@@ -140,6 +142,7 @@ class Daemon:
     async def run(self, beside: Companion | None, task_status: trio.TaskStatus[Daemon]) -> None:
         """Serve until told to stop."""
         self._nursery.start_soon(self._notifier.run)
+        self._nursery.start_soon(self._keep_time)
         with trio.open_signal_receiver(*_ENDING, *_WITHOUT_MEANING) as signals:
             self._nursery.start_soon(self._await_signal, signals)
             with self._serving:
@@ -149,6 +152,14 @@ class Daemon:
                 task_status.started(self)
                 await trio.sleep_forever()
         await self.registry.stop()
+
+    async def _keep_time(self) -> None:
+        """Tell what commands took of late from what they took before."""
+        while True:
+            await trio.sleep(MARK_S)
+            now = time.monotonic()
+            for function in self.functions:
+                function.context.timings.mark(now)
 
     def _nothing_left(self) -> None:
         self._log.info("the inherited connection ended; nothing is left to serve")
@@ -176,7 +187,12 @@ class Daemon:
     def status(self) -> StatusReport:
         """Describe everything at this moment."""
         daemon = DaemonStatus(
-            version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(self.functions)
+            version=__version__,
+            python=platform.python_version(),
+            kernel=os.uname().release,
+            pid=os.getpid(),
+            started=iso_time(self._started),
+            functions=len(self.functions),
         )
         return StatusReport(daemon=daemon, functions=[function_status(function) for function in self.functions])
 

@@ -6,7 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import trio
 
@@ -19,6 +19,7 @@ from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.connection import ClientConnection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.context import FunctionContext
+from vfiouser_oob.server.device_link import DeviceLink
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
@@ -66,14 +67,15 @@ class Function:
     ) -> None:
         self.name = name
         self.backend = backend
-        self.context = FunctionContext(name, reply_budget_s, activity, log)
+        self.context = FunctionContext(name, reply_budget_s, activity, events, log)
         self.log = self.context.log
         self.connection: ClientConnection | None = None
         self.address = ""
         self.failed: str | None = None
         self.since = time.time()
+        #: The phase that watchers were told last.
+        self._shown = "listening"
         self.clients_served = 0
-        self._events = events
         self._allow_uids = allow_uids
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
@@ -93,9 +95,13 @@ class Function:
         """
         self.failed = reason
         self.log.exception("a function is out of service", error, reason=reason)
+        self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
         self.context.note_error(reason)
         if self.connection is not None:
             self.connection.link.fail(reason)
+        self.phase_changed()
 
     async def run_migration(self) -> None:
         """Run the migration's own tasks, if the function can be migrated."""
@@ -105,9 +111,7 @@ class Function:
             if outcome.error is not None:
                 self.failed = f"its migration died: {outcome.error}"
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
-                self.context.note_error(self.failed)
-                if self.connection is not None:
-                    self.connection.link.fail(self.failed)
+                self._fail(self.failed)
 
     async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
         """Connect a client to the function's migration.
@@ -131,10 +135,8 @@ class Function:
         if outcome.error is not None:
             self.failed = f"the device's task died: {root_cause(outcome.error)}"
             self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
-            self.context.note_error(self.failed)
-            if self.connection is not None:
-                self.connection.link.fail(self.failed)
-            self._announce("device-failed", reason=self.failed)
+            self._fail(self.failed)
+            self.context.announce("device-failed", reason=self.failed)
 
     async def serve(self, listener: Listener) -> None:
         """Accept clients until cancelled.
@@ -215,7 +217,7 @@ class Function:
         self.connection = connection
         self._vacant = trio.Event()
         self.clients_served += 1
-        self._announce("client-connected", client=str(connection.peer))
+        self.context.announce("client-connected", client=str(connection.peer))
 
     def _leave(self, connection: ClientConnection, reason: str) -> None:
         """Note that a connection has ended, and let the next client in if it was the one that was served."""
@@ -226,7 +228,7 @@ class Function:
         self._vacant.set()
         self.phase_changed()
         self.context.visits.info("client detached", client=connection.peer, reason=reason)
-        self._announce("client-disconnected", client=str(connection.peer), reason=reason)
+        self.context.announce("client-disconnected", client=str(connection.peer), reason=reason)
 
     async def _serve_client(self, sock: socket.socket, peer: Peer | None) -> None:
         memory = resident()
@@ -276,7 +278,8 @@ class Function:
     @property
     def last_error(self) -> str | None:
         """What went wrong last, for `status`."""
-        return self.context.last_error
+        last = self.context.trouble.last
+        return None if last is None else last.text
 
     @property
     def counts(self) -> Sequence[int]:
@@ -290,16 +293,33 @@ class Function:
 
     def phase_changed(self) -> None:
         """Note when the phase changed, and tell watchers."""
-        self.since = time.time()
-        self._announce("phase", phase=self.phase)
+        phase = self.phase
+        if not phase == self._shown == "failed":
+            self.since = time.time()
+        self._shown = phase
+        self.context.announce("phase", phase=phase)
 
-    def _announce(self, kind: str, **fields: Any) -> None:
-        self._events.publish(kind, function=self.name, **fields)
+    def device_lost(self, link: DeviceLink, reason: str) -> None:
+        """Note that the device of a client is lost, and tell watchers.
+
+        Args:
+            link: the client as the device saw it.
+            reason: what happened to the device.
+        """
+        if self.connection is not None and self.connection.link is link and self.failed is None:
+            self.context.announce("device-failed", reason=reason)
+            self.phase_changed()
+
+    @property
+    def broken(self) -> str | None:
+        """Why the function does nothing for its client; None if it does, or there is none."""
+        lost = None if self.connection is None else self.connection.link.lost
+        return self.failed or lost
 
     @property
     def phase(self) -> str:
         """What the function is doing."""
-        if self.failed is not None:
+        if self.broken is not None:
             return "failed"
         return "listening" if self.connection is None else self.connection.phase
 

@@ -27,6 +27,7 @@ from vfiouser_oob.control.protocol import ErrorCode
 from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
     ClientStatus,
+    CommandStatus,
     DaemonStatus,
     FunctionStatus,
     MapsStatus,
@@ -169,6 +170,7 @@ def test_the_status_document_is_described() -> None:
         (MapsStatus, function["maps"]),
         (MigrationStatus, function["migration"]),
         (CapabilitiesStatus, function["migration"]["capabilities"]),
+        *((CommandStatus, command) for command in function["commands"].values()),
         *((RegionStatus, region) for region in function["regions"]),
     ]
     for declared, shown in pairs:
@@ -179,7 +181,7 @@ def test_events_are_described() -> None:
     """Every event that the server announces stands in the reference, and no other."""
     announced = set()
     for path in (ROOT / "vfiouser_oob" / "server").glob("*.py"):
-        announced |= set(re.findall(r"_announce\(\"([a-z-]+)\"", path.read_text()))
+        announced |= set(re.findall(r"\.announce\(\"([a-z-]+)\"", path.read_text()))
     trace = (ROOT / "vfiouser_oob" / "migration" / "trace.py").read_text()
     announced |= set(re.findall(r"publish\(\s*\"([a-z-]+)\"", trace))
     described = re.findall(r"^\| `([a-z-]+)` \|.*`function`", document("docs/reference/status.md"), re.MULTILINE)

@@ -26,7 +26,14 @@ from vfiouser_oob.observability.status import StatusReport
 from vfiouser_oob.transport.peer import Peer
 
 STATUS: StatusReport = {
-    "daemon": {"version": "1", "pid": 42, "started": "2026-01-01T00:00:00+00:00", "functions": 0},
+    "daemon": {
+        "version": "1",
+        "python": "3.11.7",
+        "kernel": "6.1",
+        "pid": 42,
+        "started": "2026-01-01T00:00:00+00:00",
+        "functions": 0,
+    },
     "functions": [],
 }
 
