@@ -51,6 +51,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("keep", "vfiouser_oob.cli.keep", "run a command, and again with the descriptors that it kept"),
     CommandEntry("check-config", "vfiouser_oob.cli.check_config", "check a configuration file and sum it up"),
     CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
+    CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
     CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),

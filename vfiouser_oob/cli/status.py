@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from vfiouser_oob.cli.asking import asked_daemon, control_path
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
-from vfiouser_oob.cli.options import add_control_socket_argument, chosen_path
-from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import default_control_socket
-from vfiouser_oob.control.client import ControlClient, ControlError
+from vfiouser_oob.cli.options import add_control_socket_argument
+from vfiouser_oob.control.client import ControlClient
 from vfiouser_oob.observability.status import StatusReport
 
 
@@ -29,21 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon and print."""
-    path = chosen_path(args.control_socket, default_control_socket())
-    if path is None:
-        raise ConfigError("--control-socket must be a path here")
-    try:
-        with ControlClient(path) as client:
-            if args.watch:
-                _watch(client, path, args)
+    with asked_daemon(args.control_socket) as client:
+        if args.watch:
+            _watch(client, control_path(args.control_socket), args)
+        else:
+            status = _chosen(client.status(), args.name)
+            if args.json:
+                print(json.dumps(status, indent=2))
             else:
-                status = _chosen(client.status(), args.name)
-                if args.json:
-                    print(json.dumps(status, indent=2))
-                else:
-                    _show(status, args.name)
-    except ControlError as error:
-        raise CommandFailed(str(error)) from error
+                _show(status, args.name)
     return ExitCode.DONE
 
 

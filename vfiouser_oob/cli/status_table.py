@@ -54,9 +54,20 @@ def render(
         width: columns; None folds nothing.
         names: functions to be told of; empty = all.
     """
+    return as_text(view(status, now, names), width=width)
+
+
+def as_text(*parts: RenderableType, width: int | None) -> str:
+    """Anything of rich's as plain text.
+
+    Args:
+        parts: what, one below the other.
+        width: columns; None folds nothing.
+    """
     text = io.StringIO()
     console = Console(file=text, width=width or _ENDLESS, color_system=None, highlight=False, emoji=False, markup=False)
-    console.print(view(status, now, names))
+    for part in parts:
+        console.print(part)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -94,7 +105,12 @@ def _head(status: StatusReport, now: datetime) -> Iterator[str]:
     yield plural(daemon["functions"], "function") + (f": {counts}" if counts else "")
 
 
-def _plain_table(*headings: str) -> Table:
+def plain_table(*headings: str) -> Table:
+    """A table without lines.
+
+    Args:
+        headings: of its columns.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -102,7 +118,7 @@ def _plain_table(*headings: str) -> Table:
 
 
 def _function_table(functions: Collection[FunctionStatus], now: datetime) -> Table:
-    table = _plain_table("FUNCTION", "STATE", "SINCE", "CLIENT", "MEMORY", "IRQS")
+    table = plain_table("FUNCTION", "STATE", "SINCE", "CLIENT", "MEMORY", "IRQS")
     for column in (1, 2):
         table.columns[column].no_wrap = True
     for function in functions:
@@ -120,7 +136,7 @@ def _function_table(functions: Collection[FunctionStatus], now: datetime) -> Tab
 
 
 def _vm_table(vms: Collection[VmStatus], now: datetime) -> Table:
-    table = _plain_table("VM", "QEMU", "STATE", "MIGRATION", "CARRIER", "MOVED", "DOWNTIME")
+    table = plain_table("VM", "QEMU", "STATE", "MIGRATION", "CARRIER", "MOVED", "DOWNTIME")
     for vm in vms:
         qemu = f"{printable(vm['qemu_version'] or '?')}[{vm['qemu_pid'] or '?'}]" if vm["runstate"] else "none"
         ready = "armed" if vm["armed"] else "not armed"
@@ -167,7 +183,7 @@ def _particulars(
 
 
 def _command_table(commands: Mapping[str, CommandStatus]) -> Table:
-    table = _plain_table("  COMMAND", "COUNT", "RATE", "HALF WITHIN", "99% WITHIN")
+    table = plain_table("  COMMAND", "COUNT", "RATE", "HALF WITHIN", "99% WITHIN")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, command in sorted(commands.items(), key=lambda item: -item[1]["count"]):

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from vfiouser_oob.control import protocol
-from vfiouser_oob.observability.status import StatusReport
+from vfiouser_oob.observability.status import MigrationEntry, StatusReport
 
 DEFAULT_TIMEOUT_S = 5.0
 # A daemon of many functions answers with a long line; a stranger on that socket must still not fill our
@@ -65,6 +65,14 @@ class ControlClient:
             ControlError: no answer, or a refusal.
         """
         return cast("StatusReport", self._call("status"))
+
+    def migrations(self) -> list[MigrationEntry]:
+        """The last migrations of each function, the oldest first.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        return cast("list[MigrationEntry]", self._call("migrations"))
 
     def watch(self, beat_s: float | None = None) -> Iterator[dict[str, Any]]:
         """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.

@@ -104,6 +104,7 @@ class ControlServer:
         self._connections = 0
         self._methods: Mapping[str, Callable[[trio.SocketStream, ControlRequest], Awaitable[bool]]] = {
             "status": self._status,
+            "migrations": self._migrations,
             "watch": self._watch,
         }
 
@@ -194,6 +195,10 @@ class ControlServer:
 
     async def _status(self, stream: trio.SocketStream, request: ControlRequest) -> bool:
         await _send(stream, {"id": request.id, "result": self._provider.status()})
+        return True
+
+    async def _migrations(self, stream: trio.SocketStream, request: ControlRequest) -> bool:
+        await _send(stream, {"id": request.id, "result": self._provider.migrations()})
         return True
 
     async def _watch(self, stream: trio.SocketStream, request: ControlRequest) -> bool:

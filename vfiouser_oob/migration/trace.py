@@ -14,6 +14,7 @@ from vfiouser_agents.api import Event, EventKind
 from vfiouser_agents.errors import MAX_MESSAGE
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.observability.status import MigrationEntry
 
 #: Seconds between two progress events of one function; data moves in thousands of chunks, and a watcher has a life.
 PROGRESS_S = 0.25
@@ -132,6 +133,23 @@ class Tracer:
         """Tell that the migration state has changed."""
         self._events.publish("migration-state", function=self._function, old=old, state=new, reason=why)
         self._log.info("migration state", old=old, state=new, reason=why)
+
+    def finished(self, entry: MigrationEntry) -> None:
+        """Tell what a migration was like that is over."""
+        fields = {key: value for key, value in entry.items() if key != "function"}
+        self._events.publish("migration-finished", function=self._function, **fields)
+        megabytes = round(entry["bytes_per_s"] / 1e6, 3)
+        self._log.info(
+            "migration finished",
+            direction=entry["direction"],
+            outcome=entry["outcome"],
+            way=entry["way"],
+            bytes=entry["bytes"],
+            duration_s=entry["duration_s"],
+            mb_per_s=megabytes,
+            downtime_s=entry["downtime_s"],
+            **({} if entry["why"] is None else {"why": entry["why"]}),
+        )
 
     def heard(self, event: Event) -> None:
         """Tell what the agent has told without being asked."""

@@ -131,6 +131,29 @@ class FunctionStatus(TypedDict):
     last_error_at: str | None
 
 
+class MigrationEntry(TypedDict):
+    """A migration that is over, as one side saw it.
+
+    `direction` is `out` or `in`; `way` who moved the state (`v1`, `v2`, a carrier). `began` and `ended` are ISO 8601,
+    UTC. `downtime_s` is this side's part of the time in which the function stood still: of a source from its stop until
+    the client had the whole state, or until it ran again; of a destination from the last byte until it ran. `outcome`
+    is `done`, `cancelled` (by the client), `failed`, or `returned` (the client had it all, and let the source run
+    again); `why` is what failed, in words.
+    """
+
+    function: str
+    direction: str
+    way: str | None
+    began: str
+    ended: str
+    bytes: int
+    duration_s: float
+    bytes_per_s: float
+    downtime_s: float | None
+    outcome: str
+    why: str | None
+
+
 class VmStatus(TypedDict):
     """One VM whose functions move with it.
 
@@ -179,6 +202,9 @@ class StatusProvider(Protocol):
 
     def status(self) -> StatusReport:
         """The state at this moment."""
+
+    def migrations(self) -> list[MigrationEntry]:
+        """The last migrations of each function, the oldest first."""
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Changes from now on; closing the channel ends the subscription. `EventHub` is made for this."""

@@ -25,8 +25,9 @@ from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.latency import MARK_S
-from vfiouser_oob.observability.status import DaemonStatus, StatusProvider, StatusReport
+from vfiouser_oob.observability.status import DaemonStatus, MigrationEntry, StatusProvider, StatusReport
 from vfiouser_oob.persist.capabilities import CapabilityStore
+from vfiouser_oob.persist.history import HistoryStore
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.opening import SharedParts, open_function
@@ -95,7 +96,8 @@ async def run_daemon(
         activity = Activity()
         resources.callback(activity.close)
         store = CapabilityStore(config.state_directory, log.get("persist"))
-        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity)
+        history = HistoryStore(config.state_directory, log.get("persist"))
+        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, history, activity)
         activity.busy = lambda: means.sharing.busy
         _raise_fd_limit()
         inherited = inherited_sockets()
@@ -195,6 +197,12 @@ class Daemon:
             functions=len(self.functions),
         )
         return StatusReport(daemon=daemon, functions=[function_status(function) for function in self.functions])
+
+    def migrations(self) -> list[MigrationEntry]:
+        """The last migrations of each function, the oldest first."""
+        runners = [function.migration for function in self.functions if function.migration is not None]
+        entries = [entry for runner in runners if runner.history is not None for entry in runner.history.entries]
+        return sorted(entries, key=lambda entry: entry["ended"])
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

@@ -31,6 +31,7 @@ from vfiouser_oob.observability.status import (
     DaemonStatus,
     FunctionStatus,
     MapsStatus,
+    MigrationEntry,
     MigrationStatus,
     RegionStatus,
 )
@@ -186,6 +187,14 @@ def test_events_are_described() -> None:
     announced |= set(re.findall(r"publish\(\s*\"([a-z-]+)\"", trace))
     described = re.findall(r"^\| `([a-z-]+)` \|.*`function`", document("docs/reference/status.md"), re.MULTILINE)
     assert announced == set(described)
+
+
+def test_migrations_are_described() -> None:
+    """The example in the reference has the fields of the type, and each has its row."""
+    _, text = next(block for block in blocks("json") if block[0] == "docs/reference/migrations.md")
+    assert set(MigrationEntry.__annotations__) == set(json.loads(text)[0])
+    rows = re.findall(r"^\| (`.*?) \|", document("docs/reference/migrations.md"), re.MULTILINE)
+    assert set(MigrationEntry.__annotations__) == {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 def test_error_codes_are_described() -> None:

@@ -22,7 +22,7 @@ from vfiouser_oob.control.client import ControlClient, ControlError
 from vfiouser_oob.control.protocol import ErrorCode, RequestError
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
 from vfiouser_oob.observability.events import EventHub
-from vfiouser_oob.observability.status import StatusReport
+from vfiouser_oob.observability.status import MigrationEntry, StatusReport
 from vfiouser_oob.transport.peer import Peer
 
 STATUS: StatusReport = {
@@ -47,6 +47,10 @@ class FakeDaemon:
     def status(self) -> StatusReport:
         """The fixed state."""
         return STATUS
+
+    def migrations(self) -> list[MigrationEntry]:
+        """None so far."""
+        return []
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """The hub's events."""
@@ -158,7 +162,7 @@ async def test_hello_names_protocol_and_methods(tmp_path: Path) -> None:
                 "hello": "vfiouser-oob",
                 "protocol": 1,
                 "version": __version__,
-                "methods": ["status", "watch"],
+                "methods": ["status", "migrations", "watch"],
             }
             assert expected == await read_json(stream, bytearray())
 
@@ -173,7 +177,7 @@ async def test_an_unknown_method_does_not_end_the_connection(tmp_path: Path) -> 
             await stream.send_all(b'{"id":"a","method":"explode"}\n{"id":2,"method":"status"}\n')
             refusal = await read_json(stream, buffer)
             assert ("a", "unknown-method") == (refusal["id"], refusal["error"]["code"])
-            assert "allowed: status, watch" in refusal["error"]["message"]
+            assert "allowed: status, migrations, watch" in refusal["error"]["message"]
             assert {"id": 2, "result": STATUS} == await read_json(stream, buffer)
 
 
