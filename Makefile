@@ -71,6 +71,7 @@ proto: venv-dev ## compile the .proto of the gRPC agents again, after it was cha
 pages: venv-dev ## write the reference pages that are made from declarations
 	$(BIN)/python tools/messages_page.py
 	$(BIN)/python tools/config_page.py
+	$(BIN)/python tools/metrics_page.py
 	$(BIN)/python tools/rooms_map.py
 
 clean: ## remove what make made, except the downloads in .cache

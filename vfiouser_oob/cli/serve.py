@@ -156,11 +156,12 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: a mistake on the command line is reported without loading the whole daemon first.
     import trio
 
+    from vfiouser_oob.control.metrics_http import serve_metrics
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
 
     log.configure(config.log_level, config.log_format)
     settle_objects()
-    trio.run(partial(run_daemon, config, control=serve_control))
+    trio.run(partial(run_daemon, config, control=serve_control, metrics=serve_metrics))
     return ExitCode.DONE

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from vfiouser_oob.control import protocol
+from vfiouser_oob.observability.measured import Measured
 from vfiouser_oob.observability.status import MigrationEntry, StatusReport
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -73,6 +74,14 @@ class ControlClient:
             ControlError: no answer, or a refusal.
         """
         return cast("list[MigrationEntry]", self._call("migrations"))
+
+    def metrics(self) -> Measured:
+        """What the daemon has measured.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        return cast("Measured", self._call("metrics"))
 
     def watch(self, beat_s: float | None = None) -> Iterator[dict[str, Any]]:
         """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.

@@ -105,6 +105,7 @@ class ControlServer:
         self._methods: Mapping[str, Callable[[trio.SocketStream, ControlRequest], Awaitable[bool]]] = {
             "status": self._status,
             "migrations": self._migrations,
+            "metrics": self._metrics,
             "watch": self._watch,
         }
 
@@ -199,6 +200,10 @@ class ControlServer:
 
     async def _migrations(self, stream: trio.SocketStream, request: ControlRequest) -> bool:
         await _send(stream, {"id": request.id, "result": self._provider.migrations()})
+        return True
+
+    async def _metrics(self, stream: trio.SocketStream, request: ControlRequest) -> bool:
+        await _send(stream, {"id": request.id, "result": self._provider.metrics()})
         return True
 
     async def _watch(self, stream: trio.SocketStream, request: ControlRequest) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
+from vfiouser_oob.observability.measured import Measured
+
 if TYPE_CHECKING:  # the client side is for quick commands, which do without trio
     import trio
 
@@ -202,6 +204,9 @@ class StatusProvider(Protocol):
 
     def status(self) -> StatusReport:
         """The state at this moment."""
+
+    def metrics(self) -> Measured:
+        """What was measured so far."""
 
     def migrations(self) -> list[MigrationEntry]:
         """The last migrations of each function, the oldest first."""

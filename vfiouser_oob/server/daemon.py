@@ -15,25 +15,31 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import trio
 
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
+from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.latency import MARK_S
+from vfiouser_oob.observability.measured import Measured
+from vfiouser_oob.observability.openmetrics import HINT, available
 from vfiouser_oob.observability.status import DaemonStatus, MigrationEntry, StatusProvider, StatusReport
 from vfiouser_oob.persist.capabilities import CapabilityStore
 from vfiouser_oob.persist.history import HistoryStore
+from vfiouser_oob.persist.starts import StartCount
+from vfiouser_oob.server.certificates import CertificateBook
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.measure import measure_function
 from vfiouser_oob.server.opening import SharedParts, open_function
 from vfiouser_oob.server.registry import Registry
 from vfiouser_oob.server.status import function_status, iso_time
-from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
+from vfiouser_oob.systemd.listen import METRICS_NAME, assign_sockets, inherited_sockets
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
@@ -76,6 +82,7 @@ async def run_daemon(
     *,
     agents: AgentMaker = make_agent,
     control: ServeControl | None = None,
+    metrics: ServeControl | None = None,
     beside: Companion | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -85,6 +92,7 @@ async def run_daemon(
         config: what to serve.
         agents: makes agents by kind and options.
         control: answers on the control socket; without it there is none.
+        metrics: answers on the metrics socket; without it there is none.
         beside: what else has to be there before we are ready.
         task_status: told when every socket listens.
 
@@ -102,6 +110,7 @@ async def run_daemon(
         _raise_fd_limit()
         inherited = inherited_sockets()
         control_fds = inherited.pop(CONTROL_NAME, [])
+        scraped = None if metrics is None else _open_metrics(config, inherited.pop(METRICS_NAME, []), resources)
         assigned = assign_sockets(config.functions, inherited)
         listener = None if control is None else _open_control(config.control_socket, control_fds, resources)
         lives: list[Life] = []
@@ -109,12 +118,29 @@ async def run_daemon(
             lives.append(open_function(entry, assigned.get(entry.name, []), means))
             resources.callback(lives[-1].close)
         async with means.agents, trio.open_nursery() as nursery:
-            daemon = Daemon(lives, means, nursery)
-            if control is not None and listener is not None:
-                await nursery.start(control, daemon, listener.sock.dup())
+            books = DaemonBooks(
+                StartCount(config.state_directory, log.get("persist")),
+                CertificateBook(config.functions, log.get("agents")),
+            )
+            daemon = Daemon(lives, means, books, nursery)
+            for serve, place in ((control, listener), (metrics, scraped)):
+                if serve is not None and place is not None:
+                    await nursery.start(serve, daemon, place.sock.dup())
             await daemon.run(beside, task_status)
             nursery.cancel_scope.cancel()
         means.events.close()
+
+
+class DaemonBooks(NamedTuple):
+    """What is kept of the process as a whole.
+
+    Args:
+        starts: how often one began.
+        certificates: when those of agents expire.
+    """
+
+    starts: StartCount
+    certificates: CertificateBook
 
 
 class Daemon:
@@ -123,14 +149,16 @@ class Daemon:
     Args:
         lives: its functions, opened.
         means: what they share.
+        books: what is kept of the process.
         nursery: where everything lives; cancelled by the caller when `run` has returned.
     """
 
-    def __init__(self, lives: Sequence[Life], means: SharedParts, nursery: trio.Nursery) -> None:
+    def __init__(self, lives: Sequence[Life], means: SharedParts, books: DaemonBooks, nursery: trio.Nursery) -> None:
         self._events = means.events
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
         self._started = time.time()
+        self._books = books
         self._nursery = nursery
         self._serving = trio.CancelScope()
         #: Its functions; they may come and go while it runs.
@@ -144,7 +172,8 @@ class Daemon:
     async def run(self, beside: Companion | None, task_status: trio.TaskStatus[Daemon]) -> None:
         """Serve until told to stop."""
         self._nursery.start_soon(self._notifier.run)
-        self._nursery.start_soon(self._keep_time)
+        for background in (self._keep_time, self._books.starts.run, self._books.certificates.run):
+            self._nursery.start_soon(background)
         with trio.open_signal_receiver(*_ENDING, *_WITHOUT_MEANING) as signals:
             self._nursery.start_soon(self._await_signal, signals)
             with self._serving:
@@ -198,6 +227,18 @@ class Daemon:
         )
         return StatusReport(daemon=daemon, functions=[function_status(function) for function in self.functions])
 
+    def metrics(self) -> Measured:
+        """What was measured so far."""
+        return Measured(
+            version=__version__,
+            python=platform.python_version(),
+            kernel=os.uname().release,
+            started_s=self._started,
+            starts=self._books.starts.count,
+            functions=[measure_function(function) for function in self.functions],
+            certificates=dict(self._books.certificates.expiries),
+        )
+
     def migrations(self) -> list[MigrationEntry]:
         """The last migrations of each function, the oldest first."""
         runners = [function.migration for function in self.functions if function.migration is not None]
@@ -224,6 +265,21 @@ def _open_control(path: Path | None, inherited: Sequence[int], resources: ExitSt
         listener = listen_on_path(path, _CONTROL_MODE)
     else:
         return None
+    resources.callback(listener.close)
+    return listener
+
+
+def _open_metrics(config: DaemonConfig, inherited: Sequence[int], resources: ExitStack) -> Listener | None:
+    if not inherited and config.metrics_socket is None:
+        return None
+    if not available():
+        raise ConfigError(f"the metrics socket cannot be served: {HINT}")
+    if inherited:
+        listener = Listener(adopt_socket(inherited[0], local=False), None)
+    else:
+        assert config.metrics_socket is not None
+        _make_runtime_directory(config.metrics_socket.parent)
+        listener = listen_on_path(config.metrics_socket, _CONTROL_MODE)
     resources.callback(listener.close)
     return listener
 

@@ -22,6 +22,7 @@ from vfiouser_oob.control.client import ControlClient, ControlError
 from vfiouser_oob.control.protocol import ErrorCode, RequestError
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
 from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.observability.measured import Measured
 from vfiouser_oob.observability.status import MigrationEntry, StatusReport
 from vfiouser_oob.transport.peer import Peer
 
@@ -47,6 +48,18 @@ class FakeDaemon:
     def status(self) -> StatusReport:
         """The fixed state."""
         return STATUS
+
+    def metrics(self) -> Measured:
+        """Nothing so far."""
+        return {
+            "version": "1",
+            "python": "3.11.7",
+            "kernel": "6.1",
+            "started_s": 0.0,
+            "starts": None,
+            "functions": [],
+            "certificates": {},
+        }
 
     def migrations(self) -> list[MigrationEntry]:
         """None so far."""
@@ -162,7 +175,7 @@ async def test_hello_names_protocol_and_methods(tmp_path: Path) -> None:
                 "hello": "vfiouser-oob",
                 "protocol": 1,
                 "version": __version__,
-                "methods": ["status", "migrations", "watch"],
+                "methods": ["status", "migrations", "metrics", "watch"],
             }
             assert expected == await read_json(stream, bytearray())
 
@@ -177,7 +190,7 @@ async def test_an_unknown_method_does_not_end_the_connection(tmp_path: Path) -> 
             await stream.send_all(b'{"id":"a","method":"explode"}\n{"id":2,"method":"status"}\n')
             refusal = await read_json(stream, buffer)
             assert ("a", "unknown-method") == (refusal["id"], refusal["error"]["code"])
-            assert "allowed: status, migrations, watch" in refusal["error"]["message"]
+            assert "allowed: status, migrations, metrics, watch" in refusal["error"]["message"]
             assert {"id": 2, "result": STATUS} == await read_json(stream, buffer)
 
 
