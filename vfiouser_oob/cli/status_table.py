@@ -25,7 +25,7 @@ from vfiouser_oob.cli.status_words import (
     since_of,
     word_of,
 )
-from vfiouser_oob.observability.status import CommandStatus, FunctionStatus, StatusReport, VmStatus
+from vfiouser_oob.observability.status import CommandStatus, FunctionStatus, StatusReport, VmFunctionStatus, VmStatus
 
 #: Functions whose particulars are told without being asked for; of more, only of those that somebody ought to look at.
 FEW = 8
@@ -86,7 +86,7 @@ def view(status: StatusReport, now: datetime | None = None, names: Collection[st
         parts += ["", _function_table(functions, now)]
     vms = [] if names else status.get("vms", [])
     if vms:
-        parts += ["", _vm_table(vms, now), *_vm_troubles(vms)]
+        parts += ["", _vm_table(vms, status["functions"], now), *_vm_troubles(vms)]
     told, untold = _particulars(functions, asked=bool(names), now=now)
     parts += told
     if untold:
@@ -135,27 +135,35 @@ def _function_table(functions: Collection[FunctionStatus], now: datetime) -> Tab
     return table
 
 
-def _vm_table(vms: Collection[VmStatus], now: datetime) -> Table:
-    table = plain_table("VM", "QEMU", "STATE", "MIGRATION", "CARRIER", "MOVED", "DOWNTIME")
+def _vm_table(vms: Collection[VmStatus], functions: Collection[FunctionStatus], now: datetime) -> Table:
+    moved = {each["name"]: each["migration"]["bytes"] for each in functions if each["migration"] is not None}
+    table = plain_table("VM", "STATE", "SINCE", "QEMU", "MIGRATION", "CARRIER", "MOVED", "FUNCTIONS")
     for vm in vms:
-        qemu = f"{printable(vm['qemu_version'] or '?')}[{vm['qemu_pid'] or '?'}]" if vm["runstate"] else "none"
-        ready = "armed" if vm["armed"] else "not armed"
+        qemu = "none" if vm["qemu"] is None else f"{printable(vm['version'] or '?')}[{vm['qemu']['pid']}]"
+        connected = "" if vm["carrier"] in vm["carriers"] else " (not connected)"
+        bytes_moved = sum(moved.get(function["name"], 0) for function in vm["functions"])
         table.add_row(
             Text(printable(vm["name"])),
+            Text(printable(vm["phase"]), style=_WRONG if vm["phase"] == "barred" else ""),
+            Text(age(vm["since"], now)),
             Text(qemu),
-            Text(printable(vm["runstate"] or "-")),
-            Text(f"{printable(vm['phase'])} for {age(vm['since'], now)}, {ready}"),
-            Text(printable(vm["carrier"])),
-            Text(short_size(vm["bytes"])),
-            Text("-" if vm["downtime_s"] is None else short_time(vm["downtime_s"])),
+            Text(printable(vm["migration"])),
+            Text(printable(vm["carrier"]) + connected),
+            Text(short_size(bytes_moved) if bytes_moved else "-"),
+            Text(", ".join(_vm_function(function) for function in vm["functions"])),
         )
     return table
+
+
+def _vm_function(function: VmFunctionStatus) -> str:
+    doing = f", {function['doing']}" if function["doing"] else ""
+    return printable(f"{function['name']} {function['place']}{doing}")
 
 
 def _vm_troubles(vms: Collection[VmStatus]) -> Iterator[Text]:
     for vm in vms:
         if vm["refused"]:
-            yield Text(f"{printable(vm['name'])} would not migrate now: {printable(vm['refused'])}", style=_WRONG)
+            yield Text(f"{printable(vm['name'])} does not migrate now: {printable(vm['refused'])}", style=_WRONG)
         if vm["last_error"]:
             yield Text(f"{printable(vm['name'])}: last error: {printable(vm['last_error'])}", style=_WRONG)
 

@@ -156,30 +156,6 @@ class MigrationEntry(TypedDict):
     why: str | None
 
 
-class VmStatus(TypedDict):
-    """One VM whose functions move with it.
-
-    `qemu_pid`, `qemu_version` and `runstate` are what its QEMU said, null without one; `armed` whether a plain
-    `migrate` would take the functions along, `refused` why not; `phase` where the migration is, `bytes` what it has
-    moved, and `downtime_s` how long its functions stood still in the last one; `since` is when the phase began (ISO
-    8601, UTC).
-    """
-
-    name: str
-    functions: list[str]
-    carrier: str
-    qemu_pid: int | None
-    qemu_version: str | None
-    runstate: str | None
-    armed: bool
-    refused: str | None
-    phase: str
-    since: str
-    bytes: int
-    downtime_s: float | None
-    last_error: str | None
-
-
 class DaemonStatus(TypedDict):
     """The process. `started` is ISO 8601, UTC; `functions` how many there are; `python` and `kernel` are versions."""
 
@@ -191,8 +167,41 @@ class DaemonStatus(TypedDict):
     functions: int
 
 
+class VmFunctionStatus(TypedDict):
+    """A function as its VM's migration knows it: `place` is where it is, `doing` what is being done to it."""
+
+    name: str
+    place: str
+    doing: str | None
+
+
+class VmStatus(TypedDict):
+    """One VM that is migrated by a QEMU without migration of its own for vfio-user.
+
+    `phase` is where the VM is, as its functions have to know it: `absent`, `running`, `armed`, `holding`, `stopped`,
+    `saving`, `saved`, `away`, `incoming`, `loading`, `loaded`, `ready`, `going` or `barred`, and `since` when that
+    began (ISO 8601, UTC). `migration` is the class of what QEMU said last of a migration. `qemu` is the process that
+    has connected its monitor, and `version` what it says it is; both are null without one. `carrier` is what carries
+    the state, `carriers` those that QEMU has connected. `refused` is why the migration under way must not go through.
+    `sockets` are the paths, by the keys of the configuration.
+    """
+
+    name: str
+    phase: str
+    since: str
+    migration: str
+    qemu: ClientStatus | None
+    version: str | None
+    carrier: str
+    carriers: list[str]
+    refused: str | None
+    functions: list[VmFunctionStatus]
+    sockets: dict[str, str]
+    last_error: str | None
+
+
 class StatusReport(TypedDict):
-    """All that `status` answers."""
+    """All that `status` answers; `vms` is missing where an older daemon does."""
 
     daemon: DaemonStatus
     functions: list[FunctionStatus]

@@ -156,17 +156,19 @@ ORPHAN: FunctionStatus = {
 }
 VM: VmStatus = {
     "name": "web-1",
-    "functions": ["nvme0", "f1"],
-    "carrier": "dbus-vmstate",
-    "qemu_pid": 412,
-    "qemu_version": "11.1.3",
-    "runstate": "running",
-    "armed": False,
-    "refused": "return-path is off, so a failed migration would lose the VM",
-    "phase": "idle",
+    "phase": "armed",
     "since": ago(hours=2),
-    "bytes": 0,
-    "downtime_s": 0.043,
+    "migration": "none",
+    "qemu": {"pid": 412, "uid": 64055, "command": "qemu"},
+    "version": "11.1.3",
+    "carrier": "dbus-vmstate",
+    "carriers": [],
+    "refused": "return-path is off, so a failed migration would lose the VM",
+    "functions": [
+        {"name": "nvme0", "place": "runs", "doing": None},
+        {"name": "f3", "place": "stands", "doing": "save"},
+    ],
+    "sockets": {"monitor": "/run/vm.sock"},
     "last_error": None,
 }
 ALL: StatusReport = {
