@@ -12,6 +12,7 @@ from vfiouser_oob.observability.log import Logger, RateLimited
 from vfiouser_oob.observability.trouble import TroubleBook
 from vfiouser_oob.server.containment import errno_of
 from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.session import CommandReceived
@@ -42,6 +43,8 @@ class FunctionContext:
         self.counts = [0] * (max(Command) + 1)
         self.timings = CommandTimings(len(self.counts), time.monotonic())
         self.trouble = TroubleBook()
+        #: Whom the function serves.
+        self.client: Peer | None = None
         self._events = events
 
     def announce(self, kind: str, **fields: Any) -> None:
@@ -66,5 +69,11 @@ class FunctionContext:
         number = errno_of(error, self.log, name)
         text = f"{name}: {error}"
         self.trouble.note(text, passing=True)
-        self.noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
+        self.noise.warning(
+            "command refused",
+            command=name,
+            client=self.client,
+            reason=str(error),
+            errno=errno.errorcode.get(number, str(number)),
+        )
         return number

@@ -269,5 +269,5 @@ def note_refusal(event: MessageRefused, context: FunctionContext) -> None:
         context: the function's.
     """
     close_fds(event.fds)
-    context.noise.warning("message refused", reason=event.reason)
+    context.noise.warning("message refused", client=context.client, reason=event.reason)
     context.note_error(event.reason)

@@ -215,6 +215,7 @@ class Function:
         if self.connection is not None:
             raise TurnedAway(f"{connection.peer} was refused: {self.connection.peer} uses the function", errno.EBUSY)
         self.connection = connection
+        self.context.client = connection.peer
         self._vacant = trio.Event()
         self.clients_served += 1
         self.context.announce("client-connected", client=str(connection.peer))
@@ -224,7 +225,7 @@ class Function:
         if self.connection is not connection:
             self.log.debug("client gone before it was served", client=connection.peer, reason=reason)
             return
-        self.connection = None
+        self.connection = self.context.client = None
         self._vacant.set()
         self.phase_changed()
         self.context.visits.info("client detached", client=connection.peer, reason=reason)

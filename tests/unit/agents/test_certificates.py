@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfiouser_agents.rpc.certificates import UnreadableCertificate, expiry_of, expiry_words, first_expiry
@@ -46,6 +46,7 @@ def test_no_certificate(tmp_path: Path, text: str) -> None:
         first_expiry(path)
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(DER) - 1), st.integers(0, 255))
 def test_damaged_certificates(place: int, value: int) -> None:
     """Whatever a byte becomes, there is a time or a refusal."""
@@ -57,6 +58,7 @@ def test_damaged_certificates(place: int, value: int) -> None:
         pass
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_garbage(data: bytes) -> None:
     """What is no certificate is refused, and nothing else happens."""

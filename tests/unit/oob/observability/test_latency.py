@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfiouser_oob.observability.latency import MARK_S, POWER_BOUNDS_S, CommandTimings
@@ -11,6 +11,7 @@ from vfiouser_oob.observability.latency import MARK_S, POWER_BOUNDS_S, CommandTi
 READ, WRITE = 9, 10
 
 
+@settings(deadline=None)
 @given(st.integers(1 << 10, (1 << 42) - 1))
 def test_a_quantile_is_right_within_an_eighth(nanoseconds: int) -> None:
     """Whatever was recorded comes back within the width of half a bucket."""
