@@ -75,6 +75,7 @@ pages: venv-dev ## write the reference pages that are made from declarations
 	$(BIN)/python tools/messages_page.py
 	$(BIN)/python tools/config_page.py
 	$(BIN)/python tools/verbs_page.py
+	$(BIN)/python tools/metrics_page.py
 	$(BIN)/python tools/rooms_map.py
 
 clean: ## remove what make made, except the downloads in .cache

@@ -57,6 +57,8 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("drain", "vfiouser_oob.cli.drain", "let a function take no new client, and wait for the last one"),
     CommandEntry("disconnect", "vfiouser_oob.cli.disconnect", "turn the client of a function out"),
     CommandEntry("log-level", "vfiouser_oob.cli.log_level", "choose what a running daemon logs"),
+    CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),
+    CommandEntry("metrics", "vfiouser_oob.cli.metrics", "print what a running daemon has measured"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
     CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),

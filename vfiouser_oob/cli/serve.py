@@ -156,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: a mistake on the command line is reported without loading the whole daemon first.
     import trio
 
+    from vfiouser_oob.control.metrics_http import serve_metrics
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
@@ -164,5 +165,6 @@ def run(args: argparse.Namespace) -> int:
     log.configure(config.log_level, config.log_format)
     settle_objects()
     reread = None if args.config is None else partial(config_from, args)
-    trio.run(partial(run_daemon, config, control=serve_control, vms=open_vms, reread=reread))
+    run = partial(run_daemon, config, control=serve_control, metrics=serve_metrics, vms=open_vms, reread=reread)
+    trio.run(run)
     return ExitCode.DONE
