@@ -94,10 +94,23 @@ class Logger:
         exc_info = error if self.debug_enabled else None
         self._log(logging.ERROR, event, described, exc_info)
 
-    def _log(self, level: int, event: str, fields: Mapping[str, Any], exc_info: BaseException | None = None) -> None:
+    def traceback(self, event: str, error: BaseException, **fields: Any) -> None:
+        """Write a failure of code that is not ours, at every level with the traceback that its author needs."""
+        described = {"error": f"{type(error).__name__}: {error}", **fields}
+        self._log(logging.ERROR, event, described, error, spread=True)
+
+    def _log(
+        self,
+        level: int,
+        event: str,
+        fields: Mapping[str, Any],
+        exc_info: BaseException | None = None,
+        *,
+        spread: bool = False,
+    ) -> None:
         if self._logger.isEnabledFor(level):
-            merged = {**self._fields, **fields}
-            self._logger.log(level, "%s", event, exc_info=exc_info, extra={"event": event, "fields": merged})
+            extra = {"event": event, "fields": {**self._fields, **fields}, "spread": spread}
+            self._logger.log(level, "%s", event, exc_info=exc_info, extra=extra)
 
 
 class RateLimited:
@@ -175,15 +188,22 @@ class HumanFormatter(logging.Formatter):
         fields = "".join(f" {key}={_readable(value)}" for key, value in _fields(record).items())
         name = _short(record.name)
         line = f"{name}: {_one_line(_event(record))}{fields}"
+        below: list[str] = []
         if record.exc_info:
-            line += " traceback=" + json.dumps(self.formatException(record.exc_info))
+            trace = self.formatException(record.exc_info)
+            if getattr(record, "spread", False):
+                # Indented, so that none of these lines can pass for a record.
+                below = [f"    {_one_line(part)}" for part in trace.splitlines()]
+            else:
+                line += " traceback=" + json.dumps(trace)
         if self._journal:
-            return f"<{_JOURNAL_PRIORITIES.get(record.levelno, 6)}>{line}"
+            priority = f"<{_JOURNAL_PRIORITIES.get(record.levelno, 6)}>"
+            return "\n".join(priority + part for part in [line, *below])
         level = f"{record.levelname.lower():7}"
         if self._colour and record.levelno in _COLOURS:
             level = f"\x1b[{_COLOURS[record.levelno]}m{level}\x1b[0m"
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        return f"{stamp}.{int(record.msecs):03d} {level} {line}"
+        return "\n".join([f"{stamp}.{int(record.msecs):03d} {level} {line}", *below])
 
 
 class JsonFormatter(logging.Formatter):
