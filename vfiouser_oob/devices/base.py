@@ -97,7 +97,7 @@ class ClientLink(abc.ABC):
             DmaFault: as for `dma_read`.
         """
 
-    def bus_read(self, address: int, count: int) -> SentRead:
+    def send_read(self, address: int, count: int) -> SentRead:
         """Send a read of whatever is at an address of the client's bus, as another PCI function's registers are read.
 
         Raises:

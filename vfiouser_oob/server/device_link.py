@@ -21,7 +21,7 @@ class Dma(Protocol):
     async def write(self, address: int, data: bytes) -> None:
         """Write client memory."""
 
-    def bus_read(self, address: int, count: int) -> SentRead:
+    def send_read(self, address: int, count: int) -> SentRead:
         """Send a read of whatever is at an address of its bus."""
 
     def bus_write(self, address: int, data: bytes) -> SentWrite:
@@ -39,7 +39,7 @@ class NoDma:
         """Refuse."""
         raise _too_early()
 
-    def bus_read(self, address: int, count: int) -> SentRead:
+    def send_read(self, address: int, count: int) -> SentRead:
         """Refuse."""
         raise _too_early()
 
@@ -81,9 +81,9 @@ class DeviceLink(ClientLink):
         """Write client memory by messages."""
         await self._dma.write(address, data)
 
-    def bus_read(self, address: int, count: int) -> SentRead:
+    def send_read(self, address: int, count: int) -> SentRead:
         """Send a read of whatever is at an address of the client's bus."""
-        return self._dma.bus_read(address, count)
+        return self._dma.send_read(address, count)
 
     def bus_write(self, address: int, data: bytes) -> SentWrite:
         """Send a write to whatever is at an address of the client's bus."""

@@ -25,6 +25,32 @@ T = TypeVar("T", DmaReadReply, DmaWriteReply)
 MAX_OUTSTANDING = 256
 
 
+class BusRead:
+    """A read of whatever is at an address of the client's bus, sent already.
+
+    Args:
+        address: the guest's.
+        count: bytes.
+        pending: its message.
+    """
+
+    __slots__ = ("_address", "_count", "_pending")
+
+    def __init__(self, address: int, count: int, pending: PendingReply) -> None:
+        self._address = address
+        self._count = count
+        self._pending = pending
+
+    async def wait(self) -> bytes:
+        """Wait for the client's answer, however long it takes.
+
+        Raises:
+            DmaFault: refused, nonsense, or gone.
+        """
+        await self._pending.event.wait()
+        return _check_read(self._address, self._count, _payload(Command.DMA_READ, self._pending))
+
+
 class PendingReply:
     """A command of ours that the client has not answered yet."""
 
@@ -74,32 +100,6 @@ class BusWrite:
         for address, count, pending in self._parts:
             await pending.event.wait()
             _check_written(address, count, _payload(Command.DMA_WRITE, pending))
-
-
-class BusRead:
-    """A read of whatever is at an address of the client's bus, sent already.
-
-    Args:
-        address: the guest's.
-        count: bytes.
-        pending: its message.
-    """
-
-    __slots__ = ("_address", "_count", "_pending")
-
-    def __init__(self, address: int, count: int, pending: PendingReply) -> None:
-        self._address = address
-        self._count = count
-        self._pending = pending
-
-    async def wait(self) -> bytes:
-        """Wait for the client's answer, however long it takes.
-
-        Raises:
-            DmaFault: refused, nonsense, or gone.
-        """
-        await self._pending.event.wait()
-        return _check_read(self._address, self._count, _payload(Command.DMA_READ, self._pending))
 
 
 class ByteBudget:
@@ -200,19 +200,18 @@ class DmaLink:
         self.writes += 1
         self.written_bytes += len(data)
 
-    def bus_read(self, address: int, count: int) -> BusRead:
-        """Send a read of whatever is at an address of the client's bus, mapped as memory or not.
+    async def bus_read(self, address: int, count: int) -> bytes:
+        """Read whatever is at an address of the client's bus, mapped as memory or not.
 
         Args:
             address: the guest's.
-            count: bytes; no more than the client takes in one message, and than a reply may have.
+            count: bytes; no more than the client takes in one message.
 
         Raises:
-            DmaFault: the client takes no such messages, or has gone.
+            DmaFault: refused, nonsense, gone, or too late.
         """
-        if count > min(self._max_transfer, MAX_READ):
-            raise DmaFault(f"the client takes no reads of {count} bytes", errno.E2BIG)
-        return BusRead(address, count, self._send_now(Command.DMA_READ, encode(DmaRead(address, count))))
+        payload = await self._call(Command.DMA_READ, address, count, encode(DmaRead(address, count)), mapped=False)
+        return _check_read(address, count, payload)
 
     def bus_write(self, address: int, data: bytes) -> BusWrite:
         """Send a write to whatever is at an address of the client's bus, mapped as memory or not.
@@ -227,27 +226,23 @@ class DmaLink:
         Raises:
             DmaFault: the client takes no messages, or has gone.
         """
-        parts = []
-        for start in range(0, len(data), self._step):
-            part = data[start : start + self._step]
-            request = encode(DmaWrite(address + start, len(part), part))
-            parts.append((address + start, len(part), self._send_now(Command.DMA_WRITE, request)))
-        return BusWrite(parts)
-
-    def _send_now(self, command: Command, payload: bytes) -> PendingReply:
-        """Send a command for whose answer nobody waits yet."""
         if not self._max_transfer:
             raise _takes_nothing()
         if self._closed:
             raise _gone()
         self._pending = {pending for pending in self._pending if not pending.event.is_set()}
-        pending = PendingReply()
-        _, message = self._session.command(command, payload, pending)
-        self._pending.add(pending)
-        self._send(message)
-        return pending
+        parts = []
+        for start in range(0, len(data), self._step):
+            part = data[start : start + self._step]
+            pending = PendingReply()
+            request = encode(DmaWrite(address + start, len(part), part))
+            _, message = self._session.command(Command.DMA_WRITE, request, pending)
+            self._pending.add(pending)
+            self._send(message)
+            parts.append((address + start, len(part), pending))
+        return BusWrite(parts)
 
-    async def _call(self, command: Command, address: int, count: int, payload: bytes) -> bytes:
+    async def _call(self, command: Command, address: int, count: int, payload: bytes, *, mapped: bool = True) -> bytes:
         if not self._max_transfer:
             raise _takes_nothing()
         pending = PendingReply()
@@ -255,7 +250,8 @@ class DmaLink:
             if self._closed:
                 raise _gone()
             # Asked when nothing is waited for any more: an unmap that was answered meanwhile must be the last word.
-            self._permit(address, count, command == Command.DMA_WRITE)
+            if mapped:
+                self._permit(address, count, command == Command.DMA_WRITE)
             msg_id, message = self._session.command(command, payload, pending)
             self._pending.add(pending)
             answered = False
@@ -280,6 +276,26 @@ class DmaLink:
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,
         }
+
+    def send_read(self, address: int, count: int) -> BusRead:
+        """Send a read of whatever is at an address of the client's bus, mapped as memory or not; see `bus_write`.
+
+        Args:
+            address: the guest's.
+            count: bytes; no more than the client takes in one message, and than a reply may have.
+
+        Raises:
+            DmaFault: the client takes no such messages, or has gone.
+        """
+        if count > min(self._max_transfer, MAX_READ):
+            raise DmaFault(f"the client takes no reads of {count} bytes", errno.E2BIG)
+        if self._closed:
+            raise _gone()
+        pending = PendingReply()
+        _, message = self._session.command(Command.DMA_READ, encode(DmaRead(address, count)), pending)
+        self._pending.add(pending)
+        self._send(message)
+        return BusRead(address, count, pending)
 
     def close(self) -> None:
         """Fail everything that is under way: the client has gone."""

@@ -9,7 +9,6 @@ that the guest has changed it), and once more at the end if there is an answer.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.migration.config_shadow import ConfigShadow
+from vfiouser_oob.vm.monitor import RefusedError
 from vfiouser_oob.vm.replay import FunctionShape, SourceView, table_at, written_bytes
 from vfiouser_oob.vm.topology import Bdf, find_device
 from vfiouser_protocol.constants import RegionIndex
@@ -30,8 +30,9 @@ _CONFIG_MAX = 4096
 _TABLE_MAX = 2048 * 16
 _BARS = 6
 _REACH = CommandBits.MEMORY | CommandBits.BUS_MASTER
-#: How QEMU's monitor names the memory that is ECAM.
-_ECAM = re.compile(r"^\s*([0-9a-f]{16})-[0-9a-f]{16} \(prio [^)]*\): pcie-mmcfg-mmio", re.MULTILINE)
+#: Where a machine with ECAM says at which address the guest has it; nowhere is the highest one.
+_ECAM = {"path": "/machine/q35", "property": "MCFG"}
+_NOWHERE = (1 << 64) - 1
 #: Seconds between two looks whether the table was changed.
 _LOOK_S = 0.05
 #: Looks after which it is read all the same: a guest may change an entry without masking it, which nobody shows.
@@ -138,9 +139,15 @@ async def find_ecam(monitor: QemuMonitor) -> int | None:
 
     Returns:
         The guest's address; None if it has none, or has not turned it on.
+
+    Raises:
+        MonitorError: QEMU does not answer.
     """
-    found = _ECAM.search(await monitor.hmp("info mtree"))
-    return None if found is None else int(found[1], 16)
+    try:
+        base = await monitor.execute("qom-get", _ECAM)
+    except RefusedError:
+        return None
+    return base if isinstance(base, int) and 0 < base < _NOWHERE else None
 
 
 class RegisterReader:
@@ -202,7 +209,7 @@ class RegisterReader:
             self._table, self._read_at = b"", changes
             return
         try:
-            table = await self._bus.bus_read(*where).wait()
+            table = await self._bus.send_read(*where).wait()
         except DmaFault:  # the guest has just moved it, or turned it off
             return
         self._table, self._read_at = table, changes
@@ -251,7 +258,7 @@ class RegisterReader:
             changes = self._shadow.vector_changes
             try:
                 self._bus.bus_write(register, (command | _REACH).to_bytes(2, "little"))
-                table = self._bus.bus_read(*where)
+                table = self._bus.send_read(*where)
                 self._bus.bus_write(register, command.to_bytes(2, "little"))
                 self._table, self._read_at = await table.wait(), changes
             except DmaFault:

@@ -141,7 +141,7 @@ async def path_to(monitor: QemuMonitor, name: str) -> list[Slot]:
     return path
 
 
-class SentReplay:
+class ReplayUnderWay:
     """A replay that was sent as DMA, and may have been carried out.
 
     Args:
@@ -166,7 +166,7 @@ class SentReplay:
         try:
             self._write(replay.plan.steps, through_ecam(replay.plan.steps, replay.place, ecam))
             for check in _checks(replay, ecam):
-                self._reads.append((check, self._bus.bus_read(check.address, len(check.data))))
+                self._reads.append((check, self._bus.send_read(check.address, len(check.data))))
             self._write(replay.plan.closing, through_ecam(replay.plan.closing, replay.place, ecam))
         except DmaFault as error:
             raise ReplayFailed(f"{replay.name}: its registers cannot be written: {error}") from error
@@ -269,7 +269,7 @@ async def _write_by_ports(replay: FunctionReplay, step: Step, bus: ClientLink, m
 
 async def _wrong_by_ports(replay: FunctionReplay, step: Step, bus: ClientLink, monitor: QemuMonitor) -> str:
     if isinstance(step, MemoryWrite):
-        found = await bus.bus_read(step.address, len(step.data)).wait()
+        found = await bus.send_read(step.address, len(step.data)).wait()
         return ReadBack(step.address, step.data, step.mask, _name(step)).failure(found)
     output = ""
     for line in port_read(replay.place, step.offset, len(step.data)):
