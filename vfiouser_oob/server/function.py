@@ -79,7 +79,8 @@ class Function:
         self.clients_served = 0
         self._events = events
         self._allow_uids = allow_uids
-        self._recorded = recorded
+        #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
+        self.recorded = recorded
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
@@ -127,7 +128,7 @@ class Function:
         Raises:
             BackendUnavailable: the function must not run now.
         """
-        if self._recorded:
+        if self.recorded:
             backend.memory.recorder = WriteRecorder()
         return None if self.migration is None else await attach(self.migration, backend, self.name, client)
 
