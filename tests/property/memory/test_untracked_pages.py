@@ -7,7 +7,7 @@ the migration was refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ RUNNING = st.one_of(
     WRITES,
     WRITES,
     st.builds(Deed, st.sampled_from(["send", "work", "pass"]), st.integers(1, 4)),
-    st.sampled_from([Deed("busy"), Deed("free"), Deed("arm"), Deed("log"), Deed("no log")]),
+    st.sampled_from([Deed("busy"), Deed("free"), Deed("arm"), Deed("log"), Deed("no log"), Deed("ask")]),
 )
 LAST = st.one_of(
     st.builds(Deed, st.just("device"), st.integers(0, (PAGES + PRIVATE) * PAGE - 9), st.integers(1, 255)),
@@ -64,15 +64,17 @@ class Machine:
 
     Args:
         seen: whether the device's writes are seen by us.
-        reports: whether somebody reports them.
+        routable: whether it can write by messages.
+        reports: whether somebody reports what it writes.
     """
 
-    def __init__(self, *, seen: bool = True) -> None:
+    def __init__(self, *, seen: bool = True, routable: bool = True, reports: bool = False) -> None:
         self.clock = Clock()
         self.source, self.destination = Guest(PAGES, PRIVATE), Guest(PAGES, PRIVATE)
-        self.device = MemoryOnly(self.source, self.clock, seen=seen)
+        self.device = MemoryOnly(self.source, self.clock, seen=seen, routable=routable)
         self.arrived = MemoryOnly(self.destination, self.clock)
-        self.memory = FunctionMemory("f0", self.device, clock=self.clock, wall_clock=self.clock)
+        reporter = self.device if reports else None
+        self.memory = FunctionMemory("f0", self.device, reports=reporter, clock=self.clock, wall_clock=self.clock)
         self.began: float | None = None
         self.send, self.writes = trio.open_memory_channel[tuple[int, bytes]](1000)
         self.to_do = 0
@@ -112,6 +114,8 @@ class Machine:
                     guest.work()
             case "arm":
                 await self.memory.arm(self.began if guest.dirty is not None else self.clock.now)
+            case "ask":
+                await self.memory.look()
             case "log" if guest.dirty is not None:
                 self.memory.use_log(guest)
             case "no log":
@@ -159,15 +163,15 @@ class Machine:
             guest.close()
 
 
-def played(play: Callable[[Machine], object], *, seen: bool = True) -> None:
+def played(play: Callable[[Machine], Awaitable[None]], **how: bool) -> None:
     """Run a play."""
 
     async def run() -> None:
-        machine = Machine(seen=seen)
+        machine = Machine(**how)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(machine.run_device)
-                await play(machine)  # type: ignore[misc]
+                await play(machine)
                 nursery.cancel_scope.cancel()
         finally:
             machine.close()
@@ -175,7 +179,7 @@ def played(play: Callable[[Machine], object], *, seen: bool = True) -> None:
     trio.run(run)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(RUNNING, max_size=8), st.lists(RUNNING, max_size=14), st.lists(LAST, max_size=6))
 def test_no_page_is_lost(before: list[Deed], during: list[Deed], last: list[Deed]) -> None:
     """Whatever a model writes is at the destination, or the migration was refused."""
@@ -193,7 +197,7 @@ def test_no_page_is_lost(before: list[Deed], during: list[Deed], last: list[Deed
     played(play)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.lists(RUNNING, max_size=6), st.lists(RUNNING, max_size=10), st.lists(LAST, max_size=4), st.booleans())
 def test_no_page_of_an_unseen_device_is_lost(
     before: list[Deed], during: list[Deed], last: list[Deed], early: bool
@@ -211,6 +215,25 @@ def test_no_page_of_an_unseen_device_is_lost(
         assert machine.source.content == machine.destination.content
 
     played(play, seen=False)
+
+
+@settings(max_examples=40)
+@given(st.lists(RUNNING, max_size=6), st.lists(RUNNING, max_size=10), st.lists(LAST, max_size=4), st.booleans())
+def test_no_page_of_a_reported_device_is_lost(
+    before: list[Deed], during: list[Deed], last: list[Deed], routable: bool
+) -> None:
+    """What an agent or the IOMMU reports travels or is marked, whether the device can write by messages or not."""
+
+    async def play(machine: Machine) -> None:
+        try:
+            await machine.move(before, [*during, Deed("arm")], last)
+        except UntrackedRefused:
+            assert sum(deed.number for deed in [*before, *during] if deed.kind == "pass") > 9
+            return
+        machine.source.work()
+        assert machine.source.content == machine.destination.content
+
+    played(play, seen=False, routable=routable, reports=True)
 
 
 @settings(max_examples=60)

@@ -17,6 +17,7 @@ from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, Device
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_protocol.dirty import DirtyLog
 from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 
@@ -175,6 +176,7 @@ class MemoryOnly(BackendSession):
         self.guest = guest
         self.by_message = False
         self._routable = routable
+        self._unreported = DirtyLog(PAGE)
         self.description = DeviceDescription((), (), 0)
         self.memory = GuestMemory(guest, 64, by_message=False, check_files=True)
         self.memory.recorder = WriteRecorder(clock)
@@ -199,6 +201,13 @@ class MemoryOnly(BackendSession):
             await self.memory.relay_write(address, data)
         else:
             self.guest.poke(address, data)
+            self._unreported.mark(address, len(data))
+
+    async def collect(self) -> DirtyLog:
+        """As its agent: report what it wrote past us."""
+        await trio.lowlevel.checkpoint()
+        found, self._unreported = self._unreported, DirtyLog(PAGE)
+        return found
 
     def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
         """Map a range."""
