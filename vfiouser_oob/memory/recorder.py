@@ -137,7 +137,7 @@ class PageJournal:
         self._forget_before(now - GENERATION_S * (GENERATIONS - 1))
 
     def _forget_before(self, moment: float) -> None:
-        while len(self._generations) > 1 and self._generations[1].began <= moment:
+        while len(self._generations) > 1 and self._generations[1].began < moment:
             self._generations.popleft()
 
     def keep(self, since: float) -> bool:

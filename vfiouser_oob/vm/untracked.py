@@ -177,7 +177,7 @@ class FunctionMemory:
             async with self._stillness(still):
                 await self._session.route_dma(by_message=True)
                 self._routed = True
-                self._seen_from = min(self._seen_from, self._clock())
+                self._seen_from = min(self._seen_from, math.nextafter(self._clock(), math.inf))
         except CommandError as error:
             if self._reports is None:
                 self._journal.release()

@@ -114,16 +114,19 @@ class Guest(ClientLink):
 
     def poke(self, address: int, data: bytes) -> None:
         """Put bytes into memory, as somebody whom QEMU does not see."""
-        if address >= self.size:
-            self.private[address - self.size : address - self.size + len(data)] = data
-        else:
-            os.pwrite(self.fd.fileno(), data, address)
+        in_file = max(0, min(len(data), self.size - address))
+        if in_file:
+            os.pwrite(self.fd.fileno(), data[:in_file], address)
+        if in_file < len(data):
+            start = address + in_file - self.size
+            self.private[start : start + len(data) - in_file] = data[in_file:]
 
     def peek(self, address: int, count: int) -> bytes:
         """Look at memory."""
-        if address >= self.size:
-            return bytes(self.private[address - self.size : address - self.size + count])
-        return os.pread(self.fd.fileno(), count, address)
+        in_file = max(0, min(count, self.size - address))
+        found = os.pread(self.fd.fileno(), in_file, address) if in_file else b""
+        start = address + in_file - self.size
+        return found + (bytes(self.private[start : start + count - in_file]) if in_file < count else b"")
 
     # Migration
 
