@@ -1,0 +1,37 @@
+"""libvirt itself, between two hosts on this machine: what `virsh migrate` does with our functions.
+
+One guest serves the tests of a module where that is possible: a boot costs more than all else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from libvirtbed.domain import NAME, Domain
+from libvirtbed.host import why_not
+from libvirtbed.hosts import place, start_domain
+from vmbed.assets import Assets
+from vmbed.assets.libvirt import Libvirt, locate_libvirt
+from vmbed.assets.store import default_cache
+
+pytestmark = [pytest.mark.vm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+
+@pytest.fixture
+def libvirt() -> Libvirt:
+    """libvirt's tree; a missing one is an error that names `make vm-assets`."""
+    return locate_libvirt(default_cache())
+
+
+async def test_a_guest_moves_between_two_hosts(assets: Assets, libvirt: Libvirt, workdir: Path) -> None:
+    """Without a function of ours, so that what fails with one is not the bed's fault."""
+    async with place("A", assets, libvirt, workdir) as here, place("B", assets, libvirt, workdir) as there:
+        guest = await start_domain(here, assets, Domain())
+        await guest.check("sh echo kept > /tmp/kept")
+        said = await here.migrate(there)
+        assert said.status == 0, said.text
+        moved = await there.guest()
+        assert (await moved.check("sh cat /tmp/kept")).lines == ("kept",)
+        assert await there.host.virsh("domstate", NAME) == "running"
