@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from libvirtbed.domain import NAME, Domain
-from libvirtbed.host import why_not
+from libvirtbed.host import CONFIG, SHARED, why_not
 from libvirtbed.hosts import place, start_domain
+from libvirtbed.snippets import awaited, met, printed
 from vmbed.assets import Assets
 from vmbed.assets.libvirt import Libvirt, locate_libvirt
 from vmbed.assets.store import default_cache
+from vmbed.stack import soc_and_daemon
 
 pytestmark = [pytest.mark.vm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -35,3 +37,24 @@ async def test_a_guest_moves_between_two_hosts(assets: Assets, libvirt: Libvirt,
         moved = await there.guest()
         assert (await moved.check("sh cat /tmp/kept")).lines == ("kept",)
         assert await there.host.virsh("domstate", NAME) == "running"
+
+
+async def test_the_hook_refuses_a_vm_in_words(
+    assets: Assets, libvirt: Libvirt, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who asked for the migration reads why; nothing was begun, and the VM stays where it is."""
+    async with place("A", assets, libvirt, workdir) as here, place("B", assets, libvirt, workdir) as there:
+        sockets = here.host.shared
+        domain = workdir / "domain.xml"
+        text = printed(capsys, workdir, SHARED, "dbus-vmstate", "libvirt", "--domain-type", "qemu")
+        domain.write_text(text)
+        (there.host.shared / CONFIG.name).write_text((workdir / "config.toml").read_text().replace("f0", "g0"))
+        async with soc_and_daemon(sockets), awaited(sockets, "dbus-vmstate") as (monitor, side):
+            await here.host.virsh("define", str(domain))
+            await here.host.virsh("start", NAME, "--paused")
+            await met(monitor, side, here.host.process)
+            said = await here.migrate(there)
+            assert said.status == 1
+            assert f"no [[vm]] of this host has the functions f0 (it has {NAME}: g0)" in said.text
+            assert await here.host.virsh("domstate", NAME) == "paused"
+            await here.host.virsh("destroy", NAME)

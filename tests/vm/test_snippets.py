@@ -2,61 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trio
 
-from carrierbed.sides import KINDS, Side
+from carrierbed.sides import KINDS
 from libvirtbed.domain import NAME
 from libvirtbed.host import SHARED, why_not
 from libvirtbed.hosts import place
-from vfiouser_oob.cli.main import main
-from vfiouser_oob.vm.carriers.interface import QemuAttached
+from libvirtbed.snippets import awaited, met, printed
 from vmbed.assets import Assets
 from vmbed.assets.libvirt import locate_libvirt
 from vmbed.assets.store import default_cache
-from vmbed.lines import LineListener
-from vmbed.processes import LoggedProcess, deadline, logged_process
+from vmbed.processes import logged_process
 from vmbed.stack import soc_and_daemon
 
 pytestmark = pytest.mark.vm
-START_S = 60.0
-
-
-def printed(capsys: pytest.CaptureFixture[str], workdir: Path, sockets: Path, carrier: str, *arguments: str) -> str:
-    """What `snippet` prints for a VM whose sockets are in a folder."""
-    config = workdir / "config.toml"
-    config.write_text(
-        f'[[vm]]\nname = "{NAME}"\nfunctions = ["f0"]\ncarrier = "{carrier}"\nmonitor = "{sockets}/monitor"\n'
-        f'{carrier.replace("-", "_")} = "{sockets}/carrier"\n'
-        f'[[function]]\nname = "f0"\nsocket = "{sockets}/vmm.sock"\ndevice = {{ kind = "model", model = "nvme" }}\n'
-    )
-    capsys.readouterr()
-    assert main(["snippet", *arguments, NAME, "--config", str(config), "--memory", "64M"]) == 0
-    return capsys.readouterr().out
-
-
-@asynccontextmanager
-async def awaited(sockets: Path, carrier: str) -> AsyncIterator[tuple[LineListener, Side]]:
-    """What such a QEMU connects to, beside the function: a monitor's listener and a carrier."""
-    async with trio.open_nursery() as nursery, LineListener(sockets / "monitor") as monitor:
-        side = Side(KINDS[carrier], nursery, sockets / "carrier")
-        await side.start()
-        yield monitor, side
-        nursery.cancel_scope.cancel()
-
-
-async def met(monitor: LineListener, side: Side, process: LoggedProcess) -> None:
-    """Wait until a QEMU has greeted by the monitor and opened the carrier."""
-    with deadline(START_S, "greeting of QEMU's monitor", process.log):
-        greeting = json.loads(await (await monitor.accept(process)).receive())
-    assert greeting["QMP"]["version"]["qemu"]["major"] >= 11
-    await side.hand.until(QemuAttached)
 
 
 @pytest.mark.parametrize("carrier", list(KINDS))

@@ -52,6 +52,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("check-config", "vfiouser_oob.cli.check_config", "check a configuration file and sum it up"),
     CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
+    CommandEntry("libvirt-hook", "vfiouser_oob.cli.libvirt_hook", "do what libvirt asks its hook for QEMU"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
     CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),
     CommandEntry("simulate-soc", "vfiouser_soc.command", "play an IPU/DPU with NVMe functions"),

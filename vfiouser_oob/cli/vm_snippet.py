@@ -21,6 +21,7 @@ from vfiouser_oob.config.schema import DaemonConfig, FunctionConfig
 from vfiouser_oob.config.vms import CarrierChoice, Listens, VmConfig
 from vfiouser_oob.vm.carriers.dbus_vmstate import vmstate_object
 from vfiouser_oob.vm.carriers.vhost_user_fs import companion_arguments
+from vfiouser_oob.vm.domain_xml import MONITOR_CHARDEV, VMSTATE_ID
 
 #: The slots of the root bus that functions are given. Libvirt fills it from below and does not know of them; the last
 #: one is the chipset's, and the one before is kept for a companion.
@@ -101,8 +102,8 @@ def qemu_words(vm: VmConfig, functions: Sequence[FunctionConfig], budget_s: floa
     ]
     path = str(vm.monitor_socket).replace(",", ",,")  # as a chardev's options have it
     words += [
-        ["-chardev", f"socket,id=oobmonitor,path={path},server=off,reconnect-ms={RECONNECT_MS}"],
-        ["-mon", "chardev=oobmonitor,mode=control"],
+        ["-chardev", f"socket,id={MONITOR_CHARDEV},path={path},server=off,reconnect-ms={RECONNECT_MS}"],
+        ["-object", json.dumps({"qom-type": "monitor-qmp", "id": "oobmon", "chardev": MONITOR_CHARDEV})],
     ]
     return words + _carrier_words(vm, carrier_of(vm, functions))
 
@@ -113,7 +114,7 @@ def _carrier_words(vm: VmConfig, carrier: CarrierChoice) -> list[list[str]]:
         words = companion_arguments(vm.vhost_user_fs_socket, listens=listens, bus=ROOT_BUS, addr=f"{COMPANION_SLOT:#x}")
         return [list(words[:2]), list(words[2:])]
     assert vm.dbus_vmstate_socket is not None
-    return [["-object", json.dumps(vmstate_object(vm.dbus_vmstate_socket, "oobvmstate"))]]
+    return [["-object", json.dumps(vmstate_object(vm.dbus_vmstate_socket, VMSTATE_ID))]]
 
 
 def qemu_options(config: DaemonConfig, vm: VmConfig, memory: int, budget_s: float) -> list[list[str]]:

@@ -11,9 +11,9 @@ import os
 import shlex
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import STDOUT
 
@@ -24,11 +24,14 @@ from vmbed.assets.libvirt import LIBRARIES, Libvirt
 from vmbed.errors import BedError
 from vmbed.notify import NotifySocket
 from vmbed.processes import LoggedProcess, deadline, logged_process, tail
+from vmbed.stack import CHECKOUT, PROGRAM, environment
 
-__all__ = ["EMULATOR", "SHARED", "Host", "HostConfig", "Said", "libvirt_host", "why_not"]
+__all__ = ["CONFIG", "EMULATOR", "SHARED", "Host", "HostConfig", "Said", "libvirt_host", "why_not"]
 
 #: Where every host has its sockets, as its QEMU sees them.
 SHARED = Path("/run/oob")
+#: Where a host's hook finds the daemon's configuration.
+CONFIG = SHARED / "config.toml"
 #: Where libvirt looks for it by itself.
 EMULATOR = Path("/usr/bin/qemu-system-x86_64")
 START_S = 60.0
@@ -73,6 +76,7 @@ mount --bind {host}/log /var/log/libvirt
 mount --bind {host}/run /run/libvirt
 mount --bind {host}/oob {shared}
 cp {host}/qemu {emulator}
+echo VFIOUSER_OOB={shared}/vfiouser-oob VFIOUSER_OOB_CONFIG={config} >/etc/default/vfiouser-oob-libvirt
 mount --bind {root}/{libraries}/libvirt /{libraries}/libvirt
 mount --bind {root}/usr/share/libvirt /usr/share/libvirt
 {libvirtd} &
@@ -96,12 +100,12 @@ class HostConfig:
     Args:
         user: runs QEMU.
         group: likewise.
-        hooks: scripts by name, for `/etc/libvirt/hooks/qemu.d`.
+        hook: whether our hook is installed.
     """
 
     user: str = "root"
     group: str = "root"
-    hooks: Mapping[str, str] = field(default_factory=dict)
+    hook: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +199,15 @@ def _write(place: Path, assets: Assets, config: HostConfig) -> None:
     dynamic = int(config.user != "root")
     (place / "etc/qemu.conf").write_text(_QEMU_CONF.format(user=config.user, group=config.group, dynamic=dynamic))
     (place / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(uuid=uuid.uuid4()))
-    for name, text in config.hooks.items():
-        hook = place / "etc/hooks/qemu.d" / name
-        hook.write_text(text)
-        hook.chmod(0o755)
-    environment = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in assets.qemu_environment.items())
+    if config.hook:
+        hook = place / "etc/hooks/qemu.d/vfiouser-oob"
+        shutil.copy(CHECKOUT / "packaging/libvirt/vfiouser-oob", hook)
+        program = place / "oob/vfiouser-oob"
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={environment()["PYTHONPATH"]} exec {shlex.join(PROGRAM)} "$@"\n')
+        program.chmod(0o755)
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in assets.qemu_environment.items())
     emulator = place / "qemu"
-    emulator.write_text(f'#!/bin/sh\n{environment}exec {shlex.join(assets.qemu_command)} "$@"\n')
+    emulator.write_text(f'#!/bin/sh\n{exports}exec {shlex.join(assets.qemu_command)} "$@"\n')
     emulator.chmod(0o755)
 
 
@@ -213,6 +219,7 @@ def _script(name: str, place: Path, libvirt: Libvirt) -> str:
         host=place,
         shared=SHARED,
         emulator=EMULATOR,
+        config=CONFIG,
         root=libvirt.root,
         libraries=LIBRARIES,
         libvirtd=shlex.join(libvirtd),

@@ -75,7 +75,7 @@ def test_all_options_of_qemu(capsys: pytest.CaptureFixture[str], configured: Pat
     assert (second["id"], second["addr"]) == ("nvme1", "0x11")
     assert found[-3:-1] == [
         ("-chardev", "socket,id=oobmonitor,path=/run/vfio-user/web.monitor,server=off,reconnect-ms=500"),
-        ("-mon", "chardev=oobmonitor,mode=control"),
+        ("-object", '{"qom-type": "monitor-qmp", "id": "oobmon", "chardev": "oobmonitor"}'),
     ]
     assert found[-1][0] == "-object"
     assert json.loads(found[-1][1]) == {
