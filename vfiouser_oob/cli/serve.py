@@ -159,8 +159,9 @@ def run(args: argparse.Namespace) -> int:
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
+    from vfiouser_oob.vm.hosting import open_vms
 
     log.configure(config.log_level, config.log_format)
     settle_objects()
-    trio.run(partial(run_daemon, config, control=serve_control))
+    trio.run(partial(run_daemon, config, control=serve_control, vms=open_vms))
     return ExitCode.DONE

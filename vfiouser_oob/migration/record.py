@@ -24,6 +24,8 @@ class Owner(Enum):
 
     V1 = "v1"
     V2 = "v2"
+    #: A carrier of its VM, for a client that cannot.
+    CARRIER = "carrier"
 
 
 class Certainty(Enum):

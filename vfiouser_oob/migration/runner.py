@@ -10,6 +10,7 @@ import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -42,6 +43,14 @@ from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc
 
 _NEVER = float("-inf")
+#: Who moves the state, for those that are refused.
+_HOLDERS: Mapping[Owner, str] = MappingProxyType(
+    {
+        Owner.V1: "generation v1",
+        Owner.V2: "generation v2",
+        Owner.CARRIER: "the carrier of its VM",
+    }
+)
 
 
 class MigrationRunner:
@@ -318,7 +327,7 @@ class MigrationRunner:
         if holder not in (None, owner):
             assert holder is not None
             raise CommandError(
-                f"{what}: the migration belongs to generation {holder.value} until RUNNING or a reset", errno.EBUSY
+                f"{what}: the migration belongs to {_HOLDERS[holder]} until RUNNING or a reset", errno.EBUSY
             )
 
     async def reset(self) -> None:

@@ -20,10 +20,11 @@ import trio
 
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
-from vfiouser_oob.config.schema import DaemonConfig
+from vfiouser_oob.config.schema import DaemonConfig, VmConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
-from vfiouser_oob.observability.status import DaemonStatus, StatusProvider, StatusReport
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.observability.status import DaemonStatus, StatusProvider, StatusReport, VmStatus
 from vfiouser_oob.persist.capabilities import CapabilityStore
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
@@ -53,6 +54,25 @@ _WITHOUT_MEANING = MappingProxyType(
 Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
 
 
+class VmKeeper(Protocol):
+    """The VMs of a daemon; what does that is above this room."""
+
+    async def start(self, registry: Registry, nursery: trio.Nursery) -> None:
+        """Begin to serve them; returns when their QEMUs can come.
+
+        Args:
+            registry: the daemon's functions.
+            nursery: where they live.
+        """
+
+    def status(self) -> list[VmStatus]:
+        """Describe them at this moment."""
+
+
+#: Opens the sockets of VMs, which the stack closes.
+OpenVms: TypeAlias = Callable[[Sequence[VmConfig], EventHub, ExitStack], VmKeeper]
+
+
 class ServeControl(Protocol):
     """Answers on the control socket; what does that is above this room."""
 
@@ -74,6 +94,7 @@ async def run_daemon(
     agents: AgentMaker = make_agent,
     control: ServeControl | None = None,
     beside: Companion | None = None,
+    vms: OpenVms | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
@@ -83,6 +104,7 @@ async def run_daemon(
         agents: makes agents by kind and options.
         control: answers on the control socket; without it there is none.
         beside: what else has to be there before we are ready.
+        vms: opens the configured VMs; without it there are none.
         task_status: told when every socket listens.
 
     Raises:
@@ -104,8 +126,9 @@ async def run_daemon(
         for entry in config.functions:
             lives.append(open_function(entry, assigned.get(entry.name, []), means))
             resources.callback(lives[-1].close)
+        keeper = vms(config.vms, means.events, resources) if vms is not None and config.vms else None
         async with means.agents, trio.open_nursery() as nursery:
-            daemon = Daemon(lives, means, nursery)
+            daemon = Daemon(lives, means, nursery, keeper)
             if control is not None and listener is not None:
                 await nursery.start(control, daemon, listener.sock.dup())
             await daemon.run(beside, task_status)
@@ -120,9 +143,13 @@ class Daemon:
         lives: its functions, opened.
         means: what they share.
         nursery: where everything lives; cancelled by the caller when `run` has returned.
+        vms: its VMs; None if it has none.
     """
 
-    def __init__(self, lives: Sequence[Life], means: SharedParts, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, lives: Sequence[Life], means: SharedParts, nursery: trio.Nursery, vms: VmKeeper | None = None
+    ) -> None:
+        self._vms = vms
         self._events = means.events
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
@@ -144,6 +171,8 @@ class Daemon:
             self._nursery.start_soon(self._await_signal, signals)
             with self._serving:
                 await self.registry.start()
+                if self._vms is not None:
+                    await self._vms.start(self.registry, self._nursery)
                 text = "" if beside is None else f"; {await beside(self, self._nursery)}"
                 self._announce_ready(text)
                 task_status.started(self)
@@ -178,7 +207,8 @@ class Daemon:
         daemon = DaemonStatus(
             version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(self.functions)
         )
-        return StatusReport(daemon=daemon, functions=[function_status(function) for function in self.functions])
+        functions = [function_status(function) for function in self.functions]
+        return StatusReport(daemon=daemon, functions=functions, vms=[] if self._vms is None else self._vms.status())
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

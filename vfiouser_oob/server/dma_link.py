@@ -48,6 +48,34 @@ class PendingReply:
         self.event.set()
 
 
+class BusWrite:
+    """A write to whatever is at an address of the client's bus, sent already.
+
+    Args:
+        parts: its messages, each with the address and bytes that it is about.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: list[tuple[int, int, PendingReply]]) -> None:
+        self._parts = parts
+
+    @property
+    def answered(self) -> bool:
+        """Whether the client has answered, or cannot any more."""
+        return all(pending.event.is_set() for _, _, pending in self._parts)
+
+    async def wait(self) -> None:
+        """Wait for the client's answer, however long it takes.
+
+        Raises:
+            DmaFault: refused, nonsense, or gone.
+        """
+        for address, count, pending in self._parts:
+            await pending.event.wait()
+            _check_written(address, count, _payload(Command.DMA_WRITE, pending))
+
+
 class ByteBudget:
     """Lets so many bytes be under way at once; who wants more waits for its turn.
 
@@ -125,14 +153,7 @@ class DmaLink:
                 payload = await self._call(Command.DMA_READ, address, size, encode(DmaRead(address, size)))
             finally:
                 self._read_budget.give_back(size)
-            reply = _decoded(DmaReadReply, payload)
-            if (reply.address, reply.count, len(reply.data)) != (address, size, size):
-                raise DmaFault(
-                    f"the client answered DMA_READ {address:#x}+{size:#x} with {reply.address:#x}+{reply.count:#x} "
-                    f"and {len(reply.data)} bytes",
-                    errno.EPROTO,
-                )
-            parts.append(reply.data)
+            parts.append(_check_read(address, size, payload))
             address += size
         self.reads += 1
         self.read_bytes += count
@@ -149,26 +170,62 @@ class DmaLink:
             target = address + start
             request = encode(DmaWrite(target, len(part), part))
             payload = await self._call(Command.DMA_WRITE, target, len(part), request)
-            if payload:  # older clients send the header alone
-                reply = _decoded(DmaWriteReply, payload)
-                if (reply.address, reply.count) != (target, len(part)):
-                    raise DmaFault(
-                        f"the client answered DMA_WRITE {target:#x}+{len(part):#x} with "
-                        f"{reply.address:#x}+{reply.count:#x}",
-                        errno.EPROTO,
-                    )
+            _check_written(target, len(part), payload)
         self.writes += 1
         self.written_bytes += len(data)
 
-    async def _call(self, command: Command, address: int, count: int, payload: bytes) -> bytes:
+    async def bus_read(self, address: int, count: int) -> bytes:
+        """Read whatever is at an address of the client's bus, mapped as memory or not.
+
+        Args:
+            address: the guest's.
+            count: bytes; no more than the client takes in one message.
+
+        Raises:
+            DmaFault: refused, nonsense, gone, or too late.
+        """
+        payload = await self._call(Command.DMA_READ, address, count, encode(DmaRead(address, count)), mapped=False)
+        return _check_read(address, count, payload)
+
+    def bus_write(self, address: int, data: bytes) -> BusWrite:
+        """Send a write to whatever is at an address of the client's bus, mapped as memory or not.
+
+        Nothing is waited for, so that it can be sent to a client that does not answer now. The client carries such
+        writes out in the order in which they are sent.
+
+        Args:
+            address: the guest's.
+            data: what is written.
+
+        Raises:
+            DmaFault: the client takes no messages, or has gone.
+        """
         if not self._max_transfer:
-            raise DmaFault("the client takes no data by messages (max_data_xfer_size 0)", errno.E2BIG)
+            raise _takes_nothing()
+        if self._closed:
+            raise _gone()
+        self._pending = {pending for pending in self._pending if not pending.event.is_set()}
+        parts = []
+        for start in range(0, len(data), self._step):
+            part = data[start : start + self._step]
+            pending = PendingReply()
+            request = encode(DmaWrite(address + start, len(part), part))
+            _, message = self._session.command(Command.DMA_WRITE, request, pending)
+            self._pending.add(pending)
+            self._send(message)
+            parts.append((address + start, len(part), pending))
+        return BusWrite(parts)
+
+    async def _call(self, command: Command, address: int, count: int, payload: bytes, *, mapped: bool = True) -> bytes:
+        if not self._max_transfer:
+            raise _takes_nothing()
         pending = PendingReply()
         async with self._slots:
             if self._closed:
                 raise _gone()
             # Asked when nothing is waited for any more: an unmap that was answered meanwhile must be the last word.
-            self._permit(address, count, command == Command.DMA_WRITE)
+            if mapped:
+                self._permit(address, count, command == Command.DMA_WRITE)
             msg_id, message = self._session.command(command, payload, pending)
             self._pending.add(pending)
             answered = False
@@ -183,11 +240,7 @@ class DmaLink:
                     self._session.forget(msg_id)
         if not answered:
             raise DmaFault(f"the client did not answer {command.name} within {self._budget_s:g} s", errno.ETIMEDOUT)
-        if pending.fault is not None:
-            raise pending.fault
-        if pending.header is not None and pending.header.is_error:
-            raise DmaFault(f"the client refused {command.name}", pending.header.error or errno.EIO)
-        return pending.payload
+        return _payload(command, pending)
 
     def summary(self) -> dict[str, int]:
         """What was transferred, for `status`."""
@@ -203,6 +256,40 @@ class DmaLink:
         self._closed = True
         for pending in tuple(self._pending):
             pending.fail(_gone())
+
+
+def _payload(command: Command, pending: PendingReply) -> bytes:
+    if pending.fault is not None:
+        raise pending.fault
+    if pending.header is not None and pending.header.is_error:
+        raise DmaFault(f"the client refused {command.name}", pending.header.error or errno.EIO)
+    return pending.payload
+
+
+def _check_read(address: int, size: int, payload: bytes) -> bytes:
+    reply = _decoded(DmaReadReply, payload)
+    if (reply.address, reply.count, len(reply.data)) != (address, size, size):
+        raise DmaFault(
+            f"the client answered DMA_READ {address:#x}+{size:#x} with {reply.address:#x}+{reply.count:#x} "
+            f"and {len(reply.data)} bytes",
+            errno.EPROTO,
+        )
+    return reply.data
+
+
+def _check_written(address: int, size: int, payload: bytes) -> None:
+    if not payload:  # older clients send the header alone
+        return
+    reply = _decoded(DmaWriteReply, payload)
+    if (reply.address, reply.count) != (address, size):
+        raise DmaFault(
+            f"the client answered DMA_WRITE {address:#x}+{size:#x} with {reply.address:#x}+{reply.count:#x}",
+            errno.EPROTO,
+        )
+
+
+def _takes_nothing() -> DmaFault:
+    return DmaFault("the client takes no data by messages (max_data_xfer_size 0)", errno.E2BIG)
 
 
 def _decoded(kind: type[T], payload: bytes) -> T:

@@ -126,13 +126,16 @@ def _open_sockets(
             connected.append(sock)
             resources.callback(sock.close)
     if not listeners and not connected and config.socket is not None:
-        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or _default_group()))
+        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or default_group()))
         resources.callback(listeners[-1].close)
     return listeners, connected
 
 
-def _default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; only root may give files away."""
+def default_group() -> str | None:
+    """The group of socket files unless another one is configured; None for the daemon's own.
+
+    It is QEMU's, so that a VMM running as its own user can connect on day one; only root may give files away.
+    """
     if os.geteuid() != 0:
         return None
     import grp

@@ -39,6 +39,15 @@ class Registry:
         """The functions, in the order in which they came."""
         return [life.function for life in self]
 
+    def find(self, name: str) -> Function | None:
+        """The function of that name, if it is served.
+
+        Args:
+            name: which.
+        """
+        life = self._lives.get(name)
+        return None if life is None else life.function
+
     async def start(self) -> None:
         """Start what was opened; returns when clients can connect everywhere."""
         async with trio.open_nursery() as starting:
