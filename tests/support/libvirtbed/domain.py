@@ -22,7 +22,7 @@ _XML = """\
   <uuid>aaaaaaaa-0000-4000-8000-000000000001</uuid>
   <memory unit='MiB'>{memory}</memory>
   {backing}
-  <vcpu>2</vcpu>
+  <vcpu>{cpus}</vcpu>
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{kernel}</kernel>
@@ -54,6 +54,7 @@ class Domain:
         backing: the element `memoryBacking`, if guest memory is to be shared.
         commandline: the element `qemu:commandline`, instead of `arguments`.
         memory_mib: guest memory.
+        cpus: the guest's.
         machine: QEMU's machine type.
     """
 
@@ -61,6 +62,7 @@ class Domain:
     backing: str = SHARED_MEMORY
     commandline: str = ""
     memory_mib: int = 256
+    cpus: int = 2
     machine: str = "q35"
 
     def xml(self, assets: Assets) -> str:
@@ -70,6 +72,7 @@ class Domain:
         return _XML.format(
             name=NAME,
             memory=self.memory_mib,
+            cpus=self.cpus,
             backing=self.backing,
             machine=self.machine,
             kernel=bootable(assets.kernel),
