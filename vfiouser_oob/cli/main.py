@@ -58,6 +58,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("disconnect", "vfiouser_oob.cli.disconnect", "turn the client of a function out"),
     CommandEntry("log-level", "vfiouser_oob.cli.log_level", "choose what a running daemon logs"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
+    CommandEntry("migrate-check", "vfiouser_oob.cli.migrate_check", "tell whether a VM would migrate, and if not, why"),
     CommandEntry("libvirt-hook", "vfiouser_oob.cli.libvirt_hook", "do what libvirt asks its hook for QEMU"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
     CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),

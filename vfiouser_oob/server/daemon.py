@@ -75,6 +75,17 @@ class VmKeeper(Protocol):
     def status(self) -> list[VmStatus]:
         """Describe them at this moment."""
 
+    async def check(self, name: str, destination: str | None) -> dict[str, Any]:
+        """Find what would be in the way of a VM's migration.
+
+        Args:
+            name: the VM's.
+            destination: what the other host says of itself; None to leave it out.
+
+        Raises:
+            ChangeRefused: that cannot be asked.
+        """
+
 
 #: Opens the sockets of VMs, which the stack closes.
 OpenVms: TypeAlias = Callable[[Sequence[VmConfig], EventHub, ExitStack], VmKeeper]
@@ -251,6 +262,12 @@ class Daemon:
             version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(functions)
         )
         return StatusReport(daemon=daemon, functions=functions, vms=[] if self._vms is None else self._vms.status())
+
+    async def check_migration(self, vm: str, destination: str | None) -> dict[str, Any]:
+        """Find what would be in the way of a VM's migration; see `VmKeeper.check`."""
+        if self._vms is None:
+            raise ChangeRefused(f"there is no VM {vm!r}: this daemon has none")
+        return await self._vms.check(vm, destination)
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

@@ -17,7 +17,8 @@ import trio
 from libvirtbed.words import domain_of, status_of
 from vfiouser_oob.cli import libvirt_hook
 from vfiouser_oob.cli.main import main
-from vfiouser_oob.control.server import serve_control
+from vfiouser_oob.control.server import AccessPolicy, ControlServer
+from vfiouser_oob.server.administration import Administration
 from vfiouser_oob.transport.listener import listen_on_path
 from vfiouser_oob.vm.domain_xml import LibvirtDomain
 
@@ -42,6 +43,15 @@ class Told:
     def __init__(self, *statuses: Any) -> None:
         self.statuses = list(statuses)
 
+    @property
+    def administration(self) -> Administration:
+        """A hook changes nothing."""
+        raise AssertionError("asked for a change")
+
+    async def check_migration(self, vm: str, destination: str | None) -> dict[str, Any]:
+        """A hook looks at the status only."""
+        raise AssertionError("asked for more than the status")
+
     def status(self) -> Any:
         """The next status."""
         return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
@@ -64,7 +74,7 @@ def daemon(folder: Path, *statuses: Any) -> Iterator[Path]:
         token.append(trio.lowlevel.current_trio_token())
         with scope:
             async with trio.open_nursery() as nursery:
-                await nursery.start(serve_control, Told(*statuses), listener.sock.dup())
+                await nursery.start(ControlServer(Told(*statuses), AccessPolicy()).serve, listener.sock.dup())
                 started.set()
 
     thread = threading.Thread(target=trio.run, args=(serve,))
