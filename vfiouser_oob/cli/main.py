@@ -62,6 +62,8 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),
     CommandEntry("metrics", "vfiouser_oob.cli.metrics", "print what a running daemon has measured"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
+    CommandEntry("migrate-check", "vfiouser_oob.cli.migrate_check", "tell whether a VM would migrate, and if not, why"),
+    CommandEntry("libvirt-hook", "vfiouser_oob.cli.libvirt_hook", "do what libvirt asks its hook for QEMU"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
     CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),
     CommandEntry("simulate-soc", "vfiouser_soc.command", "play an IPU/DPU with NVMe functions"),

@@ -84,6 +84,17 @@ class VmKeeper(Protocol):
     def status(self) -> list[VmStatus]:
         """Describe them at this moment."""
 
+    async def check(self, name: str, destination: str | None) -> dict[str, Any]:
+        """Find what would be in the way of a VM's migration.
+
+        Args:
+            name: the VM's.
+            destination: what the other host says of itself; None to leave it out.
+
+        Raises:
+            ChangeRefused: that cannot be asked.
+        """
+
 
 #: Opens the sockets of VMs, which the stack closes.
 OpenVms: TypeAlias = Callable[[Sequence[VmConfig], EventHub, ExitStack], VmKeeper]
@@ -317,6 +328,12 @@ class Daemon:
         runners = [function.migration for function in self.functions if function.migration is not None]
         entries = [entry for runner in runners if runner.history is not None for entry in runner.history.entries]
         return sorted(entries, key=lambda entry: entry["ended"])
+
+    async def check_migration(self, vm: str, destination: str | None) -> dict[str, Any]:
+        """Find what would be in the way of a VM's migration; see `VmKeeper.check`."""
+        if self._vms is None:
+            raise ChangeRefused(f"there is no VM {vm!r}: this daemon has none")
+        return await self._vms.check(vm, destination)
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

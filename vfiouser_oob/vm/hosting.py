@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import count
+from typing import Any
 
 import trio
 
@@ -13,6 +14,7 @@ from vfiouser_oob.config.vms import Listens, VmConfig
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.status import ClientStatus, VmFunctionStatus, VmStatus
+from vfiouser_oob.server.administration import ChangeRefused
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.daemon import FindFunction
 from vfiouser_oob.server.opening import default_group
@@ -23,6 +25,8 @@ from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate
 from vfiouser_oob.vm.carriers.interface import VmCarrier
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs
+from vfiouser_oob.vm.checking import check_migration
+from vfiouser_oob.vm.counterpart import CounterpartError, VmOffer
 from vfiouser_oob.vm.events import QemuGone
 from vfiouser_oob.vm.hosted import HostedFunction
 from vfiouser_oob.vm.monitor import Monitor, MonitorPort
@@ -75,6 +79,20 @@ class Vms:
     def status(self) -> list[VmStatus]:
         """Describe them at this moment."""
         return [vm.status() for vm in self._vms]
+
+    async def check(self, name: str, destination: str | None) -> dict[str, Any]:
+        """Find what would be in the way of a VM's migration; see `check_migration`.
+
+        Raises:
+            ChangeRefused: there is no such VM, or the destination's document is none.
+        """
+        vm = next((vm for vm in self._vms if vm.name == name), None)
+        if vm is None:
+            raise ChangeRefused(f"there is no VM {name!r} (VMs: {', '.join(vm.name for vm in self._vms)})")
+        try:
+            return await vm.check(None if destination is None else VmOffer.read(destination))
+        except CounterpartError as error:
+            raise ChangeRefused(f"what the destination says of itself cannot be used: {error}") from error
 
 
 class HostedVm:
@@ -153,6 +171,16 @@ class HostedVm:
                 await trio.lowlevel.wait_readable(process.fileno())
         if self._runner.record.qemu == qemu:
             self._runner.feed(QemuGone())
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._config.name
+
+    async def check(self, destination: VmOffer | None) -> dict[str, Any]:
+        """Find what would be in the way of its migration."""
+        assert self._runner is not None
+        return await check_migration(self._runner, destination)
 
     def status(self) -> VmStatus:
         """Describe it at this moment."""
