@@ -31,6 +31,7 @@ from vfiouser_oob.config.tables import (
     section,
 )
 from vfiouser_oob.config.values import NAME, shown
+from vfiouser_oob.config.vms import VmConfig, check_vms, vm_sockets
 
 # Far more than hundreds of functions need; a wrong path (a disk image) is refused before it fills memory.
 CONFIG_SIZE_MAX = 4 << 20
@@ -88,6 +89,11 @@ class ConfigFile:
     )
     function: tuple[FunctionConfig, ...] = key(
         tables_named("[[function]]", FunctionConfig), "one table per PCI function", default=()
+    )
+    vm: tuple[VmConfig, ...] = key(
+        tables_named("[[vm]]", VmConfig),
+        "one table per VM that is migrated by a QEMU without migration of its own for vfio-user",
+        default=(),
     )
 
 
@@ -156,9 +162,27 @@ def parse_config(text: str, path: Path, *, lenient: bool = False) -> DaemonConfi
         raise ConfigError("; ".join(table.reason for table in spoiled))
     paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
     settings = paths | top.get("daemon", {})
-    config = DaemonConfig(functions=top["function"], source=path, spoiled=tuple(spoiled), **settings)
+    names = {*(function.name for function in top["function"]), *(table.name for table in spoiled)}
+    vms = _usable_vms(top.get("vm", ()), frozenset(names), source, spoiled if lenient else None)
+    config = DaemonConfig(functions=top["function"], vms=vms, source=path, spoiled=tuple(spoiled), **settings)
     check_unique(config)
     return config
+
+
+def _usable_vms(
+    vms: tuple[VmConfig, ...], functions: frozenset[str], source: str, spoiled: list[SpoiledTable] | None
+) -> tuple[VmConfig, ...]:
+    """The VMs that use functions which there are; the others are put aside, if they may be."""
+    if spoiled is None:
+        return vms
+    usable: tuple[VmConfig, ...] = ()
+    for vm in vms:
+        try:
+            check_vms((*usable, vm), functions, source)
+            usable = (*usable, vm)
+        except ConfigError as error:
+            spoiled.append(SpoiledTable("[[vm]]", vm.name, str(error)))
+    return usable
 
 
 def parse_functions(text: str, source: str) -> tuple[FunctionConfig, ...]:
@@ -189,15 +213,13 @@ def _read_toml(text: str, source: str) -> dict[str, Any]:
 
 
 def check_unique(config: DaemonConfig) -> None:
-    """Refuse two functions of one name or two users of one socket path.
+    """Refuse two functions of one name, two users of one socket path, and VMs of functions that there are not.
 
     Raises:
         ConfigError: there are such.
     """
     source = str(config.source) if config.source else None
-    names = {table.name for table in config.spoiled}
-    if len(names) < len(config.spoiled):
-        raise ConfigError(f"two functions are named alike: {', '.join(t.name for t in config.spoiled)}", source)
+    names = {table.name for table in config.spoiled if table.header == "[[function]]"}
     sockets: dict[Path, str] = {}
     if config.control_socket is not None:
         sockets[config.control_socket] = "the control socket"
@@ -212,6 +234,11 @@ def check_unique(config: DaemonConfig) -> None:
             message = f"function {function.name!r}: socket {function.socket} is that of {user} already"
             raise ConfigError(message, source, function.line)
         sockets[function.socket] = f"function {function.name!r}"
+    check_vms(config.vms, frozenset(names), source)
+    for vm, what, path in vm_sockets(config.vms):
+        if path in sockets:
+            raise ConfigError(f"VM {vm.name!r}: {what} {path} is that of {sockets[path]} already", source, vm.line)
+        sockets[path] = f"VM {vm.name!r}"
     for function in config.functions:
         # A function wrapped around its own socket would wait for itself.
         if isinstance(function.device, UpstreamDevice) and function.device.socket == function.socket:

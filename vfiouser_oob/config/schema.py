@@ -1,10 +1,11 @@
 """What the daemon can be told, as dataclasses, each of them a section that declares its keys (see `tables`).
 
     DaemonConfig
-     └── functions: FunctionConfig …
-          ├── device: ModelDevice | UpstreamDevice | KernelVfioDevice
-          ├── agent: AgentConfig
-          └── migration: MigrationConfig
+     ├── functions: FunctionConfig …
+     │    ├── device: ModelDevice | UpstreamDevice | KernelVfioDevice
+     │    ├── agent: AgentConfig
+     │    └── migration: MigrationConfig
+     └── vms: VmConfig …
 
 A configuration file (`load`), the short form of the command line (`devices`, `agents`) and `simulate-soc` all end here,
 so the server sees one shape whichever way it was started.
@@ -18,7 +19,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vfiouser_oob.config.agents import AGENT, MIGRATION, AgentConfig, Generations, MigrationConfig
+from vfiouser_oob.config.agents import AGENT, MIGRATION, AgentConfig, Generations, MigrationConfig, P2p
 from vfiouser_oob.config.devices import (
     DEVICE,
     DeviceConfig,
@@ -42,23 +43,28 @@ from vfiouser_oob.config.values import (
     one_of,
     seconds_between,
 )
+from vfiouser_oob.config.vms import CarrierChoice, Listens, VmConfig
 
 __all__ = [
     "DEFAULT_SOCKET_GROUP",
     "AgentConfig",
+    "CarrierChoice",
     "DaemonConfig",
     "DeviceConfig",
     "DmaMode",
     "FunctionConfig",
     "Generations",
     "KernelVfioDevice",
+    "Listens",
     "LogFormat",
     "LogLevel",
     "MigrationConfig",
     "ModelDevice",
+    "P2p",
     "RegionPolicy",
     "UpstreamDevice",
     "VfioInterface",
+    "VmConfig",
     "default_control_socket",
     "default_state_directory",
 ]
@@ -153,6 +159,7 @@ class DaemonConfig:
     """All that one daemon process needs to know; names and sockets of its functions are unique."""
 
     functions: tuple[FunctionConfig, ...] = field()
+    vms: tuple[VmConfig, ...] = ()
     control_socket: Path | None = key(
         CONTROL_SOCKET,
         "path of the [control socket](control-socket.md)",
@@ -195,6 +202,10 @@ class DaemonConfig:
     def function(self, name: str) -> FunctionConfig | None:
         """The function of that name, if there is one."""
         return next((function for function in self.functions if function.name == name), None)
+
+    def vm(self, name: str) -> VmConfig | None:
+        """The VM of that name, if there is one."""
+        return next((vm for vm in self.vms if vm.name == name), None)
 
 
 def default_control_socket(euid: int | None = None, environ: Mapping[str, str] = os.environ) -> Path:

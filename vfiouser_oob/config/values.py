@@ -260,6 +260,20 @@ NAME = matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}",
     lambda match: match[0],
 )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise Unfit
+    return tuple(NAME.read(entry) for entry in value)
+
+
+NAMES = Value(
+    "a list of names with at least one entry",
+    _names,
+    {"type": "array", "minItems": 1, "items": NAME.schema},
+    ", ".join,
+)
 #: Permission bits.
 MODE = replace(
     matching('three octal digits in quotes such as "0660"', r"0?[0-7]{3}", lambda match: int(match[0], 8)),

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
@@ -23,6 +24,7 @@ from vfiouser_oob import __version__
 from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
+from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.status import DaemonStatus, StatusReport
 from vfiouser_oob.persist.capabilities import CapabilityStore
 from vfiouser_oob.server.administration import Administration, ChangeRefused, Reread
@@ -30,9 +32,10 @@ from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.opening import SharedParts, function_kind
 from vfiouser_oob.server.pulse import Pulse
-from vfiouser_oob.server.registry import Registry, Units
+from vfiouser_oob.server.registry import FindFunction, Registry, Units, find_function
 from vfiouser_oob.server.sockets import SocketShelf
-from vfiouser_oob.server.status import iso_time, unit_status
+from vfiouser_oob.server.status import iso_time
+from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.systemd.listen import inherited_sockets
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
@@ -56,6 +59,10 @@ _WITHOUT_MEANING = MappingProxyType(
 Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
 
 
+#: Says what a VM is, given where changes are announced and how the functions are found; that is above this room.
+VmKindMaker: TypeAlias = Callable[[EventHub, FindFunction], UnitKind]
+
+
 class ServeControl(Protocol):
     """Answers on the control socket; what does that is above this room."""
 
@@ -76,6 +83,7 @@ async def run_daemon(
     control: ServeControl | None = None,
     beside: Companion | None = None,
     reread: Reread | None = None,
+    vms: VmKindMaker | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
@@ -86,6 +94,7 @@ async def run_daemon(
         control: answers on the control socket; without it there is none.
         beside: what else has to be there before we are ready.
         reread: reads the configuration again; None if it did not come from a file.
+        vms: says what a VM is; without it there are none.
         task_status: told when every socket listens.
 
     Raises:
@@ -104,9 +113,13 @@ async def run_daemon(
         shelf = SocketShelf(inherited, [*(f.name for f in config.functions), *(table.name for table in config.spoiled)])
         resources.callback(shelf.close)
         listener = None if control is None else _open_control(config, control_fds, resources)
-        units = Units([function_kind(shelf, means)])
+        functions = function_kind(shelf, means)
+        units = Units([functions])
+        if vms is not None:
+            units.kinds.append(vms(means.events, partial(find_function, units)))
         resources.callback(units.close)
-        units.open_all(units.kinds[0], config.functions, config.spoiled)
+        for kind in units.kinds:
+            units.open_all(kind, kind.of(config), config.spoiled)
         for passed in shelf.unclaimed(config.functions):
             log.get("daemon").warning("a socket that systemd passed fits no function", socket=str(passed))
         async with means.agents, trio.open_nursery() as nursery:
@@ -206,11 +219,13 @@ class Daemon:
 
     def status(self) -> StatusReport:
         """Describe everything at this moment."""
-        functions = [unit_status(unit) for unit in self.registry.units if unit.kind is self.registry.units.kinds[0]]
+        units = self.registry.units
+        functions, *others = ([kind.describe(unit) for unit in units.of(kind)] for kind in units.kinds)
+        vms = others[0] if others else []
         daemon = DaemonStatus(
             version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(functions)
         )
-        return StatusReport(daemon=daemon, functions=functions)
+        return StatusReport(daemon=daemon, functions=functions, vms=vms)
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

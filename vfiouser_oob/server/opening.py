@@ -13,6 +13,7 @@ from pathlib import Path
 from vfiouser_agents.api import Agent
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.p2p import settled
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, AgentConfig, FunctionConfig
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
@@ -25,6 +26,7 @@ from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
+from vfiouser_oob.server.status import unit_status
 from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
@@ -103,7 +105,9 @@ def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
     def open_one(config: FunctionConfig) -> Life:
         return open_function(config, shelf.take(config), means)
 
-    return UnitKind("function", "[[function]]", open_one, LIVE_KEYS)
+    return UnitKind(
+        "function", "[[function]]", lambda config: config.functions, open_one, unit_status, LIVE_KEYS, vital=True
+    )
 
 
 def _engine_maker(
@@ -118,9 +122,10 @@ def _engine_maker(
         raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
     identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
     memory = means.memory.drawer(config.name, identity)
+    migration = settled(config)
 
     def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
-        return MigrationRunner(name, connected, agent.function, config.migration, events, logger, memory, means.sharing)
+        return MigrationRunner(name, connected, agent.function, migration, events, logger, memory, means.sharing)
 
     return make
 
@@ -158,7 +163,7 @@ def _open_sockets(
 def _listen(config: FunctionConfig, path: Path) -> Listener:
     """Make a function's socket; where we may not, the error names the line that is missing."""
     try:
-        return listen_on_path(path, config.socket_mode, config.socket_group or _default_group())
+        return listen_on_path(path, config.socket_mode, config.socket_group or default_group())
     except ListenError as error:
         cause = error.__cause__
         if _UNIT not in os.environ or not isinstance(cause, OSError) or cause.errno not in _NOT_OURS:
@@ -170,9 +175,12 @@ def _listen(config: FunctionConfig, path: Path) -> Listener:
         ) from cause
 
 
-def _default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; who is not root may give files only
-    to groups that it is in."""
+def default_group() -> str | None:
+    """The group of socket files unless another one is configured; None for the daemon's own.
+
+    It is QEMU's, so that a VMM running as its own user can connect on day one; who is not root may give files only to
+    groups that it is in.
+    """
     import grp
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
-from vfiouser_oob.config.schema import FunctionConfig
+from vfiouser_oob.config.schema import FunctionConfig, P2p
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.record import Certainty
 from vfiouser_oob.migration.runner import MigrationRunner
@@ -83,6 +83,7 @@ def _migration(runner: MigrationRunner) -> MigrationStatus:
         agent=runner.link.function_id,
         migratable=record.blocked is None and (caps is None or caps.stop_copy),
         blocked=record.blocked,
+        p2p=runner.config.p2p is P2p.ON,
         state=record.state_shown.name,
         known=record.certainty is not Certainty.UNKNOWN,
         unknown_since=None if record.unknown_since is None else iso_time(record.unknown_since),

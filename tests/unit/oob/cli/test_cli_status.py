@@ -84,6 +84,7 @@ MIGRATION: MigrationStatus = {
     "agent": "f0",
     "migratable": True,
     "blocked": None,
+    "p2p": False,
     "state": "RUNNING",
     "known": True,
     "unknown_since": None,
