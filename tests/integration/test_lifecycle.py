@@ -292,7 +292,7 @@ async def test_upstream_server_dies(tmp_path: Path) -> None:
         assert "failed" == told["phase"]
         shown = daemon.status()["functions"][0]
         assert ("failed", True) == (shown["phase"], shown["since"] > since)
-        assert "up.sock has gone" in (shown["broken"] or "")
+        assert "up.sock has gone" in (shown["failed"] or "")
         for command, payload in (
             (REGION_READ, struct.pack("<QII", 0, 0, 4)),
             (REGION_WRITE, struct.pack("<QIII", 4, 0, 4, 1)),

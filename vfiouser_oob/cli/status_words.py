@@ -16,6 +16,8 @@ class FunctionWord(Enum):
     """What a function does, in one or two words."""
 
     RUNNING = "running"
+    STARTING = "starting"
+    DRAINED = "drained"
     CONNECTING = "connecting"
     PAUSED = "paused"
     MIGRATING_OUT = "migrating out"
@@ -25,6 +27,14 @@ class FunctionWord(Enum):
     FAILED = "failed"
 
 
+#: Phases in which there is more to say than that it runs.
+_BY_PHASE: Mapping[str, FunctionWord] = MappingProxyType(
+    {
+        "starting": FunctionWord.STARTING,
+        "drained": FunctionWord.DRAINED,
+        "negotiating": FunctionWord.CONNECTING,
+    }
+)
 #: States of the v2 generation in which there is more to say than that it runs.
 _BY_STATE: Mapping[str, FunctionWord] = MappingProxyType(
     {
@@ -91,7 +101,7 @@ def word_of(function: FunctionStatus) -> FunctionWord:
             return FunctionWord.HELD
         if migration["state"] in _BY_STATE:
             return _BY_STATE[migration["state"]]
-    return FunctionWord.CONNECTING if function["phase"] == "negotiating" else FunctionWord.RUNNING
+    return _BY_PHASE.get(function["phase"], FunctionWord.RUNNING)
 
 
 def since_of(function: FunctionStatus) -> str:
@@ -139,13 +149,13 @@ def notes_of(function: FunctionStatus, now: datetime) -> Iterator[StatusLine]:
         function: as the daemon described it.
         now: the time that ages are counted from.
     """
-    broken, unavailable, migration = function["broken"], function["unavailable"], function["migration"]
-    if broken:
-        yield StatusLine("failed", f"{printable(broken)} ({age(function['since'], now)} ago)", wrong=True)
-    if unavailable and unavailable != broken:
+    failed, unavailable, migration = function["failed"], function["unavailable"], function["migration"]
+    if failed:
+        yield StatusLine("failed", f"{printable(failed)} ({age(function['since'], now)} ago)", wrong=True)
+    if unavailable and unavailable != failed:
         since = age(function["unavailable_since"] or "", now)
         yield StatusLine("failed", f"{printable(unavailable)} ({since} ago); each new client tries again", wrong=True)
-    if function["last_error"] and function["last_error"] not in (broken, unavailable):
+    if function["last_error"] and function["last_error"] not in (failed, unavailable):
         yield StatusLine(
             "last error", f"{age(function['last_error_at'] or '', now)} ago: {printable(function['last_error'])}", True
         )

@@ -44,7 +44,7 @@ class MeasuredFunction(TypedDict):
     maps: int
     mapped_bytes: int
     mapped_files: int
-    fds: int
+    descriptors: int
     interrupts: int
     migrating: bool
     received: dict[str, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
+from vfiouser_oob.config.schema import FunctionConfig, P2p
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.record import Certainty
 from vfiouser_oob.migration.runner import MigrationRunner
@@ -19,7 +20,38 @@ from vfiouser_oob.observability.status import (
 )
 from vfiouser_oob.persist.capabilities import Source
 from vfiouser_oob.server.function import Function
+from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.unit import Unit
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
+
+
+def unit_status(unit: Unit) -> FunctionStatus:
+    """Describe a function of the configuration at this moment, whether it could be opened or not."""
+    if isinstance(unit.life, Life):
+        return function_status(unit.life.function)
+    config = unit.config if isinstance(unit.config, FunctionConfig) else None
+    failure = unit.failure
+    return FunctionStatus(
+        name=unit.name,
+        socket=str(config.socket or "") if config else "",
+        device=config.device.describe() if config else "",
+        phase="starting" if failure is None else "failed",
+        since=iso_time(time.time() if failure is None else failure.since),
+        failed=unit.failed,
+        client=None,
+        regions=[],
+        maps=_maps(None),
+        irqs={},
+        fds=0,
+        messages={},
+        commands={},
+        dma={},
+        migration=None,
+        unavailable=None,
+        unavailable_since=None,
+        last_error=unit.failed,
+        last_error_at=None if failure is None else iso_time(failure.since),
+    )
 
 
 def function_status(function: Function) -> FunctionStatus:
@@ -35,6 +67,7 @@ def function_status(function: Function) -> FunctionStatus:
         device=function.backend.summary,
         phase=function.phase,
         since=iso_time(function.since),
+        failed=function.broken,
         client=_client(function),
         regions=_regions(backend),
         maps=maps,
@@ -44,7 +77,6 @@ def function_status(function: Function) -> FunctionStatus:
         commands=_commands(function),
         dma={} if attached is None else attached.dma.summary(),
         migration=None if function.migration is None else _migration(function.migration),
-        broken=function.broken,
         unavailable=function.backend.unavailable,
         unavailable_since=_iso_or_none(function.backend.unavailable_since),
         last_error=None if trouble is None else trouble.text,
@@ -72,6 +104,7 @@ def _migration(runner: MigrationRunner) -> MigrationStatus:
         agent=runner.link.function_id,
         migratable=record.blocked is None and (caps is None or caps.stop_copy),
         blocked=record.blocked,
+        p2p=runner.config.p2p is P2p.ON,
         state=record.state_shown.name,
         known=record.certainty is not Certainty.UNKNOWN,
         unknown_since=_iso_or_none(record.unknown_since),

@@ -50,7 +50,7 @@ ATTACHED: FunctionStatus = {
     },
     "dma": {"read_messages": 0},
     "migration": None,
-    "broken": None,
+    "failed": None,
     "unavailable": None,
     "unavailable_since": None,
     "last_error": None,
@@ -89,6 +89,7 @@ MIGRATION: MigrationStatus = {
     "agent": "f0",
     "migratable": True,
     "blocked": None,
+    "p2p": False,
     "state": "RUNNING",
     "known": True,
     "unknown_since": None,
@@ -123,7 +124,7 @@ DEAD: FunctionStatus = {
     "name": "nvme-with-a-long-name-1",
     "phase": "failed",
     "since": ago(seconds=3),
-    "broken": "the upstream server /run/soc/f2.sock has gone: it closed the connection",
+    "failed": "the upstream server /run/soc/f2.sock has gone: it closed the connection",
     "unavailable": "the upstream server /run/soc/f2.sock has gone: it closed the connection",
     "unavailable_since": ago(seconds=3),
     "last_error": "the upstream server /run/soc/f2.sock has gone: it closed the connection",
@@ -210,6 +211,7 @@ def test_words() -> None:
     assert FunctionWord.FAILED is word_of(DEAD) is word(state="ERROR")
     assert FunctionWord.FAILED is word_of({**IDLE, "unavailable": "not bound", "unavailable_since": ago(seconds=1)})
     assert FunctionWord.CONNECTING is word_of({**IDLE, "phase": "negotiating"})
+    assert FunctionWord.DRAINED is word_of({**IDLE, "phase": "drained"})
     assert FunctionWord.PAUSED is word(state="STOP") is word(state="RUNNING_P2P")
     assert FunctionWord.MIGRATING_OUT is word(state="PRE_COPY") is word(state="STOP_COPY")
     assert FunctionWord.MIGRATING_IN is word(state="RESUMING")
