@@ -60,6 +60,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("disconnect", "vfiouser_oob.cli.disconnect", "turn the client of a function out"),
     CommandEntry("log-level", "vfiouser_oob.cli.log_level", "choose what a running daemon logs"),
     CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),
+    CommandEntry("support-bundle", "vfiouser_oob.cli.support_bundle", "collect what finding a fault takes"),
     CommandEntry("metrics", "vfiouser_oob.cli.metrics", "print what a running daemon has measured"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
     CommandEntry("migrate-check", "vfiouser_oob.cli.migrate_check", "tell whether a VM would migrate, and if not, why"),
