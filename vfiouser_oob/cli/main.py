@@ -53,6 +53,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
     CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),
     CommandEntry("metrics", "vfiouser_oob.cli.metrics", "print what a running daemon has measured"),
+    CommandEntry("support-bundle", "vfiouser_oob.cli.support_bundle", "collect what finding a fault takes"),
     CommandEntry("add", "vfiouser_oob.cli.add", "add functions to a running daemon"),
     CommandEntry("remove", "vfiouser_oob.cli.remove", "remove a function from a running daemon"),
     CommandEntry("reload", "vfiouser_oob.cli.reload", "have a running daemon read its configuration again"),

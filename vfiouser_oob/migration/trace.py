@@ -11,6 +11,7 @@ from typing import Any
 import trio
 
 from vfiouser_agents.api import Event, EventKind
+from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import MAX_MESSAGE
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
@@ -95,7 +96,7 @@ class Tracer:
         except BaseException as error:
             reason = _GIVEN_UP
             if isinstance(error, Exception):
-                reason = str(error) or type(error).__name__
+                reason = words_of(error)
                 self.failures += 1
                 self._failed = name, reason, time.time()
             duration = trio.current_time() - begun
