@@ -40,7 +40,6 @@ _PIECE = 1 << 20
 TABLE_S = 0.1
 #: Seconds that QEMU may take to answer while its vCPUs are being stopped: then it may answer nothing at all.
 STOPPING_S = 0.01
-_CLIENTS = frozenset({Owner.V1, Owner.V2})
 _SET_IRQS_SIZE = 20
 
 
@@ -102,7 +101,7 @@ class HostedFunction:
     def by_client(self) -> bool:
         """Whether its client moves it by itself."""
         function = self._find(self.name)
-        return function is not None and function.migration is not None and function.migration.record.owner in _CLIENTS
+        return function is not None and function.migration is not None and function.migration.record.moved_by_client
 
     async def _go(self, state: DeviceState) -> None:
         await self._transfer.request(partial(require_path, target=state, precopy=False))
