@@ -47,7 +47,7 @@ async def goes_on(guest: Guest, more: int = 2) -> None:
 async def loaded(guest: Guest) -> None:
     """Begin the load, and wait for its first rounds."""
     await guest.check(LOAD)
-    await guest.check(f"sh while [ ! -e /tmp/rounds.{LOOPS} -o ! -e /tmp/rounds.1 ]; do usleep 10000; done")
+    await guest.check(f"sh while [ $(ls /tmp | grep -c rounds) -lt {LOOPS} ]; do usleep 10000; done")
     await goes_on(guest)
 
 
