@@ -25,6 +25,32 @@ T = TypeVar("T", DmaReadReply, DmaWriteReply)
 MAX_OUTSTANDING = 256
 
 
+class BusRead:
+    """A read of whatever is at an address of the client's bus, sent already.
+
+    Args:
+        address: the guest's.
+        count: bytes.
+        pending: its message.
+    """
+
+    __slots__ = ("_address", "_count", "_pending")
+
+    def __init__(self, address: int, count: int, pending: PendingReply) -> None:
+        self._address = address
+        self._count = count
+        self._pending = pending
+
+    async def wait(self) -> bytes:
+        """Wait for the client's answer, however long it takes.
+
+        Raises:
+            DmaFault: refused, nonsense, or gone.
+        """
+        await self._pending.event.wait()
+        return _check_read(self._address, self._count, _payload(Command.DMA_READ, self._pending))
+
+
 class PendingReply:
     """A command of ours that the client has not answered yet."""
 
@@ -250,6 +276,26 @@ class DmaLink:
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,
         }
+
+    def send_read(self, address: int, count: int) -> BusRead:
+        """Send a read of whatever is at an address of the client's bus, mapped as memory or not; see `bus_write`.
+
+        Args:
+            address: the guest's.
+            count: bytes; no more than the client takes in one message, and than a reply may have.
+
+        Raises:
+            DmaFault: the client takes no such messages, or has gone.
+        """
+        if count > min(self._max_transfer, MAX_READ):
+            raise DmaFault(f"the client takes no reads of {count} bytes", errno.E2BIG)
+        if self._closed:
+            raise _gone()
+        pending = PendingReply()
+        _, message = self._session.command(Command.DMA_READ, encode(DmaRead(address, count)), pending)
+        self._pending.add(pending)
+        self._send(message)
+        return BusRead(address, count, pending)
 
     def close(self) -> None:
         """Fail everything that is under way: the client has gone."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
+from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
@@ -50,6 +51,8 @@ class Function:
         log: a logger; the function's name is added.
         allow_uids: user ids that may connect; None allows whoever the socket's permissions let in.
         migration: builds its migration from events and logger; None if it cannot be migrated.
+        recorded: whether what it writes to its client's memory is recorded from the beginning, as is needed in a VM
+            whose VMM has no migration interface.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Function:
         log: Logger,
         allow_uids: tuple[int, ...] | None = None,
         migration: MigrationMaker | None = None,
+        recorded: bool = False,
     ) -> None:
         self.name = name
         self.backend = backend
@@ -75,6 +79,7 @@ class Function:
         self.clients_served = 0
         self._events = events
         self._allow_uids = allow_uids
+        self._recorded = recorded
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
@@ -122,6 +127,8 @@ class Function:
         Raises:
             BackendUnavailable: the function must not run now.
         """
+        if self._recorded:
+            backend.memory.recorder = WriteRecorder()
         return None if self.migration is None else await attach(self.migration, backend, self.name, client)
 
     async def run_device(self) -> None:
