@@ -115,7 +115,8 @@ async def run_daemon(
         activity = Activity()
         resources.callback(activity.close)
         store = CapabilityStore(config.state_directory, log.get("persist"))
-        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity)
+        recorded = frozenset(name for vm in config.vms for name in vm.functions)
+        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity, recorded=recorded)
         activity.busy = lambda: means.sharing.busy
         _raise_fd_limit()
         inherited = inherited_sockets()

@@ -37,6 +37,7 @@ class SharedParts:
         activity: the daemon's sockets.
         events: where changes are announced.
         sharing: the memory for state on its way.
+        recorded: the functions whose writes to client memory are recorded, since their VM's migration asks for them.
     """
 
     reply_budget_s: float
@@ -45,6 +46,7 @@ class SharedParts:
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
+    recorded: frozenset[str] = frozenset()
 
 
 def open_function(config: FunctionConfig, inherited: Sequence[int], means: SharedParts) -> Life:
@@ -75,6 +77,7 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
             log=log.get("function"),
             allow_uids=config.allow_uids,
             migration=_engine_maker(config, backend, means, leases),
+            recorded=config.name in means.recorded,
         )
         for lease in leases:
             resources.callback(lease.release)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import trio.testing
 from vfiouser_oob.config.vms import VmConfig
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.transport.peer import Peer
-from vfiouser_oob.vm.bundle import FunctionState, Whereabouts
+from vfiouser_oob.vm.bundle import FunctionState
 from vfiouser_oob.vm.carriers.at_desk import CarrierAtDesk
 from vfiouser_oob.vm.carriers.desk import Answer
 from vfiouser_oob.vm.carriers.interface import (
@@ -25,6 +25,7 @@ from vfiouser_oob.vm.carriers.interface import (
     WrittenPagesLog,
 )
 from vfiouser_oob.vm.monitor import ANSWER_S, Found, GoneError, RefusedError
+from vfiouser_oob.vm.movable import FunctionTrouble, VmMonitor
 from vfiouser_oob.vm.preflight import FunctionFacts
 from vfiouser_oob.vm.qmp import QmpEvent, QmpGreeting
 from vfiouser_oob.vm.record import CarrierKind, Deed
@@ -89,7 +90,7 @@ class MemoryMonitor:
         """QEMU tells something."""
         if name in AFTER:
             self.answers["query-status"] = {"status": AFTER[name]}
-        self._send.send_nowait(QmpEvent(name, data))
+        self._send.send_nowait(QmpEvent(name, data, 1000.0))
 
     def lose(self) -> None:
         """The connection ends."""
@@ -180,6 +181,10 @@ class InMemoryFunction:
         self.unreplayed = ""
         self.verified = trio.Event()
         self.verified.set()
+        self.held_back = False
+        self.log: WrittenPagesLog | None = None
+        self.unarmed = ""
+        self.began: float | None = None
         self.loaded: FunctionState | None = None
         self.unfit = ""
 
@@ -196,27 +201,46 @@ class InMemoryFunction:
         """It can migrate, unless it cannot."""
         return FunctionFacts(self.name, unfit=self.unfit)
 
-    async def record(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Note that it is recorded."""
-        self.recorded = True
+    async def watch(self, *, coming: bool) -> None:
+        """What it writes is known as long as this lasts."""
         try:
-            task_status.started()
             await trio.sleep_forever()
         finally:
-            self.recorded = False
+            self.recorded = self.held_back = False
 
-    async def stop(self, log: WrittenPagesLog | None) -> None:
+    async def arm(self, monitor: VmMonitor, began: float | None) -> None:
+        """Note that it is recorded."""
+        await trio.lowlevel.checkpoint()
+        if self.unarmed:
+            raise FunctionTrouble(self.unarmed)
+        self.recorded, self.began = True, began
+
+    async def disarm(self) -> None:
+        """Note that it is not any more."""
+        await trio.lowlevel.checkpoint()
+        self.recorded = self.held_back = False
+
+    def use_log(self, log: WrittenPagesLog | None) -> None:
+        """Tell it what is written."""
+        self.log = log
+
+    def hold(self) -> None:
+        """Note it."""
+        assert self.runs
+        self.held_back = True
+
+    async def stop(self) -> None:
         """Stand."""
         await self._do(Deed.STOP)
-        if log is not None:
-            log.mark(0x1000, 4096)
+        if self.log is not None:
+            self.log.mark(0x1000, 4096)
         self.runs = False
 
-    async def save(self, whereabouts: Whereabouts | None) -> FunctionState:
+    async def save(self) -> FunctionState:
         """Give the state."""
         assert not self.runs
         await self._do(Deed.SAVE)
-        return FunctionState(self.name, self.state, whereabouts=whereabouts)
+        return FunctionState(self.name, self.state)
 
     def handed(self) -> None:
         """Note it."""
@@ -228,15 +252,16 @@ class InMemoryFunction:
         await self._do(Deed.LOAD)
         self.loaded, self.state = state, state.stream
 
-    def replay(self, state: FunctionState, *, free: bool) -> InMemoryFunction:
-        """The replay is verified when the test says so."""
+    def replay(self, state: FunctionState) -> InMemoryFunction:
+        """The replay is judged when the test says so."""
         assert self.loaded is state
         return self
 
-    async def verify(self) -> str:
+    async def finish(self, may_write: Callable[[], bool]) -> None:
         """Say what is wrong."""
         await self.verified.wait()
-        return self.unreplayed
+        if self.unreplayed:
+            raise FunctionTrouble(self.unreplayed)
 
     async def resume(self) -> None:
         """Run."""
