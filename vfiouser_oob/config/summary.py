@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from vfiouser_oob.config.p2p import p2p_offer
 from vfiouser_oob.config.schema import (
     DaemonConfig,
     DmaMode,
@@ -49,8 +50,13 @@ def _function_line(function: FunctionConfig) -> str:
     if function.allow_uids is not None:
         access += f", only uids {', '.join(map(str, function.allow_uids))}"
     dma = ", dma by messages" if function.dma is DmaMode.MESSAGES else ""
-    agent = f", migrated by {function.agent.describe()}" if function.agent is not None else ""
+    agent = f", migrated by {function.agent.describe()}, {_p2p(function)}" if function.agent is not None else ""
     return f"  {function.name}: {function.device.describe()} on {where} ({access}{dma}{agent})"
+
+
+def _p2p(function: FunctionConfig) -> str:
+    offered, reason = p2p_offer(function)
+    return f"{'P2P' if offered else 'no P2P'} since {reason}"
 
 
 def warnings(config: DaemonConfig) -> list[str]:

@@ -63,6 +63,13 @@ class Value(Generic[T]):
         except Unfit:
             raise ValueError(f"must be {self.rule}, got {shown(raw)}") from None
 
+    def fits(self, raw: Any) -> bool:
+        """Whether it can be read."""
+        try:
+            return self.read(raw) is not None
+        except ValueError:
+            return False
+
     def literal(self, value: T) -> str:
         """The typed value as TOML (and JSON) has it."""
         text = self.write(value)

@@ -282,12 +282,13 @@ class MigrationRunner:
 
     # What the client asks for
 
-    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], owner: Owner) -> None:
+    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], owner: Owner, *, p2p: bool = False) -> None:
         """Change the state.
 
         Args:
             plan: the arcs that lead from a state to where the client wants to be.
             owner: the generation that asks.
+            p2p: whether the client calls that state by its P2P name.
 
         Raises:
             CommandError: illegal, or it failed; the state that is read afterwards is the truth.
@@ -300,6 +301,8 @@ class MigrationRunner:
             arcs = tuple(arc_name(arc.source, arc.target) for arc in plan(self.record.state_shown))
             if arcs:
                 await self._carry_out(ev.Requested(arcs, owner), message)
+            if self.record.p2p != p2p:
+                self.feed(ev.P2pNamed(p2p))
 
     async def _require_known(self, plan: Callable[[DeviceState], Sequence[Arc]], message: MessageTime) -> None:
         record = self.record

@@ -52,7 +52,8 @@ class CapabilitiesStatus(TypedDict):
 class MigrationStatus(TypedDict):
     """The migration of a function.
 
-    `blocked` is why it cannot be migrated until somebody changes what is configured.
+    `blocked` is why it cannot be migrated until somebody changes what is configured, `p2p` whether v2 offers the P2P
+    states, in which a client's `state` is called by another name.
     `state` is that of the v2 generation, ERROR included; `known` whether it is certain, otherwise it is the last one
     that was, and `unknown_since` when that ended (ISO 8601, UTC); `agent_away_since` when the agent was first found not
     to answer, in the same form; `paused_over_link` whether STOP is a pause without the agent; `reset_due` whether the
@@ -65,6 +66,7 @@ class MigrationStatus(TypedDict):
     agent: str
     migratable: bool
     blocked: str | None
+    p2p: bool
     state: str
     known: bool
     unknown_since: str | None
@@ -88,7 +90,8 @@ class MigrationStatus(TypedDict):
 class FunctionStatus(TypedDict):
     """One function.
 
-    `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
+    `phase` is `starting`, `listening`, `negotiating`, `attached`, `drained` or `failed`, and `failed` the reason of the
+    last one. `irqs` counts the vectors with an eventfd
     by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
     itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
     is when the phase began (ISO 8601, UTC).
@@ -99,6 +102,7 @@ class FunctionStatus(TypedDict):
     device: str
     phase: str
     since: str
+    failed: str | None
     client: ClientStatus | None
     regions: list[RegionStatus]
     maps: MapsStatus

@@ -14,8 +14,8 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.status import ClientStatus, VmFunctionStatus, VmStatus
 from vfiouser_oob.server.containment import Contained, root_cause
+from vfiouser_oob.server.daemon import FindFunction
 from vfiouser_oob.server.opening import default_group
-from vfiouser_oob.server.registry import Registry
 from vfiouser_oob.server.status import iso_time
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.listener import Listener, listen_on_path
@@ -67,10 +67,10 @@ class Vms:
     def __init__(self, vms: Sequence[HostedVm]) -> None:
         self._vms = vms
 
-    async def start(self, registry: Registry, nursery: trio.Nursery) -> None:
+    async def start(self, find: FindFunction, nursery: trio.Nursery) -> None:
         """Begin to serve them; returns when their QEMUs can come."""
         for vm in self._vms:
-            await nursery.start(vm.run, registry)
+            await nursery.start(vm.run, find)
 
     def status(self) -> list[VmStatus]:
         """Describe them at this moment."""
@@ -96,21 +96,21 @@ class HostedVm:
         self._watched = ""
         self._nursery: trio.Nursery
 
-    async def run(self, registry: Registry, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, find: FindFunction, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve its QEMUs, one after the other. What goes wrong ends this VM, and nothing else.
 
         Args:
-            registry: the daemon's functions.
+            find: the function of a name, if it is served.
             task_status: told when QEMU can come.
         """
         with Contained() as outcome:
-            await self._serve(registry, task_status)
+            await self._serve(find, task_status)
         if outcome.error is not None:
             self._log.exception("bug: a VM is not served any more", root_cause(outcome.error))
 
-    async def _serve(self, registry: Registry, task_status: trio.TaskStatus[None]) -> None:
+    async def _serve(self, find: FindFunction, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
-        functions = [HostedFunction(name, registry.find, config.untracked_max) for name in config.functions]
+        functions = [HostedFunction(name, find, config.untracked_max) for name in config.functions]
         self._runner = VmRunner(config, functions, self._carriers(), self._events)
         port = MonitorPort(config.name, self._attend, allow_uids=self._allowed)
         async with trio.open_nursery() as self._nursery:
