@@ -77,7 +77,7 @@ class VmKeeper(Protocol):
 
 
 #: Opens the sockets of VMs, which the stack closes.
-OpenVms: TypeAlias = Callable[[Sequence[VmConfig], EventHub, ExitStack], VmKeeper]
+OpenVms: TypeAlias = Callable[[Sequence[VmConfig], EventHub, SocketShelf, ExitStack], VmKeeper]
 
 
 class ServeControl(Protocol):
@@ -134,9 +134,9 @@ async def run_daemon(
         units = Units([function_kind(shelf, means)])
         resources.callback(units.close)
         units.open_all(units.kinds[0], config.functions, config.spoiled)
+        keeper = vms(config.vms, means.events, shelf, resources) if vms is not None and config.vms else None
         for passed in shelf.unclaimed(config.functions):
             log.get("daemon").warning("a socket that systemd passed fits no function", socket=str(passed))
-        keeper = vms(config.vms, means.events, resources) if vms is not None and config.vms else None
         async with means.agents, trio.open_nursery() as nursery:
             daemon = Daemon(units, means, nursery, config, reread, _readers(listener), keeper)
             if control is not None and listener is not None:

@@ -16,9 +16,10 @@ from vfiouser_oob.observability.status import ClientStatus, VmFunctionStatus, Vm
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.daemon import FindFunction
 from vfiouser_oob.server.opening import default_group
+from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time
 from vfiouser_oob.transport.fds import OwnedFd
-from vfiouser_oob.transport.listener import Listener, listen_on_path
+from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate
 from vfiouser_oob.vm.carriers.interface import VmCarrier
@@ -34,12 +35,13 @@ _MONITOR = "monitor"
 _STARTED = 19
 
 
-def open_vms(configs: Sequence[VmConfig], events: EventHub, resources: ExitStack) -> Vms:
+def open_vms(configs: Sequence[VmConfig], events: EventHub, shelf: SocketShelf, resources: ExitStack) -> Vms:
     """Open the sockets of VMs; nobody is served yet.
 
     Args:
         configs: the VMs.
         events: where changes are announced.
+        shelf: sockets that systemd has passed; one of a VM is found by its path, or is called as `web1.monitor`.
         resources: closes the sockets.
 
     Raises:
@@ -51,7 +53,11 @@ def open_vms(configs: Sequence[VmConfig], events: EventHub, resources: ExitStack
         for what, path in config.sockets.items():
             if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
                 continue
-            listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+            passed = shelf.lend(f"{config.name}.{what}", path)
+            if passed is not None:
+                listeners[what] = Listener(adopt_socket(passed), None)
+            else:
+                listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
             resources.callback(listeners[what].close)
         opened.append(HostedVm(config, listeners, events))
     return Vms(opened)
