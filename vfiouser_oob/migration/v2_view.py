@@ -119,9 +119,11 @@ class V2View:
 
     async def _start_logging(self, call: FeatureCall) -> bytes:
         assert isinstance(call.data, FeatureLoggingStart)
+        await self._dirty.reclaim(message_deadline())
         return call.started(await self._dirty.start(call.data.page_size, call.data.ranges, message_deadline()))
 
     async def _stop_logging(self, call: FeatureCall) -> bytes:
+        await self._dirty.reclaim(message_deadline())
         await self._dirty.stop(message_deadline())
         return call.echo()
 
@@ -132,6 +134,7 @@ class V2View:
     async def _report(self, call: FeatureCall) -> Pieces:
         data = call.data
         assert isinstance(data, FeatureLoggingReport)
+        await self._dirty.reclaim(message_deadline())
         bitmap = await self._dirty.report(data.iova, data.length, data.page_size, message_deadline())
         return Pieces([call.report_head(len(bitmap)), memoryview(bitmap)])
 
