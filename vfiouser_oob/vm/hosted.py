@@ -41,7 +41,6 @@ _PIECE = 1 << 20
 STANDING_S = 0.01
 #: Seconds between attempts to have a function run that was stopped for a moment only, or to find its client.
 _AGAIN_S = 0.2
-_CLIENTS = frozenset({Owner.V1, Owner.V2})
 _SET_IRQS_SIZE = 20
 
 
