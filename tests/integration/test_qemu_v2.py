@@ -181,6 +181,7 @@ async def test_pause_and_go_on(tmp_path: Path) -> None:
         memory = ClientMemory(1 << 20, BASE)
         async with Attachment.open(pair.paths[0], memory, use_mapping=False) as place:
             side = QemuV2Side(place.client, QemuV2Habits(several=True))
+            await side.realize()
             for runs in (False, True, False, True):
                 await side.vm_runs(runs)
                 assert runs == pair.run[0]

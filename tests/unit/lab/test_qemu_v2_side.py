@@ -62,9 +62,10 @@ async def test_order_of_a_save() -> None:
 
 @pytest.mark.parametrize("begin", [DeviceState.RUNNING, DeviceState.PRE_COPY])
 async def test_p2p_before_each_change(begin: DeviceState) -> None:
-    """A VM of several functions goes through the P2P states, with and without pre-copy, when it stops and goes on."""
+    """Where P2P is offered its states are gone through, with and without pre-copy, when the VM stops and goes on."""
     function = WithoutDescriptors(flags=ALL)
     async with side_of(function, QemuV2Habits(several=True)) as side:
+        await side.realize()
         if begin is DeviceState.PRE_COPY:
             await side.save_setup()
         function.steps.clear()

@@ -61,7 +61,7 @@ class QemuV2Habits:
     Args:
         whole_buffer: an older patch: MIG_DATA_READ is sent with the buffer that its reply goes to.
         pointer: an older patch: DMA_LOGGING_START has a pointer in the place of its range.
-        several: the VM has more functions, so P2P is demanded and used.
+        several: the VM has more functions, so P2P is demanded; it is used wherever it is offered.
         fills_up: what a failing source does not give any more of a piece is sent as zeros.
     """
 
@@ -91,6 +91,7 @@ class QemuV2Side(MigrationSide):
         #: What it believes; it never asks.
         self._state = DeviceState.RUNNING
         self._has_descriptor = False
+        self._p2p = False
         #: What MIG_DATA_SIZE said last, in bytes.
         self.left = _ASSUMED
 
@@ -112,6 +113,7 @@ class QemuV2Side(MigrationSide):
             raise MigrationFailed(f"migration is blocked: its flags {flags:#x} lack STOP_COPY")
         if self._habits.several and MigrationFlags.P2P not in flags:
             raise MigrationFailed("migration is blocked: multiple devices are supported only if all of them do P2P")
+        self._p2p = MigrationFlags.P2P in flags
         return flags
 
     async def _feature(self, flags: int, data: bytes = b"", *, room: int = 0) -> bytes:
@@ -161,7 +163,7 @@ class QemuV2Side(MigrationSide):
             MigrationLost: nor could it be reset.
         """
         saving = self._state in (_S.PRE_COPY, _S.PRE_COPY_P2P)
-        if self._habits.several:
+        if self._p2p:
             await self._set_or_reset(_P2P_OF.get(self._state, _S.RUNNING_P2P))
         if runs:
             await self._set_or_reset(_S.RUNNING)
