@@ -26,6 +26,8 @@ TARGETS = (
     "bench",
     "vm-assets",
     "proto",
+    "deb",
+    "oci",
     "pages",
     "clean",
 )
