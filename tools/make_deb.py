@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "packaging" / "debian"
 #: Debian release: its Python.
 PYTHONS: Mapping[str, str] = {"12": "3.11", "13": "3.13"}
-EXTRAS = "grpc,demo"
+EXTRAS = "grpc,demo,metrics"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 HOME = "usr/lib/vfiouser-oob"
 _LAUNCHER = f"""\

@@ -122,7 +122,7 @@ def _from_file(args: argparse.Namespace) -> DaemonConfig:
     for attribute, flag in _ONE_FUNCTION.items():
         if getattr(args, attribute) is not None:
             raise ConfigError(f"{flag} describes one function and cannot be used with --config")
-    return load_config(args.config)
+    return load_config(args.config, lenient=True)
 
 
 def _one_function(args: argparse.Namespace) -> DaemonConfig:
@@ -157,11 +157,15 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: a mistake on the command line is reported without loading the whole daemon first.
     import trio
 
+    from vfiouser_oob.control.metrics_http import serve_metrics
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
+    from vfiouser_oob.vm.hosting import vm_kind
 
     log.configure(config.log_level, config.log_format)
     settle_objects()
-    trio.run(partial(run_daemon, config, control=serve_control))
+    reread = None if args.config is None else partial(config_from, args)
+    run = partial(run_daemon, config, control=serve_control, metrics=serve_metrics, vms=vm_kind, reread=reread)
+    trio.run(run)
     return ExitCode.DONE

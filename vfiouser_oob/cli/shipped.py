@@ -25,6 +25,7 @@ _TARGETS = (
     ("systemd/kernel-vfio.sysusers", f"{_OPT_IN}/systemd/kernel-vfio.sysusers"),
     ("udev/60-vfiouser-oob.rules", f"{_OPT_IN}/udev/60-vfiouser-oob.rules"),
     ("libvirt/", f"{_OPT_IN}/libvirt/"),
+    ("grafana/", f"{_OPT_IN}/grafana/"),
     ("config.toml", f"{_OPT_IN}/config.toml"),
 )
 #: What belongs to the administrator as soon as it is there: never overwritten, never removed. Not below the prefix.

@@ -10,6 +10,7 @@ import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -34,14 +35,25 @@ from vfiouser_oob.migration.record import Certainty, Failure, MigrationRecord, O
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.steps import AttachedDevice, Steps
 from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.migration.watch import MigrationWatch
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.observability.status import MigrationEntry
 from vfiouser_oob.persist.capabilities import READ_S, Facts, FunctionCapabilities
+from vfiouser_oob.persist.history import FunctionHistory
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc
 
 _NEVER = float("-inf")
+#: Who moves the state, for those that are refused.
+_HOLDERS: Mapping[Owner, str] = MappingProxyType(
+    {
+        Owner.V1: "generation v1",
+        Owner.V2: "generation v2",
+        Owner.CARRIER: "the carrier of its VM",
+    }
+)
 
 
 class MigrationRunner:
@@ -56,6 +68,7 @@ class MigrationRunner:
         log: a logger with the function's fields.
         memory: where the agent's capabilities are kept beyond the daemon's end; None: nowhere.
         sharing: with whom memory for state is shared; a daemon has one for all its functions.
+        history: where migrations that are over are kept; None: nowhere.
     """
 
     def __init__(
@@ -68,9 +81,12 @@ class MigrationRunner:
         log: Logger,
         memory: FunctionCapabilities | None = None,
         sharing: BufferShare | None = None,
+        history: FunctionHistory | None = None,
     ) -> None:
         self.config = config
         self.memory = memory
+        self.history = history
+        self._watch = MigrationWatch(name)
         self.record = MigrationRecord()
         self.background = Background()
         self.tracer = Tracer(name, events, log)
@@ -105,6 +121,8 @@ class MigrationRunner:
             self.link.facts = await self.memory.recall()
         async with trio.open_nursery() as nursery:
             await nursery.start(self.background.run)
+            if self.history is not None:
+                nursery.start_soon(self.history.recall)
             nursery.start_soon(self._hearing.listen)
             self._running.set()
             self._probing.begin(self._probe)
@@ -125,7 +143,11 @@ class MigrationRunner:
         Returns:
             What an errand needs next, if that has changed.
         """
-        self.record, effects = advance(self.record, event, time.time())
+        before, now = self.record, time.time()
+        self.record, effects = advance(before, event, now)
+        entry = self._watch.follow(before, self.record, now)
+        if entry is not None:
+            self._finished(entry)
         if not isinstance(event, ev.Moved):  # which nobody waits for
             self._changed.set()
             self._changed = trio.Event()
@@ -136,6 +158,13 @@ class MigrationRunner:
             else:
                 self._effects[type(effect)](effect)
         return due
+
+    def _finished(self, entry: MigrationEntry) -> None:
+        """A migration is over: tell of it, and keep it."""
+        self.tracer.finished(entry)
+        if self.history is not None:
+            self.history.add(entry)
+            self.background.begin(self.history.write)
 
     async def _until(self, wanted: Callable[[], bool]) -> None:
         while not wanted():
@@ -273,12 +302,13 @@ class MigrationRunner:
 
     # What the client asks for
 
-    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], owner: Owner) -> None:
+    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], owner: Owner, *, p2p: bool = False) -> None:
         """Change the state.
 
         Args:
             plan: the arcs that lead from a state to where the client wants to be.
             owner: the generation that asks.
+            p2p: whether the client calls that state by its P2P name.
 
         Raises:
             CommandError: illegal, or it failed; the state that is read afterwards is the truth.
@@ -291,6 +321,8 @@ class MigrationRunner:
             arcs = tuple(arc_name(arc.source, arc.target) for arc in plan(self.record.state_shown))
             if arcs:
                 await self._carry_out(ev.Requested(arcs, owner), message)
+            if self.record.p2p != p2p:
+                self.feed(ev.P2pNamed(p2p))
 
     async def _require_known(self, plan: Callable[[DeviceState], Sequence[Arc]], message: MessageTime) -> None:
         record = self.record
@@ -318,7 +350,7 @@ class MigrationRunner:
         if holder not in (None, owner):
             assert holder is not None
             raise CommandError(
-                f"{what}: the migration belongs to generation {holder.value} until RUNNING or a reset", errno.EBUSY
+                f"{what}: the migration belongs to {_HOLDERS[holder]} until RUNNING or a reset", errno.EBUSY
             )
 
     async def reset(self) -> None:
@@ -332,7 +364,7 @@ class MigrationRunner:
     async def function_reset(self) -> None:
         """The guest has reset the function through configuration space, which the device has done already."""
         if self.steps.device is not None:
-            self.steps.device.shadow.clear()
+            self.steps.device.shadow.clear(keep_addresses=True)
         effect = RESETS[ResetKind.FUNCTION_LEVEL].migration
         await self._reset(ev.GuestReset(restarts=effect is MigrationEffect.RESTARTS))
 

@@ -16,6 +16,7 @@ waits for the head is only its execution.
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
@@ -80,6 +81,7 @@ class Dispatcher:
         self._begin = executor.begin
         self._context = context
         self._counts = context.counts
+        self._record = context.timings.record
         self._account = context.account
         self._budget_s = context.reply_budget_s
         self._lane = lane
@@ -96,6 +98,11 @@ class Dispatcher:
     def queue(self) -> Sequence[Queued]:
         """The commands that are not answered, oldest first."""
         return tuple(self._queue)
+
+    @property
+    def head_deadline(self) -> float:
+        """Until when the oldest of them has to be answered, by trio's clock; infinity if there is none."""
+        return self._queue[0].deadline if self._queue else math.inf
 
     @property
     def head_begun(self) -> bool:
@@ -121,7 +128,9 @@ class Dispatcher:
 
     def take(self, event: CommandReceived) -> None:
         """Answer a command, now if that can be done at once, else in its turn."""
-        self._counts[event.header.command] += 1
+        began = time.perf_counter_ns()
+        command = event.header.command
+        self._counts[command] += 1
         if event.surplus_fds:
             close_fds(event.surplus_fds)
         refusal = refusal_of(self._account, event.fds) if event.fds else None
@@ -142,6 +151,7 @@ class Dispatcher:
             close_fds(event.fds)
         if outcome.error is not None:
             self._answer_error(event, outcome.taken())
+        self._record(command, time.perf_counter_ns() - began)
 
     def refuse(self, event: MessageRefused) -> None:
         """Answer a message that the session refused, in its turn; the connection goes on."""
@@ -214,6 +224,8 @@ class Dispatcher:
             close_fds(event.fds)
         if outcome.error is not None:
             self._answer_error(event, outcome.taken())
+        waited_s = trio.current_time() - queued.deadline + self._budget_s
+        self._record(event.header.command, int(max(waited_s, 0) * 1e9))
 
     async def _in_time(
         self, event: CommandReceived, answer: Awaitable[bytes | ReplyWithFds | Pieces], deadline: float
@@ -263,5 +275,5 @@ def note_refusal(event: MessageRefused, context: FunctionContext) -> None:
         context: the function's.
     """
     close_fds(event.fds)
-    context.noise.warning("message refused", reason=event.reason)
+    context.noise.warning("message refused", client=context.client, reason=event.reason)
     context.note_error(event.reason)

@@ -6,11 +6,13 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
+from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
@@ -19,6 +21,7 @@ from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.connection import ClientConnection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.context import FunctionContext
+from vfiouser_oob.server.device_link import DeviceLink
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
@@ -28,6 +31,8 @@ from vfiouser_protocol.capabilities import VersionCapabilities
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
+#: Seconds beyond another whole reply budget after which a message that is not answered shows that something hangs.
+OVERDUE_S = 5.0
 #: Connections that may say nothing at one time; QEMU says its VERSION at once.
 _MOST_SILENT = 16
 #: A client that left before it was accepted; nothing to be said, and the next one may be there.
@@ -50,6 +55,8 @@ class Function:
         log: a logger; the function's name is added.
         allow_uids: user ids that may connect; None allows whoever the socket's permissions let in.
         migration: builds its migration from events and logger; None if it cannot be migrated.
+        recorded: whether what it writes to its client's memory is recorded from the beginning, as is needed in a VM
+            whose VMM has no migration interface.
     """
 
     def __init__(
@@ -63,21 +70,30 @@ class Function:
         log: Logger,
         allow_uids: tuple[int, ...] | None = None,
         migration: MigrationMaker | None = None,
+        recorded: bool = False,
     ) -> None:
         self.name = name
         self.backend = backend
-        self.context = FunctionContext(name, reply_budget_s, activity, log)
+        self.context = FunctionContext(name, reply_budget_s, activity, events, log)
         self.log = self.context.log
         self.connection: ClientConnection | None = None
         self.address = ""
         self.failed: str | None = None
         self.since = time.time()
+        #: The phase that watchers were told last.
+        self._shown = "listening"
         self.clients_served = 0
-        self._events = events
-        self._allow_uids = allow_uids
+        #: User ids that may connect.
+        self.allow_uids = allow_uids
+        #: Whether it takes no new client, because an administrator said so.
+        self.draining = False
+        #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
+        self.recorded = recorded
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
+        #: Those of them that an administrator disconnects.
+        self._turned_out: set[ClientConnection] = set()
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
         self.migration = None if migration is None else migration(name, events, self.log)
@@ -92,10 +108,32 @@ class Function:
             error: what has happened.
         """
         self.failed = reason
+        self.since = time.time()
         self.log.exception("a function is out of service", error, reason=reason)
+        self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
         self.context.note_error(reason)
         if self.connection is not None:
             self.connection.link.fail(reason)
+        self.phase_changed()
+
+    def condemn(self, reason: str) -> None:
+        """Take the function out of service, since it cannot be relied on any more; its client gets EIO.
+
+        Args:
+            reason: why, for `status`.
+        """
+        self.failed = reason
+        self._fail(reason)
+
+    def overdue(self) -> str | None:
+        """What should have been answered long ago, in words; None if nothing should."""
+        attached = self.attached
+        late_s = 0.0 if attached is None else trio.current_time() - attached.dispatcher.head_deadline
+        if late_s < self.context.reply_budget_s + OVERDUE_S:
+            return None
+        return f"a message of its client should have been answered {late_s:.0f} s ago"
 
     async def run_migration(self) -> None:
         """Run the migration's own tasks, if the function can be migrated."""
@@ -103,11 +141,9 @@ class Function:
             with Contained() as outcome:
                 await self.migration.run()
             if outcome.error is not None:
-                self.failed = f"its migration died: {outcome.error}"
+                self.failed = f"its migration died: {words_of(outcome.error)}"
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
-                self.context.note_error(self.failed)
-                if self.connection is not None:
-                    self.connection.link.fail(self.failed)
+                self._fail(self.failed)
 
     async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
         """Connect a client to the function's migration.
@@ -122,6 +158,8 @@ class Function:
         Raises:
             BackendUnavailable: the function must not run now.
         """
+        if self.recorded:
+            backend.memory.recorder = WriteRecorder()
         return None if self.migration is None else await attach(self.migration, backend, self.name, client)
 
     async def run_device(self) -> None:
@@ -129,12 +167,10 @@ class Function:
         with Contained() as outcome:
             await self.backend.run()
         if outcome.error is not None:
-            self.failed = f"the device's task died: {root_cause(outcome.error)}"
+            self.failed = f"the device's task died: {words_of(outcome.error)}"
             self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
-            self.context.note_error(self.failed)
-            if self.connection is not None:
-                self.connection.link.fail(self.failed)
-            self._announce("device-failed", reason=self.failed)
+            self._fail(self.failed)
+            self.context.announce("device-failed", reason=self.failed)
 
     async def serve(self, listener: Listener) -> None:
         """Accept clients until cancelled.
@@ -153,7 +189,7 @@ class Function:
                 if self._may_connect(peer):
                     nursery.start_soon(self._serve_client, sock, peer)
                 elif self._turning_away < _MOST_SILENT:
-                    nursery.start_soon(self._turn_away, sock)
+                    nursery.start_soon(self._turn_away, sock, errno.EBUSY if self.draining else errno.EACCES)
                 else:
                     sock.close()
 
@@ -183,17 +219,20 @@ class Function:
                 raise
             return None
 
-    async def _turn_away(self, sock: socket.socket) -> None:
+    async def _turn_away(self, sock: socket.socket, number: int) -> None:
         self._turning_away += 1
         try:
-            await turn_away(sock, errno.EACCES, self.context.account)
+            await turn_away(sock, number, self.context.account)
         finally:
             self._turning_away -= 1
 
     def _may_connect(self, peer: Peer | None) -> bool:
-        if self._allow_uids is None or (peer is not None and peer.uid in self._allow_uids):
+        if self.draining:
+            self.context.noise.warning("client refused: the function is drained", client=peer)
+            return False
+        if self.allow_uids is None or (peer is not None and peer.uid in self.allow_uids):
             return True
-        self.context.noise.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
+        self.context.noise.warning("client refused: its user may not connect", client=peer, allowed=self.allow_uids)
         self.context.note_error(f"{peer} may not connect")
         return False
 
@@ -212,21 +251,63 @@ class Function:
                 await self._vacant.wait()
         if self.connection is not None:
             raise TurnedAway(f"{connection.peer} was refused: {self.connection.peer} uses the function", errno.EBUSY)
+        if self.draining:
+            raise TurnedAway(f"{connection.peer} was refused: the function is drained", errno.EBUSY)
         self.connection = connection
+        self.context.client = connection.peer
         self._vacant = trio.Event()
         self.clients_served += 1
-        self._announce("client-connected", client=str(connection.peer))
+        self.context.announce("client-connected", client=str(connection.peer))
 
     def _leave(self, connection: ClientConnection, reason: str) -> None:
         """Note that a connection has ended, and let the next client in if it was the one that was served."""
         if self.connection is not connection:
             self.log.debug("client gone before it was served", client=connection.peer, reason=reason)
             return
-        self.connection = None
+        self.connection = self.context.client = None
         self._vacant.set()
         self.phase_changed()
         self.context.visits.info("client detached", client=connection.peer, reason=reason)
-        self._announce("client-disconnected", client=str(connection.peer), reason=reason)
+        self.context.announce("client-disconnected", client=str(connection.peer), reason=reason)
+
+    # Administration
+
+    @property
+    def user(self) -> str | None:
+        """The client that is served, in words; None without one."""
+        return None if self.connection is None else str(self.connection.peer or "a client that is not known")
+
+    def drain(self) -> None:
+        """Take no new client; the one that is served stays."""
+        self.draining = True
+        self.phase_changed()
+
+    def reopen(self) -> None:
+        """Take clients again."""
+        self.draining = False
+        self.phase_changed()
+
+    async def vacated(self) -> None:
+        """Wait until no client is served."""
+        while self.connection is not None:
+            await self._vacant.wait()
+
+    def level_changed(self) -> None:
+        """Another log level counts from now on."""
+        for connection in self._connections:
+            connection.level_changed()
+
+    def disconnect(self) -> str | None:
+        """Turn the client out that is served; the next one may come.
+
+        Returns:
+            Who it was; None if there was none.
+        """
+        user = self.user
+        if self.connection is not None:
+            self._turned_out.add(self.connection)
+            self._connections[self.connection].cancel()
+        return user
 
     async def _serve_client(self, sock: socket.socket, peer: Peer | None) -> None:
         memory = resident()
@@ -246,6 +327,9 @@ class Function:
                     reason = self._explain(outcome.error)
             finally:
                 del self._connections[connection]
+                if connection in self._turned_out:
+                    self._turned_out.remove(connection)
+                    reason = "an administrator disconnected it"
                 self._leave(connection, reason)
                 del connection
                 give_back(memory)
@@ -268,7 +352,7 @@ class Function:
             self.context.note_error(f"connection failed: {cause.strerror or cause}")
             return f"the system refused: {cause.strerror or cause}"
         self.log.exception("bug: a connection failed unexpectedly", error)
-        self.context.note_error(f"connection failed: {error}")
+        self.context.note_error(f"connection failed: {words_of(error)}")
         return "an error of ours"
 
     # Reporting
@@ -276,7 +360,8 @@ class Function:
     @property
     def last_error(self) -> str | None:
         """What went wrong last, for `status`."""
-        return self.context.last_error
+        last = self.context.trouble.last
+        return None if last is None else last.text
 
     @property
     def counts(self) -> Sequence[int]:
@@ -290,18 +375,37 @@ class Function:
 
     def phase_changed(self) -> None:
         """Note when the phase changed, and tell watchers."""
-        self.since = time.time()
-        self._announce("phase", phase=self.phase)
+        phase = self.phase
+        if not phase == self._shown == "failed":
+            self.since = time.time()
+        self._shown = phase
+        self.context.announce("phase", phase=phase)
 
-    def _announce(self, kind: str, **fields: Any) -> None:
-        self._events.publish(kind, function=self.name, **fields)
+    def device_lost(self, link: DeviceLink, reason: str) -> None:
+        """Note that the device of a client is lost, and tell watchers.
+
+        Args:
+            link: the client as the device saw it.
+            reason: what happened to the device.
+        """
+        if self.connection is not None and self.connection.link is link and self.failed is None:
+            self.context.announce("device-failed", reason=reason)
+            self.phase_changed()
+
+    @property
+    def broken(self) -> str | None:
+        """Why the function does nothing for its client; None if it does, or there is none."""
+        lost = None if self.connection is None else self.connection.link.lost
+        return self.failed or lost
 
     @property
     def phase(self) -> str:
         """What the function is doing."""
-        if self.failed is not None:
+        if self.broken is not None:
             return "failed"
-        return "listening" if self.connection is None else self.connection.phase
+        if self.connection is None:
+            return "drained" if self.draining else "listening"
+        return self.connection.phase
 
     def __repr__(self) -> str:
         return f"Function({self.name!r}, {self.phase})"

@@ -28,6 +28,7 @@ from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import MessageSocket
 from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_protocol.capabilities import MigrationCapability, Negotiated, VersionCapabilities
+from vfiouser_protocol.dma_layout import DmaLayout
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS, Limits
 from vfiouser_protocol.session import CommandReceived, MessageRefused, ProtocolSession
@@ -162,7 +163,7 @@ class Negotiating:
                 held.push_async_callback(backend.close)
                 late = "the agent did not answer in time"
                 migrating = await host.attach_migration(backend, proposed)
-                port: Port = migrating or NoMigration(backend, OFFER.max_data_xfer_size)
+                port: Port = migrating or await _without_migration(backend)
                 held.push_async_callback(port.detach)
                 late = "the device was not reset in time"
                 renewed = backend.renew()
@@ -184,11 +185,16 @@ class Negotiating:
         context, link, lane = self._context, self.link, FunctionQueue()
         commands = self.main if twin is None else twin
         permit = backend.memory.map.segments
-        dma = DmaLink(self.session, commands.send, permit, agreed.client.max_data_xfer_size, context.reply_budget_s)
+        most, budget_s = agreed.client.max_data_xfer_size, context.reply_budget_s
+        dma = DmaLink(self.session, commands.send, permit, most, budget_s, self._layout_learned)
         link.agreed(agreed.client, dma)
         executor = self._executor(agreed, offer, backend, port)
         dispatcher = Dispatcher(self.session, self.main, executor, context, lane)
-        return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane)
+        return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane, port)
+
+    def _layout_learned(self, layout: DmaLayout) -> None:
+        if layout is DmaLayout.NARROW:
+            self._context.log.info("the client speaks the DMA messages of QEMU 10.1 and 10.2")
 
     def _executor(
         self, agreed: Negotiated, offer: VersionCapabilities, backend: BackendSession, port: Port
@@ -215,6 +221,13 @@ class Negotiating:
             return None
         held.callback(pair.close)
         return pair
+
+
+async def _without_migration(backend: BackendSession) -> NoMigration:
+    port = NoMigration(backend, OFFER.max_data_xfer_size)
+    if backend.memory.recorder is not None:  # nobody else wants to know of resets; asking takes a round trip
+        await port.learn()
+    return port
 
 
 class _Pair(NamedTuple):

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vfiouser_agents.api import Agent
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.p2p import settled
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, AgentConfig, FunctionConfig
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.pool import AgentLease, AgentPool
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.sharing import BufferShare
-from vfiouser_oob.observability import log
+from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
+from vfiouser_oob.persist.history import HistoryStore
 from vfiouser_oob.server.function import Function, MigrationMaker
-from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.life import LIVE_KEYS, Life
+from vfiouser_oob.server.sockets import SocketShelf
+from vfiouser_oob.server.status import unit_status
+from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
+from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
+
+#: Systemd sets it for every service.
+_UNIT = "INVOCATION_ID"
+#: Errors that say that a directory is not for us, as the unit stands.
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT})
 
 
 @dataclass(frozen=True)
@@ -34,17 +46,22 @@ class SharedParts:
         reply_budget_s: seconds within which each client message is answered.
         agents: their agents.
         memory: where agents' capabilities are kept.
+        history: where migrations that are over are kept.
         activity: the daemon's sockets.
         events: where changes are announced.
         sharing: the memory for state on its way.
+        recorded: tells whether a function's writes to client memory are recorded, since its VM's migration asks for
+            them.
     """
 
     reply_budget_s: float
     agents: AgentPool
     memory: CapabilityStore
+    history: HistoryStore
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
+    recorded: Callable[[str], bool] = lambda name: False
 
 
 def open_function(config: FunctionConfig, inherited: Sequence[int], means: SharedParts) -> Life:
@@ -75,11 +92,29 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
             log=log.get("function"),
             allow_uids=config.allow_uids,
             migration=_engine_maker(config, backend, means, leases),
+            recorded=means.recorded(config.name),
         )
         for lease in leases:
             resources.callback(lease.release)
         listeners, connected = _open_sockets(config, inherited, resources)
+        levels.choose(config.name, config.log_level)
         return Life(function, leases, listeners, connected, resources.pop_all())
+
+
+def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
+    """What a function is as a unit of a daemon.
+
+    Args:
+        shelf: the sockets that systemd passed.
+        means: what functions share.
+    """
+
+    def open_one(config: FunctionConfig) -> Life:
+        return open_function(config, shelf.take(config), means)
+
+    return UnitKind(
+        "function", "[[function]]", lambda config: config.functions, open_one, unit_status, LIVE_KEYS, vital=True
+    )
 
 
 def _engine_maker(
@@ -94,9 +129,20 @@ def _engine_maker(
         raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
     identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
     memory = means.memory.drawer(config.name, identity)
+    migration = settled(config)
 
     def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
-        return MigrationRunner(name, connected, agent.function, config.migration, events, logger, memory, means.sharing)
+        return MigrationRunner(
+            name,
+            connected,
+            agent.function,
+            migration,
+            events,
+            logger,
+            memory,
+            means.sharing,
+            means.history.drawer(name),
+        )
 
     return make
 
@@ -126,18 +172,36 @@ def _open_sockets(
             connected.append(sock)
             resources.callback(sock.close)
     if not listeners and not connected and config.socket is not None:
-        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or _default_group()))
+        listeners.append(_listen(config, config.socket))
         resources.callback(listeners[-1].close)
     return listeners, connected
 
 
-def _default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; only root may give files away."""
-    if os.geteuid() != 0:
-        return None
+def _listen(config: FunctionConfig, path: Path) -> Listener:
+    """Make a function's socket; where we may not, the error names the line that is missing."""
+    try:
+        return listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+    except ListenError as error:
+        cause = error.__cause__
+        if _UNIT not in os.environ or not isinstance(cause, OSError) or cause.errno not in _NOT_OURS:
+            raise
+        raise ListenError(
+            f"{error}; either the service may write there (`ReadWritePaths={path.parent}` by `systemctl edit "
+            f"vfiouser-oob.service`, and a directory that it may write), or systemd makes the socket "
+            f"(`ListenStream={path}` by `systemctl edit vfiouser-oob.socket`)"
+        ) from cause
+
+
+def default_group() -> str | None:
+    """The group of socket files unless another one is configured; None for the daemon's own.
+
+    It is QEMU's, so that a VMM running as its own user can connect on day one; who is not root may give files only to
+    groups that it is in.
+    """
     import grp
 
     try:
-        return grp.getgrnam(DEFAULT_SOCKET_GROUP).gr_name
+        group = grp.getgrnam(DEFAULT_SOCKET_GROUP)
     except KeyError:
         return None
+    return group.gr_name if os.geteuid() == 0 or group.gr_gid in os.getgroups() else None

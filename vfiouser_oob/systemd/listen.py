@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import FunctionConfig
 from vfiouser_oob.systemd.fd_store import PREFIX
 from vfiouser_oob.transport.fds import ForeignFd, OwnedFd, close_fds
 
 FIRST_FD = 3
 # More than a process may have; a damaged LISTEN_FDS must not make us walk through two thousand million descriptors.
 FDS_MAX = 1 << 20
+#: Name of the socket for metrics, the only one that may be of TCP.
+METRICS_NAME = "metrics"
+_LOCAL = frozenset({socket.AF_UNIX})
+_ANY = frozenset({socket.AF_UNIX, socket.AF_INET, socket.AF_INET6})
 _SOURCE = "sockets from systemd"
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
@@ -87,7 +89,8 @@ def inherited_descriptors(
             if name.startswith(PREFIX):
                 _take_kept(kept, name, fd)
                 continue
-            check_listening(fd, f"socket {name!r} (descriptor {fd})", _SOURCE)
+            families = _ANY if name == METRICS_NAME else _LOCAL
+            check_listening(fd, f"socket {name!r} (descriptor {fd})", _SOURCE, families)
             os.set_inheritable(fd, False)
             sockets.setdefault(name, []).append(fd)
     except BaseException:
@@ -147,18 +150,21 @@ def _take_kept(kept: dict[str, OwnedFd], name: str, fd: int) -> None:
     kept[name] = ForeignFd(fd)
 
 
-def check_listening(fd: int, label: str, source: str | None = None) -> None:
-    """Make sure that a descriptor is a listening UNIX stream socket.
+def check_listening(
+    fd: int, label: str, source: str | None = None, families: frozenset[socket.AddressFamily] = _LOCAL
+) -> None:
+    """Make sure that a descriptor is a listening stream socket, a UNIX one if nothing else is said.
 
     Args:
         fd: descriptor number; it stays the caller's.
         label: what to call it in a message.
         source: where it came from, for the message.
+        families: which it may be of.
 
     Raises:
         ConfigError: it is something else.
     """
-    wanted = "a listening UNIX stream socket"
+    wanted = "a listening UNIX stream socket" if families == _LOCAL else "a listening stream socket, UNIX or TCP"
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ConfigError(f"{label} must be {wanted}, but is no socket", source)
@@ -170,54 +176,6 @@ def check_listening(fd: int, label: str, source: str | None = None) -> None:
         listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     finally:
         sock.detach()
-    if family != socket.AF_UNIX or kind != socket.SOCK_STREAM or not listening:
+    if family not in families or kind != socket.SOCK_STREAM or not listening:
         is_what = f"{family.name} {kind.name}{'' if listening else ' that does not listen'}"
         raise ConfigError(f"{label} must be {wanted}, but is {is_what}", source)
-
-
-def assign_sockets(functions: Sequence[FunctionConfig], inherited: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Find out which function each inherited socket is for.
-
-    A socket belongs to the function of its name, or else to the one that is configured with its path (a unit
-    with several ListenStream= lines gives all of them one name), or else to the only function there is.
-
-    Args:
-        functions: the configured functions.
-        inherited: descriptors by name, from `inherited_sockets`.
-
-    Returns:
-        Descriptors by function name.
-
-    Raises:
-        ConfigError: a socket fits no function, or a function has neither a socket of its own nor an inherited
-        one.
-    """
-    known = {function.name for function in functions}
-    by_path = {str(function.socket): function.name for function in functions if function.socket is not None}
-    total = sum(len(fds) for fds in inherited.values())
-    assigned: dict[str, list[int]] = {}
-    for name, fds in inherited.items():
-        for fd in fds:
-            path = _path_of(fd)
-            owner = name if name in known else by_path.get(path)
-            if owner is None and len(functions) == total == 1:
-                owner = functions[0].name
-            if owner is None:
-                at = f" at {path}" if path else ""
-                raise ConfigError(
-                    f"socket {name!r}{at} fits no function (functions: {', '.join(sorted(known))})", _SOURCE
-                )
-            assigned.setdefault(owner, []).append(fd)
-    for function in functions:
-        if function.socket is None and function.fd is None and function.name not in assigned:
-            raise ConfigError(f"function {function.name!r} has no socket configured, and none came from systemd for it")
-    return assigned
-
-
-def _path_of(fd: int) -> str:
-    sock = socket.socket(fileno=fd)
-    try:
-        address = sock.getsockname()
-    finally:
-        sock.detach()
-    return str(Path(address)) if isinstance(address, str) and address else ""

@@ -54,9 +54,9 @@ class Vmm(RawClient):
         return int(struct.unpack_from("<I", answer.payload, 8)[0])
 
     async def set_state(self, state: int) -> None:
-        """SET MIG_DEVICE_STATE, which has to succeed."""
-        request = struct.pack("<IIII", 16, STATE | SET, state, 0)
-        assert request == (await self.succeed(FEATURE, request)).payload
+        """SET MIG_DEVICE_STATE, which has to succeed; the reply is the request without a descriptor."""
+        request = struct.pack("<IIIi", 16, STATE | SET, state, 0)
+        assert request[:12] + b"\xff" * 4 == (await self.succeed(FEATURE, request)).payload
 
     async def set_state_errno(self, state: int) -> int:
         """SET MIG_DEVICE_STATE; returns the error number, 0 for success."""
@@ -233,6 +233,7 @@ async def bed(
     devices: Callable[[str], DeviceConfig] = lambda name: TEST_DEVICE,
     also: tuple[FunctionConfig, ...] = (),
     dma: DmaMode = DmaMode.FILES,
+    state_directory: Path | None = None,
     **device: object,
 ) -> AsyncIterator[Bed]:
     """Run a daemon with the functions `src` and `dst`; `device` goes to their `MemoryFunction`s."""
@@ -247,7 +248,10 @@ async def bed(
         )
         for name in made
     ]
-    async with serving(*also, *configs, reply_budget_s=reply_budget_s, agents={"test": agent}) as daemon:
+    agents = {"test": agent}
+    async with serving(
+        *also, *configs, reply_budget_s=reply_budget_s, agents=agents, state_directory=state_directory
+    ) as daemon:
         sides = {name: Side(name, directory / f"{name}.sock", made[name], daemon, agent) for name in made}
         yield Bed(daemon, agent, sides["src"], sides["dst"])
 

@@ -31,6 +31,8 @@ TOO_SHORT = {
     m.DmaReadReply: 15,
     m.DmaWrite: 15,
     m.DmaWriteReply: 15,
+    m.NarrowDmaReadReply: 15,
+    m.NarrowDmaWrite: 15,
     m.DirtyPages: 7,
     m.DeviceFeature: 7,
     m.FeatureMigration: 7,
@@ -58,6 +60,8 @@ CONTRADICTIONS = {
     "REGION_WRITE count 4 with 8 bytes": (m.RegionWrite, bytes(8) + b"\0\0\0\0\x04\0\0\0abcdefgh"),
     "DMA_WRITE count 2^64-1": (m.DmaWrite, bytes(8) + b"\xff" * 8),
     "DMA_READ reply with too much": (m.DmaReadReply, bytes(16) + b"x"),
+    "narrow DMA_READ reply without its zeros": (m.NarrowDmaReadReply, bytes(8) + b"\4\0\0\0abcdxyz"),
+    "narrow DMA_WRITE with too much": (m.NarrowDmaWrite, bytes(8) + b"\1\0\0\0abcdef"),
     "WRITE_MULTI of 2^61 writes": (m.RegionWriteMulti, (1 << 61).to_bytes(8, "little")),
     "WRITE_MULTI one byte short": (m.RegionWriteMulti, (1).to_bytes(8, "little") + bytes(23)),
     "WRITE_MULTI one byte over": (m.RegionWriteMulti, (1).to_bytes(8, "little") + bytes(25)),
@@ -174,7 +178,22 @@ LINES = {
     "< DMA_MAP #17 reply EEXIST": (Header(17, 2, 16, 0x21, 17), b"", 0),
     "< DMA_MAP #17 reply errno=0": (Header(17, 2, 16, 0x21, 0), b"", 0),
     "< DMA_UNMAP #3 ALL iova=0x0+0x0": (Header(3, 3, 40, 0), encode(m.DmaUnmap(24, 2, 0, 0)), 0),
-    "< REGION_WRITE #4 no-reply +0x1000 region=BAR0 count=4": (
+    "< REGION_READ #4 reply +0x10 region=CONFIG count=2 value=0x8086": (
+        Header(4, 9, 34, 1),
+        encode(m.RegionReadReply(0x10, 7, 2, b"\x86\x80")),
+        0,
+    ),
+    "< REGION_READ #4 reply +0x0 region=BAR1 count=9": (
+        Header(4, 9, 41, 1),
+        encode(m.RegionReadReply(0, 1, 9, b"a secret!")),
+        0,
+    ),
+    "< REGION_WRITE_MULTI #4 writes=2 BAR0+0x1000 value=0x1 BAR0+0x1004 value=0x102": (
+        Header(4, 15, 72, 0),
+        encode(m.RegionWriteMulti((m.RegionWrite(0x1000, 0, 1, b"\1"), m.RegionWrite(0x1004, 0, 2, b"\2\1")))),
+        0,
+    ),
+    "< REGION_WRITE #4 no-reply +0x1000 region=BAR0 count=4 value=0x64636261": (
         Header(4, 10, 36, 0x10),
         encode(m.RegionWrite(0x1000, 0, 4, b"abcd")),
         0,
