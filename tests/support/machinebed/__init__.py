@@ -120,7 +120,11 @@ def _fetch_tools() -> None:
     debs, made = CACHE / "debs", CACHE / "tools.new"
     debs.mkdir(exist_ok=True)
     shutil.rmtree(made, ignore_errors=True)
-    _run(["apt-get", "-qq", "download", *TOOLS], cwd=debs)
+    try:
+        _run(["apt-get", "-qq", "download", *TOOLS], cwd=debs)
+    except subprocess.CalledProcessError:  # the machine's lists are old, or there are none
+        _run(["apt-get", "-qq", "update"])
+        _run(["apt-get", "-qq", "download", *TOOLS], cwd=debs)
     for deb in debs.glob("*.deb"):
         _run(["dpkg-deb", "--extract", str(deb), str(made)])
     made.rename(_tools())
