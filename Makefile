@@ -30,7 +30,7 @@ OR_ALONE := || { code=$$?; [ $$code -eq 5 ] || { [ $$code -eq 1 ] && \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vm-long check conformance fuzz bench vm-assets proto pages clean venv venv-demo venv-dev venv-fuzz
+.PHONY: help demo test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci pages clean venv venv-demo venv-dev venv-fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,14 @@ vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine
 
 proto: venv-dev ## compile the .proto of the gRPC agents again, after it was changed
 	$(BIN)/python tools/protoc.py
+
+deb: venv-dev ## build the packages for Debian 12 and 13, into dist
+	$(BIN)/python tools/make_deb.py $(DEB_ARGS)
+
+oci: ## build a container image with podman, buildah or docker, whichever is there
+	@builder=$$(command -v podman || command -v buildah || command -v docker) || \
+	  { echo "make oci: none of podman, buildah and docker is here" >&2; exit 1; }; \
+	set -x; $$builder build -t vfiouser-oob -f packaging/Containerfile $(OCI_ARGS) .
 
 pages: venv-dev ## write the reference pages that are made from declarations
 	$(BIN)/python tools/messages_page.py

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 EXTRAS: Mapping[str, Mapping[str, str]] = {
     "grpc": {"grpc": "grpcio", "google.protobuf": "protobuf", "grpc_reflection": "grpcio-reflection"},
     "demo": {"trustme": "trustme"},
+    "package": {"argparse_manpage": "argparse-manpage", "shtab": "shtab"},
 }
 #: The extra that a kind of agent needs, where there is one.
 KIND_EXTRAS: Mapping[str, str] = {"grpc": "grpc"}

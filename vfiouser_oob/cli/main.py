@@ -71,6 +71,7 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("agent-check", "vfiouser_oob.cli.agent_check", "check that an agent keeps its contract"),
     CommandEntry("conformance", "vfiouser_oob.cli.conformance", "judge a vfio-user server, ours or anyone's"),
     CommandEntry("demo", "vfiouser_oob.cli.demo", "show it all at work, without a VMM"),
+    CommandEntry("install-files", "vfiouser_oob.cli.install_files", "lay out units, configuration and man page"),
     CommandEntry("bench", "vfiouser_oob.cli.bench", "measure the daemon on this machine"),
 )
 

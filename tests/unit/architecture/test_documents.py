@@ -121,6 +121,7 @@ def options(module: str) -> set[str]:
         "agent-check",
         "conformance",
         "demo",
+        "install-files",
     ],
 )
 def test_every_option_is_described(name: str) -> None:

@@ -27,6 +27,8 @@ TARGETS = (
     "bench",
     "vm-assets",
     "proto",
+    "deb",
+    "oci",
     "pages",
     "clean",
 )

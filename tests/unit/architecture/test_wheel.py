@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
 from vfiouser_oob import __version__
@@ -41,9 +43,25 @@ def test_every_module_is_in_it(wheel: zipfile.ZipFile) -> None:
             for path in package.rglob("*"):
                 if path.suffix in (".py", ".proto") or path.name == "py.typed":
                     expected.add(path.relative_to(base).as_posix())
-    assert expected == {
+    files = {
+        f"vfiouser_oob/files/{path.relative_to(ROOT / 'packaging').as_posix()}"
+        for path in (ROOT / "packaging").rglob("*")
+        if path.is_file()
+    }
+    assert expected | files == {
         name for name in wheel.namelist() if name.startswith(("vfiouser_",)) and ".dist-info" not in name
     }
+
+
+def test_the_sdist_has_the_same_files(tmp_path: Path) -> None:
+    """Whoever builds from the sdist gets what the wheel has: the packages, and what `install-files` lays out."""
+    path = next(SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"packaging/{path.relative_to(ROOT / 'packaging').as_posix()}" for path in
+            (ROOT / "packaging").rglob("*") if path.is_file()} <= names  # fmt: skip
+    assert {"vfiouser_oob/cli/main.py", "agents/vfiouser_soc/soc.py", "protocol/vfiouser_protocol/codec.py"} <= names
+    assert not any(name.startswith((".cache", ".venv")) for name in names)
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:
