@@ -16,8 +16,6 @@ class FunctionWord(Enum):
     """What a function does, in one or two words."""
 
     RUNNING = "running"
-    STARTING = "starting"
-    DRAINED = "drained"
     CONNECTING = "connecting"
     PAUSED = "paused"
     MIGRATING_OUT = "migrating out"
@@ -27,14 +25,6 @@ class FunctionWord(Enum):
     FAILED = "failed"
 
 
-#: Phases in which there is more to say than that it runs.
-_BY_PHASE: Mapping[str, FunctionWord] = MappingProxyType(
-    {
-        "starting": FunctionWord.STARTING,
-        "drained": FunctionWord.DRAINED,
-        "negotiating": FunctionWord.CONNECTING,
-    }
-)
 #: States of the v2 generation in which there is more to say than that it runs.
 _BY_STATE: Mapping[str, FunctionWord] = MappingProxyType(
     {
@@ -101,7 +91,7 @@ def word_of(function: FunctionStatus) -> FunctionWord:
             return FunctionWord.HELD
         if migration["state"] in _BY_STATE:
             return _BY_STATE[migration["state"]]
-    return _BY_PHASE.get(function["phase"], FunctionWord.RUNNING)
+    return FunctionWord.CONNECTING if function["phase"] == "negotiating" else FunctionWord.RUNNING
 
 
 def since_of(function: FunctionStatus) -> str:

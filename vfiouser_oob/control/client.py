@@ -67,22 +67,6 @@ class ControlClient:
         """
         return cast("StatusReport", self._call("status"))
 
-    def migrations(self) -> list[MigrationEntry]:
-        """The last migrations of each function, the oldest first.
-
-        Raises:
-            ControlError: no answer, or a refusal.
-        """
-        return cast("list[MigrationEntry]", self._call("migrations"))
-
-    def metrics(self) -> Measured:
-        """What the daemon has measured.
-
-        Raises:
-            ControlError: no answer, or a refusal.
-        """
-        return cast("Measured", self._call("metrics"))
-
     def ask(self, verb: str, *, patient: bool = False, **params: Any) -> Any:
         """Ask for anything that the daemon offers.
 
@@ -104,6 +88,22 @@ class ControlClient:
             return self._call(verb, params)
         finally:
             self._sock.settimeout(timeout)
+
+    def migrations(self) -> list[MigrationEntry]:
+        """The last migrations of each function, the oldest first.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        return cast("list[MigrationEntry]", self._call("migrations"))
+
+    def metrics(self) -> Measured:
+        """What the daemon has measured.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        return cast("Measured", self._call("metrics"))
 
     def watch(self, beat_s: float | None = None) -> Iterator[dict[str, Any]]:
         """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.

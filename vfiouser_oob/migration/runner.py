@@ -119,17 +119,13 @@ class MigrationRunner:
         """Run the tasks; runs as long as the function does."""
         if self.memory is not None:
             self.link.facts = await self.memory.recall()
-        try:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.background.run)
-                if self.history is not None:
-                    nursery.start_soon(self.history.recall)
-                nursery.start_soon(self._hearing.listen)
-                self._running.set()
-                self._probing.begin(self._probe)
-        finally:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.background.run)
             if self.history is not None:
-                await self.history.close()
+                nursery.start_soon(self.history.recall)
+            nursery.start_soon(self._hearing.listen)
+            self._running.set()
+            self._probing.begin(self._probe)
 
     async def ready(self) -> None:
         """Wait until what was remembered is known, as far as the disk answers in time."""
@@ -368,7 +364,7 @@ class MigrationRunner:
     async def function_reset(self) -> None:
         """The guest has reset the function through configuration space, which the device has done already."""
         if self.steps.device is not None:
-            self.steps.device.shadow.clear()
+            self.steps.device.shadow.clear(keep_addresses=True)
         effect = RESETS[ResetKind.FUNCTION_LEVEL].migration
         await self._reset(ev.GuestReset(restarts=effect is MigrationEffect.RESTARTS))
 

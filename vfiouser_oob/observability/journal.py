@@ -127,7 +127,7 @@ class JournalHandler(logging.Handler):
         try:
             fields = {"logger": record.name, **self._fields(record)}
             self.sink.put(datagram(self.format(record), record.levelno, fields))
-        except (TypeError, ValueError, AttributeError):  # as in logging: a record that cannot be written ends nothing
+        except (TypeError, ValueError):  # as in logging: a record that cannot be written ends nothing
             self.handleError(record)
 
     def close(self) -> None:

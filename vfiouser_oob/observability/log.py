@@ -84,13 +84,26 @@ class Logger:
         exc_info = error if self.debug_enabled else None
         self._log(logging.ERROR, event, described, exc_info)
 
-    def _log(self, level: int, event: str, fields: Mapping[str, Any], exc_info: BaseException | None = None) -> None:
+    def traceback(self, event: str, error: BaseException, **fields: Any) -> None:
+        """Write a failure of code that is not ours, at every level with the traceback that its author needs."""
+        described = {"error": f"{type(error).__name__}: {error}", **fields}
+        self._log(logging.ERROR, event, described, error, spread=True)
+
+    def _log(
+        self,
+        level: int,
+        event: str,
+        fields: Mapping[str, Any],
+        exc_info: BaseException | None = None,
+        *,
+        spread: bool = False,
+    ) -> None:
         if not self._enabled(level, fields.get("function", self._fields.get("function"))):
             return
         merged = {**self._fields, **fields}
         # Not `log`, which would ask for the level of the whole process once more.
         raised = None if exc_info is None else (type(exc_info), exc_info, exc_info.__traceback__)
-        extra = {"event": event, "fields": merged}
+        extra = {"event": event, "fields": merged, "spread": spread}
         name = self._logger.name
         self._logger.handle(self._logger.makeRecord(name, level, "", 0, "%s", (event,), raised, extra=extra))
 
@@ -194,15 +207,22 @@ class HumanFormatter(logging.Formatter):
         fields = "".join(f" {key}={_readable(value)}" for key, value in _fields(record).items())
         name = _short(record.name)
         line = f"{name}: {_one_line(_event(record))}{fields}"
+        below: list[str] = []
         if record.exc_info:
-            line += " traceback=" + json.dumps(self.formatException(record.exc_info))
+            trace = self.formatException(record.exc_info)
+            if getattr(record, "spread", False):
+                # Indented, so that none of these lines can pass for a record.
+                below = [f"    {_one_line(part)}" for part in trace.splitlines()]
+            else:
+                line += " traceback=" + json.dumps(trace)
         if self._journal:
-            return f"<{priority(record.levelno)}>{line}"
+            marked = f"<{priority(record.levelno)}>"
+            return "\n".join(marked + part for part in [line, *below])
         level = f"{record.levelname.lower():7}"
         if self._colour and record.levelno in _COLOURS:
             level = f"\x1b[{_COLOURS[record.levelno]}m{level}\x1b[0m"
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        return f"{stamp}.{int(record.msecs):03d} {level} {line}"
+        return "\n".join([f"{stamp}.{int(record.msecs):03d} {level} {line}", *below])
 
 
 class JsonFormatter(logging.Formatter):

@@ -44,7 +44,7 @@ class MeasuredFunction(TypedDict):
     maps: int
     mapped_bytes: int
     mapped_files: int
-    descriptors: int
+    fds: int
     interrupts: int
     migrating: bool
     received: dict[str, int]

@@ -124,7 +124,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("dma_maps", _G, "DMA mappings of the client", _F, _each(lambda f: f["maps"])),
     Metric("dma_mapped_bytes", _G, "Bytes in DMA mappings of the client", _F, _each(lambda f: f["mapped_bytes"])),
     Metric("dma_mapped_files", _G, "Files behind DMA mappings; 0: none shared", _F, _each(lambda f: f["mapped_files"])),
-    Metric("client_fds", _G, "Descriptors held for the client", _F, _each(lambda f: f["descriptors"])),
+    Metric("client_fds", _G, "Descriptors held for the client", _F, _each(lambda f: f["fds"])),
     Metric("interrupts", _G, "Interrupt vectors with an eventfd", _F, _each(lambda f: f["interrupts"])),
     Metric(
         "messages_received",

@@ -107,12 +107,12 @@ class MigrationStatus(TypedDict):
 class FunctionStatus(TypedDict):
     """One function.
 
-    `phase` is `starting`, `listening`, `negotiating`, `attached`, `drained` or `failed`, and `failed` the reason of the
-    last one, which may last until the client reconnects. `irqs` counts the vectors with an eventfd by IRQ type,
-    `messages` the messages received by command, `commands` how they were served, `dma` what went through the daemon
-    itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
-    is when the phase began, `unavailable_since` since when the device cannot be had, `last_error_at` when that was (ISO
-    8601, UTC).
+    `phase` is `starting`, `listening`, `negotiating`, `attached`, `drained` or `failed`. `failed` is why it could not
+    be opened, or why its client gets errors only. `irqs` counts the vectors with an eventfd by IRQ type, `messages` the
+    messages received by command, `commands` says how they were served, `dma` what went through the daemon itself,
+    `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since` is when
+    the phase began, `unavailable_since` since when the device cannot be had, `last_error_at` when that was (ISO 8601,
+    UTC).
     """
 
     name: str
@@ -182,11 +182,11 @@ class VmStatus(TypedDict):
     """One VM that is migrated by a QEMU without migration of its own for vfio-user.
 
     `phase` is where the VM is, as its functions have to know it: `absent`, `running`, `armed`, `holding`, `stopped`,
-    `saving`, `saved`, `away`, `incoming`, `loading`, `loaded`, `ready`, `going` or `barred`, and `since` when that
-    began (ISO 8601, UTC). `migration` is the class of what QEMU said last of a migration. `qemu` is the process that
-    has connected its monitor, and `version` what it says it is; both are null without one. `carrier` is what carries
-    the state, `carriers` those that QEMU has connected. `refused` is why the migration under way must not go through.
-    `sockets` are the paths, by the keys of the configuration.
+    `saving`, `saved`, `away`, `incoming`, `loading`, `loaded`, `ready`, `going` or `barred`; or `starting`, or `failed`
+    for one that is not served. `since` is when that began (ISO 8601, UTC). `migration` is the class of what QEMU said
+    last of a migration. `qemu` is the process that has connected its monitor, and `version` what it says it is; both
+    are null without one. `carrier` is what carries the state, `carriers` those that QEMU has connected. `refused` is
+    why the migration under way must not go through. `sockets` are the paths, by the keys of the configuration.
     """
 
     name: str

@@ -28,8 +28,6 @@ KEPT = 32
 _READ_S = 1.0
 #: Bytes of a document beside what it lists, its indentation included.
 _HEAD_ROOM = 4096
-#: Seconds that the end of a function waits for the disk.
-_LAST_S = 1.0
 _NUMBER = (int, float)
 #: What a stored entry has, and of which type.
 _FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
@@ -123,16 +121,8 @@ class FunctionHistory:
             while self._stale:
                 self._stale = False
                 await self._in_thread("written", partial(_write, self._path, list(self.entries)))
-        except trio.Cancelled:
-            self._stale = True
-            raise
         finally:
             self._writing = False
-
-    async def close(self) -> None:
-        """Write what is not written, or give up a moment later: the function has ended."""
-        with trio.CancelScope(shield=True), trio.move_on_after(_LAST_S):
-            await self.write()
 
     async def _in_thread(self, what: str, work: Any) -> list[MigrationEntry]:
         """Read or write in a thread; when we are cancelled it goes on alone, and leaves the file whole."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import trio
@@ -21,20 +21,23 @@ class CertificateBook:
     """When the certificates of a daemon's agents expire.
 
     Args:
-        functions: the functions whose agents are meant.
+        functions: tells of which functions the agents are meant; asked at each look, since they come and go.
         log: for those that expire soon.
     """
 
-    def __init__(self, functions: Iterable[FunctionConfig], log: Logger) -> None:
-        self._files = sorted({path for function in functions for path in certificates_of(function)})
+    def __init__(self, functions: Callable[[], Iterable[FunctionConfig]], log: Logger) -> None:
+        self._functions = functions
         self._log = log
         #: By file, in seconds since 1970.
         self.expiries: dict[str, float] = {}
 
     async def run(self) -> None:
         """Look now, and twice a day."""
-        while self._files:
-            for path in self._files:
+        while True:
+            files = {path for function in self._functions() for path in certificates_of(function)}
+            for gone in self.expiries.keys() - files:
+                del self.expiries[gone]
+            for path in sorted(files):
                 await self._look_at(path)
             await trio.sleep(LOOK_S)
 

@@ -12,6 +12,7 @@ import trio
 
 from vfiouser_agents.causes import words_of
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
+from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
@@ -54,6 +55,8 @@ class Function:
         log: a logger; the function's name is added.
         allow_uids: user ids that may connect; None allows whoever the socket's permissions let in.
         migration: builds its migration from events and logger; None if it cannot be migrated.
+        recorded: whether what it writes to its client's memory is recorded from the beginning, as is needed in a VM
+            whose VMM has no migration interface.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Function:
         log: Logger,
         allow_uids: tuple[int, ...] | None = None,
         migration: MigrationMaker | None = None,
+        recorded: bool = False,
     ) -> None:
         self.name = name
         self.backend = backend
@@ -83,6 +87,8 @@ class Function:
         self.allow_uids = allow_uids
         #: Whether it takes no new client, because an administrator said so.
         self.draining = False
+        #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
+        self.recorded = recorded
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
@@ -102,6 +108,7 @@ class Function:
             error: what has happened.
         """
         self.failed = reason
+        self.since = time.time()
         self.log.exception("a function is out of service", error, reason=reason)
         self._fail(reason)
 
@@ -151,6 +158,8 @@ class Function:
         Raises:
             BackendUnavailable: the function must not run now.
         """
+        if self.recorded:
+            backend.memory.recorder = WriteRecorder()
         return None if self.migration is None else await attach(self.migration, backend, self.name, client)
 
     async def run_device(self) -> None:

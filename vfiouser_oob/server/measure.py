@@ -36,7 +36,7 @@ def measure_function(function: Function) -> MeasuredFunction:
         maps=status["maps"]["count"],
         mapped_bytes=status["maps"]["bytes"],
         mapped_files=status["maps"]["files"],
-        descriptors=status["fds"],
+        fds=status["fds"],
         interrupts=sum(status["irqs"].values()),
         migrating=runner is not None and runner.record.stream is not None,
         received=status["messages"],

@@ -27,6 +27,7 @@ from vfiouser_oob.persist.history import HistoryStore
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
+from vfiouser_oob.server.status import unit_status
 from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
@@ -107,7 +108,9 @@ def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
     def open_one(config: FunctionConfig) -> Life:
         return open_function(config, shelf.take(config), means)
 
-    return UnitKind("function", "[[function]]", open_one, LIVE_KEYS)
+    return UnitKind(
+        "function", "[[function]]", lambda config: config.functions, open_one, unit_status, LIVE_KEYS, vital=True
+    )
 
 
 def _engine_maker(
@@ -186,8 +189,11 @@ def _listen(config: FunctionConfig, path: Path) -> Listener:
 
 
 def default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; who is not root may give files only
-    to groups that it is in."""
+    """The group of socket files unless another one is configured; None for the daemon's own.
+
+    It is QEMU's, so that a VMM running as its own user can connect on day one; who is not root may give files only to
+    groups that it is in.
+    """
     import grp
 
     try:

@@ -49,8 +49,8 @@ def unit_status(unit: Unit) -> FunctionStatus:
         migration=None,
         unavailable=None,
         unavailable_since=None,
-        last_error=unit.failed,
-        last_error_at=None if failure is None else iso_time(failure.since),
+        last_error=None,
+        last_error_at=None,
     )
 
 

@@ -9,8 +9,10 @@ from functools import partial
 
 import trio
 
+from vfiouser_agents.errors import AgentError
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.config_shadow import ConfigShadow
+from vfiouser_oob.migration.descriptor import decode_descriptor
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.record import Owner
@@ -21,6 +23,7 @@ from vfiouser_oob.server.dma_link import DmaLink
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.vm.bundle import BARS, FunctionState, Whereabouts
 from vfiouser_oob.vm.carriers.interface import WrittenPagesLog
+from vfiouser_oob.vm.counterpart import FunctionOffer
 from vfiouser_oob.vm.preflight import FunctionFacts
 from vfiouser_oob.vm.replay import FunctionShape, SourceView, plan_replay, table_at, written_bytes
 from vfiouser_oob.vm.replay_run import SentReplay
@@ -121,6 +124,18 @@ class HostedFunction:
             unrecorded=0 if self._recorded is None else self._recorded.untracked,
             unrecorded_max=self._untracked_max,
         )
+
+    async def offer(self, deadline: float) -> FunctionOffer:
+        """What this host says of it to another one; asks its agent."""
+        try:
+            runner = self._runner
+            descriptor = decode_descriptor(await runner.steps.describe(deadline))
+        except (CommandError, AgentError) as error:
+            return FunctionOffer(problem=str(error))
+        if runner.record.begun is None:
+            runner.link.close()
+        caps = runner.link.caps
+        return FunctionOffer(descriptor, () if caps is None else tuple(caps.formats))
 
     # Recording
 

@@ -35,6 +35,7 @@ ATTACHED: FunctionStatus = {
     "device": "vfio-user:/run/soc/f0.sock",
     "phase": "attached",
     "since": ago(minutes=2, seconds=5),
+    "failed": None,
     "client": {"pid": 412, "uid": 64055, "command": "qemu-system\x1b[3"},
     "regions": [
         {"index": 0, "name": "BAR0", "size": 16384, "mapped": True},
@@ -50,7 +51,6 @@ ATTACHED: FunctionStatus = {
     },
     "dma": {"read_messages": 0},
     "migration": None,
-    "failed": None,
     "unavailable": None,
     "unavailable_since": None,
     "last_error": None,
@@ -211,7 +211,6 @@ def test_words() -> None:
     assert FunctionWord.FAILED is word_of(DEAD) is word(state="ERROR")
     assert FunctionWord.FAILED is word_of({**IDLE, "unavailable": "not bound", "unavailable_since": ago(seconds=1)})
     assert FunctionWord.CONNECTING is word_of({**IDLE, "phase": "negotiating"})
-    assert FunctionWord.DRAINED is word_of({**IDLE, "phase": "drained"})
     assert FunctionWord.PAUSED is word(state="STOP") is word(state="RUNNING_P2P")
     assert FunctionWord.MIGRATING_OUT is word(state="PRE_COPY") is word(state="STOP_COPY")
     assert FunctionWord.MIGRATING_IN is word(state="RESUMING")

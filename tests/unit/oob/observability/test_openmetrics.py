@@ -33,7 +33,7 @@ MEASURED: Measured = {
             "maps": 5,
             "mapped_bytes": 1 << 30,
             "mapped_files": 1,
-            "descriptors": 7,
+            "fds": 7,
             "interrupts": 3,
             "migrating": False,
             "received": {"REGION_READ": 21},
