@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "grpc": {"grpc": "grpcio", "google.protobuf": "protobuf", "grpc_reflection": "grpcio-reflection"},
     "demo": {"trustme": "trustme"},
     "package": {"argparse_manpage": "argparse-manpage", "shtab": "shtab"},
+    "metrics": {"prometheus_client": "prometheus-client", "h11": "h11"},
 }
 #: The extra that a kind of agent needs, where there is one.
 KIND_EXTRAS: Mapping[str, str] = {"grpc": "grpc"}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trustme
 
 from agentbed import Served, served
 from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
 from vfiouser_agents.errors import AuthError, ConnectError
 from vfiouser_agents.memory import MemoryAgent
 from vfiouser_agents.options import OptionError
-from vfiouser_agents.rpc.endpoint import TlsOptions, open_listeners, parse_address
+from vfiouser_agents.rpc.endpoint import TlsOptions, client_context, connect, open_listeners, parse_address
 
 
 def client_with(server: Served, tls: TlsOptions) -> MsgpackRpcAgent:
@@ -121,3 +126,31 @@ async def test_a_tls_server_needs_a_certificate() -> None:
     """Listening for TLS without one is refused rather than failing at the first client."""
     with pytest.raises(OptionError, match=r"needs tls\.cert"):
         await open_listeners(parse_address("tls://127.0.0.1:0"))
+
+
+async def test_a_certificate_that_expires_soon(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An agent whose certificate is good for some days only is used, and its certificate warned of."""
+    authority = trustme.CA()
+    soon = authority.issue_cert("localhost", not_after=datetime.now(UTC) + timedelta(days=5, hours=1))
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    soon.private_key_and_cert_chain_pem.write_to_path(tmp_path / "agent.pem")
+    server = await open_listeners(parse_address("tls://127.0.0.1:0"), TlsOptions(cert=str(tmp_path / "agent.pem")))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(trio.serve_listeners, _greet, list(server)))
+        tls = TlsOptions(ca=str(tmp_path / "ca.pem"), server_name="localhost")
+        port = server[0].transport_listener.socket.getsockname()[1]  # type: ignore[attr-defined]
+        address = parse_address(f"tls://127.0.0.1:{port}")
+        with caplog.at_level(logging.WARNING):
+            stream = await connect(address, tls, client_context(tls), allow_plaintext=False)
+        await stream.aclose()
+        nursery.cancel_scope.cancel()
+    assert f"the certificate of agent {address} needs to be renewed: it expires in 5 days" in caplog.text
+
+
+async def _greet(stream: trio.abc.Stream) -> None:
+    assert isinstance(stream, trio.SSLStream)
+    try:
+        await stream.do_handshake()
+        await stream.receive_some(1)
+    except trio.BrokenResourceError:  # the client has what it came for
+        pass

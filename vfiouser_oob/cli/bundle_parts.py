@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vfiouser_agents.extras import missing
 from vfiouser_oob import __version__
 from vfiouser_oob.config.load import CONFIG_SIZE_MAX
 from vfiouser_oob.control.client import ControlClient, ControlError
@@ -127,7 +128,6 @@ def of_daemon(path: Path) -> Iterator[BundlePart]:
     """
     from vfiouser_oob.cli.migrations import render as render_migrations
     from vfiouser_oob.cli.status_table import render
-    from vfiouser_oob.observability.openmetrics import HINT
     from vfiouser_oob.observability.openmetrics import render as render_metrics
 
     try:
@@ -141,10 +141,8 @@ def of_daemon(path: Path) -> Iterator[BundlePart]:
     yield part("migrations.txt", "the last migrations, for people", render_migrations(migrations) + "\n")
     yield part("migrations.json", "the last migrations", _as_json(migrations))
     yield part("metrics.json", "what was measured", _as_json(measured))
-    try:
+    if missing("metrics") is None:
         yield BundlePart("metrics.txt", "what was measured, as OpenMetrics", render_metrics(measured))
-    except ImportError:
-        yield part("metrics.txt", "what was measured, as OpenMetrics", f"{HINT}\n")
     yield records(status["daemon"]["pid"])
 
 

@@ -19,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon and print."""
-    from vfiouser_oob.observability.openmetrics import HINT, render
+    from vfiouser_agents.extras import missing
+    from vfiouser_oob.observability.openmetrics import render
 
     with asked_daemon(args.control_socket) as client:
         measured = client.metrics()
     if args.json:
         print(json.dumps(measured, indent=2))
         return ExitCode.DONE
-    try:
-        text = render(measured)
-    except ImportError:
-        raise CommandFailed(HINT) from None
-    sys.stdout.write(text.decode())
+    lacking = missing("metrics")
+    if lacking is not None:
+        raise CommandFailed(f"metrics cannot be printed: {lacking}")
+    sys.stdout.write(render(measured).decode())
     return ExitCode.DONE

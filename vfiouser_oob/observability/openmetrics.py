@@ -5,7 +5,6 @@ The table says which metrics there are: the reference page, the dashboard's test
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
@@ -14,8 +13,6 @@ from vfiouser_oob.observability.measured import BOUNDS_S, Measured, MeasuredComm
 
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PREFIX = "vfiouser_oob_"
-#: What to install where a library is missing.
-HINT = "metrics need the extra: pip install 'vfiouser-oob[metrics]'"
 
 #: Values of labels, and the value.
 Sample: TypeAlias = tuple[tuple[str, ...], Any]
@@ -168,11 +165,6 @@ METRICS: tuple[Metric, ...] = (
         lambda m: (((file,), seconds) for file, seconds in m["certificates"].items()),
     ),
 )
-
-
-def available() -> bool:
-    """Whether the extra `metrics` is installed; looks without loading it."""
-    return all(importlib.util.find_spec(name) is not None for name in ("prometheus_client", "h11"))
 
 
 def render(measured: Measured) -> bytes:

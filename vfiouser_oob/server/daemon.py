@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import trio
 
+from vfiouser_agents.extras import missing
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
 from vfiouser_oob.config.errors import ConfigError
@@ -29,7 +30,6 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.latency import MARK_S
 from vfiouser_oob.observability.measured import Measured
-from vfiouser_oob.observability.openmetrics import HINT, available
 from vfiouser_oob.observability.status import DaemonStatus, MigrationEntry, StatusReport
 from vfiouser_oob.persist.capabilities import CapabilityStore
 from vfiouser_oob.persist.history import HistoryStore
@@ -355,8 +355,9 @@ def _readers(control: Listener | None) -> frozenset[int]:
 def _open_metrics(config: DaemonConfig, inherited: Sequence[int], resources: ExitStack) -> Listener | None:
     if not inherited and config.metrics_socket is None:
         return None
-    if not available():
-        raise ConfigError(f"the metrics socket cannot be served: {HINT}")
+    lacking = missing("metrics")
+    if lacking is not None:
+        raise ConfigError(f"the metrics socket cannot be served: {lacking}")
     if inherited:
         listener = Listener(adopt_socket(inherited[0], local=False), None)
     else:

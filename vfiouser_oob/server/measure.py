@@ -49,7 +49,7 @@ def measure_function(function: Function) -> MeasuredFunction:
 def _command(timings: CommandTimings, number: int) -> MeasuredCommand:
     powers = timings.powers(number)
     buckets = [*(powers[index] for index in _TAKEN), powers[-1]]
-    return MeasuredCommand(buckets=buckets, sum_s=timings.totals_ns[number] / 1e9)
+    return MeasuredCommand(buckets=buckets, sum_s=timings.sum_s(number))
 
 
 def _agent(runner: MigrationRunner) -> MeasuredAgent:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import FunctionConfig, VmConfig
 from vfiouser_oob.config.tables import SpoiledTable
@@ -140,6 +141,8 @@ def reason_of(error: Exception) -> str:
         error: what opening a unit raised.
     """
     cause = root_cause(error)
+    if isinstance(cause, OSError) and cause.errno:
+        return f"{cause.filename}: {words_of(cause)}" if cause.filename else words_of(cause)
     known = isinstance(cause, ConfigError | OSError | ValueError)
     return str(cause) if known and str(cause) else f"{type(cause).__name__}: {cause}"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import re
 import secrets
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,11 @@ import trio
 from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import AgentError, AuthError, ConnectError
 from vfiouser_agents.options import OptionError
+from vfiouser_agents.rpc.certificates import expiry_words
 
 from .core import broken
+
+_log = logging.getLogger(__name__)
 
 #: Port of `tcp://` and `tls://` addresses that have none.
 DEFAULT_PORT = 7711
@@ -218,7 +223,16 @@ async def _shake_hands(
         reason: AgentError = broken(error)
         kind = AuthError if isinstance(reason, AuthError) else ConnectError
         raise kind(f"agent {address}: {reason.message}") from error
+    _warn_of_expiry(secure.getpeercert(), address)
     return secure
+
+
+def _warn_of_expiry(certificate: Mapping[str, Any] | None, address: Address) -> None:
+    """Tell of a peer's certificate that is good for two weeks at most."""
+    end = (certificate or {}).get("notAfter")
+    words = None if end is None else expiry_words(ssl.cert_time_to_seconds(str(end)), time.time())
+    if words is not None:
+        _log.warning("the certificate of agent %s needs to be renewed: %s", address, words)
 
 
 def _attempt(error: OSError) -> str:

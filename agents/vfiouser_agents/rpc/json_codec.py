@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
+from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import (
     AgentError,
     AuthError,
@@ -229,7 +230,7 @@ class JsonCodec(Codec):
             for text in self._scanner.feed(data):
                 yield _message(json.loads(text, parse_constant=_no_number))
         except (ValueError, RecursionError) as error:
-            reason = str(error)[:200] or type(error).__name__
+            reason = words_of(error)[:200]
             raise ProtocolError(f"peer sent what is no message: {reason}; the connection is closed") from error
 
 

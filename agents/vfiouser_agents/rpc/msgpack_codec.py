@@ -18,6 +18,7 @@ from typing import Any
 
 import msgpack
 
+from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import ProtocolError
 from vfiouser_protocol.buffers import BufferPool
 
@@ -261,7 +262,7 @@ def _put_back(value: Any, filled: _Filling, token: bytes) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error)[:200] or type(error).__name__
+    return words_of(error)[:200]
 
 
 def _message(value: Any) -> Message:

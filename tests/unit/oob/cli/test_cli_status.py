@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from vfiouser_oob.cli.status import event_line
-from vfiouser_oob.cli.status_live import live
+from vfiouser_oob.cli.status_live import live, on_terminal
 from vfiouser_oob.cli.status_table import FEW, render
 from vfiouser_oob.cli.status_words import FunctionWord, age, short_size, short_time, word_of
 from vfiouser_oob.observability.status import FunctionStatus, MigrationStatus, StatusReport, VmStatus
@@ -361,3 +362,31 @@ def test_the_daemon_loads_no_tables() -> None:
     program = f"import sys, {modules}; print(sorted({wanted!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "[]\n" == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environ", "dumb", "colours"),
+    [
+        ({"TERM": "xterm"}, False, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False, False),
+        ({"TERM": "dumb"}, True, False),
+    ],
+    ids=["colours", "NO_COLOR", "dumb"],
+)
+def test_what_a_terminal_can_show(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], dumb: bool, colours: bool
+) -> None:
+    """TERM and NO_COLOR are obeyed; a dumb terminal gets lines of events rather than a table that moves."""
+    for name in ("TERM", "NO_COLOR", "COLORTERM", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb"):
+        monkeypatch.setattr(sys, "stdout", terminal)
+        console = on_terminal()
+        assert console is not None
+        assert dumb == console.is_dumb_terminal
+        assert colours == bool(console.color_system and not console.no_color)
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        assert on_terminal() is None
