@@ -110,6 +110,7 @@ class HostedVm:
         self._events = events
         self._log = log.get("vm").bind(vm=config.name)
         self._runner: VmRunner | None = None
+        self._functions: Sequence[HostedFunction] = ()
         self._strangers = count()
         self._watched = ""
         self._nursery: trio.Nursery
@@ -129,6 +130,7 @@ class HostedVm:
     async def _serve(self, find: FindFunction, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
         functions = [HostedFunction(name, find, config.untracked_max) for name in config.functions]
+        self._functions = functions
         self._runner = VmRunner(config, functions, self._carriers(), self._events)
         port = MonitorPort(config.name, self._attend, allow_uids=self._allowed)
         async with trio.open_nursery() as self._nursery:
@@ -180,7 +182,7 @@ class HostedVm:
     async def check(self, destination: VmOffer | None) -> dict[str, Any]:
         """Find what would be in the way of its migration."""
         assert self._runner is not None
-        return await check_migration(self._runner, destination)
+        return await check_migration(self._runner, self._functions, destination)
 
     def status(self) -> VmStatus:
         """Describe it at this moment."""

@@ -10,7 +10,6 @@ import trio
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.bundle import FunctionState, Whereabouts
 from vfiouser_oob.vm.carriers.interface import WrittenPagesLog
-from vfiouser_oob.vm.counterpart import FunctionOffer
 from vfiouser_oob.vm.monitor import ANSWER_S, Found
 from vfiouser_oob.vm.preflight import FunctionFacts
 from vfiouser_oob.vm.qmp import QmpEvent, QmpGreeting
@@ -58,13 +57,6 @@ class MovableFunction(Protocol):
 
     def facts(self) -> FunctionFacts:
         """What is known of it, for the judgement whether it can migrate."""
-
-    async def offer(self, deadline: float) -> FunctionOffer:
-        """What this host says of it to another one; asks its agent.
-
-        Args:
-            deadline: when to give up, as trio's clock has it.
-        """
 
     async def record(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Record what it writes, until cancelled; what was recorded is then forgotten.
