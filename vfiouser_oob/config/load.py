@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import tomllib
 from collections.abc import Mapping
@@ -51,6 +52,9 @@ def tables_named(header: str, declared: type) -> Table:
     """
 
     def read(raw: Any, place: Place, around: Mapping[str, Any]) -> tuple[Any, ...]:
+        if isinstance(raw, Mapping):
+            message = f"[{header.strip('[]')}] must be written {header}: there is one such table for each of them"
+            raise ConfigError(message, place.source, place.line_of())
         if not isinstance(raw, list) or not raw:
             raise ConfigError(f"there must be at least one {header}", place.source, place.line_of())
         tables = (read_usable(table, place, index) for index, table in enumerate(raw))
@@ -133,6 +137,11 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"cannot be read: {error.strerror}", str(path)) from error
     if len(data) > CONFIG_SIZE_MAX:
         raise ConfigError(f"is larger than {CONFIG_SIZE_MAX >> 20} MiB, hardly a configuration file", str(path))
+    if data.startswith(codecs.BOM_UTF8):
+        message = "begins with a byte order mark (BOM), which TOML does not allow; save it as UTF-8 without BOM"
+        raise ConfigError(message, str(path), 1)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError("is UTF-16 text; TOML is UTF-8, so save it as that", str(path), 1)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -162,11 +171,27 @@ def parse_config(text: str, path: Path, *, lenient: bool = False) -> DaemonConfi
         raise ConfigError("; ".join(table.reason for table in spoiled))
     paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
     settings = paths | top.get("daemon", {})
-    config = DaemonConfig(
-        functions=top["function"], vms=top.get("vm", ()), source=path, spoiled=tuple(spoiled), **settings
-    )
+    names = {*(function.name for function in top["function"]), *(table.name for table in spoiled)}
+    vms = _usable_vms(top.get("vm", ()), frozenset(names), source, spoiled if lenient else None)
+    config = DaemonConfig(functions=top["function"], vms=vms, source=path, spoiled=tuple(spoiled), **settings)
     check_unique(config)
     return config
+
+
+def _usable_vms(
+    vms: tuple[VmConfig, ...], functions: frozenset[str], source: str, spoiled: list[SpoiledTable] | None
+) -> tuple[VmConfig, ...]:
+    """The VMs that use functions which there are; the others are put aside, if they may be."""
+    if spoiled is None:
+        return vms
+    usable: tuple[VmConfig, ...] = ()
+    for vm in vms:
+        try:
+            check_vms((*usable, vm), functions, source)
+            usable = (*usable, vm)
+        except ConfigError as error:
+            spoiled.append(SpoiledTable("[[vm]]", vm.name, str(error)))
+    return usable
 
 
 def parse_functions(text: str, source: str) -> tuple[FunctionConfig, ...]:
@@ -203,9 +228,7 @@ def check_unique(config: DaemonConfig) -> None:
         ConfigError: there are such.
     """
     source = str(config.source) if config.source else None
-    names = {table.name for table in config.spoiled}
-    if len(names) < len(config.spoiled):
-        raise ConfigError(f"two functions are named alike: {', '.join(t.name for t in config.spoiled)}", source)
+    names = {table.name for table in config.spoiled if table.header == "[[function]]"}
     sockets: dict[Path, str] = {}
     if config.control_socket is not None:
         sockets[config.control_socket] = "the control socket"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Protocol
 
 from vfiouser_oob.devices.base import ClientLink
+from vfiouser_oob.memory.recorder import SentRead, SentWrite
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.errors import DmaFault
@@ -20,6 +22,12 @@ class Dma(Protocol):
     async def write(self, address: int, data: bytes) -> None:
         """Write client memory."""
 
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Send a read of whatever is at an address of its bus."""
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Send a write to whatever is there."""
+
 
 class NoDma:
     """The way to the memory of a client that was not told yet what was agreed: there is none."""
@@ -32,20 +40,30 @@ class NoDma:
         """Refuse."""
         raise _too_early()
 
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Refuse."""
+        raise _too_early()
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Refuse."""
+        raise _too_early()
+
 
 class DeviceLink(ClientLink):
     """What a device can ask of the client that it serves.
 
     Args:
         context: the function's.
+        on_loss: told that the device is lost, and why.
     """
 
-    def __init__(self, context: FunctionContext) -> None:
+    def __init__(self, context: FunctionContext, on_loss: Callable[[DeviceLink, str], None]) -> None:
         self.capabilities = VersionCapabilities()
         self.account = context.account
         #: Why the device is lost; None as long as it is there.
         self.lost: str | None = None
         self._context = context
+        self._on_loss = on_loss
         self._dma: Dma = NoDma()
 
     def agreed(self, capabilities: VersionCapabilities, dma: Dma) -> None:
@@ -66,12 +84,21 @@ class DeviceLink(ClientLink):
         """Write client memory by messages."""
         await self._dma.write(address, data)
 
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Send a read of whatever is at an address of the client's bus."""
+        return self._dma.send_read(address, count)
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Send a write to whatever is at an address of the client's bus."""
+        return self._dma.bus_write(address, data)
+
     def fail(self, reason: str) -> None:
         """The device is lost: from now on every command is answered with EIO."""
         if self.lost is None:
             self.lost = reason
             self._context.log.error("device lost; its client gets EIO until it reconnects", reason=reason)
             self._context.note_error(reason)
+            self._on_loss(self, reason)
 
 
 def _too_early() -> DmaFault:

@@ -23,9 +23,11 @@ from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
+from vfiouser_oob.persist.history import HistoryStore
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
+from vfiouser_oob.server.status import unit_status
 from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
@@ -44,6 +46,7 @@ class SharedParts:
         reply_budget_s: seconds within which each client message is answered.
         agents: their agents.
         memory: where agents' capabilities are kept.
+        history: where migrations that are over are kept.
         activity: the daemon's sockets.
         events: where changes are announced.
         sharing: the memory for state on its way.
@@ -52,6 +55,7 @@ class SharedParts:
     reply_budget_s: float
     agents: AgentPool
     memory: CapabilityStore
+    history: HistoryStore
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
@@ -104,7 +108,9 @@ def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
     def open_one(config: FunctionConfig) -> Life:
         return open_function(config, shelf.take(config), means)
 
-    return UnitKind("function", "[[function]]", open_one, LIVE_KEYS)
+    return UnitKind(
+        "function", "[[function]]", lambda config: config.functions, open_one, unit_status, LIVE_KEYS, vital=True
+    )
 
 
 def _engine_maker(
@@ -122,7 +128,17 @@ def _engine_maker(
     migration = settled(config)
 
     def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
-        return MigrationRunner(name, connected, agent.function, migration, events, logger, memory, means.sharing)
+        return MigrationRunner(
+            name,
+            connected,
+            agent.function,
+            migration,
+            events,
+            logger,
+            memory,
+            means.sharing,
+            means.history.drawer(name),
+        )
 
     return make
 
@@ -173,8 +189,11 @@ def _listen(config: FunctionConfig, path: Path) -> Listener:
 
 
 def default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; who is not root may give files only
-    to groups that it is in."""
+    """The group of socket files unless another one is configured; None for the daemon's own.
+
+    It is QEMU's, so that a VMM running as its own user can connect on day one; who is not root may give files only to
+    groups that it is in.
+    """
     import grp
 
     try:

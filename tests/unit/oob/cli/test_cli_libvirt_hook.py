@@ -52,6 +52,14 @@ class Told:
         """A hook looks at the status only."""
         raise AssertionError("asked for more than the status")
 
+    def metrics(self) -> Any:
+        """A hook measures nothing."""
+        raise AssertionError("asked for more than the status")
+
+    def migrations(self) -> Any:
+        """A hook does not ask what is over."""
+        raise AssertionError("asked for more than the status")
+
     def status(self) -> Any:
         """The next status."""
         return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
