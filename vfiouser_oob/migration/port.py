@@ -99,6 +99,7 @@ class MigrationPort:
     async def dirty_pages(self, payload: bytes, *, posted: bool) -> bytes:
         """DIRTY_PAGES."""
         deadline = message_deadline()
+        await self.dirty.reclaim(deadline)
         call = interpret_dirty_pages(payload, self.dirty.log, migratable=self.v1 is not None)
         if isinstance(call, StartDirty):
             await self.dirty.start(self._page_size, (), deadline)

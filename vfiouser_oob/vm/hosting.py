@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from itertools import count
 from typing import Any
@@ -19,10 +19,11 @@ from vfiouser_oob.server.administration import ChangeRefused
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.opening import default_group
 from vfiouser_oob.server.registry import FindFunction
+from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time
 from vfiouser_oob.server.unit import RollCall, Unit, UnitKind
 from vfiouser_oob.transport.fds import OwnedFd
-from vfiouser_oob.transport.listener import Listener, listen_on_path
+from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate
 from vfiouser_oob.vm.carriers.interface import VmCarrier
@@ -40,12 +41,13 @@ _MONITOR = "monitor"
 _STARTED = 19
 
 
-def vm_kind(events: EventHub, find: FindFunction) -> UnitKind:
+def vm_kind(events: EventHub, find: FindFunction, shelf: SocketShelf) -> UnitKind:
     """What a VM is as a unit of a daemon.
 
     Args:
         events: where changes are announced.
         find: finds a function among those that are served.
+        shelf: sockets that systemd has passed; one of a VM is found by its path, or is called as `web1.monitor`.
     """
 
     def open_one(config: VmConfig) -> HostedVm:
@@ -54,7 +56,11 @@ def vm_kind(events: EventHub, find: FindFunction) -> UnitKind:
             for what, path in config.sockets.items():
                 if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
                     continue
-                listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+                passed = shelf.lend(f"{config.name}.{what}", path)
+                if passed is not None:
+                    listeners[what] = Listener(adopt_socket(passed), None)
+                else:
+                    listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
                 resources.callback(listeners[what].close)
             return HostedVm(config, listeners, events, find, resources.pop_all())
 
@@ -141,7 +147,6 @@ class HostedVm:
         self._events = events
         self._log = log.get("vm").bind(vm=config.name)
         self._runner: VmRunner | None = None
-        self._functions: Sequence[HostedFunction] = ()
         self._strangers = count()
         self._watched = ""
         self._nursery: trio.Nursery
@@ -207,7 +212,8 @@ class HostedVm:
     async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
         functions = [HostedFunction(name, self._find, config.untracked_max) for name in config.functions]
-        self._functions = functions
+        for served in filter(None, map(self._find, config.functions)):
+            served.recorded = True
         self._runner = VmRunner(config, functions, self._carriers(), self._events)
         port = MonitorPort(config.name, self._attend, allow_uids=self._allowed)
         async with trio.open_nursery() as self._nursery:
@@ -278,7 +284,7 @@ class HostedVm:
     async def check(self, destination: VmOffer | None) -> dict[str, Any]:
         """Find what would be in the way of its migration."""
         assert self._runner is not None
-        return await check_migration(self._runner, self._functions, destination)
+        return await check_migration(self._runner, destination)
 
     def status(self) -> VmStatus:
         """Describe it at this moment."""
