@@ -30,7 +30,7 @@ OR_ALONE := || { code=$$?; [ $$code -eq 5 ] || { [ $$code -eq 1 ] && \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci pages clean venv venv-demo venv-dev venv-fuzz
+.PHONY: help demo demo-vm test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci pages clean venv venv-demo venv-dev venv-fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ demo: ## see it work without a VMM: NVMe I/O migrates to another host and back, 
 	@echo "make demo: 1. makes .venv, if it is not there (half a minute); 2. migrates NVMe I/O there and back (half a minute)"
 	@$(MAKE) --no-print-directory venv-demo
 	$(BIN)/vfiouser-oob demo
+
+demo-vm: venv-dev vm-assets ## see it work with a VM: a Linux guest moves to another, unmodified QEMU and back under I/O
+	PYTHONPATH=.:protocol:agents:tests/support $(BIN)/python -m vmbed.demo
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
 	$(PYTEST) $(SIDE_BY_SIDE) -m "$(BESIDE_OTHERS)" $(PYTEST_ARGS) $(OR_ALONE)

@@ -5,25 +5,29 @@ One guest serves the tests of a module where that is possible: a boot costs more
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from libvirtbed.domain import NAME, Domain
-from libvirtbed.host import CONFIG, SHARED, why_not
+from libvirtbed.host import CONFIG, SHARED, Said, why_not
 from libvirtbed.hosts import Place, place, start_domain
-from libvirtbed.load import begin_load, goes_on, quiet
 from libvirtbed.snippets import awaited, met, printed
 from vfiouser_oob.cli.vm_snippet import qemu_words
 from vfiouser_oob.config.load import load_config
+from vfiouser_oob.control.client import ControlClient
 from vmbed.assets import Assets
 from vmbed.assets.libvirt import Libvirt, locate_libvirt
 from vmbed.assets.store import default_cache
 from vmbed.hosts import Host as ServingHost
 from vmbed.hosts import HostConfig as ServingConfig
 from vmbed.hosts import host, make_disk
+from vmbed.load import begin_load, goes_on, quiet
 from vmbed.stack import soc_and_daemon
 
 pytestmark = [pytest.mark.vm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
@@ -96,12 +100,46 @@ def domain_for(serving: ServingHost) -> Domain:
     return Domain(words, memory_mib=128, cpus=1)
 
 
-async def test_virsh_migrate_moves_our_functions(assets: Assets, libvirt: Libvirt, workdir: Path) -> None:
-    """Under verified I/O, with the flags of those who use libvirt, and nothing wrapped around it."""
+def checked(source: ServingHost, destination: ServingHost) -> dict[str, Any]:
+    """What `migrate-check` finds out."""
+    with ControlClient(destination.folder / "control") as there, ControlClient(source.folder / "control") as here:
+        offer = there.ask("migrate-check", vm="guest")["offer"]
+        found: dict[str, Any] = here.ask("migrate-check", vm="guest", destination=json.dumps(offer))
+    return found
+
+
+async def give_up(here: Place, there: Place, serving: ServingHost) -> None:
+    """Begin a migration that takes long, and have it given up in the middle."""
+    said: list[Said] = []
+
+    async def move() -> None:
+        said.append(await here.migrate(there, "--bandwidth", "1"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(move)
+        await there.guest()  # of the QEMU that waits, and ends with it
+        await serving.phase("armed", seconds=60)
+        await here.host.virsh("domjobabort", NAME)
+    assert said[0].status == 1
+    assert "aborted" in said[0].text
+    assert await serving.phase("running") == "running"
+
+
+@pytest.mark.parametrize("hops", [2, pytest.param(10, marks=pytest.mark.long)])
+async def test_virsh_migrate_moves_our_functions(assets: Assets, libvirt: Libvirt, workdir: Path, hops: int) -> None:
+    """Under verified I/O, with the flags of those who use libvirt, and nothing wrapped around it.
+
+    One is given up in the middle first.
+    """
     async with two_hosts(assets, libvirt, workdir) as (here, there, serving, waiting):
         guest = await start_domain(here, assets, domain_for(serving))
         await begin_load(guest)
-        for flags in (NOVA, KUBEVIRT, NOVA):
+        found = checked(serving, waiting)
+        assert found["migratable"], found["reasons"]
+        assert {each["weight"] for each in found["reasons"]} <= {"advice"}
+        await give_up(here, there, serving)
+        await goes_on(guest)
+        for flags in (NOVA, KUBEVIRT) * (hops // 2):
             said = await here.migrate(there, *flags)
             assert said.status == 0, said.text
             guest = await there.guest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -9,16 +10,19 @@ import pytest
 
 from carrierbed.sides import KINDS
 from libvirtbed.domain import NAME
-from libvirtbed.host import SHARED, why_not
+from libvirtbed.host import SHARED, HostConfig, why_not
 from libvirtbed.hosts import place
 from libvirtbed.snippets import awaited, met, printed
+from vfiouser_oob.control.client import ControlClient
 from vmbed.assets import Assets
 from vmbed.assets.libvirt import locate_libvirt
 from vmbed.assets.store import default_cache
 from vmbed.processes import logged_process
-from vmbed.stack import soc_and_daemon
+from vmbed.stack import service, soc_and_daemon
 
 pytestmark = pytest.mark.vm
+#: A group that every Debian has, in the place of `kvm`.
+GROUP = "users"
 
 
 @pytest.mark.parametrize("carrier", list(KINDS))
@@ -50,4 +54,28 @@ async def test_libvirt_starts_it(assets: Assets, workdir: Path, capsys: pytest.C
             await here.host.virsh("start", NAME, "--paused")
             await met(monitor, side, here.host.process)
             assert await stack.messages("DEVICE_GET_INFO") == 1
+            await here.host.virsh("destroy", NAME)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+async def test_qemu_as_libvirts_own_user(assets: Assets, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its group is all that lets it in: the sockets' default mode is enough for function, monitor and carrier."""
+    config = HostConfig(user="libvirt-qemu", group=GROUP)
+    async with place("A", assets, locate_libvirt(default_cache()), workdir, config) as here:
+        sockets = here.host.shared
+        domain = workdir / "domain.xml"
+        domain.write_text(printed(capsys, workdir, SHARED, "dbus-vmstate", "libvirt", "--domain-type", "qemu"))
+        text = (workdir / "config.toml").read_text().replace(str(SHARED), str(sockets))
+        for table in ("[[vm]]\n", "[[function]]\n"):
+            text = text.replace(table, f'{table}socket_group = "{GROUP}"\n')
+        control = sockets / "control"
+        (sockets / "config.toml").write_text(f'[daemon]\ncontrol_socket = "{control}"\n{text}')
+        async with service(sockets, "daemon", ["serve", "--config", str(sockets / "config.toml")]):
+            await here.host.virsh("define", str(domain))
+            await here.host.virsh("start", NAME, "--paused")
+            with ControlClient(control) as client:
+                (vm,) = client.status()["vms"]
+            assert vm["qemu"] is not None
+            assert vm["qemu"]["uid"] not in {0, os.geteuid()}
+            assert vm["carriers"] == ["dbus-vmstate"]
             await here.host.virsh("destroy", NAME)

@@ -34,6 +34,8 @@ SHARED = Path("/run/oob")
 CONFIG = SHARED / "config.toml"
 #: Where libvirt looks for it by itself.
 EMULATOR = Path("/usr/bin/qemu-system-x86_64")
+#: What libvirt writes files with.
+HELPER = Path("/usr/lib/libvirt/libvirt_iohelper")
 START_S = 60.0
 COMMAND_S = 120.0
 
@@ -76,6 +78,8 @@ mount --bind {host}/log /var/log/libvirt
 mount --bind {host}/run /run/libvirt
 mount --bind {host}/oob {shared}
 cp {host}/qemu {emulator}
+mkdir -p {helper.parent}
+cp {host}/helper {helper}
 echo VFIOUSER_OOB={shared}/vfiouser-oob VFIOUSER_OOB_CONFIG={config} >/etc/default/vfiouser-oob-libvirt
 mount --bind {root}/{libraries}/libvirt /{libraries}/libvirt
 mount --bind {root}/usr/share/libvirt /usr/share/libvirt
@@ -186,7 +190,7 @@ async def libvirt_host(
     place = workdir / name
     for folder in ("etc/hooks/qemu.d", "log", "run", "oob", "scratch"):
         (place / folder).mkdir(parents=True)
-    _write(place, assets, config or HostConfig())
+    _write(place, assets, libvirt, config or HostConfig())
     async with NotifySocket(place / "notify") as notify:
         argv = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c"]
         argv.append(_script(name, place, libvirt))
@@ -195,7 +199,7 @@ async def libvirt_host(
             yield Host(name, place, libvirt, process)
 
 
-def _write(place: Path, assets: Assets, config: HostConfig) -> None:
+def _write(place: Path, assets: Assets, libvirt: Libvirt, config: HostConfig) -> None:
     dynamic = int(config.user != "root")
     (place / "etc/qemu.conf").write_text(_QEMU_CONF.format(user=config.user, group=config.group, dynamic=dynamic))
     (place / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(uuid=uuid.uuid4()))
@@ -209,6 +213,9 @@ def _write(place: Path, assets: Assets, config: HostConfig) -> None:
     emulator = place / "qemu"
     emulator.write_text(f'#!/bin/sh\n{exports}exec {shlex.join(assets.qemu_command)} "$@"\n')
     emulator.chmod(0o755)
+    helper = place / "helper"
+    helper.write_text(f'#!/bin/sh\nexec {shlex.join(libvirt.command(str(HELPER.relative_to("/"))))} "$@"\n')
+    helper.chmod(0o755)
 
 
 def _script(name: str, place: Path, libvirt: Libvirt) -> str:
@@ -219,6 +226,7 @@ def _script(name: str, place: Path, libvirt: Libvirt) -> str:
         host=place,
         shared=SHARED,
         emulator=EMULATOR,
+        helper=HELPER,
         config=CONFIG,
         root=libvirt.root,
         libraries=LIBRARIES,

@@ -13,9 +13,12 @@ from vmbed.assets import Assets
 from vmbed.assets.libvirt import Libvirt
 from vmbed.guest import Guest
 from vmbed.lines import LineListener
+from vmbed.processes import deadline
 
 __all__ = ["Place", "place", "start_domain"]
 
+#: Seconds for a QEMU to come.
+GUEST_S = 60.0
 #: The flags that every live migration here has.
 LIVE = ("--live", "--p2p")
 
@@ -34,7 +37,8 @@ class Place:
 
     async def guest(self) -> Guest:
         """The guest of the next QEMU that comes, or has come, to this host."""
-        channel = await self.commands.accept(self.host.process)
+        with deadline(GUEST_S, f"QEMU on {self.host.name}", self.host.log):
+            channel = await self.commands.accept(self.host.process)
         return Guest(channel, self.host.process, self.host.shared / CONSOLE.name)
 
     async def migrate(self, to: Place, *flags: str) -> Said:
