@@ -35,7 +35,9 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: venv-demo ## see it work without a VMM: NVMe I/O migrates to another host and back, verified
+demo: ## see it work without a VMM: NVMe I/O migrates to another host and back, verified
+	@echo "make demo: 1. makes .venv, if it is not there (half a minute); 2. migrates NVMe I/O there and back (half a minute)"
+	@$(MAKE) --no-print-directory venv-demo
 	$(BIN)/vfiouser-oob demo
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
@@ -75,7 +77,9 @@ pages: venv-dev ## write the reference pages that are made from declarations
 	$(BIN)/python tools/messages_page.py
 	$(BIN)/python tools/config_page.py
 	$(BIN)/python tools/verbs_page.py
+	$(BIN)/python tools/metrics_page.py
 	$(BIN)/python tools/rooms_map.py
+	$(BIN)/python tools/help_texts.py
 
 clean: ## remove what make made, except the downloads in .cache
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

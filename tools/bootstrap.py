@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         install = installer(fresh=done is None)
         extras |= done or set()
         wanted = f".[{','.join(sorted(extras))}]" if extras else "."
-        print(f"bootstrap: installing into {VENV.relative_to(ROOT)}", flush=True)
+        print(f"bootstrap: installing {wanted} and what it needs into {VENV.relative_to(ROOT)}", flush=True)
         run([*install, "install", *PIP_OPTIONS, "--editable", wanted])
     except BootstrapError as error:
         print(f"bootstrap: {error}", file=sys.stderr)

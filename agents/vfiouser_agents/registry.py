@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any, Protocol, cast
 
 from .api import Agent
+from .extras import KIND_EXTRAS, missing
 from .options import OptionError, hint
 
 GROUP = "vfiouser_oob.agents"
@@ -23,9 +24,6 @@ BUILT_IN: Mapping[str, str] = {
     "msgpack-rpc": "vfiouser_agents.adapters.msgpack_rpc:MsgpackRpcAgent",
     "plugin-so": "vfiouser_agents.adapters.plugin_so:PluginSoAgent",
 }
-
-#: The extra that a kind needs, where there is one.
-EXTRAS: Mapping[str, str] = {"grpc": "grpc"}
 
 
 class AgentFactory(Protocol):
@@ -62,11 +60,13 @@ def make_agent(kind: str, options: Mapping[str, Any]) -> Agent:
     entry = kinds().get(kind)
     if entry is None:
         raise OptionError(f"unknown kind of agent {kind!r}{hint(kind, kinds())}")
+    lacking = missing(KIND_EXTRAS[kind]) if kind in KIND_EXTRAS else None
+    if lacking is not None:
+        raise OptionError(f"agent kind {kind!r} cannot be used: {lacking}")
     try:
         factory = cast("AgentFactory", entry.load())
     except (ImportError, AttributeError) as error:
-        extra = f"; it needs vfiouser-oob[{EXTRAS[kind]}]" if kind in EXTRAS else ""
-        raise OptionError(f"agent kind {kind!r} ({entry.value}) cannot be loaded: {error}{extra}") from error
+        raise OptionError(f"agent kind {kind!r} ({entry.value}) cannot be loaded: {error}") from error
     return factory.from_options(options)
 
 

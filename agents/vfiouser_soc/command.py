@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from vfiouser_agents.extras import KIND_EXTRAS, missing
 from vfiouser_agents.rpc.kinds import DEFAULT_KIND, SERVED_KINDS
 from vfiouser_oob.cli.errors import ExitCode
 from vfiouser_oob.cli.long_lived import settle_objects
 from vfiouser_oob.cli.options import add_key, add_logging_arguments, count, option
+from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import FunctionConfig, LogFormat, LogLevel
 from vfiouser_oob.config.values import PATH, SIZE
 from vfiouser_protocol.pci_header import FUNCTIONS_PER_BUS
@@ -144,6 +146,10 @@ def options_from(args: argparse.Namespace) -> SocOptions:
 def run(args: argparse.Namespace) -> int:
     """Play the SoC until told to stop."""
     options = options_from(args)
+    extra = KIND_EXTRAS.get(options.agent.protocol)
+    lacking = missing(extra) if extra is not None and options.part is not SocPart.NO_AGENT else None
+    if lacking is not None:
+        raise ConfigError(f"--agent-protocol {options.agent.protocol}: {lacking}")
     import trio
 
     from vfiouser_oob.observability import log

@@ -129,7 +129,12 @@ class SocOptions:
         size = self.size
         if size is None and image is None:
             size = DEFAULT_SIZE
-        options = NvmeOptions(size=size, image=image, cmb=self.cmb, doorbells=self.doorbells, shared=self.shared_image)
+        try:
+            options = NvmeOptions(
+                size=size, image=image, cmb=self.cmb, doorbells=self.doorbells, shared=self.shared_image
+            )
+        except ValueError as error:
+            raise ConfigError(str(error).replace("key 'image'", "--image FILE")) from error
         name = f"f{index}"
         return FunctionConfig(
             name=name,

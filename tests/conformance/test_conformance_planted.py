@@ -187,7 +187,7 @@ def test_one_crash_is_one_finding(tmp_path: Path) -> None:
     # The survey, too, asked what kills the server: the first case does not take the blame.
     assert CaseVerdict.PASSED is outcome.results[0].verdict
     assert any("SIGSEGV" in reason for reason in outcome.facts.problems.values())
-    lines = list(TableReport(colours=False).whole(outcome))
+    lines = list(TableReport().whole(outcome))
     assert "SIGSEGV" in lines[2]
     assert len(lines) <= 30
 

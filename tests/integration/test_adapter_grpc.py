@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from agentbed import TRANSPORTS, make_certificates, served
 from vendors.grpcbare import BareServer, Call
-from vfiouser_agents.adapters.grpc_messages import MESSAGES, METHODS, pack, unpack
+from vfiouser_agents.adapters.grpc_messages import MESSAGES, METHODS, SERVICE, pack, unpack
 from vfiouser_agents.api import (
     AgentInfo,
     AgentState,
@@ -73,6 +73,27 @@ async def test_contract(transport: str, tmp_path: Path) -> None:
         results = await check_agent(server.client)
     assert [] == [(result.name, result.detail) for result in results if result.outcome is CheckOutcome.FAILED]
     assert sum(result.outcome is CheckOutcome.PASSED for result in results) >= 45
+
+
+async def test_reflection(tmp_path: Path) -> None:
+    """A client that knows nothing can ask what is served; and no call is named as what its own stub has."""
+    async with served(MemoryAgent(), "tcp", tmp_path, "grpc") as server:
+        target = str(server.options()["address"]).removeprefix("tcp://")
+
+        def ask() -> Any:
+            from google.protobuf.descriptor_pb2 import FileDescriptorProto
+            from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+            with grpc.insecure_channel(target) as channel:
+                found = ProtoReflectionDescriptorDatabase(channel)
+                services = list(found.get_services())
+                file: FileDescriptorProto = found.FindFileContainingSymbol(SERVICE)
+                return services, {method.name for method in file.service[0].method}
+
+        services, methods = await trio.to_thread.run_sync(ask)
+    assert SERVICE in services
+    assert {row.path.rpartition("/")[2] for row in METHODS.values()} == methods
+    assert not {"Close", "Dispose", "ToString"} & methods
 
 
 async def test_migration_goes_on_after_the_agent_was_restarted(tmp_path: Path) -> None:

@@ -263,19 +263,36 @@ async def test_upstream_server_missing(tmp_path: Path) -> None:
         assert (0x21, errno.ENODEV) == (answer.flags, answer.error)
         client.close()
         assert "up.sock cannot be used" in (daemon.functions[0].last_error or "")
-        async with serving(function(tmp_path, "up")), attached(tmp_path / "f0.sock") as client:
-            assert MAGIC == await client.read32(0, 0)
+        shown = daemon.status()["functions"][0]
+        assert "up.sock cannot be used" in (shown["unavailable"] or "")
+        assert shown["unavailable_since"]
+        assert shown["last_error_at"]
+        async with serving(function(tmp_path, "up")):
+            assert daemon.status()["functions"][0]["unavailable"] is None
+            async with attached(tmp_path / "f0.sock") as client:
+                assert MAGIC == await client.read32(0, 0)
+                shown = daemon.status()["functions"][0]
+                assert (None, None) == (shown["last_error"], shown["last_error_at"])
+                assert 1 == shown["commands"]["REGION_READ"]["count"]
+                assert 0 < shown["commands"]["REGION_READ"]["p50_s"] <= shown["commands"]["REGION_READ"]["p99_s"] < 60
 
 
 async def test_upstream_server_dies(tmp_path: Path) -> None:
     """When the upstream server dies its client gets EIO until it reconnects, and everything of it is released."""
     async with serving(function(tmp_path, "f0", UpstreamDevice(socket=tmp_path / "up.sock"))) as daemon:
-        async with serving(function(tmp_path, "up")) as upstream:
+        async with serving(function(tmp_path, "up")):
             client = await connect(tmp_path / "f0.sock")
             await client.negotiate()
             assert MAGIC == await client.read32(0, 0)
-            events = upstream.subscribe()
-        assert events is not None
+            events = daemon.subscribe()
+            since = daemon.status()["functions"][0]["since"]
+        with trio.fail_after(10):
+            while (told := await events.receive())["type"] != "phase":
+                pass
+        assert "failed" == told["phase"]
+        shown = daemon.status()["functions"][0]
+        assert ("failed", True) == (shown["phase"], shown["since"] > since)
+        assert "up.sock has gone" in (shown["failed"] or "")
         for command, payload in (
             (REGION_READ, struct.pack("<QII", 0, 0, 4)),
             (REGION_WRITE, struct.pack("<QIII", 4, 0, 4, 1)),
@@ -284,8 +301,10 @@ async def test_upstream_server_dies(tmp_path: Path) -> None:
             assert errno.EIO == await client.errno(command, payload)
         client.close()
         await until_detached(daemon)
+        assert "up.sock has gone" in (daemon.status()["functions"][0]["unavailable"] or "")
         async with serving(function(tmp_path, "up")), attached(tmp_path / "f0.sock") as client:
             assert MAGIC == await client.read32(0, 0)
+            assert "attached" == daemon.status()["functions"][0]["phase"]
 
 
 @pytest.mark.parametrize("silent_after", ["connect", "version"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from vfiouser_oob.cli.errors import CommandFailed
 from vfiouser_oob.cli.options import add_control_socket_argument, chosen_path, option
-from vfiouser_oob.cli.status_table import printable
+from vfiouser_oob.cli.status_words import printable
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import default_control_socket
 from vfiouser_oob.config.values import NAME

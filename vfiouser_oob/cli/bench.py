@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vfiouser_oob import __version__
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
 from vfiouser_oob.cli.interruptible import run_interruptible
+from vfiouser_oob.cli.terminal import console_on, print_line, print_table
 from vfiouser_oob.lab.bench.raw import BenchFailed
 from vfiouser_oob.lab.bench.results import Result
 from vfiouser_oob.lab.bench.stage import FULL, QUICK, measure
@@ -27,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; budgets that are exceeded are reported, and fail only with --strict."""
-    stream = sys.stderr if args.json else sys.stdout
+    console = console_on(sys.stderr if args.json else sys.stdout)
 
     def progress(line: str) -> None:
-        print(line, file=stream, flush=True)
+        print_line(console, line)
 
     try:
         results = run_interruptible(measure, QUICK if args.quick else FULL, progress)
@@ -75,11 +76,8 @@ def _print_json(results: Sequence[Result], quick: bool) -> None:
 
 
 def _print_table(results: Sequence[Result]) -> None:
-    rows = [("what", "value", "compared with", "ratio", "budget", ""), *(_row(result) for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    print()
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    heads = ("what", "value", "compared with", "ratio", "budget", "")
+    print_table(console_on(sys.stdout), heads, [_row(result) for result in results])
 
 
 def _row(result: Result) -> tuple[str, ...]:

@@ -8,19 +8,22 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from rich.console import Console
 
 from vfiouser_conformance.case import Case, Level
 from vfiouser_conformance.cases import all_cases
 from vfiouser_conformance.process import ServerProcess
 from vfiouser_conformance.reports.machine import as_json, as_junit
-from vfiouser_conformance.reports.table import TableReport, explanation, failures_of, listing, wants_colours
+from vfiouser_conformance.reports.table import ReportLine, TableReport, explanation, failures_of, listing
 from vfiouser_conformance.runner import RUN_S, CaseResult, CaseVerdict, Runner, RunOutcome, Unreachable
 from vfiouser_conformance.select_cases import BadExpression, select
 from vfiouser_conformance.stimulus import PROFILES
 from vfiouser_conformance.trial import CASE_TIMEOUTS, Target
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
+from vfiouser_oob.cli.terminal import can_redraw, console_on, print_line
 from vfiouser_oob.config.errors import ConfigError
 
 _DEFAULT_TIMEOUT_S = 5.0
@@ -98,7 +101,8 @@ def _explain(name: str) -> int:
 
 def _run_cases(args: argparse.Namespace, cases: list[Case]) -> RunOutcome:
     out = sys.stderr if str(args.json) == "-" else sys.stdout
-    report = TableReport(colours=wants_colours(out), verbose=args.verbose)
+    console = console_on(out)
+    report = TableReport(verbose=args.verbose)
     profile = PROFILES[args.device_profile](args.timeout) if args.device_profile else None
     process = ServerProcess(args.server_command, args.socket) if args.server_command else None
     target = Target(args.socket, args.destination_socket, args.timeout, profile, process)
@@ -108,12 +112,13 @@ def _run_cases(args: argparse.Namespace, cases: list[Case]) -> RunOutcome:
         nonlocal done
         done += 1
         if args.verbose:
-            print(report.line(result), file=out, flush=True)
-        elif out.isatty():
-            print(f"\r{done} of {len(cases)} {result.case.name:16}", end="\r", file=out, flush=True)
+            _print_report(console, report.case(result))
+        elif live is not None:
+            live.update(f"{done} of {len(cases)} {result.case.name}")
 
+    live = console.status(f"{len(cases)} cases") if can_redraw(console) and not args.verbose else None
     try:
-        with _terminated_like_interrupted():
+        with live or contextlib.nullcontext(), _terminated_like_interrupted():
             runner = Runner(target, pinned=args.strict, progress=progress, limit_s=args.run_timeout)
             outcome = runner.run(cases)
     except Unreachable as error:
@@ -121,9 +126,13 @@ def _run_cases(args: argparse.Namespace, cases: list[Case]) -> RunOutcome:
     finally:
         if process is not None:
             process.close()
-    for line in report.whole(outcome):
-        print(line, file=out)
+    _print_report(console, report.whole(outcome))
     return outcome
+
+
+def _print_report(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        print_line(console, line, line.style if isinstance(line, ReportLine) else "")
 
 
 @contextlib.contextmanager

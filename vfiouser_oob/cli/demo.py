@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 from trio import TooSlowError
 
+from vfiouser_agents.extras import KIND_EXTRAS, missing
 from vfiouser_agents.rpc.kinds import DEFAULT_KIND, SERVED_KINDS
 from vfiouser_oob import __version__
 from vfiouser_oob.cli.demo_display import Display, print_functions, print_journeys
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode, explain, leaves
 from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.cli.options import add_key, count, option
+from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.models import find_model
 from vfiouser_oob.config.values import SIZE
 from vfiouser_oob.lab.demo.certificates import CertificatesUnavailable
@@ -82,6 +84,12 @@ def _read_agents(text: str) -> tuple[str, str]:
 def run(args: argparse.Namespace) -> int:
     """Show it; succeeds only if everything was verified."""
     display = Display(sys.stderr if args.json else sys.stdout, MEMORY_SIZE + args.state_size, bars=args.functions == 1)
+    _check_extras(args)
+    display.line(
+        "demo: live migration without a VMM, about half a minute"
+        if not args.no_migration
+        else "demo: I/O on one host, some seconds"
+    )
     try:
         reports = _show(args, display)
     # Machines get their JSON in any case; `main` makes a line and the exit code of it.
@@ -90,15 +98,32 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             _print_json([], str(failure))
         raise failure from error
+    finally:
+        display.close()
     problem = next((f"{report.name}: {report.error}" for report in reports if not report.ok), None)
     if args.json:
         _print_json(reports, problem)
     else:
-        print_journeys([report for report in reports if isinstance(report, JourneyReport)])
-        print_functions([report for report in reports if isinstance(report, FunctionReport)])
+        print_journeys(sys.stdout, [report for report in reports if isinstance(report, JourneyReport)])
+        print_functions(sys.stdout, [report for report in reports if isinstance(report, FunctionReport)])
     if problem is not None:
         raise CommandFailed(f"the demonstration failed: {problem}")
     return ExitCode.DONE
+
+
+def _check_extras(args: argparse.Namespace) -> None:
+    """Name what is not installed before anything starts.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    if args.no_migration:
+        return
+    wanted = ["demo", *(KIND_EXTRAS[kind] for kind in args.agent if kind in KIND_EXTRAS)]
+    for extra in dict.fromkeys(wanted):
+        lacking = missing(extra)
+        if lacking is not None:
+            raise ConfigError(f"{lacking}" + ("; or use --no-migration" if extra == "demo" else ""))
 
 
 def _show(args: argparse.Namespace, display: Display) -> Sequence[JourneyReport | FunctionReport]:

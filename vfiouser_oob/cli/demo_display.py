@@ -6,11 +6,15 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from rich.live import Live
+from rich.text import Text
+
+from vfiouser_oob.cli.terminal import can_redraw, console_on, print_line, print_table
 from vfiouser_oob.lab.demo.journey import JourneyReport, LegReport
 from vfiouser_oob.lab.demo.scenario import FunctionReport
 from vfiouser_oob.lab.vmm.live import LiveProgress, MigrationPhase
 
-_BAR = 24
+_BAR = 16
 #: A bar is drawn this often at most, seconds.
 _INTERVAL_S = 0.05
 _OVER = (MigrationPhase.DONE, MigrationPhase.CANCELLED)
@@ -26,17 +30,17 @@ class Display:
     """
 
     def __init__(self, stream: TextIO, expected: int, *, bars: bool) -> None:
-        self._stream = stream
+        self.console = console_on(stream)
         self._expected = max(1, expected)
-        self._redraw = bars and stream.isatty()
+        self._redraw = bars and can_redraw(self.console)
         self._drawn_at = 0.0
-        self._open = False
+        self._bar_shown: Live | None = None
         self._phases: dict[str, MigrationPhase] = {}
 
     def line(self, text: str) -> None:
         """Show a step."""
-        self._close()
-        print(text, file=self._stream, flush=True)
+        self.close()
+        print_line(self.console, text)
 
     def meter(self, name: str, leg: LegReport, progress: LiveProgress) -> None:
         """Show how far a migration has come."""
@@ -49,12 +53,14 @@ class Display:
         self._drawn_at = now
         text = f"{key}  {self._bar(progress)}  {progress.phase.value:<9}  {_moved(progress)}"
         if not self._redraw:
-            print(text, file=self._stream, flush=True)
+            print_line(self.console, text)
             return
-        print(f"\r{text}\x1b[K", end="", file=self._stream, flush=True)
-        self._open = True
+        if self._bar_shown is None:
+            self._bar_shown = Live(console=self.console, auto_refresh=False)
+            self._bar_shown.start()
+        self._bar_shown.update(Text(text), refresh=True)
         if progress.phase in _OVER:
-            self._close()
+            self.close()
 
     def _bar(self, progress: LiveProgress) -> str:
         done = progress.total_state + progress.total_memory
@@ -62,10 +68,11 @@ class Display:
         filled = int(part * _BAR)
         return f"[{'#' * filled}{'.' * (_BAR - filled)}] {part:4.0%}"
 
-    def _close(self) -> None:
-        if self._open:
-            print(file=self._stream, flush=True)
-            self._open = False
+    def close(self) -> None:
+        """Leave the last bar as it is, and give the terminal back."""
+        if self._bar_shown is not None:
+            self._bar_shown.stop()
+            self._bar_shown = None
 
 
 def _moved(progress: LiveProgress) -> str:
@@ -76,15 +83,17 @@ def _moved(progress: LiveProgress) -> str:
     return text
 
 
-def print_functions(reports: Sequence[FunctionReport]) -> None:
-    """Print what the demonstration without migration found, if that was the one."""
+def print_functions(stream: TextIO, reports: Sequence[FunctionReport]) -> None:
+    """Write what the demonstration without migration found, if that was the one."""
     if not reports:
         return
     heads = ("function", "verified", "write", "read", "interrupts", "messages", "direct", "after reset", "sha256")
-    _print_table([heads, *(_function_row(report) for report in reports)])
+    console = console_on(stream)
+    print_table(console, heads, [_function_row(report) for report in reports])
     total = sum(report.verified for report in reports) >> 20
     if all(report.ok for report in reports):
-        print(f"\nverified: {total} MiB written and read back equal through the daemon")
+        console.print()
+        print_line(console, f"verified: {total} MiB written and read back equal through the daemon")
 
 
 def _function_row(report: FunctionReport) -> tuple[str, ...]:
@@ -101,20 +110,23 @@ def _function_row(report: FunctionReport) -> tuple[str, ...]:
     )
 
 
-def print_journeys(reports: Sequence[JourneyReport]) -> None:
-    """Print what the migrating demonstration found, if that was the one."""
+def print_journeys(stream: TextIO, reports: Sequence[JourneyReport]) -> None:
+    """Write what the migrating demonstration found, if that was the one."""
     if not reports:
         return
     heads = ("function", "way", "with", "state", "throughput", "memory", "dirty", "in flight", "downtime", "I/O after")
     rows = [_leg_row(report, leg) for report in reports for leg in report.legs]
-    _print_table([heads, *rows])
+    console = console_on(stream)
+    print_table(console, heads, rows)
     if not all(report.ok for report in reports):
         return
     commands = sum(report.writes + report.reads for report in reports)
     verified = sum(report.verified for report in reports) / (1 << 20)
-    print(
-        f"\nverified: {commands} I/O commands, each executed exactly once by the controller's own count; "
-        f"{verified:.0f} MiB read back equal; guest memory equal at every switch"
+    console.print()
+    print_line(
+        console,
+        f"verified: {commands} I/O commands, each executed exactly once by the controller's own count; "
+        f"{verified:.0f} MiB read back equal; guest memory equal at every switch",
     )
 
 
@@ -131,10 +143,3 @@ def _leg_row(report: JourneyReport, leg: LegReport) -> tuple[str, ...]:
         f"{leg.downtime_s * 1000:.0f} ms",
         f"{leg.commands_after} commands",
     )
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    print()
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
 from vfiouser_oob import __version__
 from vfiouser_oob.cli.errors import ExitCode, details, explain
+from vfiouser_oob.cli.examples import EXAMPLES
+from vfiouser_oob.cli.parser import OneLineParser, did_you_mean
 from vfiouser_oob.observability import log
 
 PROGRAM = "vfiouser-oob"
@@ -57,6 +59,8 @@ COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("drain", "vfiouser_oob.cli.drain", "let a function take no new client, and wait for the last one"),
     CommandEntry("disconnect", "vfiouser_oob.cli.disconnect", "turn the client of a function out"),
     CommandEntry("log-level", "vfiouser_oob.cli.log_level", "choose what a running daemon logs"),
+    CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),
+    CommandEntry("metrics", "vfiouser_oob.cli.metrics", "print what a running daemon has measured"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
     CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),
@@ -68,32 +72,57 @@ COMMANDS: Sequence[CommandEntry] = (
 )
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and end the process with exit code 2."""
-        log.write_last([f"{self.prog}: {message} (see {self.prog} --help)"])
-        self.exit(ExitCode.USAGE)
-
-
-def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+def build_parser(chosen: str | None = None, *, whole: bool = False) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
     Args:
         chosen: the sub-command whose options are wanted; those of the others are left out and not imported.
+        whole: those of all sub-commands are wanted.
     """
     parser = OneLineParser(
         prog=PROGRAM,
         description="A vfio-user server between a VMM and the PCI functions of an IPU/DPU.",
+        epilog=f"`{PROGRAM} COMMAND --help` tells more of a command.",
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
     for entry in COMMANDS:
-        sub = commands.add_parser(entry.name, help=entry.summary, description=f"{entry.summary.capitalize()}.")
-        if entry.name == chosen:
+        # Not capitalize(), which makes "vmm" of a VMM.
+        summary = entry.summary[0].upper() + entry.summary[1:]
+        sub = commands.add_parser(entry.name, help=entry.summary, description=f"{summary}.")
+        if entry.name in EXAMPLES:
+            sub.epilog = f"example:\n  {PROGRAM} {EXAMPLES[entry.name]}"
+        if whole or entry.name == chosen:
             _load(entry).add_arguments(sub)
     return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; a mistake ends the process with one line and exit code 2.
+
+    Args:
+        arguments: without the program's name.
+    """
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    names = [entry.name for entry in COMMANDS]
+    parser = build_parser(chosen)
+    if chosen is None and not arguments:
+        parser.print_help()
+        parser.exit(ExitCode.DONE)
+    if chosen is not None and chosen not in names:
+        parser.error(f"there is no command {chosen!r}{did_you_mean(chosen, names)}")
+    if chosen is not None:
+        place = arguments.index(chosen)
+        sub = _parser_of(parser, chosen)
+        sub.check_options(arguments[place + 1 :])
+    return parser.parse_args(arguments)
+
+
+def _parser_of(parser: argparse.ArgumentParser, name: str) -> OneLineParser:
+    [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    found = commands.choices[name]
+    assert isinstance(found, OneLineParser)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,11 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _complete_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     entries = {entry.name: entry for entry in COMMANDS}
     args: argparse.Namespace | None = None
     try:
-        args = build_parser(chosen).parse_args(arguments)
+        args = parse(arguments)
         _end_on_sigterm()
         return _load(entries[args.command]).run(args)
     except BrokenPipeError:

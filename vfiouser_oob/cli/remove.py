@@ -6,7 +6,7 @@ import argparse
 
 from vfiouser_oob.cli.administer import add_name_argument, ask
 from vfiouser_oob.cli.errors import ExitCode
-from vfiouser_oob.cli.status_table import printable
+from vfiouser_oob.cli.status_words import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from vfiouser_oob.cli.options import (
     count,
     option,
 )
+from vfiouser_oob.cli.parser import HelpText
 from vfiouser_oob.config.agents import parse_agent
 from vfiouser_oob.config.devices import device_forms, parse_device
 from vfiouser_oob.config.errors import ConfigError
@@ -51,7 +52,7 @@ _ONE_FUNCTION = {
 _FD_MAX = (1 << 31) - 1
 
 
-class _WithShortForms(argparse.HelpFormatter):
+class _WithShortForms(HelpText):
     """Help that ends with what ``--device`` takes; models are loaded for it, so it is not made before it is read."""
 
     def format_help(self) -> str:
@@ -71,7 +72,7 @@ def short_forms(width: int) -> Iterator[str]:
         for one in options:
             choices = "|".join(one.value.choices) if isinstance(one.value, Value) else ""
             text = f"{one.name}={choices or '…'}  {brief(one)}"
-            yield textwrap.fill(text, width, initial_indent=" " * 4, subsequent_indent=" " * 8)
+            yield textwrap.fill(text, width, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: a mistake on the command line is reported without loading the whole daemon first.
     import trio
 
+    from vfiouser_oob.control.metrics_http import serve_metrics
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
@@ -164,5 +166,6 @@ def run(args: argparse.Namespace) -> int:
     log.configure(config.log_level, config.log_format)
     settle_objects()
     reread = None if args.config is None else partial(config_from, args)
-    trio.run(partial(run_daemon, config, control=serve_control, vms=open_vms, reread=reread))
+    run = partial(run_daemon, config, control=serve_control, metrics=serve_metrics, vms=open_vms, reread=reread)
+    trio.run(run)
     return ExitCode.DONE

@@ -1,155 +1,206 @@
-"""A status document as text for people."""
+"""A status document as tables for people: at least 80 columns, and coloured where the terminal shows colours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 
-from vfiouser_oob.config.values import format_size
-from vfiouser_oob.observability.status import ClientStatus, FunctionStatus, MigrationStatus, StatusReport
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-#: What is said of capabilities that the agent itself has not told this daemon.
-_HEARSAY = {
-    "stored": "agent not heard yet, as it said at {learned}",
-    "configuration": "agent never heard",
-}
-_HEADINGS = ("FUNCTION", "PHASE", "SINCE", "CLIENT", "MAPS", "IRQS", "FDS", "MESSAGES", "DEVICE")
+from vfiouser_oob.cli.status_words import (
+    FunctionWord,
+    age,
+    client_words,
+    memory_words,
+    notes_of,
+    plural,
+    printable,
+    short_size,
+    short_time,
+    since_of,
+    word_of,
+)
+from vfiouser_oob.observability.status import CommandStatus, FunctionStatus, StatusReport, VmFunctionStatus, VmStatus
+
+#: Functions whose particulars are told without being asked for; of more, only of those that somebody ought to look at.
+FEW = 8
+_COLOURS: Mapping[FunctionWord, str] = MappingProxyType(
+    {
+        FunctionWord.RUNNING: "green",
+        FunctionWord.FAILED: "bold red",
+        FunctionWord.UNKNOWN: "red",
+        FunctionWord.HELD: "red",
+    }
+)
+_OTHER_COLOUR = "yellow"
+_WRONG = "red"
+#: A width that no table reaches: what is not shown to a person is not folded either.
+_ENDLESS = 10_000
 
 
-def render(status: StatusReport, now: datetime | None = None) -> str:
-    """The whole document: a line about the daemon, a table of functions, then what is wrong or worth knowing.
+def render(
+    status: StatusReport, now: datetime | None = None, width: int | None = None, names: Collection[str] = ()
+) -> str:
+    """The whole document as plain text.
 
     Args:
         status: as the daemon gave it.
         now: the time that ages are counted from; None = now.
+        width: columns; None folds nothing.
+        names: functions to be told of; empty = all.
+    """
+    return as_text(view(status, now, names), width=width)
+
+
+def as_text(*parts: RenderableType, width: int | None) -> str:
+    """Anything of rich's as plain text.
+
+    Args:
+        parts: what, one below the other.
+        width: columns; None folds nothing.
+    """
+    text = io.StringIO()
+    console = Console(file=text, width=width or _ENDLESS, color_system=None, highlight=False, emoji=False, markup=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def view(status: StatusReport, now: datetime | None = None, names: Collection[str] = ()) -> Group:
+    """The whole document: about the daemon, a table of functions, one of VMs, then what is wrong or worth knowing.
+
+    Args:
+        status: as the daemon gave it.
+        now: the time that ages are counted from; None = now.
+        names: functions to be told of; empty = all.
     """
     now = now or datetime.now(UTC)
+    functions = [each for each in status["functions"] if not names or each["name"] in names]
+    parts: list[RenderableType] = [Text(line) for line in _head(status, now)]
+    if functions:
+        parts += ["", _function_table(functions, now)]
+    vms = [] if names else status.get("vms", [])
+    if vms:
+        parts += ["", _vm_table(vms, status["functions"], now), *_vm_troubles(vms)]
+    told, untold = _particulars(functions, asked=bool(names), now=now)
+    parts += told
+    if untold:
+        parts += ["", Text(f"{plural(untold, 'function')} more without trouble: vfiouser-oob status NAME tells of one")]
+    return Group(*parts)
+
+
+def _head(status: StatusReport, now: datetime) -> Iterator[str]:
     daemon = status["daemon"]
-    head = (
+    yield (
         f"vfiouser-oob {daemon['version']}, pid {daemon['pid']}, up {age(daemon['started'], now)}, "
-        f"{daemon['functions']} function{'s' if daemon['functions'] != 1 else ''}"
+        f"Python {daemon['python']}, Linux {printable(daemon['kernel'])}"
     )
-    rows = [_HEADINGS, *(_row(function, now) for function in status["functions"])]
-    notes = [line for function in status["functions"] for line in _notes(function, now)]
-    return "\n".join([head, "", *_columns(rows), *([""] if notes else []), *notes])
+    words = Counter(word_of(function).value for function in status["functions"])
+    counts = ", ".join(f"{count} {word}" for word, count in words.most_common())
+    yield plural(daemon["functions"], "function") + (f": {counts}" if counts else "")
 
 
-def _row(function: FunctionStatus, now: datetime) -> tuple[str, ...]:
-    maps = function["maps"]
-    irqs = " ".join(f"{name}:{count}" for name, count in function["irqs"].items() if count)
-    return (
-        function["name"],
-        function["phase"],
-        age(function["since"], now),
-        _client(function["client"]),
-        f"{maps['count']} ({short_size(maps['bytes'])}, {maps['files']} files)" if maps["count"] else "-",
-        irqs or "-",
-        str(function["fds"]),
-        str(sum(function["messages"].values())),
-        function["device"],
-    )
+def plain_table(*headings: str) -> Table:
+    """A table without lines.
+
+    Args:
+        headings: of its columns.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
-def _client(client: ClientStatus | None) -> str:
-    return "-" if client is None else f"{printable(client['command']) or '?'}[{client['pid']}] uid {client['uid']}"
-
-
-def _notes(function: FunctionStatus, now: datetime) -> Iterator[str]:
-    yield f"{function['name']}: socket {function['socket']}"
-    if function["regions"]:
-        regions = ", ".join(
-            f"{region['name']} {short_size(region['size'])}{' mapped' if region['mapped'] else ''}"
-            for region in function["regions"]
+def _function_table(functions: Collection[FunctionStatus], now: datetime) -> Table:
+    table = plain_table("FUNCTION", "STATE", "SINCE", "CLIENT", "MEMORY", "IRQS")
+    for column in (1, 2):
+        table.columns[column].no_wrap = True
+    for function in functions:
+        word = word_of(function)
+        irqs = sum(function["irqs"].values())
+        table.add_row(
+            Text(printable(function["name"])),
+            Text(word.value, style=_COLOURS.get(word, _OTHER_COLOUR)),
+            Text(age(since_of(function), now)),
+            Text(client_words(function["client"])),
+            Text(memory_words(function["maps"])),
+            Text(str(irqs) if irqs else "-"),
         )
-        yield f"{function['name']}: regions {regions}"
-    migration = function["migration"]
-    if migration is not None:
-        yield f"{function['name']}: migration {_migration(migration, now)}"
-    if function["unavailable"]:
-        yield f"{function['name']}: cannot be used now: {printable(function['unavailable'])}"
-    if function["last_error"]:
-        yield f"{function['name']}: last error: {printable(function['last_error'])}"
+    return table
 
 
-#: What is said of a function whose agent did not do its part.
-_WITHOUT_AGENT = {
-    "paused_over_link": "paused without its agent",
-    "reset_due": "reset as soon as its agent answers",
-    "held_back": "guest writes are held back",
-}
+def _vm_table(vms: Collection[VmStatus], functions: Collection[FunctionStatus], now: datetime) -> Table:
+    moved = {each["name"]: each["migration"]["bytes"] for each in functions if each["migration"] is not None}
+    table = plain_table("VM", "STATE", "SINCE", "QEMU", "MIGRATION", "CARRIER", "MOVED", "FUNCTIONS")
+    for vm in vms:
+        qemu = "none" if vm["qemu"] is None else f"{printable(vm['version'] or '?')}[{vm['qemu']['pid']}]"
+        connected = "" if vm["carrier"] in vm["carriers"] else " (not connected)"
+        bytes_moved = sum(moved.get(function["name"], 0) for function in vm["functions"])
+        table.add_row(
+            Text(printable(vm["name"])),
+            Text(printable(vm["phase"]), style=_WRONG if vm["phase"] == "barred" else ""),
+            Text(age(vm["since"], now)),
+            Text(qemu),
+            Text(printable(vm["migration"])),
+            Text(printable(vm["carrier"]) + connected),
+            Text(short_size(bytes_moved) if bytes_moved else "-"),
+            Text(", ".join(_vm_function(function) for function in vm["functions"])),
+        )
+    return table
 
 
-def _migration(migration: MigrationStatus, now: datetime) -> str:
-    words = [migration["state"]]
-    if not migration["known"]:
-        since = migration["unknown_since"] or ""
-        words = [f"unknown since {printable(since)} ({age(since, now)})", f"last known {migration['state']}"]
-    words += [said for name, said in _WITHOUT_AGENT.items() if migration[name]]  # type: ignore[literal-required]
-    if migration["agent_away_since"]:
-        since = migration["agent_away_since"]
-        words.append(f"agent away since {printable(since)} ({age(since, now)})")
-    capabilities = migration["capabilities"]
-    if not migration["migratable"]:
-        reason = migration["blocked"]
-        words.append("not migratable" + (f": {printable(reason)}" if reason else ""))
-    if capabilities["source"] != "agent":
-        words.append(_HEARSAY[capabilities["source"]].format(learned=printable(capabilities["learned"] or "")))
-    if migration["owner"] is not None:
-        words.append(f"by {migration['owner']}")
-    if migration["bytes"] or migration["remaining"]:
-        words.append(f"{short_size(migration['bytes'])} moved, about {short_size(migration['remaining'])} to come")
-    if migration["step"] is not None:
-        words.append(f"doing {printable(migration['step'])}")
-    if migration["fenced"]:
-        words.append("fenced: the next client gets it reset")
-    words.append(f"agent's function {printable(migration['agent'])}")
-    if capabilities["problem"]:
-        words.append(f"not remembered: {printable(capabilities['problem'])}")
-    if migration["last_failure"]:
-        words.append(f"last failure: {printable(migration['last_failure'])}")
-    return ", ".join(words)
+def _vm_function(function: VmFunctionStatus) -> str:
+    doing = f", {function['doing']}" if function["doing"] else ""
+    return printable(f"{function['name']} {function['place']}{doing}")
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+def _vm_troubles(vms: Collection[VmStatus]) -> Iterator[Text]:
+    for vm in vms:
+        if vm["refused"]:
+            yield Text(f"{printable(vm['name'])} does not migrate now: {printable(vm['refused'])}", style=_WRONG)
+        if vm["last_error"]:
+            yield Text(f"{printable(vm['name'])}: last error: {printable(vm['last_error'])}", style=_WRONG)
 
 
-def age(since: str, now: datetime) -> str:
-    """How long ago an ISO 8601 time was, in its two largest units.
-
-    Args:
-        since: the time; what cannot be read is shown as ``?``.
-        now: the time to count from.
-    """
-    try:
-        seconds = max(0, int((now - datetime.fromisoformat(since)).total_seconds()))
-    except (ValueError, TypeError):
-        return "?"
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if days:
-        return f"{days}d{hours % 24}h"
-    if hours:
-        return f"{hours}h{minutes % 60}m"
-    return f"{minutes}m{seconds % 60}s" if minutes else f"{seconds}s"
-
-
-def short_size(size: int) -> str:
-    """Bytes with a unit; not exact where that would be long."""
-    exact = format_size(size)
-    if len(exact) <= 6:
-        return exact
-    for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20)):
-        if size >= factor:
-            return f"{size / factor:.1f}{unit}"
-    return exact
+def _particulars(
+    functions: Collection[FunctionStatus], *, asked: bool, now: datetime
+) -> tuple[list[RenderableType], int]:
+    """What is told of each function beside its row, and of how many nothing is."""
+    told: list[RenderableType] = []
+    untold = 0
+    for function in functions:
+        notes = list(notes_of(function, now))
+        if not asked and len(functions) > FEW and not any(note.wrong for note in notes):
+            untold += 1
+            continue
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, show_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for note in notes:
+            table.add_row(f"  {note.label}", Text(note.text, style=_WRONG if note.wrong else ""))
+        told += ["", Text(printable(function["name"]), style="bold"), table]
+        if function["commands"]:
+            told.append(_command_table(function["commands"]))
+    return told, untold
 
 
-def printable(text: str) -> str:
-    """Text of a peer, made harmless: it must not steer the terminal.
-
-    Args:
-        text: as it came.
-    """
-    return "".join(character if character.isprintable() else "?" for character in text)
+def _command_table(commands: Mapping[str, CommandStatus]) -> Table:
+    table = plain_table("  COMMAND", "COUNT", "RATE", "HALF WITHIN", "99% WITHIN")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, command in sorted(commands.items(), key=lambda item: -item[1]["count"]):
+        rate = command["per_s"]
+        table.add_row(
+            f"  {name}",
+            str(command["count"]),
+            f"{rate:.0f}/s" if rate >= 10 or not rate else f"{rate:.2g}/s",
+            short_time(command["p50_s"]),
+            short_time(command["p99_s"]),
+        )
+    return table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.models import find_model, models
+from vfiouser_oob.config.models import PLACE, find_model, is_place, models
 from vfiouser_oob.config.tables import (
     Key,
     NoOptions,
@@ -69,7 +69,10 @@ class ModelDevice:
     first: ClassVar[Sequence[str]] = ("model",)
     example: ClassVar[str] = "model:nvme,size=64M"
 
-    model: str = key(TEXT, "the model's name; the other keys are the model's own options")
+    model: str = key(
+        TEXT,
+        "the model's name, or where it is, as `package.module:Class`; the other keys are the model's own options",
+    )
     #: What the model declares; None = all of it at its defaults.
     options: Any = None
 
@@ -153,8 +156,9 @@ def _read_model(raw: Mapping[str, Any], place: Place) -> ModelDevice:
     name = raw.get("model")
     if name is None:
         place.fail("key 'model' is missing", "model")
-    if not isinstance(name, str) or name not in models():
-        place.fail(f"unknown model {shown(name)}{suggestion(str(name), tuple(models()))}", "model")
+    if not isinstance(name, str) or (name not in models() and not is_place(name)):
+        known = (*models(), "package.module:Class")
+        place.fail(f"unknown model {shown(name)}{suggestion(str(name), known)}", "model")
     try:
         declared = find_model(name).options
     except ConfigError as error:
@@ -189,7 +193,13 @@ def device_schema() -> Mapping[str, Any]:
     """The JSON Schema of a ``device`` table; it knows the models that are installed."""
     named = {name: schema_of(find_model(name).options, kind=ModelDevice.kind, model=name) for name in models()}
     others = [schema_of(declared, kind=kind) for kind, declared in KINDS.items() if declared is not ModelDevice]
-    return {"oneOf": [*named.values(), *others]}
+    return {"oneOf": [*named.values(), _placed_schema(), *others]}
+
+
+def _placed_schema() -> Mapping[str, Any]:
+    """A model named by its place; which options it has cannot be told without it."""
+    properties = {"kind": {"const": ModelDevice.kind}, "model": {"type": "string", "pattern": f"^{PLACE}$"}}
+    return {"type": "object", "properties": properties, "required": [*properties]}
 
 
 DEVICE = Table(lambda raw, place, around: read_device(raw, place), device_schema)
@@ -198,6 +208,7 @@ DEVICE = Table(lambda raw, place, around: read_device(raw, place), device_schema
 def device_forms() -> Mapping[str, Sequence[Key]]:
     """The short form of each device, up to its first comma, with the keys that may follow."""
     forms = {f"{ModelDevice.kind}:{name}": [*keys(find_model(name).options).values()] for name in models()}
+    forms[f"{ModelDevice.kind}:PACKAGE.MODULE:CLASS"] = []
     for kind, declared in KINDS.items():
         if declared is not ModelDevice:
             others = [one for name, one in keys(declared).items() if name not in declared.first]

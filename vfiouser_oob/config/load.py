@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import tomllib
 from collections.abc import Mapping
@@ -51,6 +52,9 @@ def tables_named(header: str, declared: type) -> Table:
     """
 
     def read(raw: Any, place: Place, around: Mapping[str, Any]) -> tuple[Any, ...]:
+        if isinstance(raw, Mapping):
+            message = f"[{header.strip('[]')}] must be written {header}: there is one such table for each of them"
+            raise ConfigError(message, place.source, place.line_of())
         if not isinstance(raw, list) or not raw:
             raise ConfigError(f"there must be at least one {header}", place.source, place.line_of())
         tables = (read_usable(table, place, index) for index, table in enumerate(raw))
@@ -133,6 +137,11 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"cannot be read: {error.strerror}", str(path)) from error
     if len(data) > CONFIG_SIZE_MAX:
         raise ConfigError(f"is larger than {CONFIG_SIZE_MAX >> 20} MiB, hardly a configuration file", str(path))
+    if data.startswith(codecs.BOM_UTF8):
+        message = "begins with a byte order mark (BOM), which TOML does not allow; save it as UTF-8 without BOM"
+        raise ConfigError(message, str(path), 1)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError("is UTF-16 text; TOML is UTF-8, so save it as that", str(path), 1)
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -1,12 +1,14 @@
 """Finds device models by name, so that anybody's can be installed beside ours, and the options that each declares.
 
-A model is registered in the entry-point group `vfiouser_oob.models` under its name. The entry point leads to whatever
-makes a device out of a function's name and the model's options. It brings the table of its options itself, declared as
-every section of the configuration is (see `tables`): a function by the decorator `model`, a class by its own `Options`.
+A model is registered in the entry-point group `vfiouser_oob.models` under its name, or is named by where it is:
+`package.module:Class`. Either leads to whatever makes a device out of a function's name and the model's options. It
+brings the table of its options itself, declared as every section of the configuration is (see `tables`): a function by
+the decorator `model`, a class by its own `Options`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +21,9 @@ from vfiouser_oob.config.tables import NoOptions
 GROUP = "vfiouser_oob.models"
 #: Found also where the distribution is not installed; the entry point in pyproject.toml is the same.
 BUILT_IN: Mapping[str, str] = {"test": "vfiouser_oob.devices.models.test_device:build"}
+
+#: A model by where it is, for one that no distribution registers.
+PLACE = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*"
 
 OptionsT = TypeVar("OptionsT")
 DeviceT = TypeVar("DeviceT")
@@ -69,20 +74,35 @@ def models() -> Mapping[str, metadata.EntryPoint]:
     return dict(sorted(({entry.name: entry for entry in _installed()} | built_in).items()))
 
 
+def is_place(name: str) -> bool:
+    """Whether a model's name says where it is, `package.module:Class`."""
+    return re.fullmatch(PLACE, name) is not None
+
+
 def find_model(name: str) -> Model[Any, Any]:
     """Return a model; it is loaded now.
 
     Args:
-        name: of the model.
+        name: of the model, or `package.module:Class`.
 
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
-    entry = models().get(name)
+    entry = metadata.EntryPoint(name, name, GROUP) if is_place(name) else models().get(name)
     if entry is None:
         raise ConfigError(f"there is no model {name!r} (there is: {', '.join(models())})")
+    where = repr(name) if entry.value == name else f"{name!r} ({entry.value})"
     try:
         found = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model {name!r} ({entry.value}) cannot be loaded: {error}") from error
+    # The module is somebody else's: whatever it raises while it is loaded makes it unusable, no more.
+    except Exception as error:
+        raise ConfigError(f"model {where} cannot be loaded: {_told(error)}") from error
+    if not callable(found):
+        raise ConfigError(f"model {where} is no class or function that makes a device, but a {type(found).__name__}")
     return found if isinstance(found, Model) else Model(found, getattr(found, "Options", NoOptions))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, ImportError | AttributeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

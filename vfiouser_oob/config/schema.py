@@ -167,6 +167,12 @@ class DaemonConfig:
         unset="`/run/vfiouser-oob/control.sock`; for other users than root "
         "`$XDG_RUNTIME_DIR/vfiouser-oob/control.sock`, if that variable is set",
     )
+    metrics_socket: Path | None = key(
+        ABSOLUTE_SOCKET_PATH,
+        "path of a socket on which `GET /metrics` is answered, see [metrics](metrics.md); it needs the extra `metrics`",
+        default=None,
+        unset="the socket that systemd passes under the name `metrics`, which may be one of TCP; else none",
+    )
     state_directory: Path | None = key(
         STATE_DIRECTORY,
         "where [what agents can do](../explanation/migration.md#what-is-remembered) is remembered; made when needed",

@@ -28,6 +28,7 @@ def summary(config: DaemonConfig) -> list[str]:
     lines = [
         f"{source}good, {count} function{'s' if count != 1 else ''}",
         f"control socket {config.control_socket or 'none'}",
+        *([] if config.metrics_socket is None else [f"metrics socket {config.metrics_socket}"]),
         f"state directory {config.state_directory or 'none'}",
         f"reply budget {config.reply_budget_s:g} s",
         f"log level {config.log_level.value}, format {config.log_format.value}",

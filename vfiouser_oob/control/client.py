@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from types import MappingProxyType, TracebackType
 from typing import Any, cast
 
 from vfiouser_oob.control import protocol
-from vfiouser_oob.observability.status import StatusReport
+from vfiouser_oob.observability.measured import Measured
+from vfiouser_oob.observability.status import MigrationEntry, StatusReport
 
 DEFAULT_TIMEOUT_S = 5.0
 # A daemon of many functions answers with a long line; a stranger on that socket must still not fill our
@@ -87,8 +89,27 @@ class ControlClient:
         finally:
             self._sock.settimeout(timeout)
 
-    def watch(self) -> Iterator[dict[str, Any]]:
+    def migrations(self) -> list[MigrationEntry]:
+        """The last migrations of each function, the oldest first.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        return cast("list[MigrationEntry]", self._call("migrations"))
+
+    def metrics(self) -> Measured:
+        """What the daemon has measured.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        return cast("Measured", self._call("metrics"))
+
+    def watch(self, beat_s: float | None = None) -> Iterator[dict[str, Any]]:
         """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.
+
+        Args:
+            beat_s: seconds of silence after which ``{}`` is given; None = silence is silence.
 
         Raises:
             ControlError: no answer, or a refusal.
@@ -96,7 +117,12 @@ class ControlClient:
         yield {"status": self._call("watch")}
         # From now on silence is normal.
         self._sock.settimeout(None)
-        while (message := self._receive()) is not None:
+        while True:
+            if beat_s is not None and b"\n" not in self._buffer and not select.select([self._sock], [], [], beat_s)[0]:
+                yield {}
+                continue
+            if (message := self._receive()) is None:
+                return
             event = message.get("event")
             if isinstance(event, dict):
                 yield event

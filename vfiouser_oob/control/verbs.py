@@ -106,6 +106,14 @@ async def _status(daemon: Administered, asked: NoOptions) -> Any:
     return daemon.status()
 
 
+async def _migrations(daemon: Administered, asked: NoOptions) -> Any:
+    return daemon.migrations()
+
+
+async def _metrics(daemon: Administered, asked: NoOptions) -> Any:
+    return daemon.metrics()
+
+
 async def _add(daemon: Administered, asked: AddParameters) -> Any:
     return await daemon.administration.add(asked.toml, asked.source)
 
@@ -132,6 +140,18 @@ async def _log_level(daemon: Administered, asked: LogLevelParameters) -> Any:
 
 VERBS: Mapping[str, Verb] = {
     "status": Verb(NoOptions, ControlRole.READER, "`result` is the [status document](status.md)", _status),
+    "migrations": Verb(
+        NoOptions,
+        ControlRole.READER,
+        "`result` is a list of [migrations that are over](migrations.md), the oldest first",
+        _migrations,
+    ),
+    "metrics": Verb(
+        NoOptions,
+        ControlRole.READER,
+        "`result` is what was measured, from which the [metrics](metrics.md) are made",
+        _metrics,
+    ),
     "watch": Verb(
         NoOptions,
         ControlRole.READER,

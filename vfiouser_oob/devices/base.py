@@ -225,6 +225,11 @@ class DeviceBackend(abc.ABC):
         """Why no client can be served now, as far as is known; None when one can."""
         return None
 
+    @property
+    def unavailable_since(self) -> float | None:
+        """Since when that is so, in seconds since 1970; None when one can be served."""
+        return None
+
     def agent(self) -> Agent | None:
         """The migration that the device has of its own, without an agent on an SoC; it works while `run` does."""
         return None

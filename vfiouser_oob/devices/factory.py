@@ -9,8 +9,10 @@ from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.models import find_model
 from vfiouser_oob.config.schema import DmaMode, FunctionConfig, KernelVfioDevice, ModelDevice, UpstreamDevice
 from vfiouser_oob.devices.base import DeviceBackend
+from vfiouser_oob.devices.model import DeviceModel
 from vfiouser_oob.devices.model_backend import ModelBackend
 from vfiouser_oob.devices.upstream import UpstreamBackend
+from vfiouser_oob.observability import log
 from vfiouser_oob.transport.activity import Activity
 
 
@@ -30,15 +32,25 @@ def make_backend(config: FunctionConfig, activity: Activity) -> DeviceBackend:
 def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     device = config.device
     assert isinstance(device, ModelDevice)
+    logger = log.get("devices.model").bind(function=config.name, model=device.model)
     try:
         model = find_model(device.model)
     except ConfigError as error:
         raise ConfigError(f"function {config.name!r}: {error}") from error
-    return ModelBackend(
-        model(config.name, device.options),
-        dma_by_message=config.dma is DmaMode.MESSAGES,
-        retain_state=config.retain_state,
-    )
+    try:
+        made = model(config.name, device.options)
+        if not isinstance(made, DeviceModel):
+            raise TypeError(f"it made a {type(made).__name__}, which is no DeviceModel")
+        return ModelBackend(
+            made, dma_by_message=config.dma is DmaMode.MESSAGES, retain_state=config.retain_state, log=logger
+        )
+    except ConfigError:
+        raise
+    # The model may be anybody's; its author needs to see where it failed.
+    except Exception as error:
+        logger.traceback("a model cannot be made", error)
+        told = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"function {config.name!r}: model {device.model} cannot be made: {told}") from error
 
 
 def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:

@@ -1,7 +1,7 @@
 """The interface of a function written in Python.
 
 `DeviceModel` is what an author implements; `ModelHost` is what the daemon gives it. The backend that joins the two to a
-client is `model_backend`.
+client is `model_backend`. Whatever an author needs can be imported from here: see docs/howto/write-a-device.md.
 """
 
 from __future__ import annotations
@@ -11,14 +11,62 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vfiouser_oob.config import values
+from vfiouser_oob.config.tables import NoOptions, key, section
 from vfiouser_oob.devices.base import ResetKind
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_protocol.constants import IrqIndex, RegionFlags
-from vfiouser_protocol.irq import IrqDescription
-from vfiouser_protocol.pci import ConfigEffects, ConfigSpace
+from vfiouser_protocol.errors import CommandError, DmaFault
+from vfiouser_protocol.irq import INTX, IrqDescription
+from vfiouser_protocol.pci import (
+    BarSpec,
+    ConfigEffects,
+    ConfigSpace,
+    Msi,
+    Msix,
+    PciExpress,
+    PciIdentity,
+)
 from vfiouser_protocol.regions import SparseArea
 
-__all__ = ["DeviceModel", "ModelHost", "ModelMemory", "ModelRegion", "ResetKind", "SharedMemory"]
+__all__ = [
+    "BarSpec",
+    "CommandError",
+    "ConfigEffects",
+    "ConfigSpace",
+    "DeviceModel",
+    "DmaFault",
+    "IrqDescription",
+    "IrqIndex",
+    "ModelHost",
+    "ModelMemory",
+    "ModelRegion",
+    "Msi",
+    "Msix",
+    "NoOptions",
+    "PciExpress",
+    "PciIdentity",
+    "RegionFlags",
+    "ResetKind",
+    "SharedMemory",
+    "SparseArea",
+    "interrupts",
+    "key",
+    "section",
+    "values",
+]
+
+
+def interrupts(*, intx: bool = False, msi: int = 0, msix: int = 0) -> Sequence[IrqDescription]:
+    """What a model puts into `irqs`: how many vectors it has of each sort.
+
+    Args:
+        intx: whether it has an INTx line.
+        msi: MSI vectors, as its `Msi` capability says.
+        msix: MSI-X vectors, as its `Msix` capability says.
+    """
+    one = IrqDescription(1)
+    return (INTX if intx else IrqDescription(0), IrqDescription(msi), IrqDescription(msix), one, one)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ The next client finds it reset, with other memory behind its BARs.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Sequence
 
@@ -22,8 +23,10 @@ from vfiouser_oob.devices.base import (
 )
 from vfiouser_oob.devices.eventfds import Eventfds
 from vfiouser_oob.devices.model import DeviceModel, ModelMemory, ModelRegion, ResetKind
+from vfiouser_oob.devices.model_faults import REFUSALS, ModelFaults
 from vfiouser_oob.devices.resets import RESETS, MemoryEffect
 from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.observability.log import Logger, get
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.constants import (
     PCI_NUM_REGIONS,
@@ -32,7 +35,7 @@ from vfiouser_protocol.constants import (
     RegionFlags,
     RegionIndex,
 )
-from vfiouser_protocol.errors import DmaFault
+from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 from vfiouser_protocol.pci import ConfigEffects
@@ -46,10 +49,19 @@ class ModelBackend(DeviceBackend):
         model: the function; owned from now on.
         dma_by_message: reach guest memory by messages even where the client sent a file.
         retain_state: let a client find what the one before left.
+        log: where the model's mistakes are reported.
     """
 
-    def __init__(self, model: DeviceModel, *, dma_by_message: bool = False, retain_state: bool = False) -> None:
+    def __init__(
+        self,
+        model: DeviceModel,
+        *,
+        dma_by_message: bool = False,
+        retain_state: bool = False,
+        log: Logger | None = None,
+    ) -> None:
         self.model = model
+        self.faults = ModelFaults(log or get("devices.model"))
         self.summary = model.summary
         self.dma_by_message = dma_by_message
         self.irqs = Eventfds(IrqSet(model.irqs))
@@ -93,16 +105,27 @@ class ModelBackend(DeviceBackend):
                 self.reset(ResetKind.NEW_CLIENT)
             except OSError as error:
                 raise BackendUnavailable(f"there is no new memory for its BARs: {error.strerror}") from error
+            except CommandError as error:
+                raise BackendUnavailable(str(error)) from error
         self._used = True
         self.session = ModelSession(self, link)
-        self.model.connected()
+        try:
+            with self.faults.inside("connected"):
+                self.model.connected()
+        except CommandError as error:
+            await self.session.close()
+            raise BackendUnavailable(str(error)) from error
         return self.session
 
     async def run(self) -> None:
         """Run the model's tasks."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.irqs.watch)
-            await self.model.run()
+            try:
+                await self.model.run()
+            except Exception as error:
+                self.faults.report("run", error)
+                raise
             await trio.sleep_forever()
 
     def close(self) -> None:
@@ -115,6 +138,7 @@ class ModelBackend(DeviceBackend):
 
         Raises:
             OSError: there is no new memory to be had; only some of the old was replaced, and nothing was reset.
+            CommandError: the model failed.
         """
         effect = RESETS[kind]
         if effect.memory is MemoryEffect.RENEWED:
@@ -134,7 +158,8 @@ class ModelBackend(DeviceBackend):
         if effect.maps_dropped and self.session is not None:
             self.session.memory.close()
         if effect.registers:
-            self.model.reset(kind)
+            with self.faults.inside("reset"):
+                self.model.reset(kind)
 
 
 class ModelSession(BackendSession):
@@ -164,14 +189,24 @@ class ModelSession(BackendSession):
         """Read config space, shared memory or a trapped register."""
         if region == RegionIndex.CONFIG:
             return self._config.read(offset, count)
-        return self._model.region_read(region, offset, count)
+        try:
+            return self._model.region_read(region, offset, count)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            raise self._backend.faults.refused("region_read", error) from error
 
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> None:
         """Write config space, shared memory or a trapped register."""
         if region == RegionIndex.CONFIG:
             self._apply(self._config.write(offset, data))
-        else:
+            return
+        try:
             self._model.region_write(region, offset, data)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            raise self._backend.faults.refused("region_write", error) from error
 
     def _apply(self, effects: ConfigEffects) -> None:
         if effects.flr:
@@ -184,7 +219,8 @@ class ModelSession(BackendSession):
         if effects.msix_changed and not self._config.msix_enabled:
             self._backend.irqs.forget_latched(IrqIndex.MSIX)
         if effects:
-            self._model.config_changed(effects)
+            with self._backend.faults.inside("config_changed"):
+                self._model.config_changed(effects)
 
     def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Configure interrupts."""
@@ -226,7 +262,8 @@ class ModelSession(BackendSession):
         """Interrupts off, bus master off, memory gone; registers stay until the next client comes."""
         self._backend.reset(ResetKind.CONNECTION_LOST)
         self._backend.session = None
-        self._model.disconnected()
+        with contextlib.suppress(CommandError), self._backend.faults.inside("disconnected"):
+            self._model.disconnected()
         await trio.lowlevel.checkpoint()
 
 

@@ -27,6 +27,7 @@ from vfiouser_oob.devices.base import (
     DeviceDescription,
     IoFds,
 )
+from vfiouser_oob.devices.server_watch import ServerWatch
 from vfiouser_oob.devices.upstream_memory import DmaRelay, map_anew, submit_map
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
@@ -89,8 +90,19 @@ class UpstreamBackend(DeviceBackend):
         self._dma_by_message = dma_by_message
         self._max_write = max_write
         self._retain_state = retain_state
+        self._server = ServerWatch(path)
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why the upstream server cannot be used, as far as is known."""
+        return self._server.reason
+
+    @property
+    def unavailable_since(self) -> float | None:
+        """Since when that is so."""
+        return self._server.since
 
     async def run(self) -> None:
         """Run the upstream connections' tasks; they outlive the client's, to leave the device in order."""
@@ -101,6 +113,15 @@ class UpstreamBackend(DeviceBackend):
 
     async def open(self, link: ClientLink) -> BackendSession:
         """Connect upstream and learn what the device has."""
+        try:
+            session = await self._open(link)
+        except BackendUnavailable as error:
+            self._server.lost(str(error))
+            raise
+        self._server.found()
+        return session
+
+    async def _open(self, link: ClientLink) -> UpstreamSession:
         await self._running.wait()
         assert self._nursery is not None
         relay = DmaRelay(link)
@@ -137,8 +158,16 @@ class UpstreamBackend(DeviceBackend):
             retain_state=self._retain_state,
         )
         relay.memory = session.memory
-        self._nursery.start_soon(session.watch, link, self.path)
+        self._nursery.start_soon(self._watch, session, link)
         return session
+
+    async def _watch(self, session: UpstreamSession, link: ClientLink) -> None:
+        """Tell the client's connection when the upstream server dies."""
+        reason = await session.lost()
+        if reason is not None:
+            text = f"the upstream server {self.path} has gone: {reason}"
+            self._server.lost(text)
+            link.fail(text)
 
     async def _connect(self) -> socket.socket:
         with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
@@ -198,11 +227,14 @@ class UpstreamSession(BackendSession):
             max_dma_maps=min(theirs.max_dma_maps, DEFAULT_MAX_DMA_MAPS),
         )
 
-    async def watch(self, link: ClientLink, path: Path) -> None:
-        """Tell the client's connection when the upstream server dies."""
+    async def lost(self) -> str | None:
+        """Wait for the end of the upstream connection.
+
+        Returns:
+            Why the upstream server has ended it; None if we did.
+        """
         reason = await self._client.wait_gone()
-        if not self._closing:
-            link.fail(f"the upstream server {path} has gone: {reason}")
+        return None if self._closing else reason
 
     def region_fd(self, index: int) -> HasFileno | None:
         """Return the upstream server's descriptor of a region."""

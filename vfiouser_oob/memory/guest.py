@@ -255,8 +255,10 @@ class GuestMemory:
             DmaFault: as `write`.
         """
         recorder = self.recorder
-        if recorder is None or not self._in_memory(address, len(data), write=True):
+        if recorder is None:
             await self._messages.dma_write(address, data)
+        elif not self._in_memory(address, len(data), write=True):
+            await self._by_message(recorder, address, data, has_file=False)
         elif recorder.route is DmaRoute.HELD or not await self._by_message(recorder, address, data, has_file=True):
             await self.write(address, data)
 

@@ -30,6 +30,9 @@ import trio
 from vfiouser_protocol.dirty import DirtyLog
 
 PAGE_SIZE = 4096
+_PAGE_SHIFT = 12
+#: Pages that a generation has as a set, beyond which bits need less memory.
+_PAGES_IN_SET = 1 << 15
 #: Seconds that one generation of the journal is written to, and how many of them are kept. A migration's beginning is
 #: heard of within milliseconds; a machine that stands still for a second is a bad one.
 GENERATION_S = 0.5
@@ -44,6 +47,54 @@ class DmaRoute(Enum):
     HELD = "held"
 
 
+class JournalGeneration:
+    """What was written from one moment on, until the next generation began.
+
+    A set is several times faster than bits, and most generations are forgotten without ever having been read.
+
+    Args:
+        began: the moment.
+    """
+
+    __slots__ = ("_log", "_pages", "began")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self._pages: set[int] = set()
+        self._log = DirtyLog(PAGE_SIZE)
+
+    def mark(self, address: int, length: int) -> None:
+        """Note a write.
+
+        Args:
+            address: where.
+            length: bytes.
+        """
+        page = address >> _PAGE_SHIFT
+        if address + length - 1 >> _PAGE_SHIFT != page:
+            self._log.mark(address, length)
+            return
+        self._pages.add(page)
+        if len(self._pages) > _PAGES_IN_SET:
+            self._fold()
+
+    def _fold(self) -> None:
+        for page in self._pages:
+            self._log.mark(page << _PAGE_SHIFT, PAGE_SIZE)
+        self._pages.clear()
+
+    def clear(self) -> None:
+        """Forget it."""
+        self._pages.clear()
+        self._log.clear()
+
+    @property
+    def log(self) -> DirtyLog:
+        """What was written."""
+        self._fold()
+        return self._log
+
+
 class PageJournal:
     """Pages that were written in the last seconds, or since a moment that somebody named.
 
@@ -54,21 +105,16 @@ class PageJournal:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         now = clock()
-        self._young = DirtyLog(PAGE_SIZE)
-        #: Generations with the moment that each begins; together they have all that was written since the first one.
-        self._generations: deque[tuple[float, DirtyLog]] = deque([(now, self._young)])
+        #: Together they have all that was written since the first one began.
+        self._generations: deque[JournalGeneration] = deque([JournalGeneration(now)])
+        self._young = self._generations[0]
         self._turn = now + GENERATION_S
         self._kept = False
 
     @property
     def complete_from(self) -> float:
         """The moment from which on it knows every write, by its clock."""
-        return self._generations[0][0]
-
-    @property
-    def kept(self) -> bool:
-        """Whether nothing is forgotten at the moment."""
-        return self._kept
+        return self._generations[0].began
 
     def wrote(self, address: int, length: int) -> None:
         """Note a write; after it was done, or when it may be done at any time from now on.
@@ -85,10 +131,13 @@ class PageJournal:
 
     def _begin_generation(self, now: float) -> None:
         # The one that ends now has writes up to now, however long ago it began: so all are kept that end late enough.
-        self._young = DirtyLog(PAGE_SIZE)
-        self._generations.append((now, self._young))
+        self._young = JournalGeneration(now)
+        self._generations.append(self._young)
         self._turn = now + GENERATION_S
-        while len(self._generations) > 1 and self._generations[1][0] <= now - GENERATION_S * (GENERATIONS - 1):
+        self._forget_before(now - GENERATION_S * (GENERATIONS - 1))
+
+    def _forget_before(self, moment: float) -> None:
+        while len(self._generations) > 1 and self._generations[1].began < moment:
             self._generations.popleft()
 
     def keep(self, since: float) -> bool:
@@ -102,8 +151,7 @@ class PageJournal:
         """
         known = since >= self.complete_from
         if not self._kept:
-            while len(self._generations) > 1 and self._generations[1][0] <= since:
-                self._generations.popleft()
+            self._forget_before(since)
             self._kept = True
         return known
 
@@ -115,14 +163,14 @@ class PageJournal:
 
     def discard(self) -> None:
         """Forget everything that was noted: somebody else knows it now."""
-        for _, generation in self._generations:
+        for generation in self._generations:
             generation.clear()
 
     def pages(self) -> DirtyLog:
         """All that it has."""
         found = DirtyLog(PAGE_SIZE)
-        for _, generation in self._generations:
-            found.absorb(generation)
+        for generation in self._generations:
+            found.absorb(generation.log)
         return found
 
 

@@ -35,9 +35,12 @@ from vfiouser_oob.migration.record import Certainty, Failure, MigrationRecord, O
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.steps import AttachedDevice, Steps
 from vfiouser_oob.migration.trace import Tracer
+from vfiouser_oob.migration.watch import MigrationWatch
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.observability.status import MigrationEntry
 from vfiouser_oob.persist.capabilities import READ_S, Facts, FunctionCapabilities
+from vfiouser_oob.persist.history import FunctionHistory
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc
@@ -65,6 +68,7 @@ class MigrationRunner:
         log: a logger with the function's fields.
         memory: where the agent's capabilities are kept beyond the daemon's end; None: nowhere.
         sharing: with whom memory for state is shared; a daemon has one for all its functions.
+        history: where migrations that are over are kept; None: nowhere.
     """
 
     def __init__(
@@ -77,9 +81,12 @@ class MigrationRunner:
         log: Logger,
         memory: FunctionCapabilities | None = None,
         sharing: BufferShare | None = None,
+        history: FunctionHistory | None = None,
     ) -> None:
         self.config = config
         self.memory = memory
+        self.history = history
+        self._watch = MigrationWatch(name)
         self.record = MigrationRecord()
         self.background = Background()
         self.tracer = Tracer(name, events, log)
@@ -114,6 +121,8 @@ class MigrationRunner:
             self.link.facts = await self.memory.recall()
         async with trio.open_nursery() as nursery:
             await nursery.start(self.background.run)
+            if self.history is not None:
+                nursery.start_soon(self.history.recall)
             nursery.start_soon(self._hearing.listen)
             self._running.set()
             self._probing.begin(self._probe)
@@ -134,7 +143,11 @@ class MigrationRunner:
         Returns:
             What an errand needs next, if that has changed.
         """
-        self.record, effects = advance(self.record, event, time.time())
+        before, now = self.record, time.time()
+        self.record, effects = advance(before, event, now)
+        entry = self._watch.follow(before, self.record, now)
+        if entry is not None:
+            self._finished(entry)
         if not isinstance(event, ev.Moved):  # which nobody waits for
             self._changed.set()
             self._changed = trio.Event()
@@ -145,6 +158,13 @@ class MigrationRunner:
             else:
                 self._effects[type(effect)](effect)
         return due
+
+    def _finished(self, entry: MigrationEntry) -> None:
+        """A migration is over: tell of it, and keep it."""
+        self.tracer.finished(entry)
+        if self.history is not None:
+            self.history.add(entry)
+            self.background.begin(self.history.write)
 
     async def _until(self, wanted: Callable[[], bool]) -> None:
         while not wanted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from vfiouser_agents.api import Event, EventKind
 from vfiouser_agents.errors import MAX_MESSAGE
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.observability.status import MigrationEntry
 
 #: Seconds between two progress events of one function; data moves in thousands of chunks, and a watcher has a life.
 PROGRESS_S = 0.25
@@ -53,7 +55,18 @@ class Tracer:
         self.agent_away = False
         self.steps = 0
         self.failures = 0
-        self.last_failure: str | None = None
+        #: The last failure that no success of the same step has followed: the step, why, and when (since 1970).
+        self._failed: tuple[str, str, float] | None = None
+
+    @property
+    def last_failure(self) -> str | None:
+        """The last step that failed, and why; None if none did, or it has succeeded since."""
+        return None if self._failed is None else f"{self._failed[0]}: {self._failed[1]}"
+
+    @property
+    def last_failure_time(self) -> float | None:
+        """When that was, in seconds since 1970."""
+        return None if self._failed is None else self._failed[2]
 
     @property
     def doing(self) -> str | None:
@@ -84,11 +97,13 @@ class Tracer:
             if isinstance(error, Exception):
                 reason = str(error) or type(error).__name__
                 self.failures += 1
-                self.last_failure = f"{name}: {reason}"
+                self._failed = name, reason, time.time()
             duration = trio.current_time() - begun
             self._tell("failed", name, bytes=span.bytes, duration_s=round(duration, 6), error=reason)
             raise
         else:
+            if self._failed is not None and self._failed[0] == name:
+                self._failed = None
             if not quiet:
                 duration = trio.current_time() - begun
                 self._tell("complete", name, bytes=span.bytes, duration_s=round(duration, 6))
@@ -118,6 +133,23 @@ class Tracer:
         """Tell that the migration state has changed."""
         self._events.publish("migration-state", function=self._function, old=old, state=new, reason=why)
         self._log.info("migration state", old=old, state=new, reason=why)
+
+    def finished(self, entry: MigrationEntry) -> None:
+        """Tell what a migration was like that is over."""
+        fields = {key: value for key, value in entry.items() if key != "function"}
+        self._events.publish("migration-finished", function=self._function, **fields)
+        megabytes = round(entry["bytes_per_s"] / 1e6, 3)
+        self._log.info(
+            "migration finished",
+            direction=entry["direction"],
+            outcome=entry["outcome"],
+            way=entry["way"],
+            bytes=entry["bytes"],
+            duration_s=entry["duration_s"],
+            mb_per_s=megabytes,
+            downtime_s=entry["downtime_s"],
+            **({} if entry["why"] is None else {"why": entry["why"]}),
+        )
 
     def heard(self, event: Event) -> None:
         """Tell what the agent has told without being asked."""

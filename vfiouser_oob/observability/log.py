@@ -17,24 +17,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from vfiouser_oob.config.schema import LogFormat, LogLevel
-from vfiouser_oob.observability import levels
+from vfiouser_oob.observability import journal, levels
+from vfiouser_oob.observability.journal import priority
 from vfiouser_oob.observability.sink import Sink
 
 ROOT = "vfiouser_oob"
 #: Where the adapters write, and what vendors' libraries print in them; they know nothing of us.
 AGENTS = "vfiouser_agents"
 
-# syslog's numbers, as sd-daemon(3) wants them at the head of a line.
-_JOURNAL_PRIORITIES: Mapping[int, int] = {
-    logging.DEBUG: 7,
-    logging.INFO: 6,
-    logging.WARNING: 4,
-    logging.ERROR: 3,
-    logging.CRITICAL: 2,
-}
 _COLOURS: Mapping[int, str] = {
     logging.DEBUG: "2",
     logging.WARNING: "33",
@@ -89,13 +84,26 @@ class Logger:
         exc_info = error if self.debug_enabled else None
         self._log(logging.ERROR, event, described, exc_info)
 
-    def _log(self, level: int, event: str, fields: Mapping[str, Any], exc_info: BaseException | None = None) -> None:
+    def traceback(self, event: str, error: BaseException, **fields: Any) -> None:
+        """Write a failure of code that is not ours, at every level with the traceback that its author needs."""
+        described = {"error": f"{type(error).__name__}: {error}", **fields}
+        self._log(logging.ERROR, event, described, error, spread=True)
+
+    def _log(
+        self,
+        level: int,
+        event: str,
+        fields: Mapping[str, Any],
+        exc_info: BaseException | None = None,
+        *,
+        spread: bool = False,
+    ) -> None:
         if not self._enabled(level, fields.get("function", self._fields.get("function"))):
             return
         merged = {**self._fields, **fields}
         # Not `log`, which would ask for the level of the whole process once more.
         raised = None if exc_info is None else (type(exc_info), exc_info, exc_info.__traceback__)
-        extra = {"event": event, "fields": merged}
+        extra = {"event": event, "fields": merged, "spread": spread}
         name = self._logger.name
         self._logger.handle(self._logger.makeRecord(name, level, "", 0, "%s", (event,), raised, extra=extra))
 
@@ -105,16 +113,18 @@ class Logger:
 
 
 class RateLimited:
-    """A logger for records that a peer can provoke at will: a burst, then a few, then their number.
+    """A logger for records that a peer can provoke at will: a burst of each kind, then a few, then their number.
+
+    A kind is an event, and the command that it is about: whoever provokes one kind does not hide another.
 
     Args:
         logger: where they go.
-        burst: how many may come at once.
+        burst: how many of a kind may come at once.
         interval_s: seconds after which another one may come.
         clock: seconds that only move forward.
     """
 
-    __slots__ = ("_burst", "_clock", "_interval_s", "_last", "_logger", "_suppressed", "_tokens")
+    __slots__ = ("_burst", "_clock", "_interval_s", "_kinds", "_logger")
 
     def __init__(
         self,
@@ -128,12 +138,10 @@ class RateLimited:
         self._burst = float(burst)
         self._interval_s = interval_s
         self._clock = clock
-        self._tokens = float(burst)
-        self._last = clock()
-        self._suppressed = 0
+        self._kinds: dict[tuple[str, Any], _Allowance] = {}
 
     def warning(self, event: str, **fields: Any) -> bool:
-        """Write a warning unless there were too many records of late.
+        """Write a warning unless there were too many records of its kind of late.
 
         Returns:
             Whether it was written. The next one that is carries `suppressed`, the number of those that were
@@ -146,18 +154,38 @@ class RateLimited:
         return self._write(self._logger.info, event, fields)
 
     def _write(self, write: Callable[..., None], event: str, fields: dict[str, Any]) -> bool:
+        kind = event, fields.get("command")
+        if kind not in self._kinds and len(self._kinds) >= _MOST_KINDS:
+            kind = _OTHER_KIND
         now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._last) / self._interval_s)
-        self._last = now
-        if self._tokens < 1:
-            self._suppressed += 1
+        allowance = self._kinds.get(kind)
+        if allowance is None:
+            allowance = self._kinds[kind] = _Allowance(self._burst, now)
+        allowance.tokens = min(self._burst, allowance.tokens + (now - allowance.last) / self._interval_s)
+        allowance.last = now
+        if allowance.tokens < 1:
+            allowance.suppressed += 1
             return False
-        self._tokens -= 1
-        if self._suppressed:
-            fields["suppressed"] = self._suppressed
-            self._suppressed = 0
+        allowance.tokens -= 1
+        if allowance.suppressed:
+            fields["suppressed"] = allowance.suppressed
+            allowance.suppressed = 0
         write(event, **fields)
         return True
+
+
+#: Kinds that are told apart; a peer does not choose them, so that this is never reached.
+_MOST_KINDS = 64
+_OTHER_KIND = ("", None)
+
+
+@dataclass(slots=True)
+class _Allowance:
+    """How many records of a kind may be written now, since when, and how many were not."""
+
+    tokens: float
+    last: float
+    suppressed: int = 0
 
 
 class HumanFormatter(logging.Formatter):
@@ -179,15 +207,22 @@ class HumanFormatter(logging.Formatter):
         fields = "".join(f" {key}={_readable(value)}" for key, value in _fields(record).items())
         name = _short(record.name)
         line = f"{name}: {_one_line(_event(record))}{fields}"
+        below: list[str] = []
         if record.exc_info:
-            line += " traceback=" + json.dumps(self.formatException(record.exc_info))
+            trace = self.formatException(record.exc_info)
+            if getattr(record, "spread", False):
+                # Indented, so that none of these lines can pass for a record.
+                below = [f"    {_one_line(part)}" for part in trace.splitlines()]
+            else:
+                line += " traceback=" + json.dumps(trace)
         if self._journal:
-            return f"<{_JOURNAL_PRIORITIES.get(record.levelno, 6)}>{line}"
+            marked = f"<{priority(record.levelno)}>"
+            return "\n".join(marked + part for part in [line, *below])
         level = f"{record.levelname.lower():7}"
         if self._colour and record.levelno in _COLOURS:
             level = f"\x1b[{_COLOURS[record.levelno]}m{level}\x1b[0m"
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        return f"{stamp}.{int(record.msecs):03d} {level} {line}"
+        return "\n".join([f"{stamp}.{int(record.msecs):03d} {level} {line}", *below])
 
 
 class JsonFormatter(logging.Formatter):
@@ -214,7 +249,7 @@ class JsonFormatter(logging.Formatter):
             entry.setdefault(key, value)
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
-        prefix = f"<{_JOURNAL_PRIORITIES.get(record.levelno, 6)}>" if self._journal else ""
+        prefix = f"<{priority(record.levelno)}>" if self._journal else ""
         return prefix + json.dumps(entry, default=str)
 
 
@@ -228,26 +263,34 @@ def configure(
     log_format: LogFormat = LogFormat.HUMAN,
     stream: TextIO | None = None,
     environ: Mapping[str, str] = os.environ,
+    journal_socket: Path = journal.SOCKET,
 ) -> None:
     """Choose what is written and how; the last call counts.
+
+    Where the journal reads our standard error it is given records with fields instead of lines, if its socket is there.
 
     Args:
         level: least important record that is written.
         log_format: for people or for machines.
         stream: where to; None = standard error, and then nobody waits for whoever reads it.
         environ: the environment, for JOURNAL_STREAM and NO_COLOR.
+        journal_socket: where the journal takes records.
     """
     target = sys.stderr if stream is None else stream
-    journal = _is_journal(target, environ)
+    to_journal = _is_journal(target, environ)
     formatter: logging.Formatter
     if log_format is LogFormat.JSON:
-        formatter = JsonFormatter(journal=journal)
+        formatter = JsonFormatter(journal=to_journal)
     else:
-        colour = not journal and target.isatty() and "NO_COLOR" not in environ
-        formatter = HumanFormatter(colour=colour, journal=journal)
+        colour = not to_journal and target.isatty() and "NO_COLOR" not in environ
+        formatter = HumanFormatter(colour=colour, journal=to_journal)
     blocks = stream is None and _has_descriptor(target)
-    handler = _SinkHandler(target, formatter) if blocks else logging.StreamHandler(target)
-    handler.setFormatter(formatter)
+    handler: logging.Handler
+    if to_journal and journal.is_there(journal_socket):
+        handler = journal.JournalHandler(formatter, _journal_fields, journal_socket)
+    else:
+        handler = _SinkHandler(target, formatter) if blocks else logging.StreamHandler(target)
+        handler.setFormatter(formatter)
     roots = [logging.getLogger(name) for name in (ROOT, AGENTS)]
     for old in {old for root in roots for old in root.handlers}:
         for root in roots:
@@ -292,18 +335,31 @@ class _SinkHandler(logging.StreamHandler[Any]):
         super().close()
 
 
-def write_last(lines: Sequence[str], level: int = logging.ERROR, environ: Mapping[str, str] = os.environ) -> None:
+def write_last(
+    lines: Sequence[str],
+    level: int = logging.ERROR,
+    environ: Mapping[str, str] = os.environ,
+    journal_socket: Path = journal.SOCKET,
+) -> None:
     """Write lines to standard error that are the process's last; waits a moment, not for ever.
 
     Args:
         lines: what to write.
         level: the priority that the journal is told, where it reads them.
         environ: the environment, for JOURNAL_STREAM.
+        journal_socket: where the journal takes records.
     """
     for handler in logging.getLogger(ROOT).handlers:
-        if isinstance(handler, _SinkHandler):
+        if isinstance(handler, _SinkHandler | journal.JournalHandler):
             handler.sink.flush()
-    prefix = f"<{_JOURNAL_PRIORITIES[level]}>" if _is_journal(sys.stderr, environ) else ""
+    to_journal = _is_journal(sys.stderr, environ)
+    if to_journal and journal.is_there(journal_socket):
+        backlog = journal.JournalBacklog(journal_socket)
+        for line in lines:
+            backlog.put(journal.datagram(line, level, {}))
+        backlog.close()
+        return
+    prefix = f"<{priority(level)}>" if to_journal else ""
     text = [f"{prefix}{line}" for line in lines]
     if not _has_descriptor(sys.stderr):
         print(*text, sep="\n", file=sys.stderr)  # noqa: T201
@@ -339,6 +395,10 @@ def _short(name: str) -> str:
 
 def _event(record: logging.LogRecord) -> str:
     return str(getattr(record, "event", None) or record.getMessage())
+
+
+def _journal_fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    return {"event": _event(record), **_fields(record)}
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, Any]:

@@ -7,11 +7,12 @@ instead. What it cannot write in time is dropped and counted, and the count is t
 
 from __future__ import annotations
 
+import abc
 import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 #: Bytes of lines that may wait; a reader that pauses for a moment loses nothing.
@@ -20,18 +21,14 @@ MOST_WAITING = 1 << 20
 LAST_WORDS_S = 1.0
 
 
-class Sink:
-    """Writes lines to a descriptor from a thread of its own; the thread starts with the first line.
+class Backlog(abc.ABC):
+    """Delivers entries from a thread of its own; the thread starts with the first one.
 
     Args:
-        stream: whose descriptor; it stays the caller's, and its flags are left alone.
-        tell_lost: makes the line that says how many were dropped.
-        most_waiting: bytes of lines that may wait.
+        most_waiting: bytes of entries that may wait.
     """
 
-    def __init__(self, stream: TextIO, tell_lost: Callable[[int], str], most_waiting: int = MOST_WAITING) -> None:
-        self._stream = stream
-        self._tell_lost = tell_lost
+    def __init__(self, most_waiting: int = MOST_WAITING) -> None:
         self._most_waiting = most_waiting
         self._changed = threading.Condition()
         self._lines: deque[bytes] = deque()
@@ -41,13 +38,20 @@ class Sink:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def write(self, line: str) -> None:
-        """Take a line; never waits.
+    @abc.abstractmethod
+    def _deliver(self, entries: Sequence[bytes]) -> int:
+        """Deliver, waiting for room as long as it takes; returns how many could not be."""
+
+    @abc.abstractmethod
+    def _lost_entry(self, count: int) -> bytes:
+        """The entry that tells how many were lost."""
+
+    def put(self, data: bytes) -> None:
+        """Take an entry; never waits.
 
         Args:
-            line: its text, without the line break.
+            data: the entry.
         """
-        data = f"{line}\n".encode(errors="backslashreplace")
         with self._changed:
             if self._closed or self._waiting + len(data) > self._most_waiting:
                 self._lost += 1
@@ -87,19 +91,47 @@ class Sink:
                 self._changed.wait_for(lambda: self._lines or self._closed)
                 if not self._lines:
                     return
-                data = b"".join(self._lines)
+                entries = list(self._lines)
                 self._lines.clear()
                 self._waiting = 0
                 lost, self._lost = self._lost, 0
                 self._writing = True
+            missed = self._deliver(entries)
             # The lost ones came after those that waited.
-            if lost:
-                data += f"{self._tell_lost(lost)}\n".encode(errors="backslashreplace")
-            unwritten = self._write(memoryview(data))
-            if unwritten:
+            if lost and self._deliver([self._lost_entry(lost)]):
+                missed += lost
+            if missed:
                 with self._changed:
-                    # The line that told of earlier losses is one of those that were not written.
-                    self._lost += unwritten.count(b"\n") + (lost - 1 if lost else 0)
+                    self._lost += missed
+
+
+class Sink(Backlog):
+    """Writes lines to a descriptor from a thread of its own; the thread starts with the first line.
+
+    Args:
+        stream: whose descriptor; it stays the caller's, and its flags are left alone.
+        tell_lost: makes the line that says how many were dropped.
+        most_waiting: bytes of lines that may wait.
+    """
+
+    def __init__(self, stream: TextIO, tell_lost: Callable[[int], str], most_waiting: int = MOST_WAITING) -> None:
+        super().__init__(most_waiting)
+        self._stream = stream
+        self._tell_lost = tell_lost
+
+    def write(self, line: str) -> None:
+        """Take a line; never waits.
+
+        Args:
+            line: its text, without the line break.
+        """
+        self.put(f"{line}\n".encode(errors="backslashreplace"))
+
+    def _lost_entry(self, count: int) -> bytes:
+        return f"{self._tell_lost(count)}\n".encode(errors="backslashreplace")
+
+    def _deliver(self, entries: Sequence[bytes]) -> int:
+        return self._write(memoryview(b"".join(entries))).count(b"\n")
 
     def _write(self, data: memoryview) -> bytes:
         """Write, waiting for room as long as it takes.

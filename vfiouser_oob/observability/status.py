@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
+from vfiouser_oob.observability.measured import Measured
+
 if TYPE_CHECKING:  # the client side is for quick commands, which do without trio
     import trio
+
+
+class CommandStatus(TypedDict):
+    """One command of a function's clients, since the daemon began: `count` were answered or refused.
+
+    `per_s` is of the last half to whole minute; so are `p50_s` and `p99_s`, the durations that half and all but a
+    hundredth did not exceed, or of all, if none came of late.
+    """
+
+    count: int
+    per_s: float
+    p50_s: float
+    p99_s: float
 
 
 class ClientStatus(TypedDict):
@@ -60,7 +75,8 @@ class MigrationStatus(TypedDict):
     agent still owes a reset that the client was promised; `held_back` whether guest writes wait for the agent; `owner`
     the generation that migrates; `fenced` whether the function must be reset before anybody may use it. `bytes` counts
     what was taken from or given to this side's stream, `buffered` what waits, `remaining` what is estimated to come.
-    `step` is what is being done at this moment.
+    `step` is what is being done at this moment. `last_failure` is the last step that failed and has not succeeded
+    since, `last_failure_at` when it did (ISO 8601, UTC).
     """
 
     agent: str
@@ -84,17 +100,19 @@ class MigrationStatus(TypedDict):
     steps: int
     failures: int
     last_failure: str | None
+    last_failure_at: str | None
     capabilities: CapabilitiesStatus
 
 
 class FunctionStatus(TypedDict):
     """One function.
 
-    `phase` is `starting`, `listening`, `negotiating`, `attached`, `drained` or `failed`, and `failed` the reason of the
-    last one. `irqs` counts the vectors with an eventfd
-    by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
-    itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
-    is when the phase began (ISO 8601, UTC).
+    `phase` is `starting`, `listening`, `negotiating`, `attached`, `drained` or `failed`. `failed` is why it could not
+    be opened, or why its client gets errors only. `irqs` counts the vectors with an eventfd by IRQ type, `messages` the
+    messages received by command, `commands` says how they were served, `dma` what went through the daemon itself,
+    `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since` is when
+    the phase began, `unavailable_since` since when the device cannot be had, `last_error_at` when that was (ISO 8601,
+    UTC).
     """
 
     name: str
@@ -109,16 +127,44 @@ class FunctionStatus(TypedDict):
     irqs: dict[str, int]
     fds: int
     messages: dict[str, int]
+    commands: dict[str, CommandStatus]
     dma: dict[str, int]
     migration: MigrationStatus | None
     unavailable: str | None
+    unavailable_since: str | None
     last_error: str | None
+    last_error_at: str | None
+
+
+class MigrationEntry(TypedDict):
+    """A migration that is over, as one side saw it.
+
+    `direction` is `out` or `in`; `way` who moved the state (`v1`, `v2`, a carrier). `began` and `ended` are ISO 8601,
+    UTC. `downtime_s` is this side's part of the time in which the function stood still: of a source from its stop until
+    the client had the whole state, or until it ran again; of a destination from the last byte until it ran. `outcome`
+    is `done`, `cancelled` (by the client), `failed`, or `returned` (the client had it all, and let the source run
+    again); `why` is what failed, in words.
+    """
+
+    function: str
+    direction: str
+    way: str | None
+    began: str
+    ended: str
+    bytes: int
+    duration_s: float
+    bytes_per_s: float
+    downtime_s: float | None
+    outcome: str
+    why: str | None
 
 
 class DaemonStatus(TypedDict):
-    """The process. `started` is ISO 8601, UTC; `functions` how many there are."""
+    """The process. `started` is ISO 8601, UTC; `functions` how many there are; `python` and `kernel` are versions."""
 
     version: str
+    python: str
+    kernel: str
     pid: int
     started: str
     functions: int
@@ -170,6 +216,12 @@ class StatusProvider(Protocol):
 
     def status(self) -> StatusReport:
         """The state at this moment."""
+
+    def metrics(self) -> Measured:
+        """What was measured so far."""
+
+    def migrations(self) -> list[MigrationEntry]:
+        """The last migrations of each function, the oldest first."""
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Changes from now on; closing the channel ends the subscription. `EventHub` is made for this."""

@@ -36,6 +36,9 @@ class Admission(NegotiationHost, Protocol):
     def phase_changed(self) -> None:
         """The phase of the client that is served has changed."""
 
+    def device_lost(self, link: DeviceLink, reason: str) -> None:
+        """A client's device is lost."""
+
 
 class Leaving:
     """A client that has gone, or is to go: what it had is being given back."""
@@ -61,7 +64,7 @@ class ClientConnection:
         context = function.context
         self.peer = peer
         #: The client as its device sees it.
-        self.link = DeviceLink(context)
+        self.link = DeviceLink(context, function.device_lost)
         self._function = function
         self._context = context
         self._scope = trio.CancelScope()
@@ -148,6 +151,7 @@ class ClientConnection:
             context.noise.warning("client turned away", client=self.peer, reason=refusal.reason)
             self._main.send(self._newcomer.session.error_reply(event.header, refusal.errno))
             return None
+        context.trouble.over()
         context.visits.info(
             "client attached",
             client=self.peer,

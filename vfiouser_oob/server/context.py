@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import errno
+import time
+from typing import Any
 
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.observability.latency import CommandTimings
 from vfiouser_oob.observability.log import Logger, RateLimited
+from vfiouser_oob.observability.trouble import TroubleBook
 from vfiouser_oob.server.containment import errno_of
 from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.constants import Command
 from vfiouser_protocol.session import CommandReceived
@@ -19,10 +25,11 @@ class FunctionContext:
         name: the function's name.
         reply_budget_s: seconds within which each client message is answered.
         activity: the daemon's sockets.
+        events: where changes are announced.
         log: a logger; the function's name is added.
     """
 
-    def __init__(self, name: str, reply_budget_s: float, activity: Activity, log: Logger) -> None:
+    def __init__(self, name: str, reply_budget_s: float, activity: Activity, events: EventHub, log: Logger) -> None:
         self.name = name
         self.reply_budget_s = reply_budget_s
         self.activity = activity
@@ -34,11 +41,19 @@ class FunctionContext:
         self.visits = RateLimited(self.log, burst=20, interval_s=2.0)
         #: Commands received, by number.
         self.counts = [0] * (max(Command) + 1)
-        self.last_error: str | None = None
+        self.timings = CommandTimings(len(self.counts), time.monotonic())
+        self.trouble = TroubleBook()
+        #: Whom the function serves.
+        self.client: Peer | None = None
+        self._events = events
+
+    def announce(self, kind: str, **fields: Any) -> None:
+        """Tell watchers what has happened to the function."""
+        self._events.publish(kind, function=self.name, **fields)
 
     def note_error(self, text: str) -> None:
-        """Remember the last error, for `status`."""
-        self.last_error = text
+        """Remember the last error, for `status`, until the function serves a client again."""
+        self.trouble.note(text)
 
     def note_failed(self, event: CommandReceived, error: Exception) -> int:
         """Note why a command failed.
@@ -53,6 +68,12 @@ class FunctionContext:
         name = Command(event.header.command).name
         number = errno_of(error, self.log, name)
         text = f"{name}: {error}"
-        self.note_error(text)
-        self.noise.warning("command refused", reason=text, errno=errno.errorcode.get(number, str(number)))
+        self.trouble.note(text, passing=True)
+        self.noise.warning(
+            "command refused",
+            command=name,
+            client=self.client,
+            reason=str(error),
+            errno=errno.errorcode.get(number, str(number)),
+        )
         return number

@@ -6,6 +6,7 @@ signals ──► stop accepting ──► clients turned out ──► devices 
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import signal
 import socket
@@ -14,27 +15,35 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import trio
 
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
+from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.schema import DaemonConfig, VmConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
-from vfiouser_oob.observability.status import DaemonStatus, StatusReport, VmStatus
+from vfiouser_oob.observability.latency import MARK_S
+from vfiouser_oob.observability.measured import Measured
+from vfiouser_oob.observability.openmetrics import HINT, available
+from vfiouser_oob.observability.status import DaemonStatus, MigrationEntry, StatusReport, VmStatus
 from vfiouser_oob.persist.capabilities import CapabilityStore
+from vfiouser_oob.persist.history import HistoryStore
+from vfiouser_oob.persist.starts import StartCount
 from vfiouser_oob.server.administration import Administration, ChangeRefused, Reread
+from vfiouser_oob.server.certificates import CertificateBook
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.measure import measure_function
 from vfiouser_oob.server.opening import SharedParts, function_kind
 from vfiouser_oob.server.pulse import Pulse
 from vfiouser_oob.server.registry import Registry, Units
 from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time, unit_status
-from vfiouser_oob.systemd.listen import inherited_sockets
+from vfiouser_oob.systemd.listen import METRICS_NAME, inherited_sockets
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
@@ -98,6 +107,7 @@ async def run_daemon(
     *,
     agents: AgentMaker = make_agent,
     control: ServeControl | None = None,
+    metrics: ServeControl | None = None,
     beside: Companion | None = None,
     vms: OpenVms | None = None,
     reread: Reread | None = None,
@@ -109,6 +119,7 @@ async def run_daemon(
         config: what to serve.
         agents: makes agents by kind and options.
         control: answers on the control socket; without it there is none.
+        metrics: answers on the metrics socket; without it there is none.
         beside: what else has to be there before we are ready.
         vms: opens the configured VMs; without it there are none.
         reread: reads the configuration again; None if it did not come from a file.
@@ -123,11 +134,13 @@ async def run_daemon(
         resources.callback(activity.close)
         store = CapabilityStore(config.state_directory, log.get("persist"))
         recorded = frozenset(name for vm in config.vms for name in vm.functions)
-        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity, recorded=recorded)
+        history = HistoryStore(config.state_directory, log.get("persist"))
+        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, history, activity, recorded=recorded)
         activity.busy = lambda: means.sharing.busy
         _raise_fd_limit()
         inherited = inherited_sockets()
         control_fds = inherited.pop(CONTROL_NAME, [])
+        scraped = None if metrics is None else _open_metrics(config, inherited.pop(METRICS_NAME, []), resources)
         shelf = SocketShelf(inherited, [*(f.name for f in config.functions), *(table.name for table in config.spoiled)])
         resources.callback(shelf.close)
         listener = None if control is None else _open_control(config, control_fds, resources)
@@ -138,12 +151,29 @@ async def run_daemon(
         for passed in shelf.unclaimed(config.functions):
             log.get("daemon").warning("a socket that systemd passed fits no function", socket=str(passed))
         async with means.agents, trio.open_nursery() as nursery:
-            daemon = Daemon(units, means, nursery, config, reread, _readers(listener), keeper)
-            if control is not None and listener is not None:
-                await nursery.start(control, daemon, listener.sock.dup())
+            books = DaemonBooks(
+                StartCount(config.state_directory, log.get("persist")),
+                CertificateBook(units.configured, log.get("agents")),
+            )
+            daemon = Daemon(units, means, books, nursery, config, reread, _readers(listener), keeper)
+            for serve, place in ((control, listener), (metrics, scraped)):
+                if serve is not None and place is not None:
+                    await nursery.start(serve, daemon, place.sock.dup())
             await daemon.run(beside, task_status)
             nursery.cancel_scope.cancel()
         means.events.close()
+
+
+class DaemonBooks(NamedTuple):
+    """What is kept of the process as a whole.
+
+    Args:
+        starts: how often one began.
+        certificates: when those of agents expire.
+    """
+
+    starts: StartCount
+    certificates: CertificateBook
 
 
 class Daemon:
@@ -152,6 +182,7 @@ class Daemon:
     Args:
         units: its functions, opened.
         means: what they share.
+        books: what is kept of the process.
         nursery: where everything lives; cancelled by the caller when `run` has returned.
         config: as it was started.
         reread: reads the configuration again; None if it did not come from a file.
@@ -163,6 +194,7 @@ class Daemon:
         self,
         units: Units,
         means: SharedParts,
+        books: DaemonBooks,
         nursery: trio.Nursery,
         config: DaemonConfig,
         reread: Reread | None,
@@ -174,6 +206,7 @@ class Daemon:
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
         self._started = time.time()
+        self._books = books
         self._nursery = nursery
         self._serving = trio.CancelScope()
         #: Its functions; they may come and go while it runs.
@@ -196,6 +229,8 @@ class Daemon:
     async def run(self, beside: Companion | None, task_status: trio.TaskStatus[Daemon]) -> None:
         """Serve until told to stop."""
         self._nursery.start_soon(self._notifier.run)
+        for background in (self._keep_time, self._books.starts.run, self._books.certificates.run):
+            self._nursery.start_soon(background)
         with trio.open_signal_receiver(*_ENDING, _RELOAD, *_WITHOUT_MEANING) as signals:
             self._nursery.start_soon(self._await_signal, signals)
             with self._serving:
@@ -210,6 +245,14 @@ class Daemon:
                 task_status.started(self)
                 await trio.sleep_forever()
         await self.registry.stop()
+
+    async def _keep_time(self) -> None:
+        """Tell what commands took of late from what they took before."""
+        while True:
+            await trio.sleep(MARK_S)
+            now = time.monotonic()
+            for function in self.functions:
+                function.context.timings.mark(now)
 
     def _nothing_left(self) -> None:
         self._log.info("the inherited connection ended; nothing is left to serve")
@@ -249,9 +292,32 @@ class Daemon:
         """Describe everything at this moment."""
         functions = [unit_status(unit) for unit in self.registry.units if unit.kind is self.registry.units.kinds[0]]
         daemon = DaemonStatus(
-            version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(functions)
+            version=__version__,
+            python=platform.python_version(),
+            kernel=os.uname().release,
+            pid=os.getpid(),
+            started=iso_time(self._started),
+            functions=len(functions),
         )
         return StatusReport(daemon=daemon, functions=functions, vms=[] if self._vms is None else self._vms.status())
+
+    def metrics(self) -> Measured:
+        """What was measured so far."""
+        return Measured(
+            version=__version__,
+            python=platform.python_version(),
+            kernel=os.uname().release,
+            started_s=self._started,
+            starts=self._books.starts.count,
+            functions=[measure_function(function) for function in self.functions],
+            certificates=dict(self._books.certificates.expiries),
+        )
+
+    def migrations(self) -> list[MigrationEntry]:
+        """The last migrations of each function, the oldest first."""
+        runners = [function.migration for function in self.functions if function.migration is not None]
+        entries = [entry for runner in runners if runner.history is not None for entry in runner.history.entries]
+        return sorted(entries, key=lambda entry: entry["ended"])
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""
@@ -284,6 +350,21 @@ def _readers(control: Listener | None) -> frozenset[int]:
         return frozenset() if control is None else frozenset({os.stat(control.address).st_gid})
     except OSError:  # a socket without a path, or one that is out of our sight
         return frozenset()
+
+
+def _open_metrics(config: DaemonConfig, inherited: Sequence[int], resources: ExitStack) -> Listener | None:
+    if not inherited and config.metrics_socket is None:
+        return None
+    if not available():
+        raise ConfigError(f"the metrics socket cannot be served: {HINT}")
+    if inherited:
+        listener = Listener(adopt_socket(inherited[0], local=False), None)
+    else:
+        assert config.metrics_socket is not None
+        _make_runtime_directory(config.metrics_socket.parent)
+        listener = listen_on_path(config.metrics_socket, _CONTROL_MODE)
+    resources.callback(listener.close)
+    return listener
 
 
 def _make_runtime_directory(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Protocol
 
 from vfiouser_oob.devices.base import ClientLink
@@ -53,14 +54,16 @@ class DeviceLink(ClientLink):
 
     Args:
         context: the function's.
+        on_loss: told that the device is lost, and why.
     """
 
-    def __init__(self, context: FunctionContext) -> None:
+    def __init__(self, context: FunctionContext, on_loss: Callable[[DeviceLink, str], None]) -> None:
         self.capabilities = VersionCapabilities()
         self.account = context.account
         #: Why the device is lost; None as long as it is there.
         self.lost: str | None = None
         self._context = context
+        self._on_loss = on_loss
         self._dma: Dma = NoDma()
 
     def agreed(self, capabilities: VersionCapabilities, dma: Dma) -> None:
@@ -95,6 +98,7 @@ class DeviceLink(ClientLink):
             self.lost = reason
             self._context.log.error("device lost; its client gets EIO until it reconnects", reason=reason)
             self._context.note_error(reason)
+            self._on_loss(self, reason)
 
 
 def _too_early() -> DmaFault:

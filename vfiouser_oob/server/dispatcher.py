@@ -81,6 +81,7 @@ class Dispatcher:
         self._begin = executor.begin
         self._context = context
         self._counts = context.counts
+        self._record = context.timings.record
         self._account = context.account
         self._budget_s = context.reply_budget_s
         self._lane = lane
@@ -127,7 +128,9 @@ class Dispatcher:
 
     def take(self, event: CommandReceived) -> None:
         """Answer a command, now if that can be done at once, else in its turn."""
-        self._counts[event.header.command] += 1
+        began = time.perf_counter_ns()
+        command = event.header.command
+        self._counts[command] += 1
         if event.surplus_fds:
             close_fds(event.surplus_fds)
         refusal = refusal_of(self._account, event.fds) if event.fds else None
@@ -148,6 +151,7 @@ class Dispatcher:
             close_fds(event.fds)
         if outcome.error is not None:
             self._answer_error(event, outcome.taken())
+        self._record(command, time.perf_counter_ns() - began)
 
     def refuse(self, event: MessageRefused) -> None:
         """Answer a message that the session refused, in its turn; the connection goes on."""
@@ -220,6 +224,8 @@ class Dispatcher:
             close_fds(event.fds)
         if outcome.error is not None:
             self._answer_error(event, outcome.taken())
+        waited_s = trio.current_time() - queued.deadline + self._budget_s
+        self._record(event.header.command, int(max(waited_s, 0) * 1e9))
 
     async def _in_time(
         self, event: CommandReceived, answer: Awaitable[bytes | ReplyWithFds | Pieces], deadline: float
@@ -269,5 +275,5 @@ def note_refusal(event: MessageRefused, context: FunctionContext) -> None:
         context: the function's.
     """
     close_fds(event.fds)
-    context.noise.warning("message refused", reason=event.reason)
+    context.noise.warning("message refused", client=context.client, reason=event.reason)
     context.note_error(event.reason)

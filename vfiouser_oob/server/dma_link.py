@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TypeAlias
 
 import trio
 
@@ -25,6 +26,9 @@ MAX_READ_OUTSTANDING = 128 << 10
 #: Commands under way at once. Message ids are 16 bits wide and shared with nobody, so this is about memory only.
 MAX_OUTSTANDING = 256
 
+#: Takes a reply to DMA_READ apart: an address, bytes, its payload; the data. Raises DmaFault.
+ReadCheck: TypeAlias = Callable[[int, int, bytes], Awaitable[bytes]]
+
 
 class BusRead:
     """A read of whatever is at an address of the client's bus, sent already.
@@ -33,14 +37,12 @@ class BusRead:
         address: the guest's.
         count: bytes.
         pending: its message.
-        check: takes what it was answered with apart.
+        check: takes the reply apart.
     """
 
     __slots__ = ("_address", "_check", "_count", "_pending")
 
-    def __init__(
-        self, address: int, count: int, pending: PendingReply, check: Callable[[int, int, bytes], Awaitable[bytes]]
-    ) -> None:
+    def __init__(self, address: int, count: int, pending: PendingReply, check: ReadCheck) -> None:
         self._address = address
         self._count = count
         self._pending = pending

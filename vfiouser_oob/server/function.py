@@ -6,7 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import trio
 
@@ -20,6 +20,7 @@ from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.connection import ClientConnection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.context import FunctionContext
+from vfiouser_oob.server.device_link import DeviceLink
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
@@ -72,19 +73,21 @@ class Function:
     ) -> None:
         self.name = name
         self.backend = backend
-        self.context = FunctionContext(name, reply_budget_s, activity, log)
+        self.context = FunctionContext(name, reply_budget_s, activity, events, log)
         self.log = self.context.log
         self.connection: ClientConnection | None = None
         self.address = ""
         self.failed: str | None = None
         self.since = time.time()
+        #: The phase that watchers were told last.
+        self._shown = "listening"
         self.clients_served = 0
-        self._events = events
-        self._recorded = recorded
         #: User ids that may connect.
         self.allow_uids = allow_uids
         #: Whether it takes no new client, because an administrator said so.
         self.draining = False
+        #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
+        self.recorded = recorded
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
@@ -106,9 +109,13 @@ class Function:
         self.failed = reason
         self.since = time.time()
         self.log.exception("a function is out of service", error, reason=reason)
+        self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
         self.context.note_error(reason)
         if self.connection is not None:
             self.connection.link.fail(reason)
+        self.phase_changed()
 
     def condemn(self, reason: str) -> None:
         """Take the function out of service, since it cannot be relied on any more; its client gets EIO.
@@ -117,10 +124,7 @@ class Function:
             reason: why, for `status`.
         """
         self.failed = reason
-        self.context.note_error(reason)
-        if self.connection is not None:
-            self.connection.link.fail(reason)
-        self.phase_changed()
+        self._fail(reason)
 
     def overdue(self) -> str | None:
         """What should have been answered long ago, in words; None if nothing should."""
@@ -138,9 +142,7 @@ class Function:
             if outcome.error is not None:
                 self.failed = f"its migration died: {outcome.error}"
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
-                self.context.note_error(self.failed)
-                if self.connection is not None:
-                    self.connection.link.fail(self.failed)
+                self._fail(self.failed)
 
     async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
         """Connect a client to the function's migration.
@@ -155,7 +157,7 @@ class Function:
         Raises:
             BackendUnavailable: the function must not run now.
         """
-        if self._recorded:
+        if self.recorded:
             backend.memory.recorder = WriteRecorder()
         return None if self.migration is None else await attach(self.migration, backend, self.name, client)
 
@@ -166,10 +168,8 @@ class Function:
         if outcome.error is not None:
             self.failed = f"the device's task died: {root_cause(outcome.error)}"
             self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
-            self.context.note_error(self.failed)
-            if self.connection is not None:
-                self.connection.link.fail(self.failed)
-            self._announce("device-failed", reason=self.failed)
+            self._fail(self.failed)
+            self.context.announce("device-failed", reason=self.failed)
 
     async def serve(self, listener: Listener) -> None:
         """Accept clients until cancelled.
@@ -253,20 +253,21 @@ class Function:
         if self.draining:
             raise TurnedAway(f"{connection.peer} was refused: the function is drained", errno.EBUSY)
         self.connection = connection
+        self.context.client = connection.peer
         self._vacant = trio.Event()
         self.clients_served += 1
-        self._announce("client-connected", client=str(connection.peer))
+        self.context.announce("client-connected", client=str(connection.peer))
 
     def _leave(self, connection: ClientConnection, reason: str) -> None:
         """Note that a connection has ended, and let the next client in if it was the one that was served."""
         if self.connection is not connection:
             self.log.debug("client gone before it was served", client=connection.peer, reason=reason)
             return
-        self.connection = None
+        self.connection = self.context.client = None
         self._vacant.set()
         self.phase_changed()
         self.context.visits.info("client detached", client=connection.peer, reason=reason)
-        self._announce("client-disconnected", client=str(connection.peer), reason=reason)
+        self.context.announce("client-disconnected", client=str(connection.peer), reason=reason)
 
     # Administration
 
@@ -358,7 +359,8 @@ class Function:
     @property
     def last_error(self) -> str | None:
         """What went wrong last, for `status`."""
-        return self.context.last_error
+        last = self.context.trouble.last
+        return None if last is None else last.text
 
     @property
     def counts(self) -> Sequence[int]:
@@ -372,16 +374,33 @@ class Function:
 
     def phase_changed(self) -> None:
         """Note when the phase changed, and tell watchers."""
-        self.since = time.time()
-        self._announce("phase", phase=self.phase)
+        phase = self.phase
+        if not phase == self._shown == "failed":
+            self.since = time.time()
+        self._shown = phase
+        self.context.announce("phase", phase=phase)
 
-    def _announce(self, kind: str, **fields: Any) -> None:
-        self._events.publish(kind, function=self.name, **fields)
+    def device_lost(self, link: DeviceLink, reason: str) -> None:
+        """Note that the device of a client is lost, and tell watchers.
+
+        Args:
+            link: the client as the device saw it.
+            reason: what happened to the device.
+        """
+        if self.connection is not None and self.connection.link is link and self.failed is None:
+            self.context.announce("device-failed", reason=reason)
+            self.phase_changed()
+
+    @property
+    def broken(self) -> str | None:
+        """Why the function does nothing for its client; None if it does, or there is none."""
+        lost = None if self.connection is None else self.connection.link.lost
+        return self.failed or lost
 
     @property
     def phase(self) -> str:
         """What the function is doing."""
-        if self.failed is not None:
+        if self.broken is not None:
             return "failed"
         if self.connection is None:
             return "drained" if self.draining else "listening"

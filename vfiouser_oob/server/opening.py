@@ -23,6 +23,7 @@ from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
+from vfiouser_oob.persist.history import HistoryStore
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
@@ -44,6 +45,7 @@ class SharedParts:
         reply_budget_s: seconds within which each client message is answered.
         agents: their agents.
         memory: where agents' capabilities are kept.
+        history: where migrations that are over are kept.
         activity: the daemon's sockets.
         events: where changes are announced.
         sharing: the memory for state on its way.
@@ -53,6 +55,7 @@ class SharedParts:
     reply_budget_s: float
     agents: AgentPool
     memory: CapabilityStore
+    history: HistoryStore
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
@@ -125,7 +128,17 @@ def _engine_maker(
     migration = settled(config)
 
     def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
-        return MigrationRunner(name, connected, agent.function, migration, events, logger, memory, means.sharing)
+        return MigrationRunner(
+            name,
+            connected,
+            agent.function,
+            migration,
+            events,
+            logger,
+            memory,
+            means.sharing,
+            means.history.drawer(name),
+        )
 
     return make
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import trio
 
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.schema import FunctionConfig
 from vfiouser_oob.config.tables import SpoiledTable
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.containment import Contained, root_cause
@@ -41,6 +42,10 @@ class Units:
     def of(self, kind: UnitKind) -> list[Unit]:
         """Those of one kind, in the order in which they came."""
         return [unit for unit in self if unit.kind is kind]
+
+    def configured(self) -> list[FunctionConfig]:
+        """The functions as they are configured, of all that can be read."""
+        return [unit.config for unit in self if isinstance(unit.config, FunctionConfig)]
 
     def find(self, name: str, kind: UnitKind | None = None) -> Unit | None:
         """The unit of a name; without a kind, of the first kind that has one."""

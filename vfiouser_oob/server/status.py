@@ -12,6 +12,7 @@ from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
     ClientStatus,
+    CommandStatus,
     FunctionStatus,
     MapsStatus,
     MigrationStatus,
@@ -43,10 +44,13 @@ def unit_status(unit: Unit) -> FunctionStatus:
         irqs={},
         fds=0,
         messages={},
+        commands={},
         dma={},
         migration=None,
         unavailable=None,
-        last_error=unit.failed,
+        unavailable_since=None,
+        last_error=None,
+        last_error_at=None,
     )
 
 
@@ -56,24 +60,41 @@ def function_status(function: Function) -> FunctionStatus:
     backend = None if attached is None else attached.backend
     irqs = backend.irq_summary() if backend is not None else {}
     maps = _maps(backend)
+    trouble = function.context.trouble.last
     return FunctionStatus(
         name=function.name,
         socket=function.address,
         device=function.backend.summary,
         phase=function.phase,
         since=iso_time(function.since),
-        failed=function.failed,
+        failed=function.broken,
         client=_client(function),
         regions=_regions(backend),
         maps=maps,
         irqs=irqs,
         fds=sum(irqs.values()) + maps["files"] + (0 if attached is None else attached.sockets),
         messages={Command(number).name: count for number, count in enumerate(function.counts) if count},
+        commands=_commands(function),
         dma={} if attached is None else attached.dma.summary(),
         migration=None if function.migration is None else _migration(function.migration),
         unavailable=function.backend.unavailable,
-        last_error=function.last_error,
+        unavailable_since=_iso_or_none(function.backend.unavailable_since),
+        last_error=None if trouble is None else trouble.text,
+        last_error_at=None if trouble is None else iso_time(trouble.time),
     )
+
+
+def _commands(function: Function) -> dict[str, CommandStatus]:
+    """How the client's commands are served."""
+    return {
+        Command(number).name: CommandStatus(
+            count=latency.answered,
+            per_s=round(latency.per_s, 3),
+            p50_s=round(latency.p50_s, 9),
+            p99_s=round(latency.p99_s, 9),
+        )
+        for number, latency in function.context.timings.summary(time.monotonic()).items()
+    }
 
 
 def _migration(runner: MigrationRunner) -> MigrationStatus:
@@ -86,8 +107,8 @@ def _migration(runner: MigrationRunner) -> MigrationStatus:
         p2p=runner.config.p2p is P2p.ON,
         state=record.state_shown.name,
         known=record.certainty is not Certainty.UNKNOWN,
-        unknown_since=None if record.unknown_since is None else iso_time(record.unknown_since),
-        agent_away_since=None if runner.link.away_time is None else iso_time(runner.link.away_time),
+        unknown_since=_iso_or_none(record.unknown_since),
+        agent_away_since=_iso_or_none(runner.link.away_time),
         paused_over_link=record.over_link,
         reset_due=record.reset_due is not None,
         held_back=record.awaiting,
@@ -101,6 +122,7 @@ def _migration(runner: MigrationRunner) -> MigrationStatus:
         steps=runner.tracer.steps,
         failures=runner.tracer.failures,
         last_failure=runner.tracer.last_failure,
+        last_failure_at=_iso_or_none(runner.tracer.last_failure_time),
         capabilities=_capabilities(runner),
     )
 
@@ -126,6 +148,10 @@ def _capabilities(runner: MigrationRunner) -> CapabilitiesStatus:
 def iso_time(seconds: float) -> str:
     """Return a time as ISO 8601 in UTC."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _iso_or_none(seconds: float | None) -> str | None:
+    return None if seconds is None else iso_time(seconds)
 
 
 def _client(function: Function) -> ClientStatus | None:

@@ -19,6 +19,10 @@ from vfiouser_oob.transport.fds import ForeignFd, OwnedFd, close_fds
 FIRST_FD = 3
 # More than a process may have; a damaged LISTEN_FDS must not make us walk through two thousand million descriptors.
 FDS_MAX = 1 << 20
+#: Name of the socket for metrics, the only one that may be of TCP.
+METRICS_NAME = "metrics"
+_LOCAL = frozenset({socket.AF_UNIX})
+_ANY = frozenset({socket.AF_UNIX, socket.AF_INET, socket.AF_INET6})
 _SOURCE = "sockets from systemd"
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
@@ -85,7 +89,8 @@ def inherited_descriptors(
             if name.startswith(PREFIX):
                 _take_kept(kept, name, fd)
                 continue
-            check_listening(fd, f"socket {name!r} (descriptor {fd})", _SOURCE)
+            families = _ANY if name == METRICS_NAME else _LOCAL
+            check_listening(fd, f"socket {name!r} (descriptor {fd})", _SOURCE, families)
             os.set_inheritable(fd, False)
             sockets.setdefault(name, []).append(fd)
     except BaseException:
@@ -145,18 +150,21 @@ def _take_kept(kept: dict[str, OwnedFd], name: str, fd: int) -> None:
     kept[name] = ForeignFd(fd)
 
 
-def check_listening(fd: int, label: str, source: str | None = None) -> None:
-    """Make sure that a descriptor is a listening UNIX stream socket.
+def check_listening(
+    fd: int, label: str, source: str | None = None, families: frozenset[socket.AddressFamily] = _LOCAL
+) -> None:
+    """Make sure that a descriptor is a listening stream socket, a UNIX one if nothing else is said.
 
     Args:
         fd: descriptor number; it stays the caller's.
         label: what to call it in a message.
         source: where it came from, for the message.
+        families: which it may be of.
 
     Raises:
         ConfigError: it is something else.
     """
-    wanted = "a listening UNIX stream socket"
+    wanted = "a listening UNIX stream socket" if families == _LOCAL else "a listening stream socket, UNIX or TCP"
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ConfigError(f"{label} must be {wanted}, but is no socket", source)
@@ -168,6 +176,6 @@ def check_listening(fd: int, label: str, source: str | None = None) -> None:
         listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     finally:
         sock.detach()
-    if family != socket.AF_UNIX or kind != socket.SOCK_STREAM or not listening:
+    if family not in families or kind != socket.SOCK_STREAM or not listening:
         is_what = f"{family.name} {kind.name}{'' if listening else ' that does not listen'}"
         raise ConfigError(f"{label} must be {wanted}, but is {is_what}", source)

@@ -184,8 +184,12 @@ def _private_directory(path: Path) -> Iterator[tuple[int, int]]:
         os.close(parent)
 
 
-def adopt_socket(fd: int) -> socket.socket:
-    """Take over an inherited UNIX stream socket, listening or connected.
+def adopt_socket(fd: int, *, local: bool = True) -> socket.socket:
+    """Take over an inherited stream socket, listening or connected.
+
+    Args:
+        fd: its descriptor.
+        local: it must be a UNIX socket, whose peers can be told apart.
 
     Raises:
         ListenError: it is something else, or not open.
@@ -199,7 +203,7 @@ def adopt_socket(fd: int) -> socket.socket:
         raise
     except OSError as error:
         raise ListenError(f"descriptor {fd} is unusable: {error.strerror}") from error
-    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+    if (local and sock.family != socket.AF_UNIX) or sock.type != socket.SOCK_STREAM:
         sock.detach()
         raise ListenError(f"descriptor {fd} is a socket, but not of AF_UNIX and SOCK_STREAM")
     return sock

@@ -112,6 +112,8 @@ class FunctionMemory:
         self._seen_from = self._attached if self._sees_all else math.inf if reports is None else clock()
         #: Why a write may have been missed; empty if none was.
         self._gap = ""
+        #: When somebody reported last that all of the memory may have been written, which is told only in the end.
+        self._owed: float | None = None
 
     @property
     def armed(self) -> bool:
@@ -154,6 +156,8 @@ class FunctionMemory:
         since = self._moment(began)
         known = self._journal.keep(since)
         self._gap = ""
+        if self._owed is not None and self._owed < since:
+            self._owed = None
         if not self._routed:
             await self._go_over(still)
             await self._ask()
@@ -173,7 +177,7 @@ class FunctionMemory:
             async with self._stillness(still):
                 await self._session.route_dma(by_message=True)
                 self._routed = True
-                self._seen_from = min(self._seen_from, self._clock())
+                self._seen_from = min(self._seen_from, math.nextafter(self._clock(), math.inf))
         except CommandError as error:
             if self._reports is None:
                 self._journal.release()
@@ -226,11 +230,19 @@ class FunctionMemory:
         """
         while self._reports is not None:
             await trio.sleep(period_s)
-            if not self._routed:
-                await self._ask()
+            await self.look()
+
+    async def look(self) -> None:
+        """Ask once what was reported."""
+        if not self._routed:
+            await self._ask()
 
     async def _ask(self) -> None:
-        """Note what is reported; where nobody can say, there is a gap."""
+        """Note what is reported; where nobody can say, there is a gap.
+
+        Who reports everything, as an IOMMU does that cannot tell, does so each time; while the guest runs it would
+        only be sent again and again.
+        """
         if self._reports is None:
             return
         try:
@@ -239,8 +251,27 @@ class FunctionMemory:
             self._gap = f"what {self.name} has written cannot be found out: {error}"
             self._heal()
             return
+        if pages.pages * PAGE_SIZE >= self._reportable:
+            self._owed = self._clock()
+        else:
+            self._note(pages)
+
+    @property
+    def _reportable(self) -> int:
+        """Bytes of memory that a device can write unseen by us."""
+        return max(PAGE_SIZE * 2, sum(region.size for region in self._memory if region.owner is not None))
+
+    def _note(self, pages: DirtyLog) -> None:
         for address, length in pages.ranges():
             self._recorder.wrote(address, length)
+
+    def _pay(self) -> None:
+        """Tell now what was only reported as a whole."""
+        if self._owed is not None:
+            for region in self._memory:
+                if region.owner is not None:
+                    self._recorder.wrote(region.address, region.size)
+            self._owed = None
 
     # The source: the VM stands
 
@@ -254,6 +285,7 @@ class FunctionMemory:
         await self._memory.quiet()
         if not self._routed:
             await self._ask()
+        self._pay()
 
     async def take(self, limit: int) -> PageContents:
         """Read the memory that QEMU does not know of; the function stands, and QEMU need not answer.

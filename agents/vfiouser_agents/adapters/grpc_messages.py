@@ -71,12 +71,12 @@ def _field(raw: FieldDescriptorProto, maps: set[str], enums: Mapping[str, dict[s
 
 
 _FILE = FileDescriptorProto.FromString(FILE)
-_POOL = DescriptorPool()
-_POOL.AddSerializedFile(FILE)
+POOL = DescriptorPool()
+POOL.AddSerializedFile(FILE)
 _PLANS = _plans(_FILE)
 #: Every message by its name without the package.
 MESSAGES: Mapping[str, type[Message]] = {
-    name: GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in _PLANS
+    name: GetMessageClass(POOL.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in _PLANS
 }
 
 
@@ -96,7 +96,14 @@ class GrpcMethod:
 
 
 def _methods() -> dict[str, GrpcMethod]:
-    names = {HELLO: "Connect", PING: "Ping", FUNCTIONS: "Functions", OPEN: "Open", CLOSE: "Close", WATCH: "Watch"}
+    names = {
+        HELLO: "Connect",
+        PING: "Ping",
+        FUNCTIONS: "Functions",
+        OPEN: "Open",
+        CLOSE: "CloseSession",
+        WATCH: "Watch",
+    }
     names |= {wire: "".join(word.title() for word in op.name.split("_")) for wire, op in BY_WIRE.items()}
     rows = {row.name: row for row in _FILE.service[0].method}
     return {
@@ -193,4 +200,15 @@ def _unpacked(field: _Field, value: Any) -> Any:
     return value
 
 
-__all__ = ["ERROR_KEY", "MESSAGES", "METHODS", "PACKAGE", "SERVICE", "DecodeError", "GrpcMethod", "pack", "unpack"]
+__all__ = [
+    "ERROR_KEY",
+    "MESSAGES",
+    "METHODS",
+    "PACKAGE",
+    "POOL",
+    "SERVICE",
+    "DecodeError",
+    "GrpcMethod",
+    "pack",
+    "unpack",
+]

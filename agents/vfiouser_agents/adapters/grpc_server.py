@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import trio
+from grpc_reflection.v1alpha import reflection
 
 from vfiouser_agents.api import Agent
 from vfiouser_agents.errors import AgentError, NoResources, TransportLost
@@ -25,7 +26,7 @@ from vfiouser_agents.rpc.methods import CLOSE, HELLO, OPEN, OVERHEAD
 from vfiouser_agents.rpc.server import HELLO_TIMEOUT, MAX_CONNECTIONS, ClientHandler, ServedAgent
 
 from .grpc_agent import key_and_chain, target_of
-from .grpc_messages import ERROR_KEY, MESSAGES, METHODS, SERVICE, pack, unpack
+from .grpc_messages import ERROR_KEY, MESSAGES, METHODS, POOL, SERVICE, pack, unpack
 from .grpc_status import to_status
 
 _log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ async def serve_grpc(
         served = ServedAgent(agent, info, nursery, DEFAULT_MAX_MESSAGE)
         front = _Front(served, nursery)
         server = grpc.server(futures.ThreadPoolExecutor(_THREADS, "grpc"), [front.handlers()], options=_OPTIONS)
+        reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server, pool=POOL)
         try:
             port = _bind(server, address, credentials)
             server.start()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vfiouser_oob.config.tables import key, section
-from vfiouser_oob.config.values import FILE, SWITCH, Word, one_of, size_of
+from vfiouser_oob.config.values import FILE, SWITCH, Word, format_size, one_of, size_of
 
 DEFAULT_SIZE = 64 << 20
 LBA_SIZE = 512
@@ -16,6 +17,15 @@ class Doorbells(Word):
 
     TRAPPED = "trapped", "each write is a message"
     POLLED = "polled", "in mapped memory that the model polls"
+
+
+#: A namespace in memory takes only what was written to it, so it may be larger than the memory, but not beyond measure.
+_RAM_FACTOR = 4
+
+
+def memory_of_machine() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @section
@@ -42,3 +52,12 @@ class NvmeOptions:
         "[simulate-soc](cli.md#simulate-soc) for who may write when",
         default=False,
     )
+
+    def __post_init__(self) -> None:
+        memory = memory_of_machine()
+        if self.image is None and self.size is not None and self.size > _RAM_FACTOR * memory:
+            have = f"{memory / (1 << 30):.0f}G"
+            raise ValueError(
+                f"a namespace of {format_size(self.size)} in RAM is too large for a machine with {have} of memory; "
+                f"name a file by key 'image'"
+            )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Self
 
 from vfiouser_conformance import describe
 from vfiouser_conformance.case import Case, Level
@@ -12,12 +11,12 @@ from vfiouser_conformance.findings import findings
 from vfiouser_conformance.requirements import REQUIREMENTS, SENTENCES, Coverage, coverage
 from vfiouser_conformance.runner import CaseResult, CaseVerdict, RunOutcome
 
-_COLOURS = {
-    CaseVerdict.PASSED: "32",
-    CaseVerdict.FAILED: "31",
-    CaseVerdict.NOT_APPLICABLE: "2",
-    CaseVerdict.CANNOT_TELL: "33",
-    CaseVerdict.NOT_RUN: "33",
+_STYLES = {
+    CaseVerdict.PASSED: "green",
+    CaseVerdict.FAILED: "red",
+    CaseVerdict.NOT_APPLICABLE: "dim",
+    CaseVerdict.CANNOT_TELL: "yellow",
+    CaseVerdict.NOT_RUN: "yellow",
 }
 _WORDS = {
     CaseVerdict.PASSED: "pass",
@@ -30,35 +29,43 @@ _WORDS = {
 _CAUSES, _NAMES, _LINES = 3, 12, 4
 
 
-def wants_colours(stream: TextIO) -> bool:
-    """Whether colours make sense there."""
-    return stream.isatty() and "NO_COLOR" not in os.environ
+class ReportLine(str):
+    """A line of a report whose colour says something.
+
+    Args:
+        text: the line, without any colour.
+        style: the colour in a word, as rich has it.
+    """
+
+    style: str
+
+    def __new__(cls, text: str, style: str) -> Self:
+        """Make a line."""
+        line = super().__new__(cls, text)
+        line.style = style
+        return line
 
 
 class TableReport:
     """Lines of text about a run.
 
     Args:
-        colours: whether the text is coloured.
         verbose: whether everything is told, or what fits on a screen.
     """
 
-    def __init__(self, *, colours: bool, verbose: bool = False) -> None:
-        self._colours = colours
+    def __init__(self, *, verbose: bool = False) -> None:
         self._verbose = verbose
 
-    def line(self, result: CaseResult) -> str:
+    def case(self, result: CaseResult) -> Iterator[str]:
         """One case, as it ends."""
-        word = self._paint(f"{_WORDS[result.verdict]:7}", result.verdict)
         case = result.case
-        text = f"{word} {case.name:16} {case.level.value:6} {case.summary}"
+        yield _paint(f"{_WORDS[result.verdict]:7} {case.name:16} {case.level.value:6} {case.summary}", result.verdict)
         if result.verdict is not CaseVerdict.PASSED:
-            text += f"\n        {result.reason}"
+            yield f"        {result.reason}"
         if result.note:
-            text += f"\n        {result.note}"
+            yield f"        {result.note}"
         if result.restarted:
-            text += "\n        the server was started again"
-        return text
+            yield "        the server was started again"
 
     def whole(self, outcome: RunOutcome) -> Iterator[str]:
         """All that is said when a run has ended."""
@@ -76,7 +83,7 @@ class TableReport:
         for result in outcome.results:
             if result.verdict is CaseVerdict.FAILED:
                 yield ""
-                yield self._paint(f"{result.case.name}: {result.reason}", CaseVerdict.FAILED)
+                yield _paint(f"{result.case.name}: {result.reason}", CaseVerdict.FAILED)
                 yield f"  expected: {result.case.expected}"
                 for line in describe.transcript(result.records):
                     yield f"  {line}"
@@ -92,7 +99,7 @@ class TableReport:
         shown = found if self._verbose else found[:_CAUSES]
         for finding in shown:
             levels = ", ".join(f"{count} {level.value}" for level in Level if (count := finding.count(level)))
-            yield self._paint(f"  {finding.cause} ({levels})", CaseVerdict.FAILED)
+            yield _paint(f"  {finding.cause} ({levels})", CaseVerdict.FAILED)
             yield f"    {self._names(finding.names)}"
         if len(found) > len(shown):
             more = len(found) - len(shown)
@@ -115,7 +122,7 @@ class TableReport:
             cells = [f"{_score(results, level):>9}" for level in Level]
             absent = sum(result.verdict is CaseVerdict.NOT_APPLICABLE for result in results)
             bad = any(result.verdict in (CaseVerdict.FAILED, CaseVerdict.NOT_RUN) for result in results)
-            yield self._paint(f"{title:38} {' '.join(cells)} {absent or '':>5}",
+            yield _paint(f"{title:38} {' '.join(cells)} {absent or '':>5}",
                               CaseVerdict.FAILED if bad else CaseVerdict.PASSED)  # fmt: skip
 
     def _behaviours(self, outcome: RunOutcome) -> Iterator[str]:
@@ -166,12 +173,11 @@ class TableReport:
             reason = next(result.reason for result in outcome.results if result.verdict is CaseVerdict.NOT_RUN)
             ending += f"; not all was run: {reason}"
         good = not must and not counts[CaseVerdict.NOT_RUN]
-        return self._paint(
-            f"{', '.join(parts)}; {covered}; {ending}", CaseVerdict.PASSED if good else CaseVerdict.FAILED
-        )
+        return _paint(f"{', '.join(parts)}; {covered}; {ending}", CaseVerdict.PASSED if good else CaseVerdict.FAILED)
 
-    def _paint(self, text: str, verdict: CaseVerdict) -> str:
-        return f"\033[{_COLOURS[verdict]}m{text}\033[0m" if self._colours else text
+
+def _paint(text: str, verdict: CaseVerdict) -> ReportLine:
+    return ReportLine(text, _STYLES[verdict])
 
 
 #: Heads of the columns of verdicts.

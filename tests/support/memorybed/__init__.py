@@ -17,6 +17,7 @@ from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, Device
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.transport.fds import OwnedFd
+from vfiouser_protocol.dirty import DirtyLog
 from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 
@@ -113,16 +114,19 @@ class Guest(ClientLink):
 
     def poke(self, address: int, data: bytes) -> None:
         """Put bytes into memory, as somebody whom QEMU does not see."""
-        if address >= self.size:
-            self.private[address - self.size : address - self.size + len(data)] = data
-        else:
-            os.pwrite(self.fd.fileno(), data, address)
+        in_file = max(0, min(len(data), self.size - address))
+        if in_file:
+            os.pwrite(self.fd.fileno(), data[:in_file], address)
+        if in_file < len(data):
+            start = address + in_file - self.size
+            self.private[start : start + len(data) - in_file] = data[in_file:]
 
     def peek(self, address: int, count: int) -> bytes:
         """Look at memory."""
-        if address >= self.size:
-            return bytes(self.private[address - self.size : address - self.size + count])
-        return os.pread(self.fd.fileno(), count, address)
+        in_file = max(0, min(count, self.size - address))
+        found = os.pread(self.fd.fileno(), in_file, address) if in_file else b""
+        start = address + in_file - self.size
+        return found + (bytes(self.private[start : start + count - in_file]) if in_file < count else b"")
 
     # Migration
 
@@ -175,6 +179,7 @@ class MemoryOnly(BackendSession):
         self.guest = guest
         self.by_message = False
         self._routable = routable
+        self._unreported = DirtyLog(PAGE)
         self.description = DeviceDescription((), (), 0)
         self.memory = GuestMemory(guest, 64, by_message=False, check_files=True)
         self.memory.recorder = WriteRecorder(clock)
@@ -199,6 +204,13 @@ class MemoryOnly(BackendSession):
             await self.memory.relay_write(address, data)
         else:
             self.guest.poke(address, data)
+            self._unreported.mark(address, len(data))
+
+    async def collect(self) -> DirtyLog:
+        """As its agent: report what it wrote past us."""
+        await trio.lowlevel.checkpoint()
+        found, self._unreported = self._unreported, DirtyLog(PAGE)
+        return found
 
     def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
         """Map a range."""

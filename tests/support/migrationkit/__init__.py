@@ -233,6 +233,7 @@ async def bed(
     devices: Callable[[str], DeviceConfig] = lambda name: TEST_DEVICE,
     also: tuple[FunctionConfig, ...] = (),
     dma: DmaMode = DmaMode.FILES,
+    state_directory: Path | None = None,
     **device: object,
 ) -> AsyncIterator[Bed]:
     """Run a daemon with the functions `src` and `dst`; `device` goes to their `MemoryFunction`s."""
@@ -247,7 +248,10 @@ async def bed(
         )
         for name in made
     ]
-    async with serving(*also, *configs, reply_budget_s=reply_budget_s, agents={"test": agent}) as daemon:
+    agents = {"test": agent}
+    async with serving(
+        *also, *configs, reply_budget_s=reply_budget_s, agents=agents, state_directory=state_directory
+    ) as daemon:
         sides = {name: Side(name, directory / f"{name}.sock", made[name], daemon, agent) for name in made}
         yield Bed(daemon, agent, sides["src"], sides["dst"])
 

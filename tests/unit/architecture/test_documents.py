@@ -27,9 +27,11 @@ from vfiouser_oob.control.protocol import ErrorCode
 from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
     ClientStatus,
+    CommandStatus,
     DaemonStatus,
     FunctionStatus,
     MapsStatus,
+    MigrationEntry,
     MigrationStatus,
     RegionStatus,
 )
@@ -169,6 +171,7 @@ def test_the_status_document_is_described() -> None:
         (MapsStatus, function["maps"]),
         (MigrationStatus, function["migration"]),
         (CapabilitiesStatus, function["migration"]["capabilities"]),
+        *((CommandStatus, command) for command in function["commands"].values()),
         *((RegionStatus, region) for region in function["regions"]),
     ]
     for declared, shown in pairs:
@@ -179,11 +182,19 @@ def test_events_are_described() -> None:
     """Every event that the server announces stands in the reference, and no other."""
     announced = set()
     for path in (ROOT / "vfiouser_oob" / "server").glob("*.py"):
-        announced |= set(re.findall(r"_announce\(\"([a-z-]+)\"", path.read_text()))
+        announced |= set(re.findall(r"\.announce\(\"([a-z-]+)\"", path.read_text()))
     trace = (ROOT / "vfiouser_oob" / "migration" / "trace.py").read_text()
     announced |= set(re.findall(r"publish\(\s*\"([a-z-]+)\"", trace))
     described = re.findall(r"^\| `([a-z-]+)` \|.*`function`", document("docs/reference/status.md"), re.MULTILINE)
     assert announced == set(described)
+
+
+def test_migrations_are_described() -> None:
+    """The example in the reference has the fields of the type, and each has its row."""
+    _, text = next(block for block in blocks("json") if block[0] == "docs/reference/migrations.md")
+    assert set(MigrationEntry.__annotations__) == set(json.loads(text)[0])
+    rows = re.findall(r"^\| (`.*?) \|", document("docs/reference/migrations.md"), re.MULTILINE)
+    assert set(MigrationEntry.__annotations__) == {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 def test_error_codes_are_described() -> None:

@@ -7,6 +7,8 @@ next client: while the old one has anything left, the kernel answers EBUSY, and 
 
 from __future__ import annotations
 
+import time
+
 import trio
 
 from vfiouser_agents.api import Agent
@@ -62,6 +64,7 @@ class KernelVfioBackend(DeviceBackend):
         self._worker = OrderedWorker()
         self._running = trio.Event()
         self._unavailable: str | None = None
+        self._unavailable_since: float | None = None
         self._trouble = trio.Event()
         self._function = KernelFunction(name)
 
@@ -69,6 +72,11 @@ class KernelVfioBackend(DeviceBackend):
     def unavailable(self) -> str | None:
         """Why no client can be served now."""
         return self._unavailable
+
+    @property
+    def unavailable_since(self) -> float | None:
+        """Since when that is so."""
+        return self._unavailable_since
 
     def agent(self) -> Agent:
         """The migration that the function's kernel driver has of its own."""
@@ -152,6 +160,8 @@ class KernelVfioBackend(DeviceBackend):
             self._trouble.set()
         else:
             self._log.info("the device can be used again")
+        if reason is None or self._unavailable is None:
+            self._unavailable_since = None if reason is None else time.time()
         self._unavailable = reason
 
     async def _watch(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,15 +12,14 @@ from typing import Any
 import trio
 
 from vfiouser_agents.api import Outcome, Phase, Role, Session
-from vfiouser_agents.registry import EXTRAS, make_agent
+from vfiouser_agents.extras import KIND_EXTRAS, missing
+from vfiouser_agents.registry import make_agent
 from vfiouser_agents.rpc.protocols import PROTOCOLS
 from vfiouser_oob.lab.bench.results import Result
 from vfiouser_oob.lab.bench.streams import plain_copy
 from vfiouser_oob.lab.demo.children import running_command
 
 _FUNCTION = "f0"
-#: The module that a protocol cannot do without, by its extra.
-_MODULES = {"grpc": "grpc"}
 
 
 async def measure_adapters(
@@ -58,9 +56,7 @@ async def measure_adapters(
 
 def usable_protocols() -> Sequence[str]:
     """The protocols whose packages are installed."""
-    return [
-        name for name in PROTOCOLS if name not in EXTRAS or importlib.util.find_spec(_MODULES[EXTRAS[name]]) is not None
-    ]
+    return [name for name in PROTOCOLS if name not in KIND_EXTRAS or missing(KIND_EXTRAS[name]) is None]
 
 
 async def _measure(directory: Path, protocol: str, state_size: int, rounds: int) -> dict[str, list[float]]:

@@ -101,8 +101,8 @@ def test_help_imports_neither_trio_nor_construct() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "arguments are required: COMMAND"),
-        (("explode",), "invalid choice: 'explode'"),
+        (("explode",), "there is no command 'explode'"),
+        (("--colour",), "arguments are required: COMMAND"),
         (("serve",), "either --config FILE or --device"),
         (("serve", "--device", "model:nvme"), "needs --socket-path PATH or --fd N"),
         (("serve", "--socket-path", "/a", "--fd", "3"), "not allowed with argument"),

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from vfiouser_oob.cli.status import event_line
-from vfiouser_oob.cli.status_table import age, render, short_size
-from vfiouser_oob.observability.status import FunctionStatus, MigrationStatus, StatusReport
+from vfiouser_oob.cli.status_live import live
+from vfiouser_oob.cli.status_table import FEW, render
+from vfiouser_oob.cli.status_words import FunctionWord, age, short_size, short_time, word_of
+from vfiouser_oob.observability.status import FunctionStatus, MigrationStatus, StatusReport, VmStatus
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
+#: What the tables looked like when somebody last looked at them; delete a file and run the test to write it anew.
+SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
 def ago(**delta: float) -> str:
@@ -26,7 +36,7 @@ ATTACHED: FunctionStatus = {
     "phase": "attached",
     "since": ago(minutes=2, seconds=5),
     "failed": None,
-    "client": {"pid": 412, "uid": 64055, "command": "qemu\x1b[31m"},
+    "client": {"pid": 412, "uid": 64055, "command": "qemu-system\x1b[3"},
     "regions": [
         {"index": 0, "name": "BAR0", "size": 16384, "mapped": True},
         {"index": 7, "name": "config", "size": 4096, "mapped": False},
@@ -35,10 +45,16 @@ ATTACHED: FunctionStatus = {
     "irqs": {"INTX": 0, "MSIX": 3},
     "fds": 4,
     "messages": {"REGION_READ": 20, "DMA_MAP": 5},
+    "commands": {
+        "DMA_MAP": {"count": 5, "per_s": 0.0, "p50_s": 0.000182, "p99_s": 0.0021},
+        "REGION_READ": {"count": 20, "per_s": 1.25, "p50_s": 0.0000312, "p99_s": 0.000118},
+    },
     "dma": {"read_messages": 0},
     "migration": None,
     "unavailable": None,
+    "unavailable_since": None,
     "last_error": None,
+    "last_error_at": None,
 }
 IDLE: FunctionStatus = {
     **ATTACHED,
@@ -52,32 +68,21 @@ IDLE: FunctionStatus = {
     "irqs": {},
     "fds": 0,
     "messages": {},
-    "migration": None,
-    "unavailable": None,
+    "commands": {},
     "last_error": "upstream refused\nthe version",
+    "last_error_at": ago(seconds=90),
 }
 STATUS: StatusReport = {
-    "daemon": {"version": "0.1.0", "pid": 99, "started": ago(hours=26), "functions": 2},
+    "daemon": {
+        "version": "0.1.0",
+        "python": "3.11.7",
+        "kernel": "6.1.0-18-amd64",
+        "pid": 99,
+        "started": ago(hours=26),
+        "functions": 2,
+    },
     "functions": [ATTACHED, IDLE],
 }
-
-
-def test_table() -> None:
-    """One row per function under one heading, then its socket, regions and last error."""
-    lines = render(STATUS, NOW).splitlines()
-    assert [
-        "vfiouser-oob 0.1.0, pid 99, up 1d2h, 2 functions",
-        "",
-        "FUNCTION PHASE SINCE CLIENT MAPS IRQS FDS MESSAGES DEVICE",
-        "nvme0 attached 2m5s qemu?[31m[412] uid 64055 5 (1G, 1 files) MSIX:3 4 25 vfio-user:/run/soc/f0.sock",
-        "f1 listening 1d3h - - - 0 0 vfio-user:/run/soc/f0.sock",
-        "",
-        "nvme0: socket /run/vfio-user/nvme0.sock",
-        "nvme0: regions BAR0 16K mapped, config 4K",
-        "f1: socket /run/f1",
-        "f1: last error: upstream refused?the version",
-    ] == [re.sub(" +", " ", line) for line in lines]
-    assert lines[2].index("PHASE") == lines[3].index("attached") == lines[4].index("listening")
 
 
 MIGRATION: MigrationStatus = {
@@ -102,6 +107,7 @@ MIGRATION: MigrationStatus = {
     "steps": 1,
     "failures": 0,
     "last_failure": None,
+    "last_failure_at": None,
     "capabilities": {
         "source": "agent",
         "learned": ago(hours=1),
@@ -113,39 +119,183 @@ MIGRATION: MigrationStatus = {
 }
 
 
-def migration_line(**changes: object) -> str:
-    """What is said of a migration."""
+DEAD: FunctionStatus = {
+    **ATTACHED,
+    "name": "nvme-with-a-long-name-1",
+    "phase": "failed",
+    "since": ago(seconds=3),
+    "failed": "the upstream server /run/soc/f2.sock has gone: it closed the connection",
+    "unavailable": "the upstream server /run/soc/f2.sock has gone: it closed the connection",
+    "unavailable_since": ago(seconds=3),
+    "last_error": "the upstream server /run/soc/f2.sock has gone: it closed the connection",
+    "last_error_at": ago(seconds=3),
+    "maps": {"count": 3, "bytes": 2 << 30, "files": 0},
+}
+MOVING: FunctionStatus = {
+    **IDLE,
+    "name": "f3",
+    "last_error": None,
+    "last_error_at": None,
+    "migration": {
+        **MIGRATION,
+        "state": "PRE_COPY",
+        "owner": "v2",
+        "bytes": 1 << 20,
+        "remaining": 5 << 20,
+        "step": "save",
+    },
+}
+ORPHAN: FunctionStatus = {
+    **MOVING,
+    "name": "f4",
+    "migration": {
+        **MIGRATION,
+        "agent_away_since": ago(minutes=4),
+        "last_failure": "resume: the agent did not answer resume in time; its effect is not known",
+        "last_failure_at": ago(minutes=4),
+    },
+}
+VM: VmStatus = {
+    "name": "web-1",
+    "phase": "armed",
+    "since": ago(hours=2),
+    "migration": "none",
+    "qemu": {"pid": 412, "uid": 64055, "command": "qemu"},
+    "version": "11.1.3",
+    "carrier": "dbus-vmstate",
+    "carriers": [],
+    "refused": "return-path is off, so a failed migration would lose the VM",
+    "functions": [
+        {"name": "nvme0", "place": "runs", "doing": None},
+        {"name": "f3", "place": "stands", "doing": "save"},
+    ],
+    "sockets": {"monitor": "/run/vm.sock"},
+    "last_error": None,
+}
+ALL: StatusReport = {
+    "daemon": {**STATUS["daemon"], "functions": 5},
+    "functions": [ATTACHED, IDLE, DEAD, MOVING, ORPHAN],
+    "vms": [VM],
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_snapshot(width: int) -> None:
+    """The whole document, at the width of a plain terminal and of a wide one; nothing is wider than it."""
+    text = render(ALL, NOW, width) + "\n"
+    assert width >= max(map(len, text.splitlines()))
+    path = SNAPSHOTS / f"status-{width}.txt"
+    if not path.exists():
+        path.write_text(text)
+        pytest.fail(f"{path} was written; look at it")
+    assert path.read_text() == text
+
+
+def test_a_pipe_folds_nothing() -> None:
+    """Without a width each fact is one line, so that `grep` finds it whole."""
+    text = render(ALL, NOW)
+    assert "the upstream server /run/soc/f2.sock has gone: it closed the connection (3s ago)" in text
+    assert "upstream refused?the version" in text
+    assert "\x1b" not in text
+
+
+def word(**changes: object) -> FunctionWord:
+    """What a function with this in its migration does."""
     migration: MigrationStatus = {**MIGRATION, **changes}  # type: ignore[typeddict-item]
-    status: StatusReport = {**STATUS, "functions": [{**IDLE, "migration": migration}]}
-    return next(line for line in render(status, NOW).splitlines() if "migration" in line)
+    return word_of({**IDLE, "migration": migration})
 
 
-def test_migration_line() -> None:
+def test_words() -> None:
+    """An idle function runs, whatever the state of its migration is called; what is not so is said in plain words."""
+    assert FunctionWord.RUNNING is word_of(IDLE) is word_of(ATTACHED) is word()
+    assert FunctionWord.FAILED is word_of(DEAD) is word(state="ERROR")
+    assert FunctionWord.FAILED is word_of({**IDLE, "unavailable": "not bound", "unavailable_since": ago(seconds=1)})
+    assert FunctionWord.CONNECTING is word_of({**IDLE, "phase": "negotiating"})
+    assert FunctionWord.PAUSED is word(state="STOP") is word(state="RUNNING_P2P")
+    assert FunctionWord.MIGRATING_OUT is word(state="PRE_COPY") is word(state="STOP_COPY")
+    assert FunctionWord.MIGRATING_IN is word(state="RESUMING")
+    assert FunctionWord.UNKNOWN is word(known=False, unknown_since=ago(seconds=7))
+    assert FunctionWord.HELD is word(fenced=True, state="STOP")
+
+
+def test_many_functions() -> None:
+    """Of many functions only those are told of at length that need somebody; each one is, if it is asked for."""
+    healthy: list[FunctionStatus] = [{**ATTACHED, "name": f"f{n}"} for n in range(FEW)]
+    status: StatusReport = {**STATUS, "functions": [*healthy, DEAD]}
+    text = render(status, NOW)
+    assert f"{FEW} functions more without trouble" in text
+    assert 1 == text.count("\n  socket ")
+    text = render(status, NOW, names=["f3"])
+    assert "\n  socket " in text
+    assert "f4" not in text
+
+
+def said(**changes: object) -> str:
+    """What is said of a migration, in one line."""
+    migration: MigrationStatus = {**MIGRATION, **changes}  # type: ignore[typeddict-item]
+    text = render({**STATUS, "functions": [{**IDLE, "migration": migration}]}, NOW)
+    lines = [re.sub(" +", " ", line).strip() for line in text.splitlines()]
+    return "; ".join(line for line in lines if line.startswith(("migration", "agent", "last failure")))
+
+
+def test_migration_words() -> None:
     """What is certain is said plainly; what is not is said to be unknown, since when, and what it was before."""
-    assert "f1: migration RUNNING, agent's function f0" == migration_line()
-    since = ago(seconds=7)
-    line = migration_line(known=False, unknown_since=since, state="PRE_COPY", owner="v2")
-    assert f"f1: migration unknown since {since} (7s), last known PRE_COPY, by v2, agent's function f0" == line
+    assert "migration possible, most of it while it runs; agent its name for the function is f0" == said()
+    line = said(known=False, unknown_since=ago(seconds=7), state="PRE_COPY", owner="v2")
+    assert "not known since 2026-05-01 11:59:53 (7s ago) what the function does, last known PRE_COPY, by v2" in line
+    assert "it is copied while it runs (PRE_COPY), by v2, 1M moved, about 5M to come, doing stop" in said(
+        state="PRE_COPY", owner="v2", bytes=1 << 20, remaining=5 << 20, step="stop"
+    )
+    assert "not possible: no library" in said(blocked="no library", migratable=False)
+    assert "last failure 9s ago: stop: no" in said(last_failure="stop: no", last_failure_at=ago(seconds=9))
 
 
-def test_migration_line_without_the_agent() -> None:
+def test_migration_words_without_the_agent() -> None:
     """An agent that is away is shown with since when, and so is what was done without it."""
     since = ago(seconds=9)
-    line = migration_line(state="STOP", paused_over_link=True, agent_away_since=since)
-    away = f"agent away since {since} (9s)"
-    assert f"f1: migration STOP, paused without its agent, {away}, agent's function f0" == line
-    line = migration_line(reset_due=True, held_back=True, agent_away_since=since)
-    assert f"RUNNING, reset as soon as its agent answers, guest writes are held back, {away}," in line
+    line = said(state="STOP", paused_over_link=True, agent_away_since=since)
+    assert "migration it stands still (STOP), paused without its agent" in line
+    assert "agent does not answer since 2026-05-01 11:59:51 (9s ago)" in line
+    line = said(reset_due=True, held_back=True, agent_away_since=since)
+    assert "reset as soon as its agent answers, guest writes are held back" in line
 
 
-def test_migration_line_without_the_agents_word() -> None:
+def test_migration_words_without_the_agents_word() -> None:
     """What the agent has not said to this daemon itself is marked, and so is a store that does not work."""
     stored = {**MIGRATION["capabilities"], "source": "stored", "learned": "2026-05-01T00:00:00+00:00"}
-    line = migration_line(capabilities=stored, migratable=False)
-    assert "RUNNING, not migratable, agent not heard yet, as it said at 2026-05-01T00:00:00+00:00" in line
+    line = said(capabilities=stored, migratable=False)
+    assert (
+        "not possible: the agent cannot save its state, its agent was not heard yet, and said so at 2026-05-01" in line
+    )
     nothing = dict.fromkeys(stored, None) | {"source": "configuration", "problem": "/x\n: full"}
-    line = migration_line(capabilities=nothing)
-    assert "RUNNING, agent never heard, agent's function f0, not remembered: /x?: full" in line
+    line = said(capabilities=nothing)
+    assert "possible, its agent was never heard" in line
+    assert "what it can do is not remembered: /x?: full" in line
+
+
+def test_live() -> None:
+    """The live view shows the figures, and what happened below them; it ends with the daemon."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=80, height=60, force_terminal=True, color_system=None)
+    asked: list[int] = []
+
+    def ask() -> StatusReport:
+        asked.append(1)
+        return {**STATUS, "daemon": {**STATUS["daemon"], "version": "0.9.9"}}
+
+    events: list[dict[str, Any]] = [
+        {"status": STATUS},
+        {"type": "phase", "time": 0, "function": "f1", "phase": "failed"},
+        {"type": "phase", "time": 0, "function": "other", "phase": "never seen"},
+        {},
+    ]
+    time = iter(range(100))
+    live(console, lambda beat_s: iter(events), ask, ["f1"], clock=lambda: next(time))
+    shown = screen.getvalue()
+    assert asked
+    assert "vfiouser-oob 0.9.9" in shown
+    assert 'f1 phase phase="failed"' in shown
+    assert "never seen" not in shown
 
 
 @pytest.mark.parametrize(
@@ -195,7 +345,19 @@ def test_event_lines() -> None:
     assert line.endswith(' f0 migration arc="RUNNING → STOP" step="?31m"')
 
 
-def test_migration_line_under_way() -> None:
-    """What is moved, what is to come, and what is being done at this moment."""
-    line = migration_line(state="PRE_COPY", owner="v2", bytes=1 << 20, remaining=5 << 20, step="stop")
-    assert "f1: migration PRE_COPY, by v2, 1M moved, about 5M to come, doing stop, agent's function f0" == line
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0, "0"), (3e-7, "300 ns"), (0.0000312, "31.2 µs"), (0.002, "2 ms"), (0.25, "250 ms"), (4.0, "4 s")],
+)
+def test_short_times(seconds: float, shown: str) -> None:
+    """Durations have a unit that leaves few figures."""
+    assert shown == short_time(seconds)
+
+
+def test_the_daemon_loads_no_tables() -> None:
+    """What only the command line needs costs the daemon neither memory nor time."""
+    modules = "vfiouser_oob.cli.main, vfiouser_oob.cli.serve, vfiouser_oob.server.daemon, vfiouser_oob.control.server"
+    wanted = {"rich", "prometheus_client", "h11"}
+    program = f"import sys, {modules}; print(sorted({wanted!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "[]\n" == done.stdout

@@ -148,7 +148,7 @@ def test_defaults() -> None:
         ('model = "nvme"', 'model = "nvme", cmb = "1M"', 4, ["at least 2M"]),
         ('model = "nvme"', 'model = "nvme", sise = 1', 4, ["unknown key 'sise'", "did you mean 'size'"]),
         ('{ kind = "model", model = "nvme" }', '"model:nvme"', 4, ["device: must be a table"]),
-        ("[[function]]", "[function]", 1, ["at least one [[function]]"]),
+        ("[[function]]", "[function]", 1, ["[function] must be written [[function]]"]),
         ("[[function]]", "[[funktion]]", 1, ["unknown key 'funktion'", "did you mean 'function'"]),
         ("[[function]]", "[daemon]\nreply_budget_s = 0\n[[function]]", 2, ["from 0.1 to 3600", "got 0"]),
         ("[[function]]", "[daemon]\nreply_budget_s = true\n[[function]]", 2, ["got True"]),
@@ -286,3 +286,18 @@ def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_config('[daemon]\nstate_directory = "none"\n' + MINIMAL, PATH).state_directory is None
     with pytest.raises(ConfigError, match="state_directory must be an absolute path or 'none'"):
         parse_config('[daemon]\nstate_directory = "s"\n' + MINIMAL, PATH)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xef\xbb\xbf[daemon]\n", "c.toml:1: begins with a byte order mark (BOM), which TOML does not allow"),
+        ("[daemon]\n".encode("utf-16"), "c.toml:1: is UTF-16 text; TOML is UTF-8"),
+    ],
+)
+def test_what_editors_of_other_systems_save(tmp_path: Path, data: bytes, words: str) -> None:
+    """A byte order mark is named, since it cannot be seen."""
+    (tmp_path / "c.toml").write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.toml")
+    assert words in str(caught.value)

@@ -41,10 +41,12 @@ def plain(name: str, options: NoOptions) -> tuple[str, NoOptions]:
 
 
 @pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are among the models."""
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both are among the models; a module with a mistake can be imported as well."""
     module = ModuleType("acme_models")
-    vars(module).update(Acme=Acme, plain=plain)
+    vars(module).update(Acme=Acme, plain=plain, number=7)
+    (tmp_path / "acme_broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, "acme_models", module)
     entries = {"acme": "acme_models:Acme", "plain": "acme_models:plain", "lost": "acme_models:nothing"}
     monkeypatch.setattr(models, "BUILT_IN", {**models.BUILT_IN, **entries})
@@ -98,3 +100,35 @@ def test_a_model_that_cannot_be_loaded() -> None:
         parse_device("model:lost", "--device")
     with pytest.raises(ConfigError, match="there is no model 'none'"):
         models.find_model("none")
+
+
+def test_a_model_by_its_place() -> None:
+    """`package.module:Class` needs no registration; it is read, described and made as a registered one is."""
+    device = parse_device("model:acme_models:Acme,label=x")
+    assert ModelDevice(model="acme_models:Acme", options=Acme.Options(label="x")) == device
+    assert "model:acme_models:Acme,label=x" == device.describe()
+    text = TEXT_WITH.replace("acme", "acme_models:Acme").replace("OPTIONS", 'label = "x"')
+    assert device == parse_config(text, Path("c.toml")).functions[0].device
+    with pytest.raises(ConfigError, match="key 'label' is missing"):
+        parse_device("model:acme_models:Acme")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("nowhere:Thing", "model 'nowhere:Thing' cannot be loaded: No module named 'nowhere'"),
+        ("acme_models:Acmee", "model 'acme_models:Acmee' cannot be loaded: module 'acme_models' has no attribute"),
+        ("acme_broken:Thing", "model 'acme_broken:Thing' cannot be loaded: ZeroDivisionError: division by zero"),
+        ("acme_models:number", "model 'acme_models:number' is no class or function that makes a device, but a int"),
+        (
+            "acme_models.Acme",
+            "unknown model 'acme_models.Acme' (allowed: acme, lost, nvme, plain, test, package.module:Class)",
+        ),
+        ("nvmee", "unknown model 'nvmee'; did you mean 'nvme'? (allowed: acme, lost, nvme, plain, test, package.mod"),
+    ],
+)
+def test_places_without_a_model(model: str, reason: str) -> None:
+    """Whatever is wrong with somebody's module, it is one line that names the model and the cause."""
+    with pytest.raises(ConfigError) as caught:
+        parse_device(f"model:{model}")
+    assert reason in str(caught.value)

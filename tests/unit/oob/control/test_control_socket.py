@@ -23,12 +23,20 @@ from vfiouser_oob.control.protocol import ErrorCode, RequestError
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
 from vfiouser_oob.control.verbs import VERBS, ControlRole
 from vfiouser_oob.observability.events import EventHub
-from vfiouser_oob.observability.status import StatusReport
+from vfiouser_oob.observability.measured import Measured
+from vfiouser_oob.observability.status import MigrationEntry, StatusReport
 from vfiouser_oob.server.administration import Administration
 from vfiouser_oob.transport.peer import Peer
 
 STATUS: StatusReport = {
-    "daemon": {"version": "1", "pid": 42, "started": "2026-01-01T00:00:00+00:00", "functions": 0},
+    "daemon": {
+        "version": "1",
+        "python": "3.11.7",
+        "kernel": "6.1",
+        "pid": 42,
+        "started": "2026-01-01T00:00:00+00:00",
+        "functions": 0,
+    },
     "functions": [],
 }
 
@@ -55,6 +63,22 @@ class FakeDaemon:
     def status(self) -> StatusReport:
         """The fixed state."""
         return STATUS
+
+    def metrics(self) -> Measured:
+        """Nothing so far."""
+        return {
+            "version": "1",
+            "python": "3.11.7",
+            "kernel": "6.1",
+            "started_s": 0.0,
+            "starts": None,
+            "functions": [],
+            "certificates": {},
+        }
+
+    def migrations(self) -> list[MigrationEntry]:
+        """None so far."""
+        return []
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """The hub's events."""
@@ -181,7 +205,7 @@ async def test_an_unknown_method_does_not_end_the_connection(tmp_path: Path) -> 
             await stream.send_all(b'{"id":"a","method":"explode"}\n{"id":2,"method":"status"}\n')
             refusal = await read_json(stream, buffer)
             assert ("a", "unknown-method") == (refusal["id"], refusal["error"]["code"])
-            assert "allowed: status, watch, add" in refusal["error"]["message"]
+            assert "allowed: status, migrations, metrics, watch, add" in refusal["error"]["message"]
             assert {"id": 2, "result": STATUS} == await read_json(stream, buffer)
 
 

@@ -108,11 +108,9 @@ async def test_a_log_that_is_lent_goes_to_the_client_when_it_wants_it() -> None:
         call_s=1,
     )
     await tracker.lend(PAGE, trio.current_time() + 1)
-    assert tracker.lent
-    assert tracker.log.active
+    assert (tracker.lent, tracker.log.active) == (True, True)
     await tracker.reclaim(trio.current_time() + 1)
-    assert not tracker.lent
-    assert not tracker.log.active
+    assert (tracker.lent, tracker.log.active) == (False, False)
     await tracker.start(PAGE, (), trio.current_time() + 1)
     await tracker.reclaim(trio.current_time() + 1)
     assert tracker.log.active, "what is the client's stays"

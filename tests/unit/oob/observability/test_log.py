@@ -62,9 +62,9 @@ def test_journal_gets_priorities(tmp_path: Path) -> None:
     with (tmp_path / "journal").open("w+") as stream:
         status = os.fstat(stream.fileno())
         environ = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
-        log.configure(LogLevel.INFO, LogFormat.HUMAN, stream, environ)
+        log.configure(LogLevel.INFO, LogFormat.HUMAN, stream, environ, tmp_path / "none")
         log.get("a").warning("careful", n=1)
-        log.configure(LogLevel.INFO, LogFormat.JSON, stream, environ)
+        log.configure(LogLevel.INFO, LogFormat.JSON, stream, environ, tmp_path / "none")
         log.get("a").error("broken")
         stream.seek(0)
         first, second = stream.read().splitlines()
@@ -115,6 +115,27 @@ def test_tracebacks_are_for_developers(level: LogLevel, has_traceback: bool) -> 
     assert has_traceback == ("Traceback" in line)
 
 
+def test_the_traceback_of_others(tmp_path: Path) -> None:
+    """A failure of code that is not ours has its traceback at every level; no line of it can pass for a record."""
+    with (tmp_path / "journal").open("w+") as stream:
+        status = os.fstat(stream.fileno())
+        for environ in ({"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}, {}):
+            log.configure(LogLevel.ERROR, LogFormat.HUMAN, stream, environ)
+            try:
+                raise KeyError("10:00:00.000 error   forged\x1b[2J")
+            except KeyError as error:
+                log.get("a").traceback("a model failed", error, method="run")
+        stream.seek(0)
+        lines = stream.read().splitlines()
+    assert lines[0].startswith("<3>a: a model failed error=")
+    assert "method=run" in lines[0]
+    half = len(lines) // 2
+    assert "<3>    Traceback (most recent call last):" == lines[1]
+    assert all(line.startswith("<3>    ") for line in lines[1:half])
+    assert all(line.startswith("    ") for line in lines[half + 1 :])
+    assert not any("\x1b" in line for line in lines)
+
+
 def test_rate_limit_counts_what_it_keeps_back() -> None:
     """After the burst only one record per interval is written, and it tells how many were not."""
     stream = io.StringIO()
@@ -128,6 +149,19 @@ def test_rate_limit_counts_what_it_keeps_back() -> None:
     assert limited.warning("noise")
     entries = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [None, None, None, 8] == [entry.get("suppressed") for entry in entries]
+
+
+def test_one_kind_of_noise_does_not_hide_another() -> None:
+    """Each event, and each command that it is about, has an allowance of its own; there are not endlessly many."""
+    stream = io.StringIO()
+    log.configure(LogLevel.INFO, LogFormat.JSON, stream)
+    limited = log.RateLimited(log.get("a"), burst=1, interval_s=10, clock=lambda: 0.0)
+    assert [True, False] == [limited.warning("refused", command="DMA_MAP") for _ in range(2)]
+    assert limited.warning("refused", command="SET_IRQS")
+    assert limited.warning("turned away")
+    assert limited.info("attached")
+    written = sum(limited.warning(f"kind {number}") for number in range(1000))
+    assert 50 < written < 100
 
 
 def test_what_adapters_log_is_written() -> None:

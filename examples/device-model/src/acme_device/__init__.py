@@ -1,0 +1,1 @@
+"""A PCI device for vfiouser-oob in a package of its own."""
