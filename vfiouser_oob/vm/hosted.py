@@ -157,12 +157,14 @@ class HostedFunction:
             while True:
                 try:
                     await self._watch_client(coming)
-                except VfioUserError:  # no client yet, or no agent; a migration would be refused
+                except (VfioUserError, trio.TooSlowError):  # no client yet, or no agent; a migration would be refused
                     await trio.sleep(_AGAIN_S)
 
     async def _watch_client(self, coming: bool) -> None:
         device, connection = self._device, self._function.connection
         assert connection is not None
+        if device.session.memory.recorder is None:
+            raise CommandError("what it writes for this client is not recorded", errno.ENOTSUP)
         reports = None if coming or self.by_client else await self._reports(device)
         self._now = _Watched(self.name, connection, device, reports)
         try:
