@@ -139,6 +139,10 @@ class Side:
         """Where its VM is."""
         return self.daemon.status()["vms"][0]["phase"]
 
+    def runs(self) -> bool:
+        """Whether its agent has the function run."""
+        return self.agent_function.state is AgentState.RUNNING
+
     async def until(self, phase: str) -> None:
         """Wait for a phase."""
         with trio.fail_after(10):
@@ -197,23 +201,23 @@ async def test_a_vm_moves(tmp_path: Path) -> None:
             await a.until("stopped")
             pieces = await source.bus.save()
             assert a.phase == "saved"
-            assert a.agent_function.state is not AgentState.RUNNING
+            assert not a.runs()
             await destination.says("MIGRATION", "active")
             await destination.bus.load(pieces)
             await b.until("ready")
             found = {at: bytes(destination.machine.config[at : at + len(data)]) for at, data in WRITTEN.items()}
             assert found == WRITTEN
             assert destination.machine.table[:12] == source.machine.table[:12]
-            assert b.agent_function.state is not AgentState.RUNNING
+            assert not b.runs()
             await destination.says("RESUME")
             await b.until("running")
             with trio.fail_after(5):
-                while b.agent_function.state is not AgentState.RUNNING:  # noqa: ASYNC110 - as above
+                while not b.runs():  # noqa: ASYNC110 - as above
                     await trio.sleep(0.01)
             assert b.agent_function.digest() == a.agent_function.digest()
             await source.says("MIGRATION", "completed")
             await a.until("away")
-            assert a.agent_function.state is not AgentState.RUNNING
+            assert not a.runs()
 
 
 async def test_a_vm_that_comes_without_a_state_gets_errors(tmp_path: Path) -> None:
