@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,6 @@ class Side:
         self.agent_function = agent_function
         self.directory = directory
         self.qemu: Qemu
-        self.memory: OwnedFd
 
     @property
     def phase(self) -> str:
@@ -153,19 +152,17 @@ class Side:
     async def attached(self, runstate: str) -> AsyncIterator[Qemu]:
         """A QEMU with the function."""
         self.qemu = Qemu(runstate)
-        self.memory = OwnedFd(os.memfd_create("guest"))
-        os.ftruncate(self.memory.fileno(), RAM_SIZE)
-        async with Client.connect(self.directory / "f0.sock", dma_server=self.qemu.machine) as client:
-            self.qemu.machine.client = client
-            await client.dma_map(RAM, RAM_SIZE, fd=self.memory)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.qemu.come, self.directory)
-                try:
-                    yield self.qemu
-                finally:
-                    nursery.cancel_scope.cancel()
-        self.qemu.close()
-        self.memory.close()
+        with closing(OwnedFd(os.memfd_create("guest"))) as memory, closing(self.qemu):
+            os.ftruncate(memory.fileno(), RAM_SIZE)
+            async with Client.connect(self.directory / "f0.sock", dma_server=self.qemu.machine) as client:
+                self.qemu.machine.client = client
+                await client.dma_map(RAM, RAM_SIZE, fd=memory)
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self.qemu.come, self.directory)
+                    try:
+                        yield self.qemu
+                    finally:
+                        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -226,6 +223,9 @@ async def test_a_vm_that_comes_without_a_state_gets_errors(tmp_path: Path) -> No
         await b.until("incoming")
         await qemu.says("MIGRATION", "completed")
         await b.until("barred")
+        with trio.fail_after(10):
+            while b.daemon.status()["vms"][0]["functions"][0]["place"] != "barred":  # noqa: ASYNC110 - as above
+                await trio.sleep(0.01)
         with pytest.raises(ReplyError):
             await qemu.machine.client.region_read(0, 0, 4)
         assert "without its functions' state" in str(b.daemon.status()["vms"][0]["last_error"])
