@@ -274,6 +274,36 @@ async def test_who_may_connect_changes_under_a_client(site: Site, told: Told) ->
     assert levels.chosen("f0") is None
 
 
+async def test_vms_come_and_go_with_the_file(site: Site, told: Told) -> None:
+    """A VM is a unit of life like a function: it comes, changes, fails and goes by itself."""
+
+    def vm(name: str, function: str, more: str = "") -> str:
+        sockets = "".join(
+            f'{what} = "{site.directory}/{name}.{what}"\n' for what in ("monitor", "dbus_vmstate", "vhost_user_fs")
+        )
+        return f'[[vm]]\nname = "{name}"\nfunctions = ["{function}"]\n{sockets}{more}\n'
+
+    def phases() -> dict[str, str]:
+        assert site.daemon is not None
+        return {each["name"]: each["phase"] for each in site.daemon.status()["vms"]}
+
+    functions = [site.table("f0"), site.table("f1")]
+    site.write(*functions, vm("one", "f0"), vm("lost", "f9"))
+    async with site.serving(), attached(site.socket("f0")) as client:
+        assert {"one": "absent", "lost": "failed"} == phases()
+        assert (site.directory / "one.monitor").is_socket()
+        site.write(*functions, vm("one", "f0", "state_max = '1M'"), vm("lost", "f1"))
+        assert 0 == await site.run("reload")
+        assert "one: changed (state_max)\nlost: tried again, works\n" == told()
+        assert {"one": "absent", "lost": "absent"} == phases()
+        site.write(*functions, vm("lost", "f1"))
+        assert 0 == await site.run("reload")
+        assert "one: removed\n" == told()
+        assert not (site.directory / "one.monitor").exists()
+        assert {"lost": "absent"} == phases()
+        assert MAGIC == await client.read32(0, 0)
+
+
 async def test_functions_that_exchange_their_sockets(site: Site, told: Told) -> None:
     """The one that comes first cannot have what the second one still has; both have it in the end."""
     site.write(site.table("a"), site.table("b"))

@@ -161,11 +161,11 @@ def run(args: argparse.Namespace) -> int:
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
-    from vfiouser_oob.vm.hosting import open_vms
+    from vfiouser_oob.vm.hosting import vm_kind
 
     log.configure(config.log_level, config.log_format)
     settle_objects()
     reread = None if args.config is None else partial(config_from, args)
-    run = partial(run_daemon, config, control=serve_control, metrics=serve_metrics, vms=open_vms, reread=reread)
+    run = partial(run_daemon, config, control=serve_control, metrics=serve_metrics, vms=vm_kind, reread=reread)
     trio.run(run)
     return ExitCode.DONE

@@ -171,11 +171,27 @@ def parse_config(text: str, path: Path, *, lenient: bool = False) -> DaemonConfi
         raise ConfigError("; ".join(table.reason for table in spoiled))
     paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
     settings = paths | top.get("daemon", {})
-    config = DaemonConfig(
-        functions=top["function"], vms=top.get("vm", ()), source=path, spoiled=tuple(spoiled), **settings
-    )
+    names = {*(function.name for function in top["function"]), *(table.name for table in spoiled)}
+    vms = _usable_vms(top.get("vm", ()), frozenset(names), source, spoiled if lenient else None)
+    config = DaemonConfig(functions=top["function"], vms=vms, source=path, spoiled=tuple(spoiled), **settings)
     check_unique(config)
     return config
+
+
+def _usable_vms(
+    vms: tuple[VmConfig, ...], functions: frozenset[str], source: str, spoiled: list[SpoiledTable] | None
+) -> tuple[VmConfig, ...]:
+    """The VMs that use functions which there are; the others are put aside, if they may be."""
+    if spoiled is None:
+        return vms
+    usable: tuple[VmConfig, ...] = ()
+    for vm in vms:
+        try:
+            check_vms((*usable, vm), functions, source)
+            usable = (*usable, vm)
+        except ConfigError as error:
+            spoiled.append(SpoiledTable("[[vm]]", vm.name, str(error)))
+    return usable
 
 
 def parse_functions(text: str, source: str) -> tuple[FunctionConfig, ...]:
@@ -212,9 +228,7 @@ def check_unique(config: DaemonConfig) -> None:
         ConfigError: there are such.
     """
     source = str(config.source) if config.source else None
-    names = {table.name for table in config.spoiled}
-    if len(names) < len(config.spoiled):
-        raise ConfigError(f"two functions are named alike: {', '.join(t.name for t in config.spoiled)}", source)
+    names = {table.name for table in config.spoiled if table.header == "[[function]]"}
     sockets: dict[Path, str] = {}
     if config.control_socket is not None:
         sockets[config.control_socket] = "the control socket"

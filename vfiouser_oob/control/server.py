@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob import __version__
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.tables import Place, read_section
+from vfiouser_oob.config.tables import NoOptions, Place, read_section
 from vfiouser_oob.control import protocol
 from vfiouser_oob.control.protocol import ControlRequest, ErrorCode, RequestError
 from vfiouser_oob.control.verbs import VERBS, Administered, ControlRole, Handle, Verb, allowed_verbs
@@ -37,7 +38,8 @@ SEND_TIMEOUT_S = 5.0
 _RECEIVE_SIZE = 4096
 # Linux's socket(7) number, which Python 3.11 does not name: the peer's supplementary groups.
 _SO_PEERGROUPS = 59
-_GROUPS_MAX = 65536
+# Bytes of their answer, four for each group: as much as Python's getsockopt takes.
+_GROUPS_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class ControlServer:
                 await self._admit(stream)
         # In groups, since a watch runs in a nursery of its own.
         except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as errors:
-            self._log.debug("control connection lost", errors=errors.exceptions)
+            self._log.debug("control connection lost", reason=words_of(errors))
 
     @property
     def _policy(self) -> AccessPolicy:
@@ -231,14 +233,14 @@ class ControlServer:
         if verb.role is ControlRole.ADMIN:
             self._log.info("asked by an administrator", method=request.method, peer=asker.peer)
             return await self._change(verb, verb.handle, asked, request, asker)
-        await _send_line(asker.stream, await self._told(verb.handle(self._provider, asked), request))
+        await _send_line(asker.stream, await self._told(verb.handle, asked, request))
         return True
 
-    async def _told(self, result: Awaitable[Any], request: ControlRequest) -> bytes:
+    async def _told(self, handle: Handle, asked: Any, request: ControlRequest) -> bytes:
         """The answer to a question, after which everybody else who asks has to wait a little."""
         async with self._turn:
             began = trio.current_time()
-            line = protocol.encode({"id": request.id, "result": await result})
+            line = protocol.encode({"id": request.id, "result": await handle(self._provider, asked)})
             await trio.sleep(_REST * (trio.current_time() - began))
         return line
 
@@ -267,7 +269,7 @@ class ControlServer:
         async with self._provider.subscribe() as events, trio.open_nursery() as nursery:
             handle = VERBS["status"].handle
             assert handle is not None
-            await _send_line(stream, await self._told(handle(self._provider, None), request))
+            await _send_line(stream, await self._told(handle, NoOptions(), request))
             nursery.start_soon(_until_peer_speaks, stream, nursery.cancel_scope)
             async for event in events:
                 await _send(stream, {"id": request.id, "event": event})
@@ -321,8 +323,8 @@ def credentials(stream: trio.SocketStream) -> tuple[Peer, frozenset[int]]:
     with duplicate:
         peer = peer_of(duplicate)
         try:
-            raw = duplicate.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * 4)
-        except OSError:  # a kernel before 4.13, or a peer with more groups than Linux allows
+            raw = duplicate.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+        except OSError:  # a kernel before 4.13, or a peer with more groups than that: its primary one counts
             raw = b""
     return peer, frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.client.client import Client, ClientIoFds, ClientRegion
 from vfiouser_oob.client.errors import BadReply
 from vfiouser_oob.devices.base import (
@@ -137,8 +138,7 @@ class UpstreamBackend(DeviceBackend):
             )
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise BackendUnavailable(f"the upstream server {self.path} cannot be used: {reason}") from error
+            raise BackendUnavailable(f"the upstream server {self.path} cannot be used: {words_of(error)}") from error
         regions: list[ClientRegion] = []
         try:
             description = await _describe(client, regions)

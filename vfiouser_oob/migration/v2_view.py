@@ -65,7 +65,7 @@ class V2View:
         self._cap = max_read if config.read_cap is None else config.read_cap
         self._actions: Mapping[FeatureAction, Callable[[FeatureCall], Answer]] = {
             FeatureAction.PROBED: lambda call: call.echo(),
-            FeatureAction.GET_MIGRATION: lambda call: call.flags(precopy=config.precopy, p2p=self._p2p),
+            FeatureAction.GET_MIGRATION: self._flags,
             FeatureAction.GET_STATE: self._get_state,
             FeatureAction.SET_STATE: self._set_state,
             FeatureAction.START_LOGGING: self._start_logging,
@@ -95,6 +95,11 @@ class V2View:
         reply = await answer
         self._dirty.undo_report()
         return reply
+
+    def _flags(self, call: FeatureCall) -> Answer:
+        # QEMU asks for this when its device is made, if it can migrate it at all.
+        self._transfer.begin_use()
+        return call.flags(precopy=self._config.precopy, p2p=self._p2p)
 
     def _get_state(self, call: FeatureCall) -> Answer:
         if not self._transfer.certain:

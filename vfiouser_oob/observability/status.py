@@ -182,11 +182,11 @@ class VmStatus(TypedDict):
     """One VM that is migrated by a QEMU without migration of its own for vfio-user.
 
     `phase` is where the VM is, as its functions have to know it: `absent`, `running`, `armed`, `holding`, `stopped`,
-    `saving`, `saved`, `away`, `incoming`, `loading`, `loaded`, `ready`, `going` or `barred`, and `since` when that
-    began (ISO 8601, UTC). `migration` is the class of what QEMU said last of a migration. `qemu` is the process that
-    has connected its monitor, and `version` what it says it is; both are null without one. `carrier` is what carries
-    the state, `carriers` those that QEMU has connected. `refused` is why the migration under way must not go through.
-    `sockets` are the paths, by the keys of the configuration.
+    `saving`, `saved`, `away`, `incoming`, `loading`, `loaded`, `ready`, `going` or `barred`; or `starting`, or `failed`
+    for one that is not served. `since` is when that began (ISO 8601, UTC). `migration` is the class of what QEMU said
+    last of a migration. `qemu` is the process that has connected its monitor, and `version` what it says it is; both
+    are null without one. `carrier` is what carries the state, `carriers` those that QEMU has connected. `refused` is
+    why the migration under way must not go through. `sockets` are the paths, by the keys of the configuration.
     """
 
     name: str

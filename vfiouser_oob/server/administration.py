@@ -18,7 +18,7 @@ from vfiouser_oob.server.containment import Contained
 from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.registry import Registry, reason_of
 from vfiouser_oob.server.reload import ChangeOutcome, Reloading, difference
-from vfiouser_oob.server.unit import Unit, UnitConfig, UnitHangs, UnitKind
+from vfiouser_oob.server.unit import Unit, UnitHangs
 
 #: Seconds that reading the configuration may take: a network file system or a FIFO may never answer.
 READ_S = 10.0
@@ -211,7 +211,7 @@ class Administration:
         async with self._registry.changing:
             config = await self._read_again()
             applied, restart = self._adopt(config)
-            wanted: dict[UnitKind, Sequence[UnitConfig]] = {self._registry.units.kinds[0]: config.functions}
+            wanted = {kind: kind.of(config) for kind in self._registry.units.kinds}
             changes = difference(self._registry.units, wanted, config.spoiled)
             reloading = Reloading(self._registry, self._nursery, force, self._log)
             outcomes = await reloading.apply(changes, wanted)
@@ -238,7 +238,7 @@ class Administration:
         """Take over what counts at once; the rest stays what it is until a restart."""
         changed = [name for name in keys(DaemonConfig) if getattr(self.config, name) != getattr(config, name)]
         live = {name: getattr(config, name) for name in changed if name in _LIVE}
-        self.config = replace(self.config, **live, functions=config.functions, spoiled=config.spoiled)
+        self.config = replace(self.config, **live, functions=config.functions, vms=config.vms, spoiled=config.spoiled)
         if "log_level" in live:
             self._choose_level(config.log_level)
         return sorted(live), sorted(set(changed) - live.keys())

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -22,14 +23,14 @@ import trio
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import DaemonConfig, VmConfig
+from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.latency import MARK_S
 from vfiouser_oob.observability.measured import Measured
 from vfiouser_oob.observability.openmetrics import HINT, available
-from vfiouser_oob.observability.status import DaemonStatus, MigrationEntry, StatusReport, VmStatus
+from vfiouser_oob.observability.status import DaemonStatus, MigrationEntry, StatusReport
 from vfiouser_oob.persist.capabilities import CapabilityStore
 from vfiouser_oob.persist.history import HistoryStore
 from vfiouser_oob.persist.starts import StartCount
@@ -40,9 +41,10 @@ from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.measure import measure_function
 from vfiouser_oob.server.opening import SharedParts, function_kind
 from vfiouser_oob.server.pulse import Pulse
-from vfiouser_oob.server.registry import Registry, Units
+from vfiouser_oob.server.registry import FindFunction, Registry, Units, find_function
 from vfiouser_oob.server.sockets import SocketShelf
-from vfiouser_oob.server.status import iso_time, unit_status
+from vfiouser_oob.server.status import iso_time
+from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.systemd.listen import METRICS_NAME, inherited_sockets
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
@@ -66,27 +68,9 @@ _WITHOUT_MEANING = MappingProxyType(
 Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
 
 
-#: The function of a name, if it is served.
-FindFunction: TypeAlias = Callable[[str], Function | None]
-
-
-class VmKeeper(Protocol):
-    """The VMs of a daemon; what does that is above this room."""
-
-    async def start(self, find: FindFunction, nursery: trio.Nursery) -> None:
-        """Begin to serve them; returns when their QEMUs can come.
-
-        Args:
-            find: the function of a name, if it is served.
-            nursery: where they live.
-        """
-
-    def status(self) -> list[VmStatus]:
-        """Describe them at this moment."""
-
-
-#: Opens the sockets of VMs, which the stack closes.
-OpenVms: TypeAlias = Callable[[Sequence[VmConfig], EventHub, SocketShelf, ExitStack], VmKeeper]
+#: Says what a VM is, given where changes are announced, how the functions are found, and the sockets that systemd
+#: passed; that is above this room.
+VmKindMaker: TypeAlias = Callable[[EventHub, FindFunction, SocketShelf], UnitKind]
 
 
 class ServeControl(Protocol):
@@ -109,8 +93,8 @@ async def run_daemon(
     control: ServeControl | None = None,
     metrics: ServeControl | None = None,
     beside: Companion | None = None,
-    vms: OpenVms | None = None,
     reread: Reread | None = None,
+    vms: VmKindMaker | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
@@ -121,8 +105,8 @@ async def run_daemon(
         control: answers on the control socket; without it there is none.
         metrics: answers on the metrics socket; without it there is none.
         beside: what else has to be there before we are ready.
-        vms: opens the configured VMs; without it there are none.
         reread: reads the configuration again; None if it did not come from a file.
+        vms: says what a VM is; without it there are none.
         task_status: told when every socket listens.
 
     Raises:
@@ -133,9 +117,15 @@ async def run_daemon(
         activity = Activity()
         resources.callback(activity.close)
         store = CapabilityStore(config.state_directory, log.get("persist"))
-        recorded = frozenset(name for vm in config.vms for name in vm.functions)
         history = HistoryStore(config.state_directory, log.get("persist"))
-        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, history, activity, recorded=recorded)
+        means = SharedParts(
+            config.reply_budget_s,
+            AgentPool(agents),
+            store,
+            history,
+            activity,
+            recorded=lambda name: any(name in vm.functions for vm in (*config.vms, *units.configured_vms())),
+        )
         activity.busy = lambda: means.sharing.busy
         _raise_fd_limit()
         inherited = inherited_sockets()
@@ -144,10 +134,13 @@ async def run_daemon(
         shelf = SocketShelf(inherited, [*(f.name for f in config.functions), *(table.name for table in config.spoiled)])
         resources.callback(shelf.close)
         listener = None if control is None else _open_control(config, control_fds, resources)
-        units = Units([function_kind(shelf, means)])
+        functions = function_kind(shelf, means)
+        units = Units([functions])
+        if vms is not None:
+            units.kinds.append(vms(means.events, partial(find_function, units), shelf))
         resources.callback(units.close)
-        units.open_all(units.kinds[0], config.functions, config.spoiled)
-        keeper = vms(config.vms, means.events, shelf, resources) if vms is not None and config.vms else None
+        for kind in units.kinds:
+            units.open_all(kind, kind.of(config), config.spoiled)
         for passed in shelf.unclaimed(config.functions):
             log.get("daemon").warning("a socket that systemd passed fits no function", socket=str(passed))
         async with means.agents, trio.open_nursery() as nursery:
@@ -155,7 +148,7 @@ async def run_daemon(
                 StartCount(config.state_directory, log.get("persist")),
                 CertificateBook(units.configured, log.get("agents")),
             )
-            daemon = Daemon(units, means, books, nursery, config, reread, _readers(listener), keeper)
+            daemon = Daemon(units, means, books, nursery, config, reread, _readers(listener))
             for serve, place in ((control, listener), (metrics, scraped)):
                 if serve is not None and place is not None:
                     await nursery.start(serve, daemon, place.sock.dup())
@@ -187,7 +180,6 @@ class Daemon:
         config: as it was started.
         reread: reads the configuration again; None if it did not come from a file.
         readers: groups whose members may ask by the control socket.
-        vms: its VMs; None if it has none.
     """
 
     def __init__(
@@ -199,9 +191,7 @@ class Daemon:
         config: DaemonConfig,
         reread: Reread | None,
         readers: frozenset[int],
-        vms: VmKeeper | None = None,
     ) -> None:
-        self._vms = vms
         self._events = means.events
         self._log = log.get("daemon")
         self._notifier = Notifier.from_environment()
@@ -218,14 +208,6 @@ class Daemon:
         """Its functions, in the order of the configuration; those that could not be opened are no functions yet."""
         return [unit.life.function for unit in self.registry.units if isinstance(unit.life, Life)]
 
-    def find(self, name: str) -> Function | None:
-        """The function of a name, if it is served.
-
-        Args:
-            name: which.
-        """
-        return next((function for function in self.functions if function.name == name), None)
-
     async def run(self, beside: Companion | None, task_status: trio.TaskStatus[Daemon]) -> None:
         """Serve until told to stop."""
         self._nursery.start_soon(self._notifier.run)
@@ -235,8 +217,6 @@ class Daemon:
             self._nursery.start_soon(self._await_signal, signals)
             with self._serving:
                 await self.registry.start()
-                if self._vms is not None:
-                    await self._vms.start(self.find, self._nursery)
                 text = "" if beside is None else f"; {await beside(self, self._nursery)}"
                 self._announce_ready(text)
                 if (watchdog_s := self._notifier.watchdog_s) is not None:
@@ -290,7 +270,9 @@ class Daemon:
 
     def status(self) -> StatusReport:
         """Describe everything at this moment."""
-        functions = [unit_status(unit) for unit in self.registry.units if unit.kind is self.registry.units.kinds[0]]
+        units = self.registry.units
+        functions, *others = ([kind.describe(unit) for unit in units.of(kind)] for kind in units.kinds)
+        vms = others[0] if others else []
         daemon = DaemonStatus(
             version=__version__,
             python=platform.python_version(),
@@ -299,7 +281,7 @@ class Daemon:
             started=iso_time(self._started),
             functions=len(functions),
         )
-        return StatusReport(daemon=daemon, functions=functions, vms=[] if self._vms is None else self._vms.status())
+        return StatusReport(daemon=daemon, functions=functions, vms=vms)
 
     def metrics(self) -> Measured:
         """What was measured so far."""
@@ -318,6 +300,24 @@ class Daemon:
         runners = [function.migration for function in self.functions if function.migration is not None]
         entries = [entry for runner in runners if runner.history is not None for entry in runner.history.entries]
         return sorted(entries, key=lambda entry: entry["ended"])
+
+    async def check_migration(self, vm: str, destination: str | None) -> dict[str, Any]:
+        """Find what would be in the way of a VM's migration.
+
+        Args:
+            vm: its name.
+            destination: what the other host says of itself; None to leave it out.
+
+        Raises:
+            ChangeRefused: that cannot be asked.
+        """
+        units = [unit for unit in self.registry.units if unit.kind.check is not None]
+        found = next((unit for unit in units if unit.name == vm), None)
+        if found is None:
+            names = ", ".join(unit.name for unit in units) or "none"
+            raise ChangeRefused(f"there is no VM {vm!r} (VMs: {names})")
+        assert found.kind.check is not None
+        return await found.kind.check(found, destination)
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

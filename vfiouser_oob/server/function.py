@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
 from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.migration.port import MigrationPort, attach
@@ -140,7 +141,7 @@ class Function:
             with Contained() as outcome:
                 await self.migration.run()
             if outcome.error is not None:
-                self.failed = f"its migration died: {outcome.error}"
+                self.failed = f"its migration died: {words_of(outcome.error)}"
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
                 self._fail(self.failed)
 
@@ -166,7 +167,7 @@ class Function:
         with Contained() as outcome:
             await self.backend.run()
         if outcome.error is not None:
-            self.failed = f"the device's task died: {root_cause(outcome.error)}"
+            self.failed = f"the device's task died: {words_of(outcome.error)}"
             self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
             self._fail(self.failed)
             self.context.announce("device-failed", reason=self.failed)
@@ -351,7 +352,7 @@ class Function:
             self.context.note_error(f"connection failed: {cause.strerror or cause}")
             return f"the system refused: {cause.strerror or cause}"
         self.log.exception("bug: a connection failed unexpectedly", error)
-        self.context.note_error(f"connection failed: {error}")
+        self.context.note_error(f"connection failed: {words_of(error)}")
         return "an error of ours"
 
     # Reporting

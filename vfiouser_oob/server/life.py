@@ -18,6 +18,7 @@ from vfiouser_oob.migration.pool import AgentLease
 from vfiouser_oob.observability import levels
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.function import Function
+from vfiouser_oob.server.unit import RollCall
 from vfiouser_oob.transport.listener import Listener
 
 #: Keys of a function that can be changed while it lives; for any other one it ends, and another one begins.
@@ -50,8 +51,7 @@ class Life:
         self._resources = resources
         self._serving = trio.CancelScope()
         self._started = False
-        #: Questions whether its tasks run; each is answered by being set.
-        self._asked, self._questions = trio.open_memory_channel[trio.Event](1)
+        self._roll_call = RollCall()
         #: Whether its clients were connected already, have gone, and no other one can come.
         self.exhausted = False
         #: Set when nothing of it is left.
@@ -120,15 +120,11 @@ class Life:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.function.run_device)
             nursery.start_soon(self.function.run_migration)
-            nursery.start_soon(self._answer)
+            nursery.start_soon(self._roll_call.run)
             with self._serving:
                 await self._serve(exhausted, task_status)
             await self._drain()
             nursery.cancel_scope.cancel()
-
-    async def _answer(self) -> None:
-        async for question in self._questions:
-            question.set()
 
     async def prove(self) -> str | None:
         """Answer from its own tasks.
@@ -139,9 +135,7 @@ class Life:
         if self._serving.cancel_called:  # it ends, and that has a time of its own
             return None
         if self._started:
-            question = trio.Event()
-            await self._asked.send(question)
-            await question.wait()
+            await self._roll_call.answered()
         return self.function.overdue()
 
     def condemn(self, reason: str) -> None:

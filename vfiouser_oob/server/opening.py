@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from vfiouser_oob.persist.history import HistoryStore
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
+from vfiouser_oob.server.status import unit_status
 from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
@@ -49,7 +50,8 @@ class SharedParts:
         activity: the daemon's sockets.
         events: where changes are announced.
         sharing: the memory for state on its way.
-        recorded: the functions whose writes to client memory are recorded, since their VM's migration asks for them.
+        recorded: tells whether a function's writes to client memory are recorded, since its VM's migration asks for
+            them.
     """
 
     reply_budget_s: float
@@ -59,7 +61,7 @@ class SharedParts:
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
-    recorded: frozenset[str] = frozenset()
+    recorded: Callable[[str], bool] = lambda name: False
 
 
 def open_function(config: FunctionConfig, inherited: Sequence[int], means: SharedParts) -> Life:
@@ -90,7 +92,7 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
             log=log.get("function"),
             allow_uids=config.allow_uids,
             migration=_engine_maker(config, backend, means, leases),
-            recorded=config.name in means.recorded,
+            recorded=means.recorded(config.name),
         )
         for lease in leases:
             resources.callback(lease.release)
@@ -110,7 +112,9 @@ def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
     def open_one(config: FunctionConfig) -> Life:
         return open_function(config, shelf.take(config), means)
 
-    return UnitKind("function", "[[function]]", open_one, LIVE_KEYS)
+    return UnitKind(
+        "function", "[[function]]", lambda config: config.functions, open_one, unit_status, LIVE_KEYS, vital=True
+    )
 
 
 def _engine_maker(
@@ -189,8 +193,11 @@ def _listen(config: FunctionConfig, path: Path) -> Listener:
 
 
 def default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; who is not root may give files only
-    to groups that it is in."""
+    """The group of socket files unless another one is configured; None for the daemon's own.
+
+    It is QEMU's, so that a VMM running as its own user can connect on day one; who is not root may give files only to
+    groups that it is in.
+    """
     import grp
 
     try:

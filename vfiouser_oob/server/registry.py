@@ -7,15 +7,21 @@ one anything; a unit that cannot be opened stays here as a failed one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import trio
 
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import FunctionConfig
+from vfiouser_oob.config.schema import FunctionConfig, VmConfig
 from vfiouser_oob.config.tables import SpoiledTable
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.containment import Contained, root_cause
+from vfiouser_oob.server.function import Function
+from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.unit import Origin, Unit, UnitConfig, UnitFailure, UnitHangs, UnitKind
+
+#: Finds a function by its name; None if it is not served.
+FindFunction: TypeAlias = Callable[[str], Function | None]
 
 _LOG = log.get("daemon")
 #: Seconds after which a unit that was stopped is not waited for any more: a call into the kernel may never return.
@@ -30,7 +36,7 @@ class Units:
     """
 
     def __init__(self, kinds: Sequence[UnitKind]) -> None:
-        self.kinds = tuple(kinds)
+        self.kinds = list(kinds)
         self._units: dict[tuple[str, str], Unit] = {}
 
     def __iter__(self) -> Iterator[Unit]:
@@ -47,9 +53,13 @@ class Units:
         """The functions as they are configured, of all that can be read."""
         return [unit.config for unit in self if isinstance(unit.config, FunctionConfig)]
 
+    def configured_vms(self) -> list[VmConfig]:
+        """The VMs as they are configured, of all that can be read."""
+        return [unit.config for unit in self if isinstance(unit.config, VmConfig)]
+
     def find(self, name: str, kind: UnitKind | None = None) -> Unit | None:
         """The unit of a name; without a kind, of the first kind that has one."""
-        kinds = self.kinds if kind is None else (kind,)
+        kinds = self.kinds if kind is None else [kind]
         return next((self._units[each.word, name] for each in kinds if (each.word, name) in self._units), None)
 
     def put(self, unit: Unit) -> None:
@@ -70,7 +80,7 @@ class Units:
             spoiled: those of the file that cannot even be read; of other kinds as well.
 
         Raises:
-            Exception: there are some, and none of them can be had; what the first one said.
+            Exception: they are vital, there are some, and none of them can be had; what the first one said.
         """
         for config in configs:
             self.put(Unit(kind, config.name, config))
@@ -83,7 +93,7 @@ class Units:
             for unit in self.of(kind):
                 if unit.config is not None:
                     errors += open_unit(unit)
-            if errors and all(unit.life is None for unit in self.of(kind)):
+            if errors and kind.vital and all(unit.life is None for unit in self.of(kind)):
                 raise errors[0]
         finally:
             errors.clear()
@@ -93,6 +103,17 @@ class Units:
         for unit in self:
             if unit.life is not None:
                 unit.life.close()
+
+
+def find_function(units: Units, name: str) -> Function | None:
+    """The function of that name, if it is served.
+
+    Args:
+        units: all units.
+        name: which.
+    """
+    unit = units.find(name, units.kinds[0])
+    return unit.life.function if unit is not None and isinstance(unit.life, Life) else None
 
 
 def open_unit(unit: Unit) -> list[Exception]:
@@ -167,7 +188,7 @@ class Registry:
                 async with trio.open_nursery() as starting:
                     for unit in opened:
                         starting.start_soon(self._start_noting, unit, errors)
-                if opened and len(errors) == len(opened):
+                if opened and kind.vital and len(errors) == len(opened):
                     raise errors[0]
             finally:
                 errors.clear()

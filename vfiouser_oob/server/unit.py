@@ -8,13 +8,14 @@ its kind; the registry knows no more of it than what stands here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 import trio
 
+from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.config.tables import keys
 
 
@@ -24,6 +25,24 @@ class UnitConfig(Protocol):
     @property
     def name(self) -> str:
         """Its name, unique among those of its kind."""
+
+
+class RollCall:
+    """Answers from a unit's own tasks, which shows that they run."""
+
+    def __init__(self) -> None:
+        self._ask, self._questions = trio.open_memory_channel[trio.Event](1)
+
+    async def run(self) -> None:
+        """Answer until cancelled; belongs among the unit's tasks."""
+        async for question in self._questions:
+            question.set()
+
+    async def answered(self) -> None:
+        """Wait for an answer."""
+        question = trio.Event()
+        await self._ask.send(question)
+        await question.wait()
 
 
 class UnitLife(Protocol):
@@ -79,14 +98,23 @@ class UnitKind:
     Args:
         word: what one is called, for people.
         header: how the configuration file calls it.
+        of: those that a configuration names.
         open: opens one; it does nothing yet. It may refuse by an exception, whose text is for people.
+        describe: what `status` says of one.
         live_keys: keys of its section that can be changed while it lives.
+        vital: whether a daemon that can have none of them is of no use.
+        check: finds what would be in the way of a migration, given what the destination says of itself; None where
+            that is no question.
     """
 
     word: str
     header: str
+    of: Callable[[DaemonConfig], Sequence[UnitConfig]]
     open: Callable[[Any], UnitLife]
+    describe: Callable[[Unit], Any]
     live_keys: Collection[str] = ()
+    vital: bool = False
+    check: Callable[[Unit, str | None], Awaitable[dict[str, Any]]] | None = None
 
 
 class Origin(StrEnum):

@@ -9,6 +9,8 @@ from functools import partial
 
 import trio
 
+from vfiouser_agents.errors import AgentError
+from vfiouser_oob.migration.descriptor import decode_descriptor
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
@@ -19,6 +21,7 @@ from vfiouser_oob.server.function import Function
 from vfiouser_oob.vm.agent_reports import AgentReports
 from vfiouser_oob.vm.bundle import FunctionState
 from vfiouser_oob.vm.carriers.interface import WrittenPagesLog
+from vfiouser_oob.vm.counterpart import FunctionOffer
 from vfiouser_oob.vm.monitor import MonitorError
 from vfiouser_oob.vm.movable import FunctionTrouble, Replaying, VmMonitor
 from vfiouser_oob.vm.page_contents import PageContents
@@ -126,7 +129,7 @@ class HostedFunction:
     def by_client(self) -> bool:
         """Whether its client moves it by itself."""
         function = self._find(self.name)
-        return function is not None and function.migration is not None and function.migration.record.owner in _CLIENTS
+        return function is not None and function.migration is not None and function.migration.record.moved_by_client
 
     async def _go(self, state: DeviceState) -> None:
         await self._transfer.request(partial(require_path, target=state, precopy=False))
@@ -148,6 +151,18 @@ class HostedFunction:
             unfit=unfit or function.failed or "",
             away=runner is not None and runner.link.away_since is not None,
         )
+
+    async def offer(self, deadline: float) -> FunctionOffer:
+        """What this host says of it to another one; asks its agent."""
+        try:
+            runner = self._runner
+            descriptor = decode_descriptor(await runner.steps.describe(deadline))
+        except (CommandError, AgentError) as error:
+            return FunctionOffer(problem=str(error))
+        if runner.record.begun is None and not runner.record.logging:  # else its session is needed
+            runner.link.close()
+        caps = runner.link.caps
+        return FunctionOffer(descriptor, () if caps is None else tuple(caps.formats))
 
     # While the VM runs
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from itertools import count
+from typing import Any
 
 import trio
 
@@ -13,17 +15,21 @@ from vfiouser_oob.config.vms import Listens, VmConfig
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.status import ClientStatus, VmFunctionStatus, VmStatus
+from vfiouser_oob.server.administration import ChangeRefused
 from vfiouser_oob.server.containment import Contained, root_cause
-from vfiouser_oob.server.daemon import FindFunction
 from vfiouser_oob.server.opening import default_group
+from vfiouser_oob.server.registry import FindFunction
 from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time
+from vfiouser_oob.server.unit import RollCall, Unit, UnitKind
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate
 from vfiouser_oob.vm.carriers.interface import VmCarrier
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs
+from vfiouser_oob.vm.checking import check_migration
+from vfiouser_oob.vm.counterpart import CounterpartError, VmOffer
 from vfiouser_oob.vm.events import QemuGone
 from vfiouser_oob.vm.hosted import HostedFunction
 from vfiouser_oob.vm.monitor import Monitor, MonitorPort
@@ -35,64 +41,107 @@ _MONITOR = "monitor"
 _STARTED = 19
 
 
-def open_vms(configs: Sequence[VmConfig], events: EventHub, shelf: SocketShelf, resources: ExitStack) -> Vms:
-    """Open the sockets of VMs; nobody is served yet.
+def vm_kind(events: EventHub, find: FindFunction, shelf: SocketShelf) -> UnitKind:
+    """What a VM is as a unit of a daemon.
 
     Args:
-        configs: the VMs.
         events: where changes are announced.
+        find: finds a function among those that are served.
         shelf: sockets that systemd has passed; one of a VM is found by its path, or is called as `web1.monitor`.
-        resources: closes the sockets.
+    """
+
+    def open_one(config: VmConfig) -> HostedVm:
+        with ExitStack() as resources:
+            listeners: dict[str, Listener] = {}
+            for what, path in config.sockets.items():
+                if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
+                    continue
+                passed = shelf.lend(f"{config.name}.{what}", path)
+                if passed is not None:
+                    listeners[what] = Listener(adopt_socket(passed), None)
+                else:
+                    listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+                resources.callback(listeners[what].close)
+            return HostedVm(config, listeners, events, find, resources.pop_all())
+
+    return UnitKind("VM", "[[vm]]", lambda config: config.vms, open_one, vm_status, check=check_vm)
+
+
+def vm_status(unit: Unit) -> VmStatus:
+    """Describe a VM of the configuration at this moment, whether it could be opened or not."""
+    life, failure = unit.life, unit.failure
+    if isinstance(life, HostedVm) and life.begun:
+        return life.status()
+    config = unit.config if isinstance(unit.config, VmConfig) else None
+    return VmStatus(
+        name=unit.name,
+        phase="starting" if failure is None else "failed",
+        since=iso_time(time.time() if failure is None else failure.since),
+        migration="none",
+        qemu=None,
+        version=None,
+        carrier="none",
+        carriers=[],
+        refused=None,
+        functions=[],
+        sockets={} if config is None else {what: str(path) for what, path in config.sockets.items()},
+        last_error=unit.failed,
+    )
+
+
+async def check_vm(unit: Unit, destination: str | None) -> dict[str, Any]:
+    """Find what would be in the way of a VM's migration; see `check_migration`.
+
+    Args:
+        unit: the VM.
+        destination: what the other host says of itself; None to leave it out.
 
     Raises:
-        ListenError: one of them cannot be listened on.
+        ChangeRefused: the VM is not served, or the destination's document is none.
     """
-    opened = []
-    for config in configs:
-        listeners: dict[str, Listener] = {}
-        for what, path in config.sockets.items():
-            if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
-                continue
-            passed = shelf.lend(f"{config.name}.{what}", path)
-            if passed is not None:
-                listeners[what] = Listener(adopt_socket(passed), None)
-            else:
-                listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
-            resources.callback(listeners[what].close)
-        opened.append(HostedVm(config, listeners, events))
-    return Vms(opened)
-
-
-class Vms:
-    """All VMs of a daemon.
-
-    Args:
-        vms: opened.
-    """
-
-    def __init__(self, vms: Sequence[HostedVm]) -> None:
-        self._vms = vms
-
-    async def start(self, find: FindFunction, nursery: trio.Nursery) -> None:
-        """Begin to serve them; returns when their QEMUs can come."""
-        for vm in self._vms:
-            await nursery.start(vm.run, find)
-
-    def status(self) -> list[VmStatus]:
-        """Describe them at this moment."""
-        return [vm.status() for vm in self._vms]
+    life = unit.life
+    if not isinstance(life, HostedVm) or not life.begun:
+        raise ChangeRefused(f"VM {unit.name!r} is not served: {unit.failed or 'it is being started'}")
+    try:
+        return await life.check(None if destination is None else VmOffer.read(destination))
+    except CounterpartError as error:
+        raise ChangeRefused(f"what the destination says of itself cannot be used: {error}") from error
 
 
 class HostedVm:
-    """One VM, from the daemon's start to its end.
+    """One VM, from its opening to its end; a unit of its daemon.
 
     Args:
         config: the VM.
         listeners: its sockets, by the keys of the configuration.
         events: where changes are announced.
+        find: finds a function among those that are served.
+        resources: gives back whatever was opened for it.
     """
 
-    def __init__(self, config: VmConfig, listeners: Mapping[str, Listener], events: EventHub) -> None:
+    #: Its QEMU may always come again.
+    exhausted = False
+
+    def __init__(
+        self,
+        config: VmConfig,
+        listeners: Mapping[str, Listener],
+        events: EventHub,
+        find: FindFunction,
+        resources: ExitStack,
+    ) -> None:
+        self.ended = trio.Event()
+        #: Why it is not served any more.
+        self.failure: str | None = None
+        self._find = find
+        self._resources = resources
+        self._scope = trio.CancelScope()
+        self._roll_call = RollCall()
+        self._started = False
+        self._draining = False
+        #: The QEMU whose monitor is connected, in words, and when it will have gone.
+        self.user: str | None = None
+        self._vacant = trio.Event()
         self._config = config
         self._listeners = listeners
         self._events = events
@@ -102,28 +151,83 @@ class HostedVm:
         self._watched = ""
         self._nursery: trio.Nursery
 
-    async def run(self, find: FindFunction, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self, exhausted: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Serve its QEMUs, one after the other. What goes wrong ends this VM, and nothing else.
 
         Args:
-            find: the function of a name, if it is served.
+            exhausted: never called, since a QEMU may always come again.
             task_status: told when QEMU can come.
         """
-        with Contained() as outcome:
-            await self._serve(find, task_status)
-        if outcome.error is not None:
-            self._log.exception("bug: a VM is not served any more", root_cause(outcome.error))
+        try:
+            with Contained() as outcome, self._scope:
+                await self._serve(task_status)
+            if outcome.error is not None:
+                error = outcome.taken()
+                if not self._started:
+                    raise error
+                self.failure = f"it is not served any more: {root_cause(error)}"
+                self._log.exception("bug: a VM is not served any more", root_cause(error))
+        finally:
+            self.close()
+            self.ended.set()
 
-    async def _serve(self, find: FindFunction, task_status: trio.TaskStatus[None]) -> None:
+    def drain(self) -> None:
+        """Take no new QEMU."""
+        self._draining = True
+
+    def reopen(self) -> None:
+        """Take QEMUs again."""
+        self._draining = False
+
+    async def vacated(self) -> None:
+        """Wait until no QEMU has its monitor connected."""
+        while self.user is not None:
+            await self._vacant.wait()
+
+    def adopt(self, config: VmConfig) -> None:
+        """Nothing of a VM can be changed while it lives."""
+        raise AssertionError(config.name)
+
+    async def prove(self) -> str | None:
+        """Answer from its own tasks."""
+        if not self._scope.cancel_called:
+            await self._roll_call.answered()
+        return None
+
+    def condemn(self, reason: str) -> None:
+        """Serve it no more."""
+        self.failure = reason
+        self.stop()
+
+    def stop(self) -> None:
+        """Part with its QEMU and end."""
+        self._scope.cancel()
+
+    def close(self) -> None:
+        """Give back what was opened for it."""
+        self._resources.close()
+
+    async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
-        functions = [HostedFunction(name, find, config.untracked_max) for name in config.functions]
+        functions = [HostedFunction(name, self._find, config.untracked_max) for name in config.functions]
+        for served in filter(None, map(self._find, config.functions)):
+            served.recorded = True
         self._runner = VmRunner(config, functions, self._carriers(), self._events)
         port = MonitorPort(config.name, self._attend, allow_uids=self._allowed)
         async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._roll_call.run)
             await self._nursery.start(self._runner.run)
             await self._nursery.start(port.serve, self._listeners[_MONITOR])
             self._log.info("listening", **{what: str(path) for what, path in config.sockets.items()})
+            self._started = True
             task_status.started()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to be told of it."""
+        return self._runner is not None
 
     @property
     def _allowed(self) -> frozenset[int] | None:
@@ -140,6 +244,18 @@ class HostedVm:
         return made
 
     async def _attend(self, monitor: Monitor) -> None:
+        if self._draining:
+            self._log.warning("QEMU refused: the VM is drained", qemu=monitor.peer)
+            return
+        self.user = str(monitor.peer or "a QEMU that is not known")
+        self._vacant = trio.Event()
+        try:
+            await self._attend_to(monitor)
+        finally:
+            self.user = None
+            self._vacant.set()
+
+    async def _attend_to(self, monitor: Monitor) -> None:
         assert self._runner is not None
         qemu = f"stranger {next(self._strangers)}" if monitor.peer is None else identity(monitor.peer)
         if monitor.peer is not None and monitor.peer.pid and qemu != self._watched:
@@ -160,14 +276,25 @@ class HostedVm:
         if self._runner.record.qemu == qemu:
             self._runner.feed(QemuGone())
 
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._config.name
+
+    async def check(self, destination: VmOffer | None) -> dict[str, Any]:
+        """Find what would be in the way of its migration."""
+        assert self._runner is not None
+        return await check_migration(self._runner, destination)
+
     def status(self) -> VmStatus:
         """Describe it at this moment."""
         assert self._runner is not None
         record, monitor = self._runner.record, self._runner.monitor
+        failed = self.failure is not None
         peer = None if monitor is None else monitor.peer
         return VmStatus(
             name=self._config.name,
-            phase=record.phase.value,
+            phase="failed" if failed else record.phase.value,
             since=iso_time(self._runner.since),
             migration=record.migration.value,
             qemu=None if peer is None else ClientStatus(pid=peer.pid, uid=peer.uid, command=peer.command),
@@ -182,7 +309,7 @@ class HostedVm:
                 for each in record.functions
             ],
             sockets={what: str(path) for what, path in self._config.sockets.items()},
-            last_error=record.last_error or None,
+            last_error=self.failure or record.last_error or None,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.bundle import FunctionState
 from vfiouser_oob.vm.carriers.interface import WrittenPagesLog
+from vfiouser_oob.vm.counterpart import FunctionOffer
 from vfiouser_oob.vm.monitor import ANSWER_S, Found
 from vfiouser_oob.vm.preflight import FunctionFacts
 from vfiouser_oob.vm.qmp import QmpEvent, QmpGreeting
@@ -52,6 +53,13 @@ class MovableFunction(Protocol):
 
     def facts(self) -> FunctionFacts:
         """What is known of it, for the judgement whether it can migrate."""
+
+    async def offer(self, deadline: float) -> FunctionOffer:
+        """What this host says of it to another one; asks its agent.
+
+        Args:
+            deadline: when to give up, as trio's clock has it.
+        """
 
     async def watch(self, *, coming: bool) -> None:
         """Know at any time what it writes, until cancelled.

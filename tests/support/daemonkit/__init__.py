@@ -23,7 +23,7 @@ from vfiouser_oob.config.schema import (
 from vfiouser_oob.control.server import serve_control
 from vfiouser_oob.server.administration import Reread
 from vfiouser_oob.server.daemon import Daemon, run_daemon
-from vfiouser_oob.vm.hosting import open_vms
+from vfiouser_oob.vm.hosting import vm_kind
 
 TEST_DEVICE = ModelDevice(model="test")
 
@@ -75,7 +75,7 @@ async def serving(
         state_directory=state_directory,
     )
     async with trio.open_nursery() as nursery:
-        run = partial(run_daemon, config, agents=make, control=serve_control, vms=open_vms, reread=reread)
+        run = partial(run_daemon, config, agents=make, control=serve_control, reread=reread, vms=vm_kind)
         daemon = await nursery.start(run)
         yield daemon
         nursery.cancel_scope.cancel()

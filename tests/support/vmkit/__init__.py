@@ -24,6 +24,7 @@ from vfiouser_oob.vm.carriers.interface import (
     Question,
     WrittenPagesLog,
 )
+from vfiouser_oob.vm.counterpart import FunctionOffer
 from vfiouser_oob.vm.monitor import ANSWER_S, Found, GoneError, RefusedError
 from vfiouser_oob.vm.movable import FunctionTrouble, VmMonitor
 from vfiouser_oob.vm.preflight import FunctionFacts
@@ -200,6 +201,10 @@ class InMemoryFunction:
     def facts(self) -> FunctionFacts:
         """It can migrate, unless it cannot."""
         return FunctionFacts(self.name, unfit=self.unfit)
+
+    async def offer(self, deadline: float) -> FunctionOffer:
+        """Nobody asks."""
+        raise AssertionError("asked what this host says of it")
 
     async def watch(self, *, coming: bool) -> None:
         """What it writes is known as long as this lasts."""

@@ -36,7 +36,7 @@ class ScriptedLife:
 
 def unit(life: ScriptedLife) -> Unit:
     """A unit that lives so."""
-    kind = UnitKind("function", "[[function]]", lambda config: life)  # type: ignore[arg-type, return-value]
+    kind = UnitKind("function", "[[function]]", lambda config: (), lambda config: None, str)  # type: ignore[arg-type, return-value]
     return Unit(kind, "f0", None, life=life)  # type: ignore[arg-type]
 
 
