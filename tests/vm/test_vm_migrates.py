@@ -24,7 +24,8 @@ from vmbed.hosts import (
 from vmbed.qemu import Qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
-WAITING = ("-incoming", "defer", "-S")
+BY_ITSELF = ("-incoming", "defer")
+WAITING = (*BY_ITSELF, "-S")
 #: Loops side by side, each with a place on the disk of its own and two patterns in turn, that write past the page
 #: cache, read back and compare, until something is wrong; they count how often it was right.
 LOOPS = 4
@@ -71,20 +72,24 @@ async def quiet(guest: Guest) -> None:
 
 @pytest.mark.parametrize("carrier", ["dbus-vmstate", "vhost-user-fs"])
 async def test_a_vm_hops(assets: Assets, workdir: Path, carrier: Carrier) -> None:
-    """A guest is moved to and fro while it writes and reads back: every byte is right, and its driver never waits."""
+    """A guest is moved to and fro while it writes and reads back: every byte is right, and its driver never waits.
+
+    The last destination goes on by itself, without being told.
+    """
     disk, config = make_disk(workdir), HostConfig(carrier)
     async with host(workdir, "a", disk, config) as a, host(workdir, "b", disk, config) as b, AsyncExitStack() as boot:
         here, there = a, b
         qemu = await boot.enter_async_context(here.machine(assets))
         await qemu.guest.ready()
         await loaded(qemu.guest)
-        for _ in range(3):
-            other = await boot.enter_async_context(there.machine(assets, incoming=WAITING))
+        for incoming in (WAITING, WAITING, BY_ITSELF):
+            other = await boot.enter_async_context(there.machine(assets, incoming=incoming))
             await there.phase("incoming")
             await migrate(qemu, other, workdir / "stream")
             assert await finished(qemu) == "completed"
             assert await finished(other) == "completed"
-            await other.qmp.execute("cont")
+            if incoming is WAITING:
+                await other.qmp.execute("cont")
             await goes_on(other.guest)
             await quiet(other.guest)
             assert await shown(qemu) == "postmigrate"

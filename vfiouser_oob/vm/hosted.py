@@ -158,7 +158,7 @@ class HostedFunction:
             descriptor = decode_descriptor(await runner.steps.describe(deadline))
         except (CommandError, AgentError) as error:
             return FunctionOffer(problem=str(error))
-        if runner.record.begun is None:
+        if runner.record.begun is None and not runner.record.logging:  # else its session is needed
             runner.link.close()
         caps = runner.link.caps
         return FunctionOffer(descriptor, () if caps is None else tuple(caps.formats))
@@ -171,12 +171,14 @@ class HostedFunction:
             while True:
                 try:
                     await self._watch_client(coming)
-                except VfioUserError:  # no client yet, or no agent; a migration would be refused
+                except (VfioUserError, trio.TooSlowError):  # no client yet, or no agent; a migration would be refused
                     await trio.sleep(_AGAIN_S)
 
     async def _watch_client(self, coming: bool) -> None:
         device, connection = self._device, self._function.connection
         assert connection is not None
+        if device.session.memory.recorder is None:
+            raise CommandError("what it writes for this client is not recorded", errno.ENOTSUP)
         reports = None if coming or self.by_client else await self._reports(device)
         self._now = _Watched(self.name, connection, device, reports)
         try:

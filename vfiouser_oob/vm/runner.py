@@ -43,7 +43,7 @@ from vfiouser_oob.vm.monitor import GoneError, MonitorError
 from vfiouser_oob.vm.movable import FunctionTrouble, MovableFunction, Replaying, VmMonitor
 from vfiouser_oob.vm.preflight import Moment, judge, refusals
 from vfiouser_oob.vm.qmp import QmpEvent
-from vfiouser_oob.vm.questions import Carriers
+from vfiouser_oob.vm.questions import Carriers, OpenQuestion
 from vfiouser_oob.vm.record import CarrierKind, Deed, VmFunction, VmPhase, VmRecord
 from vfiouser_oob.vm.replaying import prepare
 from vfiouser_oob.vm.survey import survey
@@ -59,6 +59,9 @@ AGAIN_S, AGAIN_MAX_S = 0.1, 2.0
 PATIENCE_S = 30.0
 #: The phases of a QEMU whose VM has not come yet.
 COMING = frozenset({VmPhase.INCOMING, VmPhase.LOADING, VmPhase.LOADED, VmPhase.READY, VmPhase.GOING})
+#: Seconds for which a QEMU that is about to start its VM is kept from it while what was sent to it is not read back: it
+#: may be unable to answer before it has started. The functions wait longer.
+GO_S = 0.25
 #: Phases in which it is not decided yet whether functions may run.
 _UNDECIDED = frozenset({VmPhase.LOADING, VmPhase.LOADED, VmPhase.GOING})
 _MONITOR_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], ev.VmEvent]] = MappingProxyType(
@@ -102,6 +105,8 @@ class VmRunner:
         self._arming: Arming | None = None
         #: When the migration began that is under way, as QEMU says.
         self._began: float | None = None
+        #: The question by which a QEMU is kept from starting its VM.
+        self._kept: OpenQuestion | None = None
         self._failures: dict[str, int] = {}
         #: What was saved of each function, or has come.
         self._states: dict[str, FunctionState] = {}
@@ -332,7 +337,12 @@ class VmRunner:
 
     def _let_go(self) -> None:
         """Let QEMU start the VM once its functions run, or never will."""
-        if not self.carriers.asked(GoAsked) or self.record.phase in _UNDECIDED:
+        if not self.carriers.asked(GoAsked):
+            return
+        if self.record.phase in _UNDECIDED:
+            if self._kept is not self.carriers.question:
+                self._kept = self.carriers.question
+                self._jobs.begin(self._let_go_unread, self._kept)
             return
         wanted = WANTED[self.record.phase]
         functions = self.record.functions
@@ -344,6 +354,14 @@ class VmRunner:
             self._refuse(self.record.last_error, GoAsked)
         else:
             self._answer(GoAsked)
+
+    async def _let_go_unread(self, question: OpenQuestion) -> None:
+        await trio.sleep(GO_S)
+        if self.carriers.question is question and self.record.phase is VmPhase.GOING:
+            self._log.warning(
+                "QEMU starts its VM before it says what it has of the functions; they wait for that"
+            )
+            self.carriers.answer()
 
     # The monitor
 

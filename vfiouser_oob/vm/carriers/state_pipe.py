@@ -28,9 +28,11 @@ MAGIC = b"oobstate"
 VERSION = 1
 #: More than QEMU's buffers on both sides hold back of a stream that stops.
 TRAIL = 128 << 10
-#: Seconds for which the last byte is held back: by size, since the destination has to take the state first.
+#: Seconds for which the last byte is held back: by size, since the destination has to take the state first, and by how
+#: long it took to be saved, since loading takes about as long, on a machine that is as busy.
 HOLD_S = 0.01
-HOLD_MAX_S = 0.04
+HOLD_MAX_S = 0.15
+_LOADS_PER_SAVE = 3
 _BYTES_PER_S = 4 << 30
 #: Bytes that the thread moves at a time.
 _WRITE = 1 << 20
@@ -61,13 +63,14 @@ class StateHead(NamedTuple):
 HEAD_SIZE = least_size(StateHead)
 
 
-def hold_for(size: int) -> float:
+def hold_for(size: int, took_s: float = 0.0) -> float:
     """Return for how many seconds the last byte is held back.
 
     Args:
         size: bytes of the state.
+        took_s: seconds that it took to be saved.
     """
-    return min(HOLD_MAX_S, HOLD_S + size / _BYTES_PER_S)
+    return min(HOLD_MAX_S, max(HOLD_S + size / _BYTES_PER_S, _LOADS_PER_SAVE * took_s))
 
 
 class PipeEnd:
@@ -105,13 +108,16 @@ class PipeEnd:
             self._fd.close()
 
 
-async def write_state(end: PipeEnd, state: State, before_end: Callable[[], Awaitable[None]]) -> None:
+async def write_state(
+    end: PipeEnd, state: State, before_end: Callable[[], Awaitable[None]], took_s: float = 0.0
+) -> None:
     """Write a state, and close the descriptor.
 
     Args:
         end: where to; it is closed in any case.
         state: the state.
         before_end: called before the last byte leaves.
+        took_s: seconds that it took to be saved.
 
     Raises:
         PipeError: whoever reads has gone.
@@ -120,7 +126,7 @@ async def write_state(end: PipeEnd, state: State, before_end: Callable[[], Await
         head = encode(StateHead(MAGIC, VERSION, TRAIL, len(state)))
         for piece in (head, state, bytes(TRAIL - 1)):
             await _write(end, memoryview(piece))
-        await trio.sleep(hold_for(len(state)))
+        await trio.sleep(hold_for(len(state), took_s))
         await before_end()
         await _write(end, memoryview(b"\0"))
     finally:

@@ -306,12 +306,14 @@ class _Conversation:
     # The state
 
     async def _save(self, step: SaveNeeded) -> None:
+        asked = trio.current_time()
         answer = await self._desk.ask(SaveAsked(), ANSWER_S)
+        took_s = trio.current_time() - asked
         if not isinstance(answer, Offered):
             self._refuse_transfer(answer.reason if isinstance(answer, Refused) else "there is no state to offer")
             return
         transfer = self._begin_transfer(PipeEnd(step.fd.take(), self._worker), comes=False)
-        self._transfers.start_soon(self._write, transfer, answer.state)
+        self._transfers.start_soon(self._write, transfer, answer.state, took_s)
 
     async def _load(self, step: LoadNeeded) -> None:
         most_bytes = self._expected()
@@ -331,9 +333,9 @@ class _Conversation:
         self._backend.transfer(begins=True)
         return self._transfer
 
-    async def _write(self, transfer: _Transfer, state: State) -> None:
+    async def _write(self, transfer: _Transfer, state: State, took_s: float) -> None:
         try:
-            await write_state(transfer.end, state, lambda: self._desk.tell(StateTaken()))
+            await write_state(transfer.end, state, lambda: self._desk.tell(StateTaken()), took_s)
         except PipeError as error:
             transfer.error = str(error)
         transfer.finished.set()

@@ -159,6 +159,22 @@ async def test_a_companion_loads_while_qemu_answers() -> None:
                 assert (goes, bed.runs) == ([Done()], [True, True])
 
 
+async def test_a_qemu_that_cannot_answer_before_it_has_started(autojump_clock: trio.testing.MockClock) -> None:
+    """It is let go after a moment, and the functions wait until it has answered."""
+    async with vm_bed(kinds=[F]) as bed:
+        await bed.qemu("inmigrate", kind=F)
+        await bed.says(*LIVE)
+        bed.functions[0].verified = trio.Event()
+        bed.asks(StateLoaded(bundle()), kind=F)
+        await settled()
+        goes = bed.asks(GoAsked(), kind=F)
+        await trio.sleep(1)
+        assert (goes, bed.phase, bed.runs) == ([Done()], "going", [False, False])
+        bed.functions[0].verified.set()
+        await settled()
+        assert (bed.phase, bed.runs) == ("running", [True, True])
+
+
 async def test_a_carrier_that_does_not_carry() -> None:
     """Where QEMU has both, the one that came last carries, and the other one nothing."""
     async with vm_bed(kinds=[V, F]) as bed:

@@ -119,3 +119,4 @@ def test_the_last_byte_is_held_back_by_size() -> None:
     """Long enough for the destination to take the state, and never long."""
     assert hold_for(0) == state_pipe.HOLD_S
     assert hold_for(1 << 40) == state_pipe.HOLD_MAX_S
+    assert state_pipe.HOLD_S < hold_for(0, 0.01) < hold_for(0, 0.02) < hold_for(0, 10.0) == state_pipe.HOLD_MAX_S
