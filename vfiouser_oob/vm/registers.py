@@ -158,10 +158,14 @@ class RegisterReader:
         session: the device as its client has it.
         shadow: configuration space as the client wrote it.
         bus: the client.
+        by_ports: whether the destination can also write configuration through ports (`replaying.replay_by_ports`).
     """
 
-    def __init__(self, name: str, session: BackendSession, shadow: ConfigShadow, bus: ClientLink) -> None:
+    def __init__(
+        self, name: str, session: BackendSession, shadow: ConfigShadow, bus: ClientLink, *, by_ports: bool = False
+    ) -> None:
         self.name = name
+        self._by_ports = by_ports
         self._session = session
         self._shadow = shadow
         self._bus = bus
@@ -179,10 +183,16 @@ class RegisterReader:
 
         Raises:
             TopologyError: QEMU has no such function.
+            RegistersUnknown: the destination could not write its registers.
             MonitorError: it does not answer.
         """
-        self._place = find_device(await monitor.execute("query-pci"), self.name)
-        self._ecam = await find_ecam(monitor)
+        place, ecam = find_device(await monitor.execute("query-pci"), self.name), await find_ecam(monitor)
+        if ecam is None and not self._by_ports:
+            raise RegistersUnknown(
+                f"the destination could not write the registers of {self.name}: the machine has no ECAM (use q35), or "
+                f"its firmware has not turned it on yet"
+            )
+        self._place, self._ecam = place, ecam
 
     async def watch(self) -> None:
         """Know the table at any time, until cancelled; as long as a migration is under way."""

@@ -203,8 +203,11 @@ class MemoryOnly(BackendSession):
         elif self.by_message or address >= self.guest.size:
             await self.memory.relay_write(address, data)
         else:
-            self.guest.poke(address, data)
-            self._unreported.mark(address, len(data))
+            in_file = min(len(data), self.guest.size - address)
+            self.guest.poke(address, data[:in_file])
+            self._unreported.mark(address, in_file)
+            if in_file < len(data):
+                await self.memory.relay_write(self.guest.size, data[in_file:])
 
     async def collect(self) -> DirtyLog:
         """As its agent: report what it wrote past us."""

@@ -270,6 +270,7 @@ class Source:
     """What a reader reads."""
 
     def __init__(self) -> None:
+        self.ecam = ECAM
         self.guest = Guest(1)
         self.device = Registers(self.guest, Clock())
         absent = [RegionSpec.absent(index) for index in range(9)]
@@ -293,7 +294,7 @@ class Source:
         """Say where the function is."""
         await trio.lowlevel.checkpoint()
         if command == "qom-get":
-            return ECAM
+            return self.ecam
         return [{"devices": [{"qdev_id": "f0", "bus": 0, "slot": 5, "function": 0}]}]
 
     async def hmp(self, line: str) -> str:
@@ -359,6 +360,16 @@ async def test_memory_that_the_guest_has_off(source: Source, autojump_clock: tri
     source.command(0)
     found = await source.reader.collect(1)
     assert (b"", ("the MSI-X table of f0, which the guest has switched off",)) == (found.view.table, found.missing)
+
+
+async def test_a_machine_whose_registers_cannot_be_written(source: Source) -> None:
+    """Without ECAM it is told at the beginning, when nothing is lost yet; ports are a way for who can use them."""
+    source.ecam = (1 << 64) - 1  # what QEMU says before firmware has turned it on
+    with pytest.raises(RegistersUnknown, match="could not write the registers of f0: the machine has no ECAM"):
+        await source.reader.locate(source)
+    reader = RegisterReader("f0", source.device, source.shadow, source.bus, by_ports=True)
+    await reader.locate(source)
+    assert (await reader.collect(1)).ecam is None
 
 
 async def test_nobody_knows_where_it_is(source: Source) -> None:
