@@ -27,7 +27,7 @@ from vfiouser_oob.config.schema import DaemonConfig
 from vfiouser_oob.control import server
 from vfiouser_oob.control.protocol import ErrorCode, RequestError, parse_request
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
-from vfiouser_oob.control.verbs import VERBS, ControlRole
+from vfiouser_oob.control.verbs import VERBS, ControlRole, allowed_verbs
 from vfiouser_oob.observability.status import DaemonStatus, StatusReport
 from vfiouser_oob.server.administration import Administration
 from vfiouser_oob.transport.peer import Peer
@@ -128,8 +128,8 @@ async def test_who_may_ask_may_not_change(tmp_path: Path) -> None:
         await trio.open_unix_socket(tmp_path / "c") as stream,
     ):
         reader = Speaker(stream)
-        assert ["status", "watch"] == (await reader.read())["methods"]
-        for name in VERBS.keys() - {"status", "watch"}:
+        assert allowed_verbs(ControlRole.READER) == (await reader.read())["methods"]
+        for name in VERBS.keys() - set(allowed_verbs(ControlRole.READER)):
             error = (await reader.ask(name, name="f0"))["error"]
             assert ErrorCode.NOT_ALLOWED == error["code"]
             assert "admin_uids" in error["message"]
