@@ -13,6 +13,7 @@ EXAMPLES: Mapping[str, str] = {
     "metrics": "metrics",
     "support-bundle": "support-bundle",
     "migrate-check": "migrate-check vm0",
+    "libvirt-hook": "libvirt-hook vm0 prepare begin -",
     "add": "add nvme1.toml",
     "remove": "remove nvme1",
     "reload": "reload",
