@@ -358,9 +358,7 @@ class VmRunner:
     async def _let_go_unread(self, question: OpenQuestion) -> None:
         await trio.sleep(GO_S)
         if self.carriers.question is question and self.record.phase is VmPhase.GOING:
-            self._log.warning(
-                "QEMU starts its VM before it says what it has of the functions; they wait for that"
-            )
+            self._log.warning("QEMU starts its VM before it says what it has of the functions; they wait for that")
             self.carriers.answer()
 
     # The monitor
