@@ -384,6 +384,14 @@ R436 rust-vmm nothing is asked of a client that serves no commands
 R437 robustness logging can be started where there is nothing to log
 R438 robustness a device whose load failed does not run
 R439 libvfio-user a device that cannot be quiesced fails the command with its own error
+R440 QEMU the reply to a SET of the state has data_fd -1
+R441 QEMU MIG_DATA_SIZE is answered
+R442 QEMU a request for the figures of pre-copy does no harm
+R443 QEMU P2P states, where they are offered, lead where those beside them lead
+R444 QEMU a stream that ends in zeros is not run
+R445 QEMU a load that breaks off inside a message is not run
+R446 QEMU a reset after a refused SET succeeds
+R447 QEMU logging of a pointer in the place of a range is refused
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the

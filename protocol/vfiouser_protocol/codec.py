@@ -121,7 +121,8 @@ def describe(header: Header, payload: bytes, nfds: int, direction: str) -> str:
         direction: ``<`` for received, ``>`` for sent, or any other mark.
 
     Returns:
-        For example ``< DMA_MAP #17 iova=0xc0000+0x10000 rw- fds=1``; data is counted, not shown.
+        For example ``< DMA_MAP #17 iova=0xc0000+0x10000 rw- fds=1``; data is counted, and shown where it is
+        that of a register.
     """
     words = [direction, command_name(header.command), f"#{header.msg_id}"]
     if header.is_reply:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Generator, Iterator
 
+from .dirty_bits import cut, gather_bits, put, replicate_bits
 from .errors import CommandError
 from .limits import DEFAULT_MAX_BITMAP_SIZE
 
@@ -140,59 +141,6 @@ def fill_in_steps(bitmap: bytearray, iova: int, page_size: int, start: int, end:
         yield
 
 
-def fold(bitmap: bytes, factor: int) -> bytes:
-    """Make each bit stand for `factor` former ones: 1 if any of them is.
-
-    Args:
-        bitmap: a bitmap of whole bytes.
-        factor: a power of two.
-
-    Returns:
-        The bitmap for pages `factor` times as large, padded to whole bytes.
-    """
-    while factor > 1:
-        if len(bitmap) % 2:
-            bitmap += b"\0"
-        low = int.from_bytes(bitmap[0::2].translate(_FOLD_LOW), "little")
-        high = int.from_bytes(bitmap[1::2].translate(_FOLD_HIGH), "little")
-        bitmap = (low | high).to_bytes(len(bitmap) // 2, "little")
-        factor >>= 1
-    return bitmap
-
-
-def replicate(bitmap: bytes, factor: int) -> bytes:
-    """Repeat each bit `factor` times: the same dirt, in pages `factor` times smaller.
-
-    Args:
-        bitmap: a bitmap of whole bytes.
-        factor: a power of two.
-
-    Returns:
-        A bitmap `factor` times as long.
-    """
-    while factor > 1:
-        doubled = bytearray(2 * len(bitmap))
-        doubled[0::2] = bitmap.translate(_DOUBLE_LOW)
-        doubled[1::2] = bitmap.translate(_DOUBLE_HIGH)
-        bitmap = bytes(doubled)
-        factor >>= 1
-    return bitmap
-
-
-def _fold_nibble(byte: int) -> int:
-    return sum(1 << bit for bit in range(4) if byte >> 2 * bit & 3)
-
-
-def _double_nibble(nibble: int) -> int:
-    return sum(3 << 2 * bit for bit in range(4) if nibble >> bit & 1)
-
-
-_FOLD_LOW = bytes(_fold_nibble(byte) for byte in range(256))
-_FOLD_HIGH = bytes(_fold_nibble(byte) << 4 for byte in range(256))
-_DOUBLE_LOW = bytes(_double_nibble(byte & 15) for byte in range(256))
-_DOUBLE_HIGH = bytes(_double_nibble(byte >> 4) for byte in range(256))
-
-
 class DirtyLog:
     """The pages that a device has written since they were last reported.
 
@@ -250,10 +198,10 @@ class DirtyLog:
             if not bits:
                 continue
             if spread > 1:
-                bits = _replicate_int(bits, spread)
+                bits = replicate_bits(bits, spread)
             if crooked:
                 bits |= bits << 1
-            self._merge(*_gather(bits, first + 8 * start * spread, gather))
+            self._merge(*gather_bits(bits, first + 8 * start * spread, gather))
 
     def _merge(self, bits: int, position: int) -> None:
         """OR bits in, of which the first is the logged page `position`."""
@@ -278,6 +226,33 @@ class DirtyLog:
             if number is not None:
                 self._take(number, first, end)
             yield
+
+    def absorb(self, other: DirtyLog) -> None:
+        """Note whatever another log of the same page size has noted.
+
+        Args:
+            other: the other one; it keeps what it has.
+        """
+        for number, bits in other._chunks.items():
+            self._chunks[number] = self._chunks.get(number, 0) | bits
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """What is dirty, as addresses and bytes in ascending order; a range never spans two chunks."""
+        for number in sorted(self._chunks):
+            bits, page = self._chunks[number], number << _CHUNK_SHIFT
+            while bits:
+                skip = (bits & -bits).bit_length() - 1
+                bits >>= skip
+                page += skip
+                pages = (~bits & bits + 1).bit_length() - 1
+                yield page << self._shift, pages << self._shift
+                bits >>= pages
+                page += pages
+
+    @property
+    def pages(self) -> int:
+        """How many pages are dirty."""
+        return sum(bits.bit_count() for bits in self._chunks.values())
 
     def clear(self) -> None:
         """Forget everything."""
@@ -382,18 +357,18 @@ class DirtyLog:
             bits = chunk >> start & (1 << part) - 1
             if not bits:
                 continue
-            bits, position = _cut(bits, at + start, pages)
+            bits, position = cut(bits, at + start, pages)
             if spread > 1:
-                bits = _replicate_int(bits, spread)
+                bits = replicate_bits(bits, spread)
                 position *= spread
             position -= lead
             if crooked:
                 # The range begins inside a unit: each unit of it lies over two logged ones.
                 bits |= bits << 1
                 position -= 1
-            bits, position = _cut(bits, position, units)
+            bits, position = cut(bits, position, units)
             if bits:
-                _put(bitmap, *_gather(bits, position, gather))
+                put(bitmap, *gather_bits(bits, position, gather))
             if spread > 1:
                 yield
 
@@ -422,44 +397,6 @@ class DirtyLog:
         else:
             self._chunks[number] = bits ^ inside
         return number, inside
-
-
-def _cut(bits: int, position: int, end: int) -> tuple[int, int]:
-    """Keep the bits that come to lie in [0, end) when bit 0 is at `position`."""
-    if position < 0:
-        return bits >> -position & ((1 << end) - 1 if end < bits.bit_length() else -1), 0
-    if position + bits.bit_length() > end:
-        bits = bits & ((1 << end - position) - 1) if end > position else 0
-    return bits, position
-
-
-def _replicate_int(bits: int, factor: int) -> int:
-    return int.from_bytes(replicate(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), factor), "little")
-
-
-def _gather(bits: int, position: int, factor: int) -> tuple[int, int]:
-    """OR groups of `factor` bits, counted from position 0, into one each."""
-    if factor == 1:
-        return bits, position
-    lowest = (position + (bits & -bits).bit_length() - 1) // factor
-    highest = (position + bits.bit_length() - 1) // factor
-    if highest - lowest <= 1:
-        # Also what keeps the padding below small: here a group may be far larger than all of `bits`.
-        return (3 if highest > lowest else 1), lowest
-    bits <<= position % factor
-    return (
-        int.from_bytes(fold(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), factor), "little"),
-        position // factor,
-    )
-
-
-def _put(bitmap: bytearray, bits: int, position: int) -> None:
-    """OR bits into a bitmap that is long enough for them."""
-    start = position >> 3
-    bits <<= position & 7
-    stop = start + (bits.bit_length() + 7) // 8
-    bits |= int.from_bytes(bitmap[start:stop], "little")
-    bitmap[start:stop] = bits.to_bytes(stop - start, "little")
 
 
 def _spread(first: int, end: int) -> Iterator[tuple[int, int]]:

@@ -115,6 +115,17 @@ def shown_length(label: str) -> Show:
     return Show(lambda value: str(len(value)), label, unless=b"")
 
 
+#: Bytes that a register holds at most.
+REGISTER_SIZE = 8
+
+
+def register_value(data: bytes) -> str:
+    """Return the bytes of a register access as a number; nothing for more than a register holds."""
+    return f" value={int.from_bytes(data, 'little'):#x}" if 0 < len(data) <= REGISTER_SIZE else ""
+
+
+#: What was read or written, if it is a register's worth.
+REGISTER_VALUE = Show(register_value, close=True)
 #: The start of a range of addresses, and its length behind it.
 START = Show(lambda address: f"{address:#x}", "iova=")
 LENGTH = Show(lambda size: f"+{size:#x}", close=True)

@@ -6,6 +6,7 @@ Variable parts come last and are plain bytes; what the parts mean is told by `re
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, NamedTuple
 
 from construct import (
@@ -26,12 +27,15 @@ from construct import (
 from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, IrqInfoFlags, IrqSetFlags, RegionIndex
 from vfiouser_protocol.fields import (
     AT,
+    REGISTER_VALUE,
     U16,
     U32,
     U64,
     Rest,
     Show,
+    member_name,
     quoted,
+    register_value,
     shown,
     shown_flags,
     shown_hex,
@@ -251,7 +255,7 @@ class RegionReadReply(NamedTuple):
     offset: Annotated[U64, AT]
     region: Annotated[U32, REGION]
     count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
-    data: Annotated[bytes, Bytes(this.count), Terminated]
+    data: Annotated[bytes, Bytes(this.count), Terminated, REGISTER_VALUE]
 
 
 class RegionWrite(NamedTuple):
@@ -269,7 +273,7 @@ class RegionWrite(NamedTuple):
     offset: Annotated[U64, AT]
     region: Annotated[U32, REGION]
     count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
-    data: Annotated[bytes, Bytes(this.count), Terminated]
+    data: Annotated[bytes, Bytes(this.count), Terminated, REGISTER_VALUE]
 
 
 class RegionWriteReply(NamedTuple):
@@ -291,6 +295,17 @@ MULTI_WRITE_LAYOUT = Struct(
 _WR_CNT = "wr_cnt" / Rebuild(Int64ul, len_(this.writes))
 
 
+#: Writes of one message that are shown.
+_MOST_SHOWN = 4
+
+
+def _writes(writes: tuple[RegionWrite, ...]) -> str:
+    """Return how many writes there are, and the first of them."""
+    first = (f" {member_name(one.region, RegionIndex)}+{one.offset:#x}{register_value(one.data)}" for one in writes)
+    more = " …" if len(writes) > _MOST_SHOWN else ""
+    return f"{len(writes)}{''.join(islice(first, _MOST_SHOWN))}{more}"
+
+
 class RegionWriteMulti(NamedTuple):
     """REGION_WRITE_MULTI request: writes of at most eight bytes each, done in order.
 
@@ -301,7 +316,7 @@ class RegionWriteMulti(NamedTuple):
     """
 
     writes: Annotated[
-        tuple[RegionWrite, ...], _WR_CNT, Array(this.wr_cnt, MULTI_WRITE_LAYOUT), Terminated, shown_length("writes=")
+        tuple[RegionWrite, ...], _WR_CNT, Array(this.wr_cnt, MULTI_WRITE_LAYOUT), Terminated, Show(_writes, "writes=")
     ]
 
 

@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from mutants import serving
+from vfiouser_conformance.cases import all_cases
+from vfiouser_conformance.client_profiles import CLIENTS, cases_of
 from vfiouser_oob.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +79,27 @@ def test_strict(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "INTx flags: EVENTFD only (not the recommended one)" in capsys.readouterr().out
         run(socket_path, "-k", "INFO-023", "--strict")
         assert "FAIL    INFO-023" in capsys.readouterr().out
+
+
+def test_a_client(socket_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--client plays one client, and fails where that client could not live with the server."""
+    with serving(socket_path):
+        assert 0 == run(socket_path, "--client", "qemu-v2", "-v", "--device-profile", "test")
+        out = capsys.readouterr().out
+        for name in ("CLIENT-001", "CLIENT-014", "CLIENT-016", "CLIENT-023"):
+            assert name in out
+        assert "CLIENT-008" not in out
+        assert "FRAME-001" not in out
+    with serving(socket_path, "client/descriptor-said"):
+        assert 1 == run(socket_path, "--client", "qemu-v2", "-k", "CLIENT-016")
+        assert 0 == run(socket_path, "-k", "CLIENT-016")
+
+
+def test_every_client_case_is_somebodys() -> None:
+    """Each case of the area CLIENT belongs to a client, and each client has cases that there are."""
+    played = {case.name for client in CLIENTS for case in cases_of(client, all_cases())}
+    assert {case.name for case in all_cases() if case.name.startswith("CLIENT-")} == played
+    assert all(len(cases_of(name, all_cases())) == len(profile.cases) for name, profile in CLIENTS.items())
 
 
 def test_machine_reports(socket_path: str, tmp_path: Path) -> None:

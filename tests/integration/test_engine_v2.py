@@ -182,6 +182,28 @@ async def test_a_reset_leaves_p2p(tmp_path: Path) -> None:
             assert both.source.runs
 
 
+async def test_a_client_that_will_migrate_is_known(tmp_path: Path) -> None:
+    """One that asks for the migration flags moves the function itself, and nobody else has to, until it goes."""
+
+    async with bed(tmp_path) as both:
+
+        def by_client() -> bool:
+            return both.source.runner.record.moved_by_client
+
+        async with both.source.vmm() as src:
+            assert not by_client()
+            assert RUNNING == await src.state()
+            assert not by_client()
+            await src.succeed(FEATURE, struct.pack("<II", 16, MIGRATION | GET))
+            assert by_client()
+            await src.set_state(STOP)
+            await src.set_state(RUNNING)
+            await src.succeed(RESET)
+            assert by_client()
+        async with both.source.vmm():
+            assert not by_client()
+
+
 async def test_capped_reads(tmp_path: Path) -> None:
     """A cap makes replies short, and the state is the same; a request with a whole buffer behind it is served too."""
     config = replace(FAST, read_cap=8192)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -9,7 +10,18 @@ import pytest
 
 from vmbed.assets import Assets
 from vmbed.guest import Guest
-from vmbed.hosts import Carrier, HostConfig, finished, host, make_disk, migrate, shown
+from vmbed.hosts import (
+    Carrier,
+    HostConfig,
+    capability,
+    finished,
+    host,
+    make_disk,
+    migrate,
+    shown,
+    status,
+)
+from vmbed.qemu import Qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 WAITING = ("-incoming", "defer", "-S")
@@ -47,7 +59,7 @@ async def goes_on(guest: Guest, more: int = 2) -> None:
 async def loaded(guest: Guest) -> None:
     """Begin the load, and wait for its first rounds."""
     await guest.check(LOAD)
-    await guest.check(f"sh while [ ! -e /tmp/rounds.{LOOPS} -o ! -e /tmp/rounds.1 ]; do usleep 10000; done")
+    await guest.check(f"sh while [ $(ls /tmp | grep -c rounds) -lt {LOOPS} ]; do usleep 10000; done")
     await goes_on(guest)
 
 
@@ -79,3 +91,72 @@ async def test_a_vm_hops(assets: Assets, workdir: Path, carrier: Carrier) -> Non
             await qemu.kill()
             qemu, here, there = other, there, here
             await here.phase("running")
+
+
+async def cancel_in_precopy(qemu: Qemu, other: Qemu, stream: Path) -> str:
+    """It is given up while the guest runs."""
+    await migrate(qemu, other, stream, bandwidth=1 << 16)
+    await status(qemu, "active")
+    await qemu.qmp.execute("migrate_cancel")
+    return "cancelled"
+
+
+async def cancel_before_the_switchover(qemu: Qemu, other: Qemu, stream: Path) -> str:
+    """It is given up while the vCPUs stand, and the functions with them."""
+    await capability(qemu, "pause-before-switchover", True)
+    await migrate(qemu, other, stream)
+    await status(qemu, "pre-switchover")
+    await qemu.qmp.execute("migrate_cancel")
+    return "cancelled"
+
+
+async def kill_in_precopy(qemu: Qemu, other: Qemu, stream: Path) -> str:
+    """The destination's QEMU ends."""
+    await migrate(qemu, other, stream, bandwidth=1 << 16)
+    await status(qemu, "active")
+    await other.kill()
+    return "failed"
+
+
+async def without_return_path(qemu: Qemu, other: Qemu, stream: Path) -> str:
+    """It is refused: the VM might be lost."""
+    await capability(qemu, "return-path", False)
+    await migrate(qemu, other, stream, bandwidth=1 << 16)
+    return "cancelled"
+
+
+async def test_a_source_comes_back(assets: Assets, workdir: Path) -> None:
+    """Whatever ends a migration: the guest goes on with its functions where it is, and moves at last."""
+    disk, config = make_disk(workdir), HostConfig()
+    async with host(workdir, "a", disk, config) as a, host(workdir, "b", disk, config) as b, a.machine(assets) as qemu:
+        await qemu.guest.ready()
+        await loaded(qemu.guest)
+        for trouble in (cancel_in_precopy, cancel_before_the_switchover, kill_in_precopy, without_return_path):
+            async with b.machine(assets, incoming=WAITING) as other:
+                await b.phase("incoming")
+                wanted = await trouble(qemu, other, workdir / "stream")
+                assert await finished(qemu) == wanted, trouble
+            await capability(qemu, "pause-before-switchover", False)
+            await capability(qemu, "return-path", True)
+            await a.phase("running")
+            await goes_on(qemu.guest)
+        async with b.machine(assets, incoming=WAITING, carrier=False) as other:
+            await b.phase("incoming")
+            await migrate(qemu, other, workdir / "stream")
+            assert await finished(qemu) == "failed"
+        await goes_on(qemu.guest)
+        async with b.machine(assets, incoming=WAITING) as other:
+            await b.phase("incoming")
+            b.agent.send_signal(signal.SIGSTOP)
+            await migrate(qemu, other, workdir / "stream")
+            assert await finished(qemu) == "failed"
+            b.agent.send_signal(signal.SIGCONT)
+        await goes_on(qemu.guest)
+        await quiet(qemu.guest)
+        async with b.machine(assets, incoming=WAITING) as other:
+            await b.phase("incoming")
+            await migrate(qemu, other, workdir / "stream")
+            assert await finished(qemu) == "completed"
+            await other.qmp.execute("cont")
+            await goes_on(other.guest)
+            await quiet(other.guest)

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from enum import IntEnum
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_protocol.errors import VfioUserError
 
@@ -60,7 +61,7 @@ def _line(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}"
+        return f"{place}{words_of(error)}"
     if isinstance(error, ConfigError | CommandFailed | VfioUserError | OSError) and text:
         return text
     return f"internal error: {type(error).__name__}: {text or 'no message'}"

@@ -166,6 +166,6 @@ def run(args: argparse.Namespace) -> int:
     log.configure(config.log_level, config.log_format)
     settle_objects()
     reread = None if args.config is None else partial(config_from, args)
-    run = partial(run_daemon, config, control=serve_control, metrics=serve_metrics, reread=reread, vms=vm_kind)
+    run = partial(run_daemon, config, control=serve_control, metrics=serve_metrics, vms=vm_kind, reread=reread)
     trio.run(run)
     return ExitCode.DONE

@@ -15,6 +15,7 @@ from typing import Any
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob import __version__
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.tables import NoOptions, Place, read_section
@@ -168,7 +169,7 @@ class ControlServer:
                 await self._admit(stream)
         # In groups, since a watch runs in a nursery of its own.
         except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as errors:
-            self._log.debug("control connection lost", errors=errors.exceptions)
+            self._log.debug("control connection lost", reason=words_of(errors))
 
     @property
     def _policy(self) -> AccessPolicy:

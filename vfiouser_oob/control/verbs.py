@@ -32,6 +32,17 @@ class Administered(StatusProvider, Protocol):
     def administration(self) -> Administration:
         """What changes it."""
 
+    async def check_migration(self, vm: str, destination: str | None) -> dict[str, Any]:
+        """What would be in the way of a VM's migration.
+
+        Args:
+            vm: its name.
+            destination: what the other host says of itself; None to leave it out.
+
+        Raises:
+            ChangeRefused: that cannot be asked.
+        """
+
 
 @section
 class AddParameters:
@@ -77,6 +88,19 @@ class LogLevelParameters:
 
     level: LogLevel = key(one_of(LogLevel), "the least important record that is written")
     function: str | None = key(NAME, "of which function", default=None, unset="the whole daemon")
+
+
+@section
+class MigrateCheckParameters:
+    """A VM that may be migrated."""
+
+    vm: str = key(NAME, "the VM's name")
+    destination: str | None = key(
+        TEXT,
+        "what the other host answered as `offer`, as JSON",
+        default=None,
+        unset="the destination is left out",
+    )
 
 
 #: Does what a verb stands for, with its checked parameters.
@@ -138,6 +162,10 @@ async def _log_level(daemon: Administered, asked: LogLevelParameters) -> Any:
     return daemon.administration.set_log_level(asked.level, asked.function)
 
 
+async def _migrate_check(daemon: Administered, asked: MigrateCheckParameters) -> Any:
+    return await daemon.check_migration(asked.vm, asked.destination)
+
+
 VERBS: Mapping[str, Verb] = {
     "status": Verb(NoOptions, ControlRole.READER, "`result` is the [status document](status.md)", _status),
     "migrations": Verb(
@@ -191,6 +219,15 @@ VERBS: Mapping[str, Verb] = {
         ControlRole.ADMIN,
         "turns a function's client out; `result` has `name` and `turned_out`. The next client may come at once",
         _disconnect,
+    ),
+    "migrate-check": Verb(
+        MigrateCheckParameters,
+        ControlRole.ADMIN,
+        "finds what would be in the way of a VM's migration, and asks agents and QEMU for it; `result` has `vm`, "
+        "`migratable`, `reasons`, each with `code`, `text` and `weight` (`refused` or `advice`), and `offer`, what "
+        "this host says of the VM to another one",
+        _migrate_check,
+        waits=True,
     ),
     "log-level": Verb(
         LogLevelParameters,

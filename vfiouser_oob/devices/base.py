@@ -9,16 +9,21 @@ the command's deadline. Nothing here may wait for DMA: a client may serve DMA on
 from __future__ import annotations
 
 import abc
+import errno
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, TypeAlias, TypeVar
 
+import trio
+
 from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.memory.recorder import SentRead, SentWrite
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_protocol.capabilities import VersionCapabilities
+from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.irq import IrqDescription
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, IoFdEntry, SetIrqs
 from vfiouser_protocol.regions import RegionSpec
@@ -92,6 +97,22 @@ class ClientLink(abc.ABC):
             DmaFault: as for `dma_read`.
         """
 
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Send a read of whatever is at an address of the client's bus, as another PCI function's registers are read.
+
+        Raises:
+            DmaFault: it cannot be sent.
+        """
+        raise DmaFault("there is no way to the client's bus", errno.ENODEV)
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Send a write to whatever is at an address of the client's bus; the client carries them out in order.
+
+        Raises:
+            DmaFault: it cannot be sent.
+        """
+        raise DmaFault("there is no way to the client's bus", errno.ENODEV)
+
     @abc.abstractmethod
     def fail(self, reason: str) -> None:
         """Note that the device behind this session is lost; every further command is answered with EIO."""
@@ -161,6 +182,24 @@ class BackendSession(abc.ABC):
 
     #: Whether every write of the device to client memory goes through this process, which so knows what is dirty.
     device_seen: bool = False
+
+    async def route_dma(self, *, by_message: bool) -> None:
+        """Have the device reach client memory by messages, or by the client's files again where there are some.
+
+        When it has returned, the device uses the other way no more.
+
+        Args:
+            by_message: whether even memory with a file is written by messages.
+
+        Raises:
+            CommandError: the device cannot do that; it goes on as before.
+        """
+        if by_message:
+            raise CommandError("this device cannot write client memory by messages", errno.ENOTSUP)
+        await trio.lowlevel.checkpoint()
+
+    #: Whether the device must hold still while `route_dma` works, since memory is not mapped for a moment.
+    routing_disturbs: bool = False
 
     def flush(self) -> Answer[None]:
         """Wait until every access so far is at the device; nothing to do where accesses are answered at once."""

@@ -39,6 +39,8 @@ class ServerWatch:
     @property
     def reason(self) -> str | None:
         """Why it cannot be used, as far as is known; None if it can."""
+        if self._reason is None and self._socket() is None:
+            self.lost(f"no vfio-user server's socket is at {self._path}")
         # An orderly end takes the socket away after the connection; only another one is worth a try.
         if self._reason is not None and self._socket() not in (None, self._seen):
             self.found()

@@ -11,12 +11,13 @@ import errno
 import os
 import socket
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.client.client import Client, ClientIoFds, ClientRegion
-from vfiouser_oob.client.dma import DmaServer
 from vfiouser_oob.client.errors import BadReply
 from vfiouser_oob.devices.base import (
     Answer,
@@ -28,6 +29,7 @@ from vfiouser_oob.devices.base import (
     IoFds,
 )
 from vfiouser_oob.devices.server_watch import ServerWatch
+from vfiouser_oob.devices.upstream_memory import DmaRelay, map_anew, submit_map
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
@@ -123,7 +125,7 @@ class UpstreamBackend(DeviceBackend):
     async def _open(self, link: ClientLink) -> UpstreamSession:
         await self._running.wait()
         assert self._nursery is not None
-        relay = _Relay(link)
+        relay = DmaRelay(link)
         try:
             sock = await self._connect()
             client = Client(
@@ -136,8 +138,7 @@ class UpstreamBackend(DeviceBackend):
             )
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise BackendUnavailable(f"the upstream server {self.path} cannot be used: {reason}") from error
+            raise BackendUnavailable(f"the upstream server {self.path} cannot be used: {words_of(error)}") from error
         regions: list[ClientRegion] = []
         try:
             description = await _describe(client, regions)
@@ -156,6 +157,7 @@ class UpstreamBackend(DeviceBackend):
             by_message=self._dma_by_message,
             retain_state=self._retain_state,
         )
+        relay.memory = session.memory
         self._nursery.start_soon(self._watch, session, link)
         return session
 
@@ -201,8 +203,14 @@ class UpstreamSession(BackendSession):
         self._link = link
         self._io_fds: dict[int, ClientIoFds] = {}
         self._by_message = by_message
+        #: Whether the upstream server has memory files of ranges that have one.
+        self._files_shared = not by_message
+        #: Whether some have, and some have not, since somebody lost patience.
+        self._mapping_anew = False
         self._retain_state = retain_state
         self._irqs = IrqSet(description.irqs)
+        #: Ranges that are being unmapped.
+        self._leaving: set[DmaRegion] = set()
         self._closing = False
         self._max_transfer = client.capabilities.max_data_xfer_size
         self._max_write = client.max_write_size
@@ -334,9 +342,7 @@ class UpstreamSession(BackendSession):
             await self._forward_map(region)
 
     async def _forward_map(self, region: DmaRegion) -> None:
-        fd = None if region.owner is None or self._by_message else region.owner.fd
-        offset = 0 if fd is None else region.offset
-        call = self._client.submit_dma_map(region.address, region.size, flags=region.flags, fd=fd, offset=offset)
+        call = submit_map(self._client, region, share_file=self._files_shared)
         try:
             await call.wait()
         except VfioUserError:
@@ -355,8 +361,15 @@ class UpstreamSession(BackendSession):
         return self._forward_unmap(request)
 
     async def _forward_unmap(self, request: DmaUnmap) -> None:
-        await self._client.dma_unmap(request.address, request.size)
-        self.memory.remove(request)
+        region = self.memory.map.find(request.address)
+        if region is not None:
+            self._leaving.add(region)
+        try:
+            await self._client.dma_unmap(request.address, request.size)
+            self.memory.remove(request)
+        finally:
+            if region is not None:
+                self._leaving.discard(region)
 
     def dma_unmap_all(self) -> Answer[None]:
         """Unmap range by range: not every server knows the flag for all of them."""
@@ -365,6 +378,28 @@ class UpstreamSession(BackendSession):
     async def _unmap_each(self) -> None:
         for region in list(self.memory):
             await self._forward_unmap(DmaUnmap(0, 0, region.address, region.size))
+
+    #: A range is not mapped for a moment, in which the device's accesses to it would fail.
+    routing_disturbs = True
+
+    async def route_dma(self, *, by_message: bool) -> None:
+        """Map all memory anew, without its files or with them; the upstream server then writes by messages, or not."""
+        share = not (by_message or self._by_message)
+        if share == self._files_shared and not self._mapping_anew:
+            return
+        self._files_shared = share  # what is mapped from now on already follows it
+        self._mapping_anew = True
+        try:
+            await map_anew(self._client, self.memory, self._leaving, share_files=share)
+            self._mapping_anew = False
+        except VfioUserError as error:
+            self._files_shared = not share
+            with suppress(VfioUserError):
+                await map_anew(self._client, self.memory, self._leaving, share_files=not share)
+            raise CommandError(
+                f"the upstream device does not take memory {'with' if share else 'without'} its file: {error}",
+                errno.ENOTSUP,
+            ) from error
 
     # The end
 
@@ -400,21 +435,6 @@ def _shown(found: ClientIoFds, most: int) -> IoFds:
     entries = [entry for entry in found.reply.entries if all(number < most for number in io_fd_numbers(entry))]
     used = max((number + 1 for entry in entries for number in io_fd_numbers(entry)), default=0)
     return IoFds(entries, found.fds[:used])
-
-
-class _Relay(DmaServer):
-    """The upstream server's DMA messages, relayed to the client; message ids and splitting are per hop."""
-
-    def __init__(self, link: ClientLink) -> None:
-        self._link = link
-
-    async def read(self, address: int, count: int) -> bytes:
-        """Relay DMA_READ."""
-        return await self._link.dma_read(address, count)
-
-    async def write(self, address: int, data: bytes) -> None:
-        """Relay DMA_WRITE."""
-        await self._link.dma_write(address, data)
 
 
 async def _describe(client: Client, regions: list[ClientRegion]) -> DeviceDescription:

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from vfiouser_oob.memory.files import FileFacts, FileTable, GuestFile, examine, is_memory
+from vfiouser_oob.memory.recorder import DmaRoute, SentWrite, WriteRecorder
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_oob.transport.turns import FunctionQueue
@@ -33,6 +34,10 @@ class DmaMessages(Protocol):
 
     async def dma_write(self, address: int, data: bytes) -> None:
         """Write client memory by message."""
+        ...
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Send a write, behind all that were sent before."""
         ...
 
 
@@ -61,6 +66,8 @@ class GuestMemory:
         self.by_message = by_message
         #: Told of every write that went through a file here: address and bytes.
         self.on_write: Callable[[int, int], None] | None = None
+        #: Decides which way writes go, and knows which of them the client does not; None if nobody needs that.
+        self.recorder: WriteRecorder | None = None
         self._check_files = check_files
         self._in_flight = 0
         self._quiet = trio.Event()
@@ -186,10 +193,11 @@ class GuestMemory:
         """
         parts = []
         end = address + count
+        by_message = self.by_message and (self.recorder is None or self.recorder.route is not DmaRoute.HELD)
         while True:
             for region, offset, length in self.map.segments(address, end - address, False, _RANGES_PER_TURN):
                 file: GuestFile | None = region.owner
-                if file is None or self.by_message:
+                if file is None or by_message:
                     parts.append(await self._messages.dma_read(region.address + offset, length))
                 elif file.in_memory:
                     parts.append(file.read(region.offset + offset, length))
@@ -221,25 +229,118 @@ class GuestMemory:
             if done == len(view):
                 return
 
+    async def relay_read(self, address: int, count: int) -> bytes:
+        """Read for a device that asks by messages: by a message of ours, or the file if the client may not answer now.
+
+        Args:
+            address: DMA address.
+            count: bytes.
+
+        Raises:
+            DmaFault: as `read`.
+        """
+        recorder = self.recorder
+        if recorder is None or recorder.route is DmaRoute.FILES or not self._in_memory(address, count, write=False):
+            return await self._messages.dma_read(address, count)
+        return await self.read(address, count)
+
+    async def relay_write(self, address: int, data: bytes) -> None:
+        """Write for a device that asks by messages: by a message of ours, or the file if the client may not answer now.
+
+        Args:
+            address: DMA address.
+            data: what to write.
+
+        Raises:
+            DmaFault: as `write`.
+        """
+        recorder = self.recorder
+        if recorder is None:
+            await self._messages.dma_write(address, data)
+        elif not self._in_memory(address, len(data), write=True):
+            await self._by_message(recorder, address, data, has_file=False)
+        elif recorder.route is DmaRoute.HELD or not await self._by_message(recorder, address, data, has_file=True):
+            await self.write(address, data)
+
+    def _in_memory(self, address: int, count: int, *, write: bool) -> bool:
+        """Whether a range can be reached by files whose access waits for nobody else."""
+        parts = self.map.segments(address, count, write, _RANGES_PER_TURN)
+        reached = sum(length for _, _, length in parts)
+        return reached == count and all(region.owner is not None and region.owner.in_memory for region, _, _ in parts)
+
+    async def place(self, address: int, data: bytes) -> list[SentWrite]:
+        """Write what the function wrote elsewhere: into files, and where there are none by messages.
+
+        Args:
+            address: DMA address.
+            data: what to write.
+
+        Returns:
+            The messages, none of which was waited for: the client may not answer now.
+
+        Raises:
+            DmaFault: nothing writable is mapped there, or its file cannot be written.
+        """
+        sent: list[SentWrite] = []
+        view = memoryview(data)
+        while view:
+            for region, offset, length in self.map.segments(address, len(view), True, _RANGES_PER_TURN):
+                if region.owner is None:
+                    sent.append(self._messages.bus_write(address, bytes(view[:length])))
+                else:
+                    await self._write_file(address, region.owner, region.offset + offset, view[:length])
+                address += length
+                view = view[length:]
+        return sent
+
     async def _write_part(self, region: DmaRegion, offset: int, part: memoryview) -> None:
         file: GuestFile | None = region.owner
-        if file is None or self.by_message:
-            await self._messages.dma_write(region.address + offset, bytes(part))
-            return
+        address = region.address + offset
+        if file is None or self._prefers_messages:
+            await self._message_or_file(address, part, file, region.offset + offset)
+        else:
+            await self._write_file(address, file, region.offset + offset, part)
+
+    @property
+    def _prefers_messages(self) -> bool:
+        """Whether what has a file is written by messages all the same."""
+        route = DmaRoute.FILES if self.recorder is None else self.recorder.route
+        return route is DmaRoute.MESSAGES or (self.by_message and route is not DmaRoute.HELD)
+
+    async def _message_or_file(self, address: int, part: memoryview, file: GuestFile | None, offset: int) -> None:
+        data, recorder = bytes(part), self.recorder
+        if recorder is None:
+            await self._messages.dma_write(address, data)
+        elif not await self._by_message(recorder, address, data, has_file=file is not None) and file is not None:
+            await self._write_file(address, file, offset, memoryview(data))
+
+    async def _by_message(self, recorder: WriteRecorder, address: int, data: bytes, *, has_file: bool) -> bool:
+        """Write by a message; returns whether that was done, or it has to go into the file after all."""
+        with recorder.sending(address, data, has_file=has_file) as scope:
+            await self._messages.dma_write(address, data)
+        return not scope.cancelled_caught
+
+    async def _write_file(self, address: int, file: GuestFile, offset: int, part: memoryview) -> None:
         # What could change while the thread is at it, is copied.
         kept = part if part.readonly else bytes(part)
-        await self._write_in_thread(region.address + offset, file, region.offset + offset, kept)
-        if self.on_write is not None:
-            self.on_write(region.address + offset, len(part))
+        await self._write_in_thread(address, file, offset, kept)
+        self._wrote(address, len(part))
+        if self.recorder is not None and self.recorder.contested(address, len(part)):
+            self.recorder.sent_again(self._messages.bus_write(address, bytes(kept)))
 
     async def _write_in_thread(self, address: int, file: GuestFile, offset: int, part: bytes | memoryview) -> None:
         try:
             await self._in_thread(file, partial(file.write, offset, part))
         except trio.Cancelled:
             # The thread goes on without us, so the pages may be written at any moment from now on.
-            if self.on_write is not None:
-                self.on_write(address, len(part))
+            self._wrote(address, len(part))
             raise
+
+    def _wrote(self, address: int, length: int) -> None:
+        if self.on_write is not None:
+            self.on_write(address, length)
+        if self.recorder is not None:
+            self.recorder.wrote(address, length)
 
     async def _in_thread(self, file: GuestFile, access: Callable[[], T]) -> T:
         """Access a file in the client's thread; the file stays open until that returns."""

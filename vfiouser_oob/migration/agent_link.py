@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import trio
 
 from vfiouser_agents.api import Agent, Capabilities, EventKind, Outcome, Session, Status
+from vfiouser_agents.causes import words_of
 from vfiouser_agents.delivery import Delivery, followed
 from vfiouser_agents.errors import (
     AgentError,
@@ -251,7 +252,7 @@ class AgentLink:
                         self._forget(session)  # which ends this watch, and has another session opened while it matters
                     await pace.taken()
         except* (AgentError, OSError) as errors:
-            reason = str(errors.exceptions[0])
+            reason = words_of(errors)
         self._tracer.unwatched(reason)
 
     # Calls
@@ -342,7 +343,7 @@ def _late(name: str, delivery: Delivery) -> AgentError:
 
 def _lost(error: OSError, delivery: Delivery) -> AgentError:
     """The error of a call that the system ended."""
-    reason = error.strerror or str(error)
+    reason = words_of(error)
     if delivery.unsent:
         return ConnectError(f"the agent cannot be reached: {reason}")
     return TransportLost(f"the agent was lost: {reason}")

@@ -1,5 +1,8 @@
 """Configuration space as the client last wrote it, for the stream's `pci` record and to notice function-level resets.
 
+Every client of a function has one, whether the function has an agent or not: what stock QEMU keeps of a function's
+registers is written anew after a migration, and this is where it comes from (`vm.replay`).
+
 Values read back are no good for that: they have status bits, hidden bits and bits that mean something else when
 written. So what is carried is what was written, and the destination writes it again.
 """
@@ -10,8 +13,10 @@ from collections.abc import Iterator
 
 from construct import Int8ul, Int16ul, Padding, Struct
 
+from vfiouser_protocol.constants import IrqIndex
 from vfiouser_protocol.packed import packed
 from vfiouser_protocol.pci_caps import ExpressControl
+from vfiouser_protocol.pci_header import ConfigOffset
 
 _SIZE = 4096
 _VERSION = 1
@@ -28,6 +33,12 @@ _CAP_EXPRESS = 0x10
 _CAP_AF = 0x13
 _AF_CONTROL = 4
 _AF_FLR = 0x01
+#: What a guest does not restore after a function-level reset: from, to.
+_ADDRESSES = (
+    (ConfigOffset.BAR0, ConfigOffset.BAR0 + 24),
+    (ConfigOffset.ROM, ConfigOffset.ROM + 4),
+    (ConfigOffset.INTERRUPT_LINE, ConfigOffset.INTERRUPT_LINE + 1),
+)
 #: PCI capabilities are dwords in 256 bytes: more links than this are a circle.
 _MAX_CAPS = 48
 
@@ -36,6 +47,9 @@ class ConfigShadow:
     """What the client wrote to region 7 since the last reset."""
 
     def __init__(self) -> None:
+        #: How often the client has set up MSI-X vectors, which it does when the guest changes their table. What is in
+        #: the table it does not tell.
+        self.vector_changes = 0
         self._values = bytearray(_SIZE)
         self._written = bytearray(_SIZE)
         #: Bytes that ask for a function-level reset: offset and mask.
@@ -82,10 +96,30 @@ class ConfigShadow:
                 reset = True
         return reset
 
-    def clear(self) -> None:
-        """Forget what was written, as a reset does."""
+    def note_interrupts(self, index: int) -> None:
+        """Note that the client has set up interrupts.
+
+        Args:
+            index: IrqIndex.
+        """
+        if index == IrqIndex.MSIX:
+            self.vector_changes += 1
+
+    def clear(self, *, keep_addresses: bool = False) -> None:
+        """Forget what was written, as a reset does.
+
+        Args:
+            keep_addresses: leave BARs, ROM address and interrupt line. Right for a function-level reset by the guest of
+                a VMM that emulates these registers, such as QEMU: the guest finds them unchanged, and does not write
+                them again.
+        """
+        kept = [(slice(*each), self._values[slice(*each)], self._written[slice(*each)]) for each in _ADDRESSES]
         self._values = bytearray(_SIZE)
         self._written = bytearray(_SIZE)
+        if keep_addresses:
+            for where, values, written in kept:
+                self._values[where] = values
+                self._written[where] = written
 
     def take(self, other: ConfigShadow) -> None:
         """Take what was written according to another shadow of the same function."""

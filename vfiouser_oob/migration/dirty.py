@@ -9,6 +9,7 @@ are slow, pages that are not copied are lost data.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_left, bisect_right
 from collections.abc import Awaitable, Generator, Iterable, Iterator
 
@@ -72,6 +73,8 @@ class DirtyTracker:
         self._by_message = by_message
         self._call_s = call_s
         self.log = DmaLogging(max_bitmap_size)
+        #: Whether it logs for somebody beside the client, from whom the client takes it when it wants it.
+        self.lent = False
         #: Bytes per page that the agent uses; 0 while it does not log.
         self._agent_page = 0
         self._blind = False
@@ -145,6 +148,7 @@ class DirtyTracker:
     def forget(self) -> bool:
         """The client has gone, and with it its memory; returns whether the agent has to be told."""
         self.log.stop()
+        self.lent = False
         logged, self._agent_page = bool(self._agent_page), 0
         return logged
 
@@ -164,6 +168,29 @@ class DirtyTracker:
         except AgentError:
             self._blind = True
         self._stale = merged((region.address, region.end) for region in self._memory)
+
+    # For somebody else
+
+    async def lend(self, page_size: int, deadline: float) -> None:
+        """Begin to log for somebody beside the client.
+
+        Args:
+            page_size: bytes.
+            deadline: when it has to be done.
+
+        Raises:
+            CommandError: the client logs, or the agent cannot be told.
+        """
+        if self.log.active:
+            raise CommandError("its client logs dirty pages by itself", errno.EBUSY)
+        await self.start(page_size, (), deadline)
+        self.lent = True
+
+    async def reclaim(self, deadline: float) -> None:
+        """End what was lent; nothing to do if nothing was."""
+        if self.lent:
+            self.lent = False
+            await self.stop(deadline)
 
     # Reports
 

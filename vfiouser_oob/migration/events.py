@@ -60,6 +60,11 @@ class P2pNamed(MigrationEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class ClientMigrates(MigrationEvent):
+    """The client asks for what it needs to migrate the function itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepTaken(MigrationEvent):
     """The step that was under way was taken.
 

@@ -169,6 +169,7 @@ _HANDLERS: Mapping[type[ev.MigrationEvent], Callable[[Turn, Any], None]] = Mappi
         ev.StepRefused: _refused,
         ev.Abandoned: _abandoned,
         ev.ClientCame: clients.client_came,
+        ev.ClientMigrates: clients.client_migrates,
         ev.FitWanted: clients.fit_wanted,
         ev.ClientWent: clients.client_went,
         ev.ResetAsked: clients.reset_asked,

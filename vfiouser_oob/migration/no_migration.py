@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 from vfiouser_oob.devices.base import Answer, BackendSession
+from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import decode
-from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.constants import RegionIndex
+from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.messages import DeviceFeature, DirtyPages, DmaUnmap, MigDataRead, MigDataWrite
 from vfiouser_protocol.rules import check_request
 
+#: What is needed of configuration space to find the registers that reset the function.
+CONFIG_HEAD = 256
 #: A reply's payload, or what waits for it.
 PortReply: TypeAlias = "bytes | Pieces | Awaitable[bytes | Pieces]"
 
@@ -29,6 +34,10 @@ class Port(Protocol):
     @property
     def v1(self) -> V1View | None:
         """The migration region, if this client has one."""
+
+    @property
+    def shadow(self) -> ConfigShadow:
+        """Configuration space as this client wrote it."""
 
     def negotiated(self, client: VersionCapabilities, offer: VersionCapabilities, page_size: int | None) -> None:
         """Take what VERSION settled."""
@@ -78,20 +87,29 @@ class NoMigration:
     def __init__(self, session: BackendSession, max_transfer: int) -> None:
         self._session = session
         self._max_transfer = max_transfer
+        self.shadow = ConfigShadow()
+
+    async def learn(self) -> None:
+        """Find the registers that reset the function; a device that cannot be read now resets unnoticed."""
+        with suppress(VfioUserError, OSError):
+            head = self._session.region_read(RegionIndex.CONFIG, 0, CONFIG_HEAD)
+            self.shadow.learn(head if isinstance(head, bytes) else await head)
 
     def negotiated(self, client: VersionCapabilities, offer: VersionCapabilities, page_size: int | None) -> None:
         """Nothing depends on it."""
 
     def reset(self) -> Answer[None]:
         """The device alone is reset."""
+        self.shadow.clear()
         return self._session.reset()
 
     def config_written(self, offset: int, data: bytes) -> bool:
-        """No write means anything but itself."""
-        return False
+        """Note it; whether it resets the function is told, though nothing but the note depends on it."""
+        return self.shadow.note(offset, data)
 
     async def function_reset(self) -> None:
-        """What the device has done is all there is."""
+        """What the device has done is all there is to be done."""
+        self.shadow.clear(keep_addresses=True)
 
     def unmapped(self, iova: int, length: int) -> Awaitable[None] | None:
         """No page is logged."""

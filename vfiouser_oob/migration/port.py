@@ -13,6 +13,7 @@ from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.message_time import message_deadline
+from vfiouser_oob.migration.no_migration import CONFIG_HEAD
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.steps import AttachedDevice
@@ -30,8 +31,6 @@ from vfiouser_protocol.limits import DEFAULT_MAX_BITMAP_SIZE
 from vfiouser_protocol.messages import DmaUnmap
 
 Answer: TypeAlias = "bytes | Awaitable[bytes | Pieces]"
-#: What is needed of configuration space to find the registers that reset the function.
-_CONFIG_HEAD = 256
 
 
 class MigrationPort:
@@ -100,6 +99,7 @@ class MigrationPort:
     async def dirty_pages(self, payload: bytes, *, posted: bool) -> bytes:
         """DIRTY_PAGES."""
         deadline = message_deadline()
+        await self.dirty.reclaim(deadline)
         call = interpret_dirty_pages(payload, self.dirty.log, migratable=self.v1 is not None)
         if isinstance(call, StartDirty):
             await self.dirty.start(self._page_size, (), deadline)
@@ -210,7 +210,7 @@ async def attach(
     )
     device = AttachedDevice(session, ConfigShadow(), dirty)
     try:
-        head = session.region_read(RegionIndex.CONFIG, 0, _CONFIG_HEAD)
+        head = session.region_read(RegionIndex.CONFIG, 0, CONFIG_HEAD)
         device.shadow.learn(head if isinstance(head, bytes) else await head)
     except (VfioUserError, OSError) as error:
         raise BackendUnavailable(f"the device's configuration space cannot be read: {error}") from error

@@ -148,6 +148,7 @@ class MigrationRecord:
         certainty: whether that is what the function does.
         unknown_since: since when it is not known, in seconds since 1970.
         p2p: the client has it in the P2P state beside that one, which for the function is the same.
+        by_client: the client has asked for what it needs to migrate the function itself, as one that cannot never does.
         owner: who moves the state, until RUNNING or a reset.
         begun: the migration that the agent was told of.
         stream: the state under way, as long as there is any.
@@ -174,6 +175,7 @@ class MigrationRecord:
     certainty: Certainty = Certainty.KNOWN
     unknown_since: float | None = None
     p2p: bool = False
+    by_client: bool = False
     owner: Owner | None = None
     begun: Begun | None = None
     stream: Stream | None = None
@@ -228,6 +230,11 @@ class MigrationRecord:
     def loads(self) -> bool:
         """Whether state is being loaded."""
         return self.stream is not None and self.stream.role is Role.DESTINATION
+
+    @property
+    def moved_by_client(self) -> bool:
+        """Whether nobody else has to move it: its client does, or will."""
+        return self.by_client or self.owner in (Owner.V1, Owner.V2)
 
     @property
     def elsewhere(self) -> bool:

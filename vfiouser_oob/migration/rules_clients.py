@@ -18,8 +18,13 @@ from vfiouser_protocol.constants import DeviceState
 
 def client_came(turn: Turn, event: ev.ClientCame) -> None:
     """A client has the device; it goes first."""
-    turn.set(attached=True, p2p=False)
+    turn.set(attached=True, p2p=False, by_client=False)
     turn.do(ev.CeaseProbing())
+
+
+def client_migrates(turn: Turn, event: ev.ClientMigrates) -> None:
+    """It moves the function itself, so nobody else has to."""
+    turn.set(by_client=True)
 
 
 def fit_wanted(turn: Turn, event: ev.FitWanted) -> None:
@@ -73,7 +78,7 @@ def give_up_attach(turn: Turn, errand: PlanProgress) -> None:
 def client_went(turn: Turn, event: ev.ClientWent) -> None:
     """Bring a source back that the client did not take, fence what may live elsewhere."""
     lost = turn.record.elsewhere or turn.record.loads
-    turn.set(attached=False, logging=False)
+    turn.set(attached=False, logging=False, by_client=False)
     turn.drop()
     if event.logged:
         turn.do(ev.StopLogging())

@@ -364,7 +364,7 @@ class MigrationRunner:
     async def function_reset(self) -> None:
         """The guest has reset the function through configuration space, which the device has done already."""
         if self.steps.device is not None:
-            self.steps.device.shadow.clear()
+            self.steps.device.shadow.clear(keep_addresses=True)
         effect = RESETS[ResetKind.FUNCTION_LEVEL].migration
         await self._reset(ev.GuestReset(restarts=effect is MigrationEffect.RESTARTS))
 

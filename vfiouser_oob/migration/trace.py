@@ -11,6 +11,7 @@ from typing import Any
 import trio
 
 from vfiouser_agents.api import Event, EventKind
+from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import MAX_MESSAGE
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
@@ -18,6 +19,8 @@ from vfiouser_oob.observability.status import MigrationEntry
 
 #: Seconds between two progress events of one function; data moves in thousands of chunks, and a watcher has a life.
 PROGRESS_S = 0.25
+#: The step that only asks.
+_QUESTION = "status"
 #: The error of a step whose caller has gone, or has something more urgent to do.
 _GIVEN_UP = "given up"
 
@@ -95,9 +98,11 @@ class Tracer:
         except BaseException as error:
             reason = _GIVEN_UP
             if isinstance(error, Exception):
-                reason = str(error) or type(error).__name__
+                reason = words_of(error)
                 self.failures += 1
-                self._failed = name, reason, time.time()
+                # Whoever is away does not say where the function is; that is told as such, and is no failed step.
+                if not (self.agent_away and name == _QUESTION):
+                    self._failed = name, reason, time.time()
             duration = trio.current_time() - begun
             self._tell("failed", name, bytes=span.bytes, duration_s=round(duration, 6), error=reason)
             raise

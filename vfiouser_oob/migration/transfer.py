@@ -11,7 +11,7 @@ from typing import NamedTuple
 import trio
 
 from vfiouser_agents.errors import AgentError
-from vfiouser_oob.migration.events import LoadFailed, Moved
+from vfiouser_oob.migration.events import ClientMigrates, LoadFailed, Moved
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
@@ -80,6 +80,11 @@ class Transfer:
             CommandError: EBUSY.
         """
         self._runner.require_owner(self._owner, what)
+
+    def begin_use(self) -> None:
+        """Note that the client moves the state itself, before it begins to."""
+        if not self._runner.record.by_client:
+            self._runner.feed(ClientMigrates())
 
     def named(self, state: DeviceState) -> DeviceState:
         """What the client calls a state: its P2P name, if that was asked for last.

@@ -65,7 +65,7 @@ class V2View:
         self._cap = max_read if config.read_cap is None else config.read_cap
         self._actions: Mapping[FeatureAction, Callable[[FeatureCall], Answer]] = {
             FeatureAction.PROBED: lambda call: call.echo(),
-            FeatureAction.GET_MIGRATION: lambda call: call.flags(precopy=config.precopy, p2p=self._p2p),
+            FeatureAction.GET_MIGRATION: self._flags,
             FeatureAction.GET_STATE: self._get_state,
             FeatureAction.SET_STATE: self._set_state,
             FeatureAction.START_LOGGING: self._start_logging,
@@ -96,6 +96,11 @@ class V2View:
         self._dirty.undo_report()
         return reply
 
+    def _flags(self, call: FeatureCall) -> Answer:
+        # QEMU asks for this when its device is made, if it can migrate it at all.
+        self._transfer.begin_use()
+        return call.flags(precopy=self._config.precopy, p2p=self._p2p)
+
     def _get_state(self, call: FeatureCall) -> Answer:
         if not self._transfer.certain:
             return self._get_state_later(call)
@@ -114,9 +119,11 @@ class V2View:
 
     async def _start_logging(self, call: FeatureCall) -> bytes:
         assert isinstance(call.data, FeatureLoggingStart)
+        await self._dirty.reclaim(message_deadline())
         return call.started(await self._dirty.start(call.data.page_size, call.data.ranges, message_deadline()))
 
     async def _stop_logging(self, call: FeatureCall) -> bytes:
+        await self._dirty.reclaim(message_deadline())
         await self._dirty.stop(message_deadline())
         return call.echo()
 
@@ -127,6 +134,7 @@ class V2View:
     async def _report(self, call: FeatureCall) -> Pieces:
         data = call.data
         assert isinstance(data, FeatureLoggingReport)
+        await self._dirty.reclaim(message_deadline())
         bitmap = await self._dirty.report(data.iova, data.length, data.page_size, message_deadline())
         return Pieces([call.report_head(len(bitmap)), memoryview(bitmap)])
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import trio
 
 from vfiouser_oob.devices.base import BackendSession
+from vfiouser_oob.migration.no_migration import Port
 from vfiouser_oob.server.channel import Channel
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.dispatcher import Dispatcher, note_refusal
@@ -47,6 +48,7 @@ class Attached:
         dispatcher: the client's commands that wait.
         context: the function's.
         lane: its place in the queue for the event loop.
+        port: its way into the function's migration, which knows configuration space as it wrote it.
     """
 
     session: ProtocolSession
@@ -59,6 +61,7 @@ class Attached:
     dispatcher: Dispatcher
     context: FunctionContext
     lane: FunctionQueue
+    port: Port
 
     phase = "attached"
     #: It has sent its first message.

@@ -68,8 +68,9 @@ _WITHOUT_MEANING = MappingProxyType(
 Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
 
 
-#: Says what a VM is, given where changes are announced and how the functions are found; that is above this room.
-VmKindMaker: TypeAlias = Callable[[EventHub, FindFunction], UnitKind]
+#: Says what a VM is, given where changes are announced, how the functions are found, and the sockets that systemd
+#: passed; that is above this room.
+VmKindMaker: TypeAlias = Callable[[EventHub, FindFunction, SocketShelf], UnitKind]
 
 
 class ServeControl(Protocol):
@@ -117,7 +118,14 @@ async def run_daemon(
         resources.callback(activity.close)
         store = CapabilityStore(config.state_directory, log.get("persist"))
         history = HistoryStore(config.state_directory, log.get("persist"))
-        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, history, activity)
+        means = SharedParts(
+            config.reply_budget_s,
+            AgentPool(agents),
+            store,
+            history,
+            activity,
+            recorded=lambda name: any(name in vm.functions for vm in (*config.vms, *units.configured_vms())),
+        )
         activity.busy = lambda: means.sharing.busy
         _raise_fd_limit()
         inherited = inherited_sockets()
@@ -129,7 +137,7 @@ async def run_daemon(
         functions = function_kind(shelf, means)
         units = Units([functions])
         if vms is not None:
-            units.kinds.append(vms(means.events, partial(find_function, units)))
+            units.kinds.append(vms(means.events, partial(find_function, units), shelf))
         resources.callback(units.close)
         for kind in units.kinds:
             units.open_all(kind, kind.of(config), config.spoiled)
@@ -292,6 +300,24 @@ class Daemon:
         runners = [function.migration for function in self.functions if function.migration is not None]
         entries = [entry for runner in runners if runner.history is not None for entry in runner.history.entries]
         return sorted(entries, key=lambda entry: entry["ended"])
+
+    async def check_migration(self, vm: str, destination: str | None) -> dict[str, Any]:
+        """Find what would be in the way of a VM's migration.
+
+        Args:
+            vm: its name.
+            destination: what the other host says of itself; None to leave it out.
+
+        Raises:
+            ChangeRefused: that cannot be asked.
+        """
+        units = [unit for unit in self.registry.units if unit.kind.check is not None]
+        found = next((unit for unit in units if unit.name == vm), None)
+        if found is None:
+            names = ", ".join(unit.name for unit in units) or "none"
+            raise ChangeRefused(f"there is no VM {vm!r} (VMs: {names})")
+        assert found.kind.check is not None
+        return await found.kind.check(found, destination)
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""

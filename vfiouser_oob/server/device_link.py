@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vfiouser_oob.devices.base import ClientLink
+from vfiouser_oob.memory.recorder import SentRead, SentWrite
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.errors import DmaFault
@@ -21,6 +22,12 @@ class Dma(Protocol):
     async def write(self, address: int, data: bytes) -> None:
         """Write client memory."""
 
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Send a read of whatever is at an address of its bus."""
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Send a write to whatever is there."""
+
 
 class NoDma:
     """The way to the memory of a client that was not told yet what was agreed: there is none."""
@@ -30,6 +37,14 @@ class NoDma:
         raise _too_early()
 
     async def write(self, address: int, data: bytes) -> None:
+        """Refuse."""
+        raise _too_early()
+
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Refuse."""
+        raise _too_early()
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
         """Refuse."""
         raise _too_early()
 
@@ -68,6 +83,14 @@ class DeviceLink(ClientLink):
     async def dma_write(self, address: int, data: bytes) -> None:
         """Write client memory by messages."""
         await self._dma.write(address, data)
+
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Send a read of whatever is at an address of the client's bus."""
+        return self._dma.send_read(address, count)
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Send a write to whatever is at an address of the client's bus."""
+        return self._dma.bus_write(address, data)
 
     def fail(self, reason: str) -> None:
         """The device is lost: from now on every command is answered with EIO."""

@@ -13,6 +13,8 @@ from vfiouser_protocol.errors import DmaFault, VfioUserError
 
 #: Reads client memory by one DMA_READ: an address, bytes; the payload of the reply. Raises DmaFault.
 RawRead = Callable[[int, int], Awaitable[bytes]]
+#: Bytes before the data of a specified reply.
+_HEAD = 16
 #: Bytes that are read where the first thing to be done is a write.
 _LOOK = 64
 #: Faults after which nothing more is to be expected of the client.
@@ -55,7 +57,7 @@ class DmaDialect:
         """
         if self.layout is None:
             await self._learn(address, count, payload, again or self._read)
-        if self.spoken not in fitting(payload, count):
+        if not self._fits(payload, count):
             raise DmaFault(
                 f"the client answered DMA_READ {address:#x}+{count:#x} with {len(payload)} bytes that are no reply of "
                 f"the {self.spoken.value} layout",
@@ -65,6 +67,11 @@ class DmaDialect:
             return decode(READ_REPLIES[self.spoken], payload)
         except VfioUserError as error:
             raise DmaFault(f"the client's reply makes no sense: {error}", errno.EPROTO) from error
+
+    def _fits(self, payload: bytes, count: int) -> bool:
+        if self.layout is DmaLayout.SPECIFIED:  # of which the decoder checks the rest; the way of every device's reads
+            return len(payload) == _HEAD + count
+        return self.spoken in fitting(payload, count)
 
     async def _learn(self, address: int, count: int, payload: bytes, read: RawRead) -> None:
         """Find out what a reply proves, and read more where it fits both layouts."""

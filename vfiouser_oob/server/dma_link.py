@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeAlias
 
 import trio
 
@@ -23,6 +25,37 @@ MAX_READ_OUTSTANDING = 128 << 10
 
 #: Commands under way at once. Message ids are 16 bits wide and shared with nobody, so this is about memory only.
 MAX_OUTSTANDING = 256
+
+#: Takes a reply to DMA_READ apart: an address, bytes, its payload; the data. Raises DmaFault.
+ReadCheck: TypeAlias = Callable[[int, int, bytes], Awaitable[bytes]]
+
+
+class BusRead:
+    """A read of whatever is at an address of the client's bus, sent already.
+
+    Args:
+        address: the guest's.
+        count: bytes.
+        pending: its message.
+        check: takes the reply apart.
+    """
+
+    __slots__ = ("_address", "_check", "_count", "_pending")
+
+    def __init__(self, address: int, count: int, pending: PendingReply, check: ReadCheck) -> None:
+        self._address = address
+        self._count = count
+        self._pending = pending
+        self._check = check
+
+    async def wait(self) -> bytes:
+        """Wait for the client's answer, however long it takes.
+
+        Raises:
+            DmaFault: refused, nonsense, or gone.
+        """
+        await self._pending.event.wait()
+        return await self._check(self._address, self._count, _payload(Command.DMA_READ, self._pending))
 
 
 class PendingReply:
@@ -297,6 +330,26 @@ class DmaLink:
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,
         }
+
+    def send_read(self, address: int, count: int) -> BusRead:
+        """Send a read of whatever is at an address of the client's bus, mapped as memory or not; see `bus_write`.
+
+        Args:
+            address: the guest's.
+            count: bytes; no more than the client takes in one message, and than a reply may have.
+
+        Raises:
+            DmaFault: the client takes no such messages, or has gone.
+        """
+        if count > min(self._max_transfer, MAX_READ):
+            raise DmaFault(f"the client takes no reads of {count} bytes", errno.E2BIG)
+        if self._closed:
+            raise _gone()
+        pending = PendingReply()
+        _, message = self._session.command(Command.DMA_READ, encode(DmaRead(address, count)), pending)
+        self._pending.add(pending)
+        self._send(message)
+        return BusRead(address, count, pending, partial(self._checked, again=self._read_bus))
 
     def close(self) -> None:
         """Fail everything that is under way: the client has gone."""

@@ -10,7 +10,9 @@ from typing import TypeAlias
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
+from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
@@ -53,6 +55,8 @@ class Function:
         log: a logger; the function's name is added.
         allow_uids: user ids that may connect; None allows whoever the socket's permissions let in.
         migration: builds its migration from events and logger; None if it cannot be migrated.
+        recorded: whether what it writes to its client's memory is recorded from the beginning, as is needed in a VM
+            whose VMM has no migration interface.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Function:
         log: Logger,
         allow_uids: tuple[int, ...] | None = None,
         migration: MigrationMaker | None = None,
+        recorded: bool = False,
     ) -> None:
         self.name = name
         self.backend = backend
@@ -82,6 +87,8 @@ class Function:
         self.allow_uids = allow_uids
         #: Whether it takes no new client, because an administrator said so.
         self.draining = False
+        #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
+        self.recorded = recorded
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
@@ -134,7 +141,7 @@ class Function:
             with Contained() as outcome:
                 await self.migration.run()
             if outcome.error is not None:
-                self.failed = f"its migration died: {outcome.error}"
+                self.failed = f"its migration died: {words_of(outcome.error)}"
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
                 self._fail(self.failed)
 
@@ -151,6 +158,8 @@ class Function:
         Raises:
             BackendUnavailable: the function must not run now.
         """
+        if self.recorded:
+            backend.memory.recorder = WriteRecorder()
         return None if self.migration is None else await attach(self.migration, backend, self.name, client)
 
     async def run_device(self) -> None:
@@ -158,7 +167,7 @@ class Function:
         with Contained() as outcome:
             await self.backend.run()
         if outcome.error is not None:
-            self.failed = f"the device's task died: {root_cause(outcome.error)}"
+            self.failed = f"the device's task died: {words_of(outcome.error)}"
             self.log.exception("device failed; its function is out of service", root_cause(outcome.error))
             self._fail(self.failed)
             self.context.announce("device-failed", reason=self.failed)
@@ -343,7 +352,7 @@ class Function:
             self.context.note_error(f"connection failed: {cause.strerror or cause}")
             return f"the system refused: {cause.strerror or cause}"
         self.log.exception("bug: a connection failed unexpectedly", error)
-        self.context.note_error(f"connection failed: {error}")
+        self.context.note_error(f"connection failed: {words_of(error)}")
         return "an error of ours"
 
     # Reporting

@@ -159,7 +159,9 @@ class Handlers:
 
     def set_irqs(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_SET_IRQS."""
-        return _empty(self._session.set_irqs(decode(SetIrqs, payload), fds))
+        request = decode(SetIrqs, payload)
+        self._port.shadow.note_interrupts(request.index)
+        return _empty(self._session.set_irqs(request, fds))
 
     def reset(self, payload: bytes, fds: Sequence[OwnedFd], no_reply: bool) -> Result:
         """DEVICE_RESET."""

@@ -163,7 +163,7 @@ class Negotiating:
                 held.push_async_callback(backend.close)
                 late = "the agent did not answer in time"
                 migrating = await host.attach_migration(backend, proposed)
-                port: Port = migrating or NoMigration(backend, OFFER.max_data_xfer_size)
+                port: Port = migrating or await _without_migration(backend)
                 held.push_async_callback(port.detach)
                 late = "the device was not reset in time"
                 renewed = backend.renew()
@@ -190,7 +190,7 @@ class Negotiating:
         link.agreed(agreed.client, dma)
         executor = self._executor(agreed, offer, backend, port)
         dispatcher = Dispatcher(self.session, self.main, executor, context, lane)
-        return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane)
+        return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane, port)
 
     def _layout_learned(self, layout: DmaLayout) -> None:
         if layout is DmaLayout.NARROW:
@@ -221,6 +221,13 @@ class Negotiating:
             return None
         held.callback(pair.close)
         return pair
+
+
+async def _without_migration(backend: BackendSession) -> NoMigration:
+    port = NoMigration(backend, OFFER.max_data_xfer_size)
+    if backend.memory.recorder is not None:  # nobody else wants to know of resets; asking takes a round trip
+        await port.learn()
+    return port
 
 
 class _Pair(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,8 @@ class SharedParts:
         activity: the daemon's sockets.
         events: where changes are announced.
         sharing: the memory for state on its way.
+        recorded: tells whether a function's writes to client memory are recorded, since its VM's migration asks for
+            them.
     """
 
     reply_budget_s: float
@@ -59,6 +61,7 @@ class SharedParts:
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
+    recorded: Callable[[str], bool] = lambda name: False
 
 
 def open_function(config: FunctionConfig, inherited: Sequence[int], means: SharedParts) -> Life:
@@ -89,6 +92,7 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
             log=log.get("function"),
             allow_uids=config.allow_uids,
             migration=_engine_maker(config, backend, means, leases),
+            recorded=means.recorded(config.name),
         )
         for lease in leases:
             resources.callback(lease.release)

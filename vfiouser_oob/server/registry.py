@@ -12,7 +12,7 @@ from typing import TypeAlias
 import trio
 
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import FunctionConfig
+from vfiouser_oob.config.schema import FunctionConfig, VmConfig
 from vfiouser_oob.config.tables import SpoiledTable
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.containment import Contained, root_cause
@@ -52,6 +52,10 @@ class Units:
     def configured(self) -> list[FunctionConfig]:
         """The functions as they are configured, of all that can be read."""
         return [unit.config for unit in self if isinstance(unit.config, FunctionConfig)]
+
+    def configured_vms(self) -> list[VmConfig]:
+        """The VMs as they are configured, of all that can be read."""
+        return [unit.config for unit in self if isinstance(unit.config, VmConfig)]
 
     def find(self, name: str, kind: UnitKind | None = None) -> Unit | None:
         """The unit of a name; without a kind, of the first kind that has one."""

@@ -44,6 +44,7 @@ class SocketShelf:
 
     def __init__(self, passed: Mapping[str, Sequence[int]], known: Iterable[str] = ()) -> None:
         self._known = set(known)
+        self._lent: list[PassedSocket] = []
         self._sockets = [PassedSocket(name, socket.socket(fileno=fd)) for name, fds in passed.items() for fd in fds]
 
     def _fitting(self, config: FunctionConfig) -> list[PassedSocket]:
@@ -84,9 +85,25 @@ class SocketShelf:
             )
         return [os.dup(each.sock.fileno()) for each in fitting]
 
+    def lend(self, name: str, path: Path) -> int | None:
+        """A descriptor of a socket that is no function's.
+
+        Args:
+            name: what its unit would call it.
+            path: where it would listen.
+
+        Returns:
+            A new descriptor, the caller's; None if none such was passed.
+        """
+        found = next((each for each in self._sockets if each.name == name or each.path == str(path)), None)
+        if found is None:
+            return None
+        self._lent.append(found)
+        return os.dup(found.sock.fileno())
+
     def unclaimed(self, configs: Sequence[FunctionConfig]) -> Iterator[PassedSocket]:
-        """Sockets that fit none of these functions."""
-        claimed = {id(each) for config in configs for each in self._fitting(config)}
+        """Sockets that fit none of these functions, and were not lent."""
+        claimed = {id(each) for config in configs for each in self._fitting(config)} | set(map(id, self._lent))
         return (each for each in self._sockets if id(each) not in claimed)
 
     def close(self) -> None:

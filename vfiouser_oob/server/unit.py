@@ -8,7 +8,7 @@ its kind; the registry knows no more of it than what stands here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -103,6 +103,8 @@ class UnitKind:
         describe: what `status` says of one.
         live_keys: keys of its section that can be changed while it lives.
         vital: whether a daemon that can have none of them is of no use.
+        check: finds what would be in the way of a migration, given what the destination says of itself; None where
+            that is no question.
     """
 
     word: str
@@ -112,6 +114,7 @@ class UnitKind:
     describe: Callable[[Unit], Any]
     live_keys: Collection[str] = ()
     vital: bool = False
+    check: Callable[[Unit, str | None], Awaitable[dict[str, Any]]] | None = None
 
 
 class Origin(StrEnum):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from itertools import count
+from typing import Any
 
 import trio
 
@@ -14,17 +15,21 @@ from vfiouser_oob.config.vms import Listens, VmConfig
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.status import ClientStatus, VmFunctionStatus, VmStatus
+from vfiouser_oob.server.administration import ChangeRefused
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.opening import default_group
 from vfiouser_oob.server.registry import FindFunction
+from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time
 from vfiouser_oob.server.unit import RollCall, Unit, UnitKind
 from vfiouser_oob.transport.fds import OwnedFd
-from vfiouser_oob.transport.listener import Listener, listen_on_path
+from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate
 from vfiouser_oob.vm.carriers.interface import VmCarrier
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs
+from vfiouser_oob.vm.checking import check_migration
+from vfiouser_oob.vm.counterpart import CounterpartError, VmOffer
 from vfiouser_oob.vm.events import QemuGone
 from vfiouser_oob.vm.hosted import HostedFunction
 from vfiouser_oob.vm.monitor import Monitor, MonitorPort
@@ -36,12 +41,13 @@ _MONITOR = "monitor"
 _STARTED = 19
 
 
-def vm_kind(events: EventHub, find: FindFunction) -> UnitKind:
+def vm_kind(events: EventHub, find: FindFunction, shelf: SocketShelf) -> UnitKind:
     """What a VM is as a unit of a daemon.
 
     Args:
         events: where changes are announced.
         find: finds a function among those that are served.
+        shelf: sockets that systemd has passed; one of a VM is found by its path, or is called as `web1.monitor`.
     """
 
     def open_one(config: VmConfig) -> HostedVm:
@@ -50,11 +56,15 @@ def vm_kind(events: EventHub, find: FindFunction) -> UnitKind:
             for what, path in config.sockets.items():
                 if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
                     continue
-                listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+                passed = shelf.lend(f"{config.name}.{what}", path)
+                if passed is not None:
+                    listeners[what] = Listener(adopt_socket(passed), None)
+                else:
+                    listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
                 resources.callback(listeners[what].close)
             return HostedVm(config, listeners, events, find, resources.pop_all())
 
-    return UnitKind("VM", "[[vm]]", lambda config: config.vms, open_one, vm_status)
+    return UnitKind("VM", "[[vm]]", lambda config: config.vms, open_one, vm_status, check=check_vm)
 
 
 def vm_status(unit: Unit) -> VmStatus:
@@ -77,6 +87,25 @@ def vm_status(unit: Unit) -> VmStatus:
         sockets={} if config is None else {what: str(path) for what, path in config.sockets.items()},
         last_error=unit.failed,
     )
+
+
+async def check_vm(unit: Unit, destination: str | None) -> dict[str, Any]:
+    """Find what would be in the way of a VM's migration; see `check_migration`.
+
+    Args:
+        unit: the VM.
+        destination: what the other host says of itself; None to leave it out.
+
+    Raises:
+        ChangeRefused: the VM is not served, or the destination's document is none.
+    """
+    life = unit.life
+    if not isinstance(life, HostedVm) or not life.begun:
+        raise ChangeRefused(f"VM {unit.name!r} is not served: {unit.failed or 'it is being started'}")
+    try:
+        return await life.check(None if destination is None else VmOffer.read(destination))
+    except CounterpartError as error:
+        raise ChangeRefused(f"what the destination says of itself cannot be used: {error}") from error
 
 
 class HostedVm:
@@ -183,6 +212,8 @@ class HostedVm:
     async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
         functions = [HostedFunction(name, self._find, config.untracked_max) for name in config.functions]
+        for served in filter(None, map(self._find, config.functions)):
+            served.recorded = True
         self._runner = VmRunner(config, functions, self._carriers(), self._events)
         port = MonitorPort(config.name, self._attend, allow_uids=self._allowed)
         async with trio.open_nursery() as self._nursery:
@@ -244,6 +275,16 @@ class HostedVm:
                 await trio.lowlevel.wait_readable(process.fileno())
         if self._runner.record.qemu == qemu:
             self._runner.feed(QemuGone())
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._config.name
+
+    async def check(self, destination: VmOffer | None) -> dict[str, Any]:
+        """Find what would be in the way of its migration."""
+        assert self._runner is not None
+        return await check_migration(self._runner, destination)
 
     def status(self) -> VmStatus:
         """Describe it at this moment."""

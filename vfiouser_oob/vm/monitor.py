@@ -21,6 +21,7 @@ from typing import Any
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_oob.observability import log
 from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
@@ -202,7 +203,7 @@ class MonitorPort:
                 await self._converse(wire, peer)
                 nursery.cancel_scope.cancel()
         except* MonitorError as errors:
-            self._noise.warning("monitor lost", peer=peer, reason=errors.exceptions[0])
+            self._noise.warning("monitor lost", peer=peer, reason=words_of(errors))
         finally:
             self._silent.pop(wire, None)
             wire.close()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import trio
-
 from vfiouser_oob.transport.peer import Peer
-from vfiouser_oob.vm.bundle import FunctionState, Whereabouts
+from vfiouser_oob.vm.bundle import FunctionState
 from vfiouser_oob.vm.carriers.interface import WrittenPagesLog
+from vfiouser_oob.vm.counterpart import FunctionOffer
 from vfiouser_oob.vm.monitor import ANSWER_S, Found
 from vfiouser_oob.vm.preflight import FunctionFacts
 from vfiouser_oob.vm.qmp import QmpEvent, QmpGreeting
+
+
+class FunctionTrouble(Exception):
+    """A function does not do its part; the text says why."""
 
 
 class VmMonitor(Protocol):
@@ -37,18 +40,11 @@ class VmMonitor(Protocol):
         """Take the events that are here already."""
 
 
-class Replaying(Protocol):
-    """A replay whose writes were sent."""
-
-    async def verify(self) -> str:
-        """Wait until they were carried out, and read them back; returns what is wrong, empty if nothing is."""
-
-
 class MovableFunction(Protocol):
     """One function of a VM.
 
     The methods that wait may be cancelled; what they began may then have been half done. Where one fails it raises a
-    `VfioUserError`, and may be called again.
+    `FunctionTrouble` or a `VfioUserError`, and may be called again.
     """
 
     @property
@@ -58,21 +54,41 @@ class MovableFunction(Protocol):
     def facts(self) -> FunctionFacts:
         """What is known of it, for the judgement whether it can migrate."""
 
-    async def record(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Record what it writes, until cancelled; what was recorded is then forgotten.
+    async def offer(self, deadline: float) -> FunctionOffer:
+        """What this host says of it to another one; asks its agent.
 
         Args:
-            task_status: told when it is recorded.
+            deadline: when to give up, as trio's clock has it.
         """
 
-    async def stop(self, log: WrittenPagesLog | None) -> None:
-        """Have it stand.
+    async def watch(self, *, coming: bool) -> None:
+        """Know at any time what it writes, until cancelled.
 
         Args:
-            log: where to tell what it has written since it is recorded; without one that goes into its state.
+            coming: its VM is yet to come, so that it writes nothing.
         """
 
-    async def save(self, whereabouts: Whereabouts | None) -> FunctionState:
+    async def arm(self, monitor: VmMonitor, began: float | None) -> None:
+        """Keep what it writes and what QEMU keeps of it, until it is disarmed.
+
+        Args:
+            monitor: its QEMU's.
+            began: when the migration began, in seconds since 1970; None if that is not known.
+        """
+
+    async def disarm(self) -> None:
+        """Go on as before the migration."""
+
+    def use_log(self, log: WrittenPagesLog | None) -> None:
+        """Tell what it writes to QEMU's log, or to none any more."""
+
+    def hold(self) -> None:
+        """The vCPUs stand: QEMU may answer nothing any more."""
+
+    async def stop(self) -> None:
+        """Have it stand."""
+
+    async def save(self) -> FunctionState:
         """The state of the function, which stands."""
 
     def handed(self) -> None:
@@ -81,12 +97,11 @@ class MovableFunction(Protocol):
     async def load(self, state: FunctionState) -> None:
         """Take a state, and stand."""
 
-    def replay(self, state: FunctionState, *, free: bool) -> Replaying:
+    def replay(self, state: FunctionState) -> Replaying:
         """Send what brings QEMU to what it had of the function at the source; nothing is waited for.
 
         Args:
             state: what was loaded.
-            free: QEMU answers now; else it carries everything out later.
         """
 
     async def resume(self) -> None:
@@ -97,4 +112,15 @@ class MovableFunction(Protocol):
 
         Args:
             reason: for people.
+        """
+
+
+class Replaying(Protocol):
+    """A replay that was sent."""
+
+    async def finish(self, may_write: Callable[[], bool]) -> None:
+        """Wait until it is carried out, and judge what is read back; raises FunctionTrouble if that is wrong.
+
+        Args:
+            may_write: whether the VM does not run yet.
         """

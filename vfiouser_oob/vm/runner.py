@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,11 +23,13 @@ from vfiouser_oob.config.vms import VmConfig
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.vm import events as ev
-from vfiouser_oob.vm.bundle import BundleError, FunctionState, Whereabouts, pack, unpack
+from vfiouser_oob.vm.arming import Arming
+from vfiouser_oob.vm.bundle import BundleError, FunctionState, pack, unpack
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
     CarrierEvent,
     GoAsked,
+    LogChanged,
     Lost,
     QemuAttached,
     SaveAsked,
@@ -35,15 +38,14 @@ from vfiouser_oob.vm.carriers.interface import (
     VmCarrier,
 )
 from vfiouser_oob.vm.jobs import QemuJobs
-from vfiouser_oob.vm.locating import let_master, locate
 from vfiouser_oob.vm.machine import advance
 from vfiouser_oob.vm.monitor import GoneError, MonitorError
-from vfiouser_oob.vm.movable import MovableFunction, Replaying, VmMonitor
+from vfiouser_oob.vm.movable import FunctionTrouble, MovableFunction, Replaying, VmMonitor
 from vfiouser_oob.vm.preflight import Moment, judge, refusals
 from vfiouser_oob.vm.qmp import QmpEvent
 from vfiouser_oob.vm.questions import Carriers
 from vfiouser_oob.vm.record import CarrierKind, Deed, VmFunction, VmPhase, VmRecord
-from vfiouser_oob.vm.recording import Recording
+from vfiouser_oob.vm.replaying import prepare
 from vfiouser_oob.vm.survey import survey
 from vfiouser_oob.vm.table import ROUTES, WANTED
 from vfiouser_oob.vm.topology import TopologyError
@@ -95,15 +97,17 @@ class VmRunner:
         self._log = log.get("vm").bind(vm=config.name)
         self._inbox: deque[ev.VmEvent] = deque()
         self._jobs: QemuJobs
-        self._recording: Recording | None = None
-        self._unrecorded: dict[str, str] = {}
-        self._whereabouts: dict[str, Whereabouts] = {}
+        #: The watching of the functions that goes on.
+        self._watching: list[trio.CancelScope] = []
+        self._arming: Arming | None = None
+        #: When the migration began that is under way, as QEMU says.
+        self._began: float | None = None
         self._failures: dict[str, int] = {}
         #: What was saved of each function, or has come.
         self._states: dict[str, FunctionState] = {}
         self._deeds: Mapping[Deed, Callable[[MovableFunction], Any]] = MappingProxyType(
             {
-                Deed.STOP: self._stop,
+                Deed.STOP: lambda function: function.stop(),
                 Deed.SAVE: self._save,
                 Deed.LOAD: lambda function: function.load(self._states[function.name]),
                 Deed.RESUME: lambda function: function.resume(),
@@ -165,6 +169,8 @@ class VmRunner:
         self._events.publish("vm-phase", vm=self.config.name, phase=phase.value, before=before.value)
         if phase not in COMING:
             self.carriers.expect_no_more()
+        if before in COMING and phase not in COMING and phase is not VmPhase.ABSENT:
+            self._watch(coming=phase is not VmPhase.RUNNING)
 
     async def attend(self, monitor: VmMonitor, qemu: str) -> None:
         """Take what a QEMU says, until its monitor is lost.
@@ -176,8 +182,9 @@ class VmRunner:
         self.monitor = monitor
         found = monitor.found
         self.feed(ev.QemuCame(qemu, found.runstate, found.migration, found.tells))
-        if self.record.phase not in COMING:
-            self._jobs.begin(self._look_around)
+        if not self._watching:
+            self._watch(coming=self.record.phase in COMING)
+        self._jobs.begin(self._mend)
         try:
             while True:
                 self._said(await monitor.next_event())
@@ -188,6 +195,10 @@ class VmRunner:
             self.feed(ev.MonitorLost())
 
     def _said(self, event: QmpEvent) -> None:
+        if event.name == "MIGRATION" and event.data.get("status") == "setup":
+            self._began = event.seconds
+        elif event.name == "STOP" and self.record.phase is VmPhase.ARMED:
+            self._hold()
         make = _MONITOR_EVENTS.get(event.name)
         if make is not None:
             self.feed(make(event.data))
@@ -201,6 +212,10 @@ class VmRunner:
         self._listen_first()
         if isinstance(event, QemuAttached) or kind is not self.record.carrier:
             self.feed(ev.CarrierCame(kind))
+        if isinstance(event, StopAsked | SaveAsked) and self.record.phase is VmPhase.ARMED:
+            self._hold()
+        if isinstance(event, LogChanged | Lost):
+            self._use_log()
         if isinstance(event, StateLoaded):
             self._unpack(event)
         elif isinstance(event, AnswerDue):
@@ -225,7 +240,7 @@ class VmRunner:
         try:
             with trio.fail_after(DEED_S):
                 await self._deeds[deed](function)
-        except (VfioUserError, trio.TooSlowError) as error:
+        except (FunctionTrouble, VfioUserError, trio.TooSlowError) as error:
             reason = str(error) or f"it was not done within {DEED_S:g} s"
             self._failures[effect.function] = self._failures.get(effect.function, 0) + 1
             self.feed(ev.Failed(effect.function, deed, f"{deed.value}: {reason}"))
@@ -237,51 +252,63 @@ class VmRunner:
         await trio.sleep(min(AGAIN_MAX_S, AGAIN_S * 2 ** min(self._failures.get(name, 0), 8)))
         self.feed(ev.Due(name))
 
-    async def _stop(self, function: MovableFunction) -> None:
-        if self._recording is not None:
-            await self._recording.begun()
-        await function.stop(self.carriers.log)
-
     async def _save(self, function: MovableFunction) -> None:
-        self._states[function.name] = await function.save(self._whereabouts.get(function.name))
+        self._states[function.name] = await function.save()
+
+    def _watch(self, *, coming: bool) -> None:
+        for scope in self._watching:
+            scope.cancel()
+        self._watching = [
+            self._jobs.begin(partial(function.watch, coming=coming)) for function in self.functions.values()
+        ]
+
+    def _hold(self) -> None:
+        """The vCPUs stand for a migration."""
+        for function in self.functions.values():
+            function.hold()
+
+    def _use_log(self) -> None:
+        for function in self.functions.values():
+            function.use_log(self.carriers.log)
 
     def _arm(self) -> None:
-        if self._recording is None:
-            self._unrecorded = {}
-            self._recording = Recording(self.functions, self._jobs, self._not_recorded)
-        self._jobs.begin(self._look_around)
-
-    def _not_recorded(self, name: str, reason: str) -> None:
-        self._unrecorded[name] = f"{name}: what it writes is not recorded: {reason}"
+        self._arming = Arming(self.functions, self._jobs, lambda: self.monitor, self._began)
 
     def _disarm(self) -> None:
-        if self._recording is not None:
-            self._recording.end()
-            self._recording = None
+        self._arming, self._began = None, None
+        for function in self.functions.values():
+            self._jobs.begin_in_lane(function.name, self._disarm_one, function)
+
+    async def _disarm_one(self, function: MovableFunction) -> None:
+        try:
+            await function.disarm()
+        except (FunctionTrouble, VfioUserError) as error:
+            self._log.warning("a function goes on as during a migration", function=function.name, reason=error)
 
     def _replay(self) -> None:
-        free = self.carriers.question is not None and not self.carriers.question.due
         try:
-            sent = [function.replay(self._states[name], free=free) for name, function in self.functions.items()]
-        except VfioUserError as error:
+            sent = [function.replay(self._states[name]) for name, function in self.functions.items()]
+        except (FunctionTrouble, VfioUserError) as error:
             self.feed(ev.Replayed(str(error)))
             return
         self._jobs.begin(self._verify, sent)
-        if not free:
+        if self.carriers.question is None or self.carriers.question.due:
             self._answer(StateLoaded)
 
     async def _verify(self, sent: Sequence[Replaying]) -> None:
-        try:
-            wrong = [failure for each in sent if (failure := await each.verify())]
-        except VfioUserError as error:
-            wrong = [str(error)]
-        self.feed(ev.Replayed("; ".join(wrong)))
+        failures = []
+        for each in sent:
+            try:
+                await each.finish(lambda: self.record.phase is VmPhase.LOADED)
+            except (FunctionTrouble, VfioUserError) as error:
+                failures.append(str(error))
+        self.feed(ev.Replayed("; ".join(failures)))
 
     def _leave(self) -> None:
-        self._disarm()
+        self._arming, self._began = None, None
         self._jobs.leave()
         self.carriers.reset()
-        self._states, self._whereabouts, self._failures = {}, {}, {}
+        self._watching, self._states, self._failures = [], {}, {}
 
     # The carrier's questions
 
@@ -328,17 +355,22 @@ class VmRunner:
         except MonitorError as error:
             self._log.warning("QEMU did not do what it was told", command=command, reason=error)
 
-    async def _look_around(self) -> None:
-        """Find out where the functions are in the guest."""
-        if self.monitor is not None:
-            try:
-                self._whereabouts.update(await locate(self.monitor, self.functions))
-            except MonitorError as error:
-                self._log.warning("QEMU did not say where its functions are", reason=error)
+    async def _mend(self) -> None:
+        """Have a QEMU that was there before us connect its end of the carrier again."""
+        if self.monitor is None or self.carriers.attached:
+            return
+        try:
+            objects = await self.monitor.execute("qom-list", {"path": "/objects"})
+        except MonitorError:
+            return
+        kinds = {each.get("type") for each in objects if isinstance(each, dict)} if isinstance(objects, list) else set()
+        if "child<dbus-vmstate>" in kinds and not self.carriers.attached:
+            await self._repair()
 
     async def _judge(self) -> None:
-        if self._recording is not None:
-            await self._recording.begun()
+        arming = self._arming
+        if arming is not None:
+            await arming.done()
         facts = tuple(function.facts() for function in self.functions.values())
         while self.monitor is not None:
             try:
@@ -348,7 +380,7 @@ class VmRunner:
             except MonitorError as error:
                 self._log.warning("QEMU does not say whether it can migrate; it is asked again", reason=error)
                 continue
-            self.feed(ev.Judged((*refusals(found), *self._unrecorded.values())))
+            self.feed(ev.Judged((*refusals(found), *(() if arming is None else arming.failures))))
             return
 
     async def _ask_runstate(self) -> None:
@@ -366,16 +398,15 @@ class VmRunner:
 
     def _prepare(self) -> None:
         self.carriers.expect(self.config.state_max)
-        for name in self.functions:
-            self._jobs.begin(self._let_master, name)
+        self._jobs.begin(self._let_master)
 
-    async def _let_master(self, name: str) -> None:
+    async def _let_master(self) -> None:
         if self.monitor is None:
             return
         try:
-            await let_master(self.monitor, name)
+            await prepare(self.monitor, tuple(self.functions))
         except (MonitorError, TopologyError) as error:
-            self._tell(ev.TellPeople(True, f"{name} cannot be prepared to take its state: {error}"))
+            self._tell(ev.TellPeople(True, f"the functions cannot be prepared to take their state: {error}"))
 
     async def _repair(self) -> None:
         for command in self.carriers.repair():

@@ -137,7 +137,7 @@ def bridge_of(parent: Any) -> str | None:
     return parent.removeprefix(_PERIPHERAL).split("/", 1)[0] or None
 
 
-def early_master(path: Sequence[Slot]) -> list[str]:
+def early_master(path: Sequence[Slot], first: int = SPARE_BUS) -> list[str]:
     """What has a function do DMA before its VM's state has come; only then can the replay be written by it.
 
     The bridges above it have no bus numbers yet and are given spare ones. The stream overwrites these, as it does the
@@ -145,14 +145,15 @@ def early_master(path: Sequence[Slot]) -> list[str]:
 
     Args:
         path: the bridges from the root bus downwards, and the function.
+        first: the first spare number; of two functions behind different bridges each needs its own.
 
     Returns:
         Lines for the human monitor.
     """
     lines: list[str] = []
-    bus, last = 0, SPARE_BUS + len(path) - 2
+    bus, last = 0, first + len(path) - 2
     for depth, bridge in enumerate(path[:-1]):
-        below = SPARE_BUS + depth
+        below = first + depth
         here = Bdf(bus, bridge.device, bridge.function)
         lines += port_write(here, _BUS_NUMBERS, (last << 16 | below << 8 | bus).to_bytes(4, "little"))
         bus = below

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import AgentError, AuthError, ProtocolError, TransportLost, Unsupported
 
 from .carrier import carrier
@@ -361,6 +362,10 @@ class CallGuard:
         return isinstance(error, Exception)
 
 
+#: X509_V_ERR_CERT_HAS_EXPIRED of OpenSSL.
+_HAS_EXPIRED = 10
+
+
 def broken(error: BaseException) -> AgentError:
     """What a broken stream means: TLS that fails is something else than a peer that is gone.
 
@@ -372,11 +377,14 @@ def broken(error: BaseException) -> AgentError:
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return AuthError(f"TLS failed: {tls_reason(cause)}")
         cause = cause.__cause__
-    return TransportLost(f"the connection broke: {str(error) or type(error).__name__}")
+    return TransportLost(f"the connection broke: {words_of(error)}")
 
 
 def tls_reason(error: ssl.SSLError) -> str:
     """The part of a TLS error that means something to people."""
     if isinstance(error, ssl.SSLCertVerificationError):
+        if error.verify_code == _HAS_EXPIRED:
+            return "the peer's certificate has expired"
         return f"the peer's certificate is not accepted: {error.verify_message}"
-    return (error.reason or str(error)).replace("_", " ").lower()
+    reason = (error.reason or str(error)).replace("_", " ").lower()
+    return "the peer says that our certificate has expired" if "certificate expired" in reason else reason

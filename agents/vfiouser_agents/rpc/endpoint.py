@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import AgentError, AuthError, ConnectError
 from vfiouser_agents.options import OptionError
 
@@ -193,7 +194,7 @@ async def connect(
             return await trio.open_unix_socket(address.path)
         stream = await trio.open_tcp_stream(address.host, address.port)
     except OSError as error:
-        raise ConnectError(f"agent {address} cannot be reached: {_cause(error)}") from error
+        raise ConnectError(f"agent {address} cannot be reached: {_attempt(error)}") from error
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         if context is not None:
@@ -220,14 +221,9 @@ async def _shake_hands(
     return secure
 
 
-def _cause(error: OSError) -> str:
+def _attempt(error: OSError) -> str:
     # trio says that all attempts failed; why is in the group below.
-    cause = error.__cause__
-    while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
-    if isinstance(cause, OSError):
-        error = cause
-    return error.strerror or str(error)
+    return words_of(error.__cause__ or error)
 
 
 async def open_listeners(

@@ -42,6 +42,7 @@ _MODULES = (
     "dirty_v1",
     "clients",
     "clients_migration",
+    "clients_qemu_v2",
 )
 
 

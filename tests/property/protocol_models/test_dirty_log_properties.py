@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from vfiouser_protocol import dirty as dirty_module
-from vfiouser_protocol.dirty import DirtyLog, bitmap_size, fold, replicate
+from vfiouser_protocol.dirty import DirtyLog, bitmap_size
+from vfiouser_protocol.dirty_bits import fold, replicate
 
 ARENA = 1 << 8
 

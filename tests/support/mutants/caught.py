@@ -426,4 +426,12 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "CLIENT-013": ("client/padded-reads",),
     "CLIENT-014": ("client/upstream-ranges", "client/surplus-refused"),
     "CLIENT-015": ("client/rust-asked",),
+    "CLIENT-016": ("client/descriptor-said",),
+    "CLIENT-017": ("client/size-refused",),
+    "CLIENT-018": ("client/figures-kill",),
+    "CLIENT-019": ("client/p2p-lost@p2p",),
+    "CLIENT-020": ("client/zeros-ok",),
+    "CLIENT-021": ("frame/half-message-kills",),
+    "CLIENT-022": ("client/reset-refused",),
+    "CLIENT-023": ("client/pointer-ok",),
 }

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 ERROR, STOP, RUNNING, STOP_COPY, RESUMING, PRE_COPY = 0, 1, 2, 3, 4, 6
 TRANSFER = 1 << 20
 GET, SET, PROBE = 1 << 16, 1 << 17, 1 << 18
-METHODS = {1: GET, 2: GET | SET, 6: SET, 7: SET, 8: GET}
+METHODS = {1: GET, 2: GET | SET, 6: SET, 7: SET, 8: GET, 9: GET}
+#: P2P states, and those that they are for the device.
+P2P = {5: RUNNING, 7: PRE_COPY}
 #: Direct ways: what a step from one state to another needs besides.
 ARCS = {
     (RUNNING, STOP),
@@ -61,6 +63,8 @@ class Migration:
         self.log: int | None = None
         self.dirty: set[int] = set()
         self.cancelled = False
+        #: The P2P state that the client asked for last.
+        self.p2p: int | None = None
         self.region: RegionV1 | None = None
         if self.variant.migration:
             self.region = RegionV1(self, session.server)
@@ -82,7 +86,7 @@ class Migration:
     def reset(self) -> None:
         """DEVICE_RESET."""
         self.device.state = STOP if self.bad("migration/reset-keeps-state") and self.device.state == 3 else RUNNING
-        self.stream, self.loaded = b"", bytearray()
+        self.stream, self.loaded, self.p2p = b"", bytearray(), None
         if self.region is not None:
             self.region.reset()
 
@@ -153,9 +157,12 @@ class Migration:
         if index == 8:
             return self._report(argsz, payload)
         self.need("feature/small-argsz-ok", argsz >= 16)
-        value = self.device.state
+        value = self.device.state if self.p2p is None or self.bad("client/p2p-lost") else self.p2p
+        if index == 9:
+            self.need("", not self.bad("client/size-refused"))
+            value = len(self.stream) - self.at
         if index == 1:
-            value = 1 | (4 if self.variant.pre_copy else 0)
+            value = 1 | (4 if self.variant.pre_copy else 0) | (2 if self.variant.p2p else 0)
             if self.bad("feature/migration-flags-empty"):
                 value = 0
         said = 0 if self.bad("feature/golden-refused") else flags
@@ -169,6 +176,8 @@ class Migration:
             self._set_state(struct.unpack_from("<I", payload, 8)[0])
             if self.bad("migration/golden-refused"):
                 return payload[:12] + b"\x55" * 4
+            if not self.bad("feature/set-no-echo") and not self.bad("client/descriptor-said"):
+                return payload[:12] + b"\xff" * 4
         elif index == 6:
             return self._start(payload)
         else:
@@ -182,6 +191,8 @@ class Migration:
         pre_copy = self.variant.pre_copy or self.bad("migration/unoffered-pre-copy-ok")
         if state == 99 and self.bad("migration/odd-error-number"):
             raise Refused(5000)
+        p2p, self.p2p = (state if self.variant.p2p and state in P2P else None), None
+        state = state if p2p is None else P2P[p2p]
         known = state in (STOP, RUNNING, STOP_COPY, RESUMING) or (state == PRE_COPY and pre_copy)
         self.need("migration/odd-state-ok", known)
         if not known:
@@ -200,13 +211,15 @@ class Migration:
             return
         for step in way:
             self._step(self.device.state, step)
+        self.p2p = p2p
 
     def _step(self, begin: int, end: int) -> None:
         if begin == RESUMING:
             stream = bytes(self.loaded)
             while stream.startswith(b"PRECOPY."):
                 stream = stream[8:]
-            whole = self.device.restore(stream) if not self.bad("migration/load-lost") else True
+            believed = self.bad("migration/load-lost") or self.bad("client/zeros-ok")
+            whole = believed or self.device.restore(stream)
             early = b"PRECOPY." in self.loaded
             if self.bad("migration/pre-copy-load-lost") and early:
                 whole = False
@@ -295,7 +308,8 @@ class Migration:
         size, ranges = struct.unpack_from("<QI", payload.ljust(24, b"\0"), 8)
         need("", self.session.dma.maps or not bad("logging/start-needs-map"))
         need("logging/zero-page-size-ok", size)
-        need("logging/ranges-missing-ok", len(payload) >= 24 + 16 * ranges)
+        pointer = len(payload) == 32 and bad("client/pointer-ok")
+        need("logging/ranges-missing-ok", len(payload) >= 24 + 16 * ranges or pointer)
         if size & (size - 1):
             if bad("logging/odd-page-size-broken"):
                 return payload[:8] + struct.pack("<Q", 5) + payload[16:]

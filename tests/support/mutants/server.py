@@ -28,16 +28,18 @@ class Gone(Exception):
 
 
 class Variant(NamedTuple):
-    """What the device lacks."""
+    """What the device lacks, or has besides."""
 
     migration: bool = True
     reset: bool = True
     pre_copy: bool = True
+    p2p: bool = False
 
     @classmethod
     def named(cls, name: str) -> Variant:
-        """`no-migration` and so on; empty for a device that lacks nothing."""
-        return cls(**{name.removeprefix("no-").replace("-", "_"): False}) if name else cls()
+        """`no-migration` and so on, or `p2p`; empty for a device that lacks nothing."""
+        field = name.removeprefix("no-").replace("-", "_")
+        return cls(**{field: not name.startswith("no-")}) if name else cls()
 
 
 class Command:
@@ -377,6 +379,8 @@ class Connection:
             return b""
         handler = self.session.table.get(number)
         if handler is None:
+            if number == 19 and self.bad("client/figures-kill"):
+                raise Crash
             names = {0: "frame/command-zero-ok", 11: "frame/dma-command-ok", 12: "frame/dma-command-ok"}
             self.server.need(names.get(number, "frame/unknown-command-ok"), False)
             return b""

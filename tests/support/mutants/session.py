@@ -388,6 +388,7 @@ class Session:
         """DEVICE_RESET."""
         self.need("session/reset-unsupported-ok", self.server.variant.reset)
         self.need("", not command.payload or not self.bad("session/long-reset-refused"))
+        self.need("", self.device.state == 2 or not self.bad("client/reset-refused"))
         self.need("", not self.bad("session/qemu-reset-refused") or not self.dma.maps)
         self.resets += 1
         self.need("", self.resets == 1 or not self.bad("session/reset-twice-refused"))

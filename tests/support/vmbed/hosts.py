@@ -19,14 +19,27 @@ from vmbed.processes import LoggedProcess, deadline
 from vmbed.qemu import Qemu, QemuConfig, VfioUserDevice, start_qemu
 from vmbed.stack import MIB, PROGRAM, environment, service
 
-__all__ = ["Carrier", "Host", "HostConfig", "finished", "host", "make_disk", "migrate", "shown"]
+__all__ = [
+    "FINAL",
+    "Carrier",
+    "Host",
+    "HostConfig",
+    "capability",
+    "finished",
+    "host",
+    "make_disk",
+    "migrate",
+    "shown",
+    "status",
+]
 
 Carrier = Literal["dbus-vmstate", "vhost-user-fs"]
 STATUS_S = 20.0
 HOP_S = 120.0
 DISK_MIB = 64
 MEMORY_MIB = 128
-FINAL = frozenset({"completed", "failed", "cancelled"})
+#: How a migration can end.
+FINAL = ("completed", "failed", "cancelled")
 SLOT = 0x10
 
 
@@ -167,18 +180,28 @@ def _configuration(folder: Path, agent: str, config: HostConfig) -> str:
     )
 
 
-async def migrate(source: Qemu, destination: Qemu, stream: Path) -> None:
+async def capability(qemu: Qemu, name: str, state: bool) -> None:
+    """Switch one of a QEMU's capabilities for migrations."""
+    await qemu.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": name, "state": state}])
+
+
+async def migrate(source: Qemu, destination: Qemu, stream: Path, *, bandwidth: int = 1 << 30) -> None:
     """Begin a migration: by `migrate`, and nothing else."""
     await destination.qmp.execute("migrate-incoming", uri=f"unix:{stream}")
-    await source.qmp.execute("migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=300)
+    await source.qmp.execute("migrate-set-parameters", max_bandwidth=bandwidth, downtime_limit=300)
     await source.qmp.execute("migrate", uri=f"unix:{stream}")
 
 
-async def finished(qemu: Qemu, seconds: float = HOP_S) -> str:
-    """Wait until a QEMU's migration is over; returns how it ended."""
-    while (now := (await qemu.qmp.event("MIGRATION", seconds))["data"]["status"]) not in FINAL:
+async def status(qemu: Qemu, *wanted: str, seconds: float = HOP_S) -> str:
+    """Wait until a QEMU's migration is in one of some states; returns which."""
+    while (now := (await qemu.qmp.event("MIGRATION", seconds))["data"]["status"]) not in wanted:
         pass
     return str(now)
+
+
+async def finished(qemu: Qemu) -> str:
+    """Wait until a QEMU's migration is over; returns how it ended."""
+    return await status(qemu, *FINAL)
 
 
 async def shown(qemu: Qemu) -> str:

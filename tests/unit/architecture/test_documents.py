@@ -113,6 +113,8 @@ def options(module: str) -> set[str]:
         "check-config",
         "status",
         "snippet",
+        "migrate-check",
+        "libvirt-hook",
         "bind",
         "unbind",
         "simulate-soc",

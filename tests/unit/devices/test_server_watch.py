@@ -18,14 +18,26 @@ def listening(path: Path) -> socket.socket:
 
 def test_lost_until_found(tmp_path: Path) -> None:
     """The reason and the time stay until the server was used again; another reason does not change the time."""
-    watch = ServerWatch(tmp_path / "gone.sock")
-    assert (None, None) == (watch.reason, watch.since)
-    watch.lost("nobody listens")
-    since = watch.since
-    watch.lost("still nobody")
-    assert ("still nobody", since) == (watch.reason, watch.since)
-    watch.found()
-    assert (None, None) == (watch.reason, watch.since)
+    path = tmp_path / "up.sock"
+    with listening(path):
+        watch = ServerWatch(path)
+        assert (None, None) == (watch.reason, watch.since)
+        watch.lost("nobody listens")
+        since = watch.since
+        watch.lost("still nobody")
+        assert ("still nobody", since) == (watch.reason, watch.since)
+        watch.found()
+        assert (None, None) == (watch.reason, watch.since)
+
+
+def test_a_server_that_never_was_there(tmp_path: Path) -> None:
+    """Without a socket no client can be served, whether or not one has tried; it is looked for at each question."""
+    path = tmp_path / "up.sock"
+    watch = ServerWatch(path)
+    assert "no vfio-user server's socket is at" in (watch.reason or "")
+    assert watch.since
+    with listening(path):
+        assert watch.reason is None
 
 
 def test_a_server_that_was_started_anew_is_worth_a_try(tmp_path: Path) -> None:

@@ -178,7 +178,22 @@ LINES = {
     "< DMA_MAP #17 reply EEXIST": (Header(17, 2, 16, 0x21, 17), b"", 0),
     "< DMA_MAP #17 reply errno=0": (Header(17, 2, 16, 0x21, 0), b"", 0),
     "< DMA_UNMAP #3 ALL iova=0x0+0x0": (Header(3, 3, 40, 0), encode(m.DmaUnmap(24, 2, 0, 0)), 0),
-    "< REGION_WRITE #4 no-reply +0x1000 region=BAR0 count=4": (
+    "< REGION_READ #4 reply +0x10 region=CONFIG count=2 value=0x8086": (
+        Header(4, 9, 34, 1),
+        encode(m.RegionReadReply(0x10, 7, 2, b"\x86\x80")),
+        0,
+    ),
+    "< REGION_READ #4 reply +0x0 region=BAR1 count=9": (
+        Header(4, 9, 41, 1),
+        encode(m.RegionReadReply(0, 1, 9, b"a secret!")),
+        0,
+    ),
+    "< REGION_WRITE_MULTI #4 writes=2 BAR0+0x1000 value=0x1 BAR0+0x1004 value=0x102": (
+        Header(4, 15, 72, 0),
+        encode(m.RegionWriteMulti((m.RegionWrite(0x1000, 0, 1, b"\1"), m.RegionWrite(0x1004, 0, 2, b"\2\1")))),
+        0,
+    ),
+    "< REGION_WRITE #4 no-reply +0x1000 region=BAR0 count=4 value=0x64636261": (
         Header(4, 10, 36, 0x10),
         encode(m.RegionWrite(0x1000, 0, 4, b"abcd")),
         0,

@@ -10,10 +10,9 @@ from vfiouser_protocol.dirty import (
     MAX_PAGE_SIZE,
     DirtyLog,
     bitmap_size,
-    fold,
     logging_page_size,
-    replicate,
 )
+from vfiouser_protocol.dirty_bits import fold, replicate
 from vfiouser_protocol.errors import CommandError
 
 PAGE = 4096

@@ -97,3 +97,16 @@ def test_sockets_for_nobody(shelves: Shelves, tmp_path: Path) -> None:
     shelf = shelves.make(["f0"], f0=["x"], other=["y"])
     assert [f"'other' at {tmp_path}/y"] == [str(each) for each in shelf.unclaimed([function("f0")])]
     assert [] == list(shelf.unclaimed([function("f0"), function("f1", tmp_path / "y")]))
+
+
+def test_a_socket_of_a_vm(shelves: Shelves, tmp_path: Path) -> None:
+    """It is found by its name or its path, each time anew, and is no function's that fits none."""
+    shelf = shelves.make(["f0"], f0=["f0.sock"], **{"web1.monitor": ["m"], "unit": ["vmstate"]})
+    config = function("f0")
+    assert len(list(shelf.unclaimed([config]))) == 2
+    for name, path in (("web1.monitor", "elsewhere"), ("web1.dbus_vmstate", "vmstate")):
+        fd = shelf.lend(name, tmp_path / path)
+        assert fd is not None
+        os.close(fd)
+    assert shelf.lend("web1.vhost_user_fs", tmp_path / "vhost") is None
+    assert not list(shelf.unclaimed([config]))

@@ -25,6 +25,7 @@ from vfiouser_oob.lab.bench.measure import (
 )
 from vfiouser_oob.lab.bench.placement import apart
 from vfiouser_oob.lab.bench.raw import RawClient
+from vfiouser_oob.lab.bench.recording import measure_recording
 from vfiouser_oob.lab.bench.results import Budget, Result
 from vfiouser_oob.lab.bench.streams import FULL_STREAMS, QUICK_STREAMS, StreamEffort, measure_streams
 from vfiouser_oob.lab.demo.children import Child, blaming, running, running_command
@@ -134,6 +135,8 @@ async def measure(effort: Effort, progress: Progress) -> list[Result]:
             results += _maps(bed, effort)
             progress("attach: model, vfio-user in turn")
             results += _attaches(bed, effort)
+        progress("writes to guest memory: recorded, not recorded in turn")
+        results += await measure_recording(effort.rounds, effort.reads)
         progress(f"memory: 1 function, then {effort.functions}")
         results += await _memory(Path(place), effort)
         results += await measure_streams(Path(place), effort.streams, progress)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vmbed.assets.builder import build, exclusive
 from vmbed.assets.errors import AssetError
+from vmbed.assets.libvirt import fetch_libvirt
 from vmbed.assets.ownkernel import build_own_kernel
 from vmbed.assets.store import CACHE_ENV, default_cache
 
@@ -32,14 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     cache = (args.cache or default_cache()).resolve()
     try:
         assets = build(cache, _say, archive=args.archive, refresh=args.refresh, long=args.long)
-        if args.long:
-            with exclusive(cache, _say):
+        with exclusive(cache, _say):
+            libvirt = fetch_libvirt(cache, _say, archive=args.archive, refresh=args.refresh)
+            if args.long:
                 build_own_kernel(cache, _say, archive=args.archive, refresh=args.refresh)
     except AssetError as error:
         sys.stderr.write(f"vm-assets: error: {error}\n")
         return 1
     took = time.monotonic() - started
-    _say(f"QEMU {assets.qemu_version}, Linux {assets.kernel_version} ready in {cache} ({took:.1f} s)")
+    found = f"QEMU {assets.qemu_version}, Linux {assets.kernel_version}, libvirt {libvirt.version}"
+    _say(f"{found} ready in {cache} ({took:.1f} s)")
     return 0
 
 

@@ -60,6 +60,10 @@ class FakeDaemon:
         """Tests that change things use a real daemon."""
         raise AssertionError("asked for a change")
 
+    async def check_migration(self, vm: str, destination: str | None) -> dict[str, Any]:
+        """It has no VM."""
+        raise AssertionError("asked for a VM")
+
     def status(self) -> StatusReport:
         """The fixed state."""
         return STATUS

@@ -28,6 +28,7 @@ from vfiouser_oob.control import server
 from vfiouser_oob.control.protocol import ErrorCode, RequestError, parse_request
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
 from vfiouser_oob.control.verbs import VERBS, ControlRole
+from vfiouser_oob.observability.status import DaemonStatus, StatusReport
 from vfiouser_oob.server.administration import Administration
 from vfiouser_oob.transport.peer import Peer
 
@@ -53,13 +54,21 @@ class BusyDaemon:
         """Nobody changes it."""
         raise AssertionError("asked for a change")
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> StatusReport:
         """Take ten milliseconds of everybody's time."""
         began = time.perf_counter()
         while time.perf_counter() - began < 0.01:
             pass
         self.spent_s += time.perf_counter() - began
-        return {"functions": []}
+        process: DaemonStatus = {
+            "version": "1",
+            "python": "",
+            "kernel": "",
+            "pid": 1,
+            "started": "",
+            "functions": 0,
+        }
+        return {"daemon": process, "functions": []}
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Nobody watches it."""

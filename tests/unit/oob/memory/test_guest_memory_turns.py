@@ -7,6 +7,7 @@ import os
 import trio
 
 from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.memory.recorder import SentWrite
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.messages import DmaMap
 
@@ -22,6 +23,10 @@ class NoMessages:
         raise AssertionError
 
     async def dma_write(self, address: int, data: bytes) -> None:
+        """Not used."""
+        raise AssertionError
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
         """Not used."""
         raise AssertionError
 

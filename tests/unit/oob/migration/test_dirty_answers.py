@@ -14,6 +14,7 @@ from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.host import MigrationHost
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.dma import DmaTable
+from vfiouser_protocol.errors import CommandError
 
 PAGE = 4096
 TOP = 1 << 64
@@ -92,3 +93,26 @@ async def test_the_last_page_of_all_is_dirty() -> None:
     clean = DirtyReport(bitmap=bytes(8))
     assert (bytes(7) + b"\x80", [(TOP - 64 * PAGE, 63 * PAGE)]) == await reported(clean, TOP - 64 * PAGE, 64 * PAGE)
     assert (b"\1" + bytes(7), []) == await reported(clean, TOP - PAGE, PAGE)
+
+
+async def test_a_log_that_is_lent_goes_to_the_client_when_it_wants_it() -> None:
+    """Whoever has borrowed it finds it gone, and cannot borrow one that the client uses."""
+    tracker = DirtyTracker(
+        cast(AgentLink, Answers(DirtyReport())),
+        cast(Tracer, None),
+        cast(MigrationHost, Nobody()),
+        DmaTable(),
+        device_seen=False,
+        by_message=False,
+        max_bitmap_size=1 << 20,
+        call_s=1,
+    )
+    await tracker.lend(PAGE, trio.current_time() + 1)
+    assert (tracker.lent, tracker.log.active) == (True, True)
+    await tracker.reclaim(trio.current_time() + 1)
+    assert (tracker.lent, tracker.log.active) == (False, False)
+    await tracker.start(PAGE, (), trio.current_time() + 1)
+    await tracker.reclaim(trio.current_time() + 1)
+    assert tracker.log.active, "what is the client's stays"
+    with pytest.raises(CommandError, match="by itself"):
+        await tracker.lend(PAGE, trio.current_time() + 1)

@@ -1,0 +1,112 @@
+"""libvirt itself, between two hosts on this machine: what `virsh migrate` does with our functions.
+
+One guest serves the tests of a module where that is possible: a boot costs more than all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from libvirtbed.domain import NAME, Domain
+from libvirtbed.host import CONFIG, SHARED, why_not
+from libvirtbed.hosts import Place, place, start_domain
+from libvirtbed.load import begin_load, goes_on, quiet
+from libvirtbed.snippets import awaited, met, printed
+from vfiouser_oob.cli.vm_snippet import qemu_words
+from vfiouser_oob.config.load import load_config
+from vmbed.assets import Assets
+from vmbed.assets.libvirt import Libvirt, locate_libvirt
+from vmbed.assets.store import default_cache
+from vmbed.hosts import Host as ServingHost
+from vmbed.hosts import HostConfig as ServingConfig
+from vmbed.hosts import host, make_disk
+from vmbed.stack import soc_and_daemon
+
+pytestmark = [pytest.mark.vm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+
+#: What OpenStack's and KubeVirt's migrations ask for, beside what every one here does.
+NOVA = ("--undefinesource", "--persistent")
+KUBEVIRT = ("--persistent",)
+
+
+@pytest.fixture
+def libvirt() -> Libvirt:
+    """libvirt's tree; a missing one is an error that names `make vm-assets`."""
+    return locate_libvirt(default_cache())
+
+
+async def test_a_guest_moves_between_two_hosts(assets: Assets, libvirt: Libvirt, workdir: Path) -> None:
+    """Without a function of ours, so that what fails with one is not the bed's fault."""
+    async with place("A", assets, libvirt, workdir) as here, place("B", assets, libvirt, workdir) as there:
+        guest = await start_domain(here, assets, Domain())
+        await guest.check("sh echo kept > /tmp/kept")
+        said = await here.migrate(there)
+        assert said.status == 0, said.text
+        moved = await there.guest()
+        assert (await moved.check("sh cat /tmp/kept")).lines == ("kept",)
+        assert await there.host.virsh("domstate", NAME) == "running"
+
+
+async def test_the_hook_refuses_a_vm_in_words(
+    assets: Assets, libvirt: Libvirt, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who asked for the migration reads why; nothing was begun, and the VM stays where it is."""
+    async with place("A", assets, libvirt, workdir) as here, place("B", assets, libvirt, workdir) as there:
+        sockets = here.host.shared
+        domain = workdir / "domain.xml"
+        text = printed(capsys, workdir, SHARED, "dbus-vmstate", "libvirt", "--domain-type", "qemu")
+        domain.write_text(text)
+        (there.host.shared / CONFIG.name).write_text((workdir / "config.toml").read_text().replace("f0", "g0"))
+        async with soc_and_daemon(sockets), awaited(sockets, "dbus-vmstate") as (monitor, side):
+            await here.host.virsh("define", str(domain))
+            await here.host.virsh("start", NAME, "--paused")
+            await met(monitor, side, here.host.process)
+            said = await here.migrate(there)
+            assert said.status == 1
+            assert f"no [[vm]] of this host has the functions f0 (it has {NAME}: g0)" in said.text
+            assert await here.host.virsh("domstate", NAME) == "paused"
+            await here.host.virsh("destroy", NAME)
+
+
+@asynccontextmanager
+async def two_hosts(
+    assets: Assets, libvirt: Libvirt, workdir: Path
+) -> AsyncIterator[tuple[Place, Place, ServingHost, ServingHost]]:
+    """Two hosts with libvirt and a daemon each, whose functions share a disk. The sockets' paths differ."""
+    disk = make_disk(workdir)
+    async with (
+        place("A", assets, libvirt, workdir) as here,
+        place("B", assets, libvirt, workdir) as there,
+        host(here.host.shared.parent, here.host.shared.name, disk, ServingConfig()) as serving,
+        host(there.host.shared.parent, there.host.shared.name, disk, ServingConfig()) as waiting,
+    ):
+        yield here, there, serving, waiting
+
+
+def domain_for(serving: ServingHost) -> Domain:
+    """A domain with what `snippet` says that a host's VM needs."""
+    config = load_config(serving.folder / "config.toml")
+    (vm,) = config.vms
+    words = [word for option in qemu_words(vm, config.functions, config.reply_budget_s) for word in option]
+    return Domain(words, memory_mib=128, cpus=1)
+
+
+async def test_virsh_migrate_moves_our_functions(assets: Assets, libvirt: Libvirt, workdir: Path) -> None:
+    """Under verified I/O, with the flags of those who use libvirt, and nothing wrapped around it."""
+    async with two_hosts(assets, libvirt, workdir) as (here, there, serving, waiting):
+        guest = await start_domain(here, assets, domain_for(serving))
+        await begin_load(guest)
+        for flags in (NOVA, KUBEVIRT, NOVA):
+            said = await here.migrate(there, *flags)
+            assert said.status == 0, said.text
+            guest = await there.guest()
+            await goes_on(guest)
+            await quiet(guest)
+            assert await there.host.virsh("domstate", NAME) == "running"
+            here, there, serving, waiting = there, here, waiting, serving
+            assert await serving.phase("running") == "running"
