@@ -27,8 +27,8 @@ from vfiouser_oob.server.trim import resident
 MAGIC = 0x75666F76
 _STATE = 16 << 10
 #: This is not about time, and the machine may be busy with other tests.
-PATIENT = MigrationConfig(call_s=20.0)
-BUDGET_S = 30.0
+PATIENT = MigrationConfig(call_s=8.0)
+BUDGET_S = 10.0
 
 
 class Crowd:

@@ -20,6 +20,7 @@ EXAMPLES: Mapping[str, str] = {
     "drain": "drain nvme1",
     "disconnect": "disconnect nvme1",
     "log-level": "log-level debug --function nvme1",
+    "libvirt-hook": "libvirt-hook vm0 prepare begin -",
     "snippet": "snippet qemu nvme0 --config /etc/vfiouser-oob/config.toml",
     "libvirt-hook": "libvirt-hook vm0 migrate begin - < domain.xml",
     "bind": "bind 0000:3b:00.2",
