@@ -173,6 +173,8 @@ class DaemonConfig:
     )
     #: The file that it was read from.
     source: Path | None = None
+    #: Socket of a keeper of descriptors; None: the service manager's, if there is one.
+    fd_store: str | None = None
 
     def function(self, name: str) -> FunctionConfig | None:
         """The function of that name, if there is one."""

@@ -18,6 +18,7 @@ import trio
 from vfiouser_oob.client.client import Client, ClientIoFds, ClientRegion
 from vfiouser_oob.client.dma import DmaServer
 from vfiouser_oob.client.errors import BadReply
+from vfiouser_oob.client.keeping import ConnectionKeeping
 from vfiouser_oob.devices.base import (
     Answer,
     BackendSession,
@@ -27,15 +28,16 @@ from vfiouser_oob.devices.base import (
     DeviceDescription,
     IoFds,
 )
+from vfiouser_oob.devices.upstream_description import describe_server
 from vfiouser_oob.memory.guest import GuestMemory
+from vfiouser_oob.persist.record import UnusableRecord
+from vfiouser_oob.persist.successor.notes import Inheritance
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import (
-    PCI_NUM_REGIONS,
-    REGION_TYPE_MIGRATION,
     Command,
     DeviceInfoFlags,
     IrqIndex,
@@ -43,20 +45,32 @@ from vfiouser_protocol.constants import (
 )
 from vfiouser_protocol.dma import DmaRegion
 from vfiouser_protocol.errors import CommandError, RemoteProtocolError, ReplyError, VfioUserError
-from vfiouser_protocol.irq import IrqDescription, IrqSet
-from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, MAX_CONFIG_SIZE
+from vfiouser_protocol.irq import IrqSet
+from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionWrite, SetIrqs
-from vfiouser_protocol.regions import RegionDescription, RegionSpec
 from vfiouser_protocol.rules import check_io_fds, io_fd_numbers
 
-#: More regions or IRQ indices than this make QEMU refuse the device; a server that claims more is broken.
-_MAX_REGIONS = 100
-_MAX_IRQS = 50
 #: QEMU reads config space in one access at attach, so no less than this may be offered; accesses are split anyway.
 _LEAST_TRANSFER = 4096
 _COMMAND_REGISTER = 4
 _BUS_MASTER = 1 << 2
 _SET_IRQS_FLAGS = 0x3F
+#: Commands that are begun once more by the process after this one: what the upstream server has got is known.
+_REPEATABLE = frozenset(
+    {
+        Command.DMA_MAP,
+        Command.DMA_UNMAP,
+        Command.DEVICE_GET_INFO,
+        Command.DEVICE_GET_REGION_INFO,
+        Command.DEVICE_GET_REGION_IO_FDS,
+        Command.DEVICE_GET_IRQ_INFO,
+        Command.DEVICE_SET_IRQS,
+        Command.REGION_READ,
+        Command.REGION_WRITE,
+        Command.REGION_WRITE_MULTI,
+        Command.DEVICE_RESET,
+    }
+)
 #: What is left of a client's message when nothing is sent for it any more: a round trip on this machine, with room.
 _SEND_GUARD_S = 0.01
 
@@ -91,6 +105,9 @@ class UpstreamBackend(DeviceBackend):
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
 
+    survives = True
+    repeatable = _REPEATABLE
+
     async def run(self) -> None:
         """Run the upstream connections' tasks; they outlive the client's, to leave the device in order."""
         async with trio.open_nursery() as nursery:
@@ -100,26 +117,62 @@ class UpstreamBackend(DeviceBackend):
 
     async def open(self, link: ClientLink) -> BackendSession:
         """Connect upstream and learn what the device has."""
-        await self._running.wait()
-        assert self._nursery is not None
-        relay = _Relay(link)
         try:
             sock = await self._connect()
-            client = Client(
+            keeping: ConnectionKeeping | None = None
+            if link.notes is not None:
+                keeping = ConnectionKeeping(link.notes.server_connected(sock), link.notes.server_agreed)
+        except OSError as error:
+            raise self._unusable(error) from error
+        return await self._open(link, self._client(link, sock, keeping))
+
+    def _client(self, link: ClientLink, sock: socket.socket, keeping: ConnectionKeeping | None) -> Client:
+        try:
+            return Client(
                 sock,
-                dma_server=relay,
+                dma_server=_Relay(link),
                 activity=self._activity,
                 send_guard_s=_SEND_GUARD_S,
                 max_write_size=self._max_write,
                 account=self._account,
+                keeping=keeping,
             )
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError | VfioUserError) -> BackendUnavailable:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return BackendUnavailable(f"the upstream server {self.path} cannot be used: {reason}")
+
+    async def resume(self, link: ClientLink, inheritance: Inheritance) -> BackendSession:
+        """Go on with a connection to the upstream server."""
+        if link.notes is None or inheritance.agreed is None or not inheritance.streams:
+            raise BackendUnavailable("the connection to the upstream server was not kept")
+        try:
+            (sock, memory), *twins = [stream.take() for stream in inheritance.streams]
+            keeping = ConnectionKeeping(
+                memory, link.notes.server_agreed, inheritance.agreed, twins[0] if twins else None
+            )
+            client = self._client(link, sock, keeping)
+        except (OSError, UnusableRecord) as error:
+            raise BackendUnavailable(f"the connection to the upstream server cannot be used: {error}") from error
+        return await self._open(link, client, inheritance)
+
+    async def _open(self, link: ClientLink, client: Client, inheritance: Inheritance | None = None) -> BackendSession:
+        """Begin with a connection: run it, and learn what the device has.
+
+        A connection that another process has left is asked the same. What was due to that process comes before the
+        answers, so it is known afterwards what the upstream server has got of it.
+        """
+        await self._running.wait()
+        assert self._nursery is not None
+        try:
             await self._nursery.start(client.run)
         except (OSError, VfioUserError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise BackendUnavailable(f"the upstream server {self.path} cannot be used: {reason}") from error
+            raise self._unusable(error) from error
         regions: list[ClientRegion] = []
         try:
-            description = await _describe(client, regions)
+            description = await describe_server(client, regions)
         except BaseException as error:
             for region in regions:
                 region.close()
@@ -135,6 +188,8 @@ class UpstreamBackend(DeviceBackend):
             by_message=self._dma_by_message,
             retain_state=self._retain_state,
         )
+        if inheritance is not None:
+            session.restore(inheritance)
         self._nursery.start_soon(session.watch, link, self.path)
         return session
 
@@ -175,11 +230,40 @@ class UpstreamSession(BackendSession):
         self._retain_state = retain_state
         self._irqs = IrqSet(description.irqs)
         self._closing = False
+        self._left = False
+        self._notes = link.notes
         self._max_transfer = client.capabilities.max_data_xfer_size
         self._max_write = client.max_write_size
         self.memory = GuestMemory(
             link, self.limits.max_dma_maps, by_message=by_message, check_files=False, account=link.account
         )
+
+    def restore(self, inheritance: Inheritance) -> None:
+        """Take over what the client has told another process.
+
+        Args:
+            inheritance: what that was.
+
+        Raises:
+            BackendUnavailable: its memory cannot be used.
+        """
+        try:
+            for thing, file in inheritance.ranges:
+                self.memory.restore(thing, file)
+        except (CommandError, OSError) as error:
+            raise BackendUnavailable(f"the client's memory cannot be used: {error}") from error
+        for index, vectors in inheritance.assigned.items():
+            self._irqs.restore(index, [True if vector else None for vector in vectors])
+
+    def command_begins(self, tag: int, *, again: bool) -> None:
+        """What is asked from now on is asked for another command of the client."""
+        if self._client.ledger is not None:
+            self._client.ledger.begin(tag, again=again)
+
+    def leave(self) -> None:
+        """Leave the upstream connection to the process after this one."""
+        self._left = True
+        self._client.leave()
 
     @property
     def limits(self) -> VersionCapabilities:
@@ -282,6 +366,10 @@ class UpstreamSession(BackendSession):
             data=request.data,
         )
         self._irqs.apply(request, [True] * len(fds))
+        if self._notes is not None:
+            count = self.description.irqs[request.index].count
+            known = bytes(self._irqs.handle(request.index, vector) is not None for vector in range(count))
+            self._notes.assigned(request.index, known)
 
     def irq_summary(self) -> dict[str, int]:
         """Vectors with an eventfd, as passed on."""
@@ -307,6 +395,8 @@ class UpstreamSession(BackendSession):
         call = self._client.submit_dma_map(region.address, region.size, flags=region.flags, fd=fd, offset=offset)
         try:
             await call.wait()
+            if self._notes is not None:
+                self._notes.mapped(*self.memory.written_down(region))
         except VfioUserError:
             self.memory.discard(region)
             raise
@@ -325,6 +415,8 @@ class UpstreamSession(BackendSession):
     async def _forward_unmap(self, request: DmaUnmap) -> None:
         await self._client.dma_unmap(request.address, request.size)
         self.memory.remove(request)
+        if self._notes is not None:
+            self._notes.unmapped(request.address)
 
     def dma_unmap_all(self) -> Answer[None]:
         """Unmap range by range: not every server knows the flag for all of them."""
@@ -340,7 +432,7 @@ class UpstreamSession(BackendSession):
         """Leave the device in order, as far as the upstream server still answers, and disconnect."""
         self._closing = True
         try:
-            if self._client.failure is None:
+            if self._client.failure is None and not self._left:
                 await self._quiet_device()
         except VfioUserError:  # it went meanwhile, and its own disconnect rules do the rest
             pass
@@ -383,56 +475,3 @@ class _Relay(DmaServer):
     async def write(self, address: int, data: bytes) -> None:
         """Relay DMA_WRITE."""
         await self._link.dma_write(address, data)
-
-
-async def _describe(client: Client, regions: list[ClientRegion]) -> DeviceDescription:
-    """Ask for everything that a client may ask us; `regions` receives the upstream regions."""
-    info = await client.get_info()
-    if not info.flags & DeviceInfoFlags.PCI:
-        raise CommandError("it is no PCI device")
-    if not PCI_NUM_REGIONS <= info.num_regions <= _MAX_REGIONS or info.num_irqs > _MAX_IRQS:
-        raise CommandError(f"it claims {info.num_regions} regions and {info.num_irqs} IRQ indices")
-    for index in range(info.num_regions):
-        # One by one: what was received so far is closed by the caller when a later one fails.
-        regions.append(await _region(client, index))  # noqa: PERF401
-    config_size = regions[RegionIndex.CONFIG].description.size
-    if config_size > MAX_CONFIG_SIZE:
-        raise CommandError(f"its config space has {config_size} bytes, of at most {MAX_CONFIG_SIZE}")
-    specs = [_spec(index, region.description) for index, region in enumerate(regions)]
-    while len(specs) > PCI_NUM_REGIONS and not specs[-1].size:
-        specs.pop()
-    irqs = [await _irq(client, index) for index in range(info.num_irqs)]
-    while len(irqs) < len(IrqIndex):
-        irqs.append(IrqDescription(0))
-    return DeviceDescription(specs, irqs, info.flags & (DeviceInfoFlags.PCI | DeviceInfoFlags.RESET))
-
-
-async def _region(client: Client, index: int) -> ClientRegion:
-    try:
-        return await client.get_region_info(index)
-    except ReplyError:  # some servers refuse an index that they do not implement
-        return ClientRegion(RegionDescription(index, 0, 0, 0, 32), None)
-
-
-async def _irq(client: Client, index: int) -> IrqDescription:
-    try:
-        info = await client.get_irq_info(index)
-    except ReplyError:
-        return IrqDescription(0)
-    return IrqDescription(info.count, info.flags)
-
-
-def _spec(index: int, region: RegionDescription) -> RegionSpec:
-    if region.type is not None and region.type.type == REGION_TYPE_MIGRATION:
-        return RegionSpec.absent(index)  # migration is ours to offer, not the upstream server's
-    areas = region.mappable_areas
-    return RegionSpec(
-        index,
-        region.size,
-        region.flags,
-        areas,
-        offset=region.offset,
-        type=region.type,
-        msix_mappable=region.msix_mappable,
-        mappable=bool(areas),
-    )

@@ -72,6 +72,8 @@ class MigrationRunner:
         self.config = config
         self.memory = memory
         self.record = MigrationRecord()
+        #: Takes the record whenever it may matter to whoever comes after us.
+        self.on_record: Callable[[MigrationRecord], None] | None = None
         self.background = Background()
         self.tracer = Tracer(name, events, log)
         self.link = AgentLink(agent, function_id, self.tracer, self)
@@ -127,6 +129,8 @@ class MigrationRunner:
         """
         self.record, effects = advance(self.record, event, time.time())
         if not isinstance(event, ev.Moved):  # which nobody waits for
+            if self.on_record is not None:
+                self.on_record(self.record)
             self._changed.set()
             self._changed = trio.Event()
         due: ev.Take | ev.Answer | None = None

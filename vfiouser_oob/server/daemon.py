@@ -30,7 +30,8 @@ from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.opening import SharedParts, open_function
 from vfiouser_oob.server.registry import Registry
 from vfiouser_oob.server.status import function_status, iso_time
-from vfiouser_oob.systemd.listen import assign_sockets, inherited_sockets
+from vfiouser_oob.server.survival import Survival, find_survival
+from vfiouser_oob.systemd.listen import assign_sockets
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
@@ -93,10 +94,12 @@ async def run_daemon(
         activity = Activity()
         resources.callback(activity.close)
         store = CapabilityStore(config.state_directory, log.get("persist"))
-        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity)
-        activity.busy = lambda: means.sharing.busy
         _raise_fd_limit()
-        inherited = inherited_sockets()
+        notifier = Notifier.from_environment()
+        inherited, survival = await find_survival(config.fd_store, notifier)
+        resources.callback(survival.close)
+        means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity, survival=survival)
+        activity.busy = lambda: means.sharing.busy
         control_fds = inherited.pop(CONTROL_NAME, [])
         assigned = assign_sockets(config.functions, inherited)
         listener = None if control is None else _open_control(config.control_socket, control_fds, resources)
@@ -104,8 +107,9 @@ async def run_daemon(
         for entry in config.functions:
             lives.append(open_function(entry, assigned.get(entry.name, []), means))
             resources.callback(lives[-1].close)
+        survival.settle()
         async with means.agents, trio.open_nursery() as nursery:
-            daemon = Daemon(lives, means, nursery)
+            daemon = Daemon(lives, means, nursery, notifier, survival)
             if control is not None and listener is not None:
                 await nursery.start(control, daemon, listener.sock.dup())
             await daemon.run(beside, task_status)
@@ -120,12 +124,22 @@ class Daemon:
         lives: its functions, opened.
         means: what they share.
         nursery: where everything lives; cancelled by the caller when `run` has returned.
+        notifier: tells the service manager how far we are.
+        survival: how clients outlive us.
     """
 
-    def __init__(self, lives: Sequence[Life], means: SharedParts, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        lives: Sequence[Life],
+        means: SharedParts,
+        nursery: trio.Nursery,
+        notifier: Notifier,
+        survival: Survival,
+    ) -> None:
         self._events = means.events
         self._log = log.get("daemon")
-        self._notifier = Notifier.from_environment()
+        self._notifier = notifier
+        self._survival = survival
         self._started = time.time()
         self._nursery = nursery
         self._serving = trio.CancelScope()
@@ -140,6 +154,7 @@ class Daemon:
     async def run(self, beside: Companion | None, task_status: trio.TaskStatus[Daemon]) -> None:
         """Serve until told to stop."""
         self._nursery.start_soon(self._notifier.run)
+        self._nursery.start_soon(self._survival.run)
         with trio.open_signal_receiver(*_ENDING, *_WITHOUT_MEANING) as signals:
             self._nursery.start_soon(self._await_signal, signals)
             with self._serving:
@@ -148,6 +163,8 @@ class Daemon:
                 self._announce_ready(text)
                 task_status.started(self)
                 await trio.sleep_forever()
+        if await self._survival.ready():
+            await self.registry.leave()
         await self.registry.stop()
 
     def _nothing_left(self) -> None:
@@ -161,7 +178,7 @@ class Daemon:
                 self._log.warning("signal ignored", signal=name, what_to_do=_WITHOUT_MEANING[number])
                 continue
             self._log.info("stopping", signal=name)
-            self._notifier.stopping("turning clients out")
+            self._notifier.stopping("leaving" if self._survival.works else "turning clients out")
             self._serving.cancel()
             return
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Protocol
 
+import trio
+
 from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_protocol.capabilities import VersionCapabilities
@@ -33,6 +35,29 @@ class NoDma:
         raise _too_early()
 
 
+class DmaToCome:
+    """The way to the memory of a client that another process has served: there will be one in a moment."""
+
+    def __init__(self) -> None:
+        self._known = trio.Event()
+        self._dma: Dma = NoDma()
+
+    def known(self, dma: Dma) -> None:
+        """There it is."""
+        self._dma = dma
+        self._known.set()
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Read client memory."""
+        await self._known.wait()
+        return await self._dma.read(address, count)
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Write client memory."""
+        await self._known.wait()
+        await self._dma.write(address, data)
+
+
 class DeviceLink(ClientLink):
     """What a device can ask of the client that it serves.
 
@@ -56,7 +81,13 @@ class DeviceLink(ClientLink):
             dma: the way to its memory.
         """
         self.capabilities = capabilities
+        if isinstance(self._dma, DmaToCome):
+            self._dma.known(dma)
         self._dma = dma
+
+    def goes_on(self) -> None:
+        """Another process has served the client: its memory is reached as soon as we know how."""
+        self._dma = DmaToCome()
 
     async def dma_read(self, address: int, count: int) -> bytes:
         """Read client memory by messages."""

@@ -22,6 +22,7 @@ from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.survival import Survival
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 
@@ -37,6 +38,7 @@ class SharedParts:
         activity: the daemon's sockets.
         events: where changes are announced.
         sharing: the memory for state on its way.
+        survival: how clients outlive the daemon; None: they do not.
     """
 
     reply_budget_s: float
@@ -45,6 +47,7 @@ class SharedParts:
     activity: Activity
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
+    survival: Survival | None = None
 
 
 def open_function(config: FunctionConfig, inherited: Sequence[int], means: SharedParts) -> Life:
@@ -65,6 +68,9 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
     with ExitStack() as resources:
         backend = make_backend(config, means.activity)
         resources.callback(backend.close)
+        estate = means.survival.estate_of(config) if means.survival is not None and backend.survives else None
+        if estate is not None:
+            resources.callback(estate.close)
         leases: list[AgentLease] = []
         function = Function(
             config.name,
@@ -75,10 +81,11 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
             log=log.get("function"),
             allow_uids=config.allow_uids,
             migration=_engine_maker(config, backend, means, leases),
+            estate=estate,
         )
         for lease in leases:
             resources.callback(lease.release)
-        listeners, connected = _open_sockets(config, inherited, resources)
+        listeners, connected = _open_sockets(config, inherited, resources, means.survival if estate else None)
         return Life(function, leases, listeners, connected, resources.pop_all())
 
 
@@ -112,7 +119,7 @@ def _agent(config: AgentConfig, backend: DeviceBackend, pool: AgentPool, leases:
 
 
 def _open_sockets(
-    config: FunctionConfig, inherited: Sequence[int], resources: ExitStack
+    config: FunctionConfig, inherited: Sequence[int], resources: ExitStack, survival: Survival | None
 ) -> tuple[list[Listener], list[socket.socket]]:
     """Take over the sockets that were passed, or listen where the configuration says."""
     listeners: list[Listener] = []
@@ -126,7 +133,12 @@ def _open_sockets(
             connected.append(sock)
             resources.callback(sock.close)
     if not listeners and not connected and config.socket is not None:
-        listeners.append(listen_on_path(config.socket, config.socket_mode, config.socket_group or _default_group()))
+        listener = None if survival is None else survival.listener_of(config.name, config.socket)
+        if listener is None:
+            listener = listen_on_path(config.socket, config.socket_mode, config.socket_group or _default_group())
+        listeners.append(listener)
+        if survival is not None:
+            survival.keep_listener(config.name, listener)
         resources.callback(listeners[-1].close)
     return listeners, connected
 

@@ -90,6 +90,12 @@ class Registry:
         await life.ended.wait()
         del self._lives[name]
 
+    async def leave(self) -> None:
+        """Leave all clients to the daemon after this one, where that is possible."""
+        async with trio.open_nursery() as leaving:
+            for life in self:
+                leaving.start_soon(life.leave)
+
     async def stop(self) -> None:
         """Stop all functions, side by side, and wait until nothing of them is left."""
         for life in self:
