@@ -107,7 +107,6 @@ class ProtocolSession:
 
     __slots__ = (
         "_forgotten",
-        "ids",
         "_legal",
         "_legal_on_twin",
         "_limits",
@@ -116,6 +115,7 @@ class ProtocolSession:
         "_proposal_size",
         "_replies_on_main",
         "_unanswered",
+        "ids",
         "late_replies",
         "negotiated",
         "phase",
