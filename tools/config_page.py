@@ -24,6 +24,7 @@ from vfiouser_oob.config.schema import (
     MigrationConfig,
     ModelDevice,
     UpstreamDevice,
+    VmConfig,
 )
 from vfiouser_oob.config.tables import Key, keys, schema_of
 from vfiouser_oob.config.values import Value
@@ -41,6 +42,7 @@ SECTIONS: Mapping[str, type] = {
     "model": ModelDevice,
     "agent": AgentConfig,
     "migration": MigrationConfig,
+    "vm": VmConfig,
 }
 
 

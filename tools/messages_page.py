@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from vfiouser_protocol.codec import VARIANTS
 from vfiouser_protocol.commands import COMMANDS, CommandSpec, ConnectionEnd
 from vfiouser_protocol.fields import items_of, layout_table
 from vfiouser_protocol.messages import (
@@ -44,6 +45,9 @@ def page() -> str:
     parts = [HEAD]
     for spec in COMMANDS.values():
         parts += command(spec)
+    parts.append("## DMA messages of QEMU 10.1 and 10.2\n")
+    for variant in VARIANTS.values():
+        parts += payload(variant, variant.__name__)
     parts.append("## Data of DEVICE_FEATURE\n")
     for feature in FEATURES:
         parts += payload(feature, feature.__name__)

@@ -47,9 +47,22 @@ def get_state(link: RawLink) -> int:
     return int(struct.unpack_from("<I", payload, 8)[0])
 
 
-def set_request(state: int) -> bytes:
+def set_request(state: int, data_fd: int = 0) -> bytes:
     """A SET of the migration state."""
-    return wire.feature(_SET_STATE, struct.pack("<II", state, 0))
+    return wire.feature(_SET_STATE, struct.pack("<Ii", state, data_fd))
+
+
+def check_set_reply(request: bytes, payload: bytes) -> int:
+    """Look whether a reply repeats a SET of the state, but for data_fd, which may say that there is no descriptor.
+
+    Returns:
+        data_fd of the reply.
+    """
+    same(len(request), len(payload), "bytes of payload in the reply to SET MIG_DEVICE_STATE")
+    same(request[:12].hex(), payload[:12].hex(), "payload of the reply to SET MIG_DEVICE_STATE, without data_fd")
+    asked, data_fd = (struct.unpack_from("<i", part, 12)[0] for part in (request, payload))
+    check(data_fd in (asked, -1), f"data_fd of the reply to SET MIG_DEVICE_STATE is {data_fd}; {asked} was sent")
+    return int(data_fd)
 
 
 def try_state(link: RawLink, state: int) -> Received:

@@ -23,19 +23,28 @@ from vfiouser_protocol.fields import Payload, phrase
 from vfiouser_protocol.header import Header, command_name, errno_text
 from vfiouser_protocol.messages import (
     DirtyPages,
+    DmaReadReply,
+    DmaWrite,
     Empty,
     FeatureDeviceState,
     FeatureLoggingReport,
     FeatureLoggingStart,
     FeatureMigration,
+    NarrowDmaReadReply,
+    NarrowDmaWrite,
 )
 
 P = TypeVar("P", bound=Payload)
 
+#: What some clients send in place of the payload that a command has.
+VARIANTS: Mapping[type[Payload], type[Payload]] = MappingProxyType(
+    {DmaReadReply: NarrowDmaReadReply, DmaWrite: NarrowDmaWrite}
+)
 #: Every payload: those of the commands, and those that DEVICE_FEATURE carries.
 PAYLOADS: frozenset[type[Payload]] = frozenset(
     {payload for spec in COMMANDS.values() for payload in (spec.request, spec.reply)}
     | {FeatureMigration, FeatureDeviceState, FeatureLoggingStart, FeatureLoggingReport}
+    | set(VARIANTS.values())
 )
 #: The derived codec of each payload that has one.
 TWINS: Mapping[type[Payload], Twin] = MappingProxyType(
@@ -137,7 +146,9 @@ def _describe_payload(header: Header, payload: bytes) -> str:
     cls = spec.reply if header.is_reply else spec.request
     if header.is_reply and cls is DirtyPages and not payload:
         cls = Empty
-    try:
-        return phrase(decode(cls, payload))
-    except CommandError:
-        return f"malformed payload={len(payload)}"
+    for layout in filter(None, (cls, VARIANTS.get(cls))):
+        try:
+            return phrase(decode(layout, payload))
+        except CommandError:
+            pass
+    return f"malformed payload={len(payload)}"

@@ -32,6 +32,8 @@ from vfiouser_protocol.messages_dma import (
     DmaUnmap,
     DmaWrite,
     DmaWriteReply,
+    NarrowDmaReadReply,
+    NarrowDmaWrite,
 )
 from vfiouser_protocol.messages_migration import (
     DeviceFeature,
@@ -66,6 +68,8 @@ __all__ = [
     "MigDataRead",
     "MigDataReadReply",
     "MigDataWrite",
+    "NarrowDmaReadReply",
+    "NarrowDmaWrite",
     "Payload",
     "RegionInfo",
     "RegionIoFds",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-from construct import Bytes, Computed, GreedyBytes, If, IfThenElse, Int64ul, Terminated, this
+from construct import Bytes, Computed, FocusedSeq, GreedyBytes, If, IfThenElse, Int64ul, Padding, Terminated, this
 
 from vfiouser_protocol.constants import DirtyPagesFlags, DmaUnmapFlags
 from vfiouser_protocol.fields import LENGTH, START, U32, U64, Show, letters, shown, shown_flags, shown_hex
@@ -109,6 +109,35 @@ class DmaWriteReply(NamedTuple):
 
     address: Annotated[U64, START]
     count: Annotated[U64, shown("count=")]  # type: ignore[assignment]
+
+
+#: Data of the narrow layout, with the zeros behind it that make its message as long as a specified one.
+_NARROW_DATA = FocusedSeq("data", "data" / Bytes(this._.count), Padding(4))
+
+
+class NarrowDmaReadReply(NamedTuple):
+    """DMA_READ reply as QEMU 10.1 and 10.2 send it: a 32-bit count, the data behind it, and four zeros.
+
+    Its request is the specified one: the upper half of a small count is 0.
+    """
+
+    address: Annotated[U64, START]
+    count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
+    data: Annotated[bytes, _NARROW_DATA, Terminated]
+
+
+class NarrowDmaWrite(NamedTuple):
+    """DMA_WRITE request as QEMU 10.1 and 10.2 read it; their reply has no payload.
+
+    Args:
+        address: DMA address.
+        count: bytes to write.
+        data: exactly `count` bytes.
+    """
+
+    address: Annotated[U64, START]
+    count: Annotated[U32, shown("count=")]  # type: ignore[assignment]
+    data: Annotated[bytes, _NARROW_DATA, Terminated]
 
 
 _IS_GET_BITMAP = this.flags & int(DirtyPagesFlags.GET_BITMAP)

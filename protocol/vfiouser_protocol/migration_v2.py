@@ -4,7 +4,8 @@ Nine arcs and two rules say everything about states: a request goes along the sh
 which data is saved lies in the middle of one, and PRE_COPY cannot be reached from STOP_COPY. What is in between is
 found by searching, so nothing is written down twice.
 
-The P2P states never appear on the vfio-user wire; they are unknown here, like every other number.
+The P2P states are on the wire only where a function offers them, and then each of them is the state beside it with
+another name: a function that reaches no peer's BAR has nothing to hold back.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ ARCS: tuple[Arc, ...] = (
     Arc(_S.STOP, _S.RESUMING),
     Arc(_S.RESUMING, _S.STOP),
 )
+#: The arcs that P2P adds, as what they come to: each P2P state is that state under another name, so that what leads to
+#: one leads to the other, and nothing is done between the two.
+WITHOUT_P2P: Mapping[DeviceState, DeviceState] = MappingProxyType(
+    {_S.RUNNING_P2P: _S.RUNNING, _S.PRE_COPY_P2P: _S.PRE_COPY}
+)
+WITH_P2P: Mapping[DeviceState, DeviceState] = MappingProxyType({plain: p2p for p2p, plain in WITHOUT_P2P.items()})
 #: States in which data is saved: only where a path begins or ends.
 SAVING = frozenset({_S.PRE_COPY, _S.STOP_COPY})
 #: States in which MIG_DATA_READ and MIG_DATA_WRITE are legal.
@@ -135,6 +142,29 @@ def require_path(current: DeviceState, target: int, *, precopy: bool = True) -> 
     return arcs
 
 
+class StateWish(NamedTuple):
+    """What a SET of MIG_DEVICE_STATE asks for.
+
+    Args:
+        state: where the function is to go.
+        p2p: whether the client calls that by its P2P name.
+    """
+
+    state: int
+    p2p: bool
+
+
+def wish_of(wanted: int, *, p2p: bool) -> StateWish:
+    """Return what a state on the wire asks of the function.
+
+    Args:
+        wanted: what was asked for, any number.
+        p2p: whether the function offers P2P; without it the P2P states are unknown like any other number.
+    """
+    plain = WITHOUT_P2P.get(wanted) if p2p else None  # type: ignore[call-overload]
+    return StateWish(wanted, p2p=False) if plain is None else StateWish(plain, p2p=True)
+
+
 # --- Features ---
 
 
@@ -171,6 +201,9 @@ _SET = int(FeatureFlags.SET)
 _PROBE = int(FeatureFlags.PROBE)
 _KNOWN_FLAGS = int(FeatureFlags.INDEX_MASK) | _GET | _SET | _PROBE
 _FIXED = 8
+#: Where a DEVICE_FEATURE of MIG_DEVICE_STATE has data_fd, and what says that there is none.
+_DATA_FD = 12
+_NO_FD = b"\xff\xff\xff\xff"
 
 #: Spec: vfio-user, VFIO_USER_DEVICE_FEATURE. The kernel's other features have no meaning on the wire.
 FEATURES: Mapping[int, Mapping[int, FeatureMethod]] = MappingProxyType(
@@ -209,6 +242,14 @@ class FeatureCall(NamedTuple):
         """Return the reply to a PROBE, or to a SET that was done: the request's own payload."""
         return self.payload
 
+    def state_set(self) -> bytes:
+        """Return the reply to a SET of MIG_DEVICE_STATE: the request's payload, without a descriptor.
+
+        Spec: struct vfio_device_feature_mig_state: data_fd is -1 where there is none. QEMU's client asks with 0, and
+        takes whatever else comes back for a descriptor.
+        """
+        return self.payload[:_DATA_FD] + _NO_FD + self.payload[_DATA_FD + len(_NO_FD) :]
+
     def started(self, page_size: int) -> bytes:
         """Return the reply to DMA_LOGGING_START: the request with the page size that is used.
 
@@ -217,13 +258,16 @@ class FeatureCall(NamedTuple):
         """
         return self.payload[:_FIXED] + page_size.to_bytes(8, "little") + self.payload[_FIXED + 8 :]
 
-    def flags(self, *, precopy: bool) -> bytes:
+    def flags(self, *, precopy: bool, p2p: bool = False) -> bytes:
         """Return the reply to a GET of MIGRATION.
 
         Args:
             precopy: whether the device has PRE_COPY.
+            p2p: whether it offers the P2P states.
         """
-        flags = MigrationFlags.STOP_COPY | (MigrationFlags.PRE_COPY if precopy else 0)
+        flags = MigrationFlags.STOP_COPY
+        flags |= MigrationFlags.PRE_COPY if precopy else 0
+        flags |= MigrationFlags.P2P if p2p else 0
         return self._got(encode(FeatureMigration(int(flags))))
 
     def state(self, state: DeviceState) -> bytes:

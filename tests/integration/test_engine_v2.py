@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import errno
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from migrationkit import (
+    FAST,
     GET,
     MIGRATION,
     PRE_COPY,
+    PRE_COPY_P2P,
     PROBE,
     RESUMING,
     RUNNING,
+    RUNNING_P2P,
     SET,
     STATE,
     STOP,
@@ -24,6 +28,7 @@ from migrationkit import (
 )
 from rawclient import FEATURE, GET_INFO, MIG_DATA_READ, RESET
 from vfiouser_agents.api import AgentState
+from vfiouser_oob.config.schema import P2p
 
 
 @pytest.mark.parametrize("chunk", [1, 4096, 65536, 1 << 20])
@@ -127,7 +132,7 @@ async def test_stream_begins_again(tmp_path: Path) -> None:
 
 
 async def test_features(tmp_path: Path) -> None:
-    """Pre-copy is offered, P2P never; clients without the capability see nine regions and may migrate all the same."""
+    """Pre-copy is offered, P2P not here; without the capability there are nine regions, and migration all the same."""
     async with bed(tmp_path) as both, both.source.vmm(V2_CAPABILITIES) as src:
         answer = await src.succeed(FEATURE, struct.pack("<II", 16, MIGRATION | GET))
         assert struct.pack("<IIQ", 16, MIGRATION | GET, 5) == answer.payload
@@ -135,6 +140,74 @@ async def test_features(tmp_path: Path) -> None:
         assert 9 == struct.unpack("<4I", (await src.succeed(GET_INFO, struct.pack("<4I", 16, 0, 0, 0))).payload)[2]
         await src.set_state(STOP_COPY)
         assert await src.read_stream()
+
+
+async def test_p2p_states(tmp_path: Path) -> None:
+    """Offered P2P, a client finds each state under the name that it asked for, and the function as beside it."""
+    config = replace(FAST, p2p=P2p.ON)
+    async with bed(tmp_path, config=config) as both, both.source.vmm() as src, both.destination.vmm() as dst:
+        answer = await src.succeed(FEATURE, struct.pack("<II", 16, MIGRATION | GET))
+        assert struct.pack("<IIQ", 16, MIGRATION | GET, 7) == answer.payload
+        for state in (RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, RUNNING_P2P, RUNNING):
+            await src.set_state(state)
+            assert state == await src.state()
+            assert both.source.runs
+        await src.set_state(PRE_COPY_P2P)
+        stream = await src.data_read(4096)
+        await src.set_state(STOP_COPY)
+        assert not both.source.runs
+        assert errno.EINVAL == await src.set_state_errno(PRE_COPY_P2P)
+        stream += await src.read_stream()
+        await src.set_state(STOP)
+        await dst.set_state(RUNNING_P2P)
+        await dst.set_state(RESUMING)
+        await dst.write_stream(stream)
+        await dst.set_state(RUNNING_P2P)
+        assert (RUNNING_P2P, True) == (await dst.state(), both.destination.runs)
+        assert both.migrated()
+        await dst.set_state(RUNNING)
+        assert RUNNING == await dst.state()
+
+
+async def test_a_reset_leaves_p2p(tmp_path: Path) -> None:
+    """After a reset, and for the next client, the function is RUNNING and nothing else."""
+    async with bed(tmp_path, config=replace(FAST, p2p=P2p.ON)) as both:
+        async with both.source.vmm() as src:
+            await src.set_state(RUNNING_P2P)
+            await src.succeed(RESET)
+            assert RUNNING == await src.state()
+            await src.set_state(PRE_COPY_P2P)
+        async with both.source.vmm() as src:
+            assert RUNNING == await src.state()
+            assert both.source.runs
+
+
+async def test_capped_reads(tmp_path: Path) -> None:
+    """A cap makes replies short, and the state is the same; a request with a whole buffer behind it is served too."""
+    config = replace(FAST, read_cap=8192)
+    async with bed(tmp_path, config=config) as both, both.source.vmm() as src, both.destination.vmm() as dst:
+        both.source.device.work(changes=3000)
+        await src.set_state(STOP_COPY)
+        await dst.set_state(RESUMING)
+        while True:
+            request = struct.pack("<II", 8 + (1 << 20), 1 << 20) + bytes(1 << 20)
+            data = (await src.succeed(MIG_DATA_READ, request)).payload[8:]
+            assert len(data) <= 8192
+            if not data:
+                break
+            await dst.data_write(data)
+        await src.set_state(STOP)
+        await dst.set_state(RUNNING)
+        assert both.migrated()
+
+
+async def test_command_19_is_refused(tmp_path: Path) -> None:
+    """Asked for pre-copy's figures, with an argsz of 0, the server says that there is no such command, and goes on."""
+    async with bed(tmp_path) as both, both.source.vmm() as src:
+        for state in (RUNNING, PRE_COPY, STOP_COPY):
+            await src.set_state(state)
+            assert errno.EINVAL == await src.errno(19, struct.pack("<IIQQ", 0, 0, 0, 0))
+            assert state == await src.state()
 
 
 async def test_vm_pause_is_no_migration(tmp_path: Path) -> None:

@@ -109,6 +109,23 @@ def test_a_service_tells_when_it_is_ready(name: str) -> None:
     assert service["ExecStart"].startswith(f"{BINARY} serve --config /etc/vfiouser-oob/")
 
 
+@pytest.mark.parametrize("name", ["vfiouser-oob.service", "vfiouser-oob@.service"])
+def test_a_service_may_make_sockets_and_be_reloaded(name: str) -> None:
+    """The directory's group is made, the service is in it and may write there; a reload tells whether it worked."""
+    service = read_unit(name)["Service"]
+    assert ("-/run/vfio-user", "kvm vfio-user") == (service["ReadWritePaths"], service["SupplementaryGroups"])
+    (mode, owner, group) = re.findall(
+        r"^d /run/vfio-user (\S+) (\S+) (\S+)", (UNITS / "vfiouser-oob.tmpfiles").read_text(), re.MULTILINE
+    )[0]
+    assert ("0775", "root", "vfio-user") == (mode, owner, group)
+    made = re.findall(r"^g (\S+)", (UNITS / "vfiouser-oob.sysusers").read_text(), re.MULTILINE)
+    assert {"kvm", "vfio-user"} == set(made)
+    where = "" if "@" not in name else " --control-socket /run/vfiouser-oob-%i/control.sock"
+    assert f"{BINARY} reload{where}" == service["ExecReload"]
+    assert where.strip() in service["ExecStart"]
+    assert "30s" == service["WatchdogSec"]
+
+
 @pytest.mark.parametrize("name", ["vfiouser-oob.socket", "vfiouser-oob@.socket"])
 def test_sockets_are_for_the_group_of_vmms(name: str) -> None:
     """The sockets are not in a directory that goes with the service, and QEMU's group may connect."""

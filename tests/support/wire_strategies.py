@@ -71,6 +71,8 @@ MESSAGES: dict[type, Any] = {
     m.DmaReadReply: _counted(m.DmaReadReply, u64),
     m.DmaWrite: _counted(m.DmaWrite, u64),
     m.DmaWriteReply: _of(m.DmaWriteReply, u64, u64),
+    m.NarrowDmaReadReply: _counted(m.NarrowDmaReadReply, u64),
+    m.NarrowDmaWrite: _counted(m.NarrowDmaWrite, u64),
     m.DirtyPages: st.one_of(
         _of(m.DirtyPages, u32, u32.map(lambda flags: flags & ~4)),
         _of(m.DirtyPages, u32, u32.map(lambda flags: flags | 4), u64, u64, u64, u64, data),

@@ -1,7 +1,7 @@
 """Real functions under vfio-pci: a guest with an IOMMU runs our daemon on emulated devices, and clients beside it.
 
 One boot serves all scenarios, which the guest runs one after the other; see `scenarios.py`, `hardware.py` and
-`obstacles.py` of `tests/support/kvfio`. A second, short one is of a machine without an IOMMU.
+`obstacles.py` of `tests/support/kvfio`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
 #: In the order in which they run; `bind_nvme` comes before those that use that function.
 SCENARIOS = (
+    "bypassed",
     "not_bound",
     "not_viable",
     "group_in_use",
@@ -55,10 +56,7 @@ SCENARIOS = (
 )
 LINUX_S = 1600.0
 #: By the fixture that has its answers.
-BOOTS = {
-    "answers": Boot(SCENARIOS),
-    "answers_without_iommu": Boot(("no_iommu",), qemu=False, iommu=False),
-}
+BOOTS = {"answers": Boot(SCENARIOS)}
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +69,6 @@ def answers(boots: Boots) -> Answers:
 def test_in_the_guest(answers: Answers, name: str) -> None:
     """The scenario succeeded; what it proves stands with it."""
     sys.stdout.write(expect_success(answers, name))
-
-
-@pytest.fixture(scope="module")
-def answers_without_iommu(boots: Boots) -> Answers:
-    """What is said on a machine that has no IOMMU."""
-    return boots.answers(BOOTS["answers_without_iommu"])
-
-
-def test_a_machine_without_an_iommu(answers_without_iommu: Answers) -> None:
-    """Daemon and `bind` say what is missing in one line, and the function's own driver keeps it."""
-    sys.stdout.write(expect_success(answers_without_iommu, "no_iommu"))
 
 
 def oldest(assets: Assets) -> Path:
@@ -102,6 +89,13 @@ def answers_of_the_oldest(assets: Assets) -> Answers:
 def test_on_the_oldest_kernel(answers_of_the_oldest: Answers, name: str) -> None:
     """The same on a kernel whose MSI-X vectors cannot be added one by one, among other things."""
     sys.stdout.write(expect_success(answers_of_the_oldest, name))
+
+
+@pytest.mark.long
+def test_a_machine_without_an_iommu(assets: Assets) -> None:
+    """Daemon and `bind` say what is missing in one line, and the function's own driver keeps it."""
+    answers = run_scenarios(assets, Boot(("no_iommu",), qemu=False, iommu=False))
+    sys.stdout.write(expect_success(answers, "no_iommu"))
 
 
 @pytest.mark.long

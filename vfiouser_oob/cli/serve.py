@@ -131,7 +131,7 @@ def _from_file(args: argparse.Namespace) -> DaemonConfig:
     for attribute, flag in _ONE_FUNCTION.items():
         if getattr(args, attribute) is not None:
             raise ConfigError(f"{flag} describes one function and cannot be used with --config")
-    return load_config(args.config)
+    return load_config(args.config, lenient=True)
 
 
 def _one_function(args: argparse.Namespace) -> DaemonConfig:
@@ -169,8 +169,10 @@ def run(args: argparse.Namespace) -> int:
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
+    from vfiouser_oob.vm.hosting import open_vms
 
     log.configure(config.log_level, config.log_format)
     settle_objects()
-    trio.run(partial(run_daemon, config, control=serve_control))
+    reread = None if args.config is None else partial(config_from, args)
+    trio.run(partial(run_daemon, config, control=serve_control, vms=open_vms, reread=reread))
     return ExitCode.DONE

@@ -6,12 +6,14 @@ from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.load import load_config, parse_config
 from vfiouser_oob.config.schema import (
     AgentConfig,
+    CarrierChoice,
     DaemonConfig,
     DeviceConfig,
     DmaMode,
     FunctionConfig,
     Generations,
     KernelVfioDevice,
+    Listens,
     LogFormat,
     LogLevel,
     MigrationConfig,
@@ -19,12 +21,14 @@ from vfiouser_oob.config.schema import (
     RegionPolicy,
     UpstreamDevice,
     VfioInterface,
+    VmConfig,
     default_control_socket,
     default_state_directory,
 )
 
 __all__ = [
     "AgentConfig",
+    "CarrierChoice",
     "ConfigError",
     "DaemonConfig",
     "DeviceConfig",
@@ -32,6 +36,7 @@ __all__ = [
     "FunctionConfig",
     "Generations",
     "KernelVfioDevice",
+    "Listens",
     "LogFormat",
     "LogLevel",
     "MigrationConfig",
@@ -39,6 +44,7 @@ __all__ = [
     "RegionPolicy",
     "UpstreamDevice",
     "VfioInterface",
+    "VmConfig",
     "default_control_socket",
     "default_state_directory",
     "load_config",

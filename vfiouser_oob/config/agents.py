@@ -24,6 +24,14 @@ class Generations(Word):
     NONE = "none", "neither, though there is an agent"
 
 
+class P2p(Word):
+    """Whether v2 offers the P2P states."""
+
+    AUTO = "auto", "unless the device may reach a peer's BAR"
+    ON = "on", "in any case"
+    OFF = "off", "never"
+
+
 _SECONDS = seconds_between(0.01, 3600)
 
 
@@ -42,6 +50,20 @@ class MigrationConfig:
         "whether replies to MIG_DATA_READ have the size that was asked for, with zeros behind the data, for clients "
         "that read it so",
         default=False,
+    )
+    p2p: P2p = key(
+        one_of(P2p),
+        "whether v2 offers the P2P states, without which QEMU's client migrates no VM of several functions; the "
+        "function goes on in them as in RUNNING and PRE_COPY, see "
+        "[several functions](../explanation/migration.md#several-functions-of-one-vm)",
+        default=P2p.AUTO,
+    )
+    read_cap: int | None = key(
+        size_of(4 << 10, 16 << 20),
+        "bytes of data in a reply to MIG_DATA_READ at most, for clients that mishandle large ones (128K helps QEMU's); "
+        "clients that follow the specification take such a reply for the end of the state",
+        default=None,
+        unset="as many as were asked for",
     )
     chunk_size: int = key(
         size_of(4 << 10, 16 << 20),

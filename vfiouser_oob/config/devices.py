@@ -65,6 +65,7 @@ class ModelDevice:
     """A function that is played by a Python model."""
 
     kind: ClassVar[str] = "model"
+    peer_dma: ClassVar[bool] = True
     first: ClassVar[Sequence[str]] = ("model",)
     example: ClassVar[str] = "model:nvme,size=64M"
 
@@ -82,6 +83,7 @@ class UpstreamDevice:
     """A function that another vfio-user server provides."""
 
     kind: ClassVar[str] = "vfio-user"
+    peer_dma: ClassVar[bool] = True
     first: ClassVar[Sequence[str]] = ("socket",)
     example: ClassVar[str] = "vfio-user:/run/soc/f0.sock"
 
@@ -104,6 +106,7 @@ class KernelVfioDevice:
     """A PCI function of this machine that is bound to the kernel's vfio-pci driver, or a mediated device."""
 
     kind: ClassVar[str] = "kernel-vfio"
+    peer_dma: ClassVar[bool] = False
     first: ClassVar[Sequence[str]] = ("bdf", "mdev")
     example: ClassVar[str] = "kernel-vfio:0000:3b:00.2"
     constraints: ClassVar[Mapping[str, Any]] = {"oneOf": [{"required": ["bdf"]}, {"required": ["mdev"]}]}
@@ -137,7 +140,8 @@ class KernelVfioDevice:
         return short_form(self.kind, self)
 
 
-#: Each kind names the keys that the first word of its short form may stand for, and an example of that form.
+#: Each kind names the keys that the first word of its short form may stand for, and an example of that form; and it
+#: says whether its DMA goes by messages where the client sent no descriptor, and so may reach a peer's BAR.
 DeviceConfig: TypeAlias = ModelDevice | UpstreamDevice | KernelVfioDevice
 KINDS: Mapping[str, type[DeviceConfig]] = {
     declared.kind: declared for declared in (ModelDevice, KernelVfioDevice, UpstreamDevice)

@@ -20,8 +20,18 @@ from vfiouser_oob.config.schema import (
     default_control_socket,
     default_state_directory,
 )
-from vfiouser_oob.config.tables import Place, Table, key, read_section, read_table, schema_of, section
-from vfiouser_oob.config.values import shown
+from vfiouser_oob.config.tables import (
+    Place,
+    SpoiledTable,
+    Table,
+    key,
+    read_section,
+    read_table,
+    schema_of,
+    section,
+)
+from vfiouser_oob.config.values import NAME, shown
+from vfiouser_oob.config.vms import VmConfig, check_vms, vm_sockets
 
 # Far more than hundreds of functions need; a wrong path (a disk image) is refused before it fills memory.
 CONFIG_SIZE_MAX = 4 << 20
@@ -43,10 +53,24 @@ def tables_named(header: str, declared: type) -> Table:
     def read(raw: Any, place: Place, around: Mapping[str, Any]) -> tuple[Any, ...]:
         if not isinstance(raw, list) or not raw:
             raise ConfigError(f"there must be at least one {header}", place.source, place.line_of())
-        return tuple(read_one(table, place, index) for index, table in enumerate(raw))
+        tables = (read_usable(table, place, index) for index, table in enumerate(raw))
+        return tuple(table for table in tables if table is not None)
+
+    def read_usable(raw: Any, place: Place, index: int) -> Any:
+        """The table; None for one that is put aside."""
+        try:
+            return read_one(raw, place, index)
+        except ConfigError as error:
+            if place.spoiled is None or not NAME.fits(name_of(raw)):
+                raise
+            place.spoiled.append(SpoiledTable(header, name_of(raw), str(error)))
+            return None
+
+    def name_of(raw: Any) -> Any:
+        return raw.get("name") if isinstance(raw, Mapping) else None
 
     def read_one(raw: Any, place: Place, index: int) -> Any:
-        name = raw.get("name") if isinstance(raw, Mapping) else None
+        name = name_of(raw)
         label = f"{header} {shown(name)}" if isinstance(name, str) else f"{header} number {index + 1}"
         here = Place(label, place.source, partial(place.line_of, index))
         return read_section(declared, raw, here, line=here.line_of())
@@ -66,16 +90,41 @@ class ConfigFile:
     function: tuple[FunctionConfig, ...] = key(
         tables_named("[[function]]", FunctionConfig), "one table per PCI function", default=()
     )
+    vm: tuple[VmConfig, ...] = key(
+        tables_named("[[vm]]", VmConfig),
+        "one table per VM that is migrated by a QEMU without migration of its own for vfio-user",
+        default=(),
+    )
 
 
-def load_config(path: Path) -> DaemonConfig:
+@section
+class FunctionsOnly:
+    """What `add` takes."""
+
+    function: tuple[FunctionConfig, ...] = key(tables_named("[[function]]", FunctionConfig), "as in a configuration")
+
+
+def load_config(path: Path, *, lenient: bool = False) -> DaemonConfig:
     """Read a configuration file.
 
     Args:
         path: the TOML file.
+        lenient: put functions that cannot be used aside, as long as there are others.
 
     Raises:
         ConfigError: it cannot be read or used.
+    """
+    return parse_config(read_text(path), path, lenient=lenient)
+
+
+def read_text(path: Path) -> str:
+    """Read the text of a configuration file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
     """
     try:
         with path.open("rb") as file:
@@ -85,50 +134,78 @@ def load_config(path: Path) -> DaemonConfig:
     if len(data) > CONFIG_SIZE_MAX:
         raise ConfigError(f"is larger than {CONFIG_SIZE_MAX >> 20} MiB, hardly a configuration file", str(path))
     try:
-        text = data.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError("is not UTF-8 text", str(path), line) from error
-    return parse_config(text, path)
 
 
-def parse_config(text: str, path: Path) -> DaemonConfig:
+def parse_config(text: str, path: Path, *, lenient: bool = False) -> DaemonConfig:
     """Read the text of a configuration file.
 
     Args:
         text: TOML.
         path: where it came from, for messages.
+        lenient: put functions that cannot be used aside, as long as there are others.
 
     Raises:
         ConfigError: it cannot be used.
     """
     source = str(path)
+    spoiled: list[SpoiledTable] = []
+    raw = _read_toml(text, source)
+    place = Place("top level", source, LineMap(text).line, spoiled if lenient else None)
+    top = read_table(ConfigFile, raw, place)
+    if "function" not in top:
+        raise ConfigError("there must be at least one [[function]]", source)
+    if not top["function"]:
+        raise ConfigError("; ".join(table.reason for table in spoiled))
+    paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
+    settings = paths | top.get("daemon", {})
+    config = DaemonConfig(
+        functions=top["function"], vms=top.get("vm", ()), source=path, spoiled=tuple(spoiled), **settings
+    )
+    check_unique(config)
+    return config
+
+
+def parse_functions(text: str, source: str) -> tuple[FunctionConfig, ...]:
+    """Read text that holds functions and nothing else.
+
+    Args:
+        text: TOML.
+        source: where it came from, for messages.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    place = Place("top level", source, LineMap(text).line)
+    functions: tuple[FunctionConfig, ...] = read_section(FunctionsOnly, _read_toml(text, source), place).function
+    check_unique(DaemonConfig(functions=functions, source=Path(source)))
+    return functions
+
+
+def _read_toml(text: str, source: str) -> dict[str, Any]:
     try:
-        raw = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = _TOML_PLACE.search(str(error))
         message = _TOML_PLACE.sub("", str(error))
         raise ConfigError(f"not valid TOML: {message}", source, int(place[1]) if place else None) from error
     except RecursionError as error:
         raise ConfigError("not valid TOML: nested too deeply", source) from error
-    lines = LineMap(text)
-    top = read_table(ConfigFile, raw, Place("top level", source, lines.line))
-    if "function" not in top:
-        raise ConfigError("there must be at least one [[function]]", source)
-    paths = {"control_socket": default_control_socket(), "state_directory": default_state_directory()}
-    config = DaemonConfig(functions=top["function"], source=path, **(paths | top.get("daemon", {})))
-    check_unique(config)
-    return config
 
 
 def check_unique(config: DaemonConfig) -> None:
-    """Refuse two functions of one name or two users of one socket path.
+    """Refuse two functions of one name, two users of one socket path, and VMs of functions that there are not.
 
     Raises:
         ConfigError: there are such.
     """
     source = str(config.source) if config.source else None
-    names: set[str] = set()
+    names = {table.name for table in config.spoiled}
+    if len(names) < len(config.spoiled):
+        raise ConfigError(f"two functions are named alike: {', '.join(t.name for t in config.spoiled)}", source)
     sockets: dict[Path, str] = {}
     if config.control_socket is not None:
         sockets[config.control_socket] = "the control socket"
@@ -143,6 +220,11 @@ def check_unique(config: DaemonConfig) -> None:
             message = f"function {function.name!r}: socket {function.socket} is that of {user} already"
             raise ConfigError(message, source, function.line)
         sockets[function.socket] = f"function {function.name!r}"
+    check_vms(config.vms, frozenset(names), source)
+    for vm, what, path in vm_sockets(config.vms):
+        if path in sockets:
+            raise ConfigError(f"VM {vm.name!r}: {what} {path} is that of {sockets[path]} already", source, vm.line)
+        sockets[path] = f"VM {vm.name!r}"
     for function in config.functions:
         # A function wrapped around its own socket would wait for itself.
         if isinstance(function.device, UpstreamDevice) and function.device.socket == function.socket:

@@ -1,10 +1,11 @@
 """What the daemon can be told, as dataclasses, each of them a section that declares its keys (see `tables`).
 
     DaemonConfig
-     └── functions: FunctionConfig …
-          ├── device: ModelDevice | UpstreamDevice | KernelVfioDevice
-          ├── agent: AgentConfig
-          └── migration: MigrationConfig
+     ├── functions: FunctionConfig …
+     │    ├── device: ModelDevice | UpstreamDevice | KernelVfioDevice
+     │    ├── agent: AgentConfig
+     │    └── migration: MigrationConfig
+     └── vms: VmConfig …
 
 A configuration file (`load`), the short form of the command line (`devices`, `agents`) and `simulate-soc` all end here,
 so the server sees one shape whichever way it was started.
@@ -18,7 +19,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vfiouser_oob.config.agents import AGENT, MIGRATION, AgentConfig, Generations, MigrationConfig
+from vfiouser_oob.config.agents import AGENT, MIGRATION, AgentConfig, Generations, MigrationConfig, P2p
 from vfiouser_oob.config.devices import (
     DEVICE,
     DeviceConfig,
@@ -28,7 +29,7 @@ from vfiouser_oob.config.devices import (
     UpstreamDevice,
     VfioInterface,
 )
-from vfiouser_oob.config.tables import key, section
+from vfiouser_oob.config.tables import SpoiledTable, key, section
 from vfiouser_oob.config.values import (
     ABSOLUTE_SOCKET_PATH,
     CONTROL_SOCKET,
@@ -42,23 +43,28 @@ from vfiouser_oob.config.values import (
     one_of,
     seconds_between,
 )
+from vfiouser_oob.config.vms import CarrierChoice, Listens, VmConfig
 
 __all__ = [
     "DEFAULT_SOCKET_GROUP",
     "AgentConfig",
+    "CarrierChoice",
     "DaemonConfig",
     "DeviceConfig",
     "DmaMode",
     "FunctionConfig",
     "Generations",
     "KernelVfioDevice",
+    "Listens",
     "LogFormat",
     "LogLevel",
     "MigrationConfig",
     "ModelDevice",
+    "P2p",
     "RegionPolicy",
     "UpstreamDevice",
     "VfioInterface",
+    "VmConfig",
     "default_control_socket",
     "default_state_directory",
 ]
@@ -112,13 +118,16 @@ class FunctionConfig:
         GROUP,
         "group of the socket file",
         default=None,
-        unset=f"`{DEFAULT_SOCKET_GROUP}`, if the daemon runs as root and that group exists; else the daemon's own",
+        unset=f"`{DEFAULT_SOCKET_GROUP}`, if that group exists and the daemon is root or in it; else the daemon's own",
     )
     allow_uids: tuple[int, ...] | None = key(
         UIDS,
         "users that may connect, whatever the file's permissions say",
         default=None,
         unset="whoever the permissions let in",
+    )
+    log_level: LogLevel | None = key(
+        one_of(LogLevel), "least important record of this function that is written", default=None, unset="the daemon's"
     )
     dma: DmaMode = key(one_of(DmaMode), "how the device reaches guest memory", default=DmaMode.FILES)
     retain_state: bool = key(
@@ -150,6 +159,7 @@ class DaemonConfig:
     """All that one daemon process needs to know; names and sockets of its functions are unique."""
 
     functions: tuple[FunctionConfig, ...] = field()
+    vms: tuple[VmConfig, ...] = ()
     control_socket: Path | None = key(
         CONTROL_SOCKET,
         "path of the [control socket](control-socket.md)",
@@ -171,14 +181,33 @@ class DaemonConfig:
         "time within which every message of a client is answered, come what may",
         default=4.0,
     )
+    admin_uids: tuple[int, ...] = key(
+        UIDS,
+        "users that may change what runs, see [control socket](control-socket.md#who-may); root and the daemon's own "
+        "user always may",
+        factory=tuple,
+        unset="nobody else",
+    )
+    control_group: str | None = key(
+        GROUP,
+        "group of the control socket's file, whose members may ask but change nothing",
+        default=None,
+        unset="the daemon's own",
+    )
     #: The file that it was read from.
     source: Path | None = None
     #: Socket of a keeper of descriptors; None: the service manager's, if there is one.
     fd_store: str | None = None
+    #: Functions of that file that cannot be used.
+    spoiled: tuple[SpoiledTable, ...] = ()
 
     def function(self, name: str) -> FunctionConfig | None:
         """The function of that name, if there is one."""
         return next((function for function in self.functions if function.name == name), None)
+
+    def vm(self, name: str) -> VmConfig | None:
+        """The VM of that name, if there is one."""
+        return next((vm for vm in self.vms if vm.name == name), None)
 
 
 def default_control_socket(euid: int | None = None, environ: Mapping[str, str] = os.environ) -> Path:

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from vfiouser_oob.config.p2p import p2p_offer
 from vfiouser_oob.config.schema import (
     DaemonConfig,
     DmaMode,
@@ -14,6 +15,7 @@ from vfiouser_oob.config.schema import (
     KernelVfioDevice,
     ModelDevice,
     UpstreamDevice,
+    VmConfig,
 )
 from vfiouser_oob.config.tables import keys
 from vfiouser_oob.config.values import FILE
@@ -31,7 +33,13 @@ def summary(config: DaemonConfig) -> list[str]:
         f"log level {config.log_level.value}, format {config.log_format.value}",
     ]
     lines += [_function_line(function) for function in config.functions]
+    lines += [_vm_line(vm) for vm in config.vms]
     return lines
+
+
+def _vm_line(vm: VmConfig) -> str:
+    where = ", ".join(f"{what} {path}" for what, path in vm.sockets.items())
+    return f"  VM {vm.name}: {', '.join(vm.functions)} by {vm.carrier} ({where})"
 
 
 def _function_line(function: FunctionConfig) -> str:
@@ -42,8 +50,13 @@ def _function_line(function: FunctionConfig) -> str:
     if function.allow_uids is not None:
         access += f", only uids {', '.join(map(str, function.allow_uids))}"
     dma = ", dma by messages" if function.dma is DmaMode.MESSAGES else ""
-    agent = f", migrated by {function.agent.describe()}" if function.agent is not None else ""
+    agent = f", migrated by {function.agent.describe()}, {_p2p(function)}" if function.agent is not None else ""
     return f"  {function.name}: {function.device.describe()} on {where} ({access}{dma}{agent})"
+
+
+def _p2p(function: FunctionConfig) -> str:
+    offered, reason = p2p_offer(function)
+    return f"{'P2P' if offered else 'no P2P'} since {reason}"
 
 
 def warnings(config: DaemonConfig) -> list[str]:
@@ -53,7 +66,21 @@ def warnings(config: DaemonConfig) -> list[str]:
         found += _of_state_directory(config.state_directory)
     for function in config.functions:
         found += [f"function {function.name!r}: {text}" for text in _of_function(function)]
+    for vm in config.vms:
+        found += [f"VM {vm.name!r}: {text}" for text in _of_vm(vm, config)]
     return found
+
+
+def _of_vm(vm: VmConfig, config: DaemonConfig) -> Iterator[str]:
+    for name in vm.functions:
+        function = config.function(name)
+        if function is not None and function.agent is None:
+            yield f"function {name!r} has no agent, so the VM cannot be migrated"
+    for directory in dict.fromkeys(path.parent for path in vm.sockets.values()):
+        if not directory.is_dir():
+            yield f"the sockets' directory {directory} does not exist yet"
+    if vm.socket_mode & stat.S_IWOTH and vm.allow_uids is None:
+        yield f"socket_mode {vm.socket_mode:04o} lets every user of this machine pretend to be its QEMU"
 
 
 def _of_budget(config: DaemonConfig) -> str:

@@ -39,6 +39,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class SpoiledTable:
+    """A table with a name that cannot be used, among others that can.
+
+    Args:
+        header: what it is one of, as it is written, for example ``[[function]]``.
+        name: its name.
+        reason: why it cannot be used, and where it stands.
+    """
+
+    header: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a table stands, for error messages.
 
@@ -46,15 +61,17 @@ class Place:
         label: the table as a person would call it, for example ``[[function]] "nvme0"``.
         source: file or option that it came from.
         line_of: gives the line of one of its keys; without one, of the table itself.
+        spoiled: where named tables that cannot be used are put, so that the others can; None: they are refused.
     """
 
     label: str
     source: str | None = None
     line_of: Callable[..., int | None] = lambda *keys: None
+    spoiled: list[SpoiledTable] | None = None
 
     def inside(self, key: str) -> Place:
         """Where the table under one of its keys stands."""
-        return Place(f"{self.label}: {key}", self.source, partial(self.line_of, key))
+        return Place(f"{self.label}: {key}", self.source, partial(self.line_of, key), self.spoiled)
 
     def fail(self, message: str, key: str | None = None) -> NoReturn:
         """Refuse the table.
@@ -112,10 +129,7 @@ class Key:
 
     def fits(self, raw: Any) -> bool:
         """Whether it may hold a single value."""
-        try:
-            return isinstance(self.value, Value) and self.value.read(raw) is not None
-        except ValueError:
-            return False
+        return isinstance(self.value, Value) and self.value.fits(raw)
 
     @property
     def full(self) -> str:

@@ -63,6 +63,13 @@ class Value(Generic[T]):
         except Unfit:
             raise ValueError(f"must be {self.rule}, got {shown(raw)}") from None
 
+    def fits(self, raw: Any) -> bool:
+        """Whether it can be read."""
+        try:
+            return self.read(raw) is not None
+        except ValueError:
+            return False
+
     def literal(self, value: T) -> str:
         """The typed value as TOML (and JSON) has it."""
         text = self.write(value)
@@ -252,6 +259,20 @@ NAME = matching(
     "1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit",
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}",
     lambda match: match[0],
+)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise Unfit
+    return tuple(NAME.read(entry) for entry in value)
+
+
+NAMES = Value(
+    "a list of names with at least one entry",
+    _names,
+    {"type": "array", "minItems": 1, "items": NAME.schema},
+    ", ".join,
 )
 #: Permission bits.
 MODE = replace(

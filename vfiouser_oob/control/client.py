@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, cast
 
 from vfiouser_oob.control import protocol
@@ -65,6 +65,28 @@ class ControlClient:
         """
         return cast("StatusReport", self._call("status"))
 
+    def ask(self, verb: str, *, patient: bool = False, **params: Any) -> Any:
+        """Ask for anything that the daemon offers.
+
+        Args:
+            verb: what; the daemon may be older than this program and not know it.
+            patient: wait for the answer as long as it takes.
+            params: its parameters.
+
+        Returns:
+            The result.
+
+        Raises:
+            ControlError: no answer, or a refusal.
+        """
+        timeout = self._sock.gettimeout()
+        if patient:
+            self._sock.settimeout(None)
+        try:
+            return self._call(verb, params)
+        finally:
+            self._sock.settimeout(timeout)
+
     def watch(self) -> Iterator[dict[str, Any]]:
         """The daemon's state, as ``{"status": …}``, then its changes as they happen; ends with the daemon.
 
@@ -97,10 +119,11 @@ class ControlClient:
                 f"this program {protocol.PROTOCOL}"
             )
 
-    def _call(self, method: str) -> Any:
+    def _call(self, method: str, params: Mapping[str, Any] = MappingProxyType({})) -> Any:
         self._next_id += 1
+        request = {"id": self._next_id, "method": method} | ({"params": dict(params)} if params else {})
         try:
-            self._sock.sendall(protocol.encode({"id": self._next_id, "method": method}))
+            self._sock.sendall(protocol.encode(request))
         except OSError as error:
             raise ControlError(f"the daemon at {self._path} cannot be asked: {error}") from error
         answer = self._receive()

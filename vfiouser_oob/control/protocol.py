@@ -3,6 +3,7 @@
     server:  {"hello": "vfiouser-oob", "protocol": 1, "version": "…", "methods": ["status", "watch"]}
     client:  {"id": 1, "method": "status"}
     server:  {"id": 1, "result": {…}}            or {"id": 1, "error": {"code": "…", "message": "…"}}
+    client:  {"id": 3, "method": "remove", "params": {"name": "nvme0", "force": true}}
     client:  {"id": 2, "method": "watch"}
     server:  {"id": 2, "result": {…}}            the state now, then for each change
              {"id": 2, "event": {…}}
@@ -15,14 +16,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 NAME = "vfiouser-oob"
 PROTOCOL = 1
-# No request is longer than this; a peer that never ends its line costs no more memory.
+# No request is longer than this; a peer that never ends its line costs no more memory, and one of brackets no time.
 REQUEST_MAX = 64 << 10
+# An administrator may add many functions at once.
+ADMIN_REQUEST_MAX = 1 << 20
 
 
 class ErrorCode(StrEnum):
@@ -30,6 +33,8 @@ class ErrorCode(StrEnum):
 
     BAD_REQUEST = "bad-request"
     UNKNOWN_METHOD = "unknown-method"
+    BAD_PARAMETERS = "bad-parameters"
+    FAILED = "failed"
     NOT_ALLOWED = "not-allowed"
     BUSY = "busy"
 
@@ -55,10 +60,12 @@ class ControlRequest:
     Args:
         id: the client's mark, repeated in every answer.
         method: what it wants.
+        params: the particulars.
     """
 
     id: int | str
     method: str
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -88,7 +95,10 @@ def parse_request(line: bytes) -> ControlRequest:
         raise RequestError(ErrorCode.BAD_REQUEST, "id must be a number or text")
     if not isinstance(method, str):
         raise RequestError(ErrorCode.BAD_REQUEST, "method must be text")
-    return ControlRequest(request_id, method)
+    params = raw.get("params", {})
+    if not isinstance(params, dict):
+        raise RequestError(ErrorCode.BAD_REQUEST, "params must be an object")
+    return ControlRequest(request_id, method, params)
 
 
 def error_message(error: RequestError, request_id: int | str | None = None) -> dict[str, Any]:

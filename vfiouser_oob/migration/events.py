@@ -49,6 +49,17 @@ class Requested(MigrationEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class P2pNamed(MigrationEvent):
+    """The client calls the state that it has reached by its P2P name, or by its own again.
+
+    Args:
+        p2p: by which.
+    """
+
+    p2p: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepTaken(MigrationEvent):
     """The step that was under way was taken.
 

@@ -144,7 +144,7 @@ def _abandoned(turn: Turn, event: ev.Abandoned) -> None:
 def _started(turn: Turn, event: ev.Started) -> None:
     """What was under way when the other daemon ended is given up; what was buffered is gone with it."""
     stream, goal = turn.record.stream, turn.record.goal
-    turn.set(attached=False, logging=False, asked=False)
+    turn.set(attached=False, logging=False, asked=False, p2p=False)
     _abandoned(turn, ev.Abandoned())
     record = turn.record
     if stream is not None and stream.role is Role.DESTINATION:
@@ -164,6 +164,7 @@ _HANDLERS: Mapping[type[ev.MigrationEvent], Callable[[Turn, Any], None]] = Mappi
         ev.Started: _started,
         ev.TakenOver: arcs.taken_over,
         ev.Requested: arcs.requested,
+        ev.P2pNamed: arcs.p2p_named,
         ev.StepTaken: _taken,
         ev.StepRefused: _refused,
         ev.Abandoned: _abandoned,

@@ -24,6 +24,8 @@ class Owner(Enum):
 
     V1 = "v1"
     V2 = "v2"
+    #: A carrier of its VM, for a client that cannot.
+    CARRIER = "carrier"
 
 
 class Certainty(Enum):
@@ -145,6 +147,7 @@ class MigrationRecord:
         state: the last state that was known, as the v2 generation names it.
         certainty: whether that is what the function does.
         unknown_since: since when it is not known, in seconds since 1970.
+        p2p: the client has it in the P2P state beside that one, which for the function is the same.
         owner: who moves the state, until RUNNING or a reset.
         begun: the migration that the agent was told of.
         stream: the state under way, as long as there is any.
@@ -170,6 +173,7 @@ class MigrationRecord:
     state: DeviceState = DeviceState.RUNNING
     certainty: Certainty = Certainty.KNOWN
     unknown_since: float | None = None
+    p2p: bool = False
     owner: Owner | None = None
     begun: Begun | None = None
     stream: Stream | None = None

@@ -35,7 +35,13 @@ def requested(turn: Turn, event: ev.Requested) -> None:
     """The client asks for another state; what it wants goes before what the background does."""
     turn.do(ev.CeaseProbing())
     turn.do(ev.CeaseLeaving())
+    turn.set(p2p=False)
     _begin_arc(turn, event.plans, turn.record.state, event)
+
+
+def p2p_named(turn: Turn, event: ev.P2pNamed) -> None:
+    """A P2P state is the one beside it under another name, which is all that changes."""
+    turn.set(p2p=event.p2p)
 
 
 def _begin_arc(turn: Turn, arcs: tuple[str, ...], origin: DeviceState, asked: ev.Requested | PlanProgress) -> None:

@@ -18,7 +18,7 @@ from vfiouser_protocol.constants import DeviceState
 
 def client_came(turn: Turn, event: ev.ClientCame) -> None:
     """A client has the device; it goes first."""
-    turn.set(attached=True)
+    turn.set(attached=True, p2p=False)
     turn.do(ev.CeaseProbing())
 
 
@@ -102,6 +102,7 @@ def client_went(turn: Turn, event: ev.ClientWent) -> None:
 
 def reset_asked(turn: Turn, event: ev.ResetAsked) -> None:
     """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs."""
+    turn.set(p2p=False)
     if turn.record.busy:
         _begin_reset(turn, plans.RESET)
         return
@@ -113,6 +114,7 @@ def reset_asked(turn: Turn, event: ev.ResetAsked) -> None:
 
 def guest_reset(turn: Turn, event: ev.GuestReset) -> None:
     """The guest has reset the function through configuration space, which the device has done already."""
+    turn.set(p2p=False)
     record = turn.record
     saved = record.state is DeviceState.PRE_COPY and record.saves and record.certainty is Certainty.KNOWN
     if not record.busy:

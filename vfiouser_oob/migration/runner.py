@@ -10,6 +10,7 @@ import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -42,6 +43,14 @@ from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc
 
 _NEVER = float("-inf")
+#: Who moves the state, for those that are refused.
+_HOLDERS: Mapping[Owner, str] = MappingProxyType(
+    {
+        Owner.V1: "generation v1",
+        Owner.V2: "generation v2",
+        Owner.CARRIER: "the carrier of its VM",
+    }
+)
 
 
 class MigrationRunner:
@@ -277,12 +286,13 @@ class MigrationRunner:
 
     # What the client asks for
 
-    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], owner: Owner) -> None:
+    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], owner: Owner, *, p2p: bool = False) -> None:
         """Change the state.
 
         Args:
             plan: the arcs that lead from a state to where the client wants to be.
             owner: the generation that asks.
+            p2p: whether the client calls that state by its P2P name.
 
         Raises:
             CommandError: illegal, or it failed; the state that is read afterwards is the truth.
@@ -295,6 +305,8 @@ class MigrationRunner:
             arcs = tuple(arc_name(arc.source, arc.target) for arc in plan(self.record.state_shown))
             if arcs:
                 await self._carry_out(ev.Requested(arcs, owner), message)
+            if self.record.p2p != p2p:
+                self.feed(ev.P2pNamed(p2p))
 
     async def _require_known(self, plan: Callable[[DeviceState], Sequence[Arc]], message: MessageTime) -> None:
         record = self.record
@@ -322,7 +334,7 @@ class MigrationRunner:
         if holder not in (None, owner):
             assert holder is not None
             raise CommandError(
-                f"{what}: the migration belongs to generation {holder.value} until RUNNING or a reset", errno.EBUSY
+                f"{what}: the migration belongs to {_HOLDERS[holder]} until RUNNING or a reset", errno.EBUSY
             )
 
     async def reset(self) -> None:

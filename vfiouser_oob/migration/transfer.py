@@ -18,7 +18,7 @@ from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
-from vfiouser_protocol.migration_v2 import Arc
+from vfiouser_protocol.migration_v2 import WITH_P2P, Arc
 
 
 class Left(NamedTuple):
@@ -81,16 +81,25 @@ class Transfer:
         """
         self._runner.require_owner(self._owner, what)
 
-    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]]) -> None:
+    def named(self, state: DeviceState) -> DeviceState:
+        """What the client calls a state: its P2P name, if that was asked for last.
+
+        Args:
+            state: the function's.
+        """
+        return WITH_P2P.get(state, state) if self._runner.record.p2p else state
+
+    async def request(self, plan: Callable[[DeviceState], Sequence[Arc]], *, p2p: bool = False) -> None:
         """Change the state; to give a migration up, go to RUNNING.
 
         Args:
             plan: the arcs that lead from a state to where it should be.
+            p2p: whether the client calls that state by its P2P name.
 
         Raises:
             CommandError: illegal, or it failed; the state that is read afterwards is the truth.
         """
-        await self._runner.request(plan, self._owner)
+        await self._runner.request(plan, self._owner, p2p=p2p)
 
     # Saving
 

@@ -86,6 +86,7 @@ class Turn:
             state=state,
             certainty=Certainty.KNOWN,
             over_link=over_link,
+            p2p=False,
             awaiting=False,
             reset_due=None,
             unknown_since=None,

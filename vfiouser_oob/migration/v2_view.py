@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias, cast
 
-from vfiouser_oob.config.schema import MigrationConfig
+from vfiouser_oob.config.schema import MigrationConfig, P2p
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.transfer import Transfer
@@ -29,6 +29,7 @@ from vfiouser_protocol.migration_v2 import (
     FeatureCall,
     interpret_feature,
     require_path,
+    wish_of,
 )
 from vfiouser_protocol.packed import packed
 from vfiouser_protocol.rules import check_request
@@ -57,11 +58,14 @@ class V2View:
         self._transfer = transfer
         self._dirty = dirty
         self._config = config
+        self._p2p = config.p2p is P2p.ON
         self._max_read = max_read
         self._max_write = max_write
+        #: Bytes of data that a reply has at most.
+        self._cap = max_read if config.read_cap is None else config.read_cap
         self._actions: Mapping[FeatureAction, Callable[[FeatureCall], Answer]] = {
             FeatureAction.PROBED: lambda call: call.echo(),
-            FeatureAction.GET_MIGRATION: lambda call: call.flags(precopy=config.precopy),
+            FeatureAction.GET_MIGRATION: lambda call: call.flags(precopy=config.precopy, p2p=self._p2p),
             FeatureAction.GET_STATE: self._get_state,
             FeatureAction.SET_STATE: self._set_state,
             FeatureAction.START_LOGGING: self._start_logging,
@@ -95,16 +99,18 @@ class V2View:
     def _get_state(self, call: FeatureCall) -> Answer:
         if not self._transfer.certain:
             return self._get_state_later(call)
-        return call.state(self._transfer.state)
+        return call.state(self._transfer.named(self._transfer.state))
 
     async def _get_state_later(self, call: FeatureCall) -> bytes:
-        return call.state(await self._transfer.state_now())
+        return call.state(self._transfer.named(await self._transfer.state_now()))
 
     async def _set_state(self, call: FeatureCall) -> bytes:
         assert isinstance(call.data, FeatureDeviceState)
-        wanted = call.data.device_state
-        await self._transfer.request(lambda current: require_path(current, wanted, precopy=self._config.precopy))
-        return call.echo()
+        wanted, p2p = wish_of(call.data.device_state, p2p=self._p2p)
+        await self._transfer.request(
+            lambda current: require_path(current, wanted, precopy=self._config.precopy), p2p=p2p
+        )
+        return call.state_set()
 
     async def _start_logging(self, call: FeatureCall) -> bytes:
         assert isinstance(call.data, FeatureLoggingStart)
@@ -127,6 +133,8 @@ class V2View:
     def data_read(self, payload: bytes) -> Pieces | Awaitable[Pieces]:
         """MIG_DATA_READ: in STOP_COPY short only at the end, in PRE_COPY only when there is no more for now.
 
+        Replies that are capped are short wherever that is.
+
         Args:
             payload: behind the request's header.
 
@@ -136,20 +144,21 @@ class V2View:
         request = decode(MigDataRead, payload)
         check_request(request, self._max_read)
         self._require(READABLE, "MIG_DATA_READ")
-        if not request.size or self._transfer.has(request.size):
-            return self._portion(request.size)
-        return self._portion_later(request.size)
+        size = min(request.size, self._cap)
+        if not size or self._transfer.has(size):
+            return self._portion(size, request.size)
+        return self._portion_later(size, request.size)
 
-    async def _portion_later(self, size: int) -> Pieces:
+    async def _portion_later(self, size: int, wanted: int) -> Pieces:
         await self._transfer.prepare(size)
-        return self._portion(size)
+        return self._portion(size, wanted)
 
-    def _portion(self, size: int) -> Pieces:
+    def _portion(self, size: int, wanted: int) -> Pieces:
         data = self._transfer.read(size) if size else []
         if size:
             self._transfer.delivered()
         count = sum(map(len, data))
-        padding = bytes(size - count) if self._config.pad_reads else b""
+        padding = bytes(wanted - count) if self._config.pad_reads else b""
         return Pieces((_DATA_HEAD.pack(_DATA_HEAD.size + count, count), *data, padding))
 
     async def data_write(self, payload: bytes) -> bytes:

@@ -20,18 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from vfiouser_oob.config.schema import LogFormat, LogLevel
+from vfiouser_oob.observability import levels
 from vfiouser_oob.observability.sink import Sink
 
 ROOT = "vfiouser_oob"
 #: Where the adapters write, and what vendors' libraries print in them; they know nothing of us.
 AGENTS = "vfiouser_agents"
 
-_LEVELS: Mapping[LogLevel, int] = {
-    LogLevel.DEBUG: logging.DEBUG,
-    LogLevel.INFO: logging.INFO,
-    LogLevel.WARNING: logging.WARNING,
-    LogLevel.ERROR: logging.ERROR,
-}
 # syslog's numbers, as sd-daemon(3) wants them at the head of a line.
 _JOURNAL_PRIORITIES: Mapping[int, int] = {
     logging.DEBUG: 7,
@@ -66,7 +61,7 @@ class Logger:
     @property
     def debug_enabled(self) -> bool:
         """Whether debug records are written; ask before building an expensive one."""
-        return self._logger.isEnabledFor(logging.DEBUG)
+        return self._enabled(logging.DEBUG, self._fields.get("function"))
 
     def bind(self, **fields: Any) -> Logger:
         """A logger whose records carry these fields as well."""
@@ -95,9 +90,18 @@ class Logger:
         self._log(logging.ERROR, event, described, exc_info)
 
     def _log(self, level: int, event: str, fields: Mapping[str, Any], exc_info: BaseException | None = None) -> None:
-        if self._logger.isEnabledFor(level):
-            merged = {**self._fields, **fields}
-            self._logger.log(level, "%s", event, exc_info=exc_info, extra={"event": event, "fields": merged})
+        if not self._enabled(level, fields.get("function", self._fields.get("function"))):
+            return
+        merged = {**self._fields, **fields}
+        # Not `log`, which would ask for the level of the whole process once more.
+        raised = None if exc_info is None else (type(exc_info), exc_info, exc_info.__traceback__)
+        extra = {"event": event, "fields": merged}
+        name = self._logger.name
+        self._logger.handle(self._logger.makeRecord(name, level, "", 0, "%s", (event,), raised, extra=extra))
+
+    def _enabled(self, level: int, function: Any) -> bool:
+        chosen = levels.number_for(function)
+        return self._logger.isEnabledFor(level) if chosen is None else level >= chosen
 
 
 class RateLimited:
@@ -251,8 +255,14 @@ def configure(
         old.close()
     for root in roots:
         root.addHandler(handler)
-        root.setLevel(_LEVELS[level])
         root.propagate = False
+    set_level(level)
+
+
+def set_level(level: LogLevel) -> None:
+    """Choose the least important record that is written from now on, but for functions with a level of their own."""
+    for name in (ROOT, AGENTS):
+        logging.getLogger(name).setLevel(levels.NUMBERS[level])
 
 
 class _SinkHandler(logging.StreamHandler[Any]):

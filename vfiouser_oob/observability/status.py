@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:  # the client side is for quick commands, which do without trio
     import trio
@@ -52,7 +52,8 @@ class CapabilitiesStatus(TypedDict):
 class MigrationStatus(TypedDict):
     """The migration of a function.
 
-    `blocked` is why it cannot be migrated until somebody changes what is configured.
+    `blocked` is why it cannot be migrated until somebody changes what is configured, `p2p` whether v2 offers the P2P
+    states, in which a client's `state` is called by another name.
     `state` is that of the v2 generation, ERROR included; `known` whether it is certain, otherwise it is the last one
     that was, and `unknown_since` when that ended (ISO 8601, UTC); `agent_away_since` when the agent was first found not
     to answer, in the same form; `paused_over_link` whether STOP is a pause without the agent; `reset_due` whether the
@@ -65,6 +66,7 @@ class MigrationStatus(TypedDict):
     agent: str
     migratable: bool
     blocked: str | None
+    p2p: bool
     state: str
     known: bool
     unknown_since: str | None
@@ -88,7 +90,8 @@ class MigrationStatus(TypedDict):
 class FunctionStatus(TypedDict):
     """One function.
 
-    `phase` is `listening`, `negotiating`, `attached` or `failed`. `irqs` counts the vectors with an eventfd
+    `phase` is `starting`, `listening`, `negotiating`, `attached`, `drained` or `failed`, and `failed` the reason of the
+    last one. `irqs` counts the vectors with an eventfd
     by IRQ type, `messages` the messages of this connection by command, `dma` what went through the daemon
     itself, `unavailable` why the device cannot be had now. `migration` is None for a function without an agent. `since`
     is when the phase began (ISO 8601, UTC).
@@ -99,6 +102,7 @@ class FunctionStatus(TypedDict):
     device: str
     phase: str
     since: str
+    failed: str | None
     client: ClientStatus | None
     regions: list[RegionStatus]
     maps: MapsStatus
@@ -120,11 +124,45 @@ class DaemonStatus(TypedDict):
     functions: int
 
 
+class VmFunctionStatus(TypedDict):
+    """A function as its VM's migration knows it: `place` is where it is, `doing` what is being done to it."""
+
+    name: str
+    place: str
+    doing: str | None
+
+
+class VmStatus(TypedDict):
+    """One VM that is migrated by a QEMU without migration of its own for vfio-user.
+
+    `phase` is where the VM is, as its functions have to know it: `absent`, `running`, `armed`, `holding`, `stopped`,
+    `saving`, `saved`, `away`, `incoming`, `loading`, `loaded`, `ready`, `going` or `barred`, and `since` when that
+    began (ISO 8601, UTC). `migration` is the class of what QEMU said last of a migration. `qemu` is the process that
+    has connected its monitor, and `version` what it says it is; both are null without one. `carrier` is what carries
+    the state, `carriers` those that QEMU has connected. `refused` is why the migration under way must not go through.
+    `sockets` are the paths, by the keys of the configuration.
+    """
+
+    name: str
+    phase: str
+    since: str
+    migration: str
+    qemu: ClientStatus | None
+    version: str | None
+    carrier: str
+    carriers: list[str]
+    refused: str | None
+    functions: list[VmFunctionStatus]
+    sockets: dict[str, str]
+    last_error: str | None
+
+
 class StatusReport(TypedDict):
-    """All that `status` answers."""
+    """All that `status` answers; `vms` is missing where an older daemon does."""
 
     daemon: DaemonStatus
     functions: list[FunctionStatus]
+    vms: NotRequired[list[VmStatus]]
 
 
 class StatusProvider(Protocol):

@@ -28,8 +28,13 @@ class Channel:
     def __init__(self, stream: MessageSocket, log: Logger, broken: trio.CancelScope) -> None:
         self.stream = stream
         self._log = log
+        #: Whether messages are traced; asked once per message, so it is no look-up.
         self.tracing = log.debug_enabled
         self._broken = broken
+
+    def level_changed(self) -> None:
+        """Another log level counts from now on."""
+        self.tracing = self._log.debug_enabled
 
     def send(self, data: bytes, fds: Sequence[HasFileno] = ()) -> None:
         """Send one message; nothing, for a command that wants no reply.

@@ -109,6 +109,12 @@ class ClientConnection:
         """What the client consists of while it is served; None before and after."""
         return self.stage if isinstance(self.stage, Attached) else None
 
+    def level_changed(self) -> None:
+        """Another log level counts from now on."""
+        self._main.level_changed()
+        if self.attached is not None and self.attached.twin is not None:
+            self.attached.twin.level_changed()
+
     async def run(self) -> str:
         """Serve the client until it goes.
 

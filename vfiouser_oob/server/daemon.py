@@ -20,18 +20,21 @@ import trio
 
 from vfiouser_agents.registry import make_agent
 from vfiouser_oob import __version__
-from vfiouser_oob.config.schema import DaemonConfig
+from vfiouser_oob.config.schema import DaemonConfig, VmConfig
 from vfiouser_oob.migration.pool import AgentMaker, AgentPool
 from vfiouser_oob.observability import log
-from vfiouser_oob.observability.status import DaemonStatus, StatusProvider, StatusReport
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.observability.status import DaemonStatus, StatusReport, VmStatus
 from vfiouser_oob.persist.capabilities import CapabilityStore
+from vfiouser_oob.server.administration import Administration, ChangeRefused, Reread
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
-from vfiouser_oob.server.opening import SharedParts, open_function
-from vfiouser_oob.server.registry import Registry
-from vfiouser_oob.server.status import function_status, iso_time
+from vfiouser_oob.server.opening import SharedParts, function_kind
+from vfiouser_oob.server.pulse import Pulse
+from vfiouser_oob.server.registry import Registry, Units
+from vfiouser_oob.server.sockets import SocketShelf
+from vfiouser_oob.server.status import iso_time, unit_status
 from vfiouser_oob.server.survival import Survival, find_survival
-from vfiouser_oob.systemd.listen import assign_sockets
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
@@ -40,10 +43,10 @@ from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_pa
 CONTROL_NAME = "control"
 _CONTROL_MODE = 0o660
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_RELOAD = signal.SIGHUP
 #: Signals that would end the process by default, though nobody who sends them means that; and what they may have meant.
 _WITHOUT_MEANING = MappingProxyType(
     {
-        signal.SIGHUP: "restart the daemon to have it read its configuration again",
         signal.SIGUSR1: "see `vfiouser-oob status`",
         signal.SIGUSR2: "see `vfiouser-oob status`",
     }
@@ -54,16 +57,37 @@ _WITHOUT_MEANING = MappingProxyType(
 Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
 
 
+#: The function of a name, if it is served.
+FindFunction: TypeAlias = Callable[[str], Function | None]
+
+
+class VmKeeper(Protocol):
+    """The VMs of a daemon; what does that is above this room."""
+
+    async def start(self, find: FindFunction, nursery: trio.Nursery) -> None:
+        """Begin to serve them; returns when their QEMUs can come.
+
+        Args:
+            find: the function of a name, if it is served.
+            nursery: where they live.
+        """
+
+    def status(self) -> list[VmStatus]:
+        """Describe them at this moment."""
+
+
+#: Opens the sockets of VMs, which the stack closes.
+OpenVms: TypeAlias = Callable[[Sequence[VmConfig], EventHub, ExitStack], VmKeeper]
+
+
 class ServeControl(Protocol):
     """Answers on the control socket; what does that is above this room."""
 
-    async def __call__(
-        self, provider: StatusProvider, sock: socket.socket, *, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def __call__(self, provider: Daemon, sock: socket.socket, *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled.
 
         Args:
-            provider: what is asked.
+            provider: what is asked, and changed.
             sock: the listening socket; its owner is this from now on.
             task_status: told when connections are accepted.
         """
@@ -75,6 +99,8 @@ async def run_daemon(
     agents: AgentMaker = make_agent,
     control: ServeControl | None = None,
     beside: Companion | None = None,
+    vms: OpenVms | None = None,
+    reread: Reread | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
@@ -84,11 +110,13 @@ async def run_daemon(
         agents: makes agents by kind and options.
         control: answers on the control socket; without it there is none.
         beside: what else has to be there before we are ready.
+        vms: opens the configured VMs; without it there are none.
+        reread: reads the configuration again; None if it did not come from a file.
         task_status: told when every socket listens.
 
     Raises:
-        ConfigError: the configuration does not fit the sockets that systemd passed, or names an unusable device.
-        ListenError: a socket cannot be listened on.
+        ConfigError: no function can be had, as configured; one that cannot is a failed one as long as there are others.
+        ListenError: likewise, or the control socket cannot be listened on.
     """
     with ExitStack() as resources:
         activity = Activity()
@@ -101,15 +129,18 @@ async def run_daemon(
         means = SharedParts(config.reply_budget_s, AgentPool(agents), store, activity, survival=survival)
         activity.busy = lambda: means.sharing.busy
         control_fds = inherited.pop(CONTROL_NAME, [])
-        assigned = assign_sockets(config.functions, inherited)
-        listener = None if control is None else _open_control(config.control_socket, control_fds, resources)
-        lives: list[Life] = []
-        for entry in config.functions:
-            lives.append(open_function(entry, assigned.get(entry.name, []), means))
-            resources.callback(lives[-1].close)
+        shelf = SocketShelf(inherited, [*(f.name for f in config.functions), *(table.name for table in config.spoiled)])
+        resources.callback(shelf.close)
+        listener = None if control is None else _open_control(config, control_fds, resources)
+        units = Units([function_kind(shelf, means)])
+        resources.callback(units.close)
+        units.open_all(units.kinds[0], config.functions, config.spoiled)
         survival.settle()
+        for passed in shelf.unclaimed(config.functions):
+            log.get("daemon").warning("a socket that systemd passed fits no function", socket=str(passed))
+        keeper = vms(config.vms, means.events, resources) if vms is not None and config.vms else None
         async with means.agents, trio.open_nursery() as nursery:
-            daemon = Daemon(lives, means, nursery, notifier, survival)
+            daemon = Daemon(units, means, nursery, config, reread, _readers(listener), keeper, notifier, survival)
             if control is not None and listener is not None:
                 await nursery.start(control, daemon, listener.sock.dup())
             await daemon.run(beside, task_status)
@@ -121,21 +152,30 @@ class Daemon:
     """All functions of one process while it runs; knows their state for the control socket.
 
     Args:
-        lives: its functions, opened.
+        units: its functions, opened.
         means: what they share.
         nursery: where everything lives; cancelled by the caller when `run` has returned.
+        config: as it was started.
+        reread: reads the configuration again; None if it did not come from a file.
+        readers: groups whose members may ask by the control socket.
+        vms: its VMs; None if it has none.
         notifier: tells the service manager how far we are.
         survival: how clients outlive us.
     """
 
     def __init__(
         self,
-        lives: Sequence[Life],
+        units: Units,
         means: SharedParts,
         nursery: trio.Nursery,
+        config: DaemonConfig,
+        reread: Reread | None,
+        readers: frozenset[int],
+        vms: VmKeeper | None,
         notifier: Notifier,
         survival: Survival,
     ) -> None:
+        self._vms = vms
         self._events = means.events
         self._log = log.get("daemon")
         self._notifier = notifier
@@ -144,27 +184,44 @@ class Daemon:
         self._nursery = nursery
         self._serving = trio.CancelScope()
         #: Its functions; they may come and go while it runs.
-        self.registry = Registry(lives, means, nursery, self._nothing_left)
+        self.registry = Registry(units, nursery, self._nothing_left)
+        self.administration = Administration(self.registry, config, reread, nursery, readers)
 
     @property
     def functions(self) -> Sequence[Function]:
-        """Its functions, in the order of the configuration."""
-        return self.registry.functions
+        """Its functions, in the order of the configuration; those that could not be opened are no functions yet."""
+        return [unit.life.function for unit in self.registry.units if isinstance(unit.life, Life)]
+
+    def find(self, name: str) -> Function | None:
+        """The function of a name, if it is served.
+
+        Args:
+            name: which.
+        """
+        return next((function for function in self.functions if function.name == name), None)
 
     async def run(self, beside: Companion | None, task_status: trio.TaskStatus[Daemon]) -> None:
         """Serve until told to stop."""
         self._nursery.start_soon(self._notifier.run)
         self._nursery.start_soon(self._survival.run)
-        with trio.open_signal_receiver(*_ENDING, *_WITHOUT_MEANING) as signals:
+        with trio.open_signal_receiver(*_ENDING, _RELOAD, *_WITHOUT_MEANING) as signals:
             self._nursery.start_soon(self._await_signal, signals)
             with self._serving:
                 await self.registry.start()
+                if self._vms is not None:
+                    await self._vms.start(self.find, self._nursery)
                 text = "" if beside is None else f"; {await beside(self, self._nursery)}"
                 self._announce_ready(text)
+                if (watchdog_s := self._notifier.watchdog_s) is not None:
+                    pulse = Pulse(lambda: self.registry.units, watchdog_s, self._notifier.alive, self._log)
+                    self._nursery.start_soon(pulse.run)
                 task_status.started(self)
                 await trio.sleep_forever()
         if await self._survival.ready():
-            await self.registry.leave()
+            async with trio.open_nursery() as leaving:
+                for unit in self.registry.units:
+                    if isinstance(unit.life, Life):
+                        leaving.start_soon(unit.life.leave)
         await self.registry.stop()
 
     def _nothing_left(self) -> None:
@@ -177,14 +234,25 @@ class Daemon:
             if number in _WITHOUT_MEANING:
                 self._log.warning("signal ignored", signal=name, what_to_do=_WITHOUT_MEANING[number])
                 continue
+            if number == _RELOAD:
+                self._nursery.start_soon(self._reload)
+                continue
             self._log.info("stopping", signal=name)
             self._notifier.stopping("leaving" if self._survival.works else "turning clients out")
             self._serving.cancel()
             return
 
+    async def _reload(self) -> None:
+        """Do what `vfiouser-oob reload` does; who sent the signal reads the log."""
+        try:
+            await self.administration.reload(force=False)
+        except ChangeRefused as refusal:
+            self._log.error("reload refused", reason=str(refusal))
+
     def _announce_ready(self, more: str) -> None:
-        count = len(self.functions)
-        text = f"{count} function{'s' if count != 1 else ''}"
+        count = sum(function.failed is None for function in self.functions)
+        failed = sum(unit.failed is not None for unit in self.registry.units)
+        text = f"{count} function{'s' if count != 1 else ''}" + (f"; {failed} failed" if failed else "")
         self._log.info("ready", version=__version__, pid=os.getpid(), functions=count)
         self._notifier.ready(f"serving {text}{more}")
 
@@ -192,10 +260,11 @@ class Daemon:
 
     def status(self) -> StatusReport:
         """Describe everything at this moment."""
+        functions = [unit_status(unit) for unit in self.registry.units if unit.kind is self.registry.units.kinds[0]]
         daemon = DaemonStatus(
-            version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(self.functions)
+            version=__version__, pid=os.getpid(), started=iso_time(self._started), functions=len(functions)
         )
-        return StatusReport(daemon=daemon, functions=[function_status(function) for function in self.functions])
+        return StatusReport(daemon=daemon, functions=functions, vms=[] if self._vms is None else self._vms.status())
 
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""
@@ -209,16 +278,25 @@ def _raise_fd_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _open_control(path: Path | None, inherited: Sequence[int], resources: ExitStack) -> Listener | None:
+def _open_control(config: DaemonConfig, inherited: Sequence[int], resources: ExitStack) -> Listener | None:
+    path = config.control_socket
     if inherited:
         listener = Listener(adopt_socket(inherited[0]), None)
     elif path is not None:
         _make_runtime_directory(path.parent)
-        listener = listen_on_path(path, _CONTROL_MODE)
+        listener = listen_on_path(path, _CONTROL_MODE, config.control_group)
     else:
         return None
     resources.callback(listener.close)
     return listener
+
+
+def _readers(control: Listener | None) -> frozenset[int]:
+    """The group that the control socket's file belongs to: who may connect there may ask."""
+    try:
+        return frozenset() if control is None else frozenset({os.stat(control.address).st_gid})
+    except OSError:  # a socket without a path, or one that is out of our sight
+        return frozenset()
 
 
 def _make_runtime_directory(path: Path) -> None:

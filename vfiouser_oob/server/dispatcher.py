@@ -16,6 +16,7 @@ waits for the head is only its execution.
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -101,6 +102,11 @@ class Dispatcher:
     def queue(self) -> Sequence[Queued]:
         """The commands that are not answered, oldest first."""
         return tuple(self._queue)
+
+    @property
+    def head_deadline(self) -> float:
+        """Until when the oldest of them has to be answered, by trio's clock; infinity if there is none."""
+        return self._queue[0].deadline if self._queue else math.inf
 
     @property
     def head_begun(self) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TypeVar
 
 import trio
 
+from vfiouser_oob.server.dma_dialect import DmaDialect, RawRead
 from vfiouser_protocol.codec import decode, encode
 from vfiouser_protocol.constants import Command
+from vfiouser_protocol.dma_layout import WRITES, DmaLayout
 from vfiouser_protocol.errors import DmaFault, VfioUserError
 from vfiouser_protocol.header import Header
-from vfiouser_protocol.messages import DmaRead, DmaReadReply, DmaWrite, DmaWriteReply
+from vfiouser_protocol.messages import DmaRead, DmaWriteReply
 from vfiouser_protocol.session import ProtocolSession
 
 #: Bytes of one DMA_READ, and of all that wait for their replies. QEMU 11.1 loses its place in the stream when a reply
@@ -20,7 +21,6 @@ from vfiouser_protocol.session import ProtocolSession
 MAX_READ = 64 << 10
 MAX_READ_OUTSTANDING = 128 << 10
 
-T = TypeVar("T", DmaReadReply, DmaWriteReply)
 #: Commands under way at once. Message ids are 16 bits wide and shared with nobody, so this is about memory only.
 MAX_OUTSTANDING = 256
 
@@ -46,6 +46,34 @@ class PendingReply:
         """Give up: there will be no reply."""
         self.fault = fault
         self.event.set()
+
+
+class BusWrite:
+    """A write to whatever is at an address of the client's bus, sent already.
+
+    Args:
+        parts: its messages, each with the address and bytes that it is about.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: list[tuple[int, int, PendingReply]]) -> None:
+        self._parts = parts
+
+    @property
+    def answered(self) -> bool:
+        """Whether the client has answered, or cannot any more."""
+        return all(pending.event.is_set() for _, _, pending in self._parts)
+
+    async def wait(self) -> None:
+        """Wait for the client's answer, however long it takes.
+
+        Raises:
+            DmaFault: refused, nonsense, or gone.
+        """
+        for address, count, pending in self._parts:
+            await pending.event.wait()
+            _check_written(address, count, _payload(Command.DMA_WRITE, pending))
 
 
 class ByteBudget:
@@ -86,6 +114,7 @@ class DmaLink:
             message, since a long transfer takes several and the client may unmap in between.
         max_transfer: the client's `max_data_xfer_size`, in bytes.
         budget_s: seconds after which a transfer that was not answered is a DMA fault.
+        learned: told in which layout the client speaks, when that is known.
     """
 
     def __init__(
@@ -95,6 +124,7 @@ class DmaLink:
         permit: Callable[[int, int, bool], object],
         max_transfer: int,
         budget_s: float,
+        learned: Callable[[DmaLayout], object] = lambda layout: None,
     ) -> None:
         self._session = session
         self._send = send
@@ -107,6 +137,7 @@ class DmaLink:
         self._read_budget = ByteBudget(MAX_READ_OUTSTANDING)
         self._pending: set[PendingReply] = set()
         self._closed = False
+        self.dialect = DmaDialect(self._read_part, learned)
         #: Transfers and bytes in each direction, for `status`.
         self.reads = self.writes = self.read_bytes = self.written_bytes = 0
 
@@ -120,23 +151,27 @@ class DmaLink:
         end = address + count
         while address < end:
             size = min(self._step, MAX_READ, end - address)
-            await self._read_budget.take(size)
-            try:
-                payload = await self._call(Command.DMA_READ, address, size, encode(DmaRead(address, size)))
-            finally:
-                self._read_budget.give_back(size)
-            reply = _decoded(DmaReadReply, payload)
-            if (reply.address, reply.count, len(reply.data)) != (address, size, size):
-                raise DmaFault(
-                    f"the client answered DMA_READ {address:#x}+{size:#x} with {reply.address:#x}+{reply.count:#x} "
-                    f"and {len(reply.data)} bytes",
-                    errno.EPROTO,
-                )
-            parts.append(reply.data)
+            parts.append(await self._checked(address, size, await self._read_part(address, size)))
             address += size
         self.reads += 1
         self.read_bytes += count
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _read_part(self, address: int, size: int) -> bytes:
+        await self._read_budget.take(size)
+        try:
+            return await self._call(Command.DMA_READ, address, size, encode(DmaRead(address, size)))
+        finally:
+            self._read_budget.give_back(size)
+
+    async def _checked(self, address: int, size: int, payload: bytes, again: RawRead | None = None) -> bytes:
+        reply = await self.dialect.decode_read(address, size, payload, again)
+        if reply.address != address:
+            raise DmaFault(
+                f"the client answered DMA_READ {address:#x}+{size:#x} with {reply.address:#x}+{reply.count:#x}",
+                errno.EPROTO,
+            )
+        return reply.data
 
     async def write(self, address: int, data: bytes) -> None:
         """Write client memory, split like `read`.
@@ -144,31 +179,100 @@ class DmaLink:
         Raises:
             DmaFault: refused, nonsense, gone, or too late.
         """
-        for start in range(0, len(data), self._step):
-            part = data[start : start + self._step]
-            target = address + start
-            request = encode(DmaWrite(target, len(part), part))
-            payload = await self._call(Command.DMA_WRITE, target, len(part), request)
-            if payload:  # older clients send the header alone
-                reply = _decoded(DmaWriteReply, payload)
-                if (reply.address, reply.count) != (target, len(part)):
-                    raise DmaFault(
-                        f"the client answered DMA_WRITE {target:#x}+{len(part):#x} with "
-                        f"{reply.address:#x}+{reply.count:#x}",
-                        errno.EPROTO,
-                    )
+        if self.dialect.layout is None and data:
+            await self._write_first(address, data)
+        else:
+            await self._write_parts(address, data, self.dialect.spoken)
         self.writes += 1
         self.written_bytes += len(data)
 
-    async def _call(self, command: Command, address: int, count: int, payload: bytes) -> bytes:
+    async def _write_first(self, address: int, data: bytes) -> None:
+        """Write to a client of which it is not known yet how it reads that."""
+        dialect = self.dialect
+        readable = await dialect.look(address, len(data))
+        told = await self._write_parts(address, data, dialect.spoken)
+        if dialect.layout is not None:
+            return
+        if told:
+            dialect.settle(DmaLayout.SPECIFIED)
+        elif readable and any(data):
+            await self._verify_first(address, data)
+
+    async def _verify_first(self, address: int, data: bytes) -> None:
+        """See how a client read the first write, which it answered without a payload, to memory that was all zeros."""
+        written = next(at for at, byte in enumerate(data) if byte)
+        await self.dialect.look(address + written, len(data) - written)
+        if self.dialect.layout is not DmaLayout.SPECIFIED:
+            # It is at the wrong place, or only the zeros in front of it have arrived.
+            await self._write_parts(address, data, DmaLayout.NARROW)
+            await self.dialect.look(address + written, len(data) - written)
+
+    async def _write_parts(self, address: int, data: bytes, layout: DmaLayout) -> bool:
+        """Write; returns whether each reply had a payload, which older clients leave out."""
+        told = True
+        for start in range(0, len(data), self._step):
+            part = data[start : start + self._step]
+            target = address + start
+            request = encode(WRITES[layout](target, len(part), part))
+            payload = await self._call(Command.DMA_WRITE, target, len(part), request)
+            told = told and bool(payload)
+            _check_written(target, len(part), payload)
+        return told
+
+    async def bus_read(self, address: int, count: int) -> bytes:
+        """Read whatever is at an address of the client's bus, mapped as memory or not.
+
+        Args:
+            address: the guest's.
+            count: bytes; no more than the client takes in one message.
+
+        Raises:
+            DmaFault: refused, nonsense, gone, or too late.
+        """
+        return await self._checked(address, count, await self._read_bus(address, count), self._read_bus)
+
+    async def _read_bus(self, address: int, count: int) -> bytes:
+        return await self._call(Command.DMA_READ, address, count, encode(DmaRead(address, count)), mapped=False)
+
+    def bus_write(self, address: int, data: bytes) -> BusWrite:
+        """Send a write to whatever is at an address of the client's bus, mapped as memory or not.
+
+        Nothing is waited for, so that it can be sent to a client that does not answer now. The client carries such
+        writes out in the order in which they are sent.
+
+        Args:
+            address: the guest's.
+            data: what is written.
+
+        Raises:
+            DmaFault: the client takes no messages, or has gone.
+        """
         if not self._max_transfer:
-            raise DmaFault("the client takes no data by messages (max_data_xfer_size 0)", errno.E2BIG)
+            raise _takes_nothing()
+        if self._closed:
+            raise _gone()
+        self._pending = {pending for pending in self._pending if not pending.event.is_set()}
+        parts = []
+        for start in range(0, len(data), self._step):
+            part = data[start : start + self._step]
+            pending = PendingReply()
+            request = encode(WRITES[self.dialect.spoken](address + start, len(part), part))
+            _, message = self._session.command(Command.DMA_WRITE, request, pending)
+            self._pending.add(pending)
+            self._send(message)
+            parts.append((address + start, len(part), pending))
+        return BusWrite(parts)
+
+    async def _call(self, command: Command, address: int, count: int, payload: bytes, *, mapped: bool = True) -> bytes:
+        if not self._max_transfer:
+            raise _takes_nothing()
         pending = PendingReply()
         async with self._slots:
             if self._closed:
                 raise _gone()
             # Asked when nothing is waited for any more: an unmap that was answered meanwhile must be the last word.
-            self._permit(address, count, command == Command.DMA_WRITE)
+            if mapped:
+                self._permit(address, count, command == Command.DMA_WRITE)
             msg_id, message = self._session.command(command, payload, pending)
             self._pending.add(pending)
             answered = False
@@ -183,11 +287,7 @@ class DmaLink:
                     self._session.forget(msg_id)
         if not answered:
             raise DmaFault(f"the client did not answer {command.name} within {self._budget_s:g} s", errno.ETIMEDOUT)
-        if pending.fault is not None:
-            raise pending.fault
-        if pending.header is not None and pending.header.is_error:
-            raise DmaFault(f"the client refused {command.name}", pending.header.error or errno.EIO)
-        return pending.payload
+        return _payload(command, pending)
 
     def summary(self) -> dict[str, int]:
         """What was transferred, for `status`."""
@@ -205,9 +305,32 @@ class DmaLink:
             pending.fail(_gone())
 
 
-def _decoded(kind: type[T], payload: bytes) -> T:
+def _payload(command: Command, pending: PendingReply) -> bytes:
+    if pending.fault is not None:
+        raise pending.fault
+    if pending.header is not None and pending.header.is_error:
+        raise DmaFault(f"the client refused {command.name}", pending.header.error or errno.EIO)
+    return pending.payload
+
+
+def _check_written(address: int, size: int, payload: bytes) -> None:
+    if not payload:  # older clients send the header alone
+        return
+    reply = _decoded(payload)
+    if (reply.address, reply.count) != (address, size):
+        raise DmaFault(
+            f"the client answered DMA_WRITE {address:#x}+{size:#x} with {reply.address:#x}+{reply.count:#x}",
+            errno.EPROTO,
+        )
+
+
+def _takes_nothing() -> DmaFault:
+    return DmaFault("the client takes no data by messages (max_data_xfer_size 0)", errno.E2BIG)
+
+
+def _decoded(payload: bytes) -> DmaWriteReply:
     try:
-        return decode(kind, payload)
+        return decode(DmaWriteReply, payload)
     except VfioUserError as error:
         raise DmaFault(f"the client's reply makes no sense: {error}", errno.EPROTO) from error
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vfiouser_oob import __version__
@@ -31,17 +31,18 @@ from vfiouser_oob.persist.successor.things import (
     FunctionThing,
     MigrationThing,
     RangeThing,
+    RegionThing,
     Thing,
     TwinThing,
     UpstreamThing,
 )
 from vfiouser_oob.systemd.fd_store import FdStore
-from vfiouser_oob.transport.fds import HasFileno
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_protocol.capabilities import Negotiated
 
 #: Kinds of records that are about the client that is served.
-_OF_SERVED = (TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing)
+_OF_SERVED = (RegionThing, TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing)
 _CLIENT_END, _SERVER_END = 0, 1
 _TWIN = 1
 #: What the socket that a client has connected is called.
@@ -81,6 +82,7 @@ class Heir:
         twin: its second socket.
         inheritance: what its device needs.
         config: what it wrote to configuration space.
+        regions: memory behind regions, by index.
     """
 
     main: KeptStream
@@ -89,6 +91,7 @@ class Heir:
     twin: KeptStream | None = None
     inheritance: Inheritance = field(default_factory=Inheritance)
     config: Sequence[ConfigThing] = ()
+    regions: Mapping[int, OwnedFd] = field(default_factory=dict)
 
     def close(self) -> None:
         """Close what nobody took."""
@@ -98,6 +101,7 @@ class Heir:
         for _, file in self.inheritance.ranges:
             if file is not None:
                 file.close()
+        close_fds(self.regions.values())
 
 
 class Estate:
@@ -357,6 +361,10 @@ class ClientNotes:
     def config_forgotten(self) -> None:
         """Nothing of it counts any more: the function was reset."""
         self._estate.forget(ConfigThing)
+
+    def region(self, index: int, memory: HasFileno) -> None:
+        """The memory behind a region, which the client may have mapped."""
+        self._estate.put(RegionThing(index, self.keep(f"region-{index}", memory)))
 
     def gone(self) -> None:
         """The client has gone, and nobody goes on with it."""

@@ -32,6 +32,8 @@ from vfiouser_protocol.capabilities import VersionCapabilities
 
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
+#: Seconds beyond another whole reply budget after which a message that is not answered shows that something hangs.
+OVERDUE_S = 5.0
 #: Connections that may say nothing at one time; QEMU says its VERSION at once.
 _MOST_SILENT = 16
 #: A client that left before it was accepted; nothing to be said, and the next one may be there.
@@ -81,10 +83,15 @@ class Function:
         self.since = time.time()
         self.clients_served = 0
         self._events = events
-        self._allow_uids = allow_uids
+        #: User ids that may connect.
+        self.allow_uids = allow_uids
+        #: Whether it takes no new client, because an administrator said so.
+        self.draining = False
         self._vacant = trio.Event()
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
+        #: Those of them that an administrator disconnects.
+        self._turned_out: set[ClientConnection] = set()
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
         self.migration = None if migration is None else migration(name, events, self.log)
@@ -101,10 +108,31 @@ class Function:
             error: what has happened.
         """
         self.failed = reason
+        self.since = time.time()
         self.log.exception("a function is out of service", error, reason=reason)
         self.context.note_error(reason)
         if self.connection is not None:
             self.connection.link.fail(reason)
+
+    def condemn(self, reason: str) -> None:
+        """Take the function out of service, since it cannot be relied on any more; its client gets EIO.
+
+        Args:
+            reason: why, for `status`.
+        """
+        self.failed = reason
+        self.context.note_error(reason)
+        if self.connection is not None:
+            self.connection.link.fail(reason)
+        self.phase_changed()
+
+    def overdue(self) -> str | None:
+        """What should have been answered long ago, in words; None if nothing should."""
+        attached = self.attached
+        late_s = 0.0 if attached is None else trio.current_time() - attached.dispatcher.head_deadline
+        if late_s < self.context.reply_budget_s + OVERDUE_S:
+            return None
+        return f"a message of its client should have been answered {late_s:.0f} s ago"
 
     async def run_migration(self) -> None:
         """Run the migration's own tasks, if the function can be migrated."""
@@ -166,7 +194,7 @@ class Function:
                 if arrival is not None:
                     arrival.notes.gone()
                 if self._turning_away < _MOST_SILENT:
-                    nursery.start_soon(self._turn_away, sock)
+                    nursery.start_soon(self._turn_away, sock, errno.EBUSY if self.draining else errno.EACCES)
                 else:
                     sock.close()
 
@@ -240,17 +268,20 @@ class Function:
                 raise
             return None
 
-    async def _turn_away(self, sock: socket.socket) -> None:
+    async def _turn_away(self, sock: socket.socket, number: int) -> None:
         self._turning_away += 1
         try:
-            await turn_away(sock, errno.EACCES, self.context.account)
+            await turn_away(sock, number, self.context.account)
         finally:
             self._turning_away -= 1
 
     def _may_connect(self, peer: Peer | None) -> bool:
-        if self._allow_uids is None or (peer is not None and peer.uid in self._allow_uids):
+        if self.draining:
+            self.context.noise.warning("client refused: the function is drained", client=peer)
+            return False
+        if self.allow_uids is None or (peer is not None and peer.uid in self.allow_uids):
             return True
-        self.context.noise.warning("client refused: its user may not connect", client=peer, allowed=self._allow_uids)
+        self.context.noise.warning("client refused: its user may not connect", client=peer, allowed=self.allow_uids)
         self.context.note_error(f"{peer} may not connect")
         return False
 
@@ -269,6 +300,8 @@ class Function:
                 await self._vacant.wait()
         if self.connection is not None:
             raise TurnedAway(f"{connection.peer} was refused: {self.connection.peer} uses the function", errno.EBUSY)
+        if self.draining:
+            raise TurnedAway(f"{connection.peer} was refused: the function is drained", errno.EBUSY)
         self.connection = connection
         self._vacant = trio.Event()
         self.clients_served += 1
@@ -284,6 +317,45 @@ class Function:
         self.phase_changed()
         self.context.visits.info("client detached", client=connection.peer, reason=reason)
         self._announce("client-disconnected", client=str(connection.peer), reason=reason)
+
+    # Administration
+
+    @property
+    def user(self) -> str | None:
+        """The client that is served, in words; None without one."""
+        return None if self.connection is None else str(self.connection.peer or "a client that is not known")
+
+    def drain(self) -> None:
+        """Take no new client; the one that is served stays."""
+        self.draining = True
+        self.phase_changed()
+
+    def reopen(self) -> None:
+        """Take clients again."""
+        self.draining = False
+        self.phase_changed()
+
+    async def vacated(self) -> None:
+        """Wait until no client is served."""
+        while self.connection is not None:
+            await self._vacant.wait()
+
+    def level_changed(self) -> None:
+        """Another log level counts from now on."""
+        for connection in self._connections:
+            connection.level_changed()
+
+    def disconnect(self) -> str | None:
+        """Turn the client out that is served; the next one may come.
+
+        Returns:
+            Who it was; None if there was none.
+        """
+        user = self.user
+        if self.connection is not None:
+            self._turned_out.add(self.connection)
+            self._connections[self.connection].cancel()
+        return user
 
     async def _serve_client(self, sock: socket.socket, peer: Peer | None, arrival: Arrival | None = None) -> None:
         memory = resident()
@@ -303,6 +375,9 @@ class Function:
                     reason = self._explain(outcome.error)
             finally:
                 del self._connections[connection]
+                if connection in self._turned_out:
+                    self._turned_out.remove(connection)
+                    reason = "an administrator disconnected it"
                 self._leave(connection, reason)
                 del connection
                 give_back(memory)
@@ -358,7 +433,9 @@ class Function:
         """What the function is doing."""
         if self.failed is not None:
             return "failed"
-        return "listening" if self.connection is None else self.connection.phase
+        if self.connection is None:
+            return "drained" if self.draining else "listening"
+        return self.connection.phase
 
     def __repr__(self) -> str:
         return f"Function({self.name!r}, {self.phase})"

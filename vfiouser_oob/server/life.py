@@ -13,10 +13,15 @@ from contextlib import AsyncExitStack, ExitStack
 
 import trio
 
+from vfiouser_oob.config.schema import FunctionConfig
 from vfiouser_oob.migration.pool import AgentLease
+from vfiouser_oob.observability import levels
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.transport.listener import Listener
+
+#: Keys of a function that can be changed while it lives; for any other one it ends, and another one begins.
+LIVE_KEYS = frozenset({"allow_uids", "log_level"})
 
 
 class Life:
@@ -45,6 +50,8 @@ class Life:
         self._resources = resources
         self._serving = trio.CancelScope()
         self._started = False
+        #: Questions whether its tasks run; each is answered by being set.
+        self._asked, self._questions = trio.open_memory_channel[trio.Event](1)
         #: Whether its clients were connected already, have gone, and no other one can come.
         self.exhausted = False
         #: Set when nothing of it is left.
@@ -56,6 +63,34 @@ class Life:
     def name(self) -> str:
         """The function's name."""
         return self.function.name
+
+    @property
+    def failure(self) -> str | None:
+        """Why the function is of no use any more; None while it is."""
+        return self.function.failed
+
+    @property
+    def user(self) -> str | None:
+        """Its client, in words."""
+        return self.function.user
+
+    def drain(self) -> None:
+        """Take no new client."""
+        self.function.drain()
+
+    def reopen(self) -> None:
+        """Take clients again."""
+        self.function.reopen()
+
+    async def vacated(self) -> None:
+        """Wait until it has no client."""
+        await self.function.vacated()
+
+    def adopt(self, config: FunctionConfig) -> None:
+        """Go on with a configuration that differs in `LIVE_KEYS`."""
+        self.function.allow_uids = config.allow_uids
+        levels.choose(config.name, config.log_level)
+        self.function.level_changed()
 
     async def run(
         self, exhausted: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -85,10 +120,33 @@ class Life:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.function.run_device)
             nursery.start_soon(self.function.run_migration)
+            nursery.start_soon(self._answer)
             with self._serving:
                 await self._serve(exhausted, task_status)
             await self._drain()
             nursery.cancel_scope.cancel()
+
+    async def _answer(self) -> None:
+        async for question in self._questions:
+            question.set()
+
+    async def prove(self) -> str | None:
+        """Answer from its own tasks.
+
+        Returns:
+            What hangs; None if nothing does.
+        """
+        if self._serving.cancel_called:  # it ends, and that has a time of its own
+            return None
+        if self._started:
+            question = trio.Event()
+            await self._asked.send(question)
+            await question.wait()
+        return self.function.overdue()
+
+    def condemn(self, reason: str) -> None:
+        """Take the function out of service; its client gets EIO."""
+        self.function.condemn(reason)
 
     async def _serve(self, exhausted: Callable[[], None], task_status: trio.TaskStatus[None]) -> None:
         function = self.function
@@ -134,6 +192,7 @@ class Life:
 
     def close(self) -> None:
         """Give back what was opened for it; for a life that does not run."""
+        levels.choose(self.name, None)
         for lease in self._agents:
             lease.release()
         self._resources.close()

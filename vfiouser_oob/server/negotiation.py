@@ -31,6 +31,7 @@ from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import MessageSocket
 from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_protocol.capabilities import MigrationCapability, Negotiated, VersionCapabilities
+from vfiouser_protocol.dma_layout import DmaLayout
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS, Limits
 from vfiouser_protocol.session import CommandReceived, MessageRefused, ProtocolSession
@@ -194,6 +195,8 @@ class Negotiating:
                 held.push_async_callback(self.detach, port)
                 if isinstance(port, MigrationPort):
                     port.shadow.observer = self._notes
+                    if port.v1 is not None and self._notes is not None:
+                        port.v1.on_memory = self._notes.region
                 late = "the device was not reset in time"
                 renewed = backend.renew()
                 if renewed is not None:
@@ -229,7 +232,8 @@ class Negotiating:
         context, link, lane = self.context, self.link, FunctionQueue()
         commands = self.main if twin is None else twin
         permit = backend.memory.map.segments
-        dma = DmaLink(self.session, commands.send, permit, agreed.client.max_data_xfer_size, context.reply_budget_s)
+        most, budget_s = agreed.client.max_data_xfer_size, context.reply_budget_s
+        dma = DmaLink(self.session, commands.send, permit, most, budget_s, self._layout_learned)
         link.agreed(agreed.client, dma)
         executor = self._executor(agreed, offer, backend, port)
         begin = None
@@ -237,6 +241,10 @@ class Negotiating:
             begin = KnownBeginning(self.main.stream, executor, backend, device).begin
         dispatcher = Dispatcher(self.session, self.main, executor, context, lane, begin)
         return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane)
+
+    def _layout_learned(self, layout: DmaLayout) -> None:
+        if layout is DmaLayout.NARROW:
+            self.context.log.info("the client speaks the DMA messages of QEMU 10.1 and 10.2")
 
     def _executor(
         self, agreed: Negotiated, offer: VersionCapabilities, backend: BackendSession, port: Port

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vfiouser_agents.api import Agent
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.config.p2p import settled
 from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, AgentConfig, FunctionConfig
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.pool import AgentLease, AgentPool
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.sharing import BufferShare
-from vfiouser_oob.observability import log
+from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.server.function import Function, MigrationMaker
-from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.life import LIVE_KEYS, Life
+from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.survival import Survival
+from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
+from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
+
+#: Systemd sets it for every service.
+_UNIT = "INVOCATION_ID"
+#: Errors that say that a directory is not for us, as the unit stands.
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT})
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,22 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
         for lease in leases:
             resources.callback(lease.release)
         listeners, connected = _open_sockets(config, inherited, resources, means.survival if estate else None)
+        levels.choose(config.name, config.log_level)
         return Life(function, leases, listeners, connected, resources.pop_all())
+
+
+def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
+    """What a function is as a unit of a daemon.
+
+    Args:
+        shelf: the sockets that systemd passed.
+        means: what functions share.
+    """
+
+    def open_one(config: FunctionConfig) -> Life:
+        return open_function(config, shelf.take(config), means)
+
+    return UnitKind("function", "[[function]]", open_one, LIVE_KEYS)
 
 
 def _engine_maker(
@@ -101,9 +126,10 @@ def _engine_maker(
         raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
     identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
     memory = means.memory.drawer(config.name, identity)
+    migration = settled(config)
 
     def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
-        return MigrationRunner(name, connected, agent.function, config.migration, events, logger, memory, means.sharing)
+        return MigrationRunner(name, connected, agent.function, migration, events, logger, memory, means.sharing)
 
     return make
 
@@ -135,7 +161,7 @@ def _open_sockets(
     if not listeners and not connected and config.socket is not None:
         listener = None if survival is None else survival.listener_of(config.name, config.socket)
         if listener is None:
-            listener = listen_on_path(config.socket, config.socket_mode, config.socket_group or _default_group())
+            listener = _listen(config, config.socket)
         listeners.append(listener)
         if survival is not None:
             survival.keep_listener(config.name, listener)
@@ -143,13 +169,28 @@ def _open_sockets(
     return listeners, connected
 
 
-def _default_group() -> str | None:
-    """QEMU's group, so that a VMM running as its own user can connect on day one; only root may give files away."""
-    if os.geteuid() != 0:
-        return None
+def _listen(config: FunctionConfig, path: Path) -> Listener:
+    """Make a function's socket; where we may not, the error names the line that is missing."""
+    try:
+        return listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+    except ListenError as error:
+        cause = error.__cause__
+        if _UNIT not in os.environ or not isinstance(cause, OSError) or cause.errno not in _NOT_OURS:
+            raise
+        raise ListenError(
+            f"{error}; either the service may write there (`ReadWritePaths={path.parent}` by `systemctl edit "
+            f"vfiouser-oob.service`, and a directory that it may write), or systemd makes the socket "
+            f"(`ListenStream={path}` by `systemctl edit vfiouser-oob.socket`)"
+        ) from cause
+
+
+def default_group() -> str | None:
+    """QEMU's group, so that a VMM running as its own user can connect on day one; who is not root may give files only
+    to groups that it is in."""
     import grp
 
     try:
-        return grp.getgrnam(DEFAULT_SOCKET_GROUP).gr_name
+        group = grp.getgrnam(DEFAULT_SOCKET_GROUP)
     except KeyError:
         return None
+    return group.gr_name if os.geteuid() == 0 or group.gr_gid in os.getgroups() else None

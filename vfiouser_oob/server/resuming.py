@@ -82,4 +82,23 @@ async def _open(
     if isinstance(port, MigrationPort):
         port.shadow.restore({thing.offset: thing.data for thing in heir.config})
         port.shadow.observer = heir.notes
+        _restore_region(port, heir)
     return backend, port
+
+
+def _restore_region(port: MigrationPort, heir: Heir) -> None:
+    """Give the migration region the memory that the client may have mapped.
+
+    Raises:
+        TurnedAway: that is not possible.
+    """
+    view = port.v1
+    if view is None:
+        return
+    view.on_memory = heir.notes.region
+    memory = heir.regions.get(view.index)
+    if memory is not None:
+        try:
+            view.adopt(memory)
+        except (OSError, ValueError) as error:
+            raise TurnedAway(f"the migration region's memory cannot be used: {error}", errno.ENODEV) from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 
+from vfiouser_oob.config.schema import FunctionConfig, P2p
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.record import Certainty
 from vfiouser_oob.migration.runner import MigrationRunner
@@ -17,7 +19,35 @@ from vfiouser_oob.observability.status import (
 )
 from vfiouser_oob.persist.capabilities import Source
 from vfiouser_oob.server.function import Function
+from vfiouser_oob.server.life import Life
+from vfiouser_oob.server.unit import Unit
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
+
+
+def unit_status(unit: Unit) -> FunctionStatus:
+    """Describe a function of the configuration at this moment, whether it could be opened or not."""
+    if isinstance(unit.life, Life):
+        return function_status(unit.life.function)
+    config = unit.config if isinstance(unit.config, FunctionConfig) else None
+    failure = unit.failure
+    return FunctionStatus(
+        name=unit.name,
+        socket=str(config.socket or "") if config else "",
+        device=config.device.describe() if config else "",
+        phase="starting" if failure is None else "failed",
+        since=iso_time(time.time() if failure is None else failure.since),
+        failed=unit.failed,
+        client=None,
+        regions=[],
+        maps=_maps(None),
+        irqs={},
+        fds=0,
+        messages={},
+        dma={},
+        migration=None,
+        unavailable=None,
+        last_error=unit.failed,
+    )
 
 
 def function_status(function: Function) -> FunctionStatus:
@@ -32,6 +62,7 @@ def function_status(function: Function) -> FunctionStatus:
         device=function.backend.summary,
         phase=function.phase,
         since=iso_time(function.since),
+        failed=function.failed,
         client=_client(function),
         regions=_regions(backend),
         maps=maps,
@@ -52,6 +83,7 @@ def _migration(runner: MigrationRunner) -> MigrationStatus:
         agent=runner.link.function_id,
         migratable=record.blocked is None and (caps is None or caps.stop_copy),
         blocked=record.blocked,
+        p2p=runner.config.p2p is P2p.ON,
         state=record.state_shown.name,
         known=record.certainty is not Certainty.UNKNOWN,
         unknown_since=None if record.unknown_since is None else iso_time(record.unknown_since),

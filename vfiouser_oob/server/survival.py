@@ -27,6 +27,7 @@ from vfiouser_oob.persist.successor.things import (
     FunctionThing,
     MigrationThing,
     RangeThing,
+    RegionThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -172,6 +173,8 @@ class Survival:
         ranges = [thing for thing in own if isinstance(thing, RangeThing)]
         names = [client.main, client.memory, *([] if twin is None else [twin.socket, twin.memory])]
         names += [name for server in servers for name in (server.socket, server.memory)]
+        regions = [thing for thing in own if isinstance(thing, RegionThing)]
+        names += [region.memory for region in regions]
         files = {thing.address: thing.file for thing in ranges if thing.file is not None}
         self._used.update(names, files.values())
         notes = ClientNotes(estate, client.number)
@@ -190,6 +193,7 @@ class Survival:
             None if twin is None else self._stream(twin.socket, twin.memory),
             inheritance,
             [thing for thing in own if isinstance(thing, ConfigThing)],
+            {region.index: self._kept[region.memory].take() for region in regions},
         )
 
     def _stream(self, sock: str, memory: str) -> KeptStream:

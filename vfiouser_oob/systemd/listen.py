@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from vfiouser_oob.config.errors import ConfigError
-from vfiouser_oob.config.schema import FunctionConfig
 from vfiouser_oob.systemd.fd_store import PREFIX
 from vfiouser_oob.transport.fds import ForeignFd, OwnedFd, close_fds
 
@@ -173,51 +171,3 @@ def check_listening(fd: int, label: str, source: str | None = None) -> None:
     if family != socket.AF_UNIX or kind != socket.SOCK_STREAM or not listening:
         is_what = f"{family.name} {kind.name}{'' if listening else ' that does not listen'}"
         raise ConfigError(f"{label} must be {wanted}, but is {is_what}", source)
-
-
-def assign_sockets(functions: Sequence[FunctionConfig], inherited: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Find out which function each inherited socket is for.
-
-    A socket belongs to the function of its name, or else to the one that is configured with its path (a unit
-    with several ListenStream= lines gives all of them one name), or else to the only function there is.
-
-    Args:
-        functions: the configured functions.
-        inherited: descriptors by name, from `inherited_sockets`.
-
-    Returns:
-        Descriptors by function name.
-
-    Raises:
-        ConfigError: a socket fits no function, or a function has neither a socket of its own nor an inherited
-        one.
-    """
-    known = {function.name for function in functions}
-    by_path = {str(function.socket): function.name for function in functions if function.socket is not None}
-    total = sum(len(fds) for fds in inherited.values())
-    assigned: dict[str, list[int]] = {}
-    for name, fds in inherited.items():
-        for fd in fds:
-            path = _path_of(fd)
-            owner = name if name in known else by_path.get(path)
-            if owner is None and len(functions) == total == 1:
-                owner = functions[0].name
-            if owner is None:
-                at = f" at {path}" if path else ""
-                raise ConfigError(
-                    f"socket {name!r}{at} fits no function (functions: {', '.join(sorted(known))})", _SOURCE
-                )
-            assigned.setdefault(owner, []).append(fd)
-    for function in functions:
-        if function.socket is None and function.fd is None and function.name not in assigned:
-            raise ConfigError(f"function {function.name!r} has no socket configured, and none came from systemd for it")
-    return assigned
-
-
-def _path_of(fd: int) -> str:
-    sock = socket.socket(fileno=fd)
-    try:
-        address = sock.getsockname()
-    finally:
-        sock.detach()
-    return str(Path(address)) if isinstance(address, str) and address else ""

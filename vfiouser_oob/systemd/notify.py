@@ -19,9 +19,11 @@ class Notifier:
 
     Args:
         address: path of its datagram socket, or ``@name`` in the abstract namespace; None = nobody listens.
+        watchdog_s: seconds within which it wants to hear that we live, again and again; None if it does not care.
     """
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, watchdog_s: float | None = None) -> None:
+        self.watchdog_s = watchdog_s
         #: Where the messages go; what else is sent by it keeps its place among them.
         self.mailbox = Mailbox(address)
 
@@ -33,8 +35,10 @@ class Notifier:
             environ: the environment that names the socket.
             unset: whether to remove the name, so that our child processes do not speak for us.
         """
-        address = environ.pop(ENVIRONMENT_VARIABLE, None) if unset else environ.get(ENVIRONMENT_VARIABLE)
-        return cls(address or None)
+        names = (ENVIRONMENT_VARIABLE, "WATCHDOG_USEC", "WATCHDOG_PID")
+        address, microseconds, pid = (environ.pop(name, "") if unset else environ.get(name, "") for name in names)
+        wanted = microseconds.isdecimal() and int(microseconds[:18]) > 0 and pid in ("", str(os.getpid()))
+        return cls(address or None, int(microseconds[:18]) / 1e6 if wanted else None)
 
     def ready(self, status: str | None = None) -> bool:
         """Start-up is complete: every socket listens.
@@ -57,6 +61,14 @@ class Notifier:
             Whether the message was sent.
         """
         return self._send("STOPPING=1", *_status_field(status))
+
+    def alive(self) -> bool:
+        """We live, and the watchdog may begin to count anew.
+
+        Returns:
+            Whether the message was sent.
+        """
+        return self._send("WATCHDOG=1")
 
     def status(self, text: str) -> bool:
         """Change the line that ``systemctl status`` shows.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vfiouser_oob.vm.record import Deed
+from vfiouser_oob.vm.record import CarrierKind, Deed
 
 # Events
 
@@ -88,6 +88,17 @@ class Judged(VmEvent):
     """
 
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierCame(VmEvent):
+    """QEMU has connected its end of a carrier, or asks through it: that is the one which carries the state.
+
+    Args:
+        kind: which.
+    """
+
+    kind: CarrierKind
 
 
 @dataclass(frozen=True, slots=True)

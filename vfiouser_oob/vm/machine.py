@@ -242,6 +242,10 @@ def _judged(turn: _Turn, event: ev.Judged) -> None:
         turn.cue(Cue.JUDGED, "; ".join(event.reasons))
 
 
+def _carrier_came(turn: _Turn, event: ev.CarrierCame) -> None:
+    turn.set(carrier=event.kind, carrier_lost=False)
+
+
 def _hold_asked(turn: _Turn, event: ev.CarrierHolds) -> None:
     turn.cue(Cue.HOLD if turn.record.hears else Cue.HOLD_BLIND)
 
@@ -296,6 +300,7 @@ _HANDLERS: Mapping[type[ev.VmEvent], Callable[[_Turn, Any], None]] = MappingProx
         ev.MigrationIs: _migration_is,
         ev.RunstateIs: _runstate_is,
         ev.Judged: _judged,
+        ev.CarrierCame: _carrier_came,
         ev.CarrierHolds: _hold_asked,
         ev.CarrierSaves: _save_asked,
         ev.CarrierLoads: lambda turn, event: turn.cue(Cue.LOAD),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vfiouser_oob.vm.monitor import Monitor, RefusedError
+from vfiouser_oob.vm.monitor import RefusedError
+from vfiouser_oob.vm.movable import VmMonitor
 from vfiouser_oob.vm.preflight import QUERIES, FunctionFacts, VmFacts, read_answers
 from vfiouser_oob.vm.record import VmRecord
 
 
-async def survey(record: VmRecord, monitor: Monitor | None, functions: tuple[FunctionFacts, ...]) -> VmFacts:
+async def survey(record: VmRecord, monitor: VmMonitor | None, functions: tuple[FunctionFacts, ...]) -> VmFacts:
     """Collect what is known of a VM.
 
     Args:

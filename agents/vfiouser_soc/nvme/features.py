@@ -202,6 +202,8 @@ class Features:
         if not spec.per_namespace and command.nsid not in (0, BROADCAST_NSID):
             self._one_namespace(command.nsid)
             raise NvmeError(StatusCode.FEATURE_NOT_NAMESPACE_SPECIFIC, f"feature {feature.name}", location=4)
+        if feature is FeatureId.TIMESTAMP:  # all of it is in its data
+            return 0
         prepare = self._prepare.get(feature)
         value = command.cdw11 if prepare is None else prepare(command.cdw11)
         for selector in self._selectors(feature, command.cdw11):

@@ -21,6 +21,7 @@ from vfiouser_oob.config.schema import (
     ModelDevice,
 )
 from vfiouser_oob.control.server import serve_control
+from vfiouser_oob.server.administration import Reread
 from vfiouser_oob.server.daemon import Daemon, run_daemon
 
 TEST_DEVICE = ModelDevice(model="test")
@@ -57,20 +58,23 @@ async def serving(
     control_socket: Path | None = None,
     agents: Mapping[str, Agent] | None = None,
     state_directory: Path | None = None,
+    config: DaemonConfig | None = None,
+    reread: Reread | None = None,
 ) -> AsyncIterator[Daemon]:
-    """Run a daemon until the block ends; `agents` are the agents that there are, by kind."""
+    """Run a daemon until the block ends; `agents` are the agents that there are, by kind, `config` is all of it."""
 
     def make(kind: str, options: Mapping[str, Any]) -> Agent:
         assert agents is not None, f"no agent of kind {kind} was given"
         return agents[kind]
 
-    config = DaemonConfig(
+    config = config or DaemonConfig(
         functions=functions,
         reply_budget_s=reply_budget_s,
         control_socket=control_socket,
         state_directory=state_directory,
     )
     async with trio.open_nursery() as nursery:
-        daemon = await nursery.start(partial(run_daemon, config, agents=make, control=serve_control))
+        run = partial(run_daemon, config, agents=make, control=serve_control, reread=reread)
+        daemon = await nursery.start(run)
         yield daemon
         nursery.cancel_scope.cancel()

@@ -39,6 +39,8 @@ NVME = "0000:00:04.0"
 SHARED = ("0000:00:06.0", "0000:00:06.1")
 EDU = "0000:00:09.0"
 IGB = "0000:01:00.0"
+#: A device like that, behind a root complex that the IOMMU leaves alone. Its interrupts would not arrive.
+BYPASSED = "0000:41:00.0"
 #: By which interface daemons open their function; whoever started this program says so.
 INTERFACE = VfioInterface(os.environ.get("KVFIO_INTERFACE", "group"))
 #: What daemons log. Whoever started this program says so; "debug" costs an emulated processor as much as serving does.

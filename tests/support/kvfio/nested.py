@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmbed.assets.store import Assets
+from vmbed.guest import digest_line
 from vmbed.nvme import PAGE, NvmeDriver, until
 from vmbed.pci import PciFunction
 from vmbed.qemu import GUEST_QEMU, QemuConfig, VfioUserDevice, start_qemu
@@ -73,7 +74,7 @@ async def stock_linux(socket: Path, accesses: Callable[[], int]) -> None:
             assert "live" == ident["state"], ident
             before, interrupts = accesses(), await qemu.guest.irqs()
             await qemu.guest.check("write 1 1 0", COMMAND_S)
-            await qemu.guest.check("verify 1 1 0", COMMAND_S)
+            assert digest_line(1, 1) in (await qemu.guest.check("read 1 0", COMMAND_S)).lines
             after = await qemu.guest.irqs()
             fired = sum(after.values()) - sum(interrupts.values())
             assert fired > 0, "no interrupt arrived"

@@ -54,9 +54,9 @@ class Vmm(RawClient):
         return int(struct.unpack_from("<I", answer.payload, 8)[0])
 
     async def set_state(self, state: int) -> None:
-        """SET MIG_DEVICE_STATE, which has to succeed."""
-        request = struct.pack("<IIII", 16, STATE | SET, state, 0)
-        assert request == (await self.succeed(FEATURE, request)).payload
+        """SET MIG_DEVICE_STATE, which has to succeed; the reply is the request without a descriptor."""
+        request = struct.pack("<IIIi", 16, STATE | SET, state, 0)
+        assert request[:12] + b"\xff" * 4 == (await self.succeed(FEATURE, request)).payload
 
     async def set_state_errno(self, state: int) -> int:
         """SET MIG_DEVICE_STATE; returns the error number, 0 for success."""

@@ -168,7 +168,7 @@ class Migration:
                 return payload
             self._set_state(struct.unpack_from("<I", payload, 8)[0])
             if self.bad("migration/golden-refused"):
-                return payload[:12] + b"\xff" * 4
+                return payload[:12] + b"\x55" * 4
         elif index == 6:
             return self._start(payload)
         else:

@@ -127,8 +127,9 @@ class KeptDaemon:
         command = [sys.executable, "-m", "vfiouser_oob"]
         with open(self.log, "wb") as log:
             self.keeper = subprocess.Popen(
-                [*command, "keep", "--max-starts", "100", "--socket", f"unix:{place}/notify", *options, "--", *command, "serve",
-                 "--control-socket", "none", "--socket-path", str(self.socket), "--device", device, *serve],
+                [*command, "keep", "--max-starts", "100", "--socket", f"unix:{place}/notify", *options,
+                 "--", *command, "serve", "--control-socket", "none", "--socket-path", str(self.socket),
+                 "--device", device, *serve],
                 stderr=log,
             )  # fmt: skip
 

@@ -178,6 +178,8 @@ class ScriptedFunction:
         if failure:
             return Answer(errno=failure)
         data = asked.data
+        if method & FeatureFlags.PROBE:
+            return Answer(event.payload)
         if feature is Feature.MIGRATION:
             data = encode(FeatureMigration(int(self.flags)))
         elif feature is Feature.DMA_LOGGING_START:

@@ -20,7 +20,7 @@ from vmbed.errors import BedError
 from vmbed.notify import NotifySocket
 from vmbed.processes import LoggedProcess, deadline, logged_process
 
-__all__ = ["SocConfig", "Stack", "soc_and_daemon"]
+__all__ = ["MIB", "PROGRAM", "SocConfig", "Stack", "environment", "service", "soc_and_daemon"]
 
 MIB = 1 << 20
 STATUS_S = 20.0
@@ -73,7 +73,7 @@ class Stack:
         argv = [*PROGRAM, "status", "--json", "--control-socket", str(self._control)]
         with deadline(STATUS_S, "answer to status", self.daemon.log):
             done = await trio.run_process(
-                argv, env=_environment(), capture_stdout=True, capture_stderr=True, check=False
+                argv, env=environment(), capture_stdout=True, capture_stderr=True, check=False
             )
         if done.returncode != 0:
             raise BedError(f"status ended with {done.returncode}: {done.stderr.decode(errors='replace')}")
@@ -112,16 +112,16 @@ async def soc_and_daemon(
     async with AsyncExitStack() as stack:
         simulate = ["simulate-soc", "--socket-dir", str(upstream)]
         only = ["--device-only"] if agent else []
-        soc = await stack.enter_async_context(_service(workdir, "soc", [*simulate, *arguments, *only]))
+        soc = await stack.enter_async_context(service(workdir, "soc", [*simulate, *arguments, *only]))
         serve = ["serve", "--socket-path", str(socket), "--control-socket", str(control)]
         serve += ["--device", f"vfio-user:{upstream / 'f0.sock'}"]
         speaker: LoggedProcess | None = None
         if agent:
             address = f"unix://{workdir / 'agent.sock'}"
             listen = [*simulate, "--agent-only", f"--agent-listen={address}"]
-            speaker = await stack.enter_async_context(_service(workdir, "agent", listen))
+            speaker = await stack.enter_async_context(service(workdir, "agent", listen))
             serve += ["--agent", f"msgpack-rpc:{address},function=f0"]
-        daemon = await stack.enter_async_context(_service(workdir, "daemon", serve))
+        daemon = await stack.enter_async_context(service(workdir, "daemon", serve))
         running = Stack(soc, daemon, socket, control, speaker)
         yield running
         running.check_alive()
@@ -131,17 +131,17 @@ async def soc_and_daemon(
 
 
 @asynccontextmanager
-async def _service(workdir: Path, name: str, command: Sequence[str]) -> AsyncIterator[LoggedProcess]:
+async def service(workdir: Path, name: str, command: Sequence[str]) -> AsyncIterator[LoggedProcess]:
     """Run one of the program's services until it says that it is ready, as systemd would."""
     async with NotifySocket(workdir / f"{name}.notify") as notify:
-        environment = {**_environment(), **notify.environment}
+        variables = {**environment(), **notify.environment}
         log = workdir / f"{name}.log"
-        async with logged_process(name, [*PROGRAM, *command], log, env=environment) as process:
+        async with logged_process(name, [*PROGRAM, *command], log, env=variables) as process:
             await notify.ready(process)
             yield process
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment in which the checkout's own packages are the ones that are run."""
     inherited = os.environ.get("PYTHONPATH", "")
     roots = [str(root) for root in IMPORT_ROOTS]

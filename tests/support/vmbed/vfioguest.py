@@ -55,7 +55,7 @@ class Boot:
 
 
 def _machine(workdir: Path, initramfs: Path, kernel: Path | None, *, iommu: bool) -> QemuConfig:
-    """NVMe controllers, two in one group, a network card with VFs, a device without reset; with an IOMMU or without."""
+    """NVMe controllers, two in one group, a network card with VFs, two devices without reset, one past the IOMMU."""
     devices = []
     for name in ("alone", "first", "second"):
         image = workdir / f"{name}.img"
@@ -67,6 +67,9 @@ def _machine(workdir: Path, initramfs: Path, kernel: Path | None, *, iommu: bool
     devices += ["-device", "nvme,drive=second,serial=second,addr=06.1"]
     devices += ["-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=07.0", "-device", "igb,bus=rp1"]
     devices += ["-device", "edu,addr=09.0"]
+    devices += ["-device", "pxb-pcie,id=bypass,bus_nr=64,bypass_iommu=on"]
+    devices += ["-device", "pcie-root-port,id=rp2,bus=bypass,chassis=2,slot=2"]
+    devices += ["-device", "edu,bus=rp2"]
     return QemuConfig(
         [],
         memory_mib=2048,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,11 +85,23 @@ def test_what_is_compiled_is_kept() -> None:
 
 
 def test_guests_and_attacks_run_after_the_other_tests() -> None:
-    """Each test is in one of two parts; nothing runs beside a guest or an attack."""
-    plan = make("--dry-run", "test", "JOBS=4").stdout
+    """Each test is in one of three parts; a guest has a processor, and nothing runs beside an attack."""
+    plan = make("--dry-run", "test", "JOBS=4", "GUESTS=2").stdout
     parts = [line for line in plan.splitlines() if '-m "' in line]
-    assert ["not (long or vm or hostile)", "not long and (vm or hostile)"] == [line.split('"')[1] for line in parts]
-    assert [True, False] == ["-n 4" in line for line in parts]
+    selected = ["not (long or vm or hostile)", "vm and not long", "hostile and not long"]
+    assert selected == [line.split('"')[1] for line in parts]
+    beside = [" ".join(re.findall(r"-n \d+|--dist \w+", line)) for line in parts]
+    assert ["-n 4 --dist worksteal", "-n 2 --dist loadfile", ""] == beside
+
+
+@pytest.mark.parametrize(("mark", "folder"), [("vm", "tests/vm"), ("hostile", "tests/hostile")])
+def test_guests_and_attacks_are_where_they_are_looked_for(mark: str, folder: str) -> None:
+    """The part of the run that is theirs collects no other folder, which would take as long as some guests."""
+    use = re.compile(rf"mark\.{mark}\b")
+    marked = {path.parent for path in ROOT.glob("tests/**/test_*.py") if use.search(path.read_text())}
+    assert {ROOT / folder} == marked
+    plan = make("--dry-run", "test").stdout
+    assert any(f"testpaths={folder} " in line and f'"{mark} ' in line for line in plan.splitlines())
 
 
 def test_the_readme_names_its_two_commands() -> None:

@@ -15,6 +15,7 @@ PAGES = {
     "docs/reference/messages.md": "tools/messages_page.py",
     "docs/reference/configuration.md": "tools/config_page.py",
     "docs/reference/config.schema.json": "tools/config_page.py",
+    "docs/reference/control-socket.md": "tools/verbs_page.py",
     "docs/explanation/architecture.md": "tools/rooms_map.py",
 }
 

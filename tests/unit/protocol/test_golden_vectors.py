@@ -93,6 +93,11 @@ PAYLOADS: dict[str, tuple[Payload, str]] = {
     "DMA_READ reply": (m.DmaReadReply(0x1000, 1, b"\xaa"), "0010000000000000 0100000000000000 aa"),
     "DMA_WRITE": (m.DmaWrite(0x1000, 1, b"\xaa"), "0010000000000000 0100000000000000 aa"),
     "DMA_WRITE reply, 64-bit count": (m.DmaWriteReply(0x1000, 1), "0010000000000000 0100000000000000"),
+    "DMA_READ reply of QEMU 10": (
+        m.NarrowDmaReadReply(0x1000, 2, b"\xaa\xbb"),
+        "0010000000000000 02000000 aabb 00000000",
+    ),
+    "DMA_WRITE of QEMU 10": (m.NarrowDmaWrite(0x1000, 2, b"\xaa\xbb"), "0010000000000000 02000000 aabb 00000000"),
     "DEVICE_RESET": (m.Empty(), ""),
     "DIRTY_PAGES START": (m.DirtyPages(8, 1), "08000000 01000000"),
     "DIRTY_PAGES GET_BITMAP reply, bitmap at 40": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from itertools import pairwise
 
 import pytest
 
@@ -14,12 +15,14 @@ from vfiouser_protocol.migration_v2 import (
     ARCS,
     FORBIDDEN,
     SAVING,
+    WITHOUT_P2P,
     Arc,
     FeatureAction,
     _search,
     interpret_feature,
     path_arcs,
     require_path,
+    wish_of,
 )
 
 STOP, RUNNING, STOP_COPY, RESUMING, PRE_COPY = (
@@ -124,6 +127,48 @@ def test_refused_paths_say_what_is_allowed(current: DeviceState, target: int, wo
     with pytest.raises(CommandError, match=words) as info:
         require_path(current, target)
     assert errno.EINVAL == info.value.errno
+
+
+#: What linux/vfio.h's table enters first on the way from a row to a column, with P2P; None is an error.
+_P, _C, _Q = DeviceState.RUNNING_P2P, PRE_COPY, DeviceState.PRE_COPY_P2P
+KERNEL: dict[DeviceState, dict[DeviceState, DeviceState | None]] = {
+    STOP: {STOP: STOP, RUNNING: _P, _C: _P, _Q: _P, STOP_COPY: STOP_COPY, RESUMING: RESUMING, _P: _P},
+    RUNNING: {STOP: _P, RUNNING: RUNNING, _C: _C, _Q: _P, STOP_COPY: _P, RESUMING: _P, _P: _P},
+    _C: {STOP: RUNNING, RUNNING: RUNNING, _C: _C, _Q: _Q, STOP_COPY: _Q, RESUMING: RUNNING, _P: RUNNING},
+    _Q: {STOP: _P, RUNNING: _P, _C: _C, _Q: _Q, STOP_COPY: STOP_COPY, RESUMING: _P, _P: _P},
+    STOP_COPY: {STOP: STOP, RUNNING: STOP, _C: None, _Q: None, STOP_COPY: STOP_COPY, RESUMING: STOP, _P: STOP},
+    RESUMING: {STOP: STOP, RUNNING: STOP, _C: STOP, _Q: STOP, STOP_COPY: STOP, RESUMING: RESUMING, _P: STOP},
+    _P: {STOP: STOP, RUNNING: RUNNING, _C: RUNNING, _Q: _Q, STOP_COPY: STOP, RESUMING: STOP, _P: _P},
+}
+
+
+@pytest.mark.parametrize("current", KERNEL)
+@pytest.mark.parametrize("target", KERNEL)
+def test_with_p2p_the_function_goes_the_kernels_way(current: DeviceState, target: DeviceState) -> None:
+    """Each of the 49 requests is as legal as in the kernel, and leaves out of its way only what P2P adds."""
+    entered: list[DeviceState] | None = []
+    here: DeviceState | None = current
+    while here is not target and here is not None:
+        here = KERNEL[here][target]
+        entered = None if here is None else [*(entered or []), here]
+    plain = WITHOUT_P2P.get(current, current)
+    steps = None
+    if entered is not None:
+        states = [plain, *(WITHOUT_P2P.get(state, state) for state in entered)]
+        steps = [after for before, after in pairwise(states) if before is not after]
+    assert steps == shortest_path(plain, wish_of(target, p2p=True).state)
+
+
+@pytest.mark.parametrize("p2p", [False, True])
+def test_p2p_names_are_known_where_they_are_offered(p2p: bool) -> None:
+    """A P2P state is the one beside it under another name; without P2P it is a number that nobody knows."""
+    assert (2, True) == wish_of(5, p2p=True)
+    assert (6, True) == wish_of(7, p2p=True)
+    for number in (5, 7):
+        assert (number, False) == wish_of(number, p2p=False)
+        assert path_arcs(RUNNING, wish_of(number, p2p=False).state) is None
+    for number in (0, 1, 2, 3, 4, 6, 8, 255):
+        assert (number, False) == wish_of(number, p2p=p2p)
 
 
 def test_the_forbidden_pair_is_needed() -> None:

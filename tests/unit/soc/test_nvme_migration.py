@@ -193,6 +193,16 @@ async def test_features_logs_and_masks_are_the_same() -> None:
         assert 0x0103 == await bed.driver.get_feature(0x08)
 
 
+async def test_a_host_that_has_set_the_time_can_move() -> None:
+    """The timestamp, which Linux sets, runs on at the other function."""
+    async with pair() as bed:
+        page = bed.driver.alloc(4096)
+        bed.machine.host.memory.poke(page, (1_700_000_000_000).to_bytes(8, "little"))
+        await bed.driver.admin(0x09, prp1=page, cdw10=0x0E)
+        await bed.move()
+        assert 0 <= (bed.target_function.controller.features.timestamp_ms or 0) - 1_700_000_000_000 < 60_000
+
+
 async def test_configuration_space_is_loaded() -> None:
     """Bus mastering, MSI-X enable and BARs are as the guest of the source had them."""
     async with pair() as bed:

@@ -16,6 +16,7 @@ from vfiouser_oob.lab.nvme.driver import NvmeDriver
 from vfiouser_oob.lab.vmm.attachment import Attachment
 from vfiouser_oob.lab.vmm.live import LiveMigration, LiveOptions, LiveProgress, Observer
 from vfiouser_oob.lab.vmm.nvme_machine import NvmeMachine
+from vfiouser_oob.lab.vmm.qemu_v2 import QemuV2Habits, QemuV2Side
 from vfiouser_oob.lab.vmm.side import Generation, MigrationSide
 from vfiouser_oob.lab.vmm.v1 import V1Side
 from vfiouser_oob.lab.vmm.v2 import DEFAULT_CHUNK, V2Side
@@ -31,25 +32,32 @@ class SideOptions:
         use_mapping: v1: whether the data section is mapped.
         natural: v1: whether accesses that are not mapped are made in pieces of at most 8 bytes.
         chunk_size: bytes of state at once; None: 1 MiB for v2, what fits for v1.
+        qemu: v2: as QEMU's client with migration does it; None: as we do.
     """
 
     use_mapping: bool = True
     natural: bool = False
     chunk_size: int | None = None
+    qemu: QemuV2Habits | None = None
 
 
-async def open_side(generation: Generation, client: Client, options: SideOptions | None = None) -> MigrationSide:
+async def open_side(
+    generation: Generation, client: Client, options: SideOptions | None = None, memory: ClientMemory | None = None
+) -> MigrationSide:
     """Open a function's migration interface.
 
     Args:
         generation: which one.
         client: connected to the function.
         options: how it is used.
+        memory: guest memory that is mapped for it.
 
     Raises:
         MigrationFailed: there is none.
     """
     chosen = options or SideOptions()
+    if generation is Generation.V2 and chosen.qemu is not None:
+        return QemuV2Side(client, chosen.qemu, memory=memory)
     if generation is Generation.V2:
         return V2Side(client, chunk_size=chosen.chunk_size or DEFAULT_CHUNK)
     return await V1Side.open(
@@ -129,7 +137,7 @@ class Voyage:
         try:
             target = await Attachment.start(self._nursery, path, memory)
             for place, chosen in ((source, here), (target, there)):
-                sides.append(await open_side(generation, place.client, chosen))
+                sides.append(await open_side(generation, place.client, chosen, place.memory))
             first, second = sides
             migration = LiveMigration(
                 self._machine, first, second, source.memory, target, options=options, observe=observe

@@ -26,6 +26,7 @@ import trio
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.turns import FunctionQueue
+from vfiouser_oob.vm.carriers.at_desk import CarrierAtDesk
 from vfiouser_oob.vm.carriers.chunks import HEAD_SIZE, ChunkError, Joiner, cut, pieces_for
 from vfiouser_oob.vm.carriers.dbus_auth import SaslError
 from vfiouser_oob.vm.carriers.dbus_peer import (
@@ -38,14 +39,12 @@ from vfiouser_oob.vm.carriers.dbus_peer import (
     SaveCalled,
 )
 from vfiouser_oob.vm.carriers.dbus_wire import DbusWireError
-from vfiouser_oob.vm.carriers.desk import Answer, Desk, Offered, Refused
+from vfiouser_oob.vm.carriers.desk import Answer, Offered, Refused
 from vfiouser_oob.vm.carriers.interface import (
-    CarrierEvent,
     Lost,
     MonitorCommand,
     QemuAttached,
     SaveAsked,
-    State,
     StateLoaded,
     StateTaken,
 )
@@ -65,7 +64,7 @@ _READ_MAX = 256 << 10
 _UNANSWERED = 32
 
 
-class DbusVmstate:
+class DbusVmstate(CarrierAtDesk):
     """One VM's carrier V.
 
     Args:
@@ -81,11 +80,11 @@ class DbusVmstate:
     def __init__(
         self, listener: Listener, path: Path, object_id: str = "oobvmstate", allow_uids: frozenset[int] | None = None
     ) -> None:
+        super().__init__()
         self._port = CarrierPort(listener, f"{self.name} {path}", allow_uids)
         self._path = path
         self._object_id = object_id
         self._guid = secrets.token_hex(16)
-        self._desk = Desk()
         self._queue = FunctionQueue()
         #: At the destination: bytes of the largest state to take; None at the source.
         self._expected: int | None = None
@@ -97,10 +96,6 @@ class DbusVmstate:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve QEMU until cancelled, one QEMU after the other."""
         await self._port.serve(self._converse, task_status=task_status)
-
-    async def next_event(self) -> CarrierEvent:
-        """Wait for what comes next."""
-        return await self._desk.next_event()
 
     def expect(self, most_bytes: int = EXPECTED_BYTES) -> None:
         """Be a destination from now on.
@@ -115,23 +110,6 @@ class DbusVmstate:
         self._forget()
         self._expected = most_bytes
 
-    def offer(self, state: State) -> bool:
-        """Answer `SaveAsked` with the state; returns whether somebody waited for it.
-
-        Raises:
-            ValueError: it is larger than can be carried; nothing was answered.
-        """
-        self._check(len(state))
-        return self._desk.offer(state)
-
-    def answer(self) -> bool:
-        """Answer `StateLoaded`: it is loaded; returns whether somebody waited for it."""
-        return self._desk.done()
-
-    def refuse(self, reason: str) -> bool:
-        """Answer a question with no; returns whether somebody waited for it."""
-        return self._desk.refuse(reason)
-
     def reset(self) -> None:
         """Be no destination any more, forget the state, and refuse what is open."""
         self._forget()
@@ -143,10 +121,6 @@ class DbusVmstate:
             MonitorCommand("object-del", {"id": self._object_id}),
             MonitorCommand("object-add", vmstate_object(self._path, self._object_id)),
         )
-
-    def _check(self, size: int) -> None:
-        if size > self.most_bytes:
-            raise ValueError(f"a state of {size} bytes is more than the {self.most_bytes} that {self.name} carries")
 
     def _forget(self) -> None:
         self._expected, self._joiner = None, None

@@ -6,6 +6,7 @@ those who only sit there keep nobody out. One is served at a time. Where QEMU li
 
 from __future__ import annotations
 
+import abc
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -62,7 +63,7 @@ class Seat:
             self._lock.release()
 
 
-class Meeting:
+class Meeting(abc.ABC):
     """What is the same whoever comes to whom.
 
     Args:
@@ -83,6 +84,7 @@ class Meeting:
         """Where its peers' descriptors are counted."""
         return self._account
 
+    @abc.abstractmethod
     async def serve(self, converse: Converse, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled.
 
@@ -90,7 +92,6 @@ class Meeting:
             converse: serves one connection; `PeerGone` ends it.
             task_status: told when QEMU can be met.
         """
-        raise NotImplementedError
 
     async def _serve_one(self, sock: socket.socket, converse: Converse) -> None:
         connection = PeerSocket(sock, self._account)

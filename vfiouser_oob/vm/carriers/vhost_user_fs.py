@@ -23,10 +23,10 @@ from vfiouser_oob.transport.fds import ForeignFd, close_fds
 from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.worker import Worker
+from vfiouser_oob.vm.carriers.at_desk import CarrierAtDesk
 from vfiouser_oob.vm.carriers.desk import Desk, Offered, Refused
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
-    CarrierEvent,
     GoAsked,
     LogChanged,
     Lost,
@@ -67,7 +67,7 @@ ANSWER_S = 20.0
 _UNHANDLED = 32
 
 
-class VhostUserFs:
+class VhostUserFs(CarrierAtDesk):
     """One VM's carrier F.
 
     QEMU cannot connect a device's back-end anew. So if the daemon is to be restarted under a running VM, QEMU has to
@@ -90,6 +90,7 @@ class VhostUserFs:
         allow_uids: frozenset[int] | None = None,
         before: Standing | None = None,
     ) -> None:
+        super().__init__()
         name = f"{self.name} {path}"
         self._port = (
             CarrierCaller(path, name, allow_uids) if listener is None else CarrierPort(listener, name, allow_uids)
@@ -97,17 +98,12 @@ class VhostUserFs:
         self._calls = listener is None
         #: Where the device was when its connection was lost; only where it can be taken up again.
         self.standing: Standing | None = before
-        self._desk = Desk()
         #: At the destination: bytes of the largest state to take; None at the source.
         self._expected: int | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve QEMU until cancelled, one QEMU after the other."""
         await self._port.serve(self._converse, task_status=task_status)
-
-    async def next_event(self) -> CarrierEvent:
-        """Wait for what comes next."""
-        return await self._desk.next_event()
 
     def expect(self, most_bytes: int = MOST_BYTES) -> None:
         """Take a state if one comes.
@@ -121,23 +117,6 @@ class VhostUserFs:
         self._check(most_bytes)
         self._expected = most_bytes
 
-    def offer(self, state: State) -> bool:
-        """Answer `SaveAsked` with the state; returns whether somebody waited for it.
-
-        Raises:
-            ValueError: it is larger than can be carried; nothing was answered.
-        """
-        self._check(len(state))
-        return self._desk.offer(state)
-
-    def answer(self) -> bool:
-        """Answer any other question: it is done; returns whether somebody waited for it."""
-        return self._desk.done()
-
-    def refuse(self, reason: str) -> bool:
-        """Answer a question with no; returns whether somebody waited for it."""
-        return self._desk.refuse(reason)
-
     def reset(self) -> None:
         """Expect no state any more, and refuse what is open."""
         self._expected = None
@@ -146,10 +125,6 @@ class VhostUserFs:
     def repair(self) -> tuple[MonitorCommand, ...]:
         """Nothing that a monitor could do connects a device's back-end anew."""
         return ()
-
-    def _check(self, size: int) -> None:
-        if size > self.most_bytes:
-            raise ValueError(f"a state of {size} bytes is more than the {self.most_bytes} that {self.name} carries")
 
     async def _converse(self, connection: PeerSocket, process: Peer) -> None:
         before = self.standing if self._calls else None

@@ -25,6 +25,7 @@ ATTACHED: FunctionStatus = {
     "device": "vfio-user:/run/soc/f0.sock",
     "phase": "attached",
     "since": ago(minutes=2, seconds=5),
+    "failed": None,
     "client": {"pid": 412, "uid": 64055, "command": "qemu\x1b[31m"},
     "regions": [
         {"index": 0, "name": "BAR0", "size": 16384, "mapped": True},
@@ -83,6 +84,7 @@ MIGRATION: MigrationStatus = {
     "agent": "f0",
     "migratable": True,
     "blocked": None,
+    "p2p": False,
     "state": "RUNNING",
     "known": True,
     "unknown_since": None,

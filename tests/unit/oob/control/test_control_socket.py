@@ -21,8 +21,10 @@ from vfiouser_oob.control import protocol, server
 from vfiouser_oob.control.client import ControlClient, ControlError
 from vfiouser_oob.control.protocol import ErrorCode, RequestError
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
+from vfiouser_oob.control.verbs import VERBS, ControlRole
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.status import StatusReport
+from vfiouser_oob.server.administration import Administration
 from vfiouser_oob.transport.peer import Peer
 
 STATUS: StatusReport = {
@@ -31,11 +33,24 @@ STATUS: StatusReport = {
 }
 
 
+class ReadersPolicy(AccessPolicy):
+    """Lets everybody ask and nobody change anything, also root."""
+
+    def role(self, peer: Peer, groups: frozenset[int]) -> ControlRole | None:
+        """The same for all."""
+        return ControlRole.READER
+
+
 class FakeDaemon:
-    """A status provider with a fixed state and a real hub of events."""
+    """A daemon with a fixed state, a real hub of events, and nobody who changes it."""
 
     def __init__(self) -> None:
         self.hub = EventHub()
+
+    @property
+    def administration(self) -> Administration:
+        """Tests that change things use a real daemon."""
+        raise AssertionError("asked for a change")
 
     def status(self) -> StatusReport:
         """The fixed state."""
@@ -54,7 +69,7 @@ async def running(path: Path, policy: AccessPolicy | None = None) -> AsyncIterat
     sock.bind(str(path))
     sock.listen()
     async with trio.open_nursery() as nursery:
-        await nursery.start(ControlServer(daemon, policy).serve, sock)
+        await nursery.start(ControlServer(daemon, policy or AccessPolicy()).serve, sock)
         yield daemon
         nursery.cancel_scope.cancel()
 
@@ -151,7 +166,7 @@ async def test_hello_names_protocol_and_methods(tmp_path: Path) -> None:
                 "hello": "vfiouser-oob",
                 "protocol": 1,
                 "version": __version__,
-                "methods": ["status", "watch"],
+                "methods": list(VERBS),
             }
             assert expected == await read_json(stream, bytearray())
 
@@ -166,7 +181,7 @@ async def test_an_unknown_method_does_not_end_the_connection(tmp_path: Path) -> 
             await stream.send_all(b'{"id":"a","method":"explode"}\n{"id":2,"method":"status"}\n')
             refusal = await read_json(stream, buffer)
             assert ("a", "unknown-method") == (refusal["id"], refusal["error"]["code"])
-            assert "allowed: status, watch" in refusal["error"]["message"]
+            assert "allowed: status, watch, add" in refusal["error"]["message"]
             assert {"id": 2, "result": STATUS} == await read_json(stream, buffer)
 
 
@@ -205,7 +220,7 @@ async def test_bad_requests_end_only_their_own_connection(tmp_path: Path, line: 
 
 async def test_a_line_without_end_is_bounded(tmp_path: Path) -> None:
     """A peer that never ends its line is refused at the limit instead of being buffered."""
-    async with running(tmp_path / "c"):
+    async with running(tmp_path / "c", ReadersPolicy()):
         stream = await trio.open_unix_socket(tmp_path / "c")
         buffer = bytearray()
         async with stream:
@@ -221,9 +236,9 @@ async def test_strangers_are_refused(tmp_path: Path) -> None:
     class NobodyPolicy(AccessPolicy):
         """Root is always allowed by the real one, and tests may run as root."""
 
-        def allows(self, peer: Peer, groups: frozenset[int]) -> bool:
+        def role(self, peer: Peer, groups: frozenset[int]) -> ControlRole | None:
             assert peer.pid == os.getpid()
-            return False
+            return None
 
     async with running(tmp_path / "c", NobodyPolicy()):
         with pytest.raises(ControlError, match=f"user id {os.geteuid()} may not use this control socket"):
@@ -231,20 +246,21 @@ async def test_strangers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("peer", "groups", "allowed"),
+    ("peer", "groups", "role"),
     [
-        (Peer(1, 0, 0, ""), frozenset(), True),
-        (Peer(1, 1000, 1000, ""), frozenset(), True),
-        (Peer(1, 1001, 1001, ""), frozenset(), False),
-        (Peer(1, 1001, 36, ""), frozenset(), True),
-        (Peer(1, 1001, 1001, ""), frozenset({4, 36}), True),
-        (Peer(1, 1001, 1001, ""), frozenset({0}), False),
+        (Peer(1, 0, 0, ""), frozenset(), ControlRole.ADMIN),
+        (Peer(1, 1000, 1000, ""), frozenset(), ControlRole.ADMIN),
+        (Peer(1, 1000, 36, ""), frozenset(), ControlRole.ADMIN),
+        (Peer(1, 1001, 1001, ""), frozenset(), None),
+        (Peer(1, 1001, 36, ""), frozenset(), ControlRole.READER),
+        (Peer(1, 1001, 1001, ""), frozenset({4, 36}), ControlRole.READER),
+        (Peer(1, 1001, 1001, ""), frozenset({0}), None),
     ],
 )
-def test_policy(peer: Peer, groups: frozenset[int], allowed: bool) -> None:
-    """Root, the named users, and members of the named groups by primary or supplementary group."""
+def test_policy(peer: Peer, groups: frozenset[int], role: ControlRole | None) -> None:
+    """Root and the named users may change things; members of the named groups may ask."""
     policy = AccessPolicy(uids=frozenset({1000}), gids=frozenset({36}))
-    assert allowed == policy.allows(peer, groups)
+    assert role is policy.role(peer, groups)
 
 
 async def test_own_groups_are_seen(tmp_path: Path) -> None:

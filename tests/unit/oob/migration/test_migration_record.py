@@ -27,6 +27,7 @@ FULL = MigrationRecord(
     certainty=Certainty.UNKNOWN,
     unknown_since=1234.5,
     owner=Owner.V1,
+    p2p=True,
     begun=Begun(Role.SOURCE, "abc"),
     stream=Stream(Role.SOURCE, epoch=2, position=1 << 40),
     handed=True,

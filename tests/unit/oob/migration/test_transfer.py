@@ -63,7 +63,7 @@ class Place:
     def __init__(self, runner: MigrationRunner, agent: FaultyAgent) -> None:
         self.runner = runner
         self.agent = agent
-        self.v1, self.v2 = (Transfer(runner, owner) for owner in Owner)
+        self.v1, self.v2 = (Transfer(runner, owner) for owner in (Owner.V1, Owner.V2))
 
     async def go(self, state: DeviceState, mover: Transfer | None = None) -> None:
         """Ask for a state."""

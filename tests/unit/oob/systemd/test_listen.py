@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vfiouser_oob.config import ConfigError, FunctionConfig, ModelDevice
-from vfiouser_oob.systemd.listen import assign_sockets, check_listening, inherited_descriptors, inherited_sockets
+from vfiouser_oob.systemd.listen import check_listening, inherited_descriptors, inherited_sockets
 from vfiouser_oob.transport.fds import HasFileno
 from vfiouser_oob.transport.reaper import REAPER
 
@@ -113,34 +113,6 @@ def test_only_listening_unix_stream_sockets_will_do(tmp_path: Path) -> None:
         for bad, words in cases.items():
             with pytest.raises(ConfigError, match=words):
                 check_listening(bad.fileno(), "it")
-
-
-def test_assignment_by_name_then_by_path(tmp_path: Path, place: Place) -> None:
-    """A socket goes to the function of its name, and one with the unit's name to the function of its path."""
-    place([listening(tmp_path / "x"), listening(tmp_path / "y.sock")])
-    functions = [function("nvme0"), function("nvme1", tmp_path / "y.sock"), function("own", tmp_path / "z")]
-    inherited = {"nvme0": [FIRST], "vfiouser-oob.socket": [FIRST + 1]}
-    assert {"nvme0": [FIRST], "nvme1": [FIRST + 1]} == assign_sockets(functions, inherited)
-
-
-def test_the_only_socket_is_for_the_only_function(tmp_path: Path, place: Place) -> None:
-    """One function and one socket belong together whatever they are called."""
-    place([listening(tmp_path / "x")])
-    assert {"f0": [FIRST]} == assign_sockets([function("f0")], {"unknown": [FIRST]})
-
-
-def test_a_socket_for_nobody(tmp_path: Path, place: Place) -> None:
-    """A socket that fits no function is refused with its name, its path and the functions that there are."""
-    place([listening(tmp_path / "x"), listening(tmp_path / "y")])
-    with pytest.raises(ConfigError, match=f"'other' at {tmp_path}/y fits no function .functions: f0"):
-        assign_sockets([function("f0")], {"f0": [FIRST], "other": [FIRST + 1]})
-
-
-def test_a_function_without_socket() -> None:
-    """A function that relies on systemd is refused when systemd passed nothing for it; --fd needs nothing."""
-    with pytest.raises(ConfigError, match="'f0' has no socket configured"):
-        assign_sockets([function("f0")], {})
-    assert {} == assign_sockets([function("f1", fd=7)], {})
 
 
 def test_what_was_kept_is_told_from_sockets(tmp_path: Path, place: Place) -> None:

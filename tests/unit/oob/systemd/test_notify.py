@@ -36,6 +36,32 @@ def test_the_variable_is_not_passed_on(unset: bool, left: dict[str, str]) -> Non
     assert left == environ
 
 
+@pytest.mark.parametrize(
+    ("environ", "seconds"),
+    [
+        ({"WATCHDOG_USEC": "30000000"}, 30.0),
+        ({"WATCHDOG_USEC": "500000", "WATCHDOG_PID": str(os.getpid())}, 0.5),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_a_watchdog_that_is_meant_for_us(environ: dict[str, str], seconds: float | None) -> None:
+    """How often it wants to hear from us, and no child takes that for its own."""
+    given = dict(environ)
+    assert seconds == Notifier.from_environment(given).watchdog_s
+    assert {} == given
+
+
+def test_we_live(tmp_path: Path) -> None:
+    """The message that the watchdog waits for."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        assert Notifier(str(tmp_path / "notify")).alive()
+        assert b"WATCHDOG=1" == manager.recv(1000)
+
+
 def test_nobody_listens() -> None:
     """Without a service manager every call is a quiet no."""
     assert not Notifier.from_environment({}).ready()

@@ -1,0 +1,396 @@
+"""Carries out what the VM's machine asks for: one per VM, which lives as long as the daemon.
+
+The record is what is known, and `feed` is the only place that changes it. What takes time is done by tasks that end
+with their QEMU; what is done to one function is done in order.
+
+Rule 1: *the monitor first*. A carrier's call may overtake what QEMU said before it by its monitor, so whatever is there
+        already is taken before the call is.
+Rule 2: *a replay is sent before the answer*: QEMU carries it out before anything that it is told after that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import trio
+
+from vfiouser_oob.config.vms import VmConfig
+from vfiouser_oob.observability import log
+from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.vm import events as ev
+from vfiouser_oob.vm.bundle import BundleError, FunctionState, Whereabouts, pack, unpack
+from vfiouser_oob.vm.carriers.interface import (
+    AnswerDue,
+    CarrierEvent,
+    GoAsked,
+    Lost,
+    QemuAttached,
+    SaveAsked,
+    StateLoaded,
+    StopAsked,
+    VmCarrier,
+)
+from vfiouser_oob.vm.jobs import QemuJobs
+from vfiouser_oob.vm.locating import let_master, locate
+from vfiouser_oob.vm.machine import advance
+from vfiouser_oob.vm.monitor import GoneError, MonitorError
+from vfiouser_oob.vm.movable import MovableFunction, Replaying, VmMonitor
+from vfiouser_oob.vm.preflight import Moment, judge, refusals
+from vfiouser_oob.vm.qmp import QmpEvent
+from vfiouser_oob.vm.questions import Carriers
+from vfiouser_oob.vm.record import CarrierKind, Deed, VmFunction, VmPhase, VmRecord
+from vfiouser_oob.vm.recording import Recording
+from vfiouser_oob.vm.survey import survey
+from vfiouser_oob.vm.table import ROUTES, WANTED
+from vfiouser_oob.vm.topology import TopologyError
+from vfiouser_protocol.errors import VfioUserError
+
+#: Seconds for what is done to a function while a carrier waits, which gives up after 20.
+DEED_S = 15.0
+#: Seconds until what has failed is attempted again; they double up to the second figure.
+AGAIN_S, AGAIN_MAX_S = 0.1, 2.0
+#: Seconds for an answer of the monitor when QEMU's main loop may stand still.
+PATIENCE_S = 30.0
+#: The phases of a QEMU whose VM has not come yet.
+COMING = frozenset({VmPhase.INCOMING, VmPhase.LOADING, VmPhase.LOADED, VmPhase.READY, VmPhase.GOING})
+#: Phases in which it is not decided yet whether functions may run.
+_UNDECIDED = frozenset({VmPhase.LOADING, VmPhase.LOADED, VmPhase.GOING})
+_MONITOR_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], ev.VmEvent]] = MappingProxyType(
+    {
+        "STOP": lambda data: ev.Stopped(),
+        "RESUME": lambda data: ev.Resumed(),
+        "MIGRATION": lambda data: ev.MigrationIs(str(data.get("status", ""))),
+    }
+)
+
+
+class VmRunner:
+    """The migration of one VM.
+
+    Args:
+        config: the VM.
+        functions: its functions, in the order of the configuration.
+        carriers: what may carry their state; at least one.
+        events: where changes are announced.
+    """
+
+    def __init__(
+        self,
+        config: VmConfig,
+        functions: Sequence[MovableFunction],
+        carriers: Mapping[CarrierKind, VmCarrier],
+        events: EventHub,
+    ) -> None:
+        self.config = config
+        self.functions = {function.name: function for function in functions}
+        self.carriers = Carriers(carriers, self._hear)
+        self.record = VmRecord(functions=tuple(map(VmFunction, self.functions)), carrier=self.carriers.kind)
+        self.monitor: VmMonitor | None = None
+        self.since = time.time()
+        self._events = events
+        self._log = log.get("vm").bind(vm=config.name)
+        self._inbox: deque[ev.VmEvent] = deque()
+        self._jobs: QemuJobs
+        self._recording: Recording | None = None
+        self._unrecorded: dict[str, str] = {}
+        self._whereabouts: dict[str, Whereabouts] = {}
+        self._failures: dict[str, int] = {}
+        #: What was saved of each function, or has come.
+        self._states: dict[str, FunctionState] = {}
+        self._deeds: Mapping[Deed, Callable[[MovableFunction], Any]] = MappingProxyType(
+            {
+                Deed.STOP: self._stop,
+                Deed.SAVE: self._save,
+                Deed.LOAD: lambda function: function.load(self._states[function.name]),
+                Deed.RESUME: lambda function: function.resume(),
+                Deed.BAR: lambda function: function.bar(self.record.last_error),
+            }
+        )
+        self._effects: Mapping[type[ev.VmEffect], Callable[[Any], object]] = MappingProxyType(
+            {
+                ev.Arm: lambda effect: self._arm(),
+                ev.Disarm: lambda effect: self._disarm(),
+                ev.Judge: lambda effect: self._jobs.begin(self._judge),
+                ev.Cancel: lambda effect: self._jobs.begin(self._command, "migrate_cancel"),
+                ev.AskRunstate: lambda effect: self._jobs.begin(self._ask_runstate),
+                ev.DoDeed: lambda effect: self._jobs.begin_in_lane(effect.function, self._do, effect),
+                ev.Later: lambda effect: self._jobs.begin(self._later, effect.function),
+                ev.AnswerHold: lambda effect: self._answer(StopAsked),
+                ev.RefuseHold: lambda effect: self._refuse(effect.reason, StopAsked),
+                ev.AnswerSave: lambda effect: self._offer(),
+                ev.RefuseSave: lambda effect: self._refuse(effect.reason, SaveAsked),
+                ev.Prepare: lambda effect: self._prepare(),
+                ev.Replay: lambda effect: self._replay(),
+                ev.AnswerLoad: lambda effect: self._answer(StateLoaded),
+                ev.RefuseLoad: lambda effect: self._refuse(effect.reason, StateLoaded),
+                ev.RepairCarrier: lambda effect: self._jobs.begin(self._repair),
+                ev.LeaveFunctions: lambda effect: self._leave(),
+                ev.TellPeople: self._tell,
+            }
+        )
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the carriers until cancelled; the monitor comes by `attend`."""
+        async with trio.open_nursery() as nursery:
+            self._jobs = QemuJobs(nursery, self.functions)
+            for kind in self.carriers.kinds:
+                await nursery.start(self.carriers.run, kind)
+            task_status.started()
+
+    # What happens
+
+    def feed(self, event: ev.VmEvent) -> None:
+        """Take an event, and do what it asks for."""
+        self._inbox.append(event)
+        if len(self._inbox) > 1:  # whoever is at it takes this one as well
+            return
+        while self._inbox:
+            before = self.record.phase
+            self.record, effects = advance(self.record, self._inbox[0])
+            for effect in effects:
+                self._effects[type(effect)](effect)
+            if self.record.phase is not before:
+                self._entered(before)
+            self._inbox.popleft()
+        self._let_go()
+
+    def _entered(self, before: VmPhase) -> None:
+        phase = self.record.phase
+        self.since = time.time()
+        self._log.info("phase", phase=phase.value, before=before.value, migration=self.record.migration.value)
+        self._events.publish("vm-phase", vm=self.config.name, phase=phase.value, before=before.value)
+        if phase not in COMING:
+            self.carriers.expect_no_more()
+
+    async def attend(self, monitor: VmMonitor, qemu: str) -> None:
+        """Take what a QEMU says, until its monitor is lost.
+
+        Args:
+            monitor: its monitor, which has just come.
+            qemu: what tells this QEMU from any other.
+        """
+        self.monitor = monitor
+        found = monitor.found
+        self.feed(ev.QemuCame(qemu, found.runstate, found.migration, found.tells))
+        if self.record.phase not in COMING:
+            self._jobs.begin(self._look_around)
+        try:
+            while True:
+                self._said(await monitor.next_event())
+        except GoneError:
+            pass
+        finally:
+            self.monitor = None
+            self.feed(ev.MonitorLost())
+
+    def _said(self, event: QmpEvent) -> None:
+        make = _MONITOR_EVENTS.get(event.name)
+        if make is not None:
+            self.feed(make(event.data))
+
+    def _listen_first(self) -> None:
+        """Take what QEMU has said by its monitor until now."""
+        for event in self.monitor.pending_events() if self.monitor is not None else ():
+            self._said(event)
+
+    def _hear(self, kind: CarrierKind, event: CarrierEvent) -> None:
+        self._listen_first()
+        if isinstance(event, QemuAttached) or kind is not self.record.carrier:
+            self.feed(ev.CarrierCame(kind))
+        if isinstance(event, StateLoaded):
+            self._unpack(event)
+        elif isinstance(event, AnswerDue):
+            if self.record.phase is VmPhase.LOADED:
+                self._answer(StateLoaded)
+        elif type(event) in _CARRIER_EVENTS:
+            self.feed(_CARRIER_EVENTS[type(event)])
+
+    def _unpack(self, event: StateLoaded) -> None:
+        try:
+            self._states = unpack(event.state, self.functions)
+        except BundleError as error:
+            self._tell(ev.TellPeople(True, f"the state that came is refused: {error}"))
+            self._refuse(str(error), StateLoaded)
+            return
+        self.feed(ev.CarrierLoads())
+
+    # Functions
+
+    async def _do(self, effect: ev.DoDeed) -> None:
+        function, deed = self.functions[effect.function], effect.deed
+        try:
+            with trio.fail_after(DEED_S):
+                await self._deeds[deed](function)
+        except (VfioUserError, trio.TooSlowError) as error:
+            reason = str(error) or f"it was not done within {DEED_S:g} s"
+            self._failures[effect.function] = self._failures.get(effect.function, 0) + 1
+            self.feed(ev.Failed(effect.function, deed, f"{deed.value}: {reason}"))
+        else:
+            self._failures.pop(effect.function, None)
+            self.feed(ev.Did(effect.function, deed))
+
+    async def _later(self, name: str) -> None:
+        await trio.sleep(min(AGAIN_MAX_S, AGAIN_S * 2 ** min(self._failures.get(name, 0), 8)))
+        self.feed(ev.Due(name))
+
+    async def _stop(self, function: MovableFunction) -> None:
+        if self._recording is not None:
+            await self._recording.begun()
+        await function.stop(self.carriers.log)
+
+    async def _save(self, function: MovableFunction) -> None:
+        self._states[function.name] = await function.save(self._whereabouts.get(function.name))
+
+    def _arm(self) -> None:
+        if self._recording is None:
+            self._unrecorded = {}
+            self._recording = Recording(self.functions, self._jobs, self._not_recorded)
+        self._jobs.begin(self._look_around)
+
+    def _not_recorded(self, name: str, reason: str) -> None:
+        self._unrecorded[name] = f"{name}: what it writes is not recorded: {reason}"
+
+    def _disarm(self) -> None:
+        if self._recording is not None:
+            self._recording.end()
+            self._recording = None
+
+    def _replay(self) -> None:
+        free = self.carriers.question is not None and not self.carriers.question.due
+        try:
+            sent = [function.replay(self._states[name], free=free) for name, function in self.functions.items()]
+        except VfioUserError as error:
+            self.feed(ev.Replayed(str(error)))
+            return
+        self._jobs.begin(self._verify, sent)
+        if not free:
+            self._answer(StateLoaded)
+
+    async def _verify(self, sent: Sequence[Replaying]) -> None:
+        try:
+            wrong = [failure for each in sent if (failure := await each.verify())]
+        except VfioUserError as error:
+            wrong = [str(error)]
+        self.feed(ev.Replayed("; ".join(wrong)))
+
+    def _leave(self) -> None:
+        self._disarm()
+        self._jobs.leave()
+        self.carriers.reset()
+        self._states, self._whereabouts, self._failures = {}, {}, {}
+
+    # The carrier's questions
+
+    def _answer(self, *kinds: type) -> None:
+        if self.carriers.asked(*kinds):
+            self.carriers.answer()
+
+    def _refuse(self, reason: str, *kinds: type) -> None:
+        if self.carriers.asked(*kinds):
+            self._log.warning("QEMU is refused", reason=reason)
+            self.carriers.refuse(reason)
+
+    def _offer(self) -> None:
+        if not self.carriers.asked(SaveAsked):
+            return
+        bundle = pack([self._states[name] for name in self.functions])
+        self._log.info("the state is handed over", bytes=len(bundle))
+        for function in self.functions.values():
+            function.handed()
+        self.carriers.offer(bundle)
+
+    def _let_go(self) -> None:
+        """Let QEMU start the VM once its functions run, or never will."""
+        if not self.carriers.asked(GoAsked) or self.record.phase in _UNDECIDED:
+            return
+        wanted = WANTED[self.record.phase]
+        functions = self.record.functions
+        if wanted is not None and any(each.doing is not None or each.waits for each in functions):
+            return
+        if wanted is not None and any(ROUTES[wanted][each.place] is not None for each in functions):
+            return
+        if self.record.phase is VmPhase.BARRED:
+            self._refuse(self.record.last_error, GoAsked)
+        else:
+            self._answer(GoAsked)
+
+    # The monitor
+
+    async def _command(self, command: str, arguments: Mapping[str, Any] | None = None) -> None:
+        if self.monitor is None:
+            return
+        try:
+            await self.monitor.execute(command, arguments, seconds=PATIENCE_S)
+        except MonitorError as error:
+            self._log.warning("QEMU did not do what it was told", command=command, reason=error)
+
+    async def _look_around(self) -> None:
+        """Find out where the functions are in the guest."""
+        if self.monitor is not None:
+            try:
+                self._whereabouts.update(await locate(self.monitor, self.functions))
+            except MonitorError as error:
+                self._log.warning("QEMU did not say where its functions are", reason=error)
+
+    async def _judge(self) -> None:
+        if self._recording is not None:
+            await self._recording.begun()
+        facts = tuple(function.facts() for function in self.functions.values())
+        while self.monitor is not None:
+            try:
+                found = judge(await survey(self.record, self.monitor, facts), Moment.SETUP)
+            except GoneError:
+                return  # whoever comes again is judged again
+            except MonitorError as error:
+                self._log.warning("QEMU does not say whether it can migrate; it is asked again", reason=error)
+                continue
+            self.feed(ev.Judged((*refusals(found), *self._unrecorded.values())))
+            return
+
+    async def _ask_runstate(self) -> None:
+        while self.monitor is not None:
+            try:
+                answer = await self.monitor.execute("query-status", seconds=PATIENCE_S)
+            except GoneError:
+                return
+            except MonitorError:
+                continue
+            status = answer.get("status") if isinstance(answer, dict) else None
+            self._listen_first()
+            self.feed(ev.RunstateIs(str(status)))
+            return
+
+    def _prepare(self) -> None:
+        self.carriers.expect(self.config.state_max)
+        for name in self.functions:
+            self._jobs.begin(self._let_master, name)
+
+    async def _let_master(self, name: str) -> None:
+        if self.monitor is None:
+            return
+        try:
+            await let_master(self.monitor, name)
+        except (MonitorError, TopologyError) as error:
+            self._tell(ev.TellPeople(True, f"{name} cannot be prepared to take its state: {error}"))
+
+    async def _repair(self) -> None:
+        for command in self.carriers.repair():
+            await self._command(command.execute, command.arguments)
+
+    def _tell(self, effect: ev.TellPeople) -> None:
+        (self._log.error if effect.error else self._log.info)(effect.text)
+        self._events.publish("vm-told", vm=self.config.name, error=effect.error, text=effect.text)
+
+
+_CARRIER_EVENTS: Mapping[type[CarrierEvent], ev.VmEvent] = MappingProxyType(
+    {
+        StopAsked: ev.CarrierHolds(),
+        SaveAsked: ev.CarrierSaves(),
+        GoAsked: ev.CarrierGoes(),
+        Lost: ev.CarrierReset(),
+    }
+)
