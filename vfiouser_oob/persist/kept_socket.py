@@ -21,6 +21,7 @@ import fcntl
 import select
 import socket
 import termios
+import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ import trio
 
 from vfiouser_oob.persist.held import HeldMessage, PutOff
 from vfiouser_oob.persist.stream_memory import CommandStage, StreamMemory, Torn
-from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import ForeignFd, HasFileno, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket, descriptors_in, why_lost
 from vfiouser_oob.transport.reaper import STRANGERS, Account
@@ -222,10 +223,11 @@ class KeptSocket(MessageSocket):
             await super().wait_for_data()
         else:
             # There is something to read all the time, so only what arrives counts.
-            self._back_to_back = False
+            start = time.perf_counter_ns()
             try:
                 await trio.lowlevel.wait_readable(self._arrivals)
                 self._arrivals.poll(0)
+                self._back_to_back = time.perf_counter_ns() - start < BACK_TO_BACK_NS
             except (trio.ClosedResourceError, ValueError, OSError) as error:
                 raise EndOfStream("the connection was closed on our side", clean=False) from error
 

@@ -27,6 +27,7 @@ from vfiouser_oob.lab.bench.placement import apart
 from vfiouser_oob.lab.bench.raw import RawClient
 from vfiouser_oob.lab.bench.results import Budget, Result
 from vfiouser_oob.lab.bench.streams import FULL_STREAMS, QUICK_STREAMS, StreamEffort, measure_streams
+from vfiouser_oob.lab.bench.survival import measure_survival
 from vfiouser_oob.lab.demo.children import Child, blaming, running, running_command
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
 
@@ -134,6 +135,8 @@ async def measure(effort: Effort, progress: Progress) -> list[Result]:
             results += _maps(bed, effort)
             progress("attach: model, vfio-user in turn")
             results += _attaches(bed, effort)
+        progress("a daemon that may be restarted, beside one that may not: reads, maps, interrupts, attach in turn")
+        results += await measure_survival(Path(place, "survival"), effort.rounds, effort.reads, effort.bursts)
         progress(f"memory: 1 function, then {effort.functions}")
         results += await _memory(Path(place), effort)
         results += await measure_streams(Path(place), effort.streams, progress)
