@@ -99,6 +99,14 @@ class ClientLink(abc.ABC):
     def fail(self, reason: str) -> None:
         """Note that the device behind this session is lost; every further command is answered with EIO."""
 
+    def recovered(self) -> None:
+        """Note that a device that was lost is there again, and was reset."""
+        return
+
+    def fail_for_good(self, reason: str) -> None:
+        """Note that a device that was lost does not come back, and why."""
+        return
+
 
 class BackendSession(abc.ABC):
     """One client's use of a device. All methods raise `CommandError` for a refusal with an errno.

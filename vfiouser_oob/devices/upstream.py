@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from vfiouser_oob.client.client import Client, ClientIoFds, ClientRegion
-from vfiouser_oob.client.dma import DmaServer
 from vfiouser_oob.client.errors import BadReply
 from vfiouser_oob.client.keeping import ConnectionKeeping
 from vfiouser_oob.devices.base import (
@@ -29,11 +29,13 @@ from vfiouser_oob.devices.base import (
     IoFds,
 )
 from vfiouser_oob.devices.upstream_description import describe_server
+from vfiouser_oob.devices.upstream_parts import REPEATABLE, DmaRelay, shown
+from vfiouser_oob.devices.upstream_recovery import ReachedServer, remember, require_same, tell_again
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.persist.record import UnusableRecord
 from vfiouser_oob.persist.successor.notes import Inheritance
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.fds import HasFileno, OwnedFd
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import encode
@@ -48,29 +50,15 @@ from vfiouser_protocol.errors import CommandError, RemoteProtocolError, ReplyErr
 from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionWrite, SetIrqs
-from vfiouser_protocol.rules import check_io_fds, io_fd_numbers
+from vfiouser_protocol.rules import check_io_fds
 
 #: QEMU reads config space in one access at attach, so no less than this may be offered; accesses are split anyway.
 _LEAST_TRANSFER = 4096
 _COMMAND_REGISTER = 4
 _BUS_MASTER = 1 << 2
 _SET_IRQS_FLAGS = 0x3F
-#: Commands that are begun once more by the process after this one: what the upstream server has got is known.
-_REPEATABLE = frozenset(
-    {
-        Command.DMA_MAP,
-        Command.DMA_UNMAP,
-        Command.DEVICE_GET_INFO,
-        Command.DEVICE_GET_REGION_INFO,
-        Command.DEVICE_GET_REGION_IO_FDS,
-        Command.DEVICE_GET_IRQ_INFO,
-        Command.DEVICE_SET_IRQS,
-        Command.REGION_READ,
-        Command.REGION_WRITE,
-        Command.REGION_WRITE_MULTI,
-        Command.DEVICE_RESET,
-    }
-)
+#: How long an upstream server that has gone is left alone, first and at most, in seconds.
+_RECOVER_FIRST_S, _RECOVER_MOST_S = 0.05, 1.0
 #: What is left of a client's message when nothing is sent for it any more: a round trip on this machine, with room.
 _SEND_GUARD_S = 0.01
 
@@ -84,6 +72,7 @@ class UpstreamBackend(DeviceBackend):
         dma_by_message: give the upstream server no memory files, so that all its DMA comes as messages.
         max_write: bytes of data in one message to the upstream server.
         retain_state: let a client find what the one before left, as far as the upstream server keeps it.
+        reset_when_lost: go on with an upstream server that was started anew, after a reset of the device.
     """
 
     def __init__(
@@ -94,7 +83,9 @@ class UpstreamBackend(DeviceBackend):
         dma_by_message: bool = False,
         max_write: int,
         retain_state: bool = False,
+        reset_when_lost: bool = False,
     ) -> None:
+        self._reset_when_lost = reset_when_lost
         self.path = path
         self.summary = f"vfio-user:{path}"
         self._activity = activity
@@ -106,7 +97,7 @@ class UpstreamBackend(DeviceBackend):
         self._running = trio.Event()
 
     survives = True
-    repeatable = _REPEATABLE
+    repeatable = REPEATABLE
 
     async def run(self) -> None:
         """Run the upstream connections' tasks; they outlive the client's, to leave the device in order."""
@@ -117,6 +108,9 @@ class UpstreamBackend(DeviceBackend):
 
     async def open(self, link: ClientLink) -> BackendSession:
         """Connect upstream and learn what the device has."""
+        return self._begin(link, await self._reach(link))
+
+    async def _reach(self, link: ClientLink) -> ReachedServer:
         try:
             sock = await self._connect()
             keeping: ConnectionKeeping | None = None
@@ -124,13 +118,13 @@ class UpstreamBackend(DeviceBackend):
                 keeping = ConnectionKeeping(link.notes.server_connected(sock), link.notes.server_agreed)
         except OSError as error:
             raise self._unusable(error) from error
-        return await self._open(link, self._client(link, sock, keeping))
+        return await self._learn(self._client(link, sock, keeping))
 
     def _client(self, link: ClientLink, sock: socket.socket, keeping: ConnectionKeeping | None) -> Client:
         try:
             return Client(
                 sock,
-                dma_server=_Relay(link),
+                dma_server=DmaRelay(link),
                 activity=self._activity,
                 send_guard_s=_SEND_GUARD_S,
                 max_write_size=self._max_write,
@@ -156,14 +150,10 @@ class UpstreamBackend(DeviceBackend):
             client = self._client(link, sock, keeping)
         except (OSError, UnusableRecord) as error:
             raise BackendUnavailable(f"the connection to the upstream server cannot be used: {error}") from error
-        return await self._open(link, client, inheritance)
+        return self._begin(link, await self._learn(client), inheritance)
 
-    async def _open(self, link: ClientLink, client: Client, inheritance: Inheritance | None = None) -> BackendSession:
-        """Begin with a connection: run it, and learn what the device has.
-
-        A connection that another process has left is asked the same. What was due to that process comes before the
-        answers, so it is known afterwards what the upstream server has got of it.
-        """
+    async def _learn(self, client: Client) -> ReachedServer:
+        """Run a connection and learn what the device has; behind the answers nothing comes that was due to others."""
         await self._running.wait()
         assert self._nursery is not None
         try:
@@ -180,13 +170,18 @@ class UpstreamBackend(DeviceBackend):
             if isinstance(error, VfioUserError):
                 raise BackendUnavailable(f"the upstream server {self.path} is unusable: {error}") from error
             raise
+        return ReachedServer(client, description, regions)
+
+    def _begin(
+        self, link: ClientLink, reached: ReachedServer, inheritance: Inheritance | None = None
+    ) -> BackendSession:
+        assert self._nursery is not None
         session = UpstreamSession(
-            client,
-            description,
-            regions,
+            *reached,
             link,
             by_message=self._dma_by_message,
             retain_state=self._retain_state,
+            again=partial(self._reach, link) if self._reset_when_lost else None,
         )
         if inheritance is not None:
             session.restore(inheritance)
@@ -209,6 +204,7 @@ class UpstreamSession(BackendSession):
         link: the client that we serve.
         by_message: give the upstream server no memory files.
         retain_state: do not reset the device for this client.
+        again: reaches the upstream server anew when it was lost; None: the device is lost with it.
     """
 
     def __init__(
@@ -220,7 +216,11 @@ class UpstreamSession(BackendSession):
         *,
         by_message: bool,
         retain_state: bool,
+        again: Callable[[], Awaitable[ReachedServer]] | None = None,
     ) -> None:
+        self._again = again
+        #: What another server would have to be given; only if there may be one.
+        self._eventfds: dict[tuple[int, int], OwnedFd] = {}
         self.description = description
         self._client = client
         self._regions = regions
@@ -276,9 +276,50 @@ class UpstreamSession(BackendSession):
 
     async def watch(self, link: ClientLink, path: Path) -> None:
         """Tell the client's connection when the upstream server dies."""
-        reason = await self._client.wait_gone()
-        if not self._closing:
+        while True:
+            reason = await self._client.wait_gone()
+            if self._closing or self._left:
+                return
             link.fail(f"the upstream server {path} has gone: {reason}")
+            if self._again is None or not await self._recover(link, self._again):
+                return
+
+    async def _recover(self, link: ClientLink, again: Callable[[], Awaitable[ReachedServer]]) -> bool:
+        """Wait for another upstream server, and go on with that; returns whether it is possible."""
+        pause_s = _RECOVER_FIRST_S
+        while not self._closing:
+            try:
+                if link.notes is not None:
+                    link.notes.server_lost()
+                reached = await again()
+            except BackendUnavailable:
+                await trio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _RECOVER_MOST_S)
+                continue
+            try:
+                require_same(self.description, reached)
+                if sum(map(self._irqs.assigned, range(len(self.description.irqs)))) != len(self._eventfds):
+                    raise CommandError("its eventfds were given to a daemon before this one", errno.EIO)
+                await tell_again(reached.client, self.memory, self._eventfds, by_message=self._by_message)
+            except VfioUserError as error:
+                reached.close()
+                link.fail_for_good(f"the upstream server {reached.client.failure or 'is there again'}, but {error}")
+                return False
+            self._take_over(reached)
+            link.recovered()
+            return True
+        return False
+
+    def _take_over(self, reached: ReachedServer) -> None:
+        if self._closing:
+            reached.close()
+            return
+        for region in self._regions:
+            region.close()
+        for found in self._io_fds.values():
+            found.close()
+        self._io_fds.clear()
+        self._client, self._regions = reached.client, reached.regions
 
     def region_fd(self, index: int) -> HasFileno | None:
         """Return the upstream server's descriptor of a region."""
@@ -291,7 +332,7 @@ class UpstreamSession(BackendSession):
         """
         known = self._io_fds.get(index)
         if known is not None:
-            return _shown(known, self._link.capabilities.max_msg_fds)
+            return shown(known, self._link.capabilities.max_msg_fds)
         if index > RegionIndex.ROM or not self.description.regions[index].size:
             return IoFds()
         return self._ask_io_fds(index)
@@ -307,7 +348,7 @@ class UpstreamSession(BackendSession):
             found.close()
             raise BadReply(str(error)) from error
         self._io_fds[index] = found
-        return _shown(found, self._link.capabilities.max_msg_fds)
+        return shown(found, self._link.capabilities.max_msg_fds)
 
     # Registers
 
@@ -366,6 +407,8 @@ class UpstreamSession(BackendSession):
             data=request.data,
         )
         self._irqs.apply(request, [True] * len(fds))
+        if self._again is not None:
+            remember(self._eventfds, self._irqs, request, fds)
         if self._notes is not None:
             count = self.description.irqs[request.index].count
             known = bytes(self._irqs.handle(request.index, vector) is not None for vector in range(count))
@@ -443,6 +486,7 @@ class UpstreamSession(BackendSession):
                 region.close()
             for found in self._io_fds.values():
                 found.close()
+            close_fds(self._eventfds.values())
 
     async def _quiet_device(self) -> None:
         """Interrupts off and bus mastering off."""
@@ -453,25 +497,3 @@ class UpstreamSession(BackendSession):
         if old & _BUS_MASTER:
             new = (old & ~_BUS_MASTER).to_bytes(2, "little")
             await self._client.region_write(RegionIndex.CONFIG, _COMMAND_REGISTER, new)
-
-
-def _shown(found: ClientIoFds, most: int) -> IoFds:
-    """What a client is shown, which may not take as many descriptors: without one, an access is a message."""
-    entries = [entry for entry in found.reply.entries if all(number < most for number in io_fd_numbers(entry))]
-    used = max((number + 1 for entry in entries for number in io_fd_numbers(entry)), default=0)
-    return IoFds(entries, found.fds[:used])
-
-
-class _Relay(DmaServer):
-    """The upstream server's DMA messages, relayed to the client; message ids and splitting are per hop."""
-
-    def __init__(self, link: ClientLink) -> None:
-        self._link = link
-
-    async def read(self, address: int, count: int) -> bytes:
-        """Relay DMA_READ."""
-        return await self._link.dma_read(address, count)
-
-    async def write(self, address: int, data: bytes) -> None:
-        """Relay DMA_WRITE."""
-        await self._link.dma_write(address, data)

@@ -104,6 +104,16 @@ class DeviceLink(ClientLink):
             self._context.log.error("device lost; its client gets EIO until it reconnects", reason=reason)
             self._context.note_error(reason)
 
+    def recovered(self) -> None:
+        """The device is there again, and was reset."""
+        self.lost = None
+        self._context.log.warning("device is there again and was reset; its guest has to set it up anew")
+
+    def fail_for_good(self, reason: str) -> None:
+        """The device does not come back."""
+        self._context.log.error("device stays lost; its client gets EIO until it reconnects", reason=reason)
+        self._context.note_error(reason)
+
 
 def _too_early() -> DmaFault:
     return DmaFault("DMA before the client was told what was agreed", errno.ENODEV)

@@ -39,11 +39,12 @@ from vfiouser_oob.persist.successor.things import (
 from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.peer import Peer
-from vfiouser_protocol.capabilities import Negotiated
+from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
 
 #: Kinds of records that are about the client that is served.
 _OF_SERVED = (RegionThing, TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing)
 _CLIENT_END, _SERVER_END = 0, 1
+_NOTHING = Negotiated(0, b"", VersionCapabilities(), VersionCapabilities(), False, False, None)
 _TWIN = 1
 #: What the socket that a client has connected is called.
 MAIN = "main"
@@ -321,6 +322,14 @@ class ClientNotes:
         name, memory = self.keep_stream("server", sock)
         self._estate.put(UpstreamThing(0, name, memory_name(name)))
         return memory
+
+    def server_lost(self) -> None:
+        """The connection to the server behind the function has ended."""
+        self._estate.forget(UpstreamThing)
+        self._estate.drop(AgreedThing.of(_NOTHING, _SERVER_END))
+        for name in [name for name in self._names if ".server" in name.rpartition("/")[2]]:
+            self._names.remove(name)
+            self._estate.store.drop(name)
 
     def server_agreed(self, agreed: Negotiated, twin: HasFileno | None) -> StreamMemory | None:
         """What was negotiated with it."""

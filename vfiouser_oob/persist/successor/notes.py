@@ -74,6 +74,9 @@ class DeviceNotes(Protocol):
             OSError: there is none.
         """
 
+    def server_lost(self) -> None:
+        """The connection to it has ended; there may be another one."""
+
     def server_agreed(self, agreed: Negotiated, twin: HasFileno | None) -> StreamMemory | None:
         """What was negotiated with it, and the twin socket that it gave; returns that one's memory."""
 
