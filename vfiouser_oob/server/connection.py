@@ -83,6 +83,8 @@ class ClientConnection:
         self._context = context
         self._scope = trio.CancelScope()
         self._left = self._claimed = False
+        #: Set when it is attached, or never will be.
+        self._settled = trio.Event()
         self._heir = None if arrival is None else arrival.heir
         self._notes = None if arrival is None else arrival.notes
         stream = _stream(function, sock, peer, arrival)
@@ -131,6 +133,7 @@ class ClientConnection:
                     nursery.cancel_scope.cancel()
         finally:
             self.stage = Leaving()
+            self._settled.set()
             if self._notes is not None and not self._left:
                 self._notes.gone()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._context.reply_budget_s):
@@ -149,6 +152,7 @@ class ClientConnection:
             if attached is None:
                 return _NOT_SERVED
             self.stage = attached
+            self._settled.set()
             self._function.phase_changed()
             await attached.serve(nursery)
         except EndOfStream as end:
@@ -172,6 +176,8 @@ class ClientConnection:
             return None
         assert isinstance(stream, KeptSocket)
         await stream.answer_was_heard(_SIGN_S)
+        if self._left:
+            await trio.sleep_forever()
         if not stream.memory.answered:
             heir.notes.begin_anew()
             return None
@@ -188,9 +194,14 @@ class ClientConnection:
 
     async def leave(self) -> None:
         """Leave the client to another process, at the end of what is being answered."""
-        attached, stream = self.attached, self._main.stream
+        stream = self._main.stream
         if not isinstance(stream, KeptSocket):
             return
+        if self._claimed:
+            # Its device is being opened, or taken over: that has to be done first.
+            with trio.move_on_after(self._context.reply_budget_s):
+                await self._settled.wait()
+        attached = self.attached
         if attached is not None:
             with trio.move_on_after(self._context.reply_budget_s / 2):
                 await attached.dispatcher.come_to_rest()
@@ -198,7 +209,7 @@ class ClientConnection:
             if attached.twin is not None and isinstance(attached.twin.stream, KeptSocket):
                 attached.twin.stream.leave()
         elif self._claimed:
-            return  # its device is being opened: it is turned out as ever
+            return  # that takes too long: it is turned out as ever
         stream.leave()
         self._left = self._newcomer.left = True
 

@@ -121,6 +121,8 @@ class Estate:
         self.function = function
         #: Clients that a process before us has left, to be gone on with.
         self.heirs: list[Heir] = []
+        #: What else is kept of the function, by name.
+        self.others: list[str] = []
         self._journal = journal
         self._log = log
         self._lost = False
@@ -185,6 +187,11 @@ class Estate:
     def migration(self, record: MigrationRecord) -> None:
         """What the function's migration is from now on."""
         self.put(MigrationThing(record.to_json()))
+
+    def abolish(self) -> None:
+        """Nobody goes on with the function: nothing of it is kept any more."""
+        for name in (self.journal_name(self.function), *self.others):
+            self.store.discard(name)
 
     def close(self) -> None:
         """Close what is ours; the manager has its own."""

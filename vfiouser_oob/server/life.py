@@ -50,6 +50,7 @@ class Life:
         self._resources = resources
         self._serving = trio.CancelScope()
         self._started = False
+        self._left = False
         #: Questions whether its tasks run; each is answered by being set.
         self._asked, self._questions = trio.open_memory_channel[trio.Event](1)
         #: Whether its clients were connected already, have gone, and no other one can come.
@@ -113,6 +114,8 @@ class Life:
                     raise error
                 self.function.out_of_service(f"its life ended: {root_cause(error)}", error)
         finally:
+            if self.function.estate is not None and not self._left:
+                self.function.estate.abolish()
             self.close()
             self.ended.set()
 
@@ -183,6 +186,7 @@ class Life:
         """Leave the client to the daemon after this one, if that is possible; `stop` then does not turn it out."""
         if not self.ended.is_set() and self.function.estate is not None and self.function.estate.usable:
             await self.function.leave()
+            self._left = True
             for listener in self._listeners:
                 listener.leave()
 

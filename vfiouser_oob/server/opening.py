@@ -23,6 +23,7 @@ from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
+from vfiouser_oob.server.estate import Estate
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
@@ -95,7 +96,7 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
         )
         for lease in leases:
             resources.callback(lease.release)
-        listeners, connected = _open_sockets(config, inherited, resources, means.survival if estate else None)
+        listeners, connected = _open_sockets(config, inherited, resources, means.survival, estate)
         levels.choose(config.name, config.log_level)
         return Life(function, leases, listeners, connected, resources.pop_all())
 
@@ -145,7 +146,11 @@ def _agent(config: AgentConfig, backend: DeviceBackend, pool: AgentPool, leases:
 
 
 def _open_sockets(
-    config: FunctionConfig, inherited: Sequence[int], resources: ExitStack, survival: Survival | None
+    config: FunctionConfig,
+    inherited: Sequence[int],
+    resources: ExitStack,
+    survival: Survival | None,
+    estate: Estate | None,
 ) -> tuple[list[Listener], list[socket.socket]]:
     """Take over the sockets that were passed, or listen where the configuration says."""
     listeners: list[Listener] = []
@@ -159,12 +164,14 @@ def _open_sockets(
             connected.append(sock)
             resources.callback(sock.close)
     if not listeners and not connected and config.socket is not None:
-        listener = None if survival is None else survival.listener_of(config.name, config.socket)
+        listener = None
+        if survival is not None and estate is not None:
+            listener = survival.listener_of(config.name, config.socket)
         if listener is None:
             listener = _listen(config, config.socket)
         listeners.append(listener)
-        if survival is not None:
-            survival.keep_listener(config.name, listener)
+        if survival is not None and estate is not None:
+            survival.keep_listener(estate, listener)
         resources.callback(listeners[-1].close)
     return listeners, connected
 

@@ -213,14 +213,15 @@ class Survival:
                 return Listener(adopt_socket(left.detach()), path)
         return None
 
-    def keep_listener(self, function: str, listener: Listener) -> None:
+    def keep_listener(self, estate: Estate, listener: Listener) -> None:
         """Keep the socket on which a function's clients connect: who connects meanwhile then waits.
 
         Args:
-            function: its name.
+            estate: what the function leaves.
             listener: the socket; it stays the caller's.
         """
-        name = _listener_name(function, listener.identity)
+        name = _listener_name(estate.function, listener.identity)
+        estate.others.append(name)
         if name in self._kept:
             self._store.adopt(name)
         else:

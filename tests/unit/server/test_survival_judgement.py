@@ -162,6 +162,19 @@ def test_a_client_is_turned_out_in_words(
     assert go_on(manager) == 1
 
 
+def test_a_function_that_is_removed_leaves_nothing(manager: Manager) -> None:
+    """Functions may come and go: the store does not fill up."""
+    survival = manager.begin()
+    survival.works = True
+    estate = survival.estate_of(CONFIG)
+    assert estate is not None
+    assert manager.kept
+    estate.abolish()
+    estate.close()
+    survival.close()
+    assert not manager.kept
+
+
 def test_another_configuration(manager: Manager) -> None:
     """Another device must not appear under a running guest."""
     leave(manager)
