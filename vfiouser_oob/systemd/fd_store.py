@@ -80,6 +80,15 @@ class FdStore:
         return frozenset(self._uses) - self._refused
 
     @property
+    def reachable(self) -> bool:
+        """Whether there is a service manager at all."""
+        return self._mailbox.address is not None
+
+    async def run(self) -> None:
+        """Send what the manager did not take at once, until cancelled."""
+        await self._mailbox.run()
+
+    @property
     def limit(self) -> int | None:
         """How many descriptors are kept at most, if the manager says so."""
         return self._limit
