@@ -47,7 +47,8 @@ def script(lines: list[str]) -> str:
             f'echo "### {purge}"\n{purge}',
             f"{_LISTING} >/test/after",
             # systemd forgets the names of units that have gone when it finds the time.
-            "systemctl list-units --all --plain --no-legend 'vfiouser-oob*' | sed '/not-found *inactive *dead/d' >/test/units",
+            "systemctl list-units --all --plain --no-legend 'vfiouser-oob*' >/test/listed",
+            "sed '/not-found *inactive *dead/d' /test/listed >/test/units",
             "ls -d /run/vfio-user /run/vfiouser-oob 2>/dev/null >/test/runtime || true",
         ]
     )
