@@ -29,8 +29,7 @@ def transcript() -> str:
     command = [sys.executable, "-m", "vfiouser_oob", *COMMAND.split()[1:]]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
-        for line in demo.stdout:
-            lines.append(f"{time.monotonic() - began:5.1f} s  {line.rstrip()}".rstrip())
+        lines += [f"{time.monotonic() - began:5.1f} s  {line.rstrip()}".rstrip() for line in demo.stdout]
     if demo.returncode:
         raise SystemExit(demo.returncode)
     return "\n".join(lines) + "\n"
