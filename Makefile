@@ -55,11 +55,13 @@ test-vm-long: venv-dev ## run the VM tests that take minutes: nested Linux, the 
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
-check: venv-dev ## lint, formatting, types, import rules
+check: venv-dev ## lint, formatting, types, import rules, spelling, prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python tools/prose.py
 
 conformance: venv-dev ## judge the daemon with the conformance suite, and prove that the suite bites
 	$(PYTEST) tests/conformance $(PYTEST_ARGS)
