@@ -1,7 +1,7 @@
 """The source's pipeline: agent → records → client, one chunk ahead of it.
 
 A task fetches chunks, each of which becomes a record when the client takes it, in portions of its own size. While it
-takes chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants, are in
+takes chunk n, chunk n+1 is fetched, and no more: at most two chunks, or what one read wants, are in
 memory.
 """
 
@@ -20,7 +20,6 @@ from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
-from vfiouser_oob.migration.hashing import Hasher
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.stream_format import HEAD_SIZE
@@ -110,26 +109,25 @@ class SourcePipeline:
         self._notify()
 
     async def _fill(self) -> None:
-        hasher = self._open_stream()
+        self._open_stream()
         while not self.complete:
             if self._restarting:
-                hasher = self._open_stream()
+                self._open_stream()
             elif self._pci_due:
                 self._pci_due = False
                 self._make_records()
                 self._put(self._writer.pci(self._pci()))
             elif self._eof:
-                digest = await hasher.digest()
                 self._make_records()
-                self._put(self._writer.trailer(digest))
+                self._put(self._writer.trailer())
                 self.complete = True
                 self._notify()
             elif self._may_fetch:
-                await self._fetch(hasher)
+                await self._fetch()
             else:
                 await self._changed.wait()
 
-    def _open_stream(self) -> Hasher:
+    def _open_stream(self) -> None:
         """Begin the stream, or begin it anew."""
         self._queue.drop_untouched()
         self._fetched.clear()
@@ -140,7 +138,6 @@ class SourcePipeline:
         self._estimated_at = 0
         self._put(self._writer.header())
         self._put(self._writer.descriptor(self._descriptor))
-        return Hasher()
 
     @property
     def _may_fetch(self) -> bool:
@@ -150,13 +147,11 @@ class SourcePipeline:
         piece = self._piece
         return self.buffered <= piece or self.buffered < self._demand + piece // 2
 
-    async def _fetch(self, hasher: Hasher) -> None:
+    async def _fetch(self) -> None:
         with trio.CancelScope() as self._fetch_scope:
             try:
                 while self._may_fetch:
-                    await hasher.room()
-                    chunk = await self._save(self._offset)
-                    self._accept(chunk, hasher)
+                    self._accept(await self._save(self._offset))
             except AgentError as error:
                 self._error = error
                 if error.fatal:
@@ -184,10 +179,9 @@ class SourcePipeline:
 
         return await persist(save, Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline))
 
-    def _accept(self, chunk: Chunk, hasher: Hasher) -> None:
-        # Nothing may be awaited in here: a chunk is taken and hashed, or asked for again.
+    def _accept(self, chunk: Chunk) -> None:
+        # Nothing may be awaited in here: a chunk is taken, or asked for again.
         if chunk.data:
-            hasher.add(chunk.data)
             self._fetched.append(memoryview(chunk.data))
             self._fetched_size += HEAD_SIZE + len(chunk.data)
             self._offset += len(chunk.data)
@@ -200,7 +194,7 @@ class SourcePipeline:
     def _make_records(self, size: int | None = None) -> None:
         """Make records of what was fetched, for a read of so many bytes, or of everything.
 
-        As late as can be: the next chunk was asked for by now, so the agent works while the checksum is computed.
+        As late as can be: the next chunk was asked for by now, so the agent works while the digest is computed.
         """
         while self._fetched and (size is None or len(self._queue) < size):
             data = self._fetched.popleft()
