@@ -36,7 +36,6 @@ class SourcePipeline:
     Args:
         link: the agent.
         tracer: where progress is told.
-        descriptor: encoded, for the stream's head.
         pci: gives the `pci` record's payload, asked once the function stands still.
         chunk_size: bytes asked for at once.
         data_s: seconds within which a chunk has to come.
@@ -50,7 +49,6 @@ class SourcePipeline:
         link: AgentLink,
         tracer: Tracer,
         *,
-        descriptor: bytes,
         pci: Callable[[], bytes],
         chunk_size: int,
         data_s: float,
@@ -60,7 +58,8 @@ class SourcePipeline:
     ) -> None:
         self._link = link
         self._tracer = tracer
-        self._descriptor = descriptor
+        #: Encoded, for the stream's head; until it is known, nothing can be taken.
+        self._descriptor: bytes | None = None
         self._pci = pci
         self._chunk_size = chunk_size
         self._data_s = data_s
@@ -109,15 +108,14 @@ class SourcePipeline:
         self._notify()
 
     async def _fill(self) -> None:
-        self._open_stream()
         while not self.complete:
             if self._restarting:
-                self._open_stream()
-            elif self._pci_due:
+                self._begin_anew()
+            elif self._pci_due and self._descriptor is not None:
                 self._pci_due = False
                 self._make_records()
                 self._put(self._writer.pci(self._pci()))
-            elif self._eof:
+            elif self._eof and self._descriptor is not None:
                 self._make_records()
                 self._put(self._writer.trailer())
                 self.complete = True
@@ -127,8 +125,8 @@ class SourcePipeline:
             else:
                 await self._changed.wait()
 
-    def _open_stream(self) -> None:
-        """Begin the stream, or begin it anew."""
+    def _begin_anew(self) -> None:
+        """Forget what was fetched, for the stream begins once more."""
         self._queue.drop_untouched()
         self._fetched.clear()
         self._fetched_size = 0
@@ -136,12 +134,18 @@ class SourcePipeline:
         self._offset = 0
         self._drained = self._eof = False
         self._estimated_at = 0
-        self._put(self._writer.header())
-        self._put(self._writer.descriptor(self._descriptor))
+        self._put_head()
+
+    def _put_head(self) -> None:
+        if self._descriptor is not None:
+            self._put(self._writer.header())
+            self._put(self._writer.descriptor(self._descriptor))
 
     @property
     def _may_fetch(self) -> bool:
-        if self._held or self._drained or self._eof or self._error is not None or self._pci_due or self._restarting:
+        if self._held or self._drained or self._eof or self._error is not None or self._restarting:
+            return False
+        if self._pci_due and self._descriptor is not None:
             return False
         # What a client waits for is as good as gone.
         piece = self._piece
@@ -231,6 +235,15 @@ class SourcePipeline:
         """Go on after `hold`, in the same phase."""
         self._held = False
         self._notify()
+
+    def described(self, descriptor: bytes) -> None:
+        """Begin the stream with what the function is; fetching may have begun before.
+
+        Args:
+            descriptor: encoded.
+        """
+        self._descriptor = descriptor
+        self._put_head()
 
     def finish(self) -> None:
         """The function stands still: fetch the rest."""
