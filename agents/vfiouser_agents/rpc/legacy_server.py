@@ -5,11 +5,11 @@ What the protocol cannot say, a failure above all, ends as the state ERROR, whic
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 
 import trio
+from xxhash import xxh3_128
 
 from vfiouser_agents.api import Agent, AgentState, Outcome, Phase, Role, Session
 from vfiouser_agents.errors import AgentError
@@ -88,7 +88,7 @@ class LegacyDevice:
         self._left = b""
         #: Bytes that were loaded; None before the first, so that a load may still be given up.
         self._loaded: int | None = None
-        self._digest = hashlib.sha256()
+        self._digest = xxh3_128()
 
     async def state(self) -> V1State:
         """What GET_STATE answers."""
@@ -151,7 +151,7 @@ class LegacyDevice:
         await self._begin(Role.DESTINATION)
         await self._session.stop()
         self._loaded = None
-        self._digest = hashlib.sha256()
+        self._digest = xxh3_128()
 
     async def pending(self) -> int:
         """What UPDATE_PENDING answers."""
