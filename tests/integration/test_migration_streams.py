@@ -208,3 +208,20 @@ async def test_refused_in_v1(tmp_path: Path) -> None:
             await dst.succeed(RESET)
             assert V1_RUNNING == await dst.v1_state()
             assert both.destination.runs
+
+
+async def test_the_downtime_has_each_call_once(tmp_path: Path) -> None:
+    """Between the stop of the source and the start of the destination, agents are asked nothing twice, or too late."""
+    async with bed(tmp_path, state_size=SMALL) as both:
+        async with both.destination.vmm() as dst:
+            await dst.set_state(RESUMING)
+            for side in (both.source, both.destination):
+                side.device.calls.clear()
+            stream = await stream_of(both.source)
+            saving = both.source.device.calls
+            assert [1] * 5 == [saving.count(name) for name in ("begin", "quiesce", "stop", "describe", "estimate")]
+            for start in range(0, len(stream), 30_000):
+                await dst.data_write(stream[start : start + 30_000])
+            await dst.set_state(RUNNING)
+        loading = [name for name in both.destination.device.calls if name != "load"]
+        assert ["check", "load_commit", "resume", "end"] == loading

@@ -85,7 +85,8 @@ class LegacyDevice:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._v1 = V1State.RUNNING
-        self._left = b""
+        #: What is still to be saved; a view, since the rest of a large state is not to be copied with each piece.
+        self._left = memoryview(b"")
         #: Bytes that were loaded; None before the first, so that a load may still be given up.
         self._loaded: int | None = None
         self._digest = xxh3_128()
@@ -145,7 +146,7 @@ class LegacyDevice:
             chunk = await self._session.save(len(found), MAX_CHUNK, Phase.FINAL)
             found += chunk.data
             eof = chunk.eof
-        self._left = bytes(found)
+        self._left = memoryview(found)
 
     async def _resume(self, before: V1State) -> None:
         await self._begin(Role.DESTINATION)
@@ -157,7 +158,7 @@ class LegacyDevice:
         """What UPDATE_PENDING answers."""
         return len(self._left) if await self.state() is V1State.SAVING else 0
 
-    def take(self, size: int) -> bytes:
+    def take(self, size: int) -> memoryview:
         """What SAVE_BUFFER answers; short if there is less, which the client must not ask for."""
         piece, self._left = self._left[:size], self._left[size:]
         return piece
