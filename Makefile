@@ -81,8 +81,8 @@ vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine
 proto: venv-dev ## compile the .proto of the gRPC agents again, after it was changed
 	$(BIN)/python tools/protoc.py
 
-deb: venv-dev ## build the packages for Debian 12 and 13, into dist
-	$(BIN)/python tools/make_deb.py $(DEB_ARGS)
+deb: venv-dev ## build the packages for Debian 12 and 13, into dist; lintian checks them where it is installed
+	$(BIN)/python tools/make_deb.py --lint $(DEB_ARGS)
 
 oci: ## build a container image with podman, buildah or docker, whichever is there
 	@builder=$$(command -v podman || command -v buildah || command -v docker) || \
