@@ -48,7 +48,7 @@ test: venv-dev vm-assets ## run all tests, those in virtual machines too
 	$(PYTEST) $(GUEST_TO_A_PROCESSOR) -o testpaths=tests/vm -m "vm and not long" $(PYTEST_ARGS) $(OR_NONE)
 	$(PYTEST) -o testpaths=tests/hostile -m "hostile and not long" $(PYTEST_ARGS) $(OR_NONE)
 
-test-fast: venv-dev ## run what takes two minutes: no virtual machines, no attacks, no slow tests
+test-fast: venv-dev ## run what takes five minutes: no virtual machines, no attacks, no slow tests
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not (slow or $(ALONE))" $(PYTEST_ARGS)
 
 test-vm-long: venv-dev ## run the VM tests that take minutes: nested Linux, the oldest kernel, an own one with iommufd

@@ -304,6 +304,15 @@ async def test_vms_come_and_go_with_the_file(site: Site, told: Told) -> None:
         assert MAGIC == await client.read32(0, 0)
 
 
+async def test_what_nothing_has_helped_is_tried_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """A function that failed is tried again on reload, and a second time only if another change may have helped it."""
+    site.write(site.table("good"), site.table("where").replace(str(site.socket("where")), "/nowhere/where.sock"))
+    async with site.serving():
+        caplog.clear()
+        assert 1 == await site.run("reload")
+        assert 1 == sum("cannot be had" in record.getMessage() for record in caplog.records)
+
+
 async def test_functions_that_exchange_their_sockets(site: Site, told: Told) -> None:
     """The one that comes first cannot have what the second one still has; both have it in the end."""
     site.write(site.table("a"), site.table("b"))

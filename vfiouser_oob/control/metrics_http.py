@@ -16,7 +16,7 @@ import trio
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.openmetrics import CONTENT_TYPE, render
 from vfiouser_oob.observability.status import StatusProvider
-from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 
 CONNECTIONS_MAX = 8
 #: Seconds for a whole connection: request, rendering, answer.
@@ -71,10 +71,9 @@ class MetricsServer:
     async def _accept(self, listener: Listener) -> trio.SocketStream | None:
         try:
             sock = await listener.accept()
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self._noise.warning("cannot accept a scrape now", error=error.strerror)
-                await trio.sleep(EXHAUSTED_WAIT_S)
+        except OSError as error:  # whatever it is, it may come again at once
+            self._noise.warning("cannot accept a scrape now", error=error.strerror)
+            await trio.sleep(EXHAUSTED_WAIT_S)
             return None
         return None if sock is None else trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 

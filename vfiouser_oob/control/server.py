@@ -24,7 +24,7 @@ from vfiouser_oob.control.protocol import ControlRequest, ErrorCode, RequestErro
 from vfiouser_oob.control.verbs import VERBS, Administered, ControlRole, Handle, Verb, allowed_verbs
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.administration import ChangeRefused
-from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 
 CONNECTIONS_MAX = 32
@@ -156,10 +156,9 @@ class ControlServer:
     async def _accept(self, listener: Listener) -> trio.SocketStream | None:
         try:
             sock = await listener.accept()
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self._refusals.warning("cannot accept a control connection now", error=error.strerror)
-                await trio.sleep(EXHAUSTED_WAIT_S)
+        except OSError as error:  # whatever it is, it may come again at once
+            self._refusals.warning("cannot accept a control connection now", error=error.strerror)
+            await trio.sleep(EXHAUSTED_WAIT_S)
             return None
         return None if sock is None else trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 

@@ -358,7 +358,8 @@ class GuestMemory:
         await self._write_in_thread(address, file, offset, kept)
         self._wrote(address, len(part))
         if self.recorder is not None and self.recorder.contested(address, len(part)):
-            self.recorder.sent_again(self._messages.bus_write(address, bytes(kept)))
+            data = bytes(kept)
+            self.recorder.sent_again(address, data, self._messages.bus_write(address, data))
 
     async def _write_in_thread(self, address: int, file: GuestFile, offset: int, part: bytes | memoryview) -> None:
         try:

@@ -224,13 +224,24 @@ class WriteRecorder:
         self._waiting: set[trio.CancelScope] = set()
         #: What the client may still carry out, though nobody waits for it any more: number, from, to.
         self._abandoned: list[tuple[int, int, int]] = []
-        #: What was sent once more because of that.
-        self._resent: list[tuple[int, SentWrite]] = []
+        #: What was sent once more because of that: number, what it is, and its message.
+        self._resent: list[tuple[int, UnansweredWrite, SentWrite]] = []
 
     @property
     def unanswered(self) -> tuple[UnansweredWrite, ...]:
         """Writes by message that were not answered, in the order in which they were sent."""
         return tuple(self._unanswered.values())
+
+    @property
+    def to_come(self) -> tuple[UnansweredWrite, ...]:
+        """All writes by message that the client may still carry out, in that order; also those that nobody waits for.
+
+        What was written into a file may meanwhile be overwritten by an older message, until the one that was sent
+        behind it is carried out. So whoever reads a file for somebody else has to pass these on as well.
+        """
+        self._settle_resent()
+        found = {number: write for number, write, _ in self._resent} | self._unanswered
+        return tuple(found[number] for number in sorted(found))
 
     def wrote(self, address: int, length: int) -> None:
         """Note a write through a file.
@@ -273,7 +284,7 @@ class WriteRecorder:
                 self._carried_out(number)
             else:
                 self._abandoned.append((number, address, address + len(data)))
-                if has_file:  # the page as it is when it is asked for is right, whatever becomes of the message
+                if has_file:  # it goes into the file; what then contests it is sent again, see `to_come`
                     self.wrote(address, len(data))
 
     def _carried_out(self, number: int) -> None:
@@ -296,15 +307,20 @@ class WriteRecorder:
         """
         if not self._abandoned:
             return False
-        while self._resent and self._resent[0][1].answered:
-            self._carried_out(self._resent.pop(0)[0])
+        self._settle_resent()
         return any(start < address + length and address < end for _, start, end in self._abandoned)
 
-    def sent_again(self, write: SentWrite) -> None:
+    def _settle_resent(self) -> None:
+        while self._resent and self._resent[0][2].answered:
+            self._carried_out(self._resent.pop(0)[0])
+
+    def sent_again(self, address: int, data: bytes, write: SentWrite) -> None:
         """Note that what was contested was sent behind the message that contests it.
 
         Args:
+            address: where.
+            data: what is written.
             write: as it was sent.
         """
         self._number += 1
-        self._resent.append((self._number, write))
+        self._resent.append((self._number, UnansweredWrite(address, data), write))

@@ -161,8 +161,9 @@ class Reloading:
                 unit.origin = Origin.FILE
         outcomes = {id(change): await self._apply(change) for change in changes}
         # Two that exchanged their sockets, say: the first one could not have what the second one still had.
-        for change in changes:
-            if outcomes[id(change)].state == "failed" and change.config is not None:
+        for number, change in enumerate(changes, 1):
+            helped = any(outcomes[id(later)].state == "done" for later in changes[number:])
+            if helped and outcomes[id(change)].state == "failed" and change.config is not None:
                 outcomes[id(change)] = await self._apply(change)
         return [outcomes[id(change)] for change in changes]
 

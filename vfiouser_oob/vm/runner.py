@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -51,6 +51,7 @@ from vfiouser_oob.vm.table import ROUTES, WANTED
 from vfiouser_oob.vm.topology import TopologyError
 from vfiouser_protocol.errors import VfioUserError
 
+T = TypeVar("T")
 #: Seconds for what is done to a function while a carrier waits, which gives up after 20.
 DEED_S = 15.0
 #: Seconds until what has failed is attempted again; they double up to the second figure.
@@ -388,29 +389,31 @@ class VmRunner:
         if arming is not None:
             await arming.done()
         facts = tuple(function.facts() for function in self.functions.values())
-        while self.monitor is not None:
-            try:
-                found = judge(await survey(self.record, self.monitor, facts), Moment.SETUP)
-            except GoneError:
-                return  # whoever comes again is judged again
-            except MonitorError as error:
-                self._log.warning("QEMU does not say whether it can migrate; it is asked again", reason=error)
-                continue
+        surveyed = await self._asked(lambda monitor: survey(self.record, monitor, facts))
+        if surveyed is not None:  # else whoever comes again is judged again
+            found = judge(surveyed, Moment.SETUP)
             self.feed(ev.Judged((*refusals(found), *(() if arming is None else arming.failures))))
-            return
 
     async def _ask_runstate(self) -> None:
-        while self.monitor is not None:
-            try:
-                answer = await self.monitor.execute("query-status", seconds=PATIENCE_S)
-            except GoneError:
-                return
-            except MonitorError:
-                continue
+        answer = await self._asked(lambda monitor: monitor.execute("query-status", seconds=PATIENCE_S))
+        if answer is not None:
             status = answer.get("status") if isinstance(answer, dict) else None
             self._listen_first()
             self.feed(ev.RunstateIs(str(status)))
-            return
+
+    async def _asked(self, ask: Callable[[VmMonitor], Awaitable[T]]) -> T | None:
+        """Ask QEMU until it answers, with pauses, since it may refuse at once; None if it has gone."""
+        pause_s = AGAIN_S
+        while self.monitor is not None:
+            try:
+                return await ask(self.monitor)
+            except GoneError:
+                return None
+            except MonitorError as error:
+                self._log.warning("QEMU does not answer; it is asked again", reason=error)
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, AGAIN_MAX_S)
+        return None
 
     def _prepare(self) -> None:
         self.carriers.expect(self.config.state_max)

@@ -300,21 +300,21 @@ class FunctionMemory:
             raise UntrackedRefused(f"it was not recorded what {self.name} writes while its VM migrates")
         await self._memory.quiet()
         for _ in range(_LOOKS):
-            if not self._recorder.unanswered:
+            if not self._recorder.to_come:
                 break
             await trio.lowlevel.checkpoint()
         if self._gap:
             raise UntrackedRefused(self._gap)
-        unanswered = [(each.address, each.data) for each in self._recorder.unanswered]
+        to_come = [(each.address, each.data) for each in self._recorder.to_come]
         pages = self._journal.pages()
-        size = pages.pages * PAGE_SIZE + sum(len(data) for _, data in unanswered)
+        size = pages.pages * PAGE_SIZE + sum(len(data) for _, data in to_come)
         if size > limit:
             raise UntrackedRefused(
                 f"{self.name} wrote {size >> 10} KiB of guest memory that QEMU does not know of; {limit >> 10} KiB may "
                 f"travel with its state"
             )
         parts = [(address, await self._read(address, length)) for address, length in self._mapped(pages)]
-        return PageContents((*parts, *unanswered))
+        return PageContents((*parts, *to_come))
 
     def _mapped(self, pages: DirtyLog) -> list[tuple[int, int]]:
         """The parts of pages that are in files.

@@ -286,6 +286,18 @@ def test_a_source_that_comes_back_has_what_it_wrote(during: list[Deed], last: li
     played(play)
 
 
+def test_an_old_message_does_not_win_at_the_destination() -> None:
+    """QEMU carries out what nobody waits for any more, over what was written later, and then no more: both travel."""
+
+    async def play(machine: Machine) -> None:
+        before = [Deed("busy"), Deed("arm"), Deed("device", 0, 1), Deed("device", 0, 2)]
+        await machine.move(before, [Deed("arm")], [Deed("work", 1), Deed("work", 1)])
+        machine.source.work()
+        assert machine.source.content == machine.destination.content
+
+    played(play, seen=False)
+
+
 GAP = [Deed("device", 100, 7)]
 
 

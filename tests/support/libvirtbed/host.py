@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -94,6 +95,9 @@ def why_not() -> str | None:
         return "a libvirtd of its own needs root"
     if shutil.which("unshare") is None:
         return "there is no unshare (util-linux)"
+    probe = ["unshare", "--mount", "--uts", "--pid", "--fork", "sh", "-c", "mount -t tmpfs none /mnt"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        return "namespaces with mounts of their own cannot be made"
     return None
 
 

@@ -12,13 +12,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from vmbed.assets.archive import archive_address
+
 CHECKOUT = Path(__file__).resolve().parents[3]
 CACHE = CHECKOUT / ".cache" / "machines"
-ARCHIVE = "http://deb.debian.org/debian"
 #: As little as a machine can have: what installs packages, systemd, and the Python that the package depends on.
 PACKAGES = "systemd,systemd-sysv,dbus,python3"
 TOOLS = ("debootstrap", "systemd-container", "libsystemd-shared")
 BOOT_S = 240.0
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _UNIT = """\
 [Unit]
 Description=What the test does in the machine
@@ -40,8 +42,10 @@ def why_not() -> str | None:
     for tool in ("apt-get", "dpkg-deb", "unshare"):
         if shutil.which(tool) is None:
             return f"{tool} is not here; a Debian is needed"
-    probe = subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
-    return "namespaces cannot be made" if probe.returncode else None
+    probe = ["unshare", "--mount", "--pid", "--cgroup", "--fork", "sh", "-c", "mount -t tmpfs none /mnt"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        return "namespaces with mounts of their own cannot be made"
+    return None if os.access(CONTROL_GROUPS, os.W_OK) else "control groups cannot be made"
 
 
 def base(suite: str = "bookworm") -> Path:
@@ -64,7 +68,7 @@ def base(suite: str = "bookworm") -> Path:
             _run(
                 [
                     *(str(_tools() / "usr/sbin/debootstrap"), "--variant=minbase", f"--include={PACKAGES}"),
-                    *(suite, str(made), ARCHIVE),
+                    *(suite, str(made), archive_address()),
                 ],
                 DEBOOTSTRAP_DIR=str(_tools() / "usr/share/debootstrap"),
             )

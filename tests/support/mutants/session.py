@@ -435,7 +435,7 @@ class Session:
         need("irq/two-actions-ok", flags & 0x38 in (0x08, 0x10, 0x20))
         need("irq/two-data-ok", flags & 7 in (1, 2, 4))
         if not total and self.bad("irq/empty-disable-hangs"):
-            time.sleep(2)
+            time.sleep(1.4)
         if count == 0:
             need("irq/start-of-nothing-ok", start == 0)
             need("irq/mask-nothing-ok", flags & 0x3F == 0x21)

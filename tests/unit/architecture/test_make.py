@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TARGETS = (
     "help",
     "demo",
+    "demo-vm",
     "test",
     "test-fast",
     "test-vm-long",

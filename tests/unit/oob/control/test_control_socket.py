@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from vfiouser_oob import __version__
 from vfiouser_oob.control import protocol, server
 from vfiouser_oob.control.client import ControlClient, ControlError
+from vfiouser_oob.control.metrics_http import MetricsServer
 from vfiouser_oob.control.protocol import ErrorCode, RequestError
 from vfiouser_oob.control.server import AccessPolicy, ControlServer
 from vfiouser_oob.control.verbs import VERBS, ControlRole
@@ -26,6 +27,7 @@ from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.measured import Measured
 from vfiouser_oob.observability.status import MigrationEntry, StatusReport
 from vfiouser_oob.server.administration import Administration
+from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer
 
 STATUS: StatusReport = {
@@ -403,3 +405,20 @@ def test_client_does_not_wait_for_ever(tmp_path: Path) -> None:
         sock.listen()
         with pytest.raises(ControlError, match="does not answer"):
             ControlClient(tmp_path / "c", timeout_s=0.05)
+
+
+@pytest.mark.parametrize("make", [ControlServer, MetricsServer])
+async def test_a_socket_that_nobody_can_be_accepted_from(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again now and then, and not in a loop that never waits."""
+    accept, tried = Listener.accept, 0
+
+    async def counted(listener: Listener) -> Any:
+        nonlocal tried
+        tried += 1
+        return await accept(listener)
+
+    monkeypatch.setattr(Listener, "accept", counted)
+    with trio.move_on_after(0.5) as scope:
+        await make(None).serve(socket.socket(socket.AF_UNIX))  # which does not listen
+    assert scope.cancelled_caught
+    assert 1 <= tried <= 1 + 0.5 / EXHAUSTED_WAIT_S

@@ -259,6 +259,20 @@ async def test_a_source_comes_back(at: str, trouble: Trouble, autojump_clock: tr
         assert isinstance(answers[0], Offered)
 
 
+async def test_a_qemu_that_refuses_to_answer(autojump_clock: trio.testing.MockClock) -> None:
+    """It is asked again now and then, and not as fast as it refuses; once it answers, the source comes back."""
+    async with vm_bed() as bed:
+        await saved(bed)
+        del bed.monitor.answers["query-status"]
+        bed.monitor.commands.clear()
+        await bed.says("failed")
+        await trio.sleep(20)
+        assert 2 <= bed.monitor.commands.count("query-status") <= 20
+        bed.monitor.answers["query-status"] = {"status": "running"}
+        await trio.sleep(5)
+        assert (bed.phase, bed.runs) == ("running", [True, True])
+
+
 @pytest.mark.parametrize("deed", [Deed.STOP, Deed.SAVE])
 async def test_a_function_that_does_not_follow(deed: Deed, autojump_clock: trio.testing.MockClock) -> None:
     """A function that cannot be stopped or saved fails the migration before anything leaves, and runs again."""
