@@ -38,7 +38,7 @@ from vfiouser_oob.server.administration import Administration, ChangeRefused, Re
 from vfiouser_oob.server.certificates import CertificateBook
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
-from vfiouser_oob.server.measure import measure_function
+from vfiouser_oob.server.measure import measure_function, measure_vm
 from vfiouser_oob.server.opening import SharedParts, function_kind
 from vfiouser_oob.server.pulse import Pulse
 from vfiouser_oob.server.registry import FindFunction, Registry, Units, find_function
@@ -305,6 +305,7 @@ class Daemon:
             started_s=self._started,
             starts=self._books.starts.count,
             functions=[measure_function(function) for function in self.functions],
+            vms=[measure_vm(vm) for vm in self.status().get("vms", [])],
             certificates=dict(self._books.certificates.expiries),
         )
 
