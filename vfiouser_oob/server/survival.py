@@ -64,7 +64,7 @@ class Survival:
 
     async def find_out(self) -> None:
         """Find out whether the service manager keeps anything."""
-        if self.works or not self._store.reachable:
+        if self.works or not self._store.offered:
             return
         if self._store.limit is not None:
             self.works = self._store.limit > 0
@@ -262,7 +262,8 @@ async def find_survival(address: str | None, notifier: Notifier) -> tuple[dict[s
     """
     inherited = inherited_descriptors()
     own = None if address is None else Mailbox(address)
-    survival = Survival(FdStore.from_environment(own or notifier.mailbox), inherited.kept, own)
+    store = FdStore.from_environment(notifier.mailbox) if own is None else FdStore(own)
+    survival = Survival(store, inherited.kept, own)
     await survival.find_out()
     return inherited.sockets, survival
 
