@@ -33,7 +33,6 @@ ExecStart={sys.executable} -m vfiouser_oob serve --control-socket none --socket-
     --device vfio-user:{place}/device.sock
 StandardError=append:{place}/daemon.log
 FileDescriptorStoreMax={room}
-Environment=FDSTORE={room}
 Restart=on-failure
 RestartSec=100ms
 """

@@ -33,7 +33,7 @@ from vfiouser_oob.persist.successor.things import (
     UpstreamThing,
 )
 from vfiouser_oob.server.estate import MAIN, ClientNotes, Estate, Heir, identity_of
-from vfiouser_oob.systemd.fd_store import LIMIT_VARIABLE, FdStore, StoreLost
+from vfiouser_oob.systemd.fd_store import FdStore, StoreLost
 from vfiouser_oob.systemd.listen import inherited_descriptors
 from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.systemd.notify import Notifier
@@ -63,21 +63,21 @@ class Survival:
         self.works = bool(kept)
 
     async def find_out(self) -> None:
-        """Find out whether the service manager keeps anything: it, or its unit, says so, and a keeper is asked."""
-        if self.works or not self._store.reachable:
+        """Find out whether the service manager keeps anything."""
+        if self.works or not self._store.offered:
             return
         if self._store.limit is not None:
             self.works = self._store.limit > 0
-        elif self._own_mailbox is not None:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._store.run)
-                with trio.move_on_after(_ANSWER_S):
-                    self.works = await self._kept_all()
-                nursery.cancel_scope.cancel()
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._store.run)
+            with trio.move_on_after(_ANSWER_S):
+                self.works = await self._kept_all()
+            nursery.cancel_scope.cancel()
         if not self.works:
-            self._log.info(
+            self._log.warning(
                 "a restart will turn clients out: the service manager keeps no descriptors",
-                what_to_do=f"FileDescriptorStoreMax=, NotifyAccess=main and Environment={LIMIT_VARIABLE}= in the unit",
+                what_to_do="FileDescriptorStoreMax= and NotifyAccess=main in the unit",
             )
 
     async def _kept_all(self) -> bool:
@@ -262,7 +262,8 @@ async def find_survival(address: str | None, notifier: Notifier) -> tuple[dict[s
     """
     inherited = inherited_descriptors()
     own = None if address is None else Mailbox(address)
-    survival = Survival(FdStore.from_environment(own or notifier.mailbox), inherited.kept, own)
+    store = FdStore.from_environment(notifier.mailbox) if own is None else FdStore(own)
+    survival = Survival(store, inherited.kept, own)
     await survival.find_out()
     return inherited.sockets, survival
 
