@@ -151,11 +151,12 @@ class Steps:
 
     async def flush(self, deadline: float) -> None:
         """Make sure that what the guest wrote is at the device, not in a socket."""
-        assert self.device is not None
+        device = self.device
+        assert device is not None
         with self._tracer.step("flush"):
-            if self.device.drained is not None:
-                await _within(self.device.drained(), deadline, "what the guest wrote did not reach the device in time")
-            done = self.device.session.flush()
+            if device.drained is not None:
+                await _within(device.drained(), deadline, "what the guest wrote did not reach the device in time")
+            done = device.session.flush()
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")
 
@@ -220,12 +221,23 @@ class Steps:
                 raise CommandError(f"the device could not be reset: {error}", error.errno) from error
 
     async def reset_device_again(self, deadline: float) -> None:
-        """Reset the device behind its agent, and leave configuration space as the client wrote it since."""
-        if self.device is not None:
-            shadow = self.device.shadow.copy()
+        """Reset the device behind its agent, and leave configuration space as the client wrote it since.
+
+        Raises:
+            CommandError: it cannot be reset, or its client left meanwhile.
+        """
+        device = self.device
+        if device is not None:
+            shadow = device.shadow.copy()
             await self.reset_device(deadline)
-            self.device.shadow.take(shadow)
+            self._require_client(device)
+            device.shadow.take(shadow)
             await self.write_config(deadline)
+
+    def _require_client(self, device: AttachedDevice) -> None:
+        """A step in the background goes no further when its client leaves, or another one has come."""
+        if self.device is not device:
+            raise CommandError("the client left before the device was as it should be")
 
     async def rearm_log(self, deadline: float) -> None:
         """Begin the agent's log of dirty pages anew, which has ended with its reset."""
@@ -424,12 +436,14 @@ class Steps:
 
     async def write_config(self, deadline: float) -> None:
         """Write configuration space as both clients together want it; what this side's client wrote has won."""
-        if self.device is None:
+        device = self.device
+        if device is None:
             return
-        for offset, data in self.device.shadow.writes():
-            done = self.device.session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
+        for offset, data in device.shadow.writes():
+            done = device.session.region_write(RegionIndex.CONFIG, offset, data, posted=False)
             if done is not None:
                 await _within(done, deadline, "the device did not take its configuration in time")
+                self._require_client(device)
 
 
 async def _within(done: Awaitable[None], deadline: float, message: str) -> None:

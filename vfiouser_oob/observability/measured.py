@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from vfiouser_oob.observability.latency import POWER_BOUNDS_S
 
@@ -53,8 +53,24 @@ class MeasuredFunction(TypedDict):
     migrations: dict[str, MeasuredMigrations]
 
 
+class MeasuredVm(TypedDict):
+    """One VM; `phase` is the one of its status, `qemu` whether a QEMU has connected its monitor.
+
+    `functions` counts those that it has, `refused` is whether the migration under way must not go through.
+    """
+
+    name: str
+    phase: str
+    qemu: bool
+    functions: int
+    refused: bool
+
+
 class Measured(TypedDict):
-    """All of it: when the daemon began (since 1970), how often one did, and when certificates expire, by file."""
+    """All of it: when the daemon began (since 1970), how often one did, and when certificates expire, by file.
+
+    `vms` is missing where an older daemon answers.
+    """
 
     version: str
     python: str
@@ -62,4 +78,5 @@ class Measured(TypedDict):
     started_s: float
     starts: int | None
     functions: list[MeasuredFunction]
+    vms: NotRequired[list[MeasuredVm]]
     certificates: dict[str, float]

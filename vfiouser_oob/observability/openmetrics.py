@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
-from vfiouser_oob.observability.measured import BOUNDS_S, Measured, MeasuredCommand, MeasuredFunction
+from vfiouser_oob.observability.measured import BOUNDS_S, Measured, MeasuredCommand, MeasuredFunction, MeasuredVm
 
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PREFIX = "vfiouser_oob_"
@@ -99,12 +99,17 @@ def _agent(key: str) -> Callable[[MeasuredFunction], Any]:
     return value
 
 
+def _each_vm(value: Callable[[MeasuredVm], Any]) -> Callable[[Measured], Iterator[Sample]]:
+    """One sample of each VM."""
+    return lambda measured: (((vm["name"],), value(vm)) for vm in measured.get("vms", []))
+
+
 def _build(measured: Measured) -> Iterator[Sample]:
     yield (), {"version": measured["version"], "python": measured["python"], "kernel": measured["kernel"]}
 
 
 _G, _C = MetricKind.GAUGE, MetricKind.COUNTER
-_F, _DIRECTION = ("function",), ("function", "direction")
+_F, _DIRECTION, _VM = ("function",), ("function", "direction"), ("vm",)
 METRICS: tuple[Metric, ...] = (
     Metric("build", MetricKind.INFO, "Versions of the daemon and of what it runs on", (), _build),
     Metric("start_time_seconds", _G, "When the daemon began, since 1970", (), lambda m: [((), m["started_s"])]),
@@ -156,6 +161,23 @@ METRICS: tuple[Metric, ...] = (
         "This side's part of the downtime of the last migration",
         _DIRECTION,
         _spread(_migrations("last_downtime_s")),
+    ),
+    Metric("vm_up", _G, "1 if the VM is served, 0 if it has failed", _VM, _each_vm(lambda vm: vm["phase"] != "failed")),
+    Metric("vm_qemu_connected", _G, "1 while a QEMU has its monitor connected", _VM, _each_vm(lambda vm: vm["qemu"])),
+    Metric("vm_functions", _G, "Functions of the VM", _VM, _each_vm(lambda vm: vm["functions"])),
+    Metric(
+        "vm_phase",
+        _G,
+        "1 for the phase in which the VM is; see the status page for what they mean",
+        ("vm", "phase"),
+        lambda m: (((vm["name"], vm["phase"]), 1) for vm in m.get("vms", [])),
+    ),
+    Metric(
+        "vm_migration_refused",
+        _G,
+        "1 while a migration of the VM is under way that must not go through",
+        _VM,
+        _each_vm(lambda vm: vm["refused"]),
     ),
     Metric(
         "certificate_expiry_timestamp_seconds",

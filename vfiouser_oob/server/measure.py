@@ -1,4 +1,4 @@
-"""What is measured of each function, as the metrics take it."""
+"""What is measured of each function and VM, as the metrics take it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from vfiouser_oob.observability.measured import (
     MeasuredCommand,
     MeasuredFunction,
     MeasuredMigrations,
+    MeasuredVm,
 )
+from vfiouser_oob.observability.status import VmStatus
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.status import function_status
 from vfiouser_protocol.constants import Command
@@ -75,3 +77,18 @@ def _migrations(runner: MigrationRunner) -> dict[str, MeasuredMigrations]:
         )
         measured["outcomes"][outcome] = count
     return found
+
+
+def measure_vm(status: VmStatus) -> MeasuredVm:
+    """Take from a VM's status what is published of it.
+
+    Args:
+        status: as the daemon describes the VM.
+    """
+    return MeasuredVm(
+        name=status["name"],
+        phase=status["phase"],
+        qemu=status["qemu"] is not None,
+        functions=len(status["functions"]),
+        refused=status["refused"] is not None,
+    )

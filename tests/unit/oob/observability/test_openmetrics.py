@@ -12,12 +12,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from vfiouser_oob.observability.latency import POWER_BOUNDS_S, CommandTimings
 from vfiouser_oob.observability.measured import BOUNDS_S, Measured
 from vfiouser_oob.observability.openmetrics import METRICS, MetricKind, render
+from vfiouser_oob.observability.status import VmStatus
+from vfiouser_oob.server.measure import measure_vm
 
 ROOT = Path(__file__).resolve().parents[4]
 DASHBOARD = ROOT / "packaging" / "grafana" / "vfiouser-oob.json"
 BUCKETS = [*range(1, len(BOUNDS_S) + 1), 20]
 #: How labels are told in these tests.
-ORDER = ["version", "python", "kernel", "function", "command", "direction", "outcome", "le", "file"]
+ORDER = ["version", "python", "kernel", "function", "command", "direction", "outcome", "le", "file", "vm", "phase"]
 MEASURED: Measured = {
     "version": "0.1.0",
     "python": "3.11.7",
@@ -49,6 +51,10 @@ MEASURED: Measured = {
             },
         },
     ],
+    "vms": [
+        {"name": "web1", "phase": "armed", "qemu": True, "functions": 2, "refused": False},
+        {"name": "web2", "phase": "failed", "qemu": False, "functions": 0, "refused": True},
+    ],
     "certificates": {"/etc/ca.pem": 2e9},
 }
 
@@ -77,14 +83,45 @@ def test_what_is_scraped() -> None:
     assert 0.5 == found[f"{p}request_duration_seconds_sum", name, "REGION_READ"]
     assert 20 == found[f"{p}request_duration_seconds_bucket", name, "REGION_READ", "+Inf"]
     assert 2 == found[f"{p}migrations_total", name, "out", "done"]
+    assert {"web1": (1, 1, 2, 0), "web2": (0, 0, 0, 1)} == {
+        vm: tuple(found[f"{p}vm_{what}", vm] for what in ("up", "qemu_connected", "functions", "migration_refused"))
+        for vm in ("web1", "web2")
+    }
+    assert 1 == found[f"{p}vm_phase", "web1", "armed"]
     assert 2e9 == found[f"{p}certificate_expiry_timestamp_seconds", "/etc/ca.pem"]
     assert (f"{p}migration_last_downtime_seconds", name, "out") not in found
 
 
 def test_nothing_is_published_for_what_is_not_there() -> None:
     """A daemon without functions, state directory and certificates is scraped all the same."""
-    found = samples({**MEASURED, "functions": [], "certificates": {}, "starts": None})
+    found = samples({**MEASURED, "functions": [], "vms": [], "certificates": {}, "starts": None})
     assert {"vfiouser_oob_build_info", "vfiouser_oob_start_time_seconds"} == {key[0] for key in found}
+
+
+def test_a_daemon_that_knows_no_vms() -> None:
+    """An older one, which the command asks, is scraped all the same."""
+    older = MEASURED.copy()
+    del older["vms"]
+    assert not [key for key in samples(older) if "_vm_" in key[0]]
+
+
+def test_a_vm_is_measured_by_its_status() -> None:
+    """What is published of a VM is what `status` says of it."""
+    status = VmStatus(
+        name="web1",
+        phase="running",
+        since="2026-01-01T00:00:00Z",
+        migration="none",
+        qemu=None,
+        version=None,
+        carrier="auto",
+        carriers=[],
+        refused="the destination has another firmware",
+        functions=[{"name": "nvme0", "place": "here", "doing": None}],
+        sockets={},
+        last_error=None,
+    )
+    assert {"name": "web1", "phase": "running", "qemu": False, "functions": 1, "refused": True} == measure_vm(status)
 
 
 def test_names() -> None:

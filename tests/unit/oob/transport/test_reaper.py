@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,22 @@ def test_many_closes_at_once_take_few_threads() -> None:
     assert closing.settle(30)
     assert before + 2 >= max(seen)
     assert account.held == 0
+
+
+@pytest.mark.parametrize("kept", [{0}, {7}, {299}, {0, 1, 5, 6, 7, 100, 299}, set(range(0, 300, 2)), set()])
+def test_descriptors_are_closed_together_and_those_between_them_are_not(kept: set[int]) -> None:
+    """A burst takes one call for each row of consecutive numbers, and whatever has the numbers between stays open."""
+    closing, account = Reaper(), Account("leaving")
+    fds = [os.memfd_create("x") for _ in range(300)]
+    owned = [fd for index, fd in enumerate(fds) if index not in kept]
+    account.add(len(owned))
+    for fd in reversed(owned):
+        closing.close(account, fd)
+    assert closing.settle(30)
+    still = {index for index, fd in enumerate(fds) if Path(f"/proc/self/fd/{fd}").exists()}
+    assert (kept, 0) == (still, account.held)
+    for index in kept:
+        os.close(fds[index])
 
 
 def held_up(account: Account) -> bool:
