@@ -13,13 +13,14 @@ Spec: JSON-RPC 2.0; SPDK doc/jsonrpc.md and lib/jsonrpc for framing, limits and 
 
 from __future__ import annotations
 
-import base64
 import errno
-import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
+
+import msgspec
 
 from vfiouser_agents.causes import words_of
 from vfiouser_agents.errors import (
@@ -92,6 +93,11 @@ _NUMBERS: Mapping[type[AgentError], int] = {
 }
 
 
+#: Writes bytes as base64, in the pass in which it writes the rest.
+_ENCODER = msgspec.json.Encoder()
+_DECODER = msgspec.json.Decoder()
+
+
 class ObjectScanner:
     """Finds where one JSON object ends and the next begins, without looking at any byte twice.
 
@@ -101,6 +107,7 @@ class ObjectScanner:
 
     _OUTSIDE = re.compile(rb'["{}\[\],]')
     _SPACE = b" \t\r\n"
+    _SPACES = frozenset(bytes((byte,)) for byte in _SPACE)
 
     def __init__(self, max_message: int) -> None:
         self._max_message = max_message
@@ -118,7 +125,8 @@ class ObjectScanner:
         """
         self._buffer += data
         while (end := self._end()) is not None:
-            found = bytes(self._buffer[:end])
+            with memoryview(self._buffer) as whole:
+                found = bytes(whole[:end])
             del self._buffer[:end]
             self._at = self._values = 0
             if len(found) > self._max_message:
@@ -147,8 +155,9 @@ class ObjectScanner:
                 return self._at
 
     def _begins(self) -> bool:
-        skipped = len(self._buffer) - len(self._buffer.lstrip(self._SPACE))
-        del self._buffer[:skipped]
+        if bytes(self._buffer[:1]) in self._SPACES:
+            skipped = len(self._buffer) - len(self._buffer.lstrip(self._SPACE))
+            del self._buffer[:skipped]
         if self._buffer and self._buffer[:1] != b"{":
             raise ValueError("something that is no JSON object")
         return bool(self._buffer)
@@ -215,10 +224,10 @@ class JsonCodec(Codec):
         if params:
             parts["params"] = params
         try:
-            text = json.dumps(parts, default=_base64, separators=(",", ":"), allow_nan=False)
-        except (ValueError, TypeError, RecursionError) as error:
+            _require_finite(parts)
+            return _ENCODER.encode(parts)
+        except (ValueError, TypeError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
             raise ProtocolError(f"message cannot be written as JSON: {error}; it was not sent") from error
-        return text.encode()
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """Take bytes in, and give the messages that are complete.
@@ -228,20 +237,19 @@ class JsonCodec(Codec):
         """
         try:
             for text in self._scanner.feed(data):
-                yield _message(json.loads(text, parse_constant=_no_number))
-        except (ValueError, RecursionError) as error:
+                yield _message(_DECODER.decode(text))
+        except (ValueError, RecursionError, msgspec.MsgspecError) as error:
             reason = words_of(error)[:200]
             raise ProtocolError(f"peer sent what is no message: {reason}; the connection is closed") from error
 
 
-def _base64(value: Any) -> str:
-    if isinstance(value, bytes | bytearray | memoryview):
-        return base64.b64encode(value).decode()
-    raise TypeError(f"a {type(value).__name__} in a message")
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _require_finite(value: Any) -> None:
+    """Refuse what the encoder would write as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no JSON")
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            _require_finite(item)
 
 
 def _message(value: dict[str, Any]) -> Message:

@@ -8,13 +8,14 @@ of it is somebody else's word.
 
 from __future__ import annotations
 
-import binascii
 import dataclasses
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from vfiouser_agents.api import Range
 
@@ -97,8 +98,8 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
 
 def _from_base64(value: str, where: str) -> bytes:
     try:
-        return binascii.a2b_base64(value, strict_mode=True)
-    except ValueError:
+        return msgspec.convert(value, bytes)
+    except msgspec.ValidationError:
         raise WireError(f"{where} is text of {len(value)} characters that is no base64") from None
 
 

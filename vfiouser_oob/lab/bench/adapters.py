@@ -15,6 +15,7 @@ from vfiouser_agents.api import Outcome, Phase, Role, Session
 from vfiouser_agents.extras import KIND_EXTRAS, missing
 from vfiouser_agents.registry import make_agent
 from vfiouser_agents.rpc.protocols import PROTOCOLS
+from vfiouser_oob.lab.bench.encodings import encoding_rates
 from vfiouser_oob.lab.bench.results import Result
 from vfiouser_oob.lab.bench.streams import plain_copy
 from vfiouser_oob.lab.demo.children import running_command
@@ -34,7 +35,7 @@ async def measure_adapters(
         progress: takes one line per step.
 
     Returns:
-        A saving and a loading rate for each protocol whose packages are installed.
+        A saving and a loading rate for each protocol whose packages are installed, and what its encoding alone costs.
 
     Raises:
         ChildFailed: a process did not start.
@@ -46,11 +47,14 @@ async def measure_adapters(
             began = time.perf_counter()
             await trio.to_thread.run_sync(plain.move, state_size)
             copies.append(state_size / (time.perf_counter() - began) / 1e6)
+    encodings = await trio.to_thread.run_sync(encoding_rates, tuple(usable_protocols()), rounds)
     results = []
     for protocol in usable_protocols():
         progress(f"adapter {protocol}: saving and loading")
         for way, rates in (await _measure(directory, protocol, state_size, rounds)).items():
             results.append(Result(f"adapter {protocol}, {way}", max(rates), "MB/s", max(copies), "copy"))
+        if protocol in encodings:
+            results.append(Result(f"adapter {protocol}, encoding alone", encodings[protocol], "MB/s"))
     return results
 
 
