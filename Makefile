@@ -30,7 +30,7 @@ OR_ALONE := || { code=$$?; [ $$code -eq 5 ] || { [ $$code -eq 1 ] && \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vm test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci docs pages clean venv venv-demo venv-dev venv-docs venv-fuzz
+.PHONY: help demo demo-vm guest test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci docs pages clean venv venv-demo venv-dev venv-docs venv-fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ demo: ## see it work without a VMM: NVMe I/O migrates to another host and back, 
 
 demo-vm: venv-dev vm-assets ## see it work with a VM: a Linux guest moves to another, unmodified QEMU and back under I/O
 	PYTHONPATH=.:protocol:agents:tests/support $(BIN)/python -m vmbed.demo
+
+guest: venv-dev vm-assets ## boot a Linux guest in stock QEMU on a function: make guest SOCKET=/tmp/nvme0.sock
+	@PYTHONPATH=.:protocol:agents:tests/support $(BIN)/python -m vmbed.shell $(SOCKET)
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
 	$(PYTEST) $(SIDE_BY_SIDE) -m "$(BESIDE_OTHERS)" $(PYTEST_ARGS) $(OR_ALONE)

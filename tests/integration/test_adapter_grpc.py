@@ -7,8 +7,10 @@ import runpy
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import grpc
 import pytest
 import trio
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agentbed import TRANSPORTS, make_certificates, served
 from vendors.grpcbare import BareServer, Call
+from vfiouser_agents.adapters.grpc_agent import key_and_chain
 from vfiouser_agents.adapters.grpc_messages import MESSAGES, METHODS, SERVICE, pack, unpack
 from vfiouser_agents.api import (
     AgentInfo,
@@ -59,6 +63,7 @@ from vfiouser_agents.errors import (
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_agents.options import OptionError
 from vfiouser_agents.registry import make_agent
+from vfiouser_agents.rpc.endpoint import TlsOptions
 from vfiouser_agents.rpc.wire import from_wire, to_wire
 from vfiouser_agents.testing import CheckOutcome, check_agent
 
@@ -133,8 +138,29 @@ async def test_mtls_refuses_strangers(tmp_path: Path) -> None:
                     await agent.connect()
         other = make_certificates(tmp_path / "other")
         async with make_agent("grpc", {**server.options(), "tls": {"ca": other.server.ca}}) as agent:
-            with pytest.raises(AuthError, match="CERTIFICATE_VERIFY_FAILED"):
+            with pytest.raises(AuthError, match="TLS failed: the peer's certificate is not accepted"):
                 await agent.connect()
+
+
+async def test_a_server_whose_certificate_has_expired(tmp_path: Path) -> None:
+    """It is called expired, in as many words as by the other adapters."""
+    authority = trustme.CA()
+    past = datetime.now(UTC) - timedelta(days=1)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("localhost", not_after=past).private_key_and_cert_chain_pem.write_to_path(
+        str(tmp_path / "server.pem")
+    )
+    key, chain = key_and_chain(TlsOptions(cert=str(tmp_path / "server.pem")))
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([(key, chain)]))
+    server.start()
+    try:
+        options = {"address": f"tls://localhost:{port}", "tls": {"ca": str(tmp_path / "ca.pem")}}
+        async with make_agent("grpc", options) as agent:
+            with pytest.raises(AuthError, match="TLS failed: the peer's certificate has expired"):
+                await agent.connect()
+    finally:
+        server.stop(None).wait()
 
 
 async def test_server_name(tmp_path: Path) -> None:

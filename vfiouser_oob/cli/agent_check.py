@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,8 +17,14 @@ from vfiouser_agents.testing import CHECKS, DEADLINE, CheckOutcome, CheckResult,
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
 from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.cli.options import count
+from vfiouser_oob.cli.terminal import console_on, print_line
 from vfiouser_oob.config.errors import ConfigError
 
+_STYLES = {
+    CheckOutcome.PASSED: "green",
+    CheckOutcome.FAILED: "red",
+    CheckOutcome.NOT_APPLICABLE: "dim",
+}
 _WIDTH = max(len(check.name) for check in CHECKS)
 
 
@@ -85,27 +92,31 @@ def _print_list(names: Sequence[str], *, as_json: bool) -> None:
             json.dumps([{"name": check.name, "says": check.says, "needs": check.needs} for check in chosen], indent=2)
         )
         return
+    console = console_on(sys.stdout)
     for check in chosen:
         needs = f" ({', '.join(check.needs)})" if check.needs else ""
-        print(f"{check.name.ljust(_WIDTH)}  {check.says}{needs}")
+        print_line(console, f"{check.name.ljust(_WIDTH)}  {check.says}{needs}")
 
 
 class _Table:
     """A row per check, under a heading that waits for the first: an agent that cannot be reached has no table."""
 
     def __init__(self) -> None:
+        self._console = console_on(sys.stdout)
         self._begun = False
 
     def row(self, result: CheckResult) -> None:
         """Print a row."""
         if not self._begun:
-            print(f"{'CHECK'.ljust(_WIDTH)}  RESULT  SECONDS  RULE")
+            print_line(self._console, f"{'CHECK'.ljust(_WIDTH)}  RESULT  SECONDS  RULE", "bold")
             self._begun = True
-        print(
-            f"{result.name.ljust(_WIDTH)}  {result.outcome.value:6}  {result.seconds:7.3f}  {result.says}"
-            + (f"\n{' ' * _WIDTH}  {_safe(result.detail)}" if result.detail else ""),
-            flush=True,
+        print_line(
+            self._console,
+            f"{result.name.ljust(_WIDTH)}  {result.outcome.value:6}  {result.seconds:7.3f}  {result.says}",
+            _STYLES[result.outcome],
         )
+        if result.detail:
+            print_line(self._console, f"{' ' * _WIDTH}  {_safe(result.detail)}")
 
 
 def _ignore(result: CheckResult) -> None:

@@ -28,7 +28,7 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 
-#: What systemd (254 and later) says how many descriptors it keeps for us at most.
+#: What says how many descriptors are kept for us at most: systemd 254 and later, or the unit for an older one.
 LIMIT_VARIABLE = "FDSTORE"
 MAX_NAME = 255
 #: What the names of our descriptors begin with, to tell them from sockets that units have opened.
@@ -78,6 +78,15 @@ class FdStore:
     def names(self) -> frozenset[str]:
         """What is kept, as far as we know."""
         return frozenset(self._uses) - self._refused
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is a service manager at all."""
+        return self._mailbox.address is not None
+
+    async def run(self) -> None:
+        """Send what the manager did not take at once, until cancelled."""
+        await self._mailbox.run()
 
     @property
     def limit(self) -> int | None:

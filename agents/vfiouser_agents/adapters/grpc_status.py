@@ -65,6 +65,16 @@ _KINDS: Mapping[grpc.StatusCode, type[AgentError]] = {
 _TLS_WORDS = ("Ssl handshake", "SSL_ERROR", "CERTIFICATE_VERIFY_FAILED", "Peer name", "certificate")
 
 
+#: The part of it that means something to people, in our words.
+_TLS_REASONS = {
+    "certificate has expired": "the peer's certificate has expired",
+    "certificate is not yet valid": "the peer's certificate is not valid yet",
+    "self signed certificate": "the peer's certificate is not accepted: it is signed by nobody that `ca` names",
+    "self-signed certificate": "the peer's certificate is not accepted: it is signed by nobody that `ca` names",
+    "unable to get local issuer certificate": "the peer's certificate is not accepted: `ca` does not name its issuer",
+}
+
+
 def to_status(error: AgentError) -> tuple[grpc.StatusCode, str, bytes]:
     """An error as code, text and the bytes of the metadata.
 
@@ -94,4 +104,6 @@ def from_status(error: Any) -> AgentError:
     kind = _KINDS.get(code, AgentError)
     if code is grpc.StatusCode.UNAVAILABLE and any(word in text for word in _TLS_WORDS):
         kind = AuthError
+        reasons = (words for fragment, words in _TLS_REASONS.items() if fragment in text)
+        text = f"TLS failed: {next(reasons, text)}"
     return kind(text, vendor_code=f"gRPC {code.name}")

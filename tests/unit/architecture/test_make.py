@@ -19,6 +19,7 @@ TARGETS = (
     "help",
     "demo",
     "demo-vm",
+    "guest",
     "test",
     "test-fast",
     "test-vm-long",
