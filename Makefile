@@ -84,10 +84,12 @@ proto: venv-dev ## compile the .proto of the gRPC agents again, after it was cha
 deb: venv-dev ## build the packages for Debian 12 and 13, into dist; lintian checks them where it is installed
 	$(BIN)/python tools/make_deb.py --lint $(DEB_ARGS)
 
+# Only Docker's format of images has a place for the health check.
 oci: ## build a container image with podman, buildah or docker, whichever is there
 	@builder=$$(command -v podman || command -v buildah || command -v docker) || \
 	  { echo "make oci: none of podman, buildah and docker is here" >&2; exit 1; }; \
-	set -x; $$builder build -t vfiouser-oob -f packaging/Containerfile $(OCI_ARGS) .
+	case $$builder in */docker) format= ;; *) format="--format docker" ;; esac; \
+	set -x; $$builder build $$format -t vfiouser-oob -f packaging/Containerfile $(OCI_ARGS) .
 
 docs: venv-docs ## build the documentation site into build/docs; a warning, or a link that leads nowhere, is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs

@@ -159,7 +159,6 @@ RULES: Sequence[Rule] = (
         "say who finds it",
         "This is found out by a test.",
         "A test finds this.",
-        waits=True,
     ),
     Rule(
         "in place of it",

@@ -35,6 +35,7 @@ TARGETS = (
     "pages",
     "clean",
 )
+MAKE = shutil.which("make") or "make"
 README_COMMANDS = ("make demo", "make test")
 
 
@@ -63,7 +64,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     """Run make as a user would, even when the tests themselves were started by make."""
     environ = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
     environ |= environment
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    return subprocess.run([MAKE, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
 
 
 def test_make_alone_lists_the_targets() -> None:
@@ -115,6 +116,17 @@ def test_the_readme_names_its_two_commands() -> None:
     for command in README_COMMANDS:
         assert f"\n{command}\n" in text
         assert command.split()[1] in TARGETS
+
+
+@pytest.mark.parametrize(("builder", "format_"), [("podman", True), ("buildah", True), ("docker", False)])
+def test_an_image_keeps_its_health_check(tmp_path: Path, builder: str, format_: bool) -> None:
+    """podman and buildah are asked for Docker's format, since the other one has none; docker knows no such option."""
+    program = tmp_path / builder
+    program.write_text('#!/bin/sh\necho "asked: $*"\n')
+    program.chmod(0o755)
+    done = make("oci", PATH=str(tmp_path))
+    wanted = "--format docker " if format_ else ""
+    assert f"asked: build {wanted}-t vfiouser-oob -f packaging/Containerfile ." in done.stdout.splitlines()
 
 
 def test_ci_runs_check_and_all_tests() -> None:
