@@ -28,7 +28,7 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 
-#: What systemd (254 and later) says how many descriptors it keeps for us at most.
+#: What says how many descriptors are kept for us at most: systemd 254 and later, or the unit for an older one.
 LIMIT_VARIABLE = "FDSTORE"
 #: What systemd (248 and later) says which process it has started itself.
 STARTED_VARIABLE = "SYSTEMD_EXEC_PID"
