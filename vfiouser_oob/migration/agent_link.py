@@ -251,6 +251,7 @@ class AgentLink:
                 async for event in events:
                     if self.facts is None or session.caps != self.facts.caps:
                         require_usable(session.caps)
+                        self._told_begin = None
                         self._learn(session)  # the agent was started anew, and is another one now
                     self._host.heard(event)
                     if event.kind is EventKind.CONNECTION_LOST:

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from agentbed import Served, served
-from vfiouser_agents.api import AgentState, Phase, Role
+from vfiouser_agents.api import AgentState, Outcome, Phase, Role
 from vfiouser_agents.errors import InvalidState
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_agents.operations import Operation
@@ -53,6 +53,25 @@ async def test_a_session_whose_connection_has_gone_is_replaced_by_the_next_call(
         await server.start()
         assert first == await link.call(Operation.SAVE, soon(), 0, 1000, Phase.FINAL)
         assert link.away_since is None
+
+
+async def test_a_migration_is_begun_once_in_each_session(tmp_path: Path) -> None:
+    """Whoever begins it again in the same session asks the agent nothing; another session takes it over."""
+    function = MemoryFunction(state_size=100_000)
+    async with linked(tmp_path, function) as (server, runner):
+        link = runner.link
+        for _ in range(2):
+            await link.begin(BEGUN, soon())
+        assert 1 == function.calls.count("begin")
+        await link.call(Operation.STOP, soon())
+        await server.stop()
+        await server.start()
+        await link.call(Operation.SAVE, soon(), 0, 1000, Phase.FINAL)
+        await link.begin(BEGUN, soon())
+        assert 2 == function.calls.count("begin")
+        await link.leave(Outcome.CANCELLED, soon(), abort=True)
+        await link.begin(BEGUN, soon())
+        assert 3 == function.calls.count("begin")
 
 
 async def test_a_migration_that_the_agent_forgot_is_not_begun_anew(tmp_path: Path) -> None:
