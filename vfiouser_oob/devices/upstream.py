@@ -29,6 +29,7 @@ from vfiouser_oob.devices.base import (
     IoFds,
 )
 from vfiouser_oob.devices.server_watch import ServerWatch
+from vfiouser_oob.devices.upstream_description import describe_server
 from vfiouser_oob.devices.upstream_memory import DmaRelay, map_anew, submit_map
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.transport.activity import Activity
@@ -37,8 +38,6 @@ from vfiouser_oob.transport.reaper import Account
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.constants import (
-    PCI_NUM_REGIONS,
-    REGION_TYPE_MIGRATION,
     Command,
     DeviceInfoFlags,
     IrqIndex,
@@ -46,15 +45,11 @@ from vfiouser_protocol.constants import (
 )
 from vfiouser_protocol.dma import DmaRegion
 from vfiouser_protocol.errors import CommandError, RemoteProtocolError, ReplyError, VfioUserError
-from vfiouser_protocol.irq import IrqDescription, IrqSet
-from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, MAX_CONFIG_SIZE
+from vfiouser_protocol.irq import IrqSet
+from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionWrite, SetIrqs
-from vfiouser_protocol.regions import RegionDescription, RegionSpec
 from vfiouser_protocol.rules import check_io_fds, io_fd_numbers
 
-#: More regions or IRQ indices than this make QEMU refuse the device; a server that claims more is broken.
-_MAX_REGIONS = 100
-_MAX_IRQS = 50
 #: QEMU reads config space in one access at attach, so no less than this may be offered; accesses are split anyway.
 _LEAST_TRANSFER = 4096
 _COMMAND_REGISTER = 4
@@ -141,7 +136,7 @@ class UpstreamBackend(DeviceBackend):
             raise BackendUnavailable(f"the upstream server {self.path} cannot be used: {words_of(error)}") from error
         regions: list[ClientRegion] = []
         try:
-            description = await _describe(client, regions)
+            description = await describe_server(client, regions)
         except BaseException as error:
             for region in regions:
                 region.close()
@@ -435,56 +430,3 @@ def _shown(found: ClientIoFds, most: int) -> IoFds:
     entries = [entry for entry in found.reply.entries if all(number < most for number in io_fd_numbers(entry))]
     used = max((number + 1 for entry in entries for number in io_fd_numbers(entry)), default=0)
     return IoFds(entries, found.fds[:used])
-
-
-async def _describe(client: Client, regions: list[ClientRegion]) -> DeviceDescription:
-    """Ask for everything that a client may ask us; `regions` receives the upstream regions."""
-    info = await client.get_info()
-    if not info.flags & DeviceInfoFlags.PCI:
-        raise CommandError("it is no PCI device")
-    if not PCI_NUM_REGIONS <= info.num_regions <= _MAX_REGIONS or info.num_irqs > _MAX_IRQS:
-        raise CommandError(f"it claims {info.num_regions} regions and {info.num_irqs} IRQ indices")
-    for index in range(info.num_regions):
-        # One by one: what was received so far is closed by the caller when a later one fails.
-        regions.append(await _region(client, index))  # noqa: PERF401
-    config_size = regions[RegionIndex.CONFIG].description.size
-    if config_size > MAX_CONFIG_SIZE:
-        raise CommandError(f"its config space has {config_size} bytes, of at most {MAX_CONFIG_SIZE}")
-    specs = [_spec(index, region.description) for index, region in enumerate(regions)]
-    while len(specs) > PCI_NUM_REGIONS and not specs[-1].size:
-        specs.pop()
-    irqs = [await _irq(client, index) for index in range(info.num_irqs)]
-    while len(irqs) < len(IrqIndex):
-        irqs.append(IrqDescription(0))
-    return DeviceDescription(specs, irqs, info.flags & (DeviceInfoFlags.PCI | DeviceInfoFlags.RESET))
-
-
-async def _region(client: Client, index: int) -> ClientRegion:
-    try:
-        return await client.get_region_info(index)
-    except ReplyError:  # some servers refuse an index that they do not implement
-        return ClientRegion(RegionDescription(index, 0, 0, 0, 32), None)
-
-
-async def _irq(client: Client, index: int) -> IrqDescription:
-    try:
-        info = await client.get_irq_info(index)
-    except ReplyError:
-        return IrqDescription(0)
-    return IrqDescription(info.count, info.flags)
-
-
-def _spec(index: int, region: RegionDescription) -> RegionSpec:
-    if region.type is not None and region.type.type == REGION_TYPE_MIGRATION:
-        return RegionSpec.absent(index)  # migration is ours to offer, not the upstream server's
-    areas = region.mappable_areas
-    return RegionSpec(
-        index,
-        region.size,
-        region.flags,
-        areas,
-        offset=region.offset,
-        type=region.type,
-        msix_mappable=region.msix_mappable,
-        mappable=bool(areas),
-    )
