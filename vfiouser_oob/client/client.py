@@ -150,8 +150,19 @@ class Client(MigrationCommands):
 
     async def get_info(self) -> DeviceInfo:
         """Ask for the device's flags and numbers of regions and IRQ indices."""
-        reply = await self.request(Command.DEVICE_GET_INFO, encode(DeviceInfo(_DEVICE_INFO_SIZE)))
-        return decode_reply(DeviceInfo, Command.DEVICE_GET_INFO, reply)
+        return await self.take_info(self.submit_info())
+
+    def submit_info(self) -> PendingCall:
+        """Ask what `get_info` asks without waiting; `take_info` takes the answer."""
+        return self.submit(Command.DEVICE_GET_INFO, encode(DeviceInfo(_DEVICE_INFO_SIZE)))
+
+    async def take_info(self, call: PendingCall) -> DeviceInfo:
+        """Wait for what `submit_info` asked for.
+
+        Args:
+            call: the question.
+        """
+        return decode_reply(DeviceInfo, Command.DEVICE_GET_INFO, await call.wait())
 
     async def reset(self) -> None:
         """Reset the device; mappings and interrupts' set-up stay."""

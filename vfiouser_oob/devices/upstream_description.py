@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vfiouser_oob.client.calls import PendingCall
 from vfiouser_oob.client.client import Client, ClientRegion
 from vfiouser_oob.devices.base import DeviceDescription
@@ -27,12 +29,33 @@ async def describe_server(client: Client, regions: list[ClientRegion]) -> Device
     Raises:
         VfioUserError: it cannot be used.
     """
-    info = await client.get_info()
+    questions = [client.submit_info()]
+    # Every PCI device has these, so they need not wait for the first answer, which would cost as much as all of them.
+    questions += [client.submit_region_info(index) for index in range(PCI_NUM_REGIONS)]
+    try:
+        info = _checked(await client.take_info(questions[0]))
+        questions += [client.submit_region_info(index) for index in range(PCI_NUM_REGIONS, info.num_regions)]
+        questions += [client.submit_irq_info(index) for index in range(info.num_irqs)]
+        first_irq = 1 + info.num_regions
+        for index, call in enumerate(questions[1:first_irq]):
+            # One by one: what was received so far is closed by the caller when a later one fails.
+            regions.append(await _region(client, call, index))
+        irqs = [await _irq(client, call, index) for index, call in enumerate(questions[first_irq:])]
+    finally:
+        for call in questions:
+            call.abandon()
+    return _rendered(info, regions, irqs)
+
+
+def _checked(info: DeviceInfo) -> DeviceInfo:
     if not info.flags & DeviceInfoFlags.PCI:
         raise CommandError("it is no PCI device")
     if not PCI_NUM_REGIONS <= info.num_regions <= _MAX_REGIONS or info.num_irqs > _MAX_IRQS:
         raise CommandError(f"it claims {info.num_regions} regions and {info.num_irqs} IRQ indices")
-    irqs = await _ask(client, info, regions)
+    return info
+
+
+def _rendered(info: DeviceInfo, regions: Sequence[ClientRegion], irqs: list[IrqDescription]) -> DeviceDescription:
     config_size = regions[RegionIndex.CONFIG].description.size
     if config_size > MAX_CONFIG_SIZE:
         raise CommandError(f"its config space has {config_size} bytes, of at most {MAX_CONFIG_SIZE}")
@@ -42,20 +65,6 @@ async def describe_server(client: Client, regions: list[ClientRegion]) -> Device
     while len(irqs) < len(IrqIndex):
         irqs.append(IrqDescription(0))
     return DeviceDescription(specs, irqs, info.flags & (DeviceInfoFlags.PCI | DeviceInfoFlags.RESET))
-
-
-async def _ask(client: Client, info: DeviceInfo, regions: list[ClientRegion]) -> list[IrqDescription]:
-    """Ask for all regions and IRQ indices in one go: a round trip for each would be most of an attach."""
-    asked = [client.submit_region_info(index) for index in range(info.num_regions)]
-    irqs_asked = [client.submit_irq_info(index) for index in range(info.num_irqs)]
-    try:
-        for index, call in enumerate(asked):
-            # One by one: what was received so far is closed by the caller when a later one fails.
-            regions.append(await _region(client, call, index))
-        return [await _irq(client, call, index) for index, call in enumerate(irqs_asked)]
-    finally:
-        for call in (*asked, *irqs_asked):
-            call.abandon()
 
 
 async def _region(client: Client, call: PendingCall, index: int) -> ClientRegion:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
-from fakeserver import Answer, connected
+from fakeserver import Answer, Handler, connected
 from openfds import open_fds
 from upstreambed import DULL, irq, region
 from vfiouser_oob.client.client import ClientRegion
@@ -18,22 +19,24 @@ from vfiouser_protocol.constants import Command, RegionFlags
 from vfiouser_protocol.messages import RegionInfo
 from vfiouser_protocol.session import CommandReceived
 
-#: Nine regions and five kinds of interrupt.
-QUESTIONS = 14
 
+async def test_no_question_waits_for_the_answer_to_the_one_before_it() -> None:
+    """When the first of its kind is answered the others are on their way: two round trips in place of fifteen."""
+    waiting: dict[int, int] = {}
 
-async def test_all_questions_are_asked_before_an_answer_is_waited_for() -> None:
-    """That is one round trip in place of fourteen."""
-    outstanding: list[int] = []
+    def noted(handler: Handler) -> Handler:
+        def answer(event: CommandReceived) -> Any:
+            waiting.setdefault(event.header.command, client.outstanding)
+            return handler(event)
 
-    def note(event: CommandReceived) -> Answer:
-        outstanding.append(client.outstanding)
-        return region(event)
+        return answer
 
-    async with connected(handlers={**DULL, Command.DEVICE_GET_REGION_INFO: note}) as (client, _):
+    async with connected(handlers={command: noted(handler) for command, handler in DULL.items()}) as (client, _):
         regions: list[ClientRegion] = []
         description = await describe_server(client, regions)
-    assert outstanding[0] == QUESTIONS
+    assert waiting[Command.DEVICE_GET_INFO] == 1 + 9
+    assert waiting[Command.DEVICE_GET_REGION_INFO] >= 9
+    assert waiting[Command.DEVICE_GET_IRQ_INFO] >= 5
     assert len(description.regions) == len(regions) == 9
     assert len(description.irqs) == 5
 
