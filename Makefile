@@ -30,7 +30,7 @@ OR_ALONE := || { code=$$?; [ $$code -eq 5 ] || { [ $$code -eq 1 ] && \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vm test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci pages clean venv venv-demo venv-dev venv-fuzz
+.PHONY: help demo demo-vm guest test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci docs pages clean venv venv-demo venv-dev venv-docs venv-fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ demo: ## see it work without a VMM: NVMe I/O migrates to another host and back, 
 
 demo-vm: venv-dev vm-assets ## see it work with a VM: a Linux guest moves to another, unmodified QEMU and back under I/O
 	PYTHONPATH=.:protocol:agents:tests/support $(BIN)/python -m vmbed.demo
+
+guest: venv-dev vm-assets ## boot a Linux guest in stock QEMU on a function: make guest SOCKET=/tmp/nvme0.sock
+	@PYTHONPATH=.:protocol:agents:tests/support $(BIN)/python -m vmbed.shell $(SOCKET)
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
 	$(PYTEST) $(SIDE_BY_SIDE) -m "$(BESIDE_OTHERS)" $(PYTEST_ARGS) $(OR_ALONE)
@@ -55,11 +58,13 @@ test-vm-long: venv-dev ## run the VM tests that take minutes: nested Linux, the 
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets --long
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
-check: venv-dev ## lint, formatting, types, import rules
+check: venv-dev ## lint, formatting, types, import rules, spelling, prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python tools/prose.py
 
 conformance: venv-dev ## judge the daemon with the conformance suite, and prove that the suite bites
 	$(PYTEST) tests/conformance $(PYTEST_ARGS)
@@ -76,13 +81,17 @@ vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine
 proto: venv-dev ## compile the .proto of the gRPC agents again, after it was changed
 	$(BIN)/python tools/protoc.py
 
-deb: venv-dev ## build the packages for Debian 12 and 13, into dist
-	$(BIN)/python tools/make_deb.py $(DEB_ARGS)
+deb: venv-dev ## build the packages for Debian 12 and 13, into dist; lintian checks them where it is installed
+	$(BIN)/python tools/make_deb.py --lint $(DEB_ARGS)
 
 oci: ## build a container image with podman, buildah or docker, whichever is there
 	@builder=$$(command -v podman || command -v buildah || command -v docker) || \
 	  { echo "make oci: none of podman, buildah and docker is here" >&2; exit 1; }; \
 	set -x; $$builder build -t vfiouser-oob -f packaging/Containerfile $(OCI_ARGS) .
+
+docs: venv-docs ## build the documentation site into build/docs; a warning, or a link that leads nowhere, is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "make docs: build/docs/index.html"
 
 pages: venv-dev ## write the reference pages that are made from declarations
 	$(BIN)/python tools/messages_page.py
@@ -104,6 +113,9 @@ venv-demo:
 
 venv-dev:
 	@$(BOOTSTRAP) --extra test --extra check
+
+venv-docs:
+	@$(BOOTSTRAP) --extra docs
 
 venv-fuzz:
 	@$(BOOTSTRAP) --extra test --extra check --extra fuzz

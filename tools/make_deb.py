@@ -1,6 +1,6 @@
 """Build the Debian package.
 
-    python tools/make_deb.py [--release 12] [--output dist]
+    python tools/make_deb.py [--release 12] [--output dist] [--lint]
 
 The package has a private environment of Python below /usr/lib/vfiouser-oob, with everything that the daemon needs.
 Debian 12 could not give it that: its trio is 0.22, and 0.25 is needed; and one recipe for both releases is one to be
@@ -65,6 +65,23 @@ def build(release: str, output: Path, compression: str = "xz") -> Path:
                 path.chmod(0o755 if path.is_dir() or _is_program(stage, path) else 0o644)
         _run(["dpkg-deb", "--root-owner-group", f"-Z{compression}", "--build", str(stage), str(target)])
     return target
+
+
+def lint(package: Path) -> None:
+    """Judge a package by Debian's rules.
+
+    Args:
+        package: a package.
+
+    Raises:
+        SystemExit: lintian found an error or a warning, and has printed it.
+    """
+    if shutil.which("lintian") is None:
+        print("make_deb: not checked: lintian is not installed (apt install lintian)", file=sys.stderr)
+        return
+    # lintian warns when root runs it, which containers do.
+    as_root = ["--allow-root"] if os.geteuid() == 0 else []
+    _run(["lintian", "--fail-on=error,warning", *as_root, "--tag-display-limit=0", str(package)])
 
 
 def _is_program(stage: Path, path: Path) -> bool:
@@ -179,9 +196,13 @@ def main() -> None:
     parser.add_argument("--release", action="append", choices=sorted(PYTHONS), help="of Debian (default: all)")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="directory for the packages")
     parser.add_argument("--compression", choices=("xz", "gzip", "none"), default="xz", help="(default: xz)")
+    parser.add_argument("--lint", action="store_true", help="check the packages with lintian, if it is installed")
     arguments = parser.parse_args()
     for release in arguments.release or sorted(PYTHONS):
-        print(build(release, arguments.output, arguments.compression))
+        package = build(release, arguments.output, arguments.compression)
+        print(package)
+        if arguments.lint:
+            lint(package)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class Session(ABC):
         """
 
     @abstractmethod
-    async def load_commit(self, total: int, sha256: bytes) -> None:
+    async def load_commit(self, total: int, digest: bytes) -> None:
         """Verify and apply everything. LOADING → LOADED.
 
         Raises:

@@ -278,12 +278,12 @@ class MemorySession(Session):
         self._rules.loadable_piece(data)
         self._incoming().put(offset, data)
 
-    async def load_commit(self, total: int, sha256: bytes) -> None:
+    async def load_commit(self, total: int, digest: bytes) -> None:
         """Verify and apply."""
         await self._enter(Operation.LOAD_COMMIT)
         if self.function.state is AgentState.LOADED:
             raise InvalidState("the state is committed already")
-        content, counter = self._incoming().finish(total, sha256, self.function.seed)
+        content, counter = self._incoming().finish(total, digest, self.function.seed)
         self.function.content, self.function.counter = content, counter
         self.function.incoming = None
         self.function.spoiled = False

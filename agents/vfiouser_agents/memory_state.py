@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import struct
 
+from xxhash import xxh3_128
+
 from .api import Chunk
 from .errors import CorruptState, InvalidArgument, NoResources
 
@@ -174,7 +176,7 @@ class Incoming:
     def __init__(self, size: int, limit: int) -> None:
         self._content = Content(size, 0)
         self._limit = limit
-        self._hash = hashlib.sha256()
+        self._hash = xxh3_128()
         self._total = 0
         self._last: tuple[int, bytes] | None = None
         self._rest = bytearray()
@@ -214,7 +216,7 @@ class Incoming:
         if self._wrong:
             self._rest.clear()
 
-    def finish(self, total: int, sha256: bytes, seed: int) -> tuple[Content, int]:
+    def finish(self, total: int, digest: bytes, seed: int) -> tuple[Content, int]:
         """Verify.
 
         Returns:
@@ -225,8 +227,8 @@ class Incoming:
         """
         if total != self._total:
             raise CorruptState(f"{self._total} bytes came, {total} were announced; nothing was applied")
-        if sha256 != self._hash.digest():
-            raise CorruptState(f"SHA-256 of the {total} bytes differs; nothing was applied")
+        if digest != self._hash.digest():
+            raise CorruptState(f"XXH3-128 of the {total} bytes differs; nothing was applied")
         if self._wrong or self._rest or self._counter is None or len(self._seen) != self._content.blocks:
             reason = self._wrong or f"{len(self._seen)} of {self._content.blocks} blocks, end record missing or cut"
             raise CorruptState(f"the state makes no sense: {reason}; nothing was applied")

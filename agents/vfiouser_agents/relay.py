@@ -76,9 +76,9 @@ class RelaySession(Session):
         """Hand a piece to the other side."""
         await self.operate(Operation.LOAD, offset, data)
 
-    async def load_commit(self, total: int, sha256: bytes) -> None:
+    async def load_commit(self, total: int, digest: bytes) -> None:
         """Have the state verified and applied there."""
-        await self.operate(Operation.LOAD_COMMIT, total, sha256)
+        await self.operate(Operation.LOAD_COMMIT, total, digest)
 
     async def abort(self) -> None:
         """Have its buffers dropped."""

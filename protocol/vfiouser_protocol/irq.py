@@ -291,6 +291,18 @@ class IrqSet:
         """Vectors of an index with a latched interrupt: what its pending bits show."""
         return [vector for vector, bit in enumerate(self._lines[index].pending) if bit]
 
+    def restore(self, index: int, handles: Sequence[Any]) -> None:
+        """Take over the eventfds of an index that were assigned to another process.
+
+        Args:
+            index: `IrqIndex`.
+            handles: one per vector; None where there is none.
+        """
+        line = self._lines[index]
+        if len(handles) == line.count:
+            line.handles = list(handles)
+            line.active = True
+
     def assigned(self, index: int) -> int:
         """How many vectors of an index have an eventfd."""
         line = self._lines[index]

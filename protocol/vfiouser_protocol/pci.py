@@ -210,6 +210,7 @@ class ConfigSpace:
         self.identity = identity
         self.bars = {bar.index: bar for bar in bars}
         self.rom_size = rom_size
+        self.interrupt_pin = interrupt_pin
         self.capabilities = tuple(capabilities)
         registers = Registers(size)
         define_header(registers, identity, bars, rom_size, interrupt_pin)

@@ -54,6 +54,7 @@ from vfiouser_protocol.header import (
 )
 from vfiouser_protocol.header import error_reply as pack_error_reply
 from vfiouser_protocol.limits import MAX_ERRNO, Limits
+from vfiouser_protocol.message_ids import MessageIds
 from vfiouser_protocol.session_events import NO_FDS, CommandReceived, MessageRefused, Outstanding, ReplyReceived
 from vfiouser_protocol.session_state import TRANSITIONS, VERDICTS, WORST, Oddity, OddMessageVerdict, PhaseEvent
 
@@ -73,7 +74,6 @@ __all__ = [
 ]
 
 _VERSION = int(Command.VERSION)
-_IDS = 1 << 16
 #: How many of our latest NO_REPLY commands are remembered, to know a reply that should not have been sent.
 _MAX_POSTED = 256
 _EINVAL = _errno.EINVAL
@@ -102,11 +102,11 @@ class ProtocolSession:
         negotiated: what VERSION settled; None before.
         proposal: what the client proposed; None before.
         late_replies: replies that came after their commands had been given up.
+        ids: which id the next command of ours gets.
     """
 
     __slots__ = (
         "_forgotten",
-        "_last_id",
         "_legal",
         "_legal_on_twin",
         "_limits",
@@ -115,6 +115,7 @@ class ProtocolSession:
         "_proposal_size",
         "_replies_on_main",
         "_unanswered",
+        "ids",
         "late_replies",
         "negotiated",
         "phase",
@@ -130,7 +131,7 @@ class ProtocolSession:
         self.late_replies = 0
         self._limits = Limits() if limits is None else limits
         self._proposal_size = 0
-        self._last_id = 0
+        self.ids = MessageIds()
         self._outstanding: dict[int, Outstanding] = {}
         self._forgotten: set[int] = set()
         self._posted: deque[int] = deque(maxlen=_MAX_POSTED)
@@ -145,6 +146,19 @@ class ProtocolSession:
             f"<Session: {self.role.value} {self.phase.value}, {len(self._outstanding)} outstanding, "
             f"{len(self._unanswered)} unanswered>"
         )
+
+    @classmethod
+    def resumed(cls, role: ConnectionEnd, agreed: Negotiated, limits: Limits | None = None) -> ProtocolSession:
+        """Go on with a connection that another process had.
+
+        Args:
+            role: which end this is.
+            agreed: what VERSION settled.
+            limits: as for a new session.
+        """
+        session = cls(role, limits)
+        session._agree(agreed)
+        return session
 
     # --- Receiving ---
 
@@ -241,7 +255,7 @@ class ProtocolSession:
 
     def _receive_stray_reply(self, message: Message) -> MessageRefused:
         msg_id = message.header.msg_id
-        if msg_id not in self._forgotten:
+        if msg_id not in self._forgotten and msg_id not in self.ids.foreign:
             # rust-vmm's server answers some commands although they ask for no reply.
             posted = msg_id in self._posted
             return self._refuse(message, Oddity.POSTED if posted else Oddity.UNSOLICITED)
@@ -421,7 +435,7 @@ class ProtocolSession:
             if self.proposal is not None:
                 raise LocalProtocolError("VERSION was sent before; nothing is sent")
             self.proposal = parse_version_request(payload)
-        msg_id = self._free_id()
+        msg_id = self.ids.next(self._outstanding, self._forgotten)
         flags = COMMAND
         if no_reply:
             flags |= NO_REPLY
@@ -429,16 +443,6 @@ class ProtocolSession:
         else:
             self._outstanding[msg_id] = _new(Outstanding, (spec, token))
         return msg_id, pack_header(msg_id, command, HEADER_SIZE + len(payload), flags) + payload
-
-    def _free_id(self) -> int:
-        if len(self._outstanding) + len(self._forgotten) >= _IDS:
-            raise LocalProtocolError(f"all {_IDS} message ids wait for replies; nothing is sent")
-        msg_id = self._last_id
-        while True:
-            msg_id = (msg_id + 1) % _IDS
-            if msg_id not in self._outstanding and msg_id not in self._forgotten:
-                self._last_id = msg_id
-                return msg_id
 
     def forget(self, msg_id: int) -> None:
         """Give up a command of ours; its reply will be dropped when it comes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from xxhash import xxh3_128_digest
 
 from agentbed import served
 from agentbed.whole_state import load_all, save_all
@@ -258,7 +258,7 @@ async def test_the_commit_does_not_take_the_time_of_the_whole_state() -> None:
         for offset in range(0, len(state), 4096):
             await session.load(offset, state[offset : offset + 4096])
         with trio.fail_after(0.5):
-            await session.load_commit(len(state), hashlib.sha256(state).digest())
+            await session.load_commit(len(state), xxh3_128_digest(state))
         await session.resume()
     assert state == server.content
 
@@ -277,7 +277,7 @@ async def test_a_load_whose_connection_broke_begins_anew() -> None:
             await session.load(4096, state[4096:8192])
         for offset in range(4096, len(state), 4096):
             await session.load(offset, state[offset : offset + 4096])
-        await session.load_commit(len(state), hashlib.sha256(state).digest())
+        await session.load_commit(len(state), xxh3_128_digest(state))
         await session.resume()
     assert state == server.content
 

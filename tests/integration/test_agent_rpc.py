@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 import trio
+from xxhash import xxh3_128
 
 from agentbed import TRANSPORTS, served, silent_agent
 from vfiouser_agents.adapters.msgpack_rpc import MsgpackRpcAgent
@@ -25,7 +25,7 @@ async def migrate(source: Session, target: Session, limit: int = 1 << 20) -> Non
     await target.check(await source.describe())
     await target.stop()
     await target.load_begin(None)
-    digest, offset = hashlib.sha256(), 0
+    digest, offset = xxh3_128(), 0
     phase = Phase.PRECOPY
     while True:
         chunk = await source.save(offset, limit, phase)

@@ -34,9 +34,7 @@ def test_quick_benchmark_measures_everything() -> None:
     for name in ("v2 save", "v2 load", "v1 save", "v1 load"):
         stream = results[f"state stream, {name}"]
         assert 0 < stream["value"]
-        assert stream["baseline_name"] in ("copy", "SHA-256")
-    ceiling = results["ceiling: copy, CRC-32 and SHA-256 at once"]
-    assert (True, None) == (0 < ceiling["value"], ceiling["budget"])
+        assert stream["baseline_name"] == "copy"
     assert results["downtime, through the daemon"]["baseline"] == results["downtime, agent alone"]["value"]
     crowd = results["16 functions migrating at once"]
     assert results["one function migrating"]["value"] == crowd["baseline"]

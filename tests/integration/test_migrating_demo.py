@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--size=4M", "--state-size=1M")
 
 
@@ -88,15 +90,19 @@ def test_data_that_is_spoiled_is_noticed(short_path: Path) -> None:
 
 
 def test_demo_shows_phases_and_a_summary(short_path: Path) -> None:
-    """Without a terminal there is one line per phase of each migration, then a table, then the verdict."""
+    """Without a terminal there is one line per phase of each migration, then a table, then the verdict; and the page
+    that shows such a run is true, numbers aside.
+    """
+    tool = runpy.run_path(str(ROOT / "tools" / "demo_page.py"))
     demo = start(short_path)
     output, errors = demo.communicate(timeout=150)
     assert (0, "") == (demo.returncode, errors)
     for way in ("A→B v1", "B→A v2"):
         seen = re.findall(rf"^f0 {way}  \[[#.]+\] +\d+%  (\S+)", output, re.MULTILINE)
         assert ["setup", "pre-copy", "stop", "stop-copy", "switch", "done"] == seen
-    assert re.search(r"^f0 +A → B +v1 .* ms +\d+ commands$", output, re.MULTILINE)
+    assert re.search(r"^f0 +A→B v1 .* ms +\d+ I/O$", output, re.MULTILINE)
     assert "each executed exactly once" in output.splitlines()[-1]
+    assert tool["shape"](tool["shown"](tool["PAGE"].read_text())) == tool["shape"](output)
 
 
 def gone(pid: int) -> bool:

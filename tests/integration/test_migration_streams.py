@@ -7,7 +7,6 @@ import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from zlib import crc32
 
 import pytest
 
@@ -15,7 +14,16 @@ from migrationkit import RESUMING, RUNNING, V1_ERROR, V1_RESUMING, V1_RUNNING, S
 from rawclient import RESET
 from vfiouser_agents.faults import wrong_descriptor
 from vfiouser_oob.migration.stream import Data, DescriptorRecord, PciConfig, StreamReader, StreamWriter, Trailer
-from vfiouser_oob.migration.stream_format import HEAD_SIZE, HEADER, MAGIC, RECORD_LAYOUT, VERSION
+from vfiouser_oob.migration.stream_format import (
+    HEAD_SIZE,
+    HEADER,
+    MAGIC,
+    NO_DIGEST,
+    NO_PADDING,
+    RECORD_LAYOUT,
+    VERSION,
+    chain,
+)
 
 SMALL = 8 << 10
 
@@ -43,7 +51,7 @@ def rewritten(stream: bytes, config: bytes) -> bytes:
         elif isinstance(record, PciConfig):
             parts.append(writer.pci(config))
         elif isinstance(record, Trailer):
-            parts.append(writer.trailer(record.sha256))
+            parts.append(writer.trailer())
     return b"".join(piece for part in parts for piece in part)
 
 
@@ -122,8 +130,8 @@ async def test_other_versions(tmp_path: Path, version: int, word: str) -> None:
     """A stream of an older or newer version is refused by its header, with both versions named."""
     async with bed(tmp_path, state_size=SMALL) as both:
         stream = await stream_of(both.source)
-        body = HEADER.pack(MAGIC, version, 1, bytes(12))
-        error, why = await refuse(both.destination, body + struct.pack("<I", crc32(body)) + stream[HEAD_SIZE:])
+        body = HEADER.pack(MAGIC, version, 1, NO_PADDING)
+        error, why = await refuse(both.destination, body + chain(NO_DIGEST, body) + stream[HEAD_SIZE:])
         assert errno.EINVAL == error
         assert f"{word} version {version}" in why
         assert f"reads {VERSION}" in why
@@ -200,3 +208,20 @@ async def test_refused_in_v1(tmp_path: Path) -> None:
             await dst.succeed(RESET)
             assert V1_RUNNING == await dst.v1_state()
             assert both.destination.runs
+
+
+async def test_the_downtime_has_each_call_once(tmp_path: Path) -> None:
+    """Between the stop of the source and the start of the destination, agents are asked nothing twice, or too late."""
+    async with bed(tmp_path, state_size=SMALL) as both:
+        async with both.destination.vmm() as dst:
+            await dst.set_state(RESUMING)
+            for side in (both.source, both.destination):
+                side.device.calls.clear()
+            stream = await stream_of(both.source)
+            saving = both.source.device.calls
+            assert [1] * 5 == [saving.count(name) for name in ("begin", "quiesce", "stop", "describe", "estimate")]
+            for start in range(0, len(stream), 30_000):
+                await dst.data_write(stream[start : start + 30_000])
+            await dst.set_state(RUNNING)
+        loading = [name for name in both.destination.device.calls if name != "load"]
+        assert ["check", "load_commit", "resume", "end"] == loading

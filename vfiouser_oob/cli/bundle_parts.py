@@ -29,7 +29,8 @@ _LOG_S = 20.0
 _SECRET = re.compile(r"pass|secret|token|psk|credential|private|cookie|auth", re.IGNORECASE)
 _USER_INFO = re.compile(r"(\w+://)[^/@\s]+@")
 _HIDDEN = "(left out)"
-_PACKAGES = ("trio", "construct", "msgpack", "jeepney", "rich", "grpcio", "protobuf", "prometheus-client", "h11")
+_CORE = ("trio", "construct", "msgpack", "jeepney", "xxhash", "rich")
+_PACKAGES = (*_CORE, "grpcio", "protobuf", "prometheus-client", "h11")
 _JOURNALS_MOST = 16
 
 

@@ -14,7 +14,9 @@ from vfiouser_oob.lab.demo.journey import JourneyReport, LegReport
 from vfiouser_oob.lab.demo.scenario import FunctionReport
 from vfiouser_oob.lab.vmm.live import LiveProgress, MigrationPhase
 
+#: Characters of a bar where there is room, and of a line without its bar.
 _BAR = 16
+_BESIDE_BAR = 76
 #: A bar is drawn this often at most, seconds.
 _INTERVAL_S = 0.05
 _OVER = (MigrationPhase.DONE, MigrationPhase.CANCELLED)
@@ -65,8 +67,9 @@ class Display:
     def _bar(self, progress: LiveProgress) -> str:
         done = progress.total_state + progress.total_memory
         part = 1.0 if progress.phase is MigrationPhase.DONE else min(done / self._expected, 0.99)
-        filled = int(part * _BAR)
-        return f"[{'#' * filled}{'.' * (_BAR - filled)}] {part:4.0%}"
+        length = max(4, min(_BAR, self.console.width - _BESIDE_BAR))
+        filled = int(part * length)
+        return f"[{'#' * filled}{'.' * (length - filled)}] {part:4.0%}"
 
     def close(self) -> None:
         """Leave the last bar as it is, and give the terminal back."""
@@ -77,7 +80,7 @@ class Display:
 
 def _moved(progress: LiveProgress) -> str:
     state, memory = progress.total_state / (1 << 20), progress.total_memory / (1 << 20)
-    text = f"state {state:.1f} MiB, memory {memory:.1f} MiB"
+    text = f"state {state:.1f}, memory {memory:.1f} MiB"
     if progress.phase is MigrationPhase.DONE:
         text += f", downtime {progress.downtime_s * 1000:.0f} ms"
     return text
@@ -87,7 +90,7 @@ def print_functions(stream: TextIO, reports: Sequence[FunctionReport]) -> None:
     """Write what the demonstration without migration found, if that was the one."""
     if not reports:
         return
-    heads = ("function", "verified", "write", "read", "interrupts", "messages", "direct", "after reset", "sha256")
+    heads = ("function", "verified", "write", "read", "IRQs", "trapped", "direct", "reset", "sha256")
     console = console_on(stream)
     print_table(console, heads, [_function_row(report) for report in reports])
     total = sum(report.verified for report in reports) >> 20
@@ -106,7 +109,7 @@ def _function_row(report: FunctionReport) -> tuple[str, ...]:
         str(report.trapped),
         str(report.direct),
         "intact" if report.survived_reset else "WRONG",
-        report.sha256_read[:16],
+        report.sha256_read[:8],
     )
 
 
@@ -114,7 +117,7 @@ def print_journeys(stream: TextIO, reports: Sequence[JourneyReport]) -> None:
     """Write what the migrating demonstration found, if that was the one."""
     if not reports:
         return
-    heads = ("function", "way", "with", "state", "throughput", "memory", "dirty", "in flight", "downtime", "I/O after")
+    heads = ("function", "way", "state", "MB/s", "memory", "dirty", "in flight", "downtime", "after")
     rows = [_leg_row(report, leg) for report in reports for leg in report.legs]
     console = console_on(stream)
     print_table(console, heads, rows)
@@ -133,13 +136,12 @@ def print_journeys(stream: TextIO, reports: Sequence[JourneyReport]) -> None:
 def _leg_row(report: JourneyReport, leg: LegReport) -> tuple[str, ...]:
     return (
         report.name,
-        f"{leg.source} → {leg.destination}",
-        leg.generation,
+        f"{leg.source}→{leg.destination} {leg.generation}",
         f"{sum(leg.state_bytes.values()) / (1 << 20):.1f} MiB",
-        f"{leg.state_mb_s:.0f} MB/s",
+        f"{leg.state_mb_s:.0f}",
         f"{sum(leg.memory_bytes.values()) / (1 << 20):.1f} MiB",
-        f"{leg.dirty_by_device} pages",
-        f"{leg.in_flight} commands",
+        str(leg.dirty_by_device),
+        str(leg.in_flight),
         f"{leg.downtime_s * 1000:.0f} ms",
-        f"{leg.commands_after} commands",
+        f"{leg.commands_after} I/O",
     )

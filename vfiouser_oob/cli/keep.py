@@ -16,6 +16,7 @@ from vfiouser_oob.config.values import SOCKET_PATH
 
 _MAX_DESCRIPTORS = 1 << 16
 _MAX_STOP_S = 3600
+_MAX_STARTS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=15,
         help="kill a command that takes longer to end (default: 15)",
     )
+    parser.add_argument(
+        "--max-starts",
+        metavar="N",
+        type=count(1, _MAX_STARTS),
+        default=5,
+        help="give up a command that was started so often within ten seconds (default: 5)",
+    )
     add_logging_arguments(parser)
     parser.add_argument("argv", metavar="COMMAND …", nargs=argparse.REMAINDER, help="the command, after --")
 
@@ -73,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
             address = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="vfiouser-keep-"))) / "notify"
         inherited = [(name, OwnedFd(number)) for number, name in announced(os.environ)]
         try:
-            keeper = Keeper(command, address, KeeperLimits(args.max_descriptors), args.stop_timeout, inherited)
+            limits = KeeperLimits(args.max_descriptors)
+            keeper = Keeper(command, address, limits, args.stop_timeout, inherited, most_starts=args.max_starts)
             resources.callback(keeper.close)
             return trio.run(keeper.run)
         except OSError as error:

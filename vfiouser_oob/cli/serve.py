@@ -91,7 +91,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_key(parser, "--reply-budget", DaemonConfig, "reply_budget_s", metavar="SECONDS")
     add_control_socket_argument(parser, "; 'none' for no control socket")
     add_state_directory_argument(parser)
+    parser.add_argument(
+        "--fd-store",
+        metavar="unix:PATH",
+        type=option(_fd_store),
+        help="who keeps clients' descriptors over a restart, by the protocol of sd_notify(3) (default: $NOTIFY_SOCKET)",
+    )
     add_logging_arguments(parser)
+
+
+def _fd_store(text: str) -> str:
+    return str(SOCKET_PATH.read(text.removeprefix("unix:")))
 
 
 def config_from(args: argparse.Namespace) -> DaemonConfig:
@@ -113,7 +123,7 @@ def config_from(args: argparse.Namespace) -> DaemonConfig:
         overrides["log_format"] = LogFormat(args.log_format)
     if args.reply_budget is not None:
         overrides["reply_budget_s"] = args.reply_budget
-    config = dataclasses.replace(base, **overrides)
+    config = dataclasses.replace(base, fd_store=args.fd_store, **overrides)
     check_unique(config)
     return config
 

@@ -7,7 +7,7 @@ with any version.
 
 from vfiouser_oob.client.calls import PendingCall, Reply
 from vfiouser_oob.client.client import Client, ClientIoFds, ClientRegion
-from vfiouser_oob.client.connection import ClientOptions
+from vfiouser_oob.client.connecting import ClientOptions
 from vfiouser_oob.client.dma import DmaServer, NoMemory
 from vfiouser_oob.client.errors import BadReply, ServerGone, TooLate
 from vfiouser_oob.client.guest import ClientMemory

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self, Unpack
 
 from vfiouser_oob.client.calls import PendingCall, Reply
-from vfiouser_oob.client.connection import ClientOptions, connect_socket
+from vfiouser_oob.client.connecting import ClientOptions, connect_socket
 from vfiouser_oob.client.errors import BadReply
 from vfiouser_oob.client.migration import MigrationCommands
 from vfiouser_oob.client.nursery import background_nursery

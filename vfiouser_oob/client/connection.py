@@ -9,19 +9,21 @@ nothing, which is harmless.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Self, TypedDict
+from typing import Self
 
 import trio
 
+from vfiouser_oob.client.call_ledger import CallLedger
 from vfiouser_oob.client.calls import PendingCall, Reply
 from vfiouser_oob.client.dma import DmaServer, DmaService, NoMemory
 from vfiouser_oob.client.errors import ServerGone, TooLate
+from vfiouser_oob.client.keeping import ConnectionKeeping
+from vfiouser_oob.persist.kept_socket import KeptSocket
+from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.message_socket import EndOfStream, MessageSocket
@@ -44,54 +46,6 @@ _MAX_LOOKS = 4
 _BURST = 32
 
 
-class ClientOptions(TypedDict, total=False):
-    """Keyword arguments of `Connection`, described there."""
-
-    limits: Limits | None
-    twin_socket: bool
-    minor: int
-    dma_server: DmaServer | None
-    serve_dma_when_idle: bool
-    activity: Activity | None
-    send_guard_s: float
-    max_write_size: int | None
-    trace: Callable[[str], None] | None
-    account: Account
-
-
-#: How long a server whose queue of clients is full is left alone, first and at most, in seconds.
-_FULL_FIRST_S, _FULL_MOST_S = 0.001, 0.05
-
-
-async def connect_socket(path: str | os.PathLike[str]) -> socket.socket:
-    """Connect to a server's socket; one that has no room for another client yet is waited for.
-
-    Args:
-        path: where the server listens.
-
-    Raises:
-        OSError: nobody listens there, or it is not permitted; it carries the path.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        pause = _FULL_FIRST_S
-        # A UNIX socket never connects in the background: EAGAIN means that it is not connected, and nothing tells when
-        # there will be room. Waiting until it can be written to, as for TCP, would take it for connected at once.
-        while (number := sock.connect_ex(os.fspath(path))) in (errno.EAGAIN, errno.EINTR):
-            await trio.sleep(pause)
-            pause = min(2 * pause, _FULL_MOST_S)
-        if number:
-            raise OSError(number, os.strerror(number), os.fspath(path))
-        await trio.lowlevel.checkpoint()
-    except BaseException as error:
-        sock.close()
-        if isinstance(error, OSError):
-            error.filename = os.fspath(path)
-        raise
-    return sock
-
-
 class Connection:
     """One connection to a server. `run` has to run while it is used.
 
@@ -109,6 +63,7 @@ class Connection:
             message's body by a single call, and lose their place when the socket held less of it.
         trace: takes one readable line per message, for debug logs; None: they are not made.
         account: where the server's descriptors are counted.
+        keeping: how it outlives this process; None: it does not.
     """
 
     def __init__(
@@ -125,14 +80,23 @@ class Connection:
         max_write_size: int | None = None,
         trace: Callable[[str], None] | None = None,
         account: Account = STRANGERS,
+        keeping: ConnectionKeeping | None = None,
     ) -> None:
+        self._keeping = keeping
+        #: What was asked on behalf of whom; None where nobody will want to know.
+        self.ledger: CallLedger | None = None if keeping is None else keeping.ledger()
         self._account = account
         self._limits = limits or Limits()
         self._activity = activity
         self._send_guard_s = send_guard_s
         self._max_write_size = max_write_size
-        self._session = ProtocolSession(ConnectionEnd.CLIENT, self._limits)
-        self._main = MessageSocket(sock, self._limits.max_message_size, activity, account)
+        size = self._limits.max_message_size
+        self._session = ProtocolSession(ConnectionEnd.CLIENT, self._limits) if keeping is None else keeping.session()
+        self._main: MessageSocket
+        if keeping is None:
+            self._main = MessageSocket(sock, size, activity, account)
+        else:
+            self._main = keeping.stream(sock, size, activity, account)
         self._twin: MessageSocket | None = None
         self._twin_socket = twin_socket
         self._minor = minor
@@ -227,7 +191,13 @@ class Connection:
             raise self._gone_already()
         holds_dma = self._serve_dma_when_idle and command in _ACCESSES
         call = PendingCall(self, command, holds_dma)
+        ledger = self.ledger
+        if ledger is not None and (known := ledger.known(command)) is not None:
+            call.complete(known)
+            return call
         call.msg_id, data = self._session.command(command, payload, call)
+        if ledger is not None:
+            ledger.asking(command, call.msg_id)
         self._outstanding.add(call)
         if holds_dma:
             self._dma.hold()
@@ -242,6 +212,10 @@ class Connection:
         """
         if self._failure is not None:
             raise self._gone_already()
+        if self.ledger is not None:
+            # Its answer is the only sign that the server has got it.
+            self.submit(command, payload).abandon()
+            return
         _, data = self._session.command(command, payload, no_reply=True)
         self._send(data, ())
 
@@ -350,9 +324,12 @@ class Connection:
     def _dispatch(self, channel: MessageSocket, message: Message) -> None:
         if self._trace is not None:
             self._trace(describe(message.header, message.payload, len(message.fds), "<"))
+        if self.ledger is not None and message.header.is_reply:
+            self.ledger.heard(message.header, message.payload)
         event = self._session.receive(message, twin=channel is self._twin)
         if isinstance(event, ReplyReceived):
             self._take_reply(event)
+            channel.settle()
         elif isinstance(event, CommandReceived):
             close_fds(event.fds)
             close_fds(event.surplus_fds)
@@ -375,6 +352,8 @@ class Connection:
             raise StreamError(event.reason)
         if event.reply is not None:
             self._dma.refuse(channel, event.reply)
+        else:
+            channel.settle()
 
     async def _read(self, channel: MessageSocket) -> None:
         burst = 0
@@ -440,9 +419,24 @@ class Connection:
         if refusal is not None:
             raise refusal
 
+    def _go_on(self, nursery: trio.Nursery, keeping: ConnectionKeeping) -> None:
+        """Go on where another process has ended."""
+        self._twin = keeping.twin_stream(self._limits.max_message_size, self._activity, self._account)
+        if self._twin is not None:
+            self._start_channel(nursery, self._twin)
+
+    def leave(self) -> None:
+        """Leave the connection to another process, and do nothing with it any more."""
+        for stream in (self._main, self._twin):
+            if isinstance(stream, KeptSocket):
+                stream.leave()
+
     async def _negotiate(self, nursery: trio.Nursery) -> None:
         if self._failure is not None:
             raise self._gone_already()
+        if self._keeping is not None and self._keeping.agreed is not None:
+            self._go_on(nursery, self._keeping)
+            return
         limits = self._limits
         proposal = VersionCapabilities(
             max_msg_fds=limits.max_msg_fds,
@@ -458,17 +452,24 @@ class Connection:
         self._send(data, ())
         reply = await call.wait()
         # A descriptor comes only when it is the twin socket's; the session has checked that.
+        memory: StreamMemory | None = None
+        if self._keeping is not None and self._session.negotiated is not None:
+            memory = self._keeping.settled(self._session.negotiated, next(iter(reply.fds), None))
         for fd in reply.fds:
-            self._start_twin(nursery, fd)
+            self._start_twin(nursery, fd, memory)
 
-    def _start_twin(self, nursery: trio.Nursery, fd: OwnedFd) -> None:
+    def _start_twin(self, nursery: trio.Nursery, fd: OwnedFd, memory: StreamMemory | None) -> None:
         try:
             sock = socket.socket(fileno=fd.fileno())
         except OSError as error:
             fd.close()
             raise StreamError(f"the server's twin socket is unusable: {error.strerror}") from error
         fd.detach()
-        self._twin = MessageSocket(sock, self._limits.max_message_size, self._activity, self._account)
+        size = self._limits.max_message_size
+        if memory is None:
+            self._twin = MessageSocket(sock, size, self._activity, self._account)
+        else:
+            self._twin = KeptSocket(sock, size, memory, self._activity, self._account)
         self._start_channel(nursery, self._twin)
 
     def _start_channel(self, nursery: trio.Nursery, channel: MessageSocket) -> None:

@@ -166,7 +166,7 @@ class DmaService:
                 reply = payload if header is None else await self._answer(header, payload)
                 if reply:
                     self._trace(reply)
-                    channel.send(reply)
+                channel.answer(reply)
                 if channel.congested:
                     await channel.flushed()
             self._work = trio.Event()

@@ -43,6 +43,13 @@ class RegionPolicy(Word):
     TRAP = "trap", "not at all: every access is a message"
 
 
+class UpstreamLoss(Word):
+    """What becomes of a function whose server goes while a client uses it."""
+
+    FAIL = "fail", "its client gets EIO until it connects anew"
+    RESET = "reset", "one that is started anew is told what the client has told the first, and resets the device"
+
+
 class VfioInterface(Word):
     """By which interface of the kernel a real function is opened."""
 
@@ -97,6 +104,9 @@ class UpstreamDevice:
         "bytes of data in one message to that server; larger writes are split. A socket holds 208 KiB by default on "
         "Linux, and some servers read a message by a single call and lose their place when only a part of it is there",
         default=128 << 10,
+    )
+    on_upstream_lost: UpstreamLoss = key(
+        one_of(UpstreamLoss), "what becomes of the function when that server goes", default=UpstreamLoss.FAIL
     )
 
     def describe(self) -> str:

@@ -202,6 +202,8 @@ class DaemonConfig:
     )
     #: The file that it was read from.
     source: Path | None = None
+    #: Socket of a keeper of descriptors; None: the service manager's, if there is one.
+    fd_store: str | None = None
     #: Functions of that file that cannot be used.
     spoiled: tuple[SpoiledTable, ...] = ()
 

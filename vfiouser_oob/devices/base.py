@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import errno
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Container, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -20,6 +20,7 @@ import trio
 from vfiouser_agents.api import Agent
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.memory.recorder import SentRead, SentWrite
+from vfiouser_oob.persist.successor.notes import DeviceNotes, Inheritance
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_protocol.capabilities import VersionCapabilities
@@ -80,6 +81,8 @@ class ClientLink(abc.ABC):
     capabilities: VersionCapabilities
     #: Where what it has open here is counted.
     account: Account = STRANGERS
+    #: Takes down what a process after this one needs; None if there will be none.
+    notes: DeviceNotes | None = None
 
     @abc.abstractmethod
     async def dma_read(self, address: int, count: int) -> bytes:
@@ -116,6 +119,14 @@ class ClientLink(abc.ABC):
     @abc.abstractmethod
     def fail(self, reason: str) -> None:
         """Note that the device behind this session is lost; every further command is answered with EIO."""
+
+    def recovered(self) -> None:
+        """Note that a device that was lost is there again, and was reset."""
+        return
+
+    def fail_for_good(self, reason: str) -> None:
+        """Note that a device that was lost does not come back, and why."""
+        return
 
 
 class BackendSession(abc.ABC):
@@ -209,6 +220,19 @@ class BackendSession(abc.ABC):
         """How many vectors have an eventfd, by IRQ index name, for `status`."""
         return {}
 
+    def command_begins(self, tag: int, *, again: bool) -> None:
+        """A command of the client begins.
+
+        Args:
+            tag: which, modulo 2^16.
+            again: a process before this one has begun it already.
+        """
+        return
+
+    def leave(self) -> None:
+        """Leave everything to the process after this one as it is; `close` then only closes."""
+        return
+
     @abc.abstractmethod
     async def close(self) -> None:
         """The client has gone: interrupts off, bus master off, all maps and descriptors gone."""
@@ -233,6 +257,22 @@ class DeviceBackend(abc.ABC):
     def agent(self) -> Agent | None:
         """The migration that the device has of its own, without an agent on an SoC; it works while `run` does."""
         return None
+
+    #: Whether a process after this one can go on with its clients, and which commands can be begun once more then.
+    survives: bool = False
+    repeatable: Container[int] = ()
+
+    async def resume(self, link: ClientLink, inheritance: Inheritance) -> BackendSession:
+        """Go on with a client that another process has served, and which has noticed nothing.
+
+        Args:
+            link: the client.
+            inheritance: what was left of it; taken.
+
+        Raises:
+            BackendUnavailable: that is not possible.
+        """
+        raise BackendUnavailable("this kind of device does not outlive its process")
 
     @abc.abstractmethod
     async def open(self, link: ClientLink) -> BackendSession:

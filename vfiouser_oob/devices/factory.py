@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
+from vfiouser_oob.config.devices import UpstreamLoss
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.models import find_model
 from vfiouser_oob.config.schema import DmaMode, FunctionConfig, KernelVfioDevice, ModelDevice, UpstreamDevice
@@ -61,6 +62,7 @@ def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:
         activity,
         dma_by_message=config.dma is DmaMode.MESSAGES,
         max_write=device.max_write,
+        reset_when_lost=device.on_upstream_lost is UpstreamLoss.RESET,
         retain_state=config.retain_state,
     )
 

@@ -17,12 +17,17 @@ class SharedMemory:
     Args:
         name: shown in /proc/PID/maps of every process that maps it.
         size: bytes; rounded up to whole pages.
+        fd: another process's memory of that size, to go on with; taken. None: new memory.
+
+    Raises:
+        OSError: there is no memory.
+        ValueError: the other process's is smaller.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, fd: OwnedFd | None = None) -> None:
         self.name = name
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._fd, self._map = _make(name, self.size)
+        self._fd, self._map = _make(name, self.size) if fd is None else _mapped(fd, self.size)
         #: The bytes; a view that the model reads and writes. After `renew` it is another one.
         self.view = memoryview(self._map)
 
@@ -52,6 +57,11 @@ class SharedMemory:
         self.view.release()
         self._map.close()
         self._fd.close()
+
+
+def _mapped(fd: OwnedFd, size: int) -> tuple[OwnedFd, mmap.mmap]:
+    mapped = mmap.mmap(fd.fileno(), size)
+    return fd.take(), mapped
 
 
 def _make(name: str, size: int) -> tuple[OwnedFd, mmap.mmap]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from vfiouser_oob.config import values
 from vfiouser_oob.config.tables import NoOptions, key, section
 from vfiouser_oob.devices.base import ResetKind
 from vfiouser_oob.devices.memfd import SharedMemory
-from vfiouser_protocol.constants import IrqIndex, RegionFlags
+from vfiouser_protocol.constants import IrqIndex, RegionFlags, RegionIndex
 from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.irq import INTX, IrqDescription
 from vfiouser_protocol.pci import (
@@ -134,16 +135,31 @@ class DeviceModel(abc.ABC):
 
     #: Region 7, kept by the framework through this object.
     config: ConfigSpace
-    #: BARs and ROM by region index.
-    regions: Mapping[int, ModelRegion]
-    #: One entry per IRQ index.
-    irqs: Sequence[IrqDescription]
-    #: One line for logs and `status`.
-    summary: str = "model"
+    #: What the daemon offers.
+    host: ModelHost
 
-    @abc.abstractmethod
+    @cached_property
+    def regions(self) -> Mapping[int, ModelRegion]:
+        """BARs and ROM by region index; unless a model sets it, those of `config`, with every access trapped."""
+        bars = {index: ModelRegion(index, bar.size) for index, bar in self.config.bars.items()}
+        rom = RegionIndex.ROM
+        size = self.config.rom_size
+        return {**bars, rom: ModelRegion(rom, size, RegionFlags.READ)} if size else bars
+
+    @cached_property
+    def irqs(self) -> Sequence[IrqDescription]:
+        """One entry per IRQ index; unless a model sets it, what the pin, `Msi` and `Msix` in `config` say."""
+        vectors = {type(entry): entry.vectors for entry in self.config.capabilities if isinstance(entry, Msi | Msix)}
+        return interrupts(intx=bool(self.config.interrupt_pin), msi=vectors.get(Msi, 0), msix=vectors.get(Msix, 0))
+
+    @cached_property
+    def summary(self) -> str:
+        """One line for logs and `status`; unless a model sets it, the name of its class."""
+        return f"model:{type(self).__name__}"
+
     def attach(self, host: ModelHost) -> None:
         """Take the host's services; called once, before anything else."""
+        self.host = host
 
     @abc.abstractmethod
     def region_read(self, index: int, offset: int, count: int) -> bytes:

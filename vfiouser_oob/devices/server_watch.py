@@ -17,7 +17,7 @@ class ServerWatch:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._reason: str | None = None
         self._since: float | None = None
         self._seen: tuple[int, int] | None = None
@@ -40,7 +40,7 @@ class ServerWatch:
     def reason(self) -> str | None:
         """Why it cannot be used, as far as is known; None if it can."""
         if self._reason is None and self._socket() is None:
-            self.lost(f"no vfio-user server's socket is at {self._path}")
+            self.lost(f"no vfio-user server's socket is at {self.path}")
         # An orderly end takes the socket away after the connection; only another one is worth a try.
         if self._reason is not None and self._socket() not in (None, self._seen):
             self.found()
@@ -53,7 +53,7 @@ class ServerWatch:
 
     def _socket(self) -> tuple[int, int] | None:
         try:
-            status = os.stat(self._path)
+            status = os.stat(self.path)
         except OSError:
             return None
         return status.st_ino, status.st_ctime_ns

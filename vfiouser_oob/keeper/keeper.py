@@ -26,7 +26,7 @@ import trio
 
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.keeper.handover import environment, start
-from vfiouser_oob.keeper.lives import Ending, Lives
+from vfiouser_oob.keeper.lives import STARTS, Ending, Lives
 from vfiouser_oob.keeper.store import MAX_MESSAGE, KeeperLimits, Kept, Store
 from vfiouser_oob.observability import log
 from vfiouser_oob.systemd.mailbox import Mailbox
@@ -57,6 +57,7 @@ class Keeper:
         stop_s: seconds that the command has to end when it is told to, before it is killed.
         inherited: sockets that we were given for it, by name; taken.
         environ: ours.
+        most_starts: so many within ten seconds, and the command is given up.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Keeper:
         stop_s: float,
         inherited: Sequence[tuple[str, OwnedFd]] = (),
         environ: Mapping[str, str] = os.environ,
+        most_starts: int = STARTS,
     ) -> None:
         self._command = tuple(command)
         self._limits = limits
@@ -79,7 +81,7 @@ class Keeper:
         self._noise = log.RateLimited(self._log)
         self._account = Account("kept")
         self._store: Store[ForeignFd] = Store(limits)
-        self._lives = Lives()
+        self._lives = Lives(most_starts)
         self._child = 0
         self._stopping = self._restarting = False
         self._killing: trio.CancelScope | None = None

@@ -60,10 +60,15 @@ class Verdict:
 
 
 class Lives:
-    """The daemon's lives so far."""
+    """The daemon's lives so far.
 
-    def __init__(self) -> None:
-        self._starts: deque[float] = deque(maxlen=STARTS)
+    Args:
+        most: so many starts within `WINDOW_S`, and it is given up.
+    """
+
+    def __init__(self, most: int = STARTS) -> None:
+        self._most = most
+        self._starts: deque[float] = deque(maxlen=most)
 
     def started(self, now: float) -> None:
         """One has begun.
@@ -90,6 +95,6 @@ class Lives:
             return Verdict(0)
         if ending.code is not None and ending.code in HOPELESS:
             return Verdict(ending.code, HOPELESS[ending.code])
-        if len(self._starts) == STARTS and now - self._starts[0] < WINDOW_S:
-            return Verdict(GAVE_UP, f"it ended {STARTS} times within {WINDOW_S:g} s, the last time with {ending}")
+        if len(self._starts) == self._most and now - self._starts[0] < WINDOW_S:
+            return Verdict(GAVE_UP, f"it ended {self._most} times within {WINDOW_S:g} s, the last time with {ending}")
         return Verdict(None)

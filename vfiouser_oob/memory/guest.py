@@ -11,6 +11,8 @@ import trio
 
 from vfiouser_oob.memory.files import FileFacts, FileTable, GuestFile, examine, is_memory
 from vfiouser_oob.memory.recorder import DmaRoute, SentWrite, WriteRecorder
+from vfiouser_oob.persist.successor.descriptors import file_name
+from vfiouser_oob.persist.successor.things import RangeThing
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_oob.transport.turns import FunctionQueue
@@ -21,6 +23,7 @@ from vfiouser_protocol.messages import DmaMap as DmaMapRequest
 from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
 
 T = TypeVar("T")
+_MAP_SIZE = 32
 #: Ranges of one access that are looked up and used in one turn: a client may map its memory in windows of a few bytes.
 _RANGES_PER_TURN = 64
 
@@ -156,6 +159,35 @@ class GuestMemory:
         region = self.map.find(request.address)
         if region is None or (region.address, region.size) != (request.address, request.size):
             raise CommandError(f"nothing is mapped at exactly {request.address:#x}+{request.size:#x}", errno.ENOENT)
+
+    def written_down(self, region: DmaRegion) -> tuple[RangeThing, OwnedFd | None]:
+        """A range as another process gets to know it, and its file.
+
+        Args:
+            region: the range.
+        """
+        file: GuestFile | None = region.owner
+        name = None if file is None else file_name(*file.key)
+        thing = RangeThing(region.address, region.size, region.flags, region.offset, name)
+        return thing, None if file is None else file.fd
+
+    def restore(self, thing: RangeThing, fd: OwnedFd | None) -> None:
+        """Map a range that a client has mapped with another process.
+
+        Args:
+            thing: what was written down.
+            fd: its file; it stays the caller's.
+
+        Raises:
+            CommandError: it cannot be mapped.
+            OSError: it is no file that can be used.
+        """
+        request = DmaMapRequest(_MAP_SIZE, thing.flags, thing.offset, thing.address, thing.size)
+        if fd is None:
+            self.add(request, (), None)
+            return
+        with fd.duplicate() as copy:
+            self.add(request, (copy,), examine(copy, in_memory=is_memory(copy)))
 
     def discard(self, region: DmaRegion) -> None:
         """Take back a mapping that the device refused."""

@@ -86,6 +86,8 @@ class AgentLink:
         self._session: Session | None = None
         #: The session that the migration belongs to, if it is open.
         self._member: Session | None = None
+        #: The session on which the agent has taken a `begin`, and which: it need not be told again.
+        self._told_begin: tuple[Session, Begun] | None = None
         self._watching = BackgroundJob(host.background)
         self._opening = trio.Lock()
         self._in_use = 0
@@ -201,7 +203,7 @@ class AgentLink:
     def _forget(self, used: Session | None) -> None:
         if used is None or self._session is not used:
             return
-        self._session = None
+        self._session = self._told_begin = None
         self._watching.cancel()
         # Not left as it is: it may still be open at the agent.
         self._host.background.begin(_let_go, used)
@@ -222,8 +224,11 @@ class AgentLink:
                 self._watching.begin(partial(self._watch, session))
             if not op.anybody and self._session is not self._member:
                 begun = self._host.record.begun
-                if begun is None or await _taken_over(self._session, begun):
+                if begun is None:
                     self._member = self._session
+                elif await _taken_over(self._session, begun):
+                    self._member = self._session
+                    self._told_begin = self._session, begun
                 elif op.role is not None:
                     raise InvalidState(
                         f"the agent no longer knows migration {begun.id} of function {self.function_id}; "
@@ -269,6 +274,10 @@ class AgentLink:
             deadline: when to give up.
         """
         before = self._host.record.begun
+        told = self._told_begin
+        if told is not None and told[0] is self._session and told[1] == before == begun:
+            await trio.lowlevel.checkpoint()
+            return
         self._host.feed(BeganAtAgent(begun))
         try:
             await self.call(Operation.BEGIN, deadline, begun.role, begun.id)
@@ -280,6 +289,8 @@ class AgentLink:
                 self._host.feed(BeganAtAgent(before))
             raise
         self._member = self._session
+        if self._session is not None:
+            self._told_begin = self._session, begun
 
     async def leave(self, outcome: Outcome, deadline: float, *, abort: bool) -> None:
         """End the migration, if one was begun; when that fails, it still counts as begun.
@@ -295,6 +306,7 @@ class AgentLink:
         if self._host.record.begun is not None:
             if abort:
                 await self.call(Operation.ABORT, deadline)
+            self._told_begin = None
             await self.call(Operation.END, deadline, outcome)
             self._host.feed(BeganAtAgent(None))
 
@@ -306,7 +318,7 @@ class AgentLink:
         """
         if (self._in_use or self._host.record.logging) and not force:
             return
-        session, self._session = self._session, None
+        session, self._session, self._told_begin = self._session, None, None
         self._watching.cancel()
         if session is not None:
             self._host.background.begin(_let_go, session)

@@ -9,7 +9,8 @@ written. So what is carried is what was written, and the destination writes it a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from construct import Int8ul, Int16ul, Padding, Struct
 
@@ -43,6 +44,16 @@ _ADDRESSES = (
 _MAX_CAPS = 48
 
 
+class ConfigObserver(Protocol):
+    """Takes down what configuration space is."""
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        """A doubleword: its four bytes as last written, and one byte for each that says whether it was."""
+
+    def config_forgotten(self) -> None:
+        """Nothing of it counts any more."""
+
+
 class ConfigShadow:
     """What the client wrote to region 7 since the last reset."""
 
@@ -54,6 +65,8 @@ class ConfigShadow:
         self._written = bytearray(_SIZE)
         #: Bytes that ask for a function-level reset: offset and mask.
         self._flr: dict[int, int] = {}
+        #: Takes down what changes, for another process.
+        self.observer: ConfigObserver | None = None
 
     def learn(self, head: bytes) -> None:
         """Find the registers that reset the function.
@@ -89,6 +102,7 @@ class ConfigShadow:
         data = data[: max(0, end - offset)]
         self._values[offset:end] = data
         self._written[offset:end] = b"\1" * len(data)
+        self._tell(offset, end)
         reset = False
         for position, mask in self._flr.items():
             if offset <= position < end and self._values[position] & mask:
@@ -120,11 +134,36 @@ class ConfigShadow:
             for where, values, written in kept:
                 self._values[where] = values
                 self._written[where] = written
+        if self.observer is not None:
+            self.observer.config_forgotten()
+            if keep_addresses:
+                for first, last in _ADDRESSES:
+                    self._tell(first, last)
+
+    def _tell(self, start: int, end: int) -> None:
+        """Tell the observer of the doublewords that some bytes are in."""
+        if self.observer is None:
+            return
+        for at in range(start & ~3, end, 4):
+            self.observer.config_written(at, bytes(self._values[at : at + 4] + self._written[at : at + 4]))
+
+    def restore(self, doublewords: Mapping[int, bytes]) -> None:
+        """Take over what another process was told.
+
+        Args:
+            doublewords: by offset, what the observer was told.
+        """
+        for at, data in doublewords.items():
+            if at <= _SIZE - 4 and len(data) == 8:
+                self._values[at : at + 4] = data[:4]
+                self._written[at : at + 4] = data[4:]
 
     def take(self, other: ConfigShadow) -> None:
         """Take what was written according to another shadow of the same function."""
         self._values[:] = other._values
         self._written[:] = other._written
+        for start, end in self._runs():
+            self._tell(start, end)
 
     def copy(self) -> ConfigShadow:
         """Return a shadow of its own with the same content."""

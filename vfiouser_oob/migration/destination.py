@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable
 from typing import cast
 
 import trio
+from xxhash import xxh3_128
 
 from vfiouser_agents.api import Session
 from vfiouser_agents.errors import AgentError
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
-from vfiouser_oob.migration.hashing import Hasher
 from vfiouser_oob.migration.host import Background
 from vfiouser_oob.migration.stream import Data, DescriptorRecord, PciConfig, StreamHeader, StreamReader, Trailer
 from vfiouser_oob.migration.trace import Tracer
@@ -59,7 +59,8 @@ class DestinationPipeline:
         self._retry_s = retry_s
         self._device_failed = device_failed
         self._reader = StreamReader()
-        self._hasher = Hasher()
+        #: Of all state since the stream was begun, for the agent; the stream itself is proven by its records.
+        self._digest = xxh3_128()
         self._scope = trio.CancelScope()
         self._landed = trio.Event()
         self._landed.set()
@@ -95,7 +96,7 @@ class DestinationPipeline:
     async def _restart(self, deadline: float) -> None:
         """The source's function was reset: what came before is void."""
         await self._wait_landed()
-        self._hasher = Hasher()
+        self._digest = xxh3_128()
         self.pci = None
         self.loaded = 0
         await self._link.call(Operation.ABORT, deadline)
@@ -107,8 +108,7 @@ class DestinationPipeline:
         end = record.offset + len(record.data)
         if end > caps.max_state:
             raise CommandError(f"the state has {end} bytes or more, this function takes {caps.max_state}")
-        await self._hasher.room()
-        self._hasher.add(record.data)
+        self._digest.update(record.data)
         for start in range(0, len(record.data), caps.max_chunk):
             await self._wait_landed()
             self._landed = trio.Event()
@@ -156,9 +156,9 @@ class DestinationPipeline:
             AgentError: the agent does not apply it.
         """
         await self._wait_landed()
-        trailer = self._reader.finish(await self._hasher.digest())
+        trailer = self._reader.finish()
         await persist(
-            lambda: self._link.call(Operation.LOAD_COMMIT, deadline, trailer.total, trailer.sha256),
+            lambda: self._link.call(Operation.LOAD_COMMIT, deadline, trailer.total, self._digest.digest()),
             Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline),
             # What may have been applied is not applied twice.
             lambda error: error.unsent,

@@ -88,6 +88,8 @@ class MigrationRunner:
         self.history = history
         self._watch = MigrationWatch(name)
         self.record = MigrationRecord()
+        #: Takes the record whenever it may matter to whoever comes after us.
+        self.on_record: Callable[[MigrationRecord], None] | None = None
         self.background = Background()
         self.tracer = Tracer(name, events, log)
         self.link = AgentLink(agent, function_id, self.tracer, self)
@@ -149,6 +151,8 @@ class MigrationRunner:
         if entry is not None:
             self._finished(entry)
         if not isinstance(event, ev.Moved):  # which nobody waits for
+            if self.on_record is not None:
+                self.on_record(self.record)
             self._changed.set()
             self._changed = trio.Event()
         due: ev.Take | ev.Answer | None = None

@@ -1,7 +1,7 @@
 """The source's pipeline: agent → records → client, one chunk ahead of it.
 
 A task fetches chunks, each of which becomes a record when the client takes it, in portions of its own size. While it
-takes chunk n, chunk n+1 is fetched and n is hashed, and no more: at most two chunks, or what one read wants, are in
+takes chunk n, chunk n+1 is fetched, and no more: at most two chunks, or what one read wants, are in
 memory.
 """
 
@@ -20,7 +20,6 @@ from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
-from vfiouser_oob.migration.hashing import Hasher
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.stream_format import HEAD_SIZE
@@ -37,7 +36,6 @@ class SourcePipeline:
     Args:
         link: the agent.
         tracer: where progress is told.
-        descriptor: encoded, for the stream's head.
         pci: gives the `pci` record's payload, asked once the function stands still.
         chunk_size: bytes asked for at once.
         data_s: seconds within which a chunk has to come.
@@ -51,7 +49,6 @@ class SourcePipeline:
         link: AgentLink,
         tracer: Tracer,
         *,
-        descriptor: bytes,
         pci: Callable[[], bytes],
         chunk_size: int,
         data_s: float,
@@ -61,7 +58,8 @@ class SourcePipeline:
     ) -> None:
         self._link = link
         self._tracer = tracer
-        self._descriptor = descriptor
+        #: Encoded, for the stream's head; until it is known, nothing can be taken.
+        self._descriptor: bytes | None = None
         self._pci = pci
         self._chunk_size = chunk_size
         self._data_s = data_s
@@ -110,27 +108,25 @@ class SourcePipeline:
         self._notify()
 
     async def _fill(self) -> None:
-        hasher = self._open_stream()
         while not self.complete:
             if self._restarting:
-                hasher = self._open_stream()
-            elif self._pci_due:
+                self._begin_anew()
+            elif self._pci_due and self._descriptor is not None:
                 self._pci_due = False
                 self._make_records()
                 self._put(self._writer.pci(self._pci()))
-            elif self._eof:
-                digest = await hasher.digest()
+            elif self._eof and self._descriptor is not None:
                 self._make_records()
-                self._put(self._writer.trailer(digest))
+                self._put(self._writer.trailer())
                 self.complete = True
                 self._notify()
             elif self._may_fetch:
-                await self._fetch(hasher)
+                await self._fetch()
             else:
                 await self._changed.wait()
 
-    def _open_stream(self) -> Hasher:
-        """Begin the stream, or begin it anew."""
+    def _begin_anew(self) -> None:
+        """Forget what was fetched, for the stream begins once more."""
         self._queue.drop_untouched()
         self._fetched.clear()
         self._fetched_size = 0
@@ -138,25 +134,28 @@ class SourcePipeline:
         self._offset = 0
         self._drained = self._eof = False
         self._estimated_at = 0
-        self._put(self._writer.header())
-        self._put(self._writer.descriptor(self._descriptor))
-        return Hasher()
+        self._put_head()
+
+    def _put_head(self) -> None:
+        if self._descriptor is not None:
+            self._put(self._writer.header())
+            self._put(self._writer.descriptor(self._descriptor))
 
     @property
     def _may_fetch(self) -> bool:
-        if self._held or self._drained or self._eof or self._error is not None or self._pci_due or self._restarting:
+        if self._held or self._drained or self._eof or self._error is not None or self._restarting:
+            return False
+        if self._pci_due and self._descriptor is not None:
             return False
         # What a client waits for is as good as gone.
         piece = self._piece
         return self.buffered <= piece or self.buffered < self._demand + piece // 2
 
-    async def _fetch(self, hasher: Hasher) -> None:
+    async def _fetch(self) -> None:
         with trio.CancelScope() as self._fetch_scope:
             try:
                 while self._may_fetch:
-                    await hasher.room()
-                    chunk = await self._save(self._offset)
-                    self._accept(chunk, hasher)
+                    self._accept(await self._save(self._offset))
             except AgentError as error:
                 self._error = error
                 if error.fatal:
@@ -184,10 +183,9 @@ class SourcePipeline:
 
         return await persist(save, Backoff(self._retry_s, WAITING_PAUSE_MAX_S, deadline))
 
-    def _accept(self, chunk: Chunk, hasher: Hasher) -> None:
-        # Nothing may be awaited in here: a chunk is taken and hashed, or asked for again.
+    def _accept(self, chunk: Chunk) -> None:
+        # Nothing may be awaited in here: a chunk is taken, or asked for again.
         if chunk.data:
-            hasher.add(chunk.data)
             self._fetched.append(memoryview(chunk.data))
             self._fetched_size += HEAD_SIZE + len(chunk.data)
             self._offset += len(chunk.data)
@@ -200,7 +198,7 @@ class SourcePipeline:
     def _make_records(self, size: int | None = None) -> None:
         """Make records of what was fetched, for a read of so many bytes, or of everything.
 
-        As late as can be: the next chunk was asked for by now, so the agent works while the checksum is computed.
+        As late as can be: the next chunk was asked for by now, so the agent works while the digest is computed.
         """
         while self._fetched and (size is None or len(self._queue) < size):
             data = self._fetched.popleft()
@@ -237,6 +235,15 @@ class SourcePipeline:
         """Go on after `hold`, in the same phase."""
         self._held = False
         self._notify()
+
+    def described(self, descriptor: bytes) -> None:
+        """Begin the stream with what the function is; fetching may have begun before.
+
+        Args:
+            descriptor: encoded.
+        """
+        self._descriptor = descriptor
+        self._put_head()
 
     def finish(self) -> None:
         """The function stands still: fetch the rest."""

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import trio
 
-from vfiouser_agents.api import Outcome, Role, Session, Status
+from vfiouser_agents.api import Descriptor, Outcome, Role, Session, Status
 from vfiouser_agents.errors import AgentError, InvalidState, Unsupported
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.config.schema import MigrationConfig
@@ -27,7 +27,7 @@ from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.source import SourcePipeline
 from vfiouser_oob.migration.trace import Tracer
-from vfiouser_protocol.constants import RegionIndex
+from vfiouser_protocol.constants import DeviceState, RegionIndex
 from vfiouser_protocol.errors import CommandError, VfioUserError
 
 #: Takes a step by a deadline.
@@ -75,6 +75,8 @@ class Steps:
         #: The saving side's pipeline, and the loading side's.
         self.source: SourcePipeline | None = None
         self.destination: DestinationPipeline | None = None
+        #: What the function is that a state is loaded into, once known.
+        self._ours: Descriptor | None = None
         self._table: Mapping[Do, Action] = {
             Do.FLUSH: self.flush,
             Do.QUIESCE: self.quiesce,
@@ -266,11 +268,9 @@ class Steps:
     async def open_stream(self, deadline: float) -> None:
         """Begin to fetch the state."""
         assert self.device is not None
-        descriptor = await self.describe(deadline)
         self.source = SourcePipeline(
             self._link,
             self._tracer,
-            descriptor=descriptor,
             pci=self.device.shadow.encode,
             chunk_size=self._config.chunk_size,
             data_s=self._config.data_s,
@@ -278,8 +278,23 @@ class Steps:
             device_failed=self._broken,
             sharing=self._sharing,
         )
-        await self._estimate(deadline)
-        self._host.background.begin(self.source.run)
+        source = self.source
+        self._host.background.begin(source.run)
+        if self._host.record.state is DeviceState.STOP:
+            # The first piece is under way while the agent says what the function is.
+            source.finish()
+        estimated = trio.Event()
+
+        async def estimate() -> None:
+            try:
+                await self._estimate(source, deadline)
+            finally:
+                estimated.set()
+
+        if not self._host.background.begin(estimate):
+            estimated.set()
+        source.described(await self.describe(deadline))
+        await estimated.wait()
 
     @property
     def _saving(self) -> SourcePipeline:
@@ -293,7 +308,7 @@ class Steps:
         await source.hold(trio.current_time())
         await self._void_stream(deadline)
         source.restart(await self.describe(deadline))
-        await self._estimate(deadline)
+        await self._estimate(source, deadline)
 
     async def _void_stream(self, deadline: float) -> None:
         """Make the agent drop what it gave: else it may repeat a chunk that it gave before."""
@@ -307,9 +322,8 @@ class Steps:
         """Ask what the function is, as the stream carries it."""
         return encode_descriptor(await self._link.call(Operation.DESCRIBE, deadline))
 
-    async def _estimate(self, deadline: float) -> None:
+    async def _estimate(self, source: SourcePipeline, deadline: float) -> None:
         """Ask how much there is; a figure for progress and `pending_bytes`, so a failure is no matter."""
-        source = self._saving
         try:
             source.estimated(await self._link.call(Operation.ESTIMATE, deadline))
         except AgentError:
@@ -326,8 +340,12 @@ class Steps:
 
     async def finish_stream(self, deadline: float) -> None:
         """Go on to the end of the state."""
-        await self._estimate(deadline)
-        self._saving.finish()
+        source = self._saving
+        if source.final:
+            await trio.lowlevel.checkpoint()
+            return
+        source.finish()
+        await self._estimate(source, deadline)
 
     async def drop_stream(self, deadline: float) -> None:
         """Forget what was fetched."""
@@ -358,6 +376,7 @@ class Steps:
         """Get the agent ready for a state."""
         assert self.device is not None
         await self._link.call(Operation.LOAD_BEGIN, deadline, None)
+        self._ours = await self._described(deadline)
         # From here on it has what the client writes while it loads, which wins over what the stream brings.
         self.device.shadow.clear()
         self.destination = DestinationPipeline(
@@ -370,12 +389,22 @@ class Steps:
             device_failed=self._broken,
         )
 
+    async def _described(self, deadline: float) -> Descriptor | None:
+        """What the function is, asked before the source's function stands still; None: to be asked again."""
+        try:
+            return await self._link.call(Operation.DESCRIBE, deadline)
+        except AgentError as error:  # traced
+            if error.fatal:
+                raise
+            return None
+
     async def check(self, payload: bytes, deadline: float) -> None:
         """Judge a source's descriptor: what is plain at once, the rest by the agent."""
         theirs = decode_descriptor(payload)
-        ours = await self._link.call(Operation.DESCRIBE, deadline)
+        if self._ours is None:
+            self._ours = await self._link.call(Operation.DESCRIBE, deadline)
         assert self._link.caps is not None
-        require_similar(theirs, ours, self._link.caps)
+        require_similar(theirs, self._ours, self._link.caps)
         await self._link.call(Operation.CHECK, deadline, theirs)
 
     async def load_commit(self, deadline: float) -> None:

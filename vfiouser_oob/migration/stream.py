@@ -8,24 +8,22 @@ of its own size; the destination feeds whatever portions come to a `StreamReader
 from __future__ import annotations
 
 from typing import NamedTuple
-from zlib import crc32
 
 from vfiouser_oob.migration.record_queue import RecordQueue
 from vfiouser_oob.migration.stream_format import (
-    CRC,
-    CRC_AT,
     DATA,
     DESCRIPTOR,
+    DIGEST_AT,
     HEAD,
     HEAD_SIZE,
     HEADER,
     MAGIC,
     MAX_DATA,
+    NO_DIGEST,
     NO_PADDING,
     ORDER,
     PCI,
     RECORDS,
-    SHA256_SIZE,
     TRAILER,
     TRAILER_BODY,
     VERSION,
@@ -39,8 +37,9 @@ from vfiouser_oob.migration.stream_format import (
     StreamRecord,
     StreamRefused,
     Trailer,
-    pack_head,
+    chain,
     pack_header,
+    pack_record,
     record_name,
 )
 from vfiouser_protocol.errors import LocalProtocolError
@@ -74,20 +73,20 @@ class _Progress:
         self.epoch = 0
         self.sequence = 0
         self.offset = 0
-        self.seal = 0
+        #: Of the last record, or of the header.
+        self.digest = NO_DIGEST
 
-    def begin(self, epoch: int, header: Buffer) -> None:
+    def begin(self, epoch: int, header: bytes) -> None:
         self.place = StreamPlace.OPENED
         self.epoch = epoch
         self.sequence = 0
         self.offset = 0
-        self.seal = crc32(header[:CRC_AT])
+        self.digest = header[DIGEST_AT:]
 
-    def advance(self, tag: bytes, length: int, head: Buffer) -> None:
+    def advance(self, tag: bytes, length: int, digest: bytes) -> None:
         self.place = ORDER[self.place][tag]
         self.sequence += 1
-        # Without its own checksum: a CRC over something and its CRC is the same for everything.
-        self.seal = crc32(head[:CRC_AT], self.seal)
+        self.digest = digest
         if tag == DATA:
             self.offset += length
 
@@ -146,30 +145,22 @@ class StreamWriter:
         """
         return self._record(PCI, payload)
 
-    def data(self, offset: int, payload: Buffer, payload_crc: int | None = None) -> tuple[Buffer, ...]:
+    def data(self, offset: int, payload: Buffer) -> tuple[Buffer, ...]:
         """Return a record with a piece of state.
 
         Args:
             offset: where it belongs, bytes; has to be `total`.
             payload: 1 to `MAX_DATA` bytes; part of the record as it is, so it must not change any more.
-            payload_crc: its CRC-32, if the caller has it already.
         """
         if offset != self._progress.offset:
             raise LocalProtocolError(f"state at {offset} follows {self._progress.offset} bytes; not written")
-        return self._record(DATA, payload, payload_crc)
+        return self._record(DATA, payload)
 
-    def trailer(self, sha256: bytes) -> tuple[Buffer, ...]:
-        """Return the record that ends the stream.
+    def trailer(self) -> tuple[Buffer, ...]:
+        """Return the record that ends the stream."""
+        return self._record(TRAILER, TRAILER_BODY.pack(self._progress.offset))
 
-        Args:
-            sha256: digest of all state of this epoch.
-        """
-        if len(sha256) != SHA256_SIZE:
-            raise LocalProtocolError(f"a SHA-256 of {len(sha256)} bytes; not written")
-        progress = self._progress
-        return self._record(TRAILER, TRAILER_BODY.pack(progress.offset, sha256, progress.seal, bytes(4)))
-
-    def _record(self, tag: bytes, payload: Buffer, payload_crc: int | None = None) -> tuple[Buffer, ...]:
+    def _record(self, tag: bytes, payload: Buffer) -> tuple[Buffer, ...]:
         progress = self._progress
         rule = RECORDS[tag]
         length = len(payload)
@@ -179,9 +170,8 @@ class StreamWriter:
             raise LocalProtocolError(
                 f"{record_name(tag)} of {length} bytes, {rule.least} to {rule.most} are allowed; not written"
             )
-        checksum = crc32(payload) if payload_crc is None else payload_crc
-        head = pack_head(tag, progress.epoch, progress.sequence, length, progress.offset, checksum)
-        progress.advance(tag, length, head)
+        head = pack_record(progress.digest, tag, progress.epoch, progress.sequence, progress.offset, payload)
+        progress.advance(tag, length, head[DIGEST_AT:])
         return head, payload
 
 
@@ -213,7 +203,7 @@ class _Gathered:
 class StreamReader:
     """Reads a stream from chunks of any size, and lets only what was checked through.
 
-    Once it has refused a stream, it refuses everything. State is only proven by `finish`.
+    Once it has refused a stream, it refuses everything. That the state is whole is only proven by `finish`.
     """
 
     def __init__(self) -> None:
@@ -264,32 +254,23 @@ class StreamReader:
             raise
         return records
 
-    def finish(self, sha256: bytes) -> Trailer:
+    def finish(self) -> Trailer:
         """End the stream.
-
-        Args:
-            sha256: digest of the data of every `Data` since the last `StreamHeader`, as the caller computed it.
 
         Returns:
             The trailer.
 
         Raises:
-            StreamRefused: the stream was refused before, is not complete, or holds other data.
+            StreamRefused: the stream was refused before, or is not complete.
         """
         if self._refused is not None:
             raise self._refused
-        trailer = self._trailer
-        if trailer is None:
+        if self._trailer is None:
             where = f"{self._progress.place.value} of epoch {self.epoch}"
-            raise self._refuse(Refusal.TRUNCATED, f"the stream ends after {self.consumed} bytes, behind {where}")
-        if trailer.sha256 != sha256:
-            text = f"the trailer says SHA-256 {trailer.sha256.hex()}, the state has {sha256.hex()}"
-            raise self._refuse(Refusal.CORRUPT, text)
-        return trailer
-
-    def _refuse(self, reason: Refusal, text: str) -> StreamRefused:
-        self._refused = StreamRefused(reason, text)
-        return self._refused
+            text = f"the stream ends after {self.consumed} bytes, behind {where}"
+            self._refused = StreamRefused(Refusal.TRUNCATED, text)
+            raise self._refused
+        return self._trailer
 
     def _take(self, view: memoryview, position: int, records: list[StreamRecord]) -> int:
         """Go on with the head or the payload that comes next; returns where the rest begins."""
@@ -328,15 +309,13 @@ class StreamReader:
             records.append(StreamHeader(epoch, restart=progress.place is not StreamPlace.START))
             progress.begin(epoch, packed)
             return
-        if CRC.unpack_from(packed, CRC_AT)[0] != crc32(packed[:CRC_AT]):
-            raise StreamRefused(Refusal.CORRUPT, f"the head of record {progress.sequence} has a wrong CRC-32")
         self._current = _check_head(_Head(packed, *HEAD.unpack_from(packed)), progress)
 
     def _close(self, head: _Head, payload: memoryview, records: list[StreamRecord]) -> None:
         """Check a payload and let it through."""
         progress = self._progress
-        if crc32(payload) != head.payload_crc:
-            text = f"record {head.sequence}, {record_name(head.tag)} at {head.offset}+{head.length}, has a wrong CRC-32"
+        if chain(progress.digest, head.packed[:DIGEST_AT], payload) != head.packed[DIGEST_AT:]:
+            text = f"record {head.sequence}, {record_name(head.tag)} at {head.offset}+{head.length}, has a wrong digest"
             raise StreamRefused(Refusal.CORRUPT, text)
         if head.tag == DATA:
             records.append(Data(head.offset, payload))
@@ -345,7 +324,7 @@ class StreamReader:
             records.append(self._trailer)
         else:
             records.append((DescriptorRecord if head.tag == DESCRIPTOR else PciConfig)(bytes(payload)))
-        progress.advance(head.tag, head.length, head.packed)
+        progress.advance(head.tag, head.length, head.packed[DIGEST_AT:])
         self._current = None
 
 
@@ -358,17 +337,16 @@ class _Head(NamedTuple):
     sequence: int
     length: int
     offset: int
-    payload_crc: int
 
 
 def _unpack_header(packed: bytes) -> int:
     """The epoch in a header."""
     _magic, version, epoch, padding = HEADER.unpack_from(packed)
-    # Before the checksum: another version may have another one.
+    # Before the digest: another version may have another one.
     if version != VERSION:
         age = "newer" if version > VERSION else "older"
         raise StreamRefused(Refusal.VERSION, f"the stream has the {age} version {version}, this daemon reads {VERSION}")
-    if CRC.unpack_from(packed, CRC_AT)[0] != crc32(packed[:CRC_AT]) or padding != NO_PADDING:
+    if packed[DIGEST_AT:] != chain(NO_DIGEST, packed[:DIGEST_AT]) or padding != NO_PADDING:
         raise StreamRefused(Refusal.CORRUPT, "the stream's header is damaged")
     return int(epoch)
 
@@ -392,8 +370,7 @@ def _check_head(head: _Head, progress: _Progress) -> _Head:
 
 
 def _check_trailer(payload: memoryview, progress: _Progress) -> Trailer:
-    total, sha256, seal, padding = TRAILER_BODY.unpack(payload)
-    if (total, seal, padding) != (progress.offset, progress.seal, bytes(4)):
-        text = f"the trailer says {total} bytes and seal {seal:#x}, there were {progress.offset} and {progress.seal:#x}"
-        raise StreamRefused(Refusal.CORRUPT, text)
-    return Trailer(total, sha256)
+    (total,) = TRAILER_BODY.unpack(payload)
+    if total != progress.offset:
+        raise StreamRefused(Refusal.CORRUPT, f"the trailer says {total} bytes, there were {progress.offset}")
+    return Trailer(total)

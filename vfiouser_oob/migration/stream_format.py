@@ -2,10 +2,10 @@
 
     header, descriptor, then data and pci records in any order (pci at least once, the last one counts), trailer
 
-Everything is little-endian and every bit is covered: by the CRC-32 of a record's head, by that of its payload, by
-sequence and epoch numbers in the head against lost, repeated and exchanged records, by `seal` (a CRC-32 over all
-heads of the epoch without their own checksums) against records of another stream, and by the SHA-256 over the
-state itself. A header with a higher epoch may stand wherever a record may: all that came before is void then.
+Everything is little-endian. The header and each record's head end with an XXH3-128 digest: of the previous digest, of
+the head in front of it and of the payload. So order, content and completeness are one chain, each byte is hashed once,
+and how far a stream has come is 16 bytes. It guards against faults, not against whoever can write the stream. A header
+with a higher epoch may stand wherever a record may: all that came before is void then.
 
 The layouts are declared with construct; what runs is derived from them, and a test holds both equal.
 """
@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
-from zlib import crc32
 
 from construct import Bytes, Const, Int32ul, Int64ul
 from construct import Struct as Layout
+from xxhash import xxh3_128, xxh3_128_digest
 
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.packed import packed
@@ -28,21 +28,23 @@ from vfiouser_protocol.packed import packed
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 MAGIC = b"VFUOOBST"
-VERSION = 1
-SHA256_SIZE = 32
+#: Version 1 had a CRC-32 in each record and a SHA-256 of the state in its trailer.
+VERSION = 2
 #: Largest piece of state in one record, bytes: what a reader has to hold before it can check it.
 MAX_DATA = 16 << 20
 
-NO_PADDING = bytes(12)
-#: What the header and every record's head end with: the CRC-32 of all in front of it.
-_HEAD_CRC = "head_crc" / Int32ul
+DIGEST_SIZE = 16
+#: What stands for the previous digest in front of a header.
+NO_DIGEST = bytes(DIGEST_SIZE)
+NO_PADDING = bytes(8)
+_DIGEST = "digest" / Bytes(DIGEST_SIZE)
 
 HEADER_LAYOUT = Layout(
     "magic" / Const(MAGIC),
     "version" / Int32ul,
     "epoch" / Int32ul,
     "padding" / Const(NO_PADDING),
-    _HEAD_CRC,
+    _DIGEST,
 )
 RECORD_LAYOUT = Layout(
     "tag" / Bytes(4),
@@ -50,19 +52,17 @@ RECORD_LAYOUT = Layout(
     "sequence" / Int32ul,
     "length" / Int32ul,
     "offset" / Int64ul,
-    "payload_crc" / Int32ul,
-    _HEAD_CRC,
+    _DIGEST,
 )
-TRAILER_LAYOUT = Layout("total" / Int64ul, "sha256" / Bytes(SHA256_SIZE), "seal" / Int32ul, "padding" / Const(bytes(4)))
+TRAILER_LAYOUT = Layout("total" / Int64ul)
 
-#: What runs: everything in front of `head_crc`, the checksum itself, and the trailer's payload.
-HEADER = packed(HEADER_LAYOUT, until="head_crc")
-HEAD = packed(RECORD_LAYOUT, until="head_crc")
-CRC = packed(Layout(_HEAD_CRC))
+#: What runs: everything in front of `digest`, and the trailer's payload.
+HEADER = packed(HEADER_LAYOUT, until="digest")
+HEAD = packed(RECORD_LAYOUT, until="digest")
 TRAILER_BODY = packed(TRAILER_LAYOUT)
-CRC_AT = HEAD.size
+DIGEST_AT = HEAD.size
 #: Of the header and of every record's head, bytes.
-HEAD_SIZE = CRC_AT + CRC.size
+HEAD_SIZE = DIGEST_AT + DIGEST_SIZE
 
 
 class Refusal(Enum):
@@ -147,11 +147,9 @@ class Trailer(NamedTuple):
 
     Args:
         total: bytes of all `Data`.
-        sha256: of all `Data`; `StreamReader.finish` compares it.
     """
 
     total: int
-    sha256: bytes
 
 
 StreamRecord: TypeAlias = StreamHeader | DescriptorRecord | PciConfig | Data | Trailer
@@ -211,6 +209,21 @@ ORDER: Mapping[StreamPlace, Mapping[bytes, StreamPlace]] = MappingProxyType(
 )
 
 
+def chain(previous: bytes, head: Buffer, payload: Buffer = b"") -> bytes:
+    """Return the digest of a record.
+
+    Args:
+        previous: digest of the record in front of it, `NO_DIGEST` for a header.
+        head: the record's, without its digest.
+        payload: the record's.
+    """
+    if not payload:
+        return xxh3_128_digest(previous + head)
+    hasher = xxh3_128(previous + head)
+    hasher.update(payload)
+    return hasher.digest()
+
+
 def pack_header(epoch: int) -> bytes:
     """Return the bytes of a header.
 
@@ -218,22 +231,25 @@ def pack_header(epoch: int) -> bytes:
         epoch: counts the beginnings of a stream.
     """
     body = HEADER.pack(MAGIC, VERSION, epoch, NO_PADDING)
-    return body + CRC.pack(crc32(body))
+    return body + chain(NO_DIGEST, body)
 
 
-def pack_head(tag: bytes, epoch: int, sequence: int, length: int, offset: int, payload_crc: int) -> bytes:
+def pack_record(
+    previous: bytes, tag: bytes, epoch: int, sequence: int, offset: int, payload: Buffer, length: int | None = None
+) -> bytes:
     """Return the bytes in front of a record's payload.
 
     Args:
+        previous: digest of the record in front of it.
         tag: one of `RECORDS`.
         epoch: of the stream.
         sequence: number of the record in its epoch; that of the descriptor is 0.
-        length: of the payload, bytes.
         offset: bytes of state in front of this record.
-        payload_crc: CRC-32 of the payload.
+        payload: what follows.
+        length: what is said of its length, bytes, if not the truth.
     """
-    body = HEAD.pack(tag, epoch, sequence, length, offset, payload_crc)
-    return body + CRC.pack(crc32(body))
+    body = HEAD.pack(tag, epoch, sequence, len(payload) if length is None else length, offset)
+    return body + chain(previous, body, payload)
 
 
 def record_name(tag: bytes) -> str:

@@ -65,7 +65,7 @@ class Turn:
 
     def set(self, **changes: Any) -> None:
         """Change the record."""
-        self.record = replace(self.record, **changes)
+        self.record = self.record.but(changes)
 
     def do(self, effect: ev.Effect) -> None:
         """Add something to be done."""

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.migration.transfer import Left, Transfer
+from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.buffers import BufferPool
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError
@@ -49,6 +50,8 @@ class V1View:
         self._layout = RegionLayout(mmap.PAGESIZE, data_size)
         self._iteration = Iteration(self._layout)
         self._memory: SharedMemory | None = None
+        #: Told of the memory when it is made: another process needs it.
+        self.on_memory: Callable[[int, SharedMemory], None] | None = None
         #: What the client wrote to device_state last.
         self._written = 0
         self._pool = BufferPool()
@@ -72,7 +75,21 @@ class V1View:
         """The whole region's memory; made when it is first needed."""
         if self._memory is None:
             self._memory = SharedMemory(f"vfiouser-{self._name}-migration", self._layout.size)
+            if self.on_memory is not None:
+                self.on_memory(self.index, self._memory)
         return self._memory
+
+    def adopt(self, fd: OwnedFd) -> None:
+        """Go on with the memory that a client got of another process.
+
+        Args:
+            fd: that; taken.
+
+        Raises:
+            OSError: it cannot be mapped.
+            ValueError: it is too small.
+        """
+        self._memory = SharedMemory(f"vfiouser-{self._name}-migration", self._layout.size, fd)
 
     def fileno(self) -> int:
         """Return the descriptor that maps the data section; it stays ours."""

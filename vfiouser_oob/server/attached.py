@@ -145,10 +145,14 @@ class Attached:
         if isinstance(event, CommandReceived):
             self.dispatcher.take(event)
         elif isinstance(event, ReplyReceived):
+            channel.stream.settle()
             close_fds((*event.fds, *event.surplus_fds))
             event.token.resolve(event.header, event.payload)
         elif event.close:
             note_refusal(event, self.context)
             raise StreamError(event.reason, event.errno, event.reply)
+        elif twin and channel.stream.kept:
+            channel.stream.settle()
+            note_refusal(event, self.context)
         else:
             self.dispatcher.refuse(event)

@@ -60,12 +60,30 @@ class Channel:
             head: its header.
             payload: its payload, of the size that the header says.
         """
+        if self.stream.kept:
+            self.answer(b"".join([head, *payload.pieces]) if head else b"")
+            return
         if not head:
             return
         if self.tracing:
             self._log.debug(describe(unpack_header(head), b"".join(payload.pieces), 0, ">"))
         try:
             self.stream.send_pieces([head, *payload.pieces])
+        except EndOfStream:
+            self._broken.cancel()
+
+    def answer(self, data: bytes, fds: Sequence[HasFileno] = ()) -> None:
+        """Answer the first command that was not.
+
+        Args:
+            data: the whole message; empty for a command that wants no reply.
+            fds: descriptors that go with it; they stay the caller's and may be closed at once.
+        """
+        if self.tracing and data:
+            header = unpack_header(data[:HEADER_SIZE])
+            self._log.debug(describe(header, data[HEADER_SIZE:], len(fds), ">"))
+        try:
+            self.stream.answer(data, fds)
         except EndOfStream:
             self._broken.cancel()
 

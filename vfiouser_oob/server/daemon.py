@@ -44,8 +44,9 @@ from vfiouser_oob.server.pulse import Pulse
 from vfiouser_oob.server.registry import FindFunction, Registry, Units, find_function
 from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time
+from vfiouser_oob.server.survival import Survival, find_survival
 from vfiouser_oob.server.unit import UnitKind
-from vfiouser_oob.systemd.listen import METRICS_NAME, inherited_sockets
+from vfiouser_oob.systemd.listen import METRICS_NAME
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
@@ -116,19 +117,20 @@ async def run_daemon(
     with ExitStack() as resources:
         activity = Activity()
         resources.callback(activity.close)
-        store = CapabilityStore(config.state_directory, log.get("persist"))
-        history = HistoryStore(config.state_directory, log.get("persist"))
+        _raise_fd_limit()
+        notifier = Notifier.from_environment()
+        inherited, survival = await find_survival(config.fd_store, notifier)
+        resources.callback(survival.close)
         means = SharedParts(
             config.reply_budget_s,
             AgentPool(agents),
-            store,
-            history,
+            CapabilityStore(config.state_directory, log.get("persist")),
+            HistoryStore(config.state_directory, log.get("persist")),
             activity,
             recorded=lambda name: any(name in vm.functions for vm in (*config.vms, *units.configured_vms())),
+            survival=survival,
         )
         activity.busy = lambda: means.sharing.busy
-        _raise_fd_limit()
-        inherited = inherited_sockets()
         control_fds = inherited.pop(CONTROL_NAME, [])
         scraped = None if metrics is None else _open_metrics(config, inherited.pop(METRICS_NAME, []), resources)
         shelf = SocketShelf(inherited, [*(f.name for f in config.functions), *(table.name for table in config.spoiled)])
@@ -141,6 +143,7 @@ async def run_daemon(
         resources.callback(units.close)
         for kind in units.kinds:
             units.open_all(kind, kind.of(config), config.spoiled)
+        survival.settle()
         for passed in shelf.unclaimed(config.functions):
             log.get("daemon").warning("a socket that systemd passed fits no function", socket=str(passed))
         async with means.agents, trio.open_nursery() as nursery:
@@ -148,7 +151,7 @@ async def run_daemon(
                 StartCount(config.state_directory, log.get("persist")),
                 CertificateBook(units.configured, log.get("agents")),
             )
-            daemon = Daemon(units, means, books, nursery, config, reread, _readers(listener))
+            daemon = Daemon(units, means, books, nursery, config, reread, _readers(listener), notifier, survival)
             for serve, place in ((control, listener), (metrics, scraped)):
                 if serve is not None and place is not None:
                     await nursery.start(serve, daemon, place.sock.dup())
@@ -180,6 +183,8 @@ class Daemon:
         config: as it was started.
         reread: reads the configuration again; None if it did not come from a file.
         readers: groups whose members may ask by the control socket.
+        notifier: tells the service manager how far we are.
+        survival: how clients outlive us.
     """
 
     def __init__(
@@ -191,10 +196,13 @@ class Daemon:
         config: DaemonConfig,
         reread: Reread | None,
         readers: frozenset[int],
+        notifier: Notifier,
+        survival: Survival,
     ) -> None:
         self._events = means.events
         self._log = log.get("daemon")
-        self._notifier = Notifier.from_environment()
+        self._notifier = notifier
+        self._survival = survival
         self._started = time.time()
         self._books = books
         self._nursery = nursery
@@ -211,7 +219,7 @@ class Daemon:
     async def run(self, beside: Companion | None, task_status: trio.TaskStatus[Daemon]) -> None:
         """Serve until told to stop."""
         self._nursery.start_soon(self._notifier.run)
-        for background in (self._keep_time, self._books.starts.run, self._books.certificates.run):
+        for background in (self._keep_time, self._books.starts.run, self._books.certificates.run, self._survival.run):
             self._nursery.start_soon(background)
         with trio.open_signal_receiver(*_ENDING, _RELOAD, *_WITHOUT_MEANING) as signals:
             self._nursery.start_soon(self._await_signal, signals)
@@ -224,6 +232,11 @@ class Daemon:
                     self._nursery.start_soon(pulse.run)
                 task_status.started(self)
                 await trio.sleep_forever()
+        if await self._survival.ready():
+            async with trio.open_nursery() as leaving:
+                for unit in self.registry.units:
+                    if isinstance(unit.life, Life):
+                        leaving.start_soon(unit.life.leave)
         await self.registry.stop()
 
     async def _keep_time(self) -> None:
@@ -248,7 +261,7 @@ class Daemon:
                 self._nursery.start_soon(self._reload)
                 continue
             self._log.info("stopping", signal=name)
-            self._notifier.stopping("turning clients out")
+            self._notifier.stopping("leaving" if self._survival.works else "turning clients out")
             self._serving.cancel()
             return
 

@@ -6,6 +6,8 @@ import errno
 from collections.abc import Callable
 from typing import Protocol
 
+import trio
+
 from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.memory.recorder import SentRead, SentWrite
 from vfiouser_oob.server.context import FunctionContext
@@ -49,6 +51,37 @@ class NoDma:
         raise _too_early()
 
 
+class DmaToCome:
+    """The way to the memory of a client that another process has served: there will be one in a moment."""
+
+    def __init__(self) -> None:
+        self._known = trio.Event()
+        self._dma: Dma = NoDma()
+
+    def known(self, dma: Dma) -> None:
+        """There it is."""
+        self._dma = dma
+        self._known.set()
+
+    async def read(self, address: int, count: int) -> bytes:
+        """Read client memory."""
+        await self._known.wait()
+        return await self._dma.read(address, count)
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Write client memory."""
+        await self._known.wait()
+        await self._dma.write(address, data)
+
+    def send_read(self, address: int, count: int) -> SentRead:
+        """Send a read, once it is known how."""
+        return self._dma.send_read(address, count)
+
+    def bus_write(self, address: int, data: bytes) -> SentWrite:
+        """Send a write, once it is known how."""
+        return self._dma.bus_write(address, data)
+
+
 class DeviceLink(ClientLink):
     """What a device can ask of the client that it serves.
 
@@ -74,7 +107,13 @@ class DeviceLink(ClientLink):
             dma: the way to its memory.
         """
         self.capabilities = capabilities
+        if isinstance(self._dma, DmaToCome):
+            self._dma.known(dma)
         self._dma = dma
+
+    def goes_on(self) -> None:
+        """Another process has served the client: its memory is reached as soon as we know how."""
+        self._dma = DmaToCome()
 
     async def dma_read(self, address: int, count: int) -> bytes:
         """Read client memory by messages."""
@@ -99,6 +138,16 @@ class DeviceLink(ClientLink):
             self._context.log.error("device lost; its client gets EIO until it reconnects", reason=reason)
             self._context.note_error(reason)
             self._on_loss(self, reason)
+
+    def recovered(self) -> None:
+        """The device is there again, and was reset."""
+        self.lost = None
+        self._context.log.warning("device is there again and was reset; its guest has to set it up anew")
+
+    def fail_for_good(self, reason: str) -> None:
+        """The device does not come back."""
+        self._context.log.error("device stays lost; its client gets EIO until it reconnects", reason=reason)
+        self._context.note_error(reason)
 
 
 def _too_early() -> DmaFault:

@@ -19,7 +19,7 @@ import errno
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import NamedTuple
 
 import trio
@@ -65,6 +65,7 @@ class Dispatcher:
         executor: begins commands.
         context: the function's.
         lane: its place in the queue for the event loop.
+        begin: begins a command; None: the executor does.
     """
 
     def __init__(
@@ -74,11 +75,14 @@ class Dispatcher:
         executor: Executor,
         context: FunctionContext,
         lane: FunctionQueue,
+        begin: Callable[[CommandReceived], Result] | None = None,
     ) -> None:
         self._session = session
         self._channel = channel
         self._executor = executor
-        self._begin = executor.begin
+        self._begin = executor.begin if begin is None else begin
+        #: Where answers wait while the client does not read them.
+        self._stream = channel.stream
         self._context = context
         self._counts = context.counts
         self._record = context.timings.record
@@ -87,6 +91,7 @@ class Dispatcher:
         self._lane = lane
         self._queue: deque[Queued] = deque()
         self._queued_bytes = 0
+        self._resting = False
         #: The head's answer, if the head was begun and is being waited for.
         self._begun: Awaitable[bytes | ReplyWithFds | Pieces] | None = None
         self._filled = trio.lowlevel.ParkingLot()
@@ -124,6 +129,16 @@ class Dispatcher:
         while self._queue:
             await self._progress.park()
 
+    @property
+    def _rests(self) -> bool:
+        return self._resting and self._begun is None
+
+    async def come_to_rest(self) -> None:
+        """Begin nothing more, and wait until what was begun is answered."""
+        self._resting = True
+        while self._begun is not None:
+            await self._progress.park()
+
     # What the reader gives
 
     def take(self, event: CommandReceived) -> None:
@@ -134,7 +149,7 @@ class Dispatcher:
         if event.surplus_fds:
             close_fds(event.surplus_fds)
         refusal = refusal_of(self._account, event.fds) if event.fds else None
-        if self._queue:
+        if self._queue or self._stream.blocked or self._resting:
             self._enqueue(event, refusal)
             return
         with Contained() as outcome:
@@ -184,10 +199,10 @@ class Dispatcher:
     async def run(self) -> None:
         """Answer in order what has to be waited for, and what queued up behind it, until cancelled."""
         while True:
-            while not self._queue:
+            while not self._queue or self._rests:
                 await self._filled.park()
             began = time.monotonic()
-            while self._queue:
+            while self._queue and not self._rests:
                 await self._serve_head(self._queue[0])
                 if time.monotonic() - began > SLICE_S:  # what is carried out at once never waits by itself
                     await self._lane.rest()
@@ -195,6 +210,8 @@ class Dispatcher:
 
     async def _serve_head(self, queued: Queued) -> None:
         event = queued.event
+        if self._stream.blocked:
+            await self._stream.flushed()
         if isinstance(event, MessageRefused):
             self._answer_refused(event)
         else:
@@ -242,19 +259,18 @@ class Dispatcher:
 
     def _answer(self, event: CommandReceived, result: bytes | ReplyWithFds | Pieces) -> None:
         if isinstance(result, bytes):
-            self._channel.send(self._session.reply(event.header, result))
+            self._channel.answer(self._session.reply(event.header, result))
         elif isinstance(result, Pieces):
             self._channel.send_pieces(self._session.reply_head(event.header, result.size), result)
         else:
-            self._channel.send(self._session.reply(event.header, result.payload), result.fds)
+            self._channel.answer(self._session.reply(event.header, result.payload), result.fds)
 
     def _answer_error(self, event: CommandReceived, error: Exception) -> None:
-        self._channel.send(self._session.error_reply(event.header, self._context.note_failed(event, error)))
+        self._channel.answer(self._session.error_reply(event.header, self._context.note_failed(event, error)))
 
     def _answer_refused(self, event: MessageRefused) -> None:
         note_refusal(event, self._context)
-        if event.reply is not None:
-            self._channel.send(event.reply)
+        self._channel.answer(event.reply or b"")
 
     def close(self) -> None:
         """Drop what is not answered: the client has gone."""

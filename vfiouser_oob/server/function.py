@@ -17,12 +17,16 @@ from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.persist.record import UnusableRecord
+from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.connection import ClientConnection
 from vfiouser_oob.server.containment import Contained, root_cause
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.device_link import DeviceLink
+from vfiouser_oob.server.estate import Arrival, Estate, Heir
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
+from vfiouser_oob.server.survival import under_way
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
@@ -55,6 +59,7 @@ class Function:
         migration: builds its migration from events and logger; None if it cannot be migrated.
         recorded: whether what it writes to its client's memory is recorded from the beginning, as is needed in a VM
             whose VMM has no migration interface.
+        estate: what it leaves to the daemon after this one; None: nothing.
     """
 
     def __init__(
@@ -69,7 +74,9 @@ class Function:
         allow_uids: tuple[int, ...] | None = None,
         migration: MigrationMaker | None = None,
         recorded: bool = False,
+        estate: Estate | None = None,
     ) -> None:
+        self.estate = estate
         self.name = name
         self.backend = backend
         self.context = FunctionContext(name, reply_budget_s, activity, events, log)
@@ -95,6 +102,8 @@ class Function:
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
         self.migration = None if migration is None else migration(name, events, self.log)
+        if self.migration is not None and estate is not None:
+            self.migration.on_record = estate.migration
 
     # Serving
 
@@ -181,10 +190,14 @@ class Function:
             while True:
                 await self._closing()
                 sock = await listener.next_client(self._not_accepted)
+                arrival = None if self.estate is None else Arrival(self.estate.accepted(sock))
                 peer = _peer_or_none(sock)
                 if self._may_connect(peer):
-                    nursery.start_soon(self._serve_client, sock, peer)
-                elif self._turning_away < _MOST_SILENT:
+                    nursery.start_soon(self._serve_client, sock, peer, arrival)
+                    continue
+                if arrival is not None:
+                    arrival.notes.gone()
+                if self._turning_away < _MOST_SILENT:
                     nursery.start_soon(self._turn_away, sock, errno.EBUSY if self.draining else errno.EACCES)
                 else:
                     sock.close()
@@ -193,6 +206,50 @@ class Function:
         """Serve one client on a socket that is connected already, and return when it has gone."""
         self.address = "(inherited connection)"
         await self._serve_client(sock, _peer_or_none(sock))
+
+    def heirs(self) -> Sequence[Heir]:
+        """Clients that another process has left; each is to be served once."""
+        if self.estate is None:
+            return ()
+        heirs, self.estate.heirs = self.estate.heirs, []
+        return heirs
+
+    async def serve_heir(self, heir: Heir, *, task_status: trio.TaskStatus[None]) -> None:
+        """Go on with a client that another process has served.
+
+        Args:
+            heir: the client.
+            task_status: told when it has its place, before others that may come.
+        """
+        memory: StreamMemory | None = None
+        try:
+            if heir.main.memory is None:
+                sock = heir.main.take_socket()
+            else:
+                sock, memory = heir.main.take()
+        except (OSError, UnusableRecord) as error:
+            self.context.noise.warning("client turned out: it cannot be gone on with", reason=str(error))
+            self.context.note_error(f"a client was turned out at the restart: {error}")
+            heir.notes.gone()
+            heir.close()
+            task_status.started()
+            return
+        task_status.started()
+        try:
+            await self._serve_client(sock, _peer_or_none(sock), Arrival(heir.notes, heir, memory))
+        finally:
+            heir.close()
+
+    async def leave(self) -> None:
+        """Leave the client to the daemon after this one, at the end of what is being answered."""
+        if self.estate is None or not self.estate.usable:
+            return
+        if self.migration is not None and under_way(self.migration.record):
+            self.log.warning("the client is turned out: its migration is under way")
+            return
+        async with trio.open_nursery() as leaving:
+            for connection in self._connections:
+                leaving.start_soon(connection.leave)
 
     async def _closing(self) -> None:
         """Wait while the descriptors of earlier clients cannot be closed: a new one could only bring more of them."""
@@ -297,11 +354,11 @@ class Function:
             self._connections[self.connection].cancel()
         return user
 
-    async def _serve_client(self, sock: socket.socket, peer: Peer | None) -> None:
+    async def _serve_client(self, sock: socket.socket, peer: Peer | None, arrival: Arrival | None = None) -> None:
         memory = resident()
         with trio.CancelScope() as scope:
             try:
-                connection = ClientConnection(self, sock, peer)
+                connection = ClientConnection(self, sock, peer, arrival)
             except (OSError, ValueError) as error:  # it costs this client, and nobody else
                 self.context.noise.warning("client cannot be served; disconnected", client=peer, error=error)
                 self.context.note_error(f"{peer} cannot be served: {error}")

@@ -52,6 +52,7 @@ class Life:
         self._serving = trio.CancelScope()
         self._started = False
         self._roll_call = RollCall()
+        self._left = False
         #: Whether its clients were connected already, have gone, and no other one can come.
         self.exhausted = False
         #: Set when nothing of it is left.
@@ -113,6 +114,8 @@ class Life:
                     raise error
                 self.function.out_of_service(f"its life ended: {root_cause(error)}", error)
         finally:
+            if self.function.estate is not None and not self._left:
+                self.function.estate.abolish()
             self.close()
             self.ended.set()
 
@@ -145,6 +148,8 @@ class Life:
     async def _serve(self, exhausted: Callable[[], None], task_status: trio.TaskStatus[None]) -> None:
         function = self.function
         async with trio.open_nursery() as clients:
+            for heir in function.heirs():
+                await clients.start(function.serve_heir, heir)
             for listener in self._listeners:
                 clients.start_soon(function.serve, listener)
             if self._connected:
@@ -170,6 +175,14 @@ class Life:
         if self.function.migration is not None:
             with trio.CancelScope(shield=True), trio.move_on_after(self.function.context.reply_budget_s):
                 await self.function.migration.settle()
+
+    async def leave(self) -> None:
+        """Leave the client to the daemon after this one, if that is possible; `stop` then does not turn it out."""
+        if not self.ended.is_set() and self.function.estate is not None and self.function.estate.usable:
+            await self.function.leave()
+            self._left = True
+            for listener in self._listeners:
+                listener.leave()
 
     def stop(self) -> None:
         """Turn the clients out and end; `ended` says when that is done. A second call does nothing."""

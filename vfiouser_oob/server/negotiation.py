@@ -15,12 +15,15 @@ import trio
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, DeviceBackend
 from vfiouser_oob.migration.no_migration import NoMigration, Port
 from vfiouser_oob.migration.port import MigrationPort
+from vfiouser_oob.persist.kept_socket import KeptSocket
 from vfiouser_oob.server.attached import Attached
+from vfiouser_oob.server.beginning import KnownBeginning
 from vfiouser_oob.server.channel import Channel
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.device_link import DeviceLink
 from vfiouser_oob.server.dispatcher import Dispatcher
 from vfiouser_oob.server.dma_link import DmaLink
+from vfiouser_oob.server.estate import ClientNotes
 from vfiouser_oob.server.executor import Executor, HoldingExecutor
 from vfiouser_oob.server.handlers import Handlers
 from vfiouser_oob.server.refusal import TurnedAway
@@ -76,8 +79,16 @@ class Negotiating:
         self.link = link
         #: Whether the client has sent its first message.
         self.spoken = False
-        self._context = context
-        self._broken = broken
+        #: Whether another process goes on with the client.
+        self.left = False
+        self.context = context
+        #: Cancelled when a socket of the connection cannot be used any more.
+        self.broken = broken
+        self._notes: ClientNotes | None = None
+
+    def noted_by(self, notes: ClientNotes | None) -> None:
+        """Have taken down what becomes of it, for another process."""
+        self._notes = self.link.notes = notes
 
     async def first_command(self) -> CommandReceived | None:
         """Wait for VERSION.
@@ -93,7 +104,7 @@ class Negotiating:
             event = await self._receive()
             self.spoken = True
             return event
-        self._context.noise.warning("client sent no VERSION; disconnected", waited_s=FIRST_MESSAGE_S)
+        self.context.noise.warning("client sent no VERSION; disconnected", waited_s=FIRST_MESSAGE_S)
         return None
 
     async def _receive(self) -> CommandReceived:
@@ -101,7 +112,7 @@ class Negotiating:
         self.main.trace_received(message)
         event = self.session.receive(message)
         if isinstance(event, CommandReceived):
-            self._context.counts[event.header.command] += 1
+            self.context.counts[event.header.command] += 1
             return event
         close_fds(event.fds)
         assert isinstance(event, MessageRefused)  # nothing of ours is outstanding, so there is nothing to be a reply to
@@ -136,16 +147,33 @@ class Negotiating:
         if twin is not None and not agreed.twin:
             twin.close()
             twin = None
-        attached = self._attach(agreed, offer, None if twin is None else twin.ours, backend, port)
+        ours = None if twin is None else self._noted(agreed, twin, held)
+        if twin is None and self._notes is not None:
+            self._notes.agreed(agreed, None)
+        attached = self.attach(agreed, offer, ours, backend, port, host.backend)
         held.callback(attached.dispatcher.close)
         held.callback(attached.dma.close)
         if twin is None:
-            self.main.send(reply)
+            self.main.answer(reply)
         else:
-            self.main.send(reply, (twin.theirs,))
+            self.main.answer(reply, (twin.theirs,))
             await self.main.stream.flushed()
             twin.theirs.close()
         return attached
+
+    def _noted(self, agreed: Negotiated, twin: _Pair, held: AsyncExitStack) -> Channel:
+        """Our end of the twin socket, as a stream that is taken down for another process where that is done."""
+        context = self.context
+        memory = None if self._notes is None else self._notes.agreed(agreed, twin.ours)
+        size = Limits().max_message_size
+        sock = socket.socket(fileno=twin.ours.detach())
+        if memory is None:
+            stream = MessageSocket(sock, size, context.activity, context.account)
+        else:
+            stream = KeptSocket(sock, size, memory, context.activity, context.account)
+        channel = Channel(stream, context.log, self.broken)
+        held.callback(channel.close)
+        return channel
 
     async def _open(
         self, host: NegotiationHost, proposed: VersionCapabilities, deadline: float, held: AsyncExitStack
@@ -164,7 +192,11 @@ class Negotiating:
                 late = "the agent did not answer in time"
                 migrating = await host.attach_migration(backend, proposed)
                 port: Port = migrating or await _without_migration(backend)
-                held.push_async_callback(port.detach)
+                held.push_async_callback(self.detach, port)
+                if isinstance(port, MigrationPort):
+                    port.shadow.observer = self._notes
+                    if port.v1 is not None and self._notes is not None:
+                        port.v1.on_memory = self._notes.region
                 late = "the device was not reset in time"
                 renewed = backend.renew()
                 if renewed is not None:
@@ -173,28 +205,46 @@ class Negotiating:
             raise TurnedAway(str(error) or late, errno.ENODEV) from error
         return backend, port
 
-    def _attach(
+    async def detach(self, port: Port) -> None:
+        """The client has gone; its migration is told, unless another process goes on with the client."""
+        if not self.left:
+            await port.detach()
+
+    def attach(
         self,
         agreed: Negotiated,
         offer: VersionCapabilities,
         twin: Channel | None,
         backend: BackendSession,
         port: Port,
+        device: DeviceBackend,
     ) -> Attached:
-        """Make what an attached client consists of."""
-        context, link, lane = self._context, self.link, FunctionQueue()
+        """Make what an attached client consists of.
+
+        Args:
+            agreed: what was negotiated.
+            offer: what we take.
+            twin: the second socket.
+            backend: the device, as opened for the client.
+            port: its way into the migration.
+            device: the device.
+        """
+        context, link, lane = self.context, self.link, FunctionQueue()
         commands = self.main if twin is None else twin
         permit = backend.memory.map.segments
         most, budget_s = agreed.client.max_data_xfer_size, context.reply_budget_s
         dma = DmaLink(self.session, commands.send, permit, most, budget_s, self._layout_learned)
         link.agreed(agreed.client, dma)
         executor = self._executor(agreed, offer, backend, port)
-        dispatcher = Dispatcher(self.session, self.main, executor, context, lane)
+        begin = None
+        if isinstance(self.main.stream, KeptSocket):
+            begin = KnownBeginning(self.main.stream, executor, backend, device).begin
+        dispatcher = Dispatcher(self.session, self.main, executor, context, lane, begin)
         return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane, port)
 
     def _layout_learned(self, layout: DmaLayout) -> None:
         if layout is DmaLayout.NARROW:
-            self._context.log.info("the client speaks the DMA messages of QEMU 10.1 and 10.2")
+            self.context.log.info("the client speaks the DMA messages of QEMU 10.1 and 10.2")
 
     def _executor(
         self, agreed: Negotiated, offer: VersionCapabilities, backend: BackendSession, port: Port
@@ -202,20 +252,18 @@ class Negotiating:
         port.negotiated(agreed.client, offer, agreed.migration_pgsize)
         handlers = Handlers(backend, offer.max_data_xfer_size, port).table
         if not isinstance(port, MigrationPort):
-            return Executor(handlers, self.link, self._context)
+            return Executor(handlers, self.link, self.context)
         self.main.stream.make_room()
-        holding = HoldingExecutor(handlers, self.link, self._context, port)
+        holding = HoldingExecutor(handlers, self.link, self.context, port)
         port.held_by(holding.hold.drained)
         return holding
 
     def _make_twin(self, held: AsyncExitStack) -> _Pair | None:
         """Make a second socket; without one the first carries our commands too."""
-        context = self._context
+        context = self.context
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            with theirs:
-                stream = MessageSocket(ours, Limits().max_message_size, context.activity, context.account)
-                pair = _Pair(Channel(stream, context.log, self._broken), OwnedFd(theirs.detach()))
+            pair = _Pair(OwnedFd(ours.detach()), OwnedFd(theirs.detach()))
         except OSError as error:
             context.log.warning("no twin socket can be made; the main socket does its work", error=error.strerror)
             return None
@@ -233,7 +281,7 @@ async def _without_migration(backend: BackendSession) -> NoMigration:
 class _Pair(NamedTuple):
     """Both ends of a twin socket, until the client's was sent."""
 
-    ours: Channel
+    ours: OwnedFd
     theirs: OwnedFd
 
     def close(self) -> None:

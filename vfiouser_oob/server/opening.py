@@ -24,10 +24,12 @@ from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.persist.capabilities import CapabilityStore, agent_identity
 from vfiouser_oob.persist.history import HistoryStore
+from vfiouser_oob.server.estate import Estate
 from vfiouser_oob.server.function import Function, MigrationMaker
 from vfiouser_oob.server.life import LIVE_KEYS, Life
 from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import unit_status
+from vfiouser_oob.server.survival import Survival
 from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
@@ -52,6 +54,7 @@ class SharedParts:
         sharing: the memory for state on its way.
         recorded: tells whether a function's writes to client memory are recorded, since its VM's migration asks for
             them.
+        survival: how clients outlive the daemon; None: they do not.
     """
 
     reply_budget_s: float
@@ -62,6 +65,7 @@ class SharedParts:
     events: EventHub = field(default_factory=EventHub)
     sharing: BufferShare = field(default_factory=BufferShare)
     recorded: Callable[[str], bool] = lambda name: False
+    survival: Survival | None = None
 
 
 def open_function(config: FunctionConfig, inherited: Sequence[int], means: SharedParts) -> Life:
@@ -82,6 +86,9 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
     with ExitStack() as resources:
         backend = make_backend(config, means.activity)
         resources.callback(backend.close)
+        estate = means.survival.estate_of(config) if means.survival is not None and backend.survives else None
+        if estate is not None:
+            resources.callback(estate.close)
         leases: list[AgentLease] = []
         function = Function(
             config.name,
@@ -93,10 +100,11 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
             allow_uids=config.allow_uids,
             migration=_engine_maker(config, backend, means, leases),
             recorded=means.recorded(config.name),
+            estate=estate,
         )
         for lease in leases:
             resources.callback(lease.release)
-        listeners, connected = _open_sockets(config, inherited, resources)
+        listeners, connected = _open_sockets(config, inherited, resources, means.survival, estate)
         levels.choose(config.name, config.log_level)
         return Life(function, leases, listeners, connected, resources.pop_all())
 
@@ -158,7 +166,11 @@ def _agent(config: AgentConfig, backend: DeviceBackend, pool: AgentPool, leases:
 
 
 def _open_sockets(
-    config: FunctionConfig, inherited: Sequence[int], resources: ExitStack
+    config: FunctionConfig,
+    inherited: Sequence[int],
+    resources: ExitStack,
+    survival: Survival | None,
+    estate: Estate | None,
 ) -> tuple[list[Listener], list[socket.socket]]:
     """Take over the sockets that were passed, or listen where the configuration says."""
     listeners: list[Listener] = []
@@ -172,7 +184,14 @@ def _open_sockets(
             connected.append(sock)
             resources.callback(sock.close)
     if not listeners and not connected and config.socket is not None:
-        listeners.append(_listen(config, config.socket))
+        listener = None
+        if survival is not None and estate is not None:
+            listener = survival.listener_of(config.name, config.socket)
+        if listener is None:
+            listener = _listen(config, config.socket)
+        listeners.append(listener)
+        if survival is not None and estate is not None:
+            survival.keep_listener(estate, listener)
         resources.callback(listeners[-1].close)
     return listeners, connected
 

@@ -28,8 +28,10 @@ from vfiouser_oob.observability import log
 from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 
-#: What systemd (254 and later) says how many descriptors it keeps for us at most.
+#: What says how many descriptors are kept for us at most: systemd 254 and later, or the unit for an older one.
 LIMIT_VARIABLE = "FDSTORE"
+#: What systemd (248 and later) says which process it has started itself.
+STARTED_VARIABLE = "SYSTEMD_EXEC_PID"
 MAX_NAME = 255
 #: What the names of our descriptors begin with, to tell them from sockets that units have opened.
 PREFIX = "vfu/"
@@ -50,11 +52,13 @@ class FdStore:
     Args:
         mailbox: of the manager; somebody runs it.
         limit: how many it keeps at most; None if it does not say.
+        offered: whether there is a reason to expect that it keeps any.
     """
 
-    def __init__(self, mailbox: Mailbox, limit: int | None = None) -> None:
+    def __init__(self, mailbox: Mailbox, limit: int | None = None, *, offered: bool = True) -> None:
         self._mailbox = mailbox
         self._limit = limit
+        self._offered = offered
         self._uses: Counter[str] = Counter()
         self._names_size = 0
         self._refused: set[str] = set()
@@ -67,17 +71,30 @@ class FdStore:
     def from_environment(cls, mailbox: Mailbox, environ: Mapping[str, str] = os.environ) -> FdStore:
         """The store of the manager that started us.
 
+        Only systemd and who says a limit are expected to keep anything: other managers that listen for our readiness
+        need not understand more than that.
+
         Args:
             mailbox: of the manager.
-            environ: the environment that may say its limit.
+            environ: the environment that may say its limit, or that it is systemd.
         """
         text = environ.get(LIMIT_VARIABLE, "")
-        return cls(mailbox, int(text) if text.isdecimal() and len(text) < 10 else None)
+        limit = int(text) if text.isdecimal() and len(text) < 10 else None
+        return cls(mailbox, limit, offered=limit is not None or environ.get(STARTED_VARIABLE) == str(os.getpid()))
 
     @property
     def names(self) -> frozenset[str]:
         """What is kept, as far as we know."""
         return frozenset(self._uses) - self._refused
+
+    @property
+    def offered(self) -> bool:
+        """Whether there is somebody who may keep descriptors."""
+        return self._offered and self._mailbox.address is not None
+
+    async def run(self) -> None:
+        """Send what the manager did not take at once, until cancelled."""
+        await self._mailbox.run()
 
     @property
     def limit(self) -> int | None:

@@ -45,6 +45,8 @@ class Activity(trio.abc.Instrument):
         self._ready_tasks = 0
         self._pass_over = 0
         self._failures = 0
+        #: Sockets that hold messages which wait for their answers: that there is something to read says nothing.
+        self.holding: set[int] = set()
         #: Whether processors are wanted for something better than spinning, such as state on its way.
         self.busy: Callable[[], bool] = lambda: False
         if self._spin_ns:
@@ -67,6 +69,7 @@ class Activity(trio.abc.Instrument):
 
     def unregister(self, fd: int) -> None:
         """Stop watching a socket; it is still open."""
+        self.holding.discard(fd)
         self._epoll.unregister(fd)
 
     def spin(self, fd: int) -> bool:
@@ -90,7 +93,9 @@ class Activity(trio.abc.Instrument):
         while now() < deadline:
             # With fewer processors than spinners, whoever has our answer may need this very one to get on.
             step_aside()
-            ready = poll(0, 2)
+            ready = poll(0, 2 + len(self.holding))
+            if ready and self.holding:
+                ready = [each for each in ready if each[0] not in self.holding]
             if ready:
                 self._failures = 0
                 return len(ready) == 1 and ready[0][0] == fd

@@ -122,6 +122,15 @@ class Listener:
             given_up = True
             raise
 
+    @property
+    def identity(self) -> str:
+        """Which file it is, for whoever takes the socket over; empty if it is none of ours."""
+        return "" if self._inode is None else f"{self._inode[0]:x}-{self._inode[1]:x}"
+
+    def leave(self) -> None:
+        """Leave the file to another process, which has the socket."""
+        self._path = None
+
     def close(self) -> None:
         """Stop listening; the file is removed unless somebody replaced it meanwhile."""
         self.sock.close()

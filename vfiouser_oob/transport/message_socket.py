@@ -154,7 +154,7 @@ class MessageSocket:
                     fds = self._owned(ancillary) if ancillary else ()
                     if flags & _TRUNCATED:
                         close_fds(fds)
-                        raise StreamError(_why_lost())
+                        raise StreamError(why_lost())
                     message = framer.feed(data, fds) if data else None
                 if message is not None:
                     if self._pool is not None:
@@ -205,7 +205,7 @@ class MessageSocket:
         Raises:
             StreamError: what the peer sent before cannot be closed, and there is no room for more.
         """
-        fds = [ForeignFd(fd, self._account) for fd in _descriptors(ancillary)]
+        fds = [ForeignFd(fd, self._account) for fd in descriptors_in(ancillary)]
         if self._account.held_up:
             close_fds(fds)
             raise StreamError(f"{self._account.held} descriptors of this peer cannot be closed; no more are taken")
@@ -256,6 +256,29 @@ class MessageSocket:
             self._back_to_back = time.perf_counter_ns() - start < BACK_TO_BACK_NS
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise EndOfStream("the connection was closed on our side", clean=False) from error
+
+    # What becomes of messages that came; only a stream that another process may have to go on with wants to know.
+
+    #: Whether another process may go on with it.
+    kept = False
+    #: Whether an answer waits for room, so that nothing more may be executed.
+    blocked = False
+
+    def begin(self) -> None:
+        """The first command that was not answered is about to be executed."""
+
+    def answer(self, data: bytes, fds: Sequence[HasFileno] = ()) -> None:
+        """Answer the first command that was not; otherwise like `send`.
+
+        Args:
+            data: the whole message; empty if nobody waits for one.
+            fds: descriptors that go with it; they stay the caller's.
+        """
+        if data:
+            self.send(data, fds)
+
+    def settle(self) -> None:
+        """The message that came last needs no answer."""
 
     # Sending
 
@@ -409,13 +432,17 @@ class MessageSocket:
         if self._activity is not None:
             self._activity.unregister(self._fd)
         trio.lowlevel.notify_closing(self._sock)
-        with suppress(OSError):  # the peer has gone already
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         # What is still unread goes with it, and with that the descriptors of others.
         ForeignFd(self._sock.detach(), self._account).close()
 
+    def _hang_up(self) -> None:
+        """Tell the peer that this is the end."""
+        with suppress(OSError):  # the peer has gone already
+            self._sock.shutdown(socket.SHUT_RDWR)
 
-def _why_lost() -> str:
+
+def why_lost() -> str:
     """Say why control data was truncated, although there is room for as many descriptors as the kernel carries."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
@@ -424,7 +451,12 @@ def _why_lost() -> str:
     )
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Descriptors that came with a message.
+
+    Args:
+        ancillary: what recvmsg said.
+    """
     numbers: list[int] = []
     for level, kind, data in ancillary:
         if level == _SOCKET_LEVEL and kind == _RIGHTS:

@@ -171,11 +171,11 @@ class MappedFunction(Primitive):
         """Send it."""
         await self._ask(Operation.LOAD, offset=offset, data=base64.b64encode(data).decode(), path="")
 
-    async def load_close(self, total: int, sha256: bytes) -> None:
+    async def load_close(self, total: int, digest: bytes) -> None:
         """Tell, if there is a method for it."""
-        await self._ask(Operation.LOAD_COMMIT, total=total, sha256=base64.b64encode(sha256).decode())
+        await self._ask(Operation.LOAD_COMMIT, total=total, digest=base64.b64encode(digest).decode())
 
-    async def apply(self, state: bytes, sha256: bytes) -> None:
+    async def apply(self, state: bytes, digest: bytes) -> None:
         """Send everything, or store it as the file and have that loaded."""
         if self._file is not None:
             await self._file.store(state)
@@ -185,7 +185,7 @@ class MappedFunction(Primitive):
         size = self.caps.max_chunk
         for offset in range(0, len(state), size):
             await self.load_piece(offset, state[offset : offset + size])
-        await self.load_close(len(state), sha256)
+        await self.load_close(len(state), digest)
 
     async def _load_file(self, file: _FileOnSoc) -> None:
         try:

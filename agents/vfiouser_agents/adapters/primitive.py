@@ -117,10 +117,10 @@ class Primitive(ABC):
         """Take the next piece; only called with `streams`."""
         raise Unsupported("this device takes no state in pieces")
 
-    async def load_close(self, total: int, sha256: bytes) -> None:  # noqa: B027
+    async def load_close(self, total: int, digest: bytes) -> None:  # noqa: B027
         """Everything came, and is what it should be; only called with `streams`."""
 
-    async def apply(self, state: bytes, sha256: bytes) -> None:
+    async def apply(self, state: bytes, digest: bytes) -> None:
         """Load a whole state into the stopped device; only called without `streams`."""
         raise Unsupported("this device takes no whole state")
 

@@ -242,19 +242,19 @@ class PrimitiveSession(Session):
 
         await self._call(Operation.LOAD, work)
 
-    async def load_commit(self, total: int, sha256: bytes) -> None:
+    async def load_commit(self, total: int, digest: bytes) -> None:
         """Verify the state and give it to the device."""
 
         async def work() -> None:
             book = self._book
             if book.state is AgentState.LOADED:
                 raise InvalidState("the state is committed already")
-            state = self._loading().finish(total, sha256)
+            state = self._loading().finish(total, digest)
             book.loading = None
             book.touched = True
             async with book.changing():
                 try:
-                    await self._commit(state, sha256)
+                    await self._commit(state, digest)
                 except InvalidArgument as error:
                     raise CorruptState(f"the device refuses the state: {error}") from error
             book.feed = None
@@ -270,12 +270,12 @@ class PrimitiveSession(Session):
             self._book.touched = True
             await self._book.feed.catch_up()
 
-    async def _commit(self, state: bytes, sha256: bytes) -> None:
+    async def _commit(self, state: bytes, digest: bytes) -> None:
         if self._book.feed is None:
-            await self._device.apply(state, sha256)
+            await self._device.apply(state, digest)
         else:
             await self._feed()
-            await self._device.load_close(len(state), sha256)
+            await self._device.load_close(len(state), digest)
 
     def _loading(self) -> IncomingState:
         if self._book.loading is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Protocol
+
+from xxhash import xxh3_128
 
 from vfiouser_agents.answers import check_chunk
 from vfiouser_agents.api import Chunk, Phase
@@ -104,7 +105,7 @@ class IncomingState:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._data = bytearray()
-        self._hash = hashlib.sha256()
+        self._hash = xxh3_128()
         self._last: tuple[int, bytes] | None = None
 
     @property
@@ -129,7 +130,7 @@ class IncomingState:
         self._data += data
         self._hash.update(data)
 
-    def finish(self, total: int, sha256: bytes) -> bytes:
+    def finish(self, total: int, digest: bytes) -> bytes:
         """The whole state.
 
         Raises:
@@ -137,8 +138,8 @@ class IncomingState:
         """
         if total != len(self._data):
             raise CorruptState(f"{len(self._data)} bytes came, {total} were announced; nothing was applied")
-        if sha256 != self._hash.digest():
-            raise CorruptState(f"SHA-256 of the {total} bytes differs; nothing was applied")
+        if digest != self._hash.digest():
+            raise CorruptState(f"XXH3-128 of the {total} bytes differs; nothing was applied")
         if not self._data:
             raise CorruptState("a state of 0 bytes; nothing was applied")
         return bytes(self._data)

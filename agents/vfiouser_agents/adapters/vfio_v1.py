@@ -212,7 +212,7 @@ class V1Function(Primitive):
             await self._move(V1State.RESUMING)
         self._untouched, self._whole = True, False
 
-    async def load_close(self, total: int, sha256: bytes) -> None:
+    async def load_close(self, total: int, digest: bytes) -> None:
         """Nothing to tell: the state is applied when the function is to run."""
         self._whole = True
         await trio.lowlevel.checkpoint()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from xxhash import xxh3_128_digest
 
 from vfiouser_agents.api import AgentState, Outcome, Phase, Role
 from vfiouser_agents.errors import CorruptState, InvalidArgument, InvalidState, NoResources
@@ -156,7 +156,7 @@ async def _(bench: Bench) -> None:
     await expect_error("load_begin while running", bench.session.load_begin(None), InvalidState)
     await bench.session.stop()
     await expect_error("load before load_begin", bench.session.load(0, b"x"), InvalidState)
-    await expect_error("commit before load_begin", bench.session.load_commit(0, bytes(32)), InvalidState)
+    await expect_error("commit before load_begin", bench.session.load_commit(0, bytes(16)), InvalidState)
 
 
 @CHECKS.add("load-order", "a piece that does not follow is refused; the last one may come again", "stop_copy")
@@ -198,13 +198,13 @@ async def _must_not_load(bench: Bench, what: str, stream: bytes, total: int, dig
 @CHECKS.add("commit-digest", "a state whose digest differs is refused", "stop_copy")
 async def _(bench: Bench) -> None:
     stream = await bench.whole_state()
-    await _must_not_load(bench, "a wrong digest", stream, len(stream), bytes(32), stream)
+    await _must_not_load(bench, "a wrong digest", stream, len(stream), bytes(16), stream)
 
 
 @CHECKS.add("commit-total", "a state whose length differs is refused", "stop_copy")
 async def _(bench: Bench) -> None:
     stream = await bench.whole_state()
-    digest = hashlib.sha256(stream).digest()
+    digest = xxh3_128_digest(stream)
     await _must_not_load(bench, "a wrong total", stream, len(stream) + 1, digest, stream)
 
 
@@ -212,7 +212,7 @@ async def _(bench: Bench) -> None:
 async def _(bench: Bench) -> None:
     stream = await bench.whole_state()
     half = stream[: (len(stream) - 1) // 2]
-    await _must_not_load(bench, "half a state", half, len(half), hashlib.sha256(half).digest(), stream)
+    await _must_not_load(bench, "half a state", half, len(half), xxh3_128_digest(half), stream)
 
 
 @CHECKS.add(
@@ -220,8 +220,8 @@ async def _(bench: Bench) -> None:
 )
 async def _(bench: Bench) -> None:
     stream = await bench.whole_state()
-    garbage = hashlib.sha256(b"garbage").digest() * 8
-    await _must_not_load(bench, "garbage", garbage, len(garbage), hashlib.sha256(garbage).digest(), stream)
+    garbage = xxh3_128_digest(b"garbage") * 16
+    await _must_not_load(bench, "garbage", garbage, len(garbage), xxh3_128_digest(garbage), stream)
 
 
 @CHECKS.add("load-abort", "an aborted load leaves it STOPPED, and it runs only after a reset", "stop_copy")

@@ -5,11 +5,11 @@ What the protocol cannot say, a failure above all, ends as the state ERROR, whic
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 
 import trio
+from xxhash import xxh3_128
 
 from vfiouser_agents.api import Agent, AgentState, Outcome, Phase, Role, Session
 from vfiouser_agents.errors import AgentError
@@ -85,10 +85,11 @@ class LegacyDevice:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._v1 = V1State.RUNNING
-        self._left = b""
+        #: What is still to be saved; a view, since the rest of a large state is not to be copied with each piece.
+        self._left = memoryview(b"")
         #: Bytes that were loaded; None before the first, so that a load may still be given up.
         self._loaded: int | None = None
-        self._digest = hashlib.sha256()
+        self._digest = xxh3_128()
 
     async def state(self) -> V1State:
         """What GET_STATE answers."""
@@ -145,19 +146,19 @@ class LegacyDevice:
             chunk = await self._session.save(len(found), MAX_CHUNK, Phase.FINAL)
             found += chunk.data
             eof = chunk.eof
-        self._left = bytes(found)
+        self._left = memoryview(found)
 
     async def _resume(self, before: V1State) -> None:
         await self._begin(Role.DESTINATION)
         await self._session.stop()
         self._loaded = None
-        self._digest = hashlib.sha256()
+        self._digest = xxh3_128()
 
     async def pending(self) -> int:
         """What UPDATE_PENDING answers."""
         return len(self._left) if await self.state() is V1State.SAVING else 0
 
-    def take(self, size: int) -> bytes:
+    def take(self, size: int) -> memoryview:
         """What SAVE_BUFFER answers; short if there is less, which the client must not ask for."""
         piece, self._left = self._left[:size], self._left[size:]
         return piece

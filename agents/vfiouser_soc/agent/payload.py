@@ -14,14 +14,13 @@ buffer comes after the stop, in one piece with the controller.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import trio
+from xxhash import xxh3_128
 
 from vfiouser_agents.api import Chunk
 from vfiouser_agents.errors import CorruptState, InvalidArgument, NoResources
@@ -209,7 +208,7 @@ class StateReader:
     def __init__(self, memory: StateMemory, buffer_size: int, limit: int) -> None:
         self._memory = memory
         self._limit = limit
-        self._hash = hashlib.sha256()
+        self._hash = xxh3_128()
         self._total = 0
         self._last: tuple[int, bytes] | None = None
         self._rest = bytearray()
@@ -298,20 +297,20 @@ class StateReader:
             raise ValueError(f"the end speaks of {records} records; there were {self._records}")
         self._ended = True
 
-    def finish(self, total: int, sha256: bytes) -> LoadedParts:
+    def finish(self, total: int, digest: bytes) -> LoadedParts:
         """Verify that the state is whole.
 
         Args:
             total: bytes that were sent.
-            sha256: their digest.
+            digest: their XXH3-128.
 
         Raises:
             CorruptState: it is not whole, or not what was sent.
         """
         if total != self._total:
             raise CorruptState(f"{self._total} bytes came, {total} were announced; nothing was applied")
-        if not hmac.compare_digest(sha256, self._hash.digest()):
-            raise CorruptState(f"SHA-256 of the {total} bytes differs; nothing was applied")
+        if digest != self._hash.digest():
+            raise CorruptState(f"XXH3-128 of the {total} bytes differs; nothing was applied")
         missing = (
             (not self._ended and "its end is missing")
             or (not self._parts.controller and "there is no controller in it")

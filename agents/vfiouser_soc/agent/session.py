@@ -156,10 +156,10 @@ class NvmeSession(Session):
         self._rules.loadable_piece(data)
         await self._incoming().put(offset, data)
 
-    async def load_commit(self, total: int, sha256: bytes) -> None:
+    async def load_commit(self, total: int, digest: bytes) -> None:
         """Verify and apply."""
         await self._enter(Operation.LOAD_COMMIT)
-        self._function.commit(self._incoming().finish(total, sha256))
+        self._function.commit(self._incoming().finish(total, digest))
 
     def _incoming(self) -> StateReader:
         incoming = self._function.incoming

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from xxhash import xxh3_128_digest
 
 from vfiouser_agents.api import Phase, Role, Session
 
@@ -26,4 +26,4 @@ async def load_all(session: Session, state: bytes) -> None:
     size = session.caps.max_chunk
     for begin in range(0, len(state), size):
         await session.load(begin, state[begin : begin + size])
-    await session.load_commit(len(state), hashlib.sha256(state).digest())
+    await session.load_commit(len(state), xxh3_128_digest(state))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
-from zlib import crc32
 
 import msgpack
 import trio
@@ -23,7 +21,7 @@ from vfiouser_agents.rpc.msgpack_codec import MsgpackCodec
 from vfiouser_agents.values import Descriptor
 from vfiouser_oob.migration.descriptor import decode_descriptor
 from vfiouser_oob.migration.stream import Data, StreamHeader, StreamReader, StreamRefused
-from vfiouser_oob.migration.stream_format import DATA, RECORDS, pack_head, pack_header
+from vfiouser_oob.migration.stream_format import DATA, DIGEST_AT, RECORDS, pack_header, pack_record
 from vfiouser_protocol.capabilities import (
     VersionCapabilities,
     accept_reply,
@@ -218,16 +216,17 @@ def stream(data: bytes) -> None:
 
 @target
 def stream_records(data: bytes) -> None:
-    """A state stream whose checksums are right: what is out of order, out of place or too large is refused."""
+    """A state stream whose digests are right: what is out of order, out of place or too large is refused."""
     _read(_records(data))
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Records as the input says, three bytes for each head, checksummed."""
+    """Records as the input says, three bytes for each head, with its digest."""
     sequence = offset = 0
     epoch = 1
     tags = [*RECORDS, b"XXXX"]
-    yield pack_header(epoch)
+    head = pack_header(epoch)
+    yield head
     position = 0
     while position + 3 <= len(data):
         kind, length, twist = data[position : position + 3]
@@ -236,14 +235,17 @@ def _records(data: bytes) -> Iterator[bytes]:
         if kind == 0xFF:
             epoch += twist & 3
             sequence = offset = 0
-            yield pack_header(epoch)
+            head = pack_header(epoch)
+            yield head
             continue
         at = offset + (twist >> 6)
         claimed = len(payload) if not twist & 32 else len(payload) * 1_000_003
-        yield pack_head(tags[kind % len(tags)], epoch, sequence + (twist & 1), claimed, at, crc32(payload))
+        tag, number = tags[kind % len(tags)], sequence + (twist & 1)
+        head = pack_record(head[DIGEST_AT:], tag, epoch, number, at, payload, claimed)
+        yield head
         yield payload
         sequence += 1
-        if tags[kind % len(tags)] == DATA:
+        if tag == DATA:
             offset += len(payload)
 
 
@@ -260,7 +262,7 @@ def _read(chunks: Iterator[bytes]) -> None:
                 elif isinstance(record, Data):
                     assert record.offset == len(state)
                     state += record.data
-        reader.finish(hashlib.sha256(state).digest())
+        reader.finish()
         assert reader.complete
     except StreamRefused as refused:
         assert str(refused)

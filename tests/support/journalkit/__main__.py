@@ -10,8 +10,8 @@ import sys
 from itertools import islice
 
 from journalkit import change, steps
-from vfiouser_oob.persist.command_page import CommandPage
 from vfiouser_oob.persist.journal.journal import Journal, read_journal
+from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.transport.fds import OwnedFd
 
 
@@ -19,12 +19,12 @@ def main(journal_number: int, page_number: int, seed: int, done: int) -> None:
     """Write until killed, a dot for a hundred steps; each step is a command, answered when it is written."""
     fd = OwnedFd(journal_number)
     journal = Journal.resume(fd, read_journal(fd))
-    page = CommandPage.resume(OwnedFd(page_number))
+    page = StreamMemory.resume(OwnedFd(page_number))
     os.write(1, b"writing\n")
     for number, step in enumerate(islice(steps(seed), done, None)):
-        page.take(number & 0xFFFF, 1, b"")
+        page.begin()
         change(journal, *step)
-        page.answered()
+        page.commit()
         if number % 100 == 99:
             os.write(1, b".")
 

@@ -1,12 +1,12 @@
-"""What the journal and the page of commands cost: `python -m journalkit.measure`; the best of many rounds counts."""
+"""What the journal and the memory of a stream cost: `python -m journalkit.measure`; the best of many rounds counts."""
 
 from __future__ import annotations
 
 import timeit
 from collections.abc import Callable
 
-from vfiouser_oob.persist.command_page import BEGUN, CommandPage
 from vfiouser_oob.persist.journal.journal import Journal, read_journal
+from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.persist.successor.things import RangeThing
 
 
@@ -27,13 +27,13 @@ def main() -> None:
         print(f"read, per record         {best_ns(lambda: read_journal(journal), 1) / count:6.0f} ns")
     mapped = RangeThing(1 << 32, 1 << 30, 3, 0, "vfu/file/1-2345-2")
     print(f"a range as a record      {best_ns(mapped.to_record, 10_000):6.0f} ns")
-    payload = bytes(16)
-    with CommandPage.create("measure") as page:
+    with StreamMemory.create("measure") as page:
 
         def access() -> None:
-            page.take(1, 9, payload, BEGUN)
-            page.answering()
-            page.answered()
+            page.begin()
+            page.consuming(40, 40, command=True)
+            page.commit()
+            page.consumed()
 
         print(f"register access          {best_ns(access, 10_000):6.0f} ns")
         print(f"one step                 {best_ns(page.begin, 10_000):6.0f} ns")

@@ -94,15 +94,15 @@ async def _skips(self: MemorySession, right: Any, offset: int, limit: int, phase
     return chunk
 
 
-async def _commits_anything(self: MemorySession, right: Any, total: int, sha256: bytes) -> None:
+async def _commits_anything(self: MemorySession, right: Any, total: int, digest: bytes) -> None:
     self.function.spoiled = False
     self.function.move(AgentState.LOADED)
 
 
-async def _ignores_digest(self: MemorySession, right: Any, total: int, sha256: bytes) -> None:
+async def _ignores_digest(self: MemorySession, right: Any, total: int, digest: bytes) -> None:
     incoming = self.function.incoming
-    digest = sha256 if incoming is None else incoming._hash.digest()
-    await right(self, total, digest)
+    right_digest = digest if incoming is None else incoming._hash.digest()
+    await right(self, total, right_digest)
 
 
 async def _load_ignores_offset(self: MemorySession, right: Any, offset: int, data: bytes) -> None:
@@ -262,9 +262,9 @@ async def _any_total(self: MemorySession, right: Any, total: int | None) -> None
     await right(self, None)
 
 
-async def _ignores_total(self: MemorySession, right: Any, total: int, sha256: bytes) -> None:
+async def _ignores_total(self: MemorySession, right: Any, total: int, digest: bytes) -> None:
     incoming = self.function.incoming
-    await right(self, total if incoming is None else incoming._total, sha256)
+    await right(self, total if incoming is None else incoming._total, digest)
 
 
 async def _logs_anew(self: MemorySession, right: Any, ranges: Sequence[Range], page_size: int) -> int:

@@ -17,7 +17,7 @@ from vmbed.processes import LoggedProcess, logged_process
 from vmbed.qmp import Qmp
 from vmbed.qtest import Qtest
 
-__all__ = ["GUEST_QEMU", "TRACE_EVENTS", "Qemu", "QemuConfig", "VfioUserDevice", "start_qemu"]
+__all__ = ["GUEST_QEMU", "TRACE_EVENTS", "Qemu", "QemuConfig", "VfioUserDevice", "machine", "start_qemu"]
 
 #: Where QEMU itself is in a guest that has it.
 GUEST_QEMU = Path("/qemu")
@@ -141,7 +141,8 @@ async def start_qemu(assets: Assets, config: QemuConfig, workdir: Path, *, name:
         drive_listener = await stack.enter_async_context(LineListener(workdir / f"{name}.{config.accel}"))
         console = workdir / f"{name}.console"
         argv = [
-            *_machine(assets, config, qmp_listener.path),
+            *machine(assets, config),
+            *("-chardev", f"socket,id=qmp,path={qmp_listener.path}", "-mon", "chardev=qmp,mode=control"),
             *(_boot(assets, config, console, drive_listener.path) if config.accel == "tcg" else ()),
             *(("-qtest", f"unix:{drive_listener.path}") if config.accel == "qtest" else ()),
             *_tracing(config.trace, trace),
@@ -157,11 +158,16 @@ async def start_qemu(assets: Assets, config: QemuConfig, workdir: Path, *, name:
         yield Qemu(process, qmp, guest, qtest, trace)
 
 
-def _machine(assets: Assets, config: QemuConfig, qmp: Path) -> list[str]:
+def machine(assets: Assets, config: QemuConfig) -> list[str]:
+    """The command and its arguments for the machine, without anything that drives or watches it.
+
+    Args:
+        assets: where QEMU is.
+        config: the machine.
+    """
     argv = [*assets.qemu_command, "-accel", config.accel, "-machine", "q35", "-cpu", "max"]
     argv += ["-smp", str(config.cpus), "-m", str(config.memory_mib)]
     argv += ["-nodefaults", "-no-user-config", "-display", "none"]
-    argv += ["-chardev", f"socket,id=qmp,path={qmp}", "-mon", "chardev=qmp,mode=control"]
     if config.shared_memory:
         argv += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mib}M,share=on"]
         argv += ["-machine", "memory-backend=ram"]

@@ -94,7 +94,7 @@ class Stack:
 
 @asynccontextmanager
 async def soc_and_daemon(
-    workdir: Path, config: SocConfig | None = None, *, agent: bool = False
+    workdir: Path, config: SocConfig | None = None, *, agent: bool = False, keep: bool = False
 ) -> AsyncIterator[Stack]:
     """Start the simulator, then the daemon on its first function; both are ready when this yields.
 
@@ -104,6 +104,7 @@ async def soc_and_daemon(
         workdir: for sockets and logs; its path must be short (UNIX socket addresses are).
         config: what the simulator exposes.
         agent: the function has an agent, a process of its own, and so a migration interface.
+        keep: the daemon is a keeper's child, which starts it again; what is called the daemon is the keeper.
     """
     upstream = workdir / "soc"
     upstream.mkdir()
@@ -121,6 +122,8 @@ async def soc_and_daemon(
             listen = [*simulate, "--agent-only", f"--agent-listen={address}"]
             speaker = await stack.enter_async_context(service(workdir, "agent", listen))
             serve += ["--agent", f"msgpack-rpc:{address},function=f0"]
+        if keep:
+            serve = ["keep", "--max-starts", "100", "--", *PROGRAM, *serve]
         daemon = await stack.enter_async_context(service(workdir, "daemon", serve))
         running = Stack(soc, daemon, socket, control, speaker)
         yield running

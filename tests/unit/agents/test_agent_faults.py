@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import trio
 import trio.testing
+from xxhash import xxh3_128_digest
 
 from vfiouser_agents.api import Agent, AgentState, Phase, Range, Role, Session
 from vfiouser_agents.errors import ERRORS, AgentError, CorruptState, InvalidArgument, InvalidState, TransportLost
@@ -172,7 +172,7 @@ async def test_spoiled_loads(agent: FaultyAgent, session: Session, fault: Fault)
     except InvalidArgument:
         return
     with pytest.raises(CorruptState):
-        await session.load_commit(100, hashlib.sha256(bytes(100)).digest())
+        await session.load_commit(100, xxh3_128_digest(bytes(100)))
 
 
 async def test_twice(agent: FaultyAgent, session: Session, function: MemoryFunction) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
+from xxhash import xxh3_128_digest
 
 from vfiouser_agents.api import AgentState, Outcome, Phase, Range, Role, Session
 from vfiouser_agents.errors import Busy, InvalidArgument, InvalidState
@@ -26,7 +25,7 @@ async def push(session: Session, stream: bytes, size: int) -> None:
     await session.load_begin(None)
     for offset in range(0, len(stream), size):
         await session.load(offset, stream[offset : offset + size])
-    await session.load_commit(len(stream), hashlib.sha256(stream).digest())
+    await session.load_commit(len(stream), xxh3_128_digest(stream))
 
 
 @pytest.mark.parametrize("state_size", [1, 8, 4095, 4096, 4104, 100_000])

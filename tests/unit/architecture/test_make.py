@@ -19,6 +19,7 @@ TARGETS = (
     "help",
     "demo",
     "demo-vm",
+    "guest",
     "test",
     "test-fast",
     "test-vm-long",
@@ -30,6 +31,7 @@ TARGETS = (
     "proto",
     "deb",
     "oci",
+    "docs",
     "pages",
     "clean",
 )
@@ -116,10 +118,10 @@ def test_the_readme_names_its_two_commands() -> None:
 
 
 def test_ci_runs_check_and_all_tests() -> None:
-    """The CI script runs the static checks and the tests with virtual machines, and stops at the first failure."""
+    """The CI script checks, builds the site and runs all tests, and stops at the first failure."""
     text = (ROOT / ".ci" / "run").read_text()
     assert "set -euo pipefail" in text
-    assert text.endswith("make check\nmake test\n")
+    assert text.endswith("make check\nmake docs\nmake test\n")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
 

@@ -15,7 +15,7 @@ import trio.testing
 from fakeserver import Answer, FakeServer, Handler, connected
 from openfds import open_fds
 from vfiouser_oob.client.client import Client
-from vfiouser_oob.client.connection import connect_socket
+from vfiouser_oob.client.connecting import connect_socket
 from vfiouser_oob.client.errors import ServerGone, TooLate
 from vfiouser_oob.transport.fds import LentFd
 from vfiouser_protocol.codec import decode, encode

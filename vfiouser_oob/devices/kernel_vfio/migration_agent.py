@@ -186,9 +186,9 @@ class KernelSession(Session):
         """Take a piece."""
         await self._run(partial(self._function.load, offset, bytes(data)), Role.DESTINATION)
 
-    async def load_commit(self, total: int, sha256: bytes) -> None:
+    async def load_commit(self, total: int, digest: bytes) -> None:
         """Verify and apply."""
-        await self._run(partial(self._function.load_commit, total, sha256), Role.DESTINATION)
+        await self._run(partial(self._function.load_commit, total, digest), Role.DESTINATION)
 
     async def abort(self) -> None:
         """Drop what was being saved or loaded."""

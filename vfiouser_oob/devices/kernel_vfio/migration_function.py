@@ -13,9 +13,10 @@ Everything here blocks and runs in the function's worker, one call at a time; on
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from xxhash import xxh3_128
 
 from vfiouser_agents.api import AgentState, Capabilities, Chunk, Descriptor, DirtyReport, Estimate, Phase, Range, Role
 from vfiouser_agents.errors import (
@@ -101,7 +102,7 @@ class _Incoming:
     total: int = 0
     last_start: int = 0
     last: bytes = b""
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digest: xxh3_128 = field(default_factory=xxh3_128)
     #: Why the driver refused a piece; said at the commit.
     refused: str = ""
 
@@ -388,7 +389,7 @@ class KernelFunction:
         incoming.last_start, incoming.last = offset, data
         incoming.total += len(data)
 
-    def load_commit(self, total: int, sha256: bytes) -> None:
+    def load_commit(self, total: int, digest: bytes) -> None:
         """Verify and apply."""
         self._working()
         if self.agent_state is AgentState.LOADED:
@@ -396,7 +397,7 @@ class KernelFunction:
         incoming = self._loading()
         if total != incoming.total:
             raise CorruptState(f"{incoming.total} bytes came, {total} were announced")
-        if incoming.digest.digest() != sha256:
+        if incoming.digest.digest() != digest:
             raise CorruptState(f"the digest of the {total} bytes that came is another one")
         if incoming.refused:
             raise CorruptState(incoming.refused)

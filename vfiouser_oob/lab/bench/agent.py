@@ -57,7 +57,7 @@ class StreamSession(MemorySession):
             raise InvalidArgument(f"load at {offset} where {self.loaded} was due")
         self.loaded += len(data)
 
-    async def load_commit(self, total: int, sha256: bytes) -> None:
+    async def load_commit(self, total: int, digest: bytes) -> None:
         """Check the count."""
         await trio.lowlevel.checkpoint()
         if total != self.loaded:

@@ -12,9 +12,10 @@ from statistics import median
 from vfiouser_oob.lab.bench.peers import READ_REPLY_SIZE, READ_REQUEST_SIZE
 from vfiouser_oob.lab.bench.raw import RawClient, message
 from vfiouser_oob.lab.bench.results import Samples
+from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.codec import encode
-from vfiouser_protocol.constants import HEADER_SIZE, Command
-from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionRead
+from vfiouser_protocol.constants import HEADER_SIZE, Command, IrqIndex, IrqSetFlags
+from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionRead, SetIrqs
 
 BURST = 64
 #: Register that is read: the NVMe version, which has no side effects and no other use.
@@ -85,6 +86,22 @@ class MapLoad:
             message(Command.DMA_UNMAP, encode(DmaUnmap(24, 0, address, _PAGE)), number)
             for number, address in enumerate(self._addresses[start:end])
         ]
+
+
+def irq_rate(client: RawClient, count: int) -> float:
+    """SET_IRQS per second, one after the other, each with an eventfd for MSI-X vector 0.
+
+    Args:
+        client: the client.
+        count: how many bursts of 16.
+    """
+    flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
+    request = message(Command.DEVICE_SET_IRQS, encode(SetIrqs(20, int(flags), IrqIndex.MSIX, 0, 1, b"")))
+    with OwnedFd(os.eventfd(0)) as event:
+        start = time.perf_counter()
+        for _ in range(16 * count):
+            client.burst([request], [event.fileno()], HEADER_SIZE)
+        return 16 * count / (time.perf_counter() - start)
 
 
 def alternate(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:

@@ -6,16 +6,12 @@ out everything else: no look at the message, no state, blocking calls.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from queue import SimpleQueue
-from threading import Thread
-from zlib import crc32
 
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_protocol.constants import HEADER_SIZE, Command
@@ -26,8 +22,6 @@ READ_REPLY_SIZE = 36
 #: What a stream is sent and copied in, at most; and the size of a request for a stream.
 STREAM_PIECE = 1 << 20
 _COUNT_SIZE = 8
-#: Pieces that the checked copy holds: one comes in, one goes out, two wait for the other thread.
-_CHECKED_PIECES = 4
 _ANCILLARY_SIZE = socket.CMSG_SPACE(4)
 #: Payload bytes of the replies to what the map benchmark sends.
 _REPLY_PAYLOADS = {Command.DMA_MAP: 0, Command.DMA_UNMAP: 24}
@@ -76,44 +70,11 @@ def copy(source: socket.socket, sink: socket.socket) -> None:
             left -= count
 
 
-def checked_copy(source: socket.socket, sink: socket.socket) -> None:
-    """Do what `copy` does, with the CRC-32 of each piece before it goes on and one SHA-256 of all, in a thread."""
-    free: SimpleQueue[memoryview] = SimpleQueue()
-    passed: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
-    for _ in range(_CHECKED_PIECES):
-        free.put(memoryview(bytearray(STREAM_PIECE)))
-
-    def work() -> None:
-        digest = hashlib.sha256()
-        while (item := passed.get()) is not None:
-            buffer, count = item
-            digest.update(buffer[:count])
-            free.put(buffer)
-
-    hasher = Thread(target=work, name="hash")
-    hasher.start()
-    try:
-        while request := sink.recv(_COUNT_SIZE, socket.MSG_WAITALL):
-            source.sendall(request)
-            left = int.from_bytes(request, "little")
-            while left:
-                buffer = free.get()
-                count = source.recv_into(buffer, min(left, STREAM_PIECE), socket.MSG_WAITALL)
-                crc32(buffer[:count])
-                sink.sendall(buffer[:count])
-                passed.put((buffer, count))
-                left -= count
-    finally:
-        passed.put(None)
-        hasher.join()
-
-
 KINDS: Mapping[str, Callable[..., None]] = {
     "echo": echo,
     "empty-loop": empty_loop,
     "stream": stream,
     "copy": copy,
-    "checked-copy": checked_copy,
 }
 
 

@@ -28,6 +28,7 @@ from vfiouser_oob.lab.bench.raw import RawClient
 from vfiouser_oob.lab.bench.recording import measure_recording
 from vfiouser_oob.lab.bench.results import Budget, Result
 from vfiouser_oob.lab.bench.streams import FULL_STREAMS, QUICK_STREAMS, StreamEffort, measure_streams
+from vfiouser_oob.lab.bench.survival import measure_survival
 from vfiouser_oob.lab.demo.children import Child, blaming, running, running_command
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
 
@@ -137,6 +138,8 @@ async def measure(effort: Effort, progress: Progress) -> list[Result]:
             results += _attaches(bed, effort)
         progress("writes to guest memory: recorded, not recorded in turn")
         results += await measure_recording(effort.rounds, effort.reads)
+        progress("a daemon that may be restarted, beside one that may not: reads, maps, interrupts, attach in turn")
+        results += await measure_survival(Path(place, "survival"), effort.rounds, effort.reads, effort.bursts)
         progress(f"memory: 1 function, then {effort.functions}")
         results += await _memory(Path(place), effort)
         results += await measure_streams(Path(place), effort.streams, progress)

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import trio
 
 from vfiouser_oob.client.client import Client
-from vfiouser_oob.client.connection import ClientOptions
+from vfiouser_oob.client.connecting import ClientOptions
 from vfiouser_oob.client.guest import ClientMemory
 from vfiouser_oob.client.mapping import MappedRegion
 from vfiouser_oob.transport.fds import OwnedFd

@@ -91,11 +91,12 @@ class FunctionThing(Thing):
 
 @dataclass(frozen=True, slots=True)
 class ClientThing(Thing):
-    """The client that is attached.
+    """A client that is connected.
 
     Args:
+        number: which; no other one of the function has had it.
         main: name of the socket that it connected.
-        page: name of its page of commands.
+        memory: name of that socket's memory.
         pid: who it was when it connected.
         uid: likewise.
         gid: likewise.
@@ -103,10 +104,13 @@ class ClientThing(Thing):
 
     KIND: ClassVar[int] = 2
     DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType(
-        {"main": DescriptorKind.SOCKET, "page": DescriptorKind.MEMORY}
+        {"main": DescriptorKind.SOCKET, "memory": DescriptorKind.MEMORY}
     )
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 4})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
+    number: int
     main: str
-    page: str
+    memory: str
     pid: int
     uid: int
     gid: int
@@ -118,11 +122,15 @@ class TwinThing(Thing):
 
     Args:
         socket: its name.
+        memory: name of its memory.
     """
 
     KIND: ClassVar[int] = 3
-    DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType({"socket": DescriptorKind.SOCKET})
+    DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType(
+        {"socket": DescriptorKind.SOCKET, "memory": DescriptorKind.MEMORY}
+    )
     socket: str
+    memory: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +138,8 @@ class AgreedThing(Thing):
     """What was negotiated.
 
     Args:
+        end: 0 with the client; 1 with the server behind the function.
+        number: with which client.
         minor: protocol minor in use.
         reply_payload: the VERSION reply's payload.
         client: what the client takes.
@@ -140,6 +150,10 @@ class AgreedThing(Thing):
     """
 
     KIND: ClassVar[int] = 4
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"end": 1})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"end": 1, "number": _U32})
+    end: int
+    number: int
     minor: int
     reply_payload: bytes
     client: VersionCapabilities
@@ -149,14 +163,14 @@ class AgreedThing(Thing):
     migration_pgsize: int | None
 
     @classmethod
-    def of(cls, negotiated: Negotiated) -> AgreedThing:
+    def of(cls, negotiated: Negotiated, end: int = 0, number: int = 0) -> AgreedThing:
         """What was negotiated, to be written down."""
-        return cls(*negotiated)
+        return cls(end, number, *negotiated)
 
     @property
     def negotiated(self) -> Negotiated:
         """What was negotiated, as the protocol has it."""
-        return Negotiated(*_values_of(AgreedThing)(self))
+        return Negotiated(*_values_of(AgreedThing)(self)[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,16 +302,20 @@ class UpstreamThing(Thing):
     """A connection to the server behind the function.
 
     Args:
-        number: which of them.
+        number: which of them: 0, and 1 for its twin.
         socket: its name.
+        memory: name of its memory.
     """
 
     KIND: ClassVar[int] = 12
     KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 1})
-    DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType({"socket": DescriptorKind.SOCKET})
+    DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType(
+        {"socket": DescriptorKind.SOCKET, "memory": DescriptorKind.MEMORY}
+    )
     LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 255})
     number: int
     socket: str
+    memory: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +335,22 @@ class VfioThing(Thing):
     handle: str
 
 
+@dataclass(frozen=True, slots=True)
+class AssignedThing(Thing):
+    """Which vectors of one IRQ index have eventfds that were passed on to the device.
+
+    Args:
+        index: which.
+        vectors: one byte per vector.
+    """
+
+    KIND: ClassVar[int] = 14
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"index": 1})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"index": 255})
+    index: int
+    vectors: bytes
+
+
 #: Every kind, in the order in which a successor rebuilds.
 THINGS: Sequence[type[Thing]] = (
     FunctionThing,
@@ -330,6 +364,7 @@ THINGS: Sequence[type[Thing]] = (
     RangeThing,
     LineThing,
     VectorThing,
+    AssignedThing,
     MigrationThing,
     CounterThing,
 )

@@ -24,24 +24,15 @@ class Checksum(model.DeviceModel):
         limit: int = model.key(model.values.SIZE, "most bytes of one checksum", default=1 << 20)
 
     def __init__(self, name: str, options: Options) -> None:
-        self.summary = f"model:checksum {name}"
         self.limit = options.limit
+        msix = model.Msix(vectors=1, table_bar=0, table_offset=0x800, pba_bar=0, pba_offset=0xC00)
         self.config = model.ConfigSpace(
             model.PciIdentity(vendor=0x1B36, device=0x00F1, class_code=0xFF0000),
             bars=[model.BarSpec(0, SIZE)],
-            capabilities=[
-                model.Msix(vectors=1, table_bar=0, table_offset=0x800, pba_bar=0, pba_offset=0xC00),
-                model.PciExpress(flr=True),
-            ],
+            capabilities=[msix, model.PciExpress(flr=True)],
         )
-        self.regions = {0: model.ModelRegion(0, SIZE)}
-        self.irqs = model.interrupts(msix=1)
         self.registers = bytearray(SIZE)
         self.wanted, self.work = trio.open_memory_channel[tuple[int, int]](1)
-
-    def attach(self, host: model.ModelHost) -> None:
-        """Take the host's services."""
-        self.host = host
 
     def region_read(self, index: int, offset: int, count: int) -> bytes:
         """Answer a read."""

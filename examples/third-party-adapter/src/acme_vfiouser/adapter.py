@@ -64,7 +64,7 @@ class AcmeFunction(Primitive):
         last, piece = await self._agent.ask("READ", self._name, str(offset), str(min(limit, MAX_CHUNK)))
         return Chunk(base64.b64decode(piece), eof=last == "last")
 
-    async def apply(self, state: bytes, sha256: bytes) -> None:
+    async def apply(self, state: bytes, digest: bytes) -> None:
         """WRITE each piece, then COMMIT; the state is whole and verified when this is called."""
         for offset in range(0, len(state), MAX_CHUNK):
             piece = base64.b64encode(state[offset : offset + MAX_CHUNK]).decode()

@@ -132,6 +132,17 @@ cmd_sh() { eval "$*"; }
 cmd_reboot() { reboot -f; }
 cmd_poweroff() { poweroff -f; }
 
+# --- somebody at the console
+
+if grep -q vmbed.shell /proc/cmdline; then
+    {
+        node=$(block_device 0) && echo "The function is ${node}, $(($(cat "/sys/class/block/${node##*/}/size") / 2048)) MiB."
+        echo "Type 'exit' to leave; the VM ends then."
+    } >/dev/console 2>&1
+    setsid sh -c 'PS1="guest# " exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'
+    poweroff -f
+fi
+
 # --- the loop
 
 stty -F $CONTROL raw -echo 115200

@@ -78,6 +78,16 @@ def test_each_field_by_itself(name: str) -> None:
     assert record == MigrationRecord.from_json(record.to_json())
 
 
+@pytest.mark.parametrize("name", [field.name for field in fields(MigrationRecord)])
+def test_a_record_with_another_field_is_what_replace_makes(name: str) -> None:
+    """And the one that it was made of stays as it is."""
+    before, value = MigrationRecord(), getattr(FULL, name)
+    assert replace(before, **{name: value}) == before.but({name: value})
+    assert MigrationRecord() == before
+    with pytest.raises(KeyError):
+        before.but({"colour": 1})
+
+
 def test_what_the_agent_said_is_not_written_down() -> None:
     """It would be old when it is read."""
     errand = PlanProgress("ask", DeviceState.STOP, status=Status(AgentState.STOPPED))

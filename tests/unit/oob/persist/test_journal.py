@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from journalkit import Model, change, plain, steps
-from vfiouser_oob.persist.command_page import CommandPage, read_page
 from vfiouser_oob.persist.journal import journal as journal_module
 from vfiouser_oob.persist.journal.journal import SMALLEST, Journal, read_journal
 from vfiouser_oob.persist.journal.layout import ACTIVE, PAGE, read_history
 from vfiouser_oob.persist.memory import read_memory
 from vfiouser_oob.persist.record import UnusableRecord
+from vfiouser_oob.persist.stream_memory import CommandStage, StreamMemory
 from vfiouser_oob.transport.fds import OwnedFd
 
 SUPPORT = Path(__file__).resolve().parents[3] / "support"
@@ -204,25 +204,25 @@ def test_a_killed_writer_leaves_a_part_of_its_history() -> None:
     script = steps(seed)
     with Journal.create("killed") as journal:
         for hundreds in (0, 2, 7, 1, 12, 3):
-            with CommandPage.create("killed") as page:
+            with StreamMemory.create("killed") as page:
                 _write_and_be_killed(journal, page, (seed, done), hundreds)
                 image = read_memory(page, 1 << 20)
-            answered = int.from_bytes(image[16:24], "little") >> 8
+            state = int.from_bytes(image[16:24], "little")
+            answered = state >> 32
             for step in islice(script, answered):
                 change(model, *step)
             done += answered
             found = plain(read_journal(journal).records)
             if plain(model) != found:
-                # The one command that was taken and not answered had been carried out.
-                (taken,) = read_page(image)
-                assert taken.id == answered & 0xFFFF
+                # The one command that was begun and not answered had been carried out.
+                assert state >> 24 & 0xFF == CommandStage.BEGUN
                 change(model, *next(script))
                 done += 1
             assert plain(model) == found
     assert done > 2400
 
 
-def _write_and_be_killed(journal: Journal, page: CommandPage, numbers: tuple[int, ...], hundreds: int) -> None:
+def _write_and_be_killed(journal: Journal, page: StreamMemory, numbers: tuple[int, ...], hundreds: int) -> None:
     arguments = [str(number) for number in (journal.fileno(), page.fileno(), *numbers)]
     with subprocess.Popen(
         [sys.executable, "-m", "journalkit", *arguments],

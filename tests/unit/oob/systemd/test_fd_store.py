@@ -142,6 +142,21 @@ def test_the_limit_of_a_newer_systemd_is_read(
     assert {"limit": 2, "descriptors": 3} == record.fields  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("environ", "address", "offered"),
+    [
+        ({"FDSTORE": "7"}, "@somebody", True),
+        ({"SYSTEMD_EXEC_PID": str(os.getpid())}, "@somebody", True),
+        ({"SYSTEMD_EXEC_PID": str(os.getppid())}, "@somebody", False),
+        ({}, "@somebody", False),
+        ({"FDSTORE": "7"}, None, False),
+    ],
+)
+def test_only_who_may_keep_descriptors_is_asked(environ: dict[str, str], address: str | None, offered: bool) -> None:
+    """A manager that neither is systemd nor says a limit hears nothing that it may not understand."""
+    assert offered == FdStore.from_environment(Mailbox(address), environ).offered
+
+
 async def test_names_that_have_no_room_are_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A service whose names are too long for one variable could not be started again; so the rest is not kept."""
     manager = Manager(tmp_path / "n", limit=1000)

@@ -1,0 +1,64 @@
+"""The check of the documents' English: each rule finds its example and leaves the better one, and reads prose only."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+TOOL = runpy.run_path(str(ROOT / "tools" / "prose.py"))
+
+
+def broken(text: str) -> list[tuple[int, str]]:
+    """Line and rule of everything that is found, by the rules that wait, too."""
+    return sorted((found.line, found.rule) for found in TOOL["findings"](text, waiting=True))
+
+
+@pytest.mark.parametrize("rule", TOOL["RULES"], ids=lambda rule: rule.name)
+def test_a_rule_finds_its_example(rule: Any) -> None:
+    """The bad sentence is found, and the good one is not, by any rule; folded or not, alone or after another."""
+    assert rule.name in [name for _, name in broken(f"{rule.bad}\n")]
+    assert [] == broken(f"{rule.good}\n")
+    folded = rule.bad.replace(" ", "\n  ")
+    assert rule.name in [name for _, name in broken(f"* It works. {folded}\n")]
+
+
+def test_only_prose_is_read() -> None:
+    """Code, links and comments are left out, and lines keep their numbers."""
+    code = "# Heading\n\n```sh\nIt begins anew.\n```\n\n<!-- anew\nanew -->\n"
+    text = f"{code}`anew` [a](anew.md) https://a.example/anew\n\nAn\nend anew.\n"
+    assert [(12, "anew")] == broken(text)
+
+
+def test_the_line_is_that_of_the_sentence() -> None:
+    """A paragraph's first sentence is reported with its own line, not with the empty one before."""
+    assert [(3, "subject last")] == broken("One.\n\nWhat it does is good.\n")
+
+
+def test_a_long_sentence_is_found() -> None:
+    """Forty words pass, forty-one do not; a cell, an item and a paragraph end a sentence."""
+    words = "word " * TOOL["LONGEST"]
+    assert [] == broken(f"{words.strip()}.\n\n| {words}| {words}|\n\n* {words}\n* {words}\n")
+    assert [(1, TOOL["LONG"])] == broken(f"{words}more.\n")
+
+
+def test_the_documents_pass() -> None:
+    """No rule finds anything in what people read, but those that wait."""
+    assert [] == [(path.name, found) for path in TOOL["documents"]() for found in TOOL["findings"](path.read_text())]
+
+
+def test_findings_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tool prints place, rule and advice, and fails; rules that wait are counted on request."""
+    page = tmp_path / "page.md"
+    page.write_text("Fine.\n\nUse it in order to stop, whoever asks.\n")
+    assert 1 == TOOL["main"]([str(page)])
+    printed = capsys.readouterr().out
+    assert f"{page}:3: wordy: write: to, " in printed
+    assert "whoever" not in printed.splitlines()[0]
+    assert 1 == TOOL["main"](["--all", str(page)])
+    assert "   1  whoever (waits)" in capsys.readouterr().out.splitlines()
+    page.write_text("Fine.\n")
+    assert 0 == TOOL["main"]([str(page)])

@@ -1,0 +1,343 @@
+"""Find English in the documents and in `--help` that its speakers would not write.
+
+    python tools/prose.py [--all] [FILE …]
+
+Each rule is a row: what it finds, and what to write instead. Rules that wait are shown by `--all` only: the documents
+still have what they find. Code, links and HTML comments are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Words of one sentence, at most.
+LONGEST = 40
+
+_BLANKED = (
+    re.compile(r"^( *)(```|~~~).*?^\1\2[`~]*$", re.MULTILINE | re.DOTALL),
+    re.compile(r"<!--.*?-->", re.DOTALL),
+    re.compile(r"`[^`\n]+`"),
+    re.compile(r"(?<=\])\([^)\n]*\)"),
+    re.compile(r"https?://\S+"),
+)
+#: A line break inside a paragraph, an item or a cell.
+_SOFT = re.compile(r"\n(?! *(?:\n|$|[-*+] |\d+\. |[#|>:]))")
+#: Ends of sentences, cells, items and paragraphs.
+_END = re.compile(r"[.!?:;](?= )|\||\n")
+_START = r"(?:^\x20*(?:[-*] |\d+\. )?|(?<=[.!?:|]\x20))"
+
+
+class Rule(NamedTuple):
+    """Something that is not written.
+
+    Args:
+        name: what to call it.
+        pattern: what finds it; a space stands for any space between words.
+        instead: what to write.
+        bad: a sentence that it finds.
+        good: the same, well said.
+        waits: whether the documents still have it.
+    """
+
+    name: str
+    pattern: str
+    instead: str
+    bad: str
+    good: str
+    waits: bool = False
+
+    def places(self, text: str) -> Iterator[int]:
+        """Where it is found.
+
+        Args:
+            text: prose.
+        """
+        pattern = self.pattern.replace(" ", " +")
+        found = re.finditer(pattern, text, re.MULTILINE)
+        return (match.start() + len(match[0]) - len(match[0].lstrip()) for match in found)
+
+
+RULES: Sequence[Rule] = (
+    Rule(
+        "what there is",
+        r"\b(?:what|that|which) there (?:is|are|was|were)\b",
+        "name the thing",
+        "The message lists what there is.",
+        "The message lists the types.",
+        waits=True,
+    ),
+    Rule(
+        "is to be",
+        r"\b(?:is|are|was|were) to be\b",
+        "say who must do it: must, has to, will",
+        "Two classes are to be implemented.",
+        "Implement two classes.",
+        waits=True,
+    ),
+    Rule(
+        "is no",
+        r"(?<!there\x20)\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|way\b|doubt\b|larger\b|one\b)[a-z]",
+        "is not a, does not",
+        "It is no error.",
+        "It is not an error.",
+        waits=True,
+    ),
+    Rule(
+        "no such one",
+        r"\bno [a-z]+ ones?\b",
+        "name the thing, or deny the verb",
+        "It takes no new one until then.",
+        "It accepts no new client until then.",
+        waits=True,
+    ),
+    Rule(
+        "tells what",
+        r"\b(?:tells|tell) (?:what|how|which|when|where|why|whether)\b",
+        "says, explains, shows; or tells whom",
+        "This page tells how to set them.",
+        "This page explains how to set them.",
+        waits=True,
+    ),
+    Rule(
+        "subject last",
+        _START + r"(?:Whether|What) [^.?!|\n]*? (?:is|are|was|were) [^.?!|\n]*\.",
+        "put the subject first, and do not begin with a clause",
+        "What it is for is live migration.",
+        "It is for live migration.",
+        waits=True,
+    ),
+    Rule(
+        "belongs into",
+        r"\bbelongs? into\b",
+        "belongs in, goes into",
+        "An adapter belongs into the distribution.",
+        "An adapter belongs in the distribution.",
+        waits=True,
+    ),
+    Rule(
+        "passive with its doer",
+        r"\b(?:is|are|was|were|be|been) (?:\w+ )?\w+(?:ed|en|ept|ade|ound|eld|told|ent) by "
+        r"(?!itself|themselves|hand|default|name)\w",
+        "let the doer do it",
+        "Many of them are checked by tests.",
+        "Tests check many of them.",
+        waits=True,
+    ),
+    Rule(
+        "anew",
+        r"\banew\b",
+        "again, from the start",
+        "The stream begins anew.",
+        "The stream begins again.",
+        waits=True,
+    ),
+    Rule(
+        "mend",
+        r"\b[Mm]end(?:s|ed|ing)?\b",
+        "fix, repair, help",
+        "Trying again does not mend it.",
+        "Trying again does not help.",
+        waits=True,
+    ),
+    Rule(
+        "whoever",
+        r"\b[Ww]ho(?:m)?ever\b",
+        "name the person or program",
+        "The interface of whoever moves the state.",
+        "The interface that every mover of state has.",
+        waits=True,
+    ),
+    Rule(
+        "found out",
+        r"\b(?:is|are) found out\b",
+        "say who finds it",
+        "This is found out by a test.",
+        "A test finds this.",
+        waits=True,
+    ),
+    Rule(
+        "in place of it",
+        r"\bin (?:the place of|which \w+ \w+ stand)\b",
+        "instead of, replaces",
+        "A UUID in the place of the address.",
+        "A UUID instead of the address.",
+        waits=True,
+    ),
+    Rule(
+        "never heard",
+        r"\b(?:never|not) heard\b",
+        "has not answered, is unknown",
+        "agent never heard",
+        "the agent has not answered",
+    ),
+    Rule(
+        "becomes of",
+        r"\b(?:what|whatever) (?:becomes|became) of\b",
+        "what happens to",
+        "It decides what becomes of a VM.",
+        "It decides what happens to a VM.",
+        waits=True,
+    ),
+    Rule(
+        "is said",
+        r"\b(?:is|are) said\b",
+        "say where it stands, or who says it",
+        "It is said at attach.",
+        "The daemon reports it at attach.",
+        waits=True,
+    ),
+    Rule(
+        "leads out",
+        r"\bleads? out\b",
+        "ends this state",
+        "Only a reset leads out.",
+        "Only a reset ends it.",
+        waits=True,
+    ),
+    Rule(
+        "one that",
+        r"\b(?:[Ss]o that|of) one that\b|\b[Oo]ne (?:that is|whose)\b",
+        "name the thing again",
+        "So that one that dies takes no other with it.",
+        "When a process dies, the others go on.",
+        waits=True,
+    ),
+    Rule(
+        "nothing of",
+        r"\b[Nn]othing of\b",
+        "none of, no part of",
+        "It imports nothing of the daemon.",
+        "It imports no part of the daemon.",
+        waits=True,
+    ),
+    Rule(
+        "as far as that",
+        r"\bas far as (?:its|their|is|it is|was|they)\b",
+        "if, where, unless",
+        "It answers, as far as is known.",
+        "It answers, or is not known to be silent.",
+        waits=True,
+    ),
+    Rule(
+        "Germanisms",
+        r"\b(?:actualize|eventually possible|in the contrary|how it looks like|allows to)\b",
+        "update, may, on the contrary, what it looks like, allows … -ing",
+        "This allows to stop it.",
+        "This stops it.",
+    ),
+    Rule(
+        "wordy",
+        r"\b(?:in order to|due to the fact|it should be noted|please note|basically|utili[sz]e)\b",
+        "to, because, nothing, use",
+        "Use it in order to stop.",
+        "Use it to stop.",
+    ),
+    Rule("said twice", r"\b(the|a|an|of|to|is|and|in|on|that) \1\b(?! \1)", "say it once", "It is is.", "It is."),
+)
+LONG = f"a sentence of more than {LONGEST} words"
+
+
+class Finding(NamedTuple):
+    """A place where a rule is broken.
+
+    Args:
+        line: its number, from 1.
+        rule: what is broken.
+        instead: what to write.
+        text: the line.
+    """
+
+    line: int
+    rule: str
+    instead: str
+    text: str
+
+
+def prose(text: str) -> str:
+    """A document as paragraphs of one line each, without what is not prose; every place stays where it is.
+
+    Args:
+        text: Markdown.
+    """
+    for pattern in _BLANKED:
+        text = pattern.sub(_blank, text)
+    return _SOFT.sub(" ", text)
+
+
+def _blank(found: re.Match[str]) -> str:
+    """A block leaves its lines; a word of code is a word."""
+    return re.sub(r"\S", " ", found[0]) if "\n" in found[0] else "x" * len(found[0])
+
+
+def long_sentences(text: str) -> Iterator[int]:
+    """Where a sentence begins that has too many words.
+
+    Args:
+        text: prose.
+    """
+    start = 0
+    for end in [*_END.finditer(text), None]:
+        stop = end.start() if end else len(text)
+        if len(re.findall(r"\w[\w'’-]*", text[start:stop])) > LONGEST:
+            yield start + len(text[start:stop]) - len(text[start:stop].lstrip())
+        start = end.end() if end else stop
+
+
+def findings(text: str, *, waiting: bool = False) -> Iterator[Finding]:
+    """What is not well said in a document.
+
+    Args:
+        text: Markdown, or what `--help` prints.
+        waiting: by the rules that wait, too.
+    """
+    clean, lines = prose(text), text.splitlines()
+
+    def finding(place: int, rule: str, instead: str) -> Finding:
+        line = text.count("\n", 0, place) + 1
+        return Finding(line, rule, instead, lines[line - 1].strip() if lines else "")
+
+    for rule in RULES:
+        if waiting or not rule.waits:
+            yield from (finding(place, rule.name, rule.instead) for place in rule.places(clean))
+    if waiting:
+        yield from (finding(place, LONG, "two sentences") for place in long_sentences(clean))
+
+
+def documents() -> list[Path]:
+    """What people read: the pages, the READMEs, and what `--help` prints."""
+    return sorted(
+        [
+            *ROOT.glob("*.md"),
+            *(ROOT / "docs").rglob("*.md"),
+            *(ROOT / room / "README.md" for room in ("agents", "protocol", "tests/support", "tests/vm")),
+            ROOT / "tests/unit/oob/cli/help/80.txt",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print each finding; 1 when there is one that counts."""
+    parser = argparse.ArgumentParser(description="Find English that its speakers would not write.")
+    parser.add_argument("--all", action="store_true", help="by the rules that wait, too")
+    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="files to read (default: all documents)")
+    args = parser.parse_args(argv)
+    broken: list[str] = []
+    for path in args.files or documents():
+        for found in sorted(findings(path.read_text(encoding="utf-8"), waiting=args.all)):
+            broken.append(found.rule)
+            place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            print(f"{place}:{found.line}: {found.rule}: write: {found.instead}\n    {found.text}")
+    if args.all:
+        for rule in [*(rule.name for rule in RULES if rule.waits), LONG]:
+            print(f"{broken.count(rule):4}  {rule} (waits)")
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
