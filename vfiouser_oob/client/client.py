@@ -150,8 +150,19 @@ class Client(MigrationCommands):
 
     async def get_info(self) -> DeviceInfo:
         """Ask for the device's flags and numbers of regions and IRQ indices."""
-        reply = await self.request(Command.DEVICE_GET_INFO, encode(DeviceInfo(_DEVICE_INFO_SIZE)))
-        return decode_reply(DeviceInfo, Command.DEVICE_GET_INFO, reply)
+        return await self.take_info(self.submit_info())
+
+    def submit_info(self) -> PendingCall:
+        """Ask what `get_info` asks without waiting; `take_info` takes the answer."""
+        return self.submit(Command.DEVICE_GET_INFO, encode(DeviceInfo(_DEVICE_INFO_SIZE)))
+
+    async def take_info(self, call: PendingCall) -> DeviceInfo:
+        """Wait for what `submit_info` asked for.
+
+        Args:
+            call: the question.
+        """
+        return decode_reply(DeviceInfo, Command.DEVICE_GET_INFO, await call.wait())
 
     async def reset(self) -> None:
         """Reset the device; mappings and interrupts' set-up stay."""
@@ -169,10 +180,28 @@ class Client(MigrationCommands):
         Raises:
             BadReply: the description is malformed, of another region, or larger than any region's can be.
         """
-        reply, info = await self._region_info(index, _REGION_INFO_ROOM)
+        return await self.take_region_info(self.submit_region_info(index), index)
+
+    def submit_region_info(self, index: int, room: int = _REGION_INFO_ROOM) -> PendingCall:
+        """Ask for a region without waiting; `take_region_info` takes the answer.
+
+        Args:
+            index: region index.
+            room: bytes that its description may have.
+        """
+        return self.submit(Command.DEVICE_GET_REGION_INFO, encode(RegionInfo(room, 0, index)))
+
+    async def take_region_info(self, call: PendingCall, index: int) -> ClientRegion:
+        """Wait for what `submit_region_info` asked for; otherwise like `get_region_info`.
+
+        Args:
+            call: the question.
+            index: which region it is about.
+        """
+        reply, info = await _region_info(call)
         if info.argsz > _REGION_INFO_ROOM:
             close_all(reply.fds)
-            reply, info = await self._region_info(index, info.argsz)
+            reply, info = await _region_info(self.submit_region_info(index, info.argsz))
         with closing_on_error(reply.fds):
             try:
                 description = parse_region_info(reply.payload)
@@ -181,13 +210,6 @@ class Client(MigrationCommands):
             if description.size and description.index != index:
                 raise BadReply(f"the server described region {description.index} when asked for {index}")
         return ClientRegion(description, reply.fds[0] if reply.fds else None)
-
-    async def _region_info(self, index: int, argsz: int) -> tuple[Reply, RegionInfo]:
-        command = Command.DEVICE_GET_REGION_INFO
-        reply = await self.request(command, encode(RegionInfo(argsz, 0, index)))
-        with closing_on_error(reply.fds):
-            check_length(command, reply.payload, _MAX_REGION_INFO)
-            return reply, decode_reply(RegionInfo, command, reply)
 
     async def get_region_io_fds(self, index: int) -> ClientIoFds:
         """Ask for the sub-regions of a region that have eventfds or ioregionfds of their own.
@@ -223,8 +245,20 @@ class Client(MigrationCommands):
         Raises:
             BadReply: the answer is malformed, about another index, or claims more vectors than PCI has.
         """
-        reply = await self.request(Command.DEVICE_GET_IRQ_INFO, encode(IrqInfo(_IRQ_INFO_SIZE, 0, index)))
-        info = decode_reply(IrqInfo, Command.DEVICE_GET_IRQ_INFO, reply)
+        return await self.take_irq_info(self.submit_irq_info(index), index)
+
+    def submit_irq_info(self, index: int) -> PendingCall:
+        """Ask for an IRQ index without waiting; `take_irq_info` takes the answer."""
+        return self.submit(Command.DEVICE_GET_IRQ_INFO, encode(IrqInfo(_IRQ_INFO_SIZE, 0, index)))
+
+    async def take_irq_info(self, call: PendingCall, index: int) -> IrqInfo:
+        """Wait for what `submit_irq_info` asked for; otherwise like `get_irq_info`.
+
+        Args:
+            call: the question.
+            index: which IRQ index it is about.
+        """
+        info = decode_reply(IrqInfo, Command.DEVICE_GET_IRQ_INFO, await call.wait())
         if info.count and info.index != index:
             raise BadReply(f"the server answered about IRQ index {info.index} when asked for {index}")
         if info.count > MAX_IRQ_VECTORS:
@@ -446,3 +480,11 @@ class Client(MigrationCommands):
         """Take all memory back (v1 generation and libvfio-user)."""
         request = encode(DmaUnmap(_DMA_UNMAP_SIZE, int(DmaUnmapFlags.ALL), 0, 0))
         await self.request(Command.DMA_UNMAP, request)
+
+
+async def _region_info(call: PendingCall) -> tuple[Reply, RegionInfo]:
+    command = Command.DEVICE_GET_REGION_INFO
+    reply = await call.wait()
+    with closing_on_error(reply.fds):
+        check_length(command, reply.payload, _MAX_REGION_INFO)
+        return reply, decode_reply(RegionInfo, command, reply)

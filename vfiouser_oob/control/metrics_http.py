@@ -16,7 +16,7 @@ import trio
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.openmetrics import CONTENT_TYPE, render
 from vfiouser_oob.observability.status import StatusProvider
-from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import Listener
 
 CONNECTIONS_MAX = 8
 #: Seconds for a whole connection: request, rendering, answer.
@@ -53,29 +53,20 @@ class MetricsServer:
             sock: a listening stream socket; it is closed when this ends, its path stays the caller's.
             task_status: told when connections are accepted.
         """
-        listener = Listener(sock, None)
+        listener = Listener(sock, None, lasting=True)
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 while True:
                     # Further ones wait in the socket's queue, whose length is the kernel's affair.
                     await self._slots.acquire()
-                    connected = await self._accept(listener)
-                    if connected is None:
-                        self._slots.release()
-                    else:
-                        nursery.start_soon(self._connection, connected)
+                    connected = await listener.next_client(self._not_accepted)
+                    nursery.start_soon(self._connection, trio.SocketStream(trio.socket.from_stdlib_socket(connected)))
         finally:
             listener.close()
 
-    async def _accept(self, listener: Listener) -> trio.SocketStream | None:
-        try:
-            sock = await listener.accept()
-        except OSError as error:  # whatever it is, it may come again at once
-            self._noise.warning("cannot accept a scrape now", error=error.strerror)
-            await trio.sleep(EXHAUSTED_WAIT_S)
-            return None
-        return None if sock is None else trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    def _not_accepted(self, reason: str) -> None:
+        self._noise.warning("cannot accept a scrape now", error=reason)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         try:

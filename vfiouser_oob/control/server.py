@@ -24,7 +24,7 @@ from vfiouser_oob.control.protocol import ControlRequest, ErrorCode, RequestErro
 from vfiouser_oob.control.verbs import VERBS, Administered, ControlRole, Handle, Verb, allowed_verbs
 from vfiouser_oob.observability import log
 from vfiouser_oob.server.administration import ChangeRefused
-from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 
 CONNECTIONS_MAX = 32
@@ -142,25 +142,18 @@ class ControlServer:
             sock: a listening UNIX stream socket; it is closed when this ends, its path stays the caller's.
             task_status: told when connections are accepted.
         """
-        listener = Listener(sock, None)
+        listener = Listener(sock, None, lasting=True)
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 while True:
-                    connected = await self._accept(listener)
-                    if connected is not None:
-                        nursery.start_soon(self._connection, connected)
+                    connected = await listener.next_client(self._not_accepted)
+                    nursery.start_soon(self._connection, trio.SocketStream(trio.socket.from_stdlib_socket(connected)))
         finally:
             listener.close()
 
-    async def _accept(self, listener: Listener) -> trio.SocketStream | None:
-        try:
-            sock = await listener.accept()
-        except OSError as error:  # whatever it is, it may come again at once
-            self._refusals.warning("cannot accept a control connection now", error=error.strerror)
-            await trio.sleep(EXHAUSTED_WAIT_S)
-            return None
-        return None if sock is None else trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    def _not_accepted(self, reason: str) -> None:
+        self._refusals.warning("cannot accept a control connection now", error=reason)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         try:

@@ -29,7 +29,7 @@ from vfiouser_oob.server.refusal import TurnedAway, turn_away
 from vfiouser_oob.server.survival import under_way
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
-from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_protocol.capabilities import VersionCapabilities
 
@@ -39,8 +39,6 @@ HANDOVER_S = 1.0
 OVERDUE_S = 5.0
 #: Connections that may say nothing at one time; QEMU says its VERSION at once.
 _MOST_SILENT = 16
-#: A client that left before it was accepted; nothing to be said, and the next one may be there.
-_HARMLESS = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
 
 
 #: Builds a function's migration, given its name, where changes are announced, and its logger.
@@ -191,9 +189,7 @@ class Function:
         async with trio.open_nursery() as nursery:
             while True:
                 await self._closing()
-                sock = await self._accept(listener)
-                if sock is None:
-                    continue
+                sock = await listener.next_client(self._not_accepted)
                 arrival = None if self.estate is None else Arrival(self.estate.accepted(sock))
                 peer = _peer_or_none(sock)
                 if self._may_connect(peer):
@@ -264,17 +260,9 @@ class Function:
         while self.context.account.held_up:  # noqa: ASYNC110 - the threads that close know nothing of the event loop
             await trio.sleep(EXHAUSTED_WAIT_S)
 
-    async def _accept(self, listener: Listener) -> socket.socket | None:
-        try:
-            return await listener.accept()
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self.context.noise.warning("cannot accept a client now", error=error.strerror)
-                self.context.note_error(f"cannot accept a client: {error.strerror}")
-                await trio.sleep(EXHAUSTED_WAIT_S)
-            elif error.errno not in _HARMLESS:  # the socket is of no use any more, and neither is its function
-                raise
-            return None
+    def _not_accepted(self, reason: str) -> None:
+        self.context.noise.warning("cannot accept a client now", error=reason)
+        self.context.note_error(f"cannot accept a client: {reason}")
 
     async def _turn_away(self, sock: socket.socket, number: int) -> None:
         self._turning_away += 1

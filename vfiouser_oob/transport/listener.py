@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,8 @@ class ListenError(OSError):
 #: Out of descriptors or memory: what to do is to wait until some are given back, for so many seconds at a time.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 EXHAUSTED_WAIT_S = 0.1
+#: The client left before it was accepted, or a rule of the system refused it: the next one may be there already.
+_NEXT_PLEASE = frozenset({errno.ECONNABORTED, errno.EPERM, errno.EPROTO})
 #: QEMU connects once per device; a short queue is enough for the next client to wait in.
 _BACKLOG = 16
 #: What a socket is called until it listens.
@@ -42,9 +44,12 @@ class Listener:
     Args:
         sock: the listening socket; owned from now on.
         path: the file that we created, or None for a socket that somebody else made.
+        lasting: whether a socket that is of no use any more is tried again now and then, for an owner that must not end
+            with it.
     """
 
-    def __init__(self, sock: socket.socket, path: Path | None) -> None:
+    def __init__(self, sock: socket.socket, path: Path | None, *, lasting: bool = False) -> None:
+        self._lasting = lasting
         if path is not None:
             sock.setblocking(False)
         self.sock = sock
@@ -60,8 +65,31 @@ class Listener:
         name = self.sock.getsockname()
         return name if isinstance(name, str) and name else "(inherited socket)"
 
+    async def next_client(self, tell: Callable[[str], None]) -> socket.socket:
+        """Wait for a client, also while none can be taken.
+
+        Args:
+            tell: takes in words why none can be taken now; it is called each time that this was tried in vain.
+
+        Raises:
+            OSError: the socket is of no use any more, and is not a lasting one.
+        """
+        while True:
+            try:
+                sock = await self.accept()
+            except OSError as error:
+                if error.errno in _NEXT_PLEASE:
+                    continue
+                tell(error.strerror or str(error))
+                if error.errno not in EXHAUSTED and not self._lasting:
+                    raise
+                await trio.sleep(EXHAUSTED_WAIT_S)
+            else:
+                if sock is not None:
+                    return sock
+
     async def accept(self) -> socket.socket | None:
-        """Wait for a client.
+        """Wait for a client, once.
 
         Returns:
             The connected socket; None when there is no client after all.

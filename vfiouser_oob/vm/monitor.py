@@ -23,7 +23,7 @@ import trio
 
 from vfiouser_agents.causes import words_of
 from vfiouser_oob.observability import log
-from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_oob.vm.monitor_wire import STATUS, GoneError, MonitorError, MonitorWire, RefusedError, UnansweredError
 from vfiouser_oob.vm.qmp import NEGOTIATE, QmpEvent, QmpGreeting
@@ -167,21 +167,12 @@ class MonitorPort:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 while True:
-                    sock = await self._accept(listener)
-                    if sock is not None:
-                        self._admit(sock, nursery)
+                    self._admit(await listener.next_client(self._not_accepted), nursery)
         finally:
             listener.close()
 
-    async def _accept(self, listener: Listener) -> socket.socket | None:
-        try:
-            return await listener.accept()
-        except OSError as error:
-            if error.errno not in EXHAUSTED:
-                raise
-            self._noise.warning("cannot accept a monitor now", error=error.strerror)
-            await trio.sleep(EXHAUSTED_WAIT_S)
-            return None
+    def _not_accepted(self, reason: str) -> None:
+        self._noise.warning("cannot accept a monitor now", error=reason)
 
     def _admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         peer = _peer_or_none(sock)

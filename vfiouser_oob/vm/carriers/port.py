@@ -16,7 +16,7 @@ from typing import TypeAlias
 import trio
 
 from vfiouser_oob.observability import log
-from vfiouser_oob.transport.listener import EXHAUSTED, EXHAUSTED_WAIT_S, Listener
+from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_oob.transport.reaper import Account
 from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
@@ -138,22 +138,14 @@ class CarrierPort(Meeting):
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 while True:
-                    sock = await self._accept()
-                    if sock is not None:
-                        self._connections += 1
-                        nursery.start_soon(self._serve_one, sock, converse)
+                    sock = await self._listener.next_client(self._not_accepted)
+                    self._connections += 1
+                    nursery.start_soon(self._serve_one, sock, converse)
         finally:
             self._listener.close()
 
-    async def _accept(self) -> socket.socket | None:
-        try:
-            return await self._listener.accept()
-        except OSError as error:
-            self._noise.warning("cannot accept a connection now", error=error.strerror)
-            if error.errno not in EXHAUSTED:
-                raise
-            await trio.sleep(EXHAUSTED_WAIT_S)
-            return None
+    def _not_accepted(self, reason: str) -> None:
+        self._noise.warning("cannot accept a connection now", error=reason)
 
 
 class CarrierCaller(Meeting):

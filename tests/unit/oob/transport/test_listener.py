@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
-from vfiouser_oob.transport.listener import ListenError, listen_on_path
+from vfiouser_oob.transport.listener import EXHAUSTED, Listener, ListenError, listen_on_path
 
 #: Tries in a race; the attacker won every second one when the file was changed under its own name.
 TRIES = 300
@@ -137,3 +138,67 @@ def test_a_group_that_we_may_not_give(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ListenError, match="mode 0o660 and group 0: Operation not permitted"):
         listen_on_path(tmp_path / "f.sock", group="0")
     assert not os.listdir(tmp_path)
+
+
+class Refusing(Listener):
+    """A listener whose system has an error for each of the first clients.
+
+    Args:
+        errors: their numbers.
+        lasting: as for a listener.
+    """
+
+    def __init__(self, *errors: int, lasting: bool = False) -> None:
+        self.taken, other = socket.socketpair()
+        super().__init__(other, None, lasting=lasting)
+        self._errors = list(errors)
+
+    async def accept(self) -> socket.socket | None:
+        """Fail as often as was asked for, then find nobody once, then somebody."""
+        await trio.lowlevel.checkpoint()
+        if not self._errors:
+            return self.taken
+        number = self._errors.pop(0)
+        if not number:
+            return None
+        raise OSError(number, os.strerror(number))
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.taken.close()
+        super().close()
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+async def test_who_left_before_being_accepted_is_nobodys_error(lasting: bool) -> None:
+    """Neither the client that has gone nor one that a rule refused is told of, or ends what listens."""
+    told: list[str] = []
+    listener = Refusing(errno.ECONNABORTED, errno.EPERM, errno.EPROTO, 0, lasting=lasting)
+    assert await listener.next_client(told.append) is listener.taken
+    assert told == []
+    listener.close()
+
+
+@pytest.mark.parametrize("number", sorted(EXHAUSTED))
+async def test_what_is_exhausted_is_told_and_waited_for(number: int, autojump_clock: object) -> None:
+    """The next try comes after a pause."""
+    told: list[str] = []
+    listener = Refusing(number, number)
+    start = trio.current_time()
+    assert await listener.next_client(told.append) is listener.taken
+    assert told == [os.strerror(number)] * 2
+    assert trio.current_time() > start
+    listener.close()
+
+
+async def test_a_socket_of_no_use_ends_its_owner_unless_it_lasts(autojump_clock: object) -> None:
+    """Both are told of it."""
+    told: list[str] = []
+    listener = Refusing(errno.EINVAL)
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+        await listener.next_client(told.append)
+    listener.close()
+    lasting = Refusing(errno.EINVAL, lasting=True)
+    assert await lasting.next_client(told.append) is lasting.taken
+    assert told == [os.strerror(errno.EINVAL)] * 2
+    lasting.close()
