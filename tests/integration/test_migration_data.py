@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -375,10 +376,10 @@ async def test_memory_without_a_file_is_the_clients(tmp_path: Path) -> None:
 
 
 class SlowRelay:
-    """Between two UNIX sockets; what goes up is late, as on a busy bus."""
+    """Between two UNIX sockets; what goes up is late by `delay_s`, as on a busy bus."""
 
-    def __init__(self, path: Path, upstream: Path, delay_s: float) -> None:
-        self.path, self.upstream, self.delay_s = path, upstream, delay_s
+    def __init__(self, path: Path, upstream: Path) -> None:
+        self.path, self.upstream, self.delay_s = path, upstream, 0.0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accept and relay until cancelled."""
@@ -395,11 +396,13 @@ class SlowRelay:
         with client, trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as server:
             await server.connect(os.fspath(self.upstream))
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._relay, client, server, self.delay_s)
-                await self._relay(server, client, 0)
+                nursery.start_soon(self._relay, client, server, lambda: self.delay_s)
+                await self._relay(server, client, lambda: 0.0)
                 nursery.cancel_scope.cancel()
 
-    async def _relay(self, source: trio.socket.SocketType, target: trio.socket.SocketType, delay_s: float) -> None:
+    async def _relay(
+        self, source: trio.socket.SocketType, target: trio.socket.SocketType, delay_s: Callable[[], float]
+    ) -> None:
         send, receive = trio.open_memory_channel[tuple[float, bytes, list[int]]](10_000)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._collect, source, send, delay_s)
@@ -417,7 +420,7 @@ class SlowRelay:
         self,
         source: trio.socket.SocketType,
         send: trio.MemorySendChannel[tuple[float, bytes, list[int]]],
-        delay_s: float,
+        delay_s: Callable[[], float],
     ) -> None:
         async with send:
             while True:
@@ -425,13 +428,13 @@ class SlowRelay:
                 if not data:
                     return
                 fds = [fd for _, _, content in ancillary for fd in struct.unpack(f"{len(content) // 4}i", content)]
-                await send.send((trio.current_time() + delay_s, data, fds))
+                await send.send((trio.current_time() + delay_s(), data, fds))
 
 
 @pytest.mark.parametrize("target", [STOP, STOP_COPY, PRE_COPY])
 async def test_a_doorbell_just_before_the_stop(tmp_path: Path, target: int) -> None:
     """A posted write is at the device before the agent is told to stop it, however slow the link is."""
-    relay = SlowRelay(tmp_path / "slow.sock", tmp_path / "up.sock", 0.1)
+    relay = SlowRelay(tmp_path / "slow.sock", tmp_path / "up.sock")
     async with (
         trio.open_nursery() as nursery,
         bed(
@@ -452,6 +455,7 @@ async def test_a_doorbell_just_before_the_stop(tmp_path: Path, target: int) -> N
 
         both.source.device.move = watch  # type: ignore[method-assign]
         async with both.source.vmm() as src:
+            relay.delay_s = 0.1  # from now on: all that an attach asks would be too late on a slow machine
             if target == PRE_COPY:
                 await src.set_state(PRE_COPY)
             doorbell = struct.pack("<QIII", 4, 0, 4, 4711)
