@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     from vfiouser_oob.control.server import serve_control
     from vfiouser_oob.observability import log
     from vfiouser_oob.server.daemon import run_daemon
-    from vfiouser_oob.vm.hosting import vm_kind
+    from vfiouser_oob.vm.kind import vm_kind
 
     log.configure(config.log_level, config.log_format)
     settle_objects()

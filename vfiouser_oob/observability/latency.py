@@ -94,7 +94,8 @@ class CommandTimings:
         Args:
             now: the time.
         """
-        self._marks.append(_Mark(now, [None if row is None else tuple(row) for row in self.rows]))
+        last = self._marks[-1].rows
+        self._marks.append(_Mark(now, [_copied(row, before) for row, before in zip(self.rows, last, strict=True)]))
 
     def summary(self, now: float) -> dict[int, Latency]:
         """What is known, by command; those that never came are left out.
@@ -135,6 +136,14 @@ class CommandTimings:
         row = self.rows[command] or [0] * _SIZE
         ends = range((_POWERS_FROM + 1) * _PARTS, _SIZE + 1, _PARTS)
         return [sum(row[_FIRST:end]) for end in ends]
+
+
+def _copied(row: Sequence[int] | None, before: Sequence[int] | None) -> Sequence[int] | None:
+    """The counts as they are now: the copy of the mark before if nothing came since, so an idle function keeps one."""
+    if row is None:
+        return None
+    now = tuple(row)
+    return before if before == now else now
 
 
 #: The bounds of `powers`, in seconds; the last bucket has none.

@@ -21,7 +21,7 @@ from vfiouser_oob.server.opening import default_group
 from vfiouser_oob.server.registry import FindFunction
 from vfiouser_oob.server.sockets import SocketShelf
 from vfiouser_oob.server.status import iso_time
-from vfiouser_oob.server.unit import RollCall, Unit, UnitKind
+from vfiouser_oob.server.unit import RollCall, Unit
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 from vfiouser_oob.transport.peer import Peer
@@ -41,30 +41,27 @@ _MONITOR = "monitor"
 _STARTED = 19
 
 
-def vm_kind(events: EventHub, find: FindFunction, shelf: SocketShelf) -> UnitKind:
-    """What a VM is as a unit of a daemon.
+def open_vm(config: VmConfig, events: EventHub, find: FindFunction, shelf: SocketShelf) -> HostedVm:
+    """Open a VM's sockets; it does nothing yet.
 
     Args:
+        config: what is configured for it.
         events: where changes are announced.
         find: finds a function among those that are served.
         shelf: sockets that systemd has passed; one of a VM is found by its path, or is called as `web1.monitor`.
     """
-
-    def open_one(config: VmConfig) -> HostedVm:
-        with ExitStack() as resources:
-            listeners: dict[str, Listener] = {}
-            for what, path in config.sockets.items():
-                if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
-                    continue
-                passed = shelf.lend(f"{config.name}.{what}", path)
-                if passed is not None:
-                    listeners[what] = Listener(adopt_socket(passed), None)
-                else:
-                    listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
-                resources.callback(listeners[what].close)
-            return HostedVm(config, listeners, events, find, resources.pop_all())
-
-    return UnitKind("VM", "[[vm]]", lambda config: config.vms, open_one, vm_status, check=check_vm)
+    with ExitStack() as resources:
+        listeners: dict[str, Listener] = {}
+        for what, path in config.sockets.items():
+            if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
+                continue
+            passed = shelf.lend(f"{config.name}.{what}", path)
+            if passed is not None:
+                listeners[what] = Listener(adopt_socket(passed), None)
+            else:
+                listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+            resources.callback(listeners[what].close)
+        return HostedVm(config, listeners, events, find, resources.pop_all())
 
 
 def vm_status(unit: Unit) -> VmStatus:

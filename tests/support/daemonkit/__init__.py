@@ -23,7 +23,7 @@ from vfiouser_oob.config.schema import (
 from vfiouser_oob.control.server import serve_control
 from vfiouser_oob.server.administration import Reread
 from vfiouser_oob.server.daemon import Daemon, run_daemon
-from vfiouser_oob.vm.hosting import vm_kind
+from vfiouser_oob.vm.kind import vm_kind
 
 TEST_DEVICE = ModelDevice(model="test")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vfiouser_oob.observability import latency as latency_module
 from vfiouser_oob.observability.latency import MARK_S, POWER_BOUNDS_S, CommandTimings
 
 READ, WRITE = 9, 10
@@ -79,3 +82,19 @@ def test_powers_add_up() -> None:
     assert len(POWER_BOUNDS_S) + 1 == len(powers)
     assert (2, 3, 4) == (powers[0], powers[1], powers[-1])
     assert 2.048e-6 == POWER_BOUNDS_S[0]
+
+
+def test_marks_of_an_idle_function_share_their_counts() -> None:
+    """A thousand functions that nobody uses hold one copy of their counts each, however often time is marked."""
+    timings = CommandTimings(16, 0.0)
+    timings.record(READ, 10_000)
+    timings.mark(MARK_S)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.take_snapshot()
+        for turn in range(2, 8):
+            timings.mark(turn * MARK_S)
+        grown = tracemalloc.take_snapshot().compare_to(before, "filename")
+    finally:
+        tracemalloc.stop()
+    assert sum(each.size_diff for each in grown if each.traceback[0].filename == latency_module.__file__) < 1024
