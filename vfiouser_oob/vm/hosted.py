@@ -149,6 +149,7 @@ class HostedFunction:
             attached=function.attached is not None,
             unfit=unfit or function.failed or "",
             away=runner is not None and runner.link.away_since is not None,
+            by_client=self.by_client,
         )
 
     async def offer(self, deadline: float) -> FunctionOffer:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vfiouser_oob.vm.record import CarrierKind, VmPhase
+from vfiouser_oob.vm.topology import ECAM_QUERY, ecam_base
 
 #: The oldest QEMU whose client's DMA messages carry the replay.
 OLDEST = (11, 1, 0)
@@ -25,6 +26,7 @@ QUERIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "migration": ("query-migrate", {}),
         "objects": ("qom-list", {"path": "/objects"}),
         "devices": ("qom-list", {"path": "/machine/peripheral"}),
+        "ecam": ("qom-get", ECAM_QUERY),
     }
 )
 
@@ -34,6 +36,15 @@ class Moment(Enum):
 
     REST = "rest"
     SETUP = "setup"
+
+
+class Ecam(Enum):
+    """Whether registers can be written through ECAM."""
+
+    ABSENT = "absent"
+    #: The machine has it, and its guest has not turned it on.
+    OFF = "off"
+    ON = "on"
 
 
 class Weight(Enum):
@@ -54,6 +65,7 @@ class FunctionFacts:
         attached: QEMU uses it.
         unfit: why it cannot be migrated at all, such as its agent's word or its configuration; empty if it can.
         away: nobody answers at its agent's address.
+        by_client: its client migrates it itself, so that nothing is written for it.
         unrecorded: bytes that it may have written and of which QEMU does not know.
         unrecorded_max: how many of them may travel in the state.
         mismatch: why the other side's function cannot take its state; empty if it can, or was not asked.
@@ -63,6 +75,7 @@ class FunctionFacts:
     attached: bool = True
     unfit: str = ""
     away: bool = False
+    by_client: bool = False
     unrecorded: int = 0
     unrecorded_max: int = 1 << 62
     mismatch: str = ""
@@ -82,6 +95,7 @@ class VmFacts:
         blockers: why QEMU itself would refuse.
         objects: the classes of QEMU's objects, by id.
         devices: the classes of QEMU's devices, by id.
+        ecam: whether its machine has ECAM.
         functions: the VM's functions.
     """
 
@@ -94,6 +108,7 @@ class VmFacts:
     blockers: tuple[str, ...] = ()
     objects: Mapping[str, str] = field(default_factory=dict)
     devices: Mapping[str, str] = field(default_factory=dict)
+    ecam: Ecam = Ecam.ON
     functions: tuple[FunctionFacts, ...] = ()
 
 
@@ -156,6 +171,10 @@ def _each_function(holds: Callable[[FunctionFacts], Any]) -> Finder:
 
 def _on(capability: str) -> Finder:
     return _when(lambda facts: facts.capabilities.get(capability, False))
+
+
+def _without_ecam(found: Ecam) -> Finder:
+    return _when(lambda facts: facts.ecam is found and not all(function.by_client for function in facts.functions))
 
 
 def _too_old(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
@@ -257,6 +276,23 @@ RULES: tuple[Rule, ...] = (
         asks=True,
     ),
     Rule("blocked", "QEMU itself would refuse: {reason}", _blocked, asks=True),
+    # When a migration has begun, each function says it of itself.
+    Rule(
+        "no-ecam",
+        "The machine has no ECAM, through which the destination writes what QEMU keeps of the functions: use q35.",
+        _without_ecam(Ecam.ABSENT),
+        setup=None,
+        asks=True,
+    ),
+    Rule(
+        "ecam-off",
+        "The guest's firmware has not turned ECAM on yet, through which the destination writes what QEMU keeps of the "
+        "functions.",
+        _without_ecam(Ecam.OFF),
+        rest=_ADVICE,
+        setup=None,
+        asks=True,
+    ),
     Rule("no-carrier", "QEMU has no {kind}, which is to carry the functions' state.", _no_carrier, asks=True),
     Rule(
         "function-missing",
@@ -343,7 +379,14 @@ def read_answers(answers: Mapping[str, Any]) -> dict[str, Any]:
         "blockers": tuple(each for each in blockers if isinstance(each, str)) if isinstance(blockers, list) else (),
         "objects": _children(answers.get("objects")),
         "devices": _children(answers.get("devices")),
+        "ecam": _ecam(answers),
     }
+
+
+def _ecam(answers: Mapping[str, Any]) -> Ecam:
+    if "ecam" not in answers:  # QEMU has refused: only machines with ECAM have that property
+        return Ecam.ABSENT
+    return Ecam.OFF if ecam_base(answers["ecam"]) is None else Ecam.ON
 
 
 def _items(answer: Any) -> Iterator[Mapping[str, Any]]:

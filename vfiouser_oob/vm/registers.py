@@ -19,7 +19,7 @@ from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.vm.monitor import RefusedError
 from vfiouser_oob.vm.replay import FunctionShape, SourceView, table_at, written_bytes
-from vfiouser_oob.vm.topology import Bdf, find_device
+from vfiouser_oob.vm.topology import ECAM_QUERY, Bdf, ecam_base, find_device
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import DmaFault
 from vfiouser_protocol.pci_header import CommandBits, ConfigOffset
@@ -30,9 +30,6 @@ _CONFIG_MAX = 4096
 _TABLE_MAX = 2048 * 16
 _BARS = 6
 _REACH = CommandBits.MEMORY | CommandBits.BUS_MASTER
-#: Where a machine with ECAM says at which address the guest has it; nowhere is the highest one.
-_ECAM = {"path": "/machine/q35", "property": "MCFG"}
-_NOWHERE = (1 << 64) - 1
 #: Seconds between two looks whether the table was changed.
 _LOOK_S = 0.05
 #: Looks after which it is read all the same: a guest may change an entry without masking it, which nobody shows.
@@ -144,10 +141,9 @@ async def find_ecam(monitor: QemuMonitor) -> int | None:
         MonitorError: QEMU does not answer.
     """
     try:
-        base = await monitor.execute("qom-get", _ECAM)
+        return ecam_base(await monitor.execute("qom-get", ECAM_QUERY))
     except RefusedError:
         return None
-    return base if isinstance(base, int) and 0 < base < _NOWHERE else None
 
 
 class RegisterReader:

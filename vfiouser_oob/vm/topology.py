@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
+#: What is asked with `qom-get` for the guest's address of a machine's ECAM; only machines with ECAM know it.
+ECAM_QUERY: Mapping[str, str] = {"path": "/machine/q35", "property": "MCFG"}
+#: What such a machine answers as long as its guest has not turned ECAM on.
+_NOWHERE = (1 << 64) - 1
 #: The first bus number that is given for a moment to a bridge that has none yet: firmware begins with low ones.
 SPARE_BUS = 0x70
 #: Bridges above a function; more are a circle.
@@ -75,6 +79,18 @@ class Bdf:
 
     def __str__(self) -> str:
         return f"{self.bus:02x}:{self.device:02x}.{self.function}"
+
+
+def ecam_base(answer: Any) -> int | None:
+    """Where ECAM begins.
+
+    Args:
+        answer: to `ECAM_QUERY`, as QEMU gave it.
+
+    Returns:
+        The guest's address; None if the guest has not turned it on.
+    """
+    return answer if isinstance(answer, int) and 0 < answer < _NOWHERE else None
 
 
 def find_device(answer: Any, name: str) -> Bdf:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vfiouser_oob.vm.preflight import (
     RULES,
+    Ecam,
     FunctionFacts,
     Moment,
     VmFacts,
@@ -43,6 +44,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "background-snapshot": ({"capabilities": {"return-path": True, "background-snapshot": True}}, "snapshot is on"),
     "colo": ({"capabilities": {"return-path": True, "x-colo": True}}, "x-colo is on"),
     "blocked": ({"blockers": ("the disk is local",)}, "QEMU itself would refuse: the disk is local"),
+    "no-ecam": ({"ecam": Ecam.ABSENT}, "has no ECAM"),
+    "ecam-off": ({"ecam": Ecam.OFF}, "has not turned ECAM on yet"),
     "no-carrier": ({"objects": {}}, "QEMU has no dbus-vmstate"),
     "function-missing": ({"devices": {"f0": "nvme"}}, "no device vfio-user-pci with the id f0"),
     "stranger": ({"devices": {"f0": "vfio-user-pci", "x": "vfio-user-pci"}}, "device x is a vfio-user-pci too"),
@@ -56,7 +59,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "mismatch": ({"functions": (replace(F0, mismatch="other firmware"),)}, "cannot take the state: other firmware"),
 }
 #: What a manager may yet set.
-ADVICE = {"no-return-path", "postcopy", "background-snapshot", "colo"}
+ADVICE = {"no-return-path", "postcopy", "background-snapshot", "colo", "ecam-off"}
+#: What each function says of itself when it is armed.
+AT_REST = {"no-ecam", "ecam-off"}
 
 
 @pytest.mark.parametrize("moment", Moment)
@@ -77,7 +82,11 @@ def test_every_rule_has_its_case() -> None:
 def test_one_thing_in_the_way(code: str, moment: Moment) -> None:
     """One thing gives one reason, in one sentence."""
     change, words = CASES[code]
-    (reason,) = judge(replace(GOOD, **change), moment)
+    reasons = judge(replace(GOOD, **change), moment)
+    if moment is Moment.SETUP and code in AT_REST:
+        assert not reasons
+        return
+    (reason,) = reasons
     assert reason.code == code
     assert words in reason.text
     assert reason.text[0].isupper()
@@ -90,6 +99,13 @@ def test_sentences(rule: Any) -> None:
     """Each text is one sentence that ends, or ends with somebody else's words."""
     assert re.search(r"([.?]|\})$", rule.text)
     assert not re.search(r"[.?] [A-Z]", rule.text)
+
+
+@pytest.mark.parametrize("ecam", [Ecam.ABSENT, Ecam.OFF])
+def test_a_client_that_migrates_needs_no_ecam(ecam: Ecam) -> None:
+    """Nothing is written for a function whose client migrates it itself."""
+    facts = replace(GOOD, ecam=ecam, functions=(replace(F0, by_client=True),))
+    assert judge(facts, Moment.REST) == ()
 
 
 def test_several_at_once() -> None:
@@ -133,13 +149,23 @@ def test_answers_as_qemu_gives_them() -> None:
             "migration": {"blocked-reasons": ["no"], "status": "none"},
             "objects": [{"name": "type", "type": "string"}, {"name": "mon", "type": "child<monitor-qmp>"}],
             "devices": [{"name": "f0", "type": "child<vfio-user-pci>"}],
+            "ecam": 0xB000_0000,
         }
     ) == {
         "capabilities": {"xbzrle": False, "return-path": True},
         "blockers": ("no",),
         "objects": {"mon": "monitor-qmp"},
         "devices": {"f0": "vfio-user-pci"},
+        "ecam": Ecam.ON,
     }
+
+
+@pytest.mark.parametrize(
+    ("answers", "ecam"), [({}, Ecam.ABSENT), ({"ecam": (1 << 64) - 1}, Ecam.OFF), ({"ecam": 0xE000_0000}, Ecam.ON)]
+)
+def test_machines_with_and_without_ecam(answers: dict[str, Any], ecam: Ecam) -> None:
+    """A machine `pc` refuses to say where ECAM is, and q35 says nowhere before firmware has run."""
+    assert read_answers(answers)["ecam"] is ecam
 
 
 ODD = st.recursive(
@@ -154,7 +180,7 @@ ODD = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["capabilities", "migration", "objects", "devices"]), ODD))
+@given(st.dictionaries(st.sampled_from(["capabilities", "migration", "objects", "devices", "ecam"]), ODD))
 def test_odd_answers(answers: dict[str, Any]) -> None:
     """Whatever QEMU answers can be judged."""
     judge(VmFacts(functions=(F0,), **read_answers(answers)), Moment.SETUP)
