@@ -28,7 +28,8 @@ SITE = "site"
 #: What Python needs in the environment there.
 ENVIRONMENT = f"PYTHONPATH=/{SITE} PYTHONDONTWRITEBYTECODE=1"
 BASE_DRIVERS = ("nvme",)
-#: What the daemon imports, as this interpreter has it; their C parts are left out, they are for another Python.
+#: What the daemon imports, as this interpreter has it; their C parts are left out, they are for another Python. What
+#: does nothing without its C parts comes with the guest's Python (`assets.python`).
 THIRD_PARTY = ("attr", "attrs", "construct", "idna", "msgpack", "outcome", "sniffio", "sortedcontainers", "trio")
 OWN = ("vfiouser_oob", "protocol/vfiouser_protocol", "agents/vfiouser_agents")
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyi", "_tests", "tests", "lib2to3")

@@ -31,7 +31,7 @@ from vmbed.assets.mdev import (
     require_compiler,
 )
 from vmbed.assets.plain import PLAIN, write_plain_kernel
-from vmbed.assets.python import PYTHON_NEEDS, PYTHON_PACKAGE, lay_out, python_recipe
+from vmbed.assets.python import PYTHON_NEEDS, PYTHON_PACKAGES, lay_out, python_recipe
 from vmbed.assets.recipe import (
     BACKPORTS,
     BUSYBOX_PACKAGE,
@@ -150,7 +150,8 @@ def _fetch_python(cache: Path, report: Report, archive: str | None, manifest: Ma
         apt = PrivateApt(work / "apt", archive or archive_address(), (SUITE,))
         report(f"fetching the package list of {SUITE}")
         apt.update()
-        packages = _chosen(apt.closure(PYTHON_PACKAGE, SUITE), PYTHON_NEEDS, "libpython3")
+        needed = dict.fromkeys(each for package in PYTHON_PACKAGES for each in apt.closure(package, SUITE))
+        packages = _chosen(list(needed), PYTHON_NEEDS, "libpython3")
         report(f"fetching Python for guests: {sum(package.size for package in packages) / 1e6:.0f} MB")
         apt.download(packages, work / "debs")
         lay_out(work / "debs", work / "python")

@@ -16,12 +16,13 @@ from pathlib import Path
 from vmbed.assets.apt import unpack
 from vmbed.assets.errors import AssetError
 
-__all__ = ["PYTHON_NEEDS", "PYTHON_PACKAGE", "compile_tree", "interpreter", "lay_out", "python_recipe"]
+__all__ = ["PYTHON_NEEDS", "PYTHON_PACKAGES", "compile_tree", "interpreter", "lay_out", "python_recipe"]
 
-PYTHON_PACKAGE = "python3"
+#: The interpreter, and of what the daemon imports the packages with parts in C, which must fit it.
+PYTHON_PACKAGES = ("python3", "python3-xxhash", "python3-msgspec")
 PYTHON_NEEDS = re.compile(
     r"^(python3\.\d+(-minimal)?|libpython3\.\d+-(minimal|stdlib)|libc6|zlib1g|libexpat1|libffi8|libssl3(t64)?|libzstd1"
-    r"|libbz2-1\.0|liblzma5|libgcc-s1|libuuid1)$"
+    r"|libbz2-1\.0|liblzma5|libgcc-s1|libuuid1|python3-xxhash|libxxhash0|python3-msgspec)$"
 )
 # of the library, what no daemon and no test imports
 PRUNE = ("config-3.*", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtledemo", "venv")
@@ -31,7 +32,7 @@ COMPILE_S = 300.0
 
 def python_recipe() -> str:
     """Return a name for what is fetched and how it is laid out; it changes when these do."""
-    parts = (RECIPE, PYTHON_PACKAGE, PYTHON_NEEDS.pattern, PRUNE)
+    parts = (RECIPE, PYTHON_PACKAGES, PYTHON_NEEDS.pattern, PRUNE)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -44,7 +45,7 @@ def lay_out(debs: Path, tree: Path) -> None:
     for pattern in PRUNE:
         for path in library.glob(pattern):
             shutil.rmtree(path)
-    compile_tree(tree, [library])
+    compile_tree(tree, [library, tree / "usr/lib/python3/dist-packages"])
 
 
 def interpreter(tree: Path) -> Path:
