@@ -118,7 +118,6 @@ RULES: Sequence[Rule] = (
         "belongs in, goes into",
         "An adapter belongs into the distribution.",
         "An adapter belongs in the distribution.",
-        waits=True,
     ),
     Rule(
         "passive with its doer",
@@ -143,7 +142,6 @@ RULES: Sequence[Rule] = (
         "fix, repair, help",
         "Trying again does not mend it.",
         "Trying again does not help.",
-        waits=True,
     ),
     Rule(
         "whoever",
