@@ -50,8 +50,8 @@ _DOING: Mapping[str, str] = MappingProxyType(
 )
 #: What is said of capabilities that the agent itself has not told this daemon.
 _HEARSAY = {
-    "stored": "its agent was not heard yet, and said so at {learned}",
-    "configuration": "its agent was never heard",
+    "stored": "its agent, which has not answered yet, said so at {learned}",
+    "configuration": "but its agent has never answered",
 }
 #: What is said of a function whose agent did not do its part.
 _WITHOUT_AGENT = {

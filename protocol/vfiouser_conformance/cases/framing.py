@@ -51,7 +51,7 @@ def golden_bytes(t: Trial) -> None:
 
 @AREA.case(3, MUST, "R003")
 def error_header(t: Trial) -> None:
-    """A command that fails gets a reply with the ERROR bit and a number that is no negative one.
+    """A command that fails gets a reply with the ERROR bit and a non-negative error number.
 
     Sends: GET_REGION_INFO of region 4096.
     Expects: flags 0x21.

@@ -102,8 +102,13 @@ def example() -> tuple[bytes, History, list[Model]]:
     return image, history, states
 
 
-def reads_as_a_part(image: bytes) -> bool | None:
-    """Whether all of the history is read; None if it is refused. Asserts that what is read was true once."""
+def reads_as_a_part(image: bytes, *, erased: bool = False) -> bool | None:
+    """Whether all of the history is read; None if it is refused. Asserts that what is read was true once.
+
+    Args:
+        image: a journal.
+        erased: its end is zeros. From between two frames on, the memory held just that before the next one was written.
+    """
     _, history, states = example()
     try:
         found = read_history(image)
@@ -111,7 +116,7 @@ def reads_as_a_part(image: bytes) -> bool | None:
         return None
     assert plain(found.records) in states
     assert found.changes <= history.changes
-    if found.changes < history.changes:
+    if found.changes < history.changes and not erased:
         assert found.torn or len(image) < history.place.end
     return found.changes == history.changes and not found.torn
 
@@ -145,6 +150,17 @@ def test_a_changed_head_is_noticed(at: int, flip: int) -> None:
     assert reads_as_a_part(bytes(bad)) is (True if 12 <= at < 16 else None)
 
 
+def test_an_end_between_two_frames_is_a_whole_history() -> None:
+    """With nothing behind a frame the journal is as it was then: shorter, true once, and not torn."""
+    image, history, _ = example()
+    cut = _written()
+    while reads_as_a_part(image[:cut] + bytes(len(image) - cut), erased=True):
+        cut -= 1
+    torn = [read_history(image[:at] + bytes(len(image) - at)).torn for at in range(cut - 200, cut)]
+    assert {True, False} == set(torn)
+    assert history.changes > read_history(image[:cut] + bytes(len(image) - cut)).changes
+
+
 @given(st.data())
 @settings(max_examples=200)
 def test_what_is_cut_reads_as_a_part(data: st.DataObject) -> None:
@@ -155,9 +171,9 @@ def test_what_is_cut_reads_as_a_part(data: st.DataObject) -> None:
     assert reads_as_a_part(missing) is None
     zeroed = image[:at] + bytes(len(image) - at)
     if at < PAGE or at < history.place.start:
-        assert reads_as_a_part(zeroed) is None
+        assert reads_as_a_part(zeroed, erased=True) is None
     else:
-        assert reads_as_a_part(zeroed) is not None or at <= _base_end()
+        assert reads_as_a_part(zeroed, erased=True) is not None or at <= _base_end()
 
 
 def _base_end() -> int:

@@ -266,11 +266,12 @@ def test_migration_words_without_the_agents_word() -> None:
     stored = {**MIGRATION["capabilities"], "source": "stored", "learned": "2026-05-01T00:00:00+00:00"}
     line = said(capabilities=stored, migratable=False)
     assert (
-        "not possible: the agent cannot save its state, its agent was not heard yet, and said so at 2026-05-01" in line
+        "not possible: the agent cannot save its state, its agent, which has not answered yet, said so at 2026-05-01"
+        in line
     )
     nothing = dict.fromkeys(stored, None) | {"source": "configuration", "problem": "/x\n: full"}
     line = said(capabilities=nothing)
-    assert "possible, its agent was never heard" in line
+    assert "possible, but its agent has never answered" in line
     assert "what it can do is not remembered: /x?: full" in line
 
 
