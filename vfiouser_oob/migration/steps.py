@@ -267,11 +267,16 @@ class Steps:
 
     async def open_stream(self, deadline: float) -> None:
         """Begin to fetch the state."""
-        assert self.device is not None
+        device = self.device
+        assert device is not None
+        if self.source is not None:
+            # An attempt before this one has lost the agent on its way; two pipelines would take each other's pieces.
+            self.drop_pipelines()
+            await self._void_stream(deadline)
         self.source = SourcePipeline(
             self._link,
             self._tracer,
-            pci=self.device.shadow.encode,
+            pci=device.shadow.encode,
             chunk_size=self._config.chunk_size,
             data_s=self._config.data_s,
             retry_s=self._config.retry_s,

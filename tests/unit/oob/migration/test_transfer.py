@@ -6,13 +6,14 @@ import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from vfiouser_agents.errors import Incompatible
-from vfiouser_agents.faults import Fails, FaultyAgent, NeverAnswers
+from vfiouser_agents.errors import Incompatible, TransportLost
+from vfiouser_agents.faults import Fails, Fault, FaultyAgent, NeverAnswers, PretendedConnection, Work
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.devices.base import ClientLink
@@ -21,6 +22,8 @@ from vfiouser_oob.devices.models.test_device import build
 from vfiouser_oob.migration.port import attach
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
+from vfiouser_oob.migration.source import SourcePipeline
+from vfiouser_oob.migration.steps import Steps
 from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
@@ -226,3 +229,38 @@ async def test_a_write_that_is_given_up() -> None:
             await trio.testing.wait_all_tasks_blocked(0.05)
             nursery.cancel_scope.cancel()
         assert "a write was given up half-way" == there.runner.record.load_failure
+
+
+class LostMeanwhile(Fault):
+    """The contact is lost while a call is under way, after others have been answered.
+
+    Args:
+        steps: whose source's pipeline is noted.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.source: SourcePipeline | None = None
+
+    async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
+        """Lose it, once the first pieces have come."""
+        self.source = self._steps.source
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        connection.drop()
+        raise TransportLost("the contact was lost")
+
+
+async def test_a_stream_whose_opening_is_attempted_again() -> None:
+    """What was fetched before the contact was lost goes, and only one pipeline fetches from then on."""
+    async with place(seed=1) as here, place(seed=2) as there:
+        fault = LostMeanwhile(here.runner.steps)
+        here.agent.inject("describe", fault)
+        await here.go(S.STOP_COPY)
+        assert fault.source is not None
+        assert fault.source is not here.runner.steps.source
+        assert 0 == fault.source.buffered
+        stream = await here.read_all()
+        await there.go(S.RESUMING)
+        await there.v2.write(stream)
+        await there.go(S.RUNNING)
+        assert S.RUNNING is there.v2.state
