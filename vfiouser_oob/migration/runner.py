@@ -121,13 +121,17 @@ class MigrationRunner:
         """Run the tasks; runs as long as the function does."""
         if self.memory is not None:
             self.link.facts = await self.memory.recall()
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self.background.run)
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.background.run)
+                if self.history is not None:
+                    nursery.start_soon(self.history.recall)
+                nursery.start_soon(self._hearing.listen)
+                self._running.set()
+                self._probing.begin(self._probe)
+        finally:
             if self.history is not None:
-                nursery.start_soon(self.history.recall)
-            nursery.start_soon(self._hearing.listen)
-            self._running.set()
-            self._probing.begin(self._probe)
+                await self.history.finish()
 
     async def ready(self) -> None:
         """Wait until what was remembered is known, as far as the disk answers in time."""

@@ -26,6 +26,8 @@ VERSION = 1
 KEPT = 32
 #: Seconds that a start of the daemon waits for what is stored; a disk that hangs is as good as none.
 _READ_S = 1.0
+#: Seconds that the end of the daemon waits for what is to be written.
+_WRITE_S = 2.0
 #: Bytes of a document beside what it lists, its indentation included.
 _HEAD_ROOM = 4096
 _NUMBER = (int, float)
@@ -58,7 +60,8 @@ class HistoryStore:
     def __init__(self, directory: Path | None, log: Logger) -> None:
         self._directory = None if directory is None else directory / "migrations"
         self._log = log
-        self._limiter = trio.CapacityLimiter(1)
+        #: Of the threads that do the work.
+        self.limiter = trio.CapacityLimiter(1)
 
     def drawer(self, function: str) -> FunctionHistory:
         """The place of one function.
@@ -67,7 +70,7 @@ class HistoryStore:
             function: its name.
         """
         path = None if self._directory is None else self._directory / f"{function}.json"
-        return FunctionHistory(path, self._limiter, self._log.bind(function=function))
+        return FunctionHistory(path, self.limiter, self._log.bind(function=function))
 
 
 class FunctionHistory:
@@ -121,8 +124,18 @@ class FunctionHistory:
             while self._stale:
                 self._stale = False
                 await self._in_thread("written", partial(_write, self._path, list(self.entries)))
+        except trio.Cancelled:
+            self._stale = True  # its thread may not have begun
+            raise
         finally:
             self._writing = False
+
+    async def finish(self) -> None:
+        """Write what no thread has written yet, because the daemon ends; two seconds at most, even if cancelled."""
+        with trio.CancelScope(shield=True), trio.move_on_after(_WRITE_S) as scope:
+            await self.write()
+        if scope.cancelled_caught:
+            self._failed("written", f"{self._path}: the disk did not answer within {_WRITE_S:g} s")
 
     async def _in_thread(self, what: str, work: Any) -> list[MigrationEntry]:
         """Read or write in a thread; when we are cancelled it goes on alone, and leaves the file whole."""

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from vfiouser_oob.observability import log
 from vfiouser_oob.observability.status import MigrationEntry
@@ -114,3 +116,34 @@ async def test_a_disk_that_does_not_take_it(tmp_path: Path, caplog: pytest.LogCa
         await place.write()
     assert 1 == len(place.entries)
     assert "could not be written" in caplog.text
+
+
+async def test_the_end_of_the_daemon_writes_what_waited_for_the_disk(tmp_path: Path) -> None:
+    """A writer that was cancelled behind another function's, whose disk was slow, loses nothing."""
+    store = HistoryStore(tmp_path, log.get("test"))
+    place = store.drawer("f0")
+    place.add(entry(7))
+    async with trio.open_nursery() as nursery, store.limiter:
+        nursery.start_soon(place.write)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    with trio.CancelScope() as ended:
+        ended.cancel()
+        await place.finish()
+    again = drawer(tmp_path)
+    await again.recall()
+    assert [7] == [each["bytes"] for each in again.entries]
+
+
+async def test_a_disk_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The daemon waits two seconds for it, and says so."""
+    store = HistoryStore(tmp_path, log.get("test"))
+    place = store.drawer("f0")
+    place.add(entry())
+    async with store.limiter:
+        with caplog.at_level(logging.WARNING):
+            await place.finish()
+    assert "could not be written" in caplog.text
+    assert 2 == trio.current_time()
