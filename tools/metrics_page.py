@@ -18,13 +18,13 @@ HEAD = """# Metrics
 
 <!-- Written by `make pages` from the declarations in vfiouser_oob/observability/openmetrics.py; edit those. -->
 
-The daemon counts and measures at all times; publishing needs the extra: `pip install 'vfiouser-oob[metrics]'`.
+The daemon always counts and measures. To publish the figures, install the extra: `pip install 'vfiouser-oob[metrics]'`.
 
 * `vfiouser-oob metrics` prints everything once, for a text-file collector or for people.
-* `metrics_socket = "/run/vfiouser-oob/metrics.sock"` in [`[daemon]`](configuration.md#daemon) answers `GET /metrics`
-  there: `curl --unix-socket /run/vfiouser-oob/metrics.sock http://localhost/metrics`. Its mode is 0660, for the
-  daemon's user and group.
-* A TCP port is systemd's affair, since the daemon itself has no network. Anybody who reaches it can read it:
+* With `metrics_socket = "/run/vfiouser-oob/metrics.sock"` in [`[daemon]`](configuration.md#daemon), the daemon answers
+  `GET /metrics` there: `curl --unix-socket /run/vfiouser-oob/metrics.sock http://localhost/metrics`. The socket has mode
+  0660, for the daemon's user and group.
+* For a TCP port use systemd, because the daemon itself has no network. Anybody who reaches the port can read it:
 
   ```ini
   # /etc/systemd/system/vfiouser-oob-metrics.socket
@@ -37,11 +37,11 @@ The daemon counts and measures at all times; publishing needs the extra: `pip in
   WantedBy=sockets.target
   ```
 
-Only `GET` and `HEAD` of `/metrics` are answered, one request per connection, eight connections at a time, each for ten
-seconds at most, and what was rendered serves everybody for a second. A dashboard is in
+The daemon answers only `GET` and `HEAD` of `/metrics`. It answers one request per connection, serves eight connections at a
+time, and ends each after ten seconds at most. It renders the figures at most once a second. A dashboard is in
 `packaging/grafana/vfiouser-oob.json`.
 
-Counters begin at 0 with the daemon, but for `vfiouser_oob_starts_total`, which is kept in the
+Counters start at 0 with the daemon. Only `vfiouser_oob_starts_total` continues, from the
 [`state_directory`](configuration.md#daemon).
 
 """
