@@ -368,7 +368,7 @@ class StreamThing(Thing):
         whole: it took all of it then.
     """
 
-    KIND: ClassVar[int] = 20
+    KIND: ClassVar[int] = 40
     LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType(
         {"number": _U32, "epoch_before": _U32, "done_before": _U32, "epoch": _U32, "done": _U32}
     )
@@ -394,7 +394,7 @@ class RegisterThing(Thing):
         after: how far it is once the command is answered, likewise.
     """
 
-    KIND: ClassVar[int] = 21
+    KIND: ClassVar[int] = 41
     LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
     number: int
     before: bytes
