@@ -253,6 +253,7 @@ class SourcePipeline:
     def finish(self) -> None:
         """The function stands still: fetch the rest."""
         self._phase = Phase.FINAL
+        self._estimated_at = self._offset
         self._pci_due = True
         self._held = self._drained = False
         self._notify()
@@ -314,6 +315,11 @@ class SourcePipeline:
     def exhausted(self) -> bool:
         """Whether the client has taken everything, trailer included."""
         return self.complete and not self.buffered
+
+    @property
+    def was_estimated(self) -> bool:
+        """Whether the agent has said how much there is."""
+        return self._estimate is not None
 
     @property
     def remaining(self) -> int:

@@ -260,20 +260,14 @@ class Steps:
         source = self.source = self._pipeline(device, NO_STREAM)
         self._host.background.begin(source.run)
         if self._host.record.state is DeviceState.STOP:
-            # The first piece is under way while the agent says what the function is.
+            # The first piece is under way while the agent says what the function is. Nobody waits for the estimate,
+            # since the guest stands still.
             source.finish()
-        estimated = trio.Event()
-
-        async def estimate() -> None:
-            try:
-                await self._estimate(source, deadline)
-            finally:
-                estimated.set()
-
-        if not self._host.background.begin(estimate):
-            estimated.set()
-        source.described(await self.describe(deadline))
-        await estimated.wait()
+            self._host.background.begin(self._estimate, source, deadline)
+            source.described(await self.describe(deadline))
+        else:
+            source.described(await self.describe(deadline))
+            await self._estimate(source, deadline)
 
     def _pipeline(self, device: AttachedDevice, mark: StreamMark) -> SourcePipeline:
         return SourcePipeline(
@@ -358,7 +352,9 @@ class Steps:
             await trio.lowlevel.checkpoint()
             return
         source.finish()
-        await self._estimate(source, deadline)
+        if not source.was_estimated:
+            self._host.background.begin(self._estimate, source, deadline)
+        await trio.lowlevel.checkpoint()
 
     async def drop_stream(self, deadline: float) -> None:
         """Forget what was fetched."""
