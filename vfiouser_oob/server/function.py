@@ -95,6 +95,10 @@ class Function:
         #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
         self.recorded = recorded
         self._vacant = trio.Event()
+        #: Set and replaced when its phase changes, and when it ends.
+        self._changed = trio.Event()
+        #: Whether its life is over.
+        self.retired = False
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
         #: Those of them that an administrator disconnects.
@@ -424,7 +428,21 @@ class Function:
         if not phase == self._shown == "failed":
             self.since = time.time()
         self._shown = phase
+        self._tell_changed()
         self.context.announce("phase", phase=phase)
+
+    def retire(self) -> None:
+        """Note that nobody is served any more, for those who wait for a change."""
+        self.retired = True
+        self._tell_changed()
+
+    def _tell_changed(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def changed(self) -> None:
+        """Wait until its phase changes, or its life ends."""
+        await self._changed.wait()
 
     def device_lost(self, link: DeviceLink, reason: str) -> None:
         """Note that the device of a client is lost, and tell watchers.

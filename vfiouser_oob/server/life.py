@@ -117,6 +117,7 @@ class Life:
             if self.function.estate is not None and not self._left:
                 self.function.estate.abolish()
             self.close()
+            self.function.retire()
             self.ended.set()
 
     async def _live(self, exhausted: Callable[[], None], task_status: trio.TaskStatus[None]) -> None:

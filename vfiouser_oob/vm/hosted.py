@@ -39,7 +39,8 @@ from vfiouser_protocol.migration_v2 import require_path
 _PIECE = 1 << 20
 #: Seconds that QEMU may take to answer while its vCPUs stand: it may be unable to answer anything.
 STANDING_S = 0.01
-#: Seconds between attempts to have a function run that was stopped for a moment only, or to find its client.
+#: Seconds between attempts to have a function run that was stopped for a moment only, to reach its agent, or to find a
+#: function that is not served.
 _AGAIN_S = 0.2
 _SET_IRQS_SIZE = 20
 
@@ -51,6 +52,12 @@ def _told() -> Iterator[None]:
         yield
     except (UntrackedRefused, RegistersUnknown, ReplayFailed, TopologyError, MonitorError) as error:
         raise FunctionTrouble(str(error)) from error
+
+
+def _watchable(function: Function) -> bool:
+    """Whether there is a client for which it can be known what a function writes."""
+    device = None if function.migration is None else function.migration.steps.device
+    return device is not None and function.attached is not None and device.session.memory.recorder is not None
 
 
 class _Watched:
@@ -170,10 +177,17 @@ class HostedFunction:
         """Know at any time what it writes, until cancelled."""
         async with trio.open_nursery() as self._nursery:
             while True:
-                try:
+                with suppress(VfioUserError, trio.TooSlowError):  # a migration would be refused
                     await self._watch_client(coming)
-                except (VfioUserError, trio.TooSlowError):  # no client yet, or no agent; a migration would be refused
-                    await trio.sleep(_AGAIN_S)
+                await self._chance()
+
+    async def _chance(self) -> None:
+        """Wait until it may be possible to watch: until another client comes, where only that can help."""
+        function = self._find(self.name)
+        if function is not None and not function.retired and not _watchable(function):
+            await function.changed()
+        else:
+            await trio.sleep(_AGAIN_S)
 
     async def _watch_client(self, coming: bool) -> None:
         device, connection = self._device, self._function.connection
