@@ -351,6 +351,40 @@ class AssignedThing(Thing):
     vectors: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class VmThing(Thing):
+    """The VM that the journal is about, and its migration.
+
+    Args:
+        identity: a digest of what it is configured to be; a successor with another configuration begins anew.
+        program: version of the program that wrote it, for people.
+        text: the record, as it writes itself down, with a version of its own.
+    """
+
+    KIND: ClassVar[int] = 32
+    identity: str
+    program: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedThing(Thing):
+    """What has come of one function of a VM that is not its own state, as long as QEMU may not have it.
+
+    Args:
+        number: which of the VM's functions, in the order of the configuration.
+        by_client: its client moves it by itself, so there is nothing else here.
+        registers: what QEMU keeps of it, as it came.
+    """
+
+    KIND: ClassVar[int] = 33
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 2})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U16})
+    number: int
+    by_client: bool
+    registers: bytes
+
+
 #: Every kind, in the order in which a successor rebuilds.
 THINGS: Sequence[type[Thing]] = (
     FunctionThing,
@@ -367,6 +401,8 @@ THINGS: Sequence[type[Thing]] = (
     AssignedThing,
     MigrationThing,
     CounterThing,
+    VmThing,
+    ArrivedThing,
 )
 
 

@@ -26,6 +26,7 @@ from vfiouser_oob.persist.successor.rebuild import CannotRebuild, rebuild, unuse
 from vfiouser_oob.persist.successor.things import (
     THINGS,
     AgreedThing,
+    ArrivedThing,
     AssignedThing,
     ClientThing,
     ConfigThing,
@@ -40,6 +41,7 @@ from vfiouser_oob.persist.successor.things import (
     UpstreamThing,
     VectorThing,
     VfioThing,
+    VmThing,
 )
 from vfiouser_oob.systemd.fd_store import MAX_NAME, is_name
 from vfiouser_oob.transport.fds import LentFd, OwnedFd
@@ -64,6 +66,8 @@ EXAMPLES: tuple[Thing, ...] = (
     RegionThing(0, "bar0"),
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
+    VmThing("cd" * 16, "1.2", '{"version": 1}'),
+    ArrivedThing(65535, False, b"{}"),
 )
 KINDS: Mapping[str, DescriptorKind] = {
     "main": DescriptorKind.SOCKET,
