@@ -10,13 +10,14 @@ from typing import TypeAlias
 
 from vfiouser_oob.config.schema import Generations, MigrationConfig
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
+from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
+from vfiouser_oob.migration.inherited import KeptClient
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.no_migration import CONFIG_HEAD
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
-from vfiouser_oob.migration.steps import AttachedDevice
 from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.migration.v2_view import V2View
@@ -183,7 +184,11 @@ def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:
 
 
 async def attach(
-    runner: MigrationRunner, session: BackendSession, name: str, client: VersionCapabilities
+    runner: MigrationRunner,
+    session: BackendSession,
+    name: str,
+    client: VersionCapabilities,
+    kept: KeptClient | None = None,
 ) -> MigrationPort:
     """Connect a client to the migration of its function.
 
@@ -192,6 +197,7 @@ async def attach(
         session: the device as opened for the client.
         name: the function's name.
         client: what the client announced.
+        kept: what another daemon has left of it, and takes it down for the next one; None: none does.
 
     Raises:
         BackendUnavailable: the function must not run before it was reset, and that cannot be done now.
@@ -208,11 +214,17 @@ async def attach(
         max_bitmap_size=min(taken, DEFAULT_MAX_BITMAP_SIZE),
         call_s=runner.config.call_s,
     )
-    device = AttachedDevice(session, ConfigShadow(), dirty)
+    device = AttachedDevice(session, ConfigShadow(), dirty, None if kept is None else kept.notes)
     try:
         head = session.region_read(RegionIndex.CONFIG, 0, CONFIG_HEAD)
         device.shadow.learn(head if isinstance(head, bytes) else await head)
     except (VfioUserError, OSError) as error:
         raise BackendUnavailable(f"the device's configuration space cannot be read: {error}") from error
-    await runner.attach(device)
+    if kept is not None:
+        device.shadow.restore(kept.config)
+        device.shadow.observer = kept.notes
+    if kept is not None and kept.goes_on:
+        await runner.go_on(device, kept.mark)
+    else:
+        await runner.attach(device)
     return MigrationPort(runner, device, name, client)

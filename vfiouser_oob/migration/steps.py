@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import trio
@@ -14,14 +13,13 @@ from vfiouser_agents.api import Descriptor, Outcome, Role, Session, Status
 from vfiouser_agents.errors import AgentError, InvalidState, Unsupported
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.agent_link import AgentLink
-from vfiouser_oob.migration.config_shadow import ConfigShadow
+from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descriptor, require_similar
 from vfiouser_oob.migration.destination import DestinationPipeline
-from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.events import BeganAtAgent, DeviceBroke
 from vfiouser_oob.migration.host import MigrationHost
+from vfiouser_oob.migration.inherited import StreamMark
 from vfiouser_oob.migration.plans import Do
 from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.sharing import BufferShare
@@ -32,23 +30,6 @@ from vfiouser_protocol.errors import CommandError, VfioUserError
 
 #: Takes a step by a deadline.
 Action: TypeAlias = Callable[[float], Awaitable["bool | Status | None"]]
-
-
-@dataclass(slots=True)
-class AttachedDevice:
-    """The device as the attached client has it.
-
-    Args:
-        session: the backend's session.
-        shadow: configuration space as the client wrote it.
-        dirty: its log of dirty pages.
-        drained: waits until no write of the guest is held back any more; None if none ever is.
-    """
-
-    session: BackendSession
-    shadow: ConfigShadow
-    dirty: DirtyTracker
-    drained: Callable[[], Awaitable[None]] | None = None
 
 
 class Steps:
@@ -75,6 +56,8 @@ class Steps:
         #: The saving side's pipeline, and the loading side's.
         self.source: SourcePipeline | None = None
         self.destination: DestinationPipeline | None = None
+        #: How far the client has come with a stream that another daemon has begun.
+        self.mark = StreamMark()
         #: What the function is that a state is loaded into, once known.
         self._ours: Descriptor | None = None
         self._table: Mapping[Do, Action] = {
@@ -89,6 +72,8 @@ class Steps:
             Do.HOLD_STREAM: self.hold_stream,
             Do.FINISH_STREAM: self.finish_stream,
             Do.RESTART_STREAM: self.restart_stream,
+            Do.REOPEN_STREAM: self.reopen_stream,
+            Do.REOPEN_LOAD: self.reopen_load,
             Do.DROP_STREAM: self.drop_stream,
             Do.ABORT: self.abort,
             Do.END_CANCELLED: self.end_cancelled,
@@ -273,17 +258,7 @@ class Steps:
             # An attempt before this one has lost the agent on its way; two pipelines would take each other's pieces.
             self.drop_pipelines()
             await self._void_stream(deadline)
-        self.source = SourcePipeline(
-            self._link,
-            self._tracer,
-            pci=device.shadow.encode,
-            chunk_size=self._config.chunk_size,
-            data_s=self._config.data_s,
-            retry_s=self._config.retry_s,
-            device_failed=self._broken,
-            sharing=self._sharing,
-        )
-        source = self.source
+        source = self.source = self._pipeline(device, StreamMark())
         self._host.background.begin(source.run)
         if self._host.record.state is DeviceState.STOP:
             # The first piece is under way while the agent says what the function is.
@@ -301,6 +276,19 @@ class Steps:
         source.described(await self.describe(deadline))
         await estimated.wait()
 
+    def _pipeline(self, device: AttachedDevice, mark: StreamMark) -> SourcePipeline:
+        return SourcePipeline(
+            self._link,
+            self._tracer,
+            pci=device.shadow.encode,
+            chunk_size=self._config.chunk_size,
+            data_s=self._config.data_s,
+            retry_s=self._config.retry_s,
+            device_failed=self._broken,
+            sharing=self._sharing,
+            mark=mark,
+        )
+
     @property
     def _saving(self) -> SourcePipeline:
         if self.source is None:
@@ -314,6 +302,27 @@ class Steps:
         await self._void_stream(deadline)
         source.restart(await self.describe(deadline))
         await self._estimate(source, deadline)
+
+    async def reopen_stream(self, deadline: float) -> bool:
+        """Go on with a stream that another daemon has begun: behind what the client has, in the next epoch.
+
+        What was fetched ahead is gone with that daemon, and the agent gives nothing twice.
+
+        Returns:
+            Whether there is a stream to go on with.
+        """
+        device = self.device
+        if device is None or not self._host.record.saves:
+            return False
+        self.drop_pipelines()
+        source = self.source = self._pipeline(device, self.mark)
+        self._host.background.begin(source.run)
+        await self._void_stream(deadline)
+        source.restart(await self.describe(deadline))
+        if self._host.record.state is DeviceState.STOP_COPY:
+            source.finish()
+        await self._estimate(source, deadline)
+        return True
 
     async def _void_stream(self, deadline: float) -> None:
         """Make the agent drop what it gave: else it may repeat a chunk that it gave before."""
@@ -384,7 +393,10 @@ class Steps:
         self._ours = await self._described(deadline)
         # From here on it has what the client writes while it loads, which wins over what the stream brings.
         self.device.shadow.clear()
-        self.destination = DestinationPipeline(
+        self.destination = self._load_pipeline(begun=True)
+
+    def _load_pipeline(self, *, begun: bool) -> DestinationPipeline:
+        return DestinationPipeline(
             self._link,
             self._tracer,
             self._host.background,
@@ -392,7 +404,20 @@ class Steps:
             data_s=self._config.data_s,
             retry_s=self._config.retry_s,
             device_failed=self._broken,
+            begun=begun,
         )
+
+    async def reopen_load(self, deadline: float) -> bool:
+        """Go on with a load that another daemon has begun, and of which nothing had come.
+
+        Returns:
+            Whether there is a load to go on with.
+        """
+        await trio.lowlevel.checkpoint()
+        if not self._host.record.loads:
+            return False
+        self.destination = self._load_pipeline(begun=False)
+        return True
 
     async def _described(self, deadline: float) -> Descriptor | None:
         """What the function is, asked before the source's function stands still; None: to be asked again."""

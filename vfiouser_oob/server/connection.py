@@ -271,6 +271,7 @@ def _stream(function: Admission, sock: socket.socket, peer: Peer | None, arrival
         return MessageSocket(sock, size, context.activity, context.account)
     try:
         memory = arrival.memory or arrival.notes.begin(peer)
+        arrival.notes.resumed(memory)
     except OSError:
         arrival.notes.gone()
         sock.close()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from vfiouser_oob import __version__
 from vfiouser_oob.config.schema import FunctionConfig
+from vfiouser_oob.migration.inherited import StreamMark
 from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.journal.journal import Journal
@@ -32,6 +33,7 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -42,7 +44,7 @@ from vfiouser_oob.transport.peer import Peer
 from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
 
 #: Kinds of records that are about the client that is served.
-_OF_SERVED = (RegionThing, TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing)
+_OF_SERVED = (RegionThing, TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing, StreamThing)
 _CLIENT_END, _SERVER_END = 0, 1
 _NOTHING = Negotiated(0, b"", VersionCapabilities(), VersionCapabilities(), False, False, None)
 _TWIN = 1
@@ -84,6 +86,7 @@ class Heir:
         inheritance: what its device needs.
         config: what it wrote to configuration space.
         regions: memory behind regions, by index.
+        stream: how far it has come with a state that is being saved.
     """
 
     main: KeptStream
@@ -93,6 +96,20 @@ class Heir:
     inheritance: Inheritance = field(default_factory=Inheritance)
     config: Sequence[ConfigThing] = ()
     regions: Mapping[int, OwnedFd] = field(default_factory=dict)
+    stream: StreamThing | None = None
+
+    def mark(self, number: int) -> StreamMark:
+        """How far the client has come with a state that is being saved.
+
+        Args:
+            number: of its first command that was not answered.
+        """
+        thing = self.stream
+        if thing is None:
+            return StreamMark()
+        if thing.number == number:
+            return StreamMark(thing.epoch_before, thing.taken_before, thing.head_before, thing.done_before, True)
+        return StreamMark(thing.epoch, thing.taken, thing.head, thing.done)
 
     def close(self) -> None:
         """Close what nobody took."""
@@ -121,6 +138,8 @@ class Estate:
         self.function = function
         #: Clients that a process before us has left, to be gone on with.
         self.heirs: list[Heir] = []
+        #: What is left of the migration of one of them; None: it was under way with none that is there still.
+        self.migration_left: MigrationRecord | None = None
         #: What else is kept of the function, by name.
         self.others: list[str] = []
         self._journal = journal
@@ -201,6 +220,10 @@ class Estate:
         self._journal.close()
 
 
+def _mark_parts(mark: StreamMark) -> tuple[int, int, bytes, int]:
+    return mark.epoch, mark.taken, mark.head, mark.done
+
+
 def memory_name(stream: str) -> str:
     """The name of a socket's memory, by that of the socket."""
     return f"{stream}.m"
@@ -221,6 +244,16 @@ class ClientNotes:
         self._files: dict[int, str] = {}
         self._client: ClientThing | None = None
         self._served = False
+        #: The memory of its socket.
+        self._stream: StreamMemory | None = None
+
+    def resumed(self, memory: StreamMemory) -> None:
+        """The client's socket is followed, perhaps again.
+
+        Args:
+            memory: its memory; it stays the caller's.
+        """
+        self._stream = memory
 
     def adopt(self, thing: ClientThing | None, names: Sequence[str], files: dict[int, str], *, served: bool) -> None:
         """Know what another process has taken down.
@@ -377,6 +410,11 @@ class ClientNotes:
     def config_forgotten(self) -> None:
         """Nothing of it counts any more: the function was reset."""
         self._estate.forget(ConfigThing)
+
+    def stream_moved(self, before: StreamMark, after: StreamMark) -> None:
+        """The client takes a portion of the state that is being saved, once its command is answered."""
+        assert self._stream is not None
+        self._estate.put(StreamThing(self._stream.number, *_mark_parts(before), *_mark_parts(after)))
 
     def region(self, index: int, memory: HasFileno) -> None:
         """The memory behind a region, which the client may have mapped."""

@@ -13,6 +13,7 @@ import trio
 from vfiouser_agents.causes import words_of
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
 from vfiouser_oob.memory.recorder import WriteRecorder
+from vfiouser_oob.migration.inherited import KeptClient
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
@@ -26,7 +27,6 @@ from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.device_link import DeviceLink
 from vfiouser_oob.server.estate import Arrival, Estate, Heir
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
-from vfiouser_oob.server.survival import under_way
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
@@ -102,8 +102,6 @@ class Function:
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
         self.migration = None if migration is None else migration(name, events, self.log)
-        if self.migration is not None and estate is not None:
-            self.migration.on_record = estate.migration
 
     # Serving
 
@@ -152,12 +150,15 @@ class Function:
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
                 self._fail(self.failed)
 
-    async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
+    async def attach_migration(
+        self, backend: BackendSession, client: VersionCapabilities, kept: KeptClient | None = None
+    ) -> MigrationPort | None:
         """Connect a client to the function's migration.
 
         Args:
             backend: the device as opened for it.
             client: what it announced.
+            kept: what of it outlives the daemon; None: nothing.
 
         Returns:
             The client's way into the migration; None if the function has none.
@@ -167,7 +168,7 @@ class Function:
         """
         if self.recorded:
             backend.memory.recorder = WriteRecorder()
-        return None if self.migration is None else await attach(self.migration, backend, self.name, client)
+        return None if self.migration is None else await attach(self.migration, backend, self.name, client, kept)
 
     async def run_device(self) -> None:
         """Run the device's own tasks; a device that dies takes its function out of service, and nothing else."""
@@ -239,6 +240,8 @@ class Function:
             await self._serve_client(sock, _peer_or_none(sock), Arrival(heir.notes, heir, memory))
         finally:
             heir.close()
+            if self.migration is not None and heir.agreed is not None:
+                await self.migration.give_up_left()
 
     async def settled(self) -> None:
         """Wait until every client that another process has left is served, or has gone."""
@@ -248,9 +251,6 @@ class Function:
     async def leave(self) -> None:
         """Leave the client to the daemon after this one, at the end of what is being answered."""
         if self.estate is None or not self.estate.usable:
-            return
-        if self.migration is not None and under_way(self.migration.record):
-            self.log.warning("the client is turned out: its migration is under way")
             return
         async with trio.open_nursery() as leaving:
             for connection in self._connections:

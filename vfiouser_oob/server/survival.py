@@ -34,6 +34,7 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -147,7 +148,7 @@ class Survival:
         try:
             history = read_journal(left)
             things = _understood(history.records, self._kinds)
-            _check(things, identity_of(config))
+            record = _check(things, identity_of(config))
             journal = Journal.resume(left, history)
         except UnusableRecord as error:
             self._log.error("clients are turned out: what was left of them cannot be used", function=config.name,
@@ -158,6 +159,8 @@ class Survival:
         estate = Estate(config.name, identity_of(config), self._store, journal, self._log)
         for client in (thing for thing in things if isinstance(thing, ClientThing)):
             estate.heirs.append(self._heir(estate, client, things))
+        if any(heir.agreed is not None for heir in estate.heirs):
+            estate.migration_left = record
         known = {thing.main for thing in things if isinstance(thing, ClientThing)}
         estate.heirs += [
             self._accepted(estate, other)
@@ -203,6 +206,7 @@ class Survival:
             inheritance,
             [thing for thing in own if isinstance(thing, ConfigThing)],
             {region.index: self._kept[region.memory].take() for region in regions},
+            next((thing for thing in own if isinstance(thing, StreamThing)), None),
         )
 
     def _stream(self, sock: str, memory: str) -> KeptStream:
@@ -333,26 +337,22 @@ def _understood(records: Mapping[int, Mapping[bytes, bytes]], kinds: Mapping[str
     return things
 
 
-def _check(things: Sequence[Thing], identity: str) -> None:
+def _check(things: Sequence[Thing], identity: str) -> MigrationRecord | None:
     """Refuse what must not be gone on with.
 
+    Returns:
+        What is left of the function's migration; None if it has none.
+
     Raises:
-        UnusableRecord: the function is another one, or its migration was under way.
+        UnusableRecord: the function is another one, or its migration cannot be understood.
     """
     about = next((thing for thing in things if isinstance(thing, FunctionThing)), None)
     if about is None or about.identity != identity:
         raise UnusableRecord("the function is configured to be another one now")
     migration = next((thing for thing in things if isinstance(thing, MigrationThing)), None)
     if migration is None:
-        return
+        return None
     try:
-        record = MigrationRecord.from_json(migration.text)
+        return MigrationRecord.from_json(migration.text)
     except ValueError as error:
         raise UnusableRecord(str(error)) from error
-    if under_way(record):
-        raise UnusableRecord(f"a migration was under way ({record.shown}); the agent knows what becomes of it")
-
-
-def under_way(record: MigrationRecord) -> bool:
-    """Whether a migration has begun and not ended, so that only who began it knows how it stands."""
-    return record.busy or record.begun is not None or record.errand is not None or record.logging

@@ -10,11 +10,11 @@ from functools import partial
 import trio
 
 from vfiouser_agents.errors import AgentError
+from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.descriptor import decode_descriptor
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
-from vfiouser_oob.migration.steps import AttachedDevice
 from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.server.connection import ClientConnection
 from vfiouser_oob.server.function import Function

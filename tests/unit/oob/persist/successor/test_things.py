@@ -36,6 +36,7 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -66,6 +67,7 @@ EXAMPLES: tuple[Thing, ...] = (
     RegionThing(0, "bar0"),
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
+    StreamThing(3, 1, 512, b"head", 8, 2, 1 << 40, b"", 0),
     VmThing("cd" * 16, "1.2", '{"version": 1}'),
     ArrivedThing(65535, False, b"{}"),
 )
