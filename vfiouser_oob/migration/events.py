@@ -26,12 +26,12 @@ class Started(MigrationEvent):
     Args:
         client: the client is there as before, and has noticed nothing; what is left of its migration goes on.
         position: bytes of a state that is being saved which that client took.
-        undelivered: more of it was made for the client, who did not get it.
+        whole: it took all of it.
     """
 
     client: bool = False
     position: int = 0
-    undelivered: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

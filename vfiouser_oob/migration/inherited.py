@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vfiouser_oob.migration.config_shadow import ConfigObserver
 from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.migration.stream_format import HEAD, HEAD_SIZE, MAGIC
+from vfiouser_protocol.migration_v1 import NO_ITERATION, IterationMark
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,14 @@ class StreamMark:
         taken: bytes of it that the client took.
         head: of the record that it took a part of; empty if it took only whole ones.
         done: bytes of that record which it took.
-        undelivered: a portion behind it was made for the client, who did not get it.
+        whole: it took all of it, trailer included.
     """
 
     epoch: int = 0
     taken: int = 0
     head: bytes = b""
     done: int = 0
-    undelivered: bool = False
+    whole: bool = False
 
     @property
     def rest(self) -> bytes:
@@ -42,11 +43,32 @@ class StreamMark:
         return self.head[self.done :] + bytes(length - max(0, self.done - HEAD_SIZE))
 
 
+NO_STREAM = StreamMark()
+
+
+class V1Mark(NamedTuple):
+    """What a client knows of the migration region.
+
+    Args:
+        iteration: how far it is with a chunk.
+        state: what it wrote to device_state last.
+    """
+
+    iteration: IterationMark = NO_ITERATION
+    state: int = 0
+
+
+NO_V1_MARK = V1Mark()
+
+
 class TransferNotes(ConfigObserver, Protocol):
     """Takes down what a client does; none of it has happened before the command under way is answered."""
 
     def stream_moved(self, before: StreamMark, after: StreamMark) -> None:
         """The client takes a portion of the state that is being saved."""
+
+    def iterated(self, before: V1Mark, after: V1Mark) -> None:
+        """The client goes on in the migration region."""
 
 
 class MigrationNotes(Protocol):
@@ -65,12 +87,14 @@ class KeptClient:
         goes_on: another daemon has served it.
         config: what that one was told of configuration space, by offset.
         mark: how far it has come with a state that is being saved.
+        v1: what it knows of the migration region.
     """
 
     notes: TransferNotes
     goes_on: bool = False
     config: Mapping[int, bytes] = field(default_factory=dict)
-    mark: StreamMark = StreamMark()
+    mark: StreamMark = NO_STREAM
+    v1: V1Mark = NO_V1_MARK
 
 
 def worth_noting(before: MigrationRecord, after: MigrationRecord) -> bool:

@@ -155,8 +155,7 @@ def _started(turn: Turn, event: ev.Started) -> None:
     if event.client:
         if record.stream is not None and record.saves:
             # What was handed over in vain counts as handed over: who believes otherwise may start a second copy.
-            whole = record.stream.whole and not event.undelivered
-            turn.set(stream=replace(record.stream, position=event.position, whole=whole))
+            turn.set(stream=replace(record.stream, position=event.position, whole=event.whole))
         clients.client_goes_on(turn, settling=goal is not None and record.goal is goal)
         return
     if stream is not None and stream.role is Role.DESTINATION:

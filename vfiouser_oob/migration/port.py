@@ -13,7 +13,7 @@ from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
 from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
-from vfiouser_oob.migration.inherited import KeptClient
+from vfiouser_oob.migration.inherited import NO_V1_MARK, KeptClient, V1Mark
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.no_migration import CONFIG_HEAD
 from vfiouser_oob.migration.record import Owner
@@ -42,9 +42,17 @@ class MigrationPort:
         device: the device as opened for this client.
         name: the function's name.
         client: what the client announced.
+        v1: what it knows of the migration region.
     """
 
-    def __init__(self, runner: MigrationRunner, device: AttachedDevice, name: str, client: VersionCapabilities) -> None:
+    def __init__(
+        self,
+        runner: MigrationRunner,
+        device: AttachedDevice,
+        name: str,
+        client: VersionCapabilities,
+        v1: V1Mark = NO_V1_MARK,
+    ) -> None:
         session = device.session
         announced = client.migration is not None
         caps = runner.link.caps
@@ -57,7 +65,11 @@ class MigrationPort:
         self.dirty = device.dirty
         use_v1, use_v2 = _generations(runner.config, announced) if self.migratable else (False, False)
         index = max(RegionIndex.MIGRATION, len(session.description.regions))
-        self.v1 = V1View(Transfer(runner, Owner.V1), name, index, runner.config.v1_data_size) if use_v1 else None
+        self.v1: V1View | None = None
+        if use_v1:
+            transfer = Transfer(runner, Owner.V1)
+            self.v1 = V1View(transfer, name, index, runner.config.v1_data_size, device.notes)
+            self.v1.restore(v1)
         self._use_v2 = use_v2
         self.v2: V2View | None = None
 
@@ -227,4 +239,4 @@ async def attach(
         await runner.go_on(device, kept.mark)
     else:
         await runner.attach(device)
-    return MigrationPort(runner, device, name, client)
+    return MigrationPort(runner, device, name, client, NO_V1_MARK if kept is None else kept.v1)

@@ -43,7 +43,7 @@ def client_goes_on(turn: Turn, *, settling: bool) -> None:
     elif not record.busy:
         turn.leave(Outcome.CANCELLED)
         fit_wanted(turn, ev.FitWanted())
-    elif record.saves and not record.handed:
+    elif record.saves and not record.handed and record.stream is not None and not record.stream.whole:
         turn.begin(PlanProgress(plans.GO_ON_SAVING, record.state))
     elif record.loads and record.load_failure is None:
         turn.begin(PlanProgress(plans.GO_ON_LOADING, record.state))

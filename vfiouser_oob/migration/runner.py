@@ -282,7 +282,7 @@ class MigrationRunner:
             self._left = None
             self.steps.device, self.steps.mark = device, mark
             try:
-                await self._carry_out(ev.Started(True, mark.taken, mark.undelivered), message)
+                await self._carry_out(ev.Started(True, mark.taken, mark.whole), message)
             except CommandError as error:
                 raise BackendUnavailable(
                     f"the function was stopped for a migration and cannot be reset now: {error}"

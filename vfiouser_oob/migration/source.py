@@ -20,7 +20,7 @@ from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
-from vfiouser_oob.migration.inherited import StreamMark
+from vfiouser_oob.migration.inherited import NO_STREAM, StreamMark
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.stream_format import HEAD_SIZE
@@ -57,7 +57,7 @@ class SourcePipeline:
         retry_s: float,
         device_failed: Callable[[str], None],
         sharing: BufferShare,
-        mark: StreamMark = StreamMark(),  # noqa: B008 - it is frozen
+        mark: StreamMark = NO_STREAM,
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -307,7 +307,8 @@ class SourcePipeline:
     def mark(self) -> StreamMark:
         """How far the client has come."""
         # A record of the epoch before may still be first; whoever begins anew behind it takes a higher one.
-        return StreamMark(self._writer.epoch or self._mark_epoch, self.taken, *self._queue.begun)
+        epoch = self._writer.epoch or self._mark_epoch
+        return StreamMark(epoch, self.taken, *self._queue.begun, whole=self.exhausted)
 
     @property
     def exhausted(self) -> bool:

@@ -19,7 +19,7 @@ from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descript
 from vfiouser_oob.migration.destination import DestinationPipeline
 from vfiouser_oob.migration.events import BeganAtAgent, DeviceBroke
 from vfiouser_oob.migration.host import MigrationHost
-from vfiouser_oob.migration.inherited import StreamMark
+from vfiouser_oob.migration.inherited import NO_STREAM, StreamMark
 from vfiouser_oob.migration.plans import Do
 from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.sharing import BufferShare
@@ -57,7 +57,7 @@ class Steps:
         self.source: SourcePipeline | None = None
         self.destination: DestinationPipeline | None = None
         #: How far the client has come with a stream that another daemon has begun.
-        self.mark = StreamMark()
+        self.mark = NO_STREAM
         #: What the function is that a state is loaded into, once known.
         self._ours: Descriptor | None = None
         self._table: Mapping[Do, Action] = {
@@ -258,7 +258,7 @@ class Steps:
             # An attempt before this one has lost the agent on its way; two pipelines would take each other's pieces.
             self.drop_pipelines()
             await self._void_stream(deadline)
-        source = self.source = self._pipeline(device, StreamMark())
+        source = self.source = self._pipeline(device, NO_STREAM)
         self._host.background.begin(source.run)
         if self._host.record.state is DeviceState.STOP:
             # The first piece is under way while the agent says what the function is.

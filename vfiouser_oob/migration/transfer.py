@@ -164,9 +164,11 @@ class Transfer:
 
     def delivered(self) -> None:
         """The client has what was read; with the trailer that is the point of no return."""
-        source = self._runner.steps.source
-        if source is not None and source.exhausted and not self._runner.record.handed:
-            self._runner.feed(Moved(source.taken, handed=True))
+        source, record = self._runner.steps.source, self._runner.record
+        if record.stream is None or record.handed:
+            return
+        if self._all_taken or (source is not None and source.exhausted):
+            self._runner.feed(Moved(record.stream.position, handed=True))
 
     @property
     def _all_taken(self) -> bool:

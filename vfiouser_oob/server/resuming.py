@@ -82,7 +82,8 @@ async def _open(
             held.push_async_callback(backend.close)
             late = "the agent did not answer in time"
             config = {thing.offset: thing.data for thing in heir.config}
-            kept = KeptClient(heir.notes, goes_on=True, config=config, mark=heir.mark(memory.number))
+            number = memory.number
+            kept = KeptClient(heir.notes, True, config, heir.mark(number), heir.v1_mark(number))
             migrating = await host.attach_migration(backend, heir.agreed.client, kept)
             port: Port = migrating or NoMigration(backend, heir.agreed.server.max_data_xfer_size)
             held.push_async_callback(newcomer.detach, port)

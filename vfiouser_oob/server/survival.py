@@ -34,6 +34,7 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    RegisterThing,
     StreamThing,
     Thing,
     TwinThing,
@@ -207,6 +208,7 @@ class Survival:
             [thing for thing in own if isinstance(thing, ConfigThing)],
             {region.index: self._kept[region.memory].take() for region in regions},
             next((thing for thing in own if isinstance(thing, StreamThing)), None),
+            next((thing for thing in own if isinstance(thing, RegisterThing)), None),
         )
 
     def _stream(self, sock: str, memory: str) -> KeptStream:

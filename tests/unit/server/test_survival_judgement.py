@@ -188,7 +188,7 @@ def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
     sock, memory = heir.main.take()
     with sock, memory:
         heir.notes.resumed(memory)
-        heir.notes.stream_moved(StreamMark(1, 10, b"head", 3), StreamMark(1, 20))
+        heir.notes.stream_moved(StreamMark(1, 10, b"head", 3), StreamMark(1, 20, whole=True))
     estate.close()
     survival.close()
     survival = manager.begin()
@@ -196,8 +196,8 @@ def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
     assert estate is not None
     (heir,) = estate.heirs
     number = memory.number
-    assert StreamMark(1, 10, b"head", 3, undelivered=True) == heir.mark(number)
-    assert StreamMark(1, 20) == heir.mark(number + 1)
+    assert StreamMark(1, 10, b"head", 3) == heir.mark(number)
+    assert StreamMark(1, 20, whole=True) == heir.mark(number + 1)
     heir.notes.gone()
     assert StreamThing.KIND not in {kind for kind, things in estate.journal.records.items() if things}
     estate.close()

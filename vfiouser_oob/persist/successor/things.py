@@ -369,9 +369,10 @@ class StreamThing(Thing):
         taken: likewise.
         head: likewise.
         done: likewise.
+        whole: it took all of it then.
     """
 
-    KIND: ClassVar[int] = 20
+    KIND: ClassVar[int] = 40
     LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType(
         {"number": _U32, "epoch_before": _U32, "done_before": _U32, "epoch": _U32, "done": _U32}
     )
@@ -384,6 +385,24 @@ class StreamThing(Thing):
     taken: int
     head: bytes
     done: int
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterThing(Thing):
+    """What the client knows of the migration region.
+
+    Args:
+        number: of the command with which it went on, modulo 2^32; until that is answered, what was before counts.
+        before: how far it was, as a list of numbers whose owner knows what they are.
+        after: how far it is once the command is answered, likewise.
+    """
+
+    KIND: ClassVar[int] = 41
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
+    number: int
+    before: bytes
+    after: bytes
 
 
 #: Every kind, in the order in which a successor rebuilds.
@@ -402,6 +421,7 @@ THINGS: Sequence[type[Thing]] = (
     AssignedThing,
     MigrationThing,
     StreamThing,
+    RegisterThing,
     CounterThing,
     VmThing,
     ArrivedThing,

@@ -735,7 +735,7 @@ def test_a_client_goes_on_with_another_daemon(name: str) -> None:
     for errand in UNDER_WAY:
         record = replace(left, errand=errand)
         side = Side(MigrationRecord.from_json(record.to_json()), agent, live=not left.elsewhere)
-        answer = side.play(ev.Started(True, 10))
+        answer = side.play(ev.Started(True, 10, "handed" in name))
         assert (ev.Answer(), True, None) == (answer, side.record.attached, side.record.errand)
         assert Do.RESUME not in side.taken
         assert not side.taken or Do.ASK is side.taken[0]
@@ -752,7 +752,7 @@ def test_a_client_goes_on_with_another_daemon(name: str) -> None:
 def test_a_client_goes_on_where_the_agent_is_elsewhere(name: str) -> None:
     """The agent was started anew as well, and says that the function runs: that is the truth."""
     side = Side(MigrationRecord.from_json(LEFT[name].to_json()), AgentState.RUNNING)
-    side.play(ev.Started(True, 10))
+    side.play(ev.Started(True, 10, "handed" in name))
     assert LEFT[name].at_agent is S.PRE_COPY or side.record.at_agent is S.RUNNING
 
 
