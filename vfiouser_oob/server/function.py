@@ -247,6 +247,11 @@ class Function:
             if self.migration is not None and heir.agreed is not None:
                 await self.migration.give_up_left()
 
+    async def settled(self) -> None:
+        """Wait until every client that another process has left is served, or has gone."""
+        for connection in [each for each in self._connections if each.inherited]:
+            await connection.settled()
+
     async def leave(self) -> None:
         """Leave the client to the daemon after this one, at the end of what is being answered."""
         if self.estate is None or not self.estate.usable:

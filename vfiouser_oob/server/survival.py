@@ -16,7 +16,13 @@ from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.observability import log
 from vfiouser_oob.persist.journal.journal import Journal, read_journal
 from vfiouser_oob.persist.record import UnusableRecord
-from vfiouser_oob.persist.successor.descriptors import DescriptorKind, function_name, function_of, kind_of
+from vfiouser_oob.persist.successor.descriptors import (
+    DescriptorKind,
+    function_name,
+    function_of,
+    kind_of,
+    vm_name,
+)
 from vfiouser_oob.persist.successor.notes import Inheritance, KeptStream
 from vfiouser_oob.persist.successor.rebuild import CannotRebuild, rebuild
 from vfiouser_oob.persist.successor.things import (
@@ -35,6 +41,7 @@ from vfiouser_oob.persist.successor.things import (
     UpstreamThing,
 )
 from vfiouser_oob.server.estate import MAIN, ClientNotes, Estate, Heir, identity_of
+from vfiouser_oob.server.ledger import JOURNAL, Ledger
 from vfiouser_oob.systemd.fd_store import FdStore, StoreLost
 from vfiouser_oob.systemd.listen import inherited_descriptors
 from vfiouser_oob.systemd.mailbox import Mailbox
@@ -59,6 +66,8 @@ class Survival:
         self._own_mailbox = own_mailbox
         self._store = store
         self._kept = dict(kept)
+        #: What it is, as long as nobody has taken any of it.
+        self._kinds = {name: kind_of(fd) for name, fd in kept.items()}
         self._used: set[str] = set()
         self._log = log.get("survival")
         #: Whether anything is kept.
@@ -139,7 +148,7 @@ class Survival:
         """Go on with a journal; None if nothing can be made of it, which is said."""
         try:
             history = read_journal(left)
-            things = _understood(history.records, {name: kind_of(fd) for name, fd in self._kept.items()})
+            things = _understood(history.records, self._kinds)
             record = _check(things, identity_of(config))
             journal = Journal.resume(left, history)
         except UnusableRecord as error:
@@ -204,6 +213,48 @@ class Survival:
 
     def _stream(self, sock: str, memory: str) -> KeptStream:
         return KeptStream(self._kept[sock].take(), self._kept[memory].take())
+
+    def ledger_of(self, vm: str) -> Ledger | None:
+        """What a VM leaves, and what was left of it.
+
+        Args:
+            vm: its name.
+
+        Returns:
+            None if nothing is kept.
+        """
+        if not self.works:
+            return None
+        name = vm_name(vm, JOURNAL)
+        left = self._kept.get(name)
+        things: list[Thing] = []
+        journal: Journal | None = None
+        try:
+            if left is not None:
+                try:
+                    history = read_journal(left)
+                    things = _understood(history.records, self._kinds)
+                    journal = Journal.resume(left, history)
+                    self._store.adopt(name)
+                except UnusableRecord as error:
+                    things = []
+                    self._log.error("what was left of a VM cannot be used", vm=vm, reason=str(error))
+            if journal is None:
+                journal = Journal.create(f"vfiouser-{vm}")
+                self._store.discard(name)
+                self._store.keep(name, journal)
+        except OSError as error:
+            self._log.error("a restart in a migration will fail it", vm=vm, error=error.strerror)
+            return None
+        self._used.add(name)
+        return Ledger(vm, self._store, journal, things, self._claim, self._log)
+
+    def _claim(self, name: str) -> OwnedFd | None:
+        """Take what was kept."""
+        found = self._kept.get(name)
+        if found is not None:
+            self._used.add(name)
+        return None if found is None else found.duplicate()
 
     def listener_of(self, function: str, path: Path) -> Listener | None:
         """The socket on which a function's clients connect, if a process before us has left it.

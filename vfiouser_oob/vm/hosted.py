@@ -74,7 +74,7 @@ class _Watched:
         self, name: str, connection: ClientConnection, device: AttachedDevice, reports: AgentReports | None
     ) -> None:
         self.connection = connection
-        self.memory = FunctionMemory(name, device.session, reports=reports)
+        self.memory = FunctionMemory(name, device.session, reports=reports, inherited=connection.inherited)
         self.registers = RegisterReader(name, device.session, device.shadow, connection.link)
         #: Ends the watching of its registers.
         self.armed: trio.CancelScope | None = None
@@ -87,16 +87,19 @@ class HostedFunction:
         name: its name.
         find: finds it among those that are served; None if it is not.
         untracked_max: bytes of guest memory that may travel with its state.
+        came: its state has come to a daemon before this one, and it has not run since.
     """
 
-    def __init__(self, name: str, find: Callable[[str], Function | None], untracked_max: int) -> None:
+    def __init__(
+        self, name: str, find: Callable[[str], Function | None], untracked_max: int, *, came: bool = False
+    ) -> None:
         self.name = name
         self._find = find
         self._untracked_max = untracked_max
         self._now: _Watched | None = None
         self._nursery: trio.Nursery
         #: Whether what is to run came from another host, so that the guest may wait for an interrupt that was lost.
-        self._came = False
+        self._came = came
 
     # What it consists of now
 
@@ -321,7 +324,7 @@ class HostedFunction:
         await watched.memory.stands()
         self._came = True
 
-    def replay(self, state: FunctionState) -> Replaying:
+    def replay(self, state: FunctionState, *, sent: bool = False) -> Replaying:
         """Send what brings QEMU to what it had of the function at the source; nothing is waited for."""
         if state.by_client:
             return _NothingSent()
@@ -333,7 +336,7 @@ class HostedFunction:
             replay = replay_of(self.name, registers, self._device.session)
             if replay.needs_answers:
                 raise FunctionTrouble(f"{self.name}: its machine has no ECAM, by which its registers could be written")
-            return _SentReplay(ReplayUnderWay(replay, self._watched.connection.link))
+            return _SentReplay(ReplayUnderWay(replay, self._watched.connection.link, sent=sent))
 
     # Going on
 
