@@ -67,7 +67,7 @@ EXAMPLES: tuple[Thing, ...] = (
     RegionThing(0, "bar0"),
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
-    StreamThing(3, 1, 512, b"head", 8, 2, 1 << 40, b"", 0),
+    StreamThing(3, 1, 512, b"head", 8, 2, 1 << 40, b"", 0, True),
     VmThing("cd" * 16, "1.2", '{"version": 1}'),
     ArrivedThing(65535, False, b"{}"),
 )
