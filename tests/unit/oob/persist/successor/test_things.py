@@ -36,6 +36,7 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    RegisterThing,
     StreamThing,
     Thing,
     TwinThing,
@@ -68,6 +69,7 @@ EXAMPLES: tuple[Thing, ...] = (
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
     StreamThing(3, 1, 512, b"head", 8, 2, 1 << 40, b"", 0, True),
+    RegisterThing(3, b"[0]", b"[1]"),
     VmThing("cd" * 16, "1.2", '{"version": 1}'),
     ArrivedThing(65535, False, b"{}"),
 )
