@@ -22,8 +22,8 @@ The daemon always counts and measures. To publish the figures, install the extra
 
 * `vfiouser-oob metrics` prints everything once, for a text-file collector or for people.
 * With `metrics_socket = "/run/vfiouser-oob/metrics.sock"` in [`[daemon]`](configuration.md#daemon), the daemon answers
-  `GET /metrics` there: `curl --unix-socket /run/vfiouser-oob/metrics.sock http://localhost/metrics`. The socket has mode
-  0660, for the daemon's user and group.
+  `GET /metrics` there: `curl --unix-socket /run/vfiouser-oob/metrics.sock http://localhost/metrics`. The socket has
+  mode 0660, for the daemon's user and group.
 * For a TCP port use systemd, because the daemon itself has no network. Anybody who reaches the port can read it:
 
   ```ini
@@ -37,8 +37,8 @@ The daemon always counts and measures. To publish the figures, install the extra
   WantedBy=sockets.target
   ```
 
-The daemon answers only `GET` and `HEAD` of `/metrics`. It answers one request per connection, serves eight connections at a
-time, and ends each after ten seconds at most. It renders the figures at most once a second. A dashboard is in
+The daemon answers only `GET` and `HEAD` of `/metrics`. It answers one request per connection, serves eight connections
+at a time, and ends each after ten seconds at most. It renders the figures at most once a second. A dashboard is in
 `packaging/grafana/vfiouser-oob.json`.
 
 Counters start at 0 with the daemon. Only `vfiouser_oob_starts_total` continues, from the
