@@ -30,7 +30,7 @@ OR_ALONE := || { code=$$?; [ $$code -eq 5 ] || { [ $$code -eq 1 ] && \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vm guest test test-fast test-vm-long check conformance fuzz bench vm-assets proto deb oci docs pages clean venv venv-demo venv-dev venv-docs venv-fuzz
+.PHONY: help demo demo-vm guest test test-fast test-vm-long check conformance fuzz bench scale vm-assets proto deb oci docs pages clean venv venv-demo venv-dev venv-docs venv-fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,11 @@ fuzz: venv-fuzz ## feed whatever reads a peer's bytes with generated ones, for m
 bench: venv ## measure the daemon on this machine
 	$(BIN)/vfiouser-oob bench
 
+scale: venv-dev ## measure many functions, and write figures and curves into docs/explanation; minutes on an idle machine
+	$(BIN)/vfiouser-oob bench --scale --json > .scale.json
+	mv .scale.json docs/explanation/scale.json
+	$(BIN)/python tools/scale_page.py
+
 vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine's Debian archive (cached)
 	PYTHONPATH=tests/support $(BIN)/python -m vmbed.assets
 
@@ -101,6 +106,7 @@ pages: venv-dev ## write the reference pages that are made from declarations
 	$(BIN)/python tools/verbs_page.py
 	$(BIN)/python tools/metrics_page.py
 	$(BIN)/python tools/rooms_map.py
+	$(BIN)/python tools/scale_page.py
 	$(BIN)/python tools/help_texts.py
 
 clean: ## remove what make made, except the downloads in .cache

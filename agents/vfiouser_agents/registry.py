@@ -7,13 +7,16 @@ else) with a `from_options`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from importlib import metadata
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .api import Agent
 from .extras import KIND_EXTRAS, missing
 from .options import OptionError, hint
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 GROUP = "vfiouser_oob.agents"
 #: Our own, found also where the distribution is not installed; the entry points in pyproject.toml are the same.
@@ -42,6 +45,9 @@ class AgentFactory(Protocol):
 
 def kinds() -> Mapping[str, metadata.EntryPoint]:
     """All adapters by kind."""
+    # It takes 2.5 MB, which a daemon whose adapters are our own does not need.
+    from importlib import metadata
+
     found = {name: metadata.EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
     found.update((entry.name, entry) for entry in metadata.entry_points(group=GROUP) if entry.name not in BUILT_IN)
     return dict(sorted(found.items()))
@@ -57,17 +63,27 @@ def make_agent(kind: str, options: Mapping[str, Any]) -> Agent:
     Raises:
         OptionError: there is no such kind, it cannot be loaded, or an option cannot be used.
     """
-    entry = kinds().get(kind)
-    if entry is None:
-        raise OptionError(f"unknown kind of agent {kind!r}{hint(kind, kinds())}")
     lacking = missing(KIND_EXTRAS[kind]) if kind in KIND_EXTRAS else None
     if lacking is not None:
         raise OptionError(f"agent kind {kind!r} cannot be used: {lacking}")
+    place, load = _found(kind)
     try:
-        factory = cast("AgentFactory", entry.load())
+        factory = cast("AgentFactory", load())
     except (ImportError, AttributeError) as error:
-        raise OptionError(f"agent kind {kind!r} ({entry.value}) cannot be loaded: {error}") from error
+        raise OptionError(f"agent kind {kind!r} ({place}) cannot be loaded: {error}") from error
     return factory.from_options(options)
+
+
+def _found(kind: str) -> tuple[str, Callable[[], Any]]:
+    """Where an adapter is, and what loads it."""
+    place = BUILT_IN.get(kind)
+    if place is not None:
+        module, _, name = place.partition(":")
+        return place, lambda: getattr(import_module(module), name)
+    entry = kinds().get(kind)
+    if entry is None:
+        raise OptionError(f"unknown kind of agent {kind!r}{hint(kind, kinds())}")
+    return entry.value, entry.load
 
 
 def parse_agent(text: str) -> tuple[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from vfiouser_protocol.constants import (
     REGION_SUBTYPE_MIGRATION,
@@ -326,6 +326,11 @@ ITERATION: Mapping[IterationPhase, Mapping[IterationEvent, IterationStep]] = Map
 _SAVING = frozenset({DeviceState.PRE_COPY, DeviceState.STOP_COPY})
 
 
+#: How far an iteration is: the state that it follows, its phase, bytes of its chunk, data_size as last written.
+IterationMark: TypeAlias = "tuple[DeviceState, IterationPhase, int, int]"
+NO_ITERATION: IterationMark = (DeviceState.RUNNING, IterationPhase.INITIAL, 0, 0)
+
+
 class Iteration:
     """The registers pending_bytes, data_offset and data_size, and the chunk that they are about.
 
@@ -348,6 +353,19 @@ class Iteration:
     def state(self) -> DeviceState:
         """The state that this follows."""
         return self._state
+
+    @property
+    def mark(self) -> IterationMark:
+        """All of this, so that another one can go on with it."""
+        return self._state, self.phase, self.chunk, self._written
+
+    def restore(self, mark: IterationMark) -> None:
+        """Go on where another one was.
+
+        Args:
+            mark: what that one said.
+        """
+        self._state, self.phase, self.chunk, self._written = mark
 
     def enter(self, state: DeviceState) -> bool:
         """Follow the device to another state.

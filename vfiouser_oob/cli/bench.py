@@ -7,14 +7,20 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from vfiouser_oob import __version__
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
 from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.cli.terminal import console_on, print_line, print_table
+from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.lab.bench.curves import scale_svg
 from vfiouser_oob.lab.bench.raw import BenchFailed
 from vfiouser_oob.lab.bench.results import Result
+from vfiouser_oob.lab.bench.scale import FULL_SCALE, QUICK_SCALE, measure_scale
+from vfiouser_oob.lab.bench.scale_figures import ScaleFigures, scale_results
 from vfiouser_oob.lab.bench.stage import FULL, QUICK, measure
 from vfiouser_oob.lab.demo.children import ChildFailed
 
@@ -24,24 +30,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
     parser.add_argument("--quick", action="store_true", help="some seconds instead of a minute, and less exact")
     parser.add_argument("--strict", action="store_true", help="fail when a budget is exceeded")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--scale", action="store_true", help="what 1 to 256 functions cost in one daemon and in a process each, instead"
+    )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="write the curves of --scale as an SVG")
+
+
+class Report(NamedTuple):
+    """What a benchmark found.
+
+    Args:
+        results: the lines of its table.
+        extra: what its JSON document has besides.
+    """
+
+    results: Sequence[Result]
+    extra: Mapping[str, Any]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure; budgets that are exceeded are reported, and fail only with --strict."""
+    """Measure; budgets that are exceeded are reported, and fail only with --strict.
+
+    Raises:
+        ConfigError: the options do not fit together.
+    """
+    if args.plot is not None and not args.scale:
+        raise ConfigError("--plot draws the curves of --scale, which is missing")
     console = console_on(sys.stderr if args.json else sys.stdout)
 
     def progress(line: str) -> None:
         print_line(console, line)
 
     try:
-        results = run_interruptible(measure, QUICK if args.quick else FULL, progress)
+        report = _measured(args, progress)
     except (ChildFailed, BenchFailed) as error:
         raise CommandFailed(f"the benchmark failed: {error}") from error
     if args.json:
-        _print_json(results, args.quick)
+        _print_json(report, args.quick)
     else:
-        _print_table(results)
-    return verdict(results, strict=args.strict)
+        _print_table(report.results)
+    return verdict(report.results, strict=args.strict)
+
+
+def _measured(args: argparse.Namespace, progress: Callable[[str], None]) -> Report:
+    if not args.scale:
+        return Report(run_interruptible(measure, QUICK if args.quick else FULL, progress), {})
+    figures = run_interruptible(measure_scale, QUICK_SCALE if args.quick else FULL_SCALE, progress)
+    if args.plot is not None:
+        write_plot(args.plot, figures)
+    return Report(scale_results(figures), {"scale": [each.as_json() for each in figures]})
+
+
+def write_plot(path: Path, figures: Sequence[ScaleFigures]) -> None:
+    """Write the curves.
+
+    Args:
+        path: to which file.
+        figures: what they show.
+
+    Raises:
+        CommandFailed: it cannot be written.
+    """
+    try:
+        path.write_text(scale_svg(figures), encoding="utf-8")
+    except OSError as error:
+        raise CommandFailed(f"{path} cannot be written: {error.strerror}") from error
 
 
 def verdict(results: Sequence[Result], *, strict: bool) -> ExitCode:
@@ -60,7 +114,7 @@ def verdict(results: Sequence[Result], *, strict: bool) -> ExitCode:
     return ExitCode.DONE
 
 
-def _print_json(results: Sequence[Result], quick: bool) -> None:
+def _print_json(report: Report, quick: bool) -> None:
     document = {
         "version": __version__,
         "quick": quick,
@@ -69,8 +123,9 @@ def _print_json(results: Sequence[Result], quick: bool) -> None:
             "kernel": platform.release(),
             "python": platform.python_version(),
         },
-        "ok": all(result.ok for result in results),
-        "results": [result.as_json() for result in results],
+        "ok": all(result.ok for result in report.results),
+        "results": [result.as_json() for result in report.results],
+        **report.extra,
     }
     print(json.dumps(document, indent=2))
 

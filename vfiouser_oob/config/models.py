@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vfiouser_oob.config.errors import ConfigError
 from vfiouser_oob.config.tables import NoOptions
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 GROUP = "vfiouser_oob.models"
 #: Found also where the distribution is not installed; the entry point in pyproject.toml is the same.
@@ -62,15 +64,24 @@ def model(
     return lambda make: Model(make, options)
 
 
+def _entry(name: str, value: str) -> metadata.EntryPoint:
+    # It takes 2.5 MB, which only those have who use a model.
+    from importlib import metadata
+
+    return metadata.EntryPoint(name, value, GROUP)
+
+
 @cache
 def _installed() -> Sequence[metadata.EntryPoint]:
+    from importlib import metadata
+
     # Every distribution's files are read for it, which is too slow to be done for each of hundreds of functions.
     return tuple(metadata.entry_points(group=GROUP))
 
 
 def models() -> Mapping[str, metadata.EntryPoint]:
     """All models by name."""
-    built_in = {name: metadata.EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    built_in = {name: _entry(name, value) for name, value in BUILT_IN.items()}
     return dict(sorted(({entry.name: entry for entry in _installed()} | built_in).items()))
 
 
@@ -88,7 +99,7 @@ def find_model(name: str) -> Model[Any, Any]:
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
-    entry = metadata.EntryPoint(name, name, GROUP) if is_place(name) else models().get(name)
+    entry = _entry(name, name) if is_place(name) else models().get(name)
     if entry is None:
         raise ConfigError(f"there is no model {name!r} (there is: {', '.join(models())})")
     where = repr(name) if entry.value == name else f"{name!r} ({entry.value})"

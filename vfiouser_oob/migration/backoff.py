@@ -8,6 +8,8 @@ from typing import TypeVar
 import trio
 
 from vfiouser_agents.errors import AgentError, Retry
+from vfiouser_oob.migration.record import Failure
+from vfiouser_protocol.errors import VfioUserError
 
 T = TypeVar("T")
 #: The longest pause in the background, in seconds.
@@ -116,3 +118,14 @@ async def persist(
                 error.unclear = doubt
                 error.unsent = error.unsent and not doubt
                 raise
+
+
+def failure_of(error: AgentError | VfioUserError) -> Failure:
+    """What the record keeps of an error.
+
+    Args:
+        error: of the agent, or of the device.
+    """
+    if isinstance(error, AgentError):
+        return Failure(str(error), error.errno, error.unsent, error.unclear, agent_is_away(error), error.fatal)
+    return Failure(str(error), error.errno)

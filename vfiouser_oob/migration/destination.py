@@ -38,6 +38,7 @@ class DestinationPipeline:
         data_s: seconds within which the agent has to take a piece.
         retry_s: seconds before the first repetition of what may be repeated.
         device_failed: told why, when the agent says that the function is broken.
+        begun: the agent waits for the first piece; if not, it is told to before.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class DestinationPipeline:
         data_s: float,
         retry_s: float,
         device_failed: Callable[[str], None],
+        begun: bool = True,
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -58,6 +60,7 @@ class DestinationPipeline:
         self._data_s = data_s
         self._retry_s = retry_s
         self._device_failed = device_failed
+        self._begun = begun
         self._reader = StreamReader()
         #: Of all state since the stream was begun, for the agent; the stream itself is proven by its records.
         self._digest = xxh3_128()
@@ -81,6 +84,9 @@ class DestinationPipeline:
             CommandError: the stream is refused; the load is lost.
             AgentError: the agent refused a piece, or what it is of; the load is lost.
         """
+        if not self._begun:
+            await self._restart(deadline)
+            self._begun = True
         for record in self._reader.feed(data):
             if isinstance(record, Data):
                 await self._take_data(record, deadline)

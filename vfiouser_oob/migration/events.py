@@ -21,7 +21,17 @@ class MigrationEvent:
 
 @dataclass(frozen=True, slots=True)
 class Started(MigrationEvent):
-    """A daemon goes on where another one ended."""
+    """A daemon goes on where another one ended.
+
+    Args:
+        client: the client is there as before, and has noticed nothing; what is left of its migration goes on.
+        position: bytes of a state that is being saved which that client took.
+        whole: it took all of it.
+    """
+
+    client: bool = False
+    position: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

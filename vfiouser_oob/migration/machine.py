@@ -72,7 +72,7 @@ def _stream_opened(turn: Turn, event: ev.StepTaken) -> None:
 def _stream_restarted(turn: Turn, event: ev.StepTaken) -> None:
     stream = turn.record.stream
     if stream is not None:
-        turn.set(stream=replace(stream, epoch=stream.epoch + 1))
+        turn.set(stream=replace(stream, epoch=stream.epoch + 1, whole=False))
 
 
 def _stream_dropped(turn: Turn, event: ev.StepTaken) -> None:
@@ -97,7 +97,9 @@ def _asked(turn: Turn, event: ev.StepTaken) -> None:
     errand = turn.record.errand
     assert errand is not None
     assert event.status is not None
-    if errand.plan == plans.ATTACH_ASK:
+    if errand.plan in plans.GOES_ON:
+        background.heard(turn, ev.Heard(event.status))
+    elif errand.plan == plans.ATTACH_ASK:
         turn.set(asked=True, blocked=None)
         found = VERDICTS[event.status.state][event.migrated]
         turn.set(fenced=found is FenceVerdict.FENCED, paused=found is FenceVerdict.PAUSED)
@@ -110,6 +112,7 @@ _LEARNED_BY: Mapping[Do, Callable[[Turn, ev.StepTaken], None]] = MappingProxyTyp
     {
         Do.OPEN_STREAM: _stream_opened,
         Do.RESTART_STREAM: _stream_restarted,
+        Do.REOPEN_STREAM: _stream_restarted,
         Do.DROP_STREAM: _stream_dropped,
         Do.LOAD_BEGIN: _load_begun,
         Do.LOAD_COMMIT: _load_committed,
@@ -144,9 +147,17 @@ def _abandoned(turn: Turn, event: ev.Abandoned) -> None:
 def _started(turn: Turn, event: ev.Started) -> None:
     """What was under way when the other daemon ended is given up; what was buffered is gone with it."""
     stream, goal = turn.record.stream, turn.record.goal
-    turn.set(attached=False, logging=False, asked=False, p2p=False)
+    turn.set(attached=event.client, asked=False)
+    if not event.client:
+        turn.set(logging=False, p2p=False)
     _abandoned(turn, ev.Abandoned())
     record = turn.record
+    if event.client:
+        if record.stream is not None and record.saves:
+            # What was handed over in vain counts as handed over: who believes otherwise may start a second copy.
+            turn.set(stream=replace(record.stream, position=event.position, whole=event.whole))
+        clients.client_goes_on(turn, settling=goal is not None and record.goal is goal)
+        return
     if stream is not None and stream.role is Role.DESTINATION:
         turn.lose_load("the daemon was started anew")
     elif stream is not None and not record.handed and record.goal is None:
@@ -199,6 +210,7 @@ _THEN: Mapping[Then, ThenRule] = MappingProxyType(
         Then.BROUGHT_BACK: background.then_brought_back,
         Then.WAS_RESET: background.then_was_reset,
         Then.LEARNED: background.then_learned,
+        Then.GONE_ON: clients.then_gone_on,
     }
 )
 _FALL: Mapping[FailureOutcome, FallRule] = MappingProxyType(
@@ -210,6 +222,7 @@ _FALL: Mapping[FailureOutcome, FallRule] = MappingProxyType(
         FailureOutcome.TOLD: clients.fall_told,
         FailureOutcome.RESET: clients.fall_reset,
         FailureOutcome.RESTART: clients.fall_restart,
+        FailureOutcome.GO_ON: clients.fall_go_on,
         FailureOutcome.TRY_AGAIN: background.fall_try_again,
     }
 )
@@ -222,6 +235,7 @@ _GIVEN_UP: Mapping[FailureOutcome, ThenRule] = MappingProxyType(
         FailureOutcome.TOLD: background.keep_trying,
         FailureOutcome.RESET: clients.give_up_reset,
         FailureOutcome.RESTART: clients.give_up_restart,
+        FailureOutcome.GO_ON: clients.give_up_restart,
         FailureOutcome.TRY_AGAIN: background.keep_trying,
     }
 )

@@ -34,6 +34,10 @@ class Do(Enum):
     FINISH_STREAM = "finish stream"
     #: The function is not what was saved so far any more: begin the stream anew.
     RESTART_STREAM = "restart stream"
+    #: What another daemon had fetched is gone: go on behind what the client has, with a stream begun anew.
+    REOPEN_STREAM = "reopen stream"
+    #: Nothing had come yet: go on with an empty load.
+    REOPEN_LOAD = "reopen load"
     DROP_STREAM = "drop stream"
     ABORT = "abort"
     END_CANCELLED = "end cancelled"
@@ -137,6 +141,8 @@ class Then(Enum):
     WAS_RESET = "was reset"
     #: The background has asked.
     LEARNED = "learned"
+    #: A daemon goes on where another one ended, as far as that is possible.
+    GONE_ON = "gone on"
 
 
 class FailureOutcome(Enum):
@@ -150,6 +156,8 @@ class FailureOutcome(Enum):
     TOLD = "told"
     RESET = "reset"
     RESTART = "restart"
+    #: The state cannot be saved any more, which its reader is told; all else goes on.
+    GO_ON = "go on"
     #: The background tries again.
     TRY_AGAIN = "try again"
 
@@ -280,6 +288,10 @@ def _attaching(then: Then, *steps: Step) -> Plan:
     return Plan(steps, then, FailureOutcome.ATTACH, TimeAllotment.ATTACHING)
 
 
+def _going_on(*steps: Step) -> Plan:
+    return Plan((_tolerated(Do.ASK), *steps), Then.GONE_ON, FailureOutcome.GO_ON, TimeAllotment.ATTACHING)
+
+
 def _undoing(then: Then, *steps: Do, again: Again = Again.NOTHING) -> Plan:
     return Plan(tuple(Step(do, again=again) for do in steps), then, FailureOutcome.UNDO, TimeAllotment.UNDOING)
 
@@ -288,6 +300,9 @@ def _resetting(then: Then, fall: FailureOutcome, *steps: Step) -> Plan:
     return Plan(steps, then, fall, TimeAllotment.RESETTING)
 
 
+#: How a daemon goes on with a client's migration that another one has left, by what is under way.
+GO_ON, GO_ON_SAVING, GO_ON_LOADING = "go on", "go on with the save", "go on with the load"
+GOES_ON = frozenset({GO_ON, GO_ON_SAVING, GO_ON_LOADING})
 #: The needs of a client that has come, in the order in which they are looked at.
 ATTACH_ASK, ATTACH_RESUME, ATTACH_RESET = "attach: ask", "attach: resume", "attach: reset"
 PLANS: Mapping[str, Plan] = MappingProxyType(
@@ -307,6 +322,9 @@ PLANS: Mapping[str, Plan] = MappingProxyType(
         ATTACH_ASK: _attaching(Then.FIT, _tolerated(Do.ASK)),
         ATTACH_RESUME: _attaching(Then.FIT, Step(Do.RESUME), Step(Do.CLOSE)),
         ATTACH_RESET: _attaching(Then.FRESH, Step(Do.RESET_AGENT), _RESET_DEVICE),
+        GO_ON: _going_on(),
+        GO_ON_SAVING: _going_on(Step(Do.REOPEN_STREAM)),
+        GO_ON_LOADING: _going_on(Step(Do.REOPEN_LOAD)),
         RESET_IDLE: _resetting(Then.STAND, FailureOutcome.TOLD, _RESET_DEVICE),
         RESET_CLEARING: _resetting(
             Then.STAND, FailureOutcome.TOLD, Step(Do.RESET_AGENT, owed=True, again=Again.NOTHING), _REARM, _RESET_DEVICE

@@ -10,14 +10,15 @@ from typing import TypeAlias
 
 from vfiouser_oob.config.schema import Generations, MigrationConfig
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
+from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.held_writes import HeldWrites
+from vfiouser_oob.migration.inherited import NO_V1_MARK, KeptClient, V1Mark
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.no_migration import CONFIG_HEAD
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
-from vfiouser_oob.migration.steps import AttachedDevice
 from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.migration.v2_view import V2View
@@ -42,9 +43,17 @@ class MigrationPort:
         device: the device as opened for this client.
         name: the function's name.
         client: what the client announced.
+        v1: what it knows of the migration region.
     """
 
-    def __init__(self, runner: MigrationRunner, device: AttachedDevice, name: str, client: VersionCapabilities) -> None:
+    def __init__(
+        self,
+        runner: MigrationRunner,
+        device: AttachedDevice,
+        name: str,
+        client: VersionCapabilities,
+        v1: V1Mark = NO_V1_MARK,
+    ) -> None:
         session = device.session
         announced = client.migration is not None
         caps = runner.link.caps
@@ -58,7 +67,11 @@ class MigrationPort:
         self.held = device.held
         use_v1, use_v2 = _generations(runner.config, announced) if self.migratable else (False, False)
         index = max(RegionIndex.MIGRATION, len(session.description.regions))
-        self.v1 = V1View(Transfer(runner, Owner.V1), name, index, runner.config.v1_data_size) if use_v1 else None
+        self.v1: V1View | None = None
+        if use_v1:
+            transfer = Transfer(runner, Owner.V1)
+            self.v1 = V1View(transfer, name, index, runner.config.v1_data_size, device.notes)
+            self.v1.restore(v1)
         self._use_v2 = use_v2
         self.v2: V2View | None = None
 
@@ -179,7 +192,11 @@ def _generations(config: MigrationConfig, announced: bool) -> tuple[bool, bool]:
 
 
 async def attach(
-    runner: MigrationRunner, session: BackendSession, name: str, client: VersionCapabilities
+    runner: MigrationRunner,
+    session: BackendSession,
+    name: str,
+    client: VersionCapabilities,
+    kept: KeptClient | None = None,
 ) -> MigrationPort:
     """Connect a client to the migration of its function.
 
@@ -188,6 +205,7 @@ async def attach(
         session: the device as opened for the client.
         name: the function's name.
         client: what the client announced.
+        kept: what another daemon has left of it, and takes it down for the next one; None: none does.
 
     Raises:
         BackendUnavailable: the function must not run before it was reset, and that cannot be done now.
@@ -205,11 +223,17 @@ async def attach(
         by_message=session.memory.by_message,
         call_s=runner.config.call_s,
     )
-    device = AttachedDevice(session, ConfigShadow(), dirty, HeldWrites())
+    device = AttachedDevice(session, ConfigShadow(), dirty, HeldWrites(), None if kept is None else kept.notes)
     try:
         head = session.region_read(RegionIndex.CONFIG, 0, CONFIG_HEAD)
         device.shadow.learn(head if isinstance(head, bytes) else await head)
     except (VfioUserError, OSError) as error:
         raise BackendUnavailable(f"the device's configuration space cannot be read: {error}") from error
-    await runner.attach(device)
-    return MigrationPort(runner, device, name, client)
+    if kept is not None:
+        device.shadow.restore(kept.config)
+        device.shadow.observer = kept.notes
+    if kept is not None and kept.goes_on:
+        await runner.go_on(device, kept.mark)
+    else:
+        await runner.attach(device)
+    return MigrationPort(runner, device, name, client, NO_V1_MARK if kept is None else kept.v1)

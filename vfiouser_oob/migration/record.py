@@ -17,7 +17,9 @@ from typing import Any
 from vfiouser_agents.api import Role, Status
 from vfiouser_protocol.constants import DeviceState
 
-VERSION = 1
+#: Version 1 did not say whether all of a stream was taken.
+VERSION = 2
+_UNDERSTOOD = frozenset({1, VERSION})
 
 
 class Owner(Enum):
@@ -78,11 +80,13 @@ class Stream:
         role: which side it is.
         epoch: how often it was begun anew, since the guest reset the function meanwhile.
         position: bytes that the client took, or gave.
+        whole: the client took all of it, trailer included.
     """
 
     role: Role
     epoch: int = 0
     position: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +275,8 @@ class MigrationRecord:
             ValueError: it is damaged, or of another version.
         """
         values = json.loads(text)
-        if not isinstance(values, dict) or values.get("version") != VERSION:
-            version = values.get("version") if isinstance(values, dict) else None
+        version = values.get("version") if isinstance(values, dict) else None
+        if version not in _UNDERSTOOD:
             raise ValueError(f"a migration record of version {version}; this daemon reads {VERSION}")
         try:
             return cls(**{name: _read(name, value) for name, value in values.items() if name != "version"})

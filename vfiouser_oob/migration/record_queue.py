@@ -15,6 +15,9 @@ class RecordQueue:
         self._records: deque[deque[memoryview]] = deque()
         self._begun = False
         self._size = 0
+        #: The head of the record that is being taken, and how many bytes of that record were.
+        self._head: Buffer = b""
+        self._done = 0
 
     def __len__(self) -> int:
         """Bytes that are waiting."""
@@ -44,6 +47,8 @@ class RecordQueue:
         records = self._records
         while limit and records:
             pieces = records[0]
+            if not self._begun:
+                self._head, self._done = pieces[0], 0
             piece = pieces.popleft()
             if len(piece) > limit:
                 pieces.appendleft(piece[limit:])
@@ -51,10 +56,28 @@ class RecordQueue:
             taken.append(piece)
             limit -= len(piece)
             self._size -= len(piece)
+            self._done += len(piece)
             self._begun = bool(pieces)
             if not pieces:
                 records.popleft()
         return taken
+
+    @property
+    def begun(self) -> tuple[bytes, int]:
+        """The head of the record of which a part was taken, and how many bytes of it were; nothing at its end."""
+        return (bytes(self._head), self._done) if self._begun else (b"", 0)
+
+    def resume(self, head: bytes, done: int, rest: bytes) -> None:
+        """Begin with a record of which a part was taken from another queue.
+
+        Args:
+            head: its head.
+            done: bytes that were taken.
+            rest: those that were not.
+        """
+        if rest:
+            self.put((rest,))
+            self._head, self._done, self._begun = head, done, True
 
     def drop_untouched(self) -> int:
         """Forget every record of which nothing was taken, as before a new generation begins.

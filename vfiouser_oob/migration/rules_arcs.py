@@ -252,10 +252,10 @@ def fall_halt(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) ->
     if failure.fatal:
         turn.broken(named)
     elif errand.touched:
-        turn.settle(Goal.RESUME, named)
+        turn.settle(goal_of(turn.record, Undo.RESUME), named)
     turn.answer(f"it could not be stopped at {named}; it is {turn.record.shown}", failure.errno)
 
 
 def give_up_halt(turn: Turn, errand: PlanProgress) -> None:
     """It may hold still, or not."""
-    turn.settle(Goal.RESUME, "it was given up")
+    turn.settle(goal_of(turn.record, Undo.RESUME), "it was given up")

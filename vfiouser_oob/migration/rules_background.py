@@ -128,7 +128,8 @@ def moved(turn: Turn, event: ev.Moved) -> None:
     """The stream has gone on."""
     stream = turn.record.stream
     if stream is not None:
-        turn.set(stream=replace(stream, position=event.position), handed=turn.record.handed or event.handed)
+        moved = replace(stream, position=event.position, whole=stream.whole or event.handed)
+        turn.set(stream=moved, handed=turn.record.handed or event.handed)
 
 
 def load_failed(turn: Turn, event: ev.LoadFailed) -> None:

@@ -22,6 +22,50 @@ def client_came(turn: Turn, event: ev.ClientCame) -> None:
     turn.do(ev.CeaseProbing())
 
 
+def client_goes_on(turn: Turn, *, settling: bool) -> None:
+    """A client of another daemon is there as before: go on with what is left of its migration.
+
+    What the function does is known from the record, and is asked all the same: the agent may have been started anew as
+    well. A load of which something was given is lost, since how far it came is known to nobody.
+
+    Args:
+        turn: the event's.
+        settling: the background works for the record's goal as it did before.
+    """
+    turn.lose_load_begun("the daemon was started anew")
+    record = turn.record
+    if record.goal is not None:
+        if settling:
+            turn.do(ev.Settle())
+        turn.answer()
+    elif record.certainty is Certainty.FAILED:
+        turn.answer()
+    elif not record.busy:
+        turn.leave(Outcome.CANCELLED)
+        fit_wanted(turn, ev.FitWanted())
+    elif record.saves and not record.handed and record.stream is not None and not record.stream.whole:
+        turn.begin(PlanProgress(plans.GO_ON_SAVING, record.state))
+    elif record.loads and record.load_failure is None:
+        turn.begin(PlanProgress(plans.GO_ON_LOADING, record.state))
+    else:
+        turn.begin(PlanProgress(plans.GO_ON, record.state))
+
+
+def then_gone_on(turn: Turn, errand: PlanProgress) -> None:
+    """All of it is as the client knows it."""
+    turn.set(asked=True)
+    turn.answer()
+
+
+def fall_go_on(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
+    """The function is as it was; what cannot be saved any more, its client finds out when it reads on."""
+    turn.do(ev.HaltSource())
+    turn.do(ev.Note("the state cannot be saved any more: its stream could not begin anew", {"error": str(failure)}))
+    if failure.fatal:
+        turn.broken(str(failure))
+    turn.answer()
+
+
 def client_migrates(turn: Turn, event: ev.ClientMigrates) -> None:
     """It moves the function itself, so nobody else has to."""
     turn.set(by_client=True)

@@ -10,7 +10,6 @@ import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -24,16 +23,20 @@ from vfiouser_oob.devices.base import BackendUnavailable, ResetKind
 from vfiouser_oob.devices.resets import RESETS, MigrationEffect
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration.agent_link import AgentLink
-from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, agent_is_away, persist, until_done
+from vfiouser_oob.migration.attached_device import AttachedDevice
+from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, agent_is_away, failure_of, persist, until_done
 from vfiouser_oob.migration.fence import AS_STATE, maybe_migrated
 from vfiouser_oob.migration.hearing import StatusListener
 from vfiouser_oob.migration.host import Background, BackgroundJob
+from vfiouser_oob.migration.inherited import MigrationNotes, StreamMark, worth_noting
 from vfiouser_oob.migration.machine import advance
 from vfiouser_oob.migration.message_time import MessageTime, message_deadline
-from vfiouser_oob.migration.plans import PAUSES, PLANS, Again, Bound, Do, FailureOutcome, TimeAllotment, arc_name
-from vfiouser_oob.migration.record import Certainty, Failure, MigrationRecord, Owner
+from vfiouser_oob.migration.ownership import require_owner
+from vfiouser_oob.migration.plans import PAUSES, PLANS, Again, Do, FailureOutcome, TimeAllotment, arc_name
+from vfiouser_oob.migration.record import Certainty, MigrationRecord, Owner
 from vfiouser_oob.migration.sharing import BufferShare
-from vfiouser_oob.migration.steps import AttachedDevice, Steps
+from vfiouser_oob.migration.step_times import NEVER, StepTimes
+from vfiouser_oob.migration.steps import Steps
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.migration.watch import MigrationWatch
 from vfiouser_oob.observability.events import EventHub
@@ -44,16 +47,6 @@ from vfiouser_oob.persist.history import FunctionHistory
 from vfiouser_protocol.constants import DeviceState
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.migration_v2 import Arc
-
-_NEVER = float("-inf")
-#: Who moves the state, for those that are refused.
-_HOLDERS: Mapping[Owner, str] = MappingProxyType(
-    {
-        Owner.V1: "generation v1",
-        Owner.V2: "generation v2",
-        Owner.CARRIER: "the carrier of its VM",
-    }
-)
 
 
 class MigrationRunner:
@@ -69,6 +62,8 @@ class MigrationRunner:
         memory: where the agent's capabilities are kept beyond the daemon's end; None: nowhere.
         sharing: with whom memory for state is shared; a daemon has one for all its functions.
         history: where migrations that are over are kept; None: nowhere.
+        notes: takes the record down for the daemon after this one; None: nobody does.
+        left: what the daemon before this one has left of a client's migration; None: nothing.
     """
 
     def __init__(
@@ -82,14 +77,17 @@ class MigrationRunner:
         memory: FunctionCapabilities | None = None,
         sharing: BufferShare | None = None,
         history: FunctionHistory | None = None,
+        notes: MigrationNotes | None = None,
+        left: MigrationRecord | None = None,
     ) -> None:
         self.config = config
         self.memory = memory
         self.history = history
         self._watch = MigrationWatch(name)
-        self.record = MigrationRecord()
-        #: Takes the record whenever it may matter to whoever comes after us.
-        self.on_record: Callable[[MigrationRecord], None] | None = None
+        self._notes = notes
+        #: What is gone on with when its client is.
+        self._left = left
+        self.record = left or MigrationRecord()
         self.background = Background()
         self.tracer = Tracer(name, events, log)
         self.link = AgentLink(agent, function_id, self.tracer, self)
@@ -100,7 +98,7 @@ class MigrationRunner:
         self._hurry = trio.Event()
         self._running = trio.Event()
         self._settling, self._leaving, self._probing = (BackgroundJob(self.background) for _ in range(3))
-        self._bounds = {Bound.CALL: config.call_s, Bound.STOP: config.stop_s, Bound.DATA: config.data_s}
+        self._times = StepTimes(config, self.link)
         self._effects: Mapping[type[ev.Effect], Callable[[Any], None]] = {
             ev.Settle: lambda _: self._settling.begin(self._settle),
             ev.Cease: lambda _: self._settling.cancel(),
@@ -127,7 +125,8 @@ class MigrationRunner:
                 nursery.start_soon(self.history.run)
             nursery.start_soon(self._hearing.listen)
             self._running.set()
-            self._probing.begin(self._probe)
+            if self._left is None:
+                self._probing.begin(self._probe)
 
     async def ready(self) -> None:
         """Wait until what was remembered is known, as far as the disk answers in time."""
@@ -150,9 +149,10 @@ class MigrationRunner:
         entry = self._watch.follow(before, self.record, now)
         if entry is not None:
             self._finished(entry)
-        if not isinstance(event, ev.Moved):  # which nobody waits for
-            if self.on_record is not None:
-                self.on_record(self.record)
+        moved = isinstance(event, ev.Moved)  # which nobody waits for
+        if self._notes is not None and (not moved or worth_noting(before, self.record)):
+            self._notes.migration(self.record)
+        if not moved:
             self._changed.set()
             self._changed = trio.Event()
         due: ev.Take | ev.Answer | None = None
@@ -210,17 +210,17 @@ class MigrationRunner:
     async def _take(self, due: ev.Take, message: MessageTime) -> ev.StepTaken | ev.StepRefused:
         """Take a step, attempting again what is worth it; given up, that is fed before the cancellation goes on."""
         step = due.step
-        until = _NEVER if step.again is Again.NOTHING else self._patience(due, message)
+        until = NEVER if step.again is Again.NOTHING else self._times.patience(due, message)
         try:
             said = await persist(
-                lambda: self.steps.take(step.do, self._deadline(due, message)),
+                lambda: self.steps.take(step.do, self._times.deadline(due, message)),
                 Backoff(self.config.retry_s, WAITING_PAUSE_MAX_S, until),
                 agent_is_away,
             )
         except (AgentError, VfioUserError) as error:
             if isinstance(error, Unsupported) and due.manner is TimeAllotment.ATTACHING and step.do is Do.ASK:
                 self.feed(ev.Blocked(str(error)))
-            return ev.StepRefused(_failure(error))
+            return ev.StepRefused(failure_of(error))
         except trio.Cancelled:
             if due.manner is not TimeAllotment.BACKGROUND:  # whose goal stands
                 self.feed(ev.Abandoned())
@@ -228,30 +228,6 @@ class MigrationRunner:
         if isinstance(said, Status):
             return ev.StepTaken(status=said, migrated=maybe_migrated(said, self.link.caps))
         return ev.StepTaken(did=said is not False)
-
-    def _deadline(self, due: ev.Take, message: MessageTime) -> float:
-        """When an attempt of a step that begins now has to be over."""
-        now = trio.current_time()
-        if due.manner is TimeAllotment.FORWARD:
-            return min(message.attempt, now + self._bounds[due.step.bound])
-        if due.manner is TimeAllotment.ATTACHING and due.step.do is Do.ASK:
-            return min(message.end, now + self.config.call_s)
-        if due.manner is TimeAllotment.RESETTING and due.step.do is Do.RESET_AGENT:
-            return message.agent
-        return message.end
-
-    def _patience(self, due: ev.Take, message: MessageTime) -> float:
-        """Until when a step is attempted again; if others have waited for the agent in vain before, it is not."""
-        if due.manner is TimeAllotment.ATTACHING:
-            return message.again
-        if due.manner is TimeAllotment.FORWARD:
-            return _NEVER if due.pausing and self._long_away(message.end) else message.again
-        return _NEVER if self._long_away(message.end) else message.agent
-
-    def _long_away(self, deadline: float) -> bool:
-        """Whether the agent has been away for so long that others have waited for it in vain."""
-        now = trio.current_time()
-        return self.link.away_since is not None and now - self.link.away_since > (deadline - now) / 2
 
     # Coming and going of clients
 
@@ -267,6 +243,7 @@ class MigrationRunner:
         await self._running.wait()
         message = MessageTime.until(message_deadline())
         async with self._lock:
+            self._give_up_left()
             self.steps.device = device
             self.feed(ev.ClientCame())
             try:
@@ -280,6 +257,47 @@ class MigrationRunner:
             finally:
                 if not self.record.attached:
                     self.steps.device = None
+
+    async def go_on(self, device: AttachedDevice, mark: StreamMark) -> None:
+        """Go on with a client that another daemon has served: what is left of its migration is as the client knows it.
+
+        Args:
+            device: the device as opened for the client.
+            mark: how far the client has come with a state that is being saved.
+
+        Raises:
+            BackendUnavailable: the function must not run before it was reset, and that cannot be done now.
+        """
+        await self._running.wait()
+        if self._left is None:
+            await self.attach(device)
+            return
+        message = MessageTime.until(message_deadline())
+        async with self._lock:
+            self._left = None
+            self.steps.device, self.steps.mark = device, mark
+            try:
+                await self._carry_out(ev.Started(True, mark.taken, mark.whole), message)
+            except CommandError as error:
+                raise BackendUnavailable(
+                    f"the function was stopped for a migration and cannot be reset now: {error}"
+                ) from error
+            finally:
+                if not self.record.attached:
+                    self.steps.device = None
+            self._hearing.contact_lost()
+
+    async def give_up_left(self) -> None:
+        """The client that another daemon has served has gone with that; nothing to do if this one goes on with it."""
+        async with self._lock:
+            self._give_up_left()
+
+    def _give_up_left(self) -> None:
+        if self._left is not None:
+            self._left = None
+            self.feed(ev.Started())
+            self.feed(ev.ClientWent(logged=False))
+            self._probing.begin(self._probe)
 
     async def detach(self, *, logged: bool) -> None:
         """The client has gone: bring a source back that it did not take, fence what may live elsewhere.
@@ -320,7 +338,7 @@ class MigrationRunner:
         async with self._lock:
             self.feed(ev.TakenOver(under_way=not self.certain))
             await self._require_known(plan, message)
-            self.require_owner(owner, "a state change")
+            require_owner(self.record, owner, "a state change")
             arcs = tuple(arc_name(arc.source, arc.target) for arc in plan(self.record.state_shown))
             if arcs:
                 await self._carry_out(ev.Requested(arcs, owner), message)
@@ -338,23 +356,6 @@ class MigrationRunner:
             await self._until(lambda: self.settled)
         if self.record.certainty is Certainty.UNKNOWN:
             raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
-
-    def require_owner(self, owner: Owner, what: str) -> None:
-        """Refuse a command of the generation that does not own the migration.
-
-        Args:
-            owner: whose command it is.
-            what: the command's name.
-
-        Raises:
-            CommandError: EBUSY.
-        """
-        holder = self.record.owner
-        if holder not in (None, owner):
-            assert holder is not None
-            raise CommandError(
-                f"{what}: the migration belongs to {_HOLDERS[holder]} until RUNNING or a reset", errno.EBUSY
-            )
 
     async def reset(self) -> None:
         """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs.
@@ -487,10 +488,3 @@ class MigrationRunner:
 
 class _ArcFailed(Exception):
     """A step of an arc was refused, which ends its trace."""
-
-
-def _failure(error: AgentError | VfioUserError) -> Failure:
-    if isinstance(error, AgentError):
-        away = agent_is_away(error)
-        return Failure(str(error), error.errno, error.unsent, error.unclear, away, error.fatal)
-    return Failure(str(error), error.errno)

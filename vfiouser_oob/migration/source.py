@@ -20,6 +20,7 @@ from vfiouser_agents.errors import ProtocolError as AgentProtocolError
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.backoff import WAITING_PAUSE_MAX_S, Backoff, persist
+from vfiouser_oob.migration.inherited import NO_STREAM, StreamMark
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.migration.stream import RecordQueue, StreamWriter
 from vfiouser_oob.migration.stream_format import HEAD_SIZE
@@ -42,6 +43,7 @@ class SourcePipeline:
         retry_s: seconds before the first repetition of what may be repeated.
         device_failed: told why, when the agent says that the function is broken.
         sharing: with whom the memory is shared.
+        mark: how far the client has come with a stream that another daemon has begun; it goes on with another epoch.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SourcePipeline:
         retry_s: float,
         device_failed: Callable[[str], None],
         sharing: BufferShare,
+        mark: StreamMark = NO_STREAM,
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -67,8 +70,10 @@ class SourcePipeline:
         self._device_failed = device_failed
         self._sharing = sharing
         self._halted = False
-        self._writer = StreamWriter()
+        self._writer = StreamWriter(mark.epoch + 1)
         self._queue = RecordQueue()
+        self._queue.resume(mark.head, mark.done, mark.rest)
+        self._mark_epoch = mark.epoch
         #: State behind what is in the queue, of which no records were made yet, and how many bytes those will have.
         self._fetched: deque[memoryview] = deque()
         self._fetched_size = 0
@@ -88,7 +93,7 @@ class SourcePipeline:
         self._estimate: Estimate | None = None
         self._estimated_at = 0
         #: Bytes of the stream that the client took.
-        self.taken = 0
+        self.taken = mark.taken
         #: The most bytes that were ever queued, for `status` and tests.
         self.peak = 0
         #: Whether the trailer is in the queue, or was taken from it.
@@ -248,6 +253,7 @@ class SourcePipeline:
     def finish(self) -> None:
         """The function stands still: fetch the rest."""
         self._phase = Phase.FINAL
+        self._estimated_at = self._offset
         self._pci_due = True
         self._held = self._drained = False
         self._notify()
@@ -299,9 +305,21 @@ class SourcePipeline:
         return self._writer.epoch
 
     @property
+    def mark(self) -> StreamMark:
+        """How far the client has come."""
+        # A record of the epoch before may still be first; whoever begins anew behind it takes a higher one.
+        epoch = self._writer.epoch or self._mark_epoch
+        return StreamMark(epoch, self.taken, *self._queue.begun, whole=self.exhausted)
+
+    @property
     def exhausted(self) -> bool:
         """Whether the client has taken everything, trailer included."""
         return self.complete and not self.buffered
+
+    @property
+    def was_estimated(self) -> bool:
+        """Whether the agent has said how much there is."""
+        return self._estimate is not None
 
     @property
     def remaining(self) -> int:

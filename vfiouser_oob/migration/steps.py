@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import trio
@@ -14,15 +13,13 @@ from vfiouser_agents.api import Descriptor, Outcome, Role, Session, Status
 from vfiouser_agents.errors import AgentError, InvalidState, Unsupported
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.agent_link import AgentLink
-from vfiouser_oob.migration.config_shadow import ConfigShadow
+from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descriptor, require_similar
 from vfiouser_oob.migration.destination import DestinationPipeline
-from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.events import BeganAtAgent, DeviceBroke
-from vfiouser_oob.migration.held_writes import HeldWrites
 from vfiouser_oob.migration.host import MigrationHost
+from vfiouser_oob.migration.inherited import NO_STREAM, StreamMark
 from vfiouser_oob.migration.plans import Do
 from vfiouser_oob.migration.record import Begun
 from vfiouser_oob.migration.sharing import BufferShare
@@ -33,23 +30,6 @@ from vfiouser_protocol.errors import CommandError, VfioUserError
 
 #: Takes a step by a deadline.
 Action: TypeAlias = Callable[[float], Awaitable["bool | Status | None"]]
-
-
-@dataclass(slots=True)
-class AttachedDevice:
-    """The device as the attached client has it.
-
-    Args:
-        session: the backend's session.
-        shadow: configuration space as the client wrote it.
-        dirty: its log of dirty pages.
-        held: writes of the guest that have not reached it yet.
-    """
-
-    session: BackendSession
-    shadow: ConfigShadow
-    dirty: DirtyTracker
-    held: HeldWrites
 
 
 class Steps:
@@ -76,6 +56,8 @@ class Steps:
         #: The saving side's pipeline, and the loading side's.
         self.source: SourcePipeline | None = None
         self.destination: DestinationPipeline | None = None
+        #: How far the client has come with a stream that another daemon has begun.
+        self.mark = NO_STREAM
         #: What the function is that a state is loaded into, once known.
         self._ours: Descriptor | None = None
         self._table: Mapping[Do, Action] = {
@@ -90,6 +72,8 @@ class Steps:
             Do.HOLD_STREAM: self.hold_stream,
             Do.FINISH_STREAM: self.finish_stream,
             Do.RESTART_STREAM: self.restart_stream,
+            Do.REOPEN_STREAM: self.reopen_stream,
+            Do.REOPEN_LOAD: self.reopen_load,
             Do.DROP_STREAM: self.drop_stream,
             Do.ABORT: self.abort,
             Do.END_CANCELLED: self.end_cancelled,
@@ -273,7 +257,20 @@ class Steps:
             # An attempt before this one has lost the agent on its way; two pipelines would take each other's pieces.
             self.drop_pipelines()
             await self._void_stream(deadline)
-        self.source = SourcePipeline(
+        source = self.source = self._pipeline(device, NO_STREAM)
+        self._host.background.begin(source.run)
+        if self._host.record.state is DeviceState.STOP:
+            # The first piece is under way while the agent says what the function is. Nobody waits for the estimate,
+            # since the guest stands still.
+            source.finish()
+            self._host.background.begin(self._estimate, source, deadline)
+            source.described(await self.describe(deadline))
+        else:
+            source.described(await self.describe(deadline))
+            await self._estimate(source, deadline)
+
+    def _pipeline(self, device: AttachedDevice, mark: StreamMark) -> SourcePipeline:
+        return SourcePipeline(
             self._link,
             self._tracer,
             pci=device.shadow.encode,
@@ -282,24 +279,8 @@ class Steps:
             retry_s=self._config.retry_s,
             device_failed=self._broken,
             sharing=self._sharing,
+            mark=mark,
         )
-        source = self.source
-        self._host.background.begin(source.run)
-        if self._host.record.state is DeviceState.STOP:
-            # The first piece is under way while the agent says what the function is.
-            source.finish()
-        estimated = trio.Event()
-
-        async def estimate() -> None:
-            try:
-                await self._estimate(source, deadline)
-            finally:
-                estimated.set()
-
-        if not self._host.background.begin(estimate):
-            estimated.set()
-        source.described(await self.describe(deadline))
-        await estimated.wait()
 
     @property
     def _saving(self) -> SourcePipeline:
@@ -314,6 +295,27 @@ class Steps:
         await self._void_stream(deadline)
         source.restart(await self.describe(deadline))
         await self._estimate(source, deadline)
+
+    async def reopen_stream(self, deadline: float) -> bool:
+        """Go on with a stream that another daemon has begun: behind what the client has, in the next epoch.
+
+        What was fetched ahead is gone with that daemon, and the agent gives nothing twice.
+
+        Returns:
+            Whether there is a stream to go on with.
+        """
+        device = self.device
+        if device is None or not self._host.record.saves:
+            return False
+        self.drop_pipelines()
+        source = self.source = self._pipeline(device, self.mark)
+        self._host.background.begin(source.run)
+        await self._void_stream(deadline)
+        source.restart(await self.describe(deadline))
+        if self._host.record.state is DeviceState.STOP_COPY:
+            source.finish()
+        await self._estimate(source, deadline)
+        return True
 
     async def _void_stream(self, deadline: float) -> None:
         """Make the agent drop what it gave: else it may repeat a chunk that it gave before."""
@@ -350,7 +352,9 @@ class Steps:
             await trio.lowlevel.checkpoint()
             return
         source.finish()
-        await self._estimate(source, deadline)
+        if not source.was_estimated:
+            self._host.background.begin(self._estimate, source, deadline)
+        await trio.lowlevel.checkpoint()
 
     async def drop_stream(self, deadline: float) -> None:
         """Forget what was fetched."""
@@ -384,7 +388,10 @@ class Steps:
         self._ours = await self._described(deadline)
         # From here on it has what the client writes while it loads, which wins over what the stream brings.
         self.device.shadow.clear()
-        self.destination = DestinationPipeline(
+        self.destination = self._load_pipeline(begun=True)
+
+    def _load_pipeline(self, *, begun: bool) -> DestinationPipeline:
+        return DestinationPipeline(
             self._link,
             self._tracer,
             self._host.background,
@@ -392,7 +399,20 @@ class Steps:
             data_s=self._config.data_s,
             retry_s=self._config.retry_s,
             device_failed=self._broken,
+            begun=begun,
         )
+
+    async def reopen_load(self, deadline: float) -> bool:
+        """Go on with a load that another daemon has begun, and of which nothing had come.
+
+        Returns:
+            Whether there is a load to go on with.
+        """
+        await trio.lowlevel.checkpoint()
+        if not self._host.record.loads:
+            return False
+        self.destination = self._load_pipeline(begun=False)
+        return True
 
     async def _described(self, deadline: float) -> Descriptor | None:
         """What the function is, asked before the source's function stands still; None: to be asked again."""

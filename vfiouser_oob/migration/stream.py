@@ -203,6 +203,9 @@ class _Gathered:
 class StreamReader:
     """Reads a stream from chunks of any size, and lets only what was checked through.
 
+    A record with a wrong digest is not let through. The stream is refused then, unless a header follows, which makes it
+    void: so a source goes on that has lost the rest of a record of which its client has a part.
+
     Once it has refused a stream, it refuses everything. That the state is whole is only proven by `finish`.
     """
 
@@ -213,6 +216,8 @@ class StreamReader:
         self._current: _Head | None = None
         self._trailer: Trailer | None = None
         self._refused: StreamRefused | None = None
+        #: What is wrong with the last record; only a header may follow.
+        self._damage: str | None = None
         #: Bytes that were fed.
         self.consumed = 0
 
@@ -265,6 +270,9 @@ class StreamReader:
         """
         if self._refused is not None:
             raise self._refused
+        if self._damage is not None:
+            self._refused = StreamRefused(Refusal.CORRUPT, self._damage)
+            raise self._refused
         if self._trailer is None:
             where = f"{self._progress.place.value} of epoch {self.epoch}"
             text = f"the stream ends after {self.consumed} bytes, behind {where}"
@@ -300,6 +308,8 @@ class StreamReader:
     def _open(self, packed: bytes, records: list[StreamRecord]) -> None:
         """Check what stands in front of a payload; a header is a record by itself."""
         progress = self._progress
+        if self._damage is not None and not packed.startswith(MAGIC):
+            raise StreamRefused(Refusal.CORRUPT, self._damage)
         if packed.startswith(MAGIC):
             epoch = _unpack_header(packed)
             if MAGIC not in ORDER[progress.place]:
@@ -308,6 +318,7 @@ class StreamReader:
                 raise StreamRefused(Refusal.ORDER, f"a header of epoch {epoch} came after one of {progress.epoch}")
             records.append(StreamHeader(epoch, restart=progress.place is not StreamPlace.START))
             progress.begin(epoch, packed)
+            self._damage = None
             return
         self._current = _check_head(_Head(packed, *HEAD.unpack_from(packed)), progress)
 
@@ -315,8 +326,10 @@ class StreamReader:
         """Check a payload and let it through."""
         progress = self._progress
         if chain(progress.digest, head.packed[:DIGEST_AT], payload) != head.packed[DIGEST_AT:]:
-            text = f"record {head.sequence}, {record_name(head.tag)} at {head.offset}+{head.length}, has a wrong digest"
-            raise StreamRefused(Refusal.CORRUPT, text)
+            name = record_name(head.tag)
+            self._damage = f"record {head.sequence}, {name} at {head.offset}+{head.length}, has a wrong digest"
+            self._current = None
+            return
         if head.tag == DATA:
             records.append(Data(head.offset, payload))
         elif head.tag == TRAILER:

@@ -5,6 +5,7 @@ It owns the rules of ownership and of the point of no return, so that nobody who
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import trio
 from vfiouser_agents.errors import AgentError
 from vfiouser_oob.migration.events import ClientMigrates, LoadFailed, Moved
 from vfiouser_oob.migration.message_time import message_deadline
+from vfiouser_oob.migration.ownership import require_owner
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.source import SourcePipeline
@@ -79,7 +81,7 @@ class Transfer:
         Raises:
             CommandError: EBUSY.
         """
-        self._runner.require_owner(self._owner, what)
+        require_owner(self._runner.record, self._owner, what)
 
     def begin_use(self) -> None:
         """Note that the client moves the state itself, before it begins to."""
@@ -113,7 +115,8 @@ class Transfer:
         """What is left to be read; None while no state is being saved."""
         source = self._runner.steps.source
         if source is None:
-            return None
+            # Another daemon has handed it over.
+            return Left(0, 0, True, True) if self._all_taken else None
         return Left(source.buffered, source.remaining, source.final, source.exhausted)
 
     def has(self, size: int) -> bool:
@@ -125,7 +128,7 @@ class Transfer:
         Raises:
             CommandError: no state is being saved.
         """
-        return self._source().has(size)
+        return self._all_taken or self._source().has(size)
 
     async def prepare(self, size: int) -> None:
         """Wait until a read of so many bytes can be answered, or the message's time is over.
@@ -136,7 +139,8 @@ class Transfer:
         Raises:
             CommandError: no state is being saved, or what is missing of it does not come in time.
         """
-        await self._source().prepare(size, message_deadline())
+        if not self._all_taken:
+            await self._source().prepare(size, message_deadline())
 
     def read(self, size: int) -> list[memoryview]:
         """Take up to so many bytes of the stream; `delivered` is to be told once the client has them.
@@ -147,19 +151,35 @@ class Transfer:
         Raises:
             CommandError: no state is being saved.
         """
+        if self._all_taken:
+            return []
         source = self._source()
+        before = source.mark
         data = source.take(size)
         self._runner.feed(Moved(source.taken))
+        device = self._runner.steps.device
+        if data and device is not None and device.notes is not None:
+            device.notes.stream_moved(before, source.mark)
         return data
 
     def delivered(self) -> None:
         """The client has what was read; with the trailer that is the point of no return."""
-        source = self._runner.steps.source
-        if source is not None and source.exhausted and not self._runner.record.handed:
-            self._runner.feed(Moved(source.taken, handed=True))
+        source, record = self._runner.steps.source, self._runner.record
+        if record.stream is None or record.handed:
+            return
+        if self._all_taken or (source is not None and source.exhausted):
+            self._runner.feed(Moved(record.stream.position, handed=True))
+
+    @property
+    def _all_taken(self) -> bool:
+        """Whether the client has all of what another daemon has saved, so that nothing is left to be read."""
+        stream = self._runner.record.stream
+        return self._runner.steps.source is None and stream is not None and stream.whole
 
     def _source(self) -> SourcePipeline:
         source = self._runner.steps.source
+        if source is None and self._runner.record.saves:
+            raise CommandError("what is left of the state was lost with a daemon that has ended", errno.EIO)
         if source is None:
             raise CommandError("no state is being saved")
         return source
@@ -169,7 +189,7 @@ class Transfer:
     @property
     def loading(self) -> bool:
         """Whether a state is being loaded."""
-        return self._runner.steps.destination is not None
+        return self._runner.record.loads
 
     async def write(self, data: bytes | memoryview) -> None:
         """Give the next bytes of the stream.
@@ -181,10 +201,10 @@ class Transfer:
             CommandError: no state is being loaded, or this one is refused; after that the load has failed.
         """
         destination, record = self._runner.steps.destination, self._runner.record
-        if destination is None or record.stream is None:
-            raise CommandError("no state is being loaded")
         if record.load_failure is not None:
             raise CommandError(f"the load has failed ({record.load_failure}); only a reset leads out")
+        if destination is None or record.stream is None:
+            raise CommandError("no state is being loaded")
         self._runner.feed(Moved(record.stream.position + len(data)))
         try:
             await destination.write(data, message_deadline())

@@ -215,6 +215,12 @@ class Turn:
         elif self.record.load_failure is None:
             self.set(load_failure=why, last_error=why)
 
+    def lose_load_begun(self, why: str) -> None:
+        """As `lose_load`, but a load of nothing is not lost: it can begin anew."""
+        stream = self.record.stream
+        if stream is not None and stream.position:
+            self.lose_load(why)
+
     # Errands
 
     def begin(self, errand: PlanProgress) -> None:

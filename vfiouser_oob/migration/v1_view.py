@@ -6,11 +6,13 @@ accesses as well, for every chunk.
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 from vfiouser_oob.devices.memfd import SharedMemory
+from vfiouser_oob.migration.inherited import NO_V1_MARK, TransferNotes, V1Mark
 from vfiouser_oob.migration.transfer import Left, Transfer
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.buffers import BufferPool
@@ -42,10 +44,15 @@ class V1View:
         name: the function's name, for the shared memory.
         index: of the region.
         data_size: bytes of the data section, whole pages.
+        notes: takes down what the client knows; None: nobody does.
     """
 
-    def __init__(self, transfer: Transfer, name: str, index: int, data_size: int) -> None:
+    def __init__(
+        self, transfer: Transfer, name: str, index: int, data_size: int, notes: TransferNotes | None = None
+    ) -> None:
         self._transfer = transfer
+        self._notes = notes
+        self._noted = NO_V1_MARK
         self._name = name
         self._layout = RegionLayout(mmap.PAGESIZE, data_size)
         self._iteration = Iteration(self._layout)
@@ -116,7 +123,35 @@ class V1View:
         if isinstance(place, DataAccess):
             start = self._layout.data_start
             return bytes(self.memory.view[start + place.start : start + place.end])
-        return self._readers[place]()
+        answer = self._readers[place]()
+        if self._notes is None:
+            return answer
+        if not isinstance(answer, bytes):
+            return self._note_later(answer)
+        self._note(self._notes)
+        return answer
+
+    async def _note_later(self, answer: Awaitable[bytes]) -> bytes:
+        data = await answer
+        if self._notes is not None:
+            self._note(self._notes)
+        return data
+
+    def _note(self, notes: TransferNotes) -> None:
+        """Take down what the client knows as soon as it is answered, if that is something else than before."""
+        mark = V1Mark(self._iteration.mark, self._written)
+        if mark != self._noted:
+            notes.iterated(self._noted, mark)
+            self._noted = mark
+
+    def restore(self, mark: V1Mark) -> None:
+        """Go on with what a client of another daemon knows.
+
+        Args:
+            mark: what was taken down of it.
+        """
+        self._iteration.restore(mark.iteration)
+        self._written, self._noted = mark.state, mark
 
     def write(self, offset: int, data: bytes) -> Awaitable[None] | None:
         """Write a register or a part of the data section.
@@ -157,10 +192,15 @@ class V1View:
         self._written = value
         self._pool.drop()
         self._follow()
+        if self._notes is not None:
+            self._note(self._notes)
 
     def _read_pending(self) -> ReadAnswer:
         self._iteration.begin_pending()
         left = self._transfer.left
+        if left is None and self._iteration.state is DeviceState.STOP_COPY and self._transfer.mine:
+            # Nothing would say that everything was taken.
+            raise CommandError("what is left of the state was lost", errno.EIO)
         if left is None or self._iteration.state not in (DeviceState.PRE_COPY, DeviceState.STOP_COPY):
             return self._pending(0)
         if left.final or left.buffered or self._iteration.chunk:
@@ -214,6 +254,8 @@ class V1View:
         return pack_register(MigrationRegister.DATA_SIZE, size)
 
     async def _consume(self, size: int) -> None:
+        if self._notes is not None:
+            self._note(self._notes)
         if not self._transfer.loading:
             raise CommandError("data_size was written while no state is being loaded")
         if size:

@@ -157,6 +157,11 @@ class StreamMemory:
         """Which command of the peer is the first that was not answered, modulo 2^16."""
         return self.answered + 1 & _MASK16
 
+    @property
+    def number(self) -> int:
+        """The same, modulo 2^32."""
+        return self.answered + 1 & _MASK32
+
     def begin(self) -> None:
         """The first command that was not answered is about to be executed."""
         self.stage = CommandStage.BEGUN

@@ -114,6 +114,15 @@ class ClientConnection:
         """What the client consists of while it is served; None before and after."""
         return self.stage if isinstance(self.stage, Attached) else None
 
+    @property
+    def inherited(self) -> bool:
+        """Whether a daemon before this one has served the client."""
+        return self._heir is not None and self._heir.agreed is not None
+
+    async def settled(self) -> None:
+        """Wait until it is attached, or never will be."""
+        await self._settled.wait()
+
     def level_changed(self) -> None:
         """Another log level counts from now on."""
         self._main.level_changed()
@@ -262,6 +271,7 @@ def _stream(function: Admission, sock: socket.socket, peer: Peer | None, arrival
         return MessageSocket(sock, size, context.activity, context.account)
     try:
         memory = arrival.memory or arrival.notes.begin(peer)
+        arrival.notes.resumed(memory)
     except OSError:
         arrival.notes.gone()
         sock.close()

@@ -69,9 +69,9 @@ _WITHOUT_MEANING = MappingProxyType(
 Companion: TypeAlias = Callable[["Daemon", trio.Nursery], Awaitable[str]]
 
 
-#: Says what a VM is, given where changes are announced, how the functions are found, and the sockets that systemd
-#: passed; that is above this room.
-VmKindMaker: TypeAlias = Callable[[EventHub, FindFunction, SocketShelf], UnitKind]
+#: Says what a VM is, given where changes are announced, how the functions are found, the sockets that systemd passed,
+#: and what is kept for the daemon after this one; that is above this room.
+VmKindMaker: TypeAlias = Callable[[EventHub, FindFunction, SocketShelf, Survival], UnitKind]
 
 
 class ServeControl(Protocol):
@@ -139,7 +139,7 @@ async def run_daemon(
         functions = function_kind(shelf, means)
         units = Units([functions])
         if vms is not None:
-            units.kinds.append(vms(means.events, partial(find_function, units), shelf))
+            units.kinds.append(vms(means.events, partial(find_function, units), shelf, survival))
         resources.callback(units.close)
         for kind in units.kinds:
             units.open_all(kind, kind.of(config), config.spoiled)
@@ -233,10 +233,7 @@ class Daemon:
                 task_status.started(self)
                 await trio.sleep_forever()
         if await self._survival.ready():
-            async with trio.open_nursery() as leaving:
-                for unit in self.registry.units:
-                    if isinstance(unit.life, Life):
-                        leaving.start_soon(unit.life.leave)
+            await self.registry.leave()
         await self.registry.stop()
 
     async def _keep_time(self) -> None:

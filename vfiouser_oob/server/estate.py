@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vfiouser_oob import __version__
 from vfiouser_oob.config.schema import FunctionConfig
+from vfiouser_oob.migration.inherited import NO_STREAM, NO_V1_MARK, StreamMark, V1Mark
 from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.journal.journal import Journal
+from vfiouser_oob.persist.record import UnusableRecord
 from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.persist.successor.descriptors import function_name
 from vfiouser_oob.persist.successor.notes import Inheritance, KeptStream
@@ -32,6 +35,8 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    RegisterThing,
+    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -40,12 +45,27 @@ from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
+from vfiouser_protocol.constants import DeviceState
+from vfiouser_protocol.migration_v1 import IterationPhase
 
 #: Kinds of records that are about the client that is served.
-_OF_SERVED = (RegionThing, TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing)
+_OF_SERVED = (
+    RegionThing,
+    TwinThing,
+    AgreedThing,
+    UpstreamThing,
+    RangeThing,
+    AssignedThing,
+    ConfigThing,
+    StreamThing,
+    RegisterThing,
+)
 _CLIENT_END, _SERVER_END = 0, 1
 _NOTHING = Negotiated(0, b"", VersionCapabilities(), VersionCapabilities(), False, False, None)
 _TWIN = 1
+#: A V1Mark: state, number of the phase, chunk, data_size, device_state.
+_V1_MARK = struct.Struct("<BBQQI")
+_PHASES = tuple(IterationPhase)
 #: What the socket that a client has connected is called.
 MAIN = "main"
 
@@ -84,6 +104,8 @@ class Heir:
         inheritance: what its device needs.
         config: what it wrote to configuration space.
         regions: memory behind regions, by index.
+        stream: how far it has come with a state that is being saved.
+        registers: what it knows of the migration region.
     """
 
     main: KeptStream
@@ -93,6 +115,38 @@ class Heir:
     inheritance: Inheritance = field(default_factory=Inheritance)
     config: Sequence[ConfigThing] = ()
     regions: Mapping[int, OwnedFd] = field(default_factory=dict)
+    stream: StreamThing | None = None
+    registers: RegisterThing | None = None
+
+    def v1_mark(self, number: int) -> V1Mark:
+        """What the client knows of the migration region.
+
+        Args:
+            number: of its first command that was not answered.
+
+        Raises:
+            UnusableRecord: that is damaged.
+        """
+        thing = self.registers
+        if thing is None:
+            return NO_V1_MARK
+        try:
+            return _read_v1_mark(thing.before if thing.number == number else thing.after)
+        except (struct.error, ValueError, LookupError) as error:
+            raise UnusableRecord(f"what its client knows of the migration region is damaged: {error}") from error
+
+    def mark(self, number: int) -> StreamMark:
+        """How far the client has come with a state that is being saved.
+
+        Args:
+            number: of its first command that was not answered.
+        """
+        thing = self.stream
+        if thing is None:
+            return NO_STREAM
+        if thing.number == number:
+            return StreamMark(thing.epoch_before, thing.taken_before, thing.head_before, thing.done_before)
+        return StreamMark(thing.epoch, thing.taken, thing.head, thing.done, thing.whole)
 
     def close(self) -> None:
         """Close what nobody took."""
@@ -121,6 +175,8 @@ class Estate:
         self.function = function
         #: Clients that a process before us has left, to be gone on with.
         self.heirs: list[Heir] = []
+        #: What is left of the migration of one of them; None: it was under way with none that is there still.
+        self.migration_left: MigrationRecord | None = None
         #: What else is kept of the function, by name.
         self.others: list[str] = []
         self._journal = journal
@@ -201,6 +257,20 @@ class Estate:
         self._journal.close()
 
 
+def _mark_parts(mark: StreamMark) -> tuple[int, int, bytes, int]:
+    return mark.epoch, mark.taken, mark.head, mark.done
+
+
+def _write_v1_mark(mark: V1Mark) -> bytes:
+    (state, phase, chunk, written), register = mark
+    return _V1_MARK.pack(state, _PHASES.index(phase), chunk, written, register)
+
+
+def _read_v1_mark(data: bytes) -> V1Mark:
+    state, phase, chunk, written, register = _V1_MARK.unpack(data)
+    return V1Mark((DeviceState(state), _PHASES[phase], chunk, written), register)
+
+
 def memory_name(stream: str) -> str:
     """The name of a socket's memory, by that of the socket."""
     return f"{stream}.m"
@@ -221,6 +291,16 @@ class ClientNotes:
         self._files: dict[int, str] = {}
         self._client: ClientThing | None = None
         self._served = False
+        #: The memory of its socket.
+        self._stream: StreamMemory | None = None
+
+    def resumed(self, memory: StreamMemory) -> None:
+        """The client's socket is followed, perhaps again.
+
+        Args:
+            memory: its memory; it stays the caller's.
+        """
+        self._stream = memory
 
     def adopt(self, thing: ClientThing | None, names: Sequence[str], files: dict[int, str], *, served: bool) -> None:
         """Know what another process has taken down.
@@ -377,6 +457,17 @@ class ClientNotes:
     def config_forgotten(self) -> None:
         """Nothing of it counts any more: the function was reset."""
         self._estate.forget(ConfigThing)
+
+    def stream_moved(self, before: StreamMark, after: StreamMark) -> None:
+        """The client takes a portion of the state that is being saved, once its command is answered."""
+        assert self._stream is not None
+        parts = *_mark_parts(before), *_mark_parts(after), after.whole
+        self._estate.put(StreamThing(self._stream.number, *parts))
+
+    def iterated(self, before: V1Mark, after: V1Mark) -> None:
+        """The client goes on in the migration region, once its command is answered."""
+        assert self._stream is not None
+        self._estate.put(RegisterThing(self._stream.number, _write_v1_mark(before), _write_v1_mark(after)))
 
     def region(self, index: int, memory: HasFileno) -> None:
         """The memory behind a region, which the client may have mapped."""

@@ -13,6 +13,7 @@ import trio
 from vfiouser_agents.causes import words_of
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
 from vfiouser_oob.memory.recorder import WriteRecorder
+from vfiouser_oob.migration.inherited import KeptClient
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
@@ -26,7 +27,6 @@ from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.device_link import DeviceLink
 from vfiouser_oob.server.estate import Arrival, Estate, Heir
 from vfiouser_oob.server.refusal import TurnedAway, turn_away
-from vfiouser_oob.server.survival import under_way
 from vfiouser_oob.server.trim import give_back, resident
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
@@ -95,6 +95,10 @@ class Function:
         #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
         self.recorded = recorded
         self._vacant = trio.Event()
+        #: Set and replaced when its phase changes, and when it ends.
+        self._changed = trio.Event()
+        #: Whether its life is over.
+        self.retired = False
         #: All connections, the oldest first; at most one of them is served, the others have said nothing yet or wait.
         self._connections: dict[ClientConnection, trio.CancelScope] = {}
         #: Those of them that an administrator disconnects.
@@ -102,8 +106,6 @@ class Function:
         #: Clients that may not connect, and are being told so.
         self._turning_away = 0
         self.migration = None if migration is None else migration(name, events, self.log)
-        if self.migration is not None and estate is not None:
-            self.migration.on_record = estate.migration
 
     # Serving
 
@@ -152,12 +154,15 @@ class Function:
                 self.log.exception("bug: a migration failed unexpectedly", outcome.error)
                 self._fail(self.failed)
 
-    async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
+    async def attach_migration(
+        self, backend: BackendSession, client: VersionCapabilities, kept: KeptClient | None = None
+    ) -> MigrationPort | None:
         """Connect a client to the function's migration.
 
         Args:
             backend: the device as opened for it.
             client: what it announced.
+            kept: what of it outlives the daemon; None: nothing.
 
         Returns:
             The client's way into the migration; None if the function has none.
@@ -167,7 +172,7 @@ class Function:
         """
         if self.recorded:
             backend.memory.recorder = WriteRecorder()
-        return None if self.migration is None else await attach(self.migration, backend, self.name, client)
+        return None if self.migration is None else await attach(self.migration, backend, self.name, client, kept)
 
     async def run_device(self) -> None:
         """Run the device's own tasks; a device that dies takes its function out of service, and nothing else."""
@@ -239,13 +244,17 @@ class Function:
             await self._serve_client(sock, _peer_or_none(sock), Arrival(heir.notes, heir, memory))
         finally:
             heir.close()
+            if self.migration is not None and heir.agreed is not None:
+                await self.migration.give_up_left()
+
+    async def settled(self) -> None:
+        """Wait until every client that another process has left is served, or has gone."""
+        for connection in [each for each in self._connections if each.inherited]:
+            await connection.settled()
 
     async def leave(self) -> None:
         """Leave the client to the daemon after this one, at the end of what is being answered."""
         if self.estate is None or not self.estate.usable:
-            return
-        if self.migration is not None and under_way(self.migration.record):
-            self.log.warning("the client is turned out: its migration is under way")
             return
         async with trio.open_nursery() as leaving:
             for connection in self._connections:
@@ -424,7 +433,21 @@ class Function:
         if not phase == self._shown == "failed":
             self.since = time.time()
         self._shown = phase
+        self._tell_changed()
         self.context.announce("phase", phase=phase)
+
+    def retire(self) -> None:
+        """Note that nobody is served any more, for those who wait for a change."""
+        self.retired = True
+        self._tell_changed()
+
+    def _tell_changed(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def changed(self) -> None:
+        """Wait until its phase changes, or its life ends."""
+        await self._changed.wait()
 
     def device_lost(self, link: DeviceLink, reason: str) -> None:
         """Note that the device of a client is lost, and tell watchers.

@@ -34,7 +34,7 @@ from vfiouser_protocol.session import CommandReceived, MessageRefused
 _WRITES = frozenset({Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
 _ACCESSES = _WRITES | {Command.REGION_READ}
 #: Where a REGION_READ, and a REGION_WRITE just so, names its region.
-_REGION = picked(layout_of(RegionRead), "region")
+REGION = picked(layout_of(RegionRead), "region")
 
 
 class WriteHold:
@@ -72,9 +72,9 @@ class WriteHold:
         """Whether it is an access to one of the device's own regions."""
         if not isinstance(event, CommandReceived) or event.header.command not in _ACCESSES:
             return False
-        if event.header.command == Command.REGION_WRITE_MULTI or len(event.payload) < _REGION.size:
+        if event.header.command == Command.REGION_WRITE_MULTI or len(event.payload) < REGION.size:
             return True
-        return bool(_REGION.unpack_from(event.payload)[0] != self._migration_region)
+        return bool(REGION.unpack_from(event.payload)[0] != self._migration_region)
 
     def queued(self, event: CommandReceived | MessageRefused) -> None:
         """A command queues behind another one."""
@@ -116,11 +116,11 @@ class WriteHold:
         reset that its agent is still to do, since that is written again behind it."""
         if event.header.command not in _WRITES:
             return True
-        single = event.header.command == Command.REGION_WRITE and len(event.payload) >= _REGION.size
+        single = event.header.command == Command.REGION_WRITE and len(event.payload) >= REGION.size
         return (
             self.runner.record.reset_due is not None
             and single
-            and _REGION.unpack_from(event.payload)[0] == RegionIndex.CONFIG
+            and REGION.unpack_from(event.payload)[0] == RegionIndex.CONFIG
         )
 
     # Waiting

@@ -117,6 +117,7 @@ class Life:
             if self.function.estate is not None and not self._left:
                 self.function.estate.abolish()
             self.close()
+            self.function.retire()
             self.ended.set()
 
     async def _live(self, exhausted: Callable[[], None], task_status: trio.TaskStatus[None]) -> None:
@@ -172,7 +173,7 @@ class Life:
 
     async def _drain(self) -> None:
         """Give a function that stands still for a migration that ends with it the time to go on."""
-        if self.function.migration is not None:
+        if self.function.migration is not None and not self._left:  # else another daemon goes on with it
             with trio.CancelScope(shield=True), trio.move_on_after(self.function.context.reply_budget_s):
                 await self.function.migration.settle()
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, DeviceBackend
+from vfiouser_oob.migration.inherited import KeptClient
 from vfiouser_oob.migration.no_migration import NoMigration, Port
 from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.persist.kept_socket import KeptSocket
@@ -49,7 +50,9 @@ class NegotiationHost(Protocol):
     def backend(self) -> DeviceBackend:
         """Its device."""
 
-    async def attach_migration(self, backend: BackendSession, client: VersionCapabilities) -> MigrationPort | None:
+    async def attach_migration(
+        self, backend: BackendSession, client: VersionCapabilities, kept: KeptClient | None
+    ) -> MigrationPort | None:
         """Connect the client to the function's migration; None if it has none."""
 
 
@@ -184,19 +187,18 @@ class Negotiating:
             TurnedAway: one of them cannot be had, or not in time.
         """
         late = "the device did not answer in time"
+        kept = None if self._notes is None else KeptClient(self._notes)
         try:
             with trio.fail_at(deadline):
                 backend = await host.backend.open(self.link)
                 # From here on the connection closes the device, whatever happens.
                 held.push_async_callback(backend.close)
                 late = "the agent did not answer in time"
-                migrating = await host.attach_migration(backend, proposed)
+                migrating = await host.attach_migration(backend, proposed, kept)
                 port: Port = migrating or await _without_migration(backend)
                 held.push_async_callback(self.detach, port)
-                if isinstance(port, MigrationPort):
-                    port.shadow.observer = self._notes
-                    if port.v1 is not None and self._notes is not None:
-                        port.v1.on_memory = self._notes.region
+                if isinstance(port, MigrationPort) and port.v1 is not None and self._notes is not None:
+                    port.v1.on_memory = self._notes.region
                 late = "the device was not reset in time"
                 renewed = backend.renew()
                 if renewed is not None:
@@ -238,7 +240,7 @@ class Negotiating:
         executor = self._executor(agreed, offer, backend, port)
         begin = None
         if isinstance(self.main.stream, KeptSocket):
-            begin = KnownBeginning(self.main.stream, executor, backend, device).begin
+            begin = KnownBeginning(self.main.stream, executor, backend, device, port).begin
         dispatcher = Dispatcher(self.session, self.main, executor, context, lane, begin)
         return Attached(self.session, agreed, self.main, twin, backend, dma, executor, dispatcher, context, lane, port)
 

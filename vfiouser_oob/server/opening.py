@@ -98,7 +98,7 @@ def open_function(config: FunctionConfig, inherited: Sequence[int], means: Share
             events=means.events,
             log=log.get("function"),
             allow_uids=config.allow_uids,
-            migration=_engine_maker(config, backend, means, leases),
+            migration=_engine_maker(config, backend, means, leases, estate),
             recorded=means.recorded(config.name),
             estate=estate,
         )
@@ -126,7 +126,11 @@ def function_kind(shelf: SocketShelf, means: SharedParts) -> UnitKind:
 
 
 def _engine_maker(
-    config: FunctionConfig, backend: DeviceBackend, means: SharedParts, leases: list[AgentLease]
+    config: FunctionConfig,
+    backend: DeviceBackend,
+    means: SharedParts,
+    leases: list[AgentLease],
+    estate: Estate | None,
 ) -> MigrationMaker | None:
     agent = config.agent
     if agent is None:
@@ -150,6 +154,8 @@ def _engine_maker(
             memory,
             means.sharing,
             means.history.drawer(name),
+            estate,
+            None if estate is None else estate.migration_left,
         )
 
     return make

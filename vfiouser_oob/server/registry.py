@@ -300,6 +300,14 @@ class Registry:
             raise UnitHangs(unit.failure.reason)
         unit.life = None
 
+    async def leave(self) -> None:
+        """Leave the users of all units to the daemon after this one where that is possible, the last kind first."""
+        for kind in reversed(self.units.kinds):
+            async with trio.open_nursery() as leaving:
+                for unit in self.units.of(kind):
+                    if unit.life is not None:
+                        leaving.start_soon(unit.life.leave)
+
     async def stop(self) -> None:
         """Stop all units, those of a kind side by side, and wait until nothing of them is left."""
         for kind in reversed(self.units.kinds):

@@ -8,9 +8,11 @@ from contextlib import AsyncExitStack
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
+from vfiouser_oob.migration.inherited import KeptClient
 from vfiouser_oob.migration.no_migration import NoMigration, Port
 from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.persist.kept_socket import KeptSocket
+from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.channel import Channel
 from vfiouser_oob.server.estate import Heir
@@ -45,7 +47,7 @@ async def resume(
     newcomer.link.capabilities = agreed.client
     newcomer.link.goes_on()
     twin = _twin(newcomer, heir, held)
-    backend, port = await _open(newcomer, heir, host, deadline, held)
+    backend, port = await _open(newcomer, heir, host, deadline, held, main.memory)
     attached = newcomer.attach(agreed, agreed.server, twin, backend, port, host.backend)
     held.callback(attached.dispatcher.close)
     held.callback(attached.dma.close)
@@ -65,7 +67,12 @@ def _twin(newcomer: Negotiating, heir: Heir, held: AsyncExitStack) -> Channel | 
 
 
 async def _open(
-    newcomer: Negotiating, heir: Heir, host: NegotiationHost, deadline: float, held: AsyncExitStack
+    newcomer: Negotiating,
+    heir: Heir,
+    host: NegotiationHost,
+    deadline: float,
+    held: AsyncExitStack,
+    memory: StreamMemory,
 ) -> tuple[BackendSession, Port]:
     late = "the device did not answer in time"
     assert heir.agreed is not None
@@ -74,14 +81,15 @@ async def _open(
             backend = await host.backend.resume(newcomer.link, heir.inheritance)
             held.push_async_callback(backend.close)
             late = "the agent did not answer in time"
-            migrating = await host.attach_migration(backend, heir.agreed.client)
+            config = {thing.offset: thing.data for thing in heir.config}
+            number = memory.number
+            kept = KeptClient(heir.notes, True, config, heir.mark(number), heir.v1_mark(number))
+            migrating = await host.attach_migration(backend, heir.agreed.client, kept)
             port: Port = migrating or NoMigration(backend, heir.agreed.server.max_data_xfer_size)
             held.push_async_callback(newcomer.detach, port)
     except (BackendUnavailable, trio.TooSlowError) as error:
         raise TurnedAway(str(error) or late, errno.ENODEV) from error
     if isinstance(port, MigrationPort):
-        port.shadow.restore({thing.offset: thing.data for thing in heir.config})
-        port.shadow.observer = heir.notes
         _restore_region(port, heir)
     return backend, port
 

@@ -16,7 +16,13 @@ from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.observability import log
 from vfiouser_oob.persist.journal.journal import Journal, read_journal
 from vfiouser_oob.persist.record import UnusableRecord
-from vfiouser_oob.persist.successor.descriptors import DescriptorKind, function_name, function_of, kind_of
+from vfiouser_oob.persist.successor.descriptors import (
+    DescriptorKind,
+    function_name,
+    function_of,
+    kind_of,
+    vm_name,
+)
 from vfiouser_oob.persist.successor.notes import Inheritance, KeptStream
 from vfiouser_oob.persist.successor.rebuild import CannotRebuild, rebuild
 from vfiouser_oob.persist.successor.things import (
@@ -28,11 +34,14 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    RegisterThing,
+    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
 )
 from vfiouser_oob.server.estate import MAIN, ClientNotes, Estate, Heir, identity_of
+from vfiouser_oob.server.ledger import JOURNAL, Ledger
 from vfiouser_oob.systemd.fd_store import FdStore, StoreLost
 from vfiouser_oob.systemd.listen import inherited_descriptors
 from vfiouser_oob.systemd.mailbox import Mailbox
@@ -57,6 +66,8 @@ class Survival:
         self._own_mailbox = own_mailbox
         self._store = store
         self._kept = dict(kept)
+        #: What it is, as long as nobody has taken any of it.
+        self._kinds = {name: kind_of(fd) for name, fd in kept.items()}
         self._used: set[str] = set()
         self._log = log.get("survival")
         #: Whether anything is kept.
@@ -137,8 +148,8 @@ class Survival:
         """Go on with a journal; None if nothing can be made of it, which is said."""
         try:
             history = read_journal(left)
-            things = _understood(history.records, {name: kind_of(fd) for name, fd in self._kept.items()})
-            _check(things, identity_of(config))
+            things = _understood(history.records, self._kinds)
+            record = _check(things, identity_of(config))
             journal = Journal.resume(left, history)
         except UnusableRecord as error:
             self._log.error("clients are turned out: what was left of them cannot be used", function=config.name,
@@ -149,6 +160,8 @@ class Survival:
         estate = Estate(config.name, identity_of(config), self._store, journal, self._log)
         for client in (thing for thing in things if isinstance(thing, ClientThing)):
             estate.heirs.append(self._heir(estate, client, things))
+        if any(heir.agreed is not None for heir in estate.heirs):
+            estate.migration_left = record
         known = {thing.main for thing in things if isinstance(thing, ClientThing)}
         estate.heirs += [
             self._accepted(estate, other)
@@ -194,10 +207,54 @@ class Survival:
             inheritance,
             [thing for thing in own if isinstance(thing, ConfigThing)],
             {region.index: self._kept[region.memory].take() for region in regions},
+            next((thing for thing in own if isinstance(thing, StreamThing)), None),
+            next((thing for thing in own if isinstance(thing, RegisterThing)), None),
         )
 
     def _stream(self, sock: str, memory: str) -> KeptStream:
         return KeptStream(self._kept[sock].take(), self._kept[memory].take())
+
+    def ledger_of(self, vm: str) -> Ledger | None:
+        """What a VM leaves, and what was left of it.
+
+        Args:
+            vm: its name.
+
+        Returns:
+            None if nothing is kept.
+        """
+        if not self.works:
+            return None
+        name = vm_name(vm, JOURNAL)
+        left = self._kept.get(name)
+        things: list[Thing] = []
+        journal: Journal | None = None
+        try:
+            if left is not None:
+                try:
+                    history = read_journal(left)
+                    things = _understood(history.records, self._kinds)
+                    journal = Journal.resume(left, history)
+                    self._store.adopt(name)
+                except UnusableRecord as error:
+                    things = []
+                    self._log.error("what was left of a VM cannot be used", vm=vm, reason=str(error))
+            if journal is None:
+                journal = Journal.create(f"vfiouser-{vm}")
+                self._store.discard(name)
+                self._store.keep(name, journal)
+        except OSError as error:
+            self._log.error("a restart in a migration will fail it", vm=vm, error=error.strerror)
+            return None
+        self._used.add(name)
+        return Ledger(vm, self._store, journal, things, self._claim, self._log)
+
+    def _claim(self, name: str) -> OwnedFd | None:
+        """Take what was kept."""
+        found = self._kept.get(name)
+        if found is not None:
+            self._used.add(name)
+        return None if found is None else found.duplicate()
 
     def listener_of(self, function: str, path: Path) -> Listener | None:
         """The socket on which a function's clients connect, if a process before us has left it.
@@ -282,26 +339,22 @@ def _understood(records: Mapping[int, Mapping[bytes, bytes]], kinds: Mapping[str
     return things
 
 
-def _check(things: Sequence[Thing], identity: str) -> None:
+def _check(things: Sequence[Thing], identity: str) -> MigrationRecord | None:
     """Refuse what must not be gone on with.
 
+    Returns:
+        What is left of the function's migration; None if it has none.
+
     Raises:
-        UnusableRecord: the function is another one, or its migration was under way.
+        UnusableRecord: the function is another one, or its migration cannot be understood.
     """
     about = next((thing for thing in things if isinstance(thing, FunctionThing)), None)
     if about is None or about.identity != identity:
         raise UnusableRecord("the function is configured to be another one now")
     migration = next((thing for thing in things if isinstance(thing, MigrationThing)), None)
     if migration is None:
-        return
+        return None
     try:
-        record = MigrationRecord.from_json(migration.text)
+        return MigrationRecord.from_json(migration.text)
     except ValueError as error:
         raise UnusableRecord(str(error)) from error
-    if under_way(record):
-        raise UnusableRecord(f"a migration was under way ({record.shown}); the agent knows what becomes of it")
-
-
-def under_way(record: MigrationRecord) -> bool:
-    """Whether a migration has begun and not ended, so that only who began it knows how it stands."""
-    return record.busy or record.begun is not None or record.errand is not None or record.logging

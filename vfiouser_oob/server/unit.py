@@ -84,6 +84,9 @@ class UnitLife(Protocol):
     def condemn(self, reason: str) -> None:
         """Take it out of service; its user learns that it is of no use."""
 
+    async def leave(self) -> None:
+        """Leave its user to the daemon after this one, if that is possible; `stop` then does not turn it out."""
+
     def stop(self) -> None:
         """Turn users out and end."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vfiouser_oob.memory.recorder import PAGE_SIZE
+from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.message_time import message_deadline
-from vfiouser_oob.migration.steps import AttachedDevice
 from vfiouser_protocol.dirty import DirtyLog
 from vfiouser_protocol.errors import CommandError
 

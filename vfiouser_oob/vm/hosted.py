@@ -10,11 +10,11 @@ from functools import partial
 import trio
 
 from vfiouser_agents.errors import AgentError
+from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.descriptor import decode_descriptor
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.record import Owner
 from vfiouser_oob.migration.runner import MigrationRunner
-from vfiouser_oob.migration.steps import AttachedDevice
 from vfiouser_oob.migration.transfer import Transfer
 from vfiouser_oob.server.connection import ClientConnection
 from vfiouser_oob.server.function import Function
@@ -39,7 +39,8 @@ from vfiouser_protocol.migration_v2 import require_path
 _PIECE = 1 << 20
 #: Seconds that QEMU may take to answer while its vCPUs stand: it may be unable to answer anything.
 STANDING_S = 0.01
-#: Seconds between attempts to have a function run that was stopped for a moment only, or to find its client.
+#: Seconds between attempts to have a function run that was stopped for a moment only, to reach its agent, or to find a
+#: function that is not served.
 _AGAIN_S = 0.2
 _SET_IRQS_SIZE = 20
 
@@ -51,6 +52,12 @@ def _told() -> Iterator[None]:
         yield
     except (UntrackedRefused, RegistersUnknown, ReplayFailed, TopologyError, MonitorError) as error:
         raise FunctionTrouble(str(error)) from error
+
+
+def _watchable(function: Function) -> bool:
+    """Whether there is a client for which it can be known what a function writes."""
+    device = None if function.migration is None else function.migration.steps.device
+    return device is not None and function.attached is not None and device.session.memory.recorder is not None
 
 
 class _Watched:
@@ -67,7 +74,7 @@ class _Watched:
         self, name: str, connection: ClientConnection, device: AttachedDevice, reports: AgentReports | None
     ) -> None:
         self.connection = connection
-        self.memory = FunctionMemory(name, device.session, reports=reports)
+        self.memory = FunctionMemory(name, device.session, reports=reports, inherited=connection.inherited)
         self.registers = RegisterReader(name, device.session, device.shadow, connection.link)
         #: Ends the watching of its registers.
         self.armed: trio.CancelScope | None = None
@@ -80,16 +87,19 @@ class HostedFunction:
         name: its name.
         find: finds it among those that are served; None if it is not.
         untracked_max: bytes of guest memory that may travel with its state.
+        came: its state has come to a daemon before this one, and it has not run since.
     """
 
-    def __init__(self, name: str, find: Callable[[str], Function | None], untracked_max: int) -> None:
+    def __init__(
+        self, name: str, find: Callable[[str], Function | None], untracked_max: int, *, came: bool = False
+    ) -> None:
         self.name = name
         self._find = find
         self._untracked_max = untracked_max
         self._now: _Watched | None = None
         self._nursery: trio.Nursery
         #: Whether what is to run came from another host, so that the guest may wait for an interrupt that was lost.
-        self._came = False
+        self._came = came
 
     # What it consists of now
 
@@ -170,10 +180,17 @@ class HostedFunction:
         """Know at any time what it writes, until cancelled."""
         async with trio.open_nursery() as self._nursery:
             while True:
-                try:
+                with suppress(VfioUserError, trio.TooSlowError):  # a migration would be refused
                     await self._watch_client(coming)
-                except (VfioUserError, trio.TooSlowError):  # no client yet, or no agent; a migration would be refused
-                    await trio.sleep(_AGAIN_S)
+                await self._chance()
+
+    async def _chance(self) -> None:
+        """Wait until it may be possible to watch: until another client comes, where only that can help."""
+        function = self._find(self.name)
+        if function is not None and not function.retired and not _watchable(function):
+            await function.changed()
+        else:
+            await trio.sleep(_AGAIN_S)
 
     async def _watch_client(self, coming: bool) -> None:
         device, connection = self._device, self._function.connection
@@ -307,7 +324,7 @@ class HostedFunction:
         await watched.memory.stands()
         self._came = True
 
-    def replay(self, state: FunctionState) -> Replaying:
+    def replay(self, state: FunctionState, *, sent: bool = False) -> Replaying:
         """Send what brings QEMU to what it had of the function at the source; nothing is waited for."""
         if state.by_client:
             return _NothingSent()
@@ -319,7 +336,7 @@ class HostedFunction:
             replay = replay_of(self.name, registers, self._device.session)
             if replay.needs_answers:
                 raise FunctionTrouble(f"{self.name}: its machine has no ECAM, by which its registers could be written")
-            return _SentReplay(ReplayUnderWay(replay, self._watched.connection.link))
+            return _SentReplay(ReplayUnderWay(replay, self._watched.connection.link, sent=sent))
 
     # Going on
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -17,6 +18,7 @@ from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.status import ClientStatus, VmFunctionStatus, VmStatus
 from vfiouser_oob.server.administration import ChangeRefused
 from vfiouser_oob.server.containment import Contained, root_cause
+from vfiouser_oob.server.ledger import Ledger
 from vfiouser_oob.server.opening import default_group
 from vfiouser_oob.server.registry import FindFunction
 from vfiouser_oob.server.sockets import SocketShelf
@@ -33,15 +35,20 @@ from vfiouser_oob.vm.counterpart import CounterpartError, VmOffer
 from vfiouser_oob.vm.events import QemuGone
 from vfiouser_oob.vm.hosted import HostedFunction
 from vfiouser_oob.vm.monitor import Monitor, MonitorPort
-from vfiouser_oob.vm.record import CarrierKind
+from vfiouser_oob.vm.notes import VmNotes
+from vfiouser_oob.vm.record import CarrierKind, FunctionPlace, VmRecord
 from vfiouser_oob.vm.runner import VmRunner
 
 _MONITOR = "monitor"
+#: Seconds that a VM may take to come to rest before its QEMU is left to another daemon, and to part with it.
+REST_S = 1.0
 #: The field of /proc/PID/stat that says when a process began, counted behind its name.
 _STARTED = 19
 
 
-def open_vm(config: VmConfig, events: EventHub, find: FindFunction, shelf: SocketShelf) -> HostedVm:
+def open_vm(
+    config: VmConfig, events: EventHub, find: FindFunction, shelf: SocketShelf, ledger: Ledger | None
+) -> HostedVm:
     """Open a VM's sockets; it does nothing yet.
 
     Args:
@@ -49,19 +56,30 @@ def open_vm(config: VmConfig, events: EventHub, find: FindFunction, shelf: Socke
         events: where changes are announced.
         find: finds a function among those that are served.
         shelf: sockets that systemd has passed; one of a VM is found by its path, or is called as `web1.monitor`.
+        ledger: what it leaves to the daemon after this one; None if nothing is kept.
     """
     with ExitStack() as resources:
         listeners: dict[str, Listener] = {}
         for what, path in config.sockets.items():
             if what == "vhost_user_fs" and config.vhost_user_fs_listens is Listens.QEMU:
                 continue
-            passed = shelf.lend(f"{config.name}.{what}", path)
-            if passed is not None:
-                listeners[what] = Listener(adopt_socket(passed), None)
-            else:
-                listeners[what] = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+            listeners[what] = _listen(config, what, path, shelf, ledger)
             resources.callback(listeners[what].close)
-        return HostedVm(config, listeners, events, find, resources.pop_all())
+        if ledger is not None:
+            resources.callback(ledger.close)
+        return HostedVm(config, listeners, events, find, ledger, resources.pop_all())
+
+
+def _listen(config: VmConfig, what: str, path: Path, shelf: SocketShelf, ledger: Ledger | None) -> Listener:
+    passed = shelf.lend(f"{config.name}.{what}", path)
+    if passed is not None:
+        return Listener(adopt_socket(passed), None)
+    listener = None if ledger is None else ledger.listener(what, path)
+    if listener is None:
+        listener = listen_on_path(path, config.socket_mode, config.socket_group or default_group())
+    if ledger is not None:
+        ledger.keep_listener(what, listener)
+    return listener
 
 
 def vm_status(unit: Unit) -> VmStatus:
@@ -113,6 +131,7 @@ class HostedVm:
         listeners: its sockets, by the keys of the configuration.
         events: where changes are announced.
         find: finds a function among those that are served.
+        ledger: what it leaves to the daemon after this one; None if nothing is kept.
         resources: gives back whatever was opened for it.
     """
 
@@ -125,12 +144,15 @@ class HostedVm:
         listeners: Mapping[str, Listener],
         events: EventHub,
         find: FindFunction,
+        ledger: Ledger | None,
         resources: ExitStack,
     ) -> None:
         self.ended = trio.Event()
         #: Why it is not served any more.
         self.failure: str | None = None
         self._find = find
+        self._ledger = ledger
+        self._left = False
         self._resources = resources
         self._scope = trio.CancelScope()
         self._roll_call = RollCall()
@@ -143,6 +165,7 @@ class HostedVm:
         self._listeners = listeners
         self._events = events
         self._log = log.get("vm").bind(vm=config.name)
+        self._notes = VmNotes(config, ledger, self._log)
         self._runner: VmRunner | None = None
         self._strangers = count()
         self._watched = ""
@@ -167,6 +190,8 @@ class HostedVm:
                 self.failure = f"it is not served any more: {root_cause(error)}"
                 self._log.exception("bug: a VM is not served any more", root_cause(error))
         finally:
+            if self._ledger is not None and not self._left:
+                self._ledger.abolish()
             self.close()
             self.ended.set()
 
@@ -198,6 +223,21 @@ class HostedVm:
         self.failure = reason
         self.stop()
 
+    async def leave(self) -> None:
+        """Leave its QEMU to the daemon after this one, which finds out by the monitor what it has done meanwhile."""
+        if self.ended.is_set() or self._ledger is None or not self._ledger.usable:
+            return
+        if self._runner is not None:
+            with trio.move_on_after(REST_S):
+                await self._runner.come_to_rest()
+        self._notes.close()
+        self._left = True
+        for listener in self._listeners.values():
+            listener.leave()
+        self.stop()
+        with trio.move_on_after(REST_S):
+            await self.ended.wait()
+
     def stop(self) -> None:
         """Part with its QEMU and end."""
         self._scope.cancel()
@@ -208,14 +248,21 @@ class HostedVm:
 
     async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
-        functions = [HostedFunction(name, self._find, config.untracked_max) for name in config.functions]
+        left = None if self._notes.left is None else self._notes.left.record
+        functions = [
+            HostedFunction(name, self._find, config.untracked_max, came=left is not None and _came(left, name))
+            for name in config.functions
+        ]
         for served in filter(None, map(self._find, config.functions)):
             served.recorded = True
-        self._runner = VmRunner(config, functions, self._carriers(), self._events)
+            await served.settled()
+        self._runner = VmRunner(config, functions, self._carriers(), self._events, self._notes)
         port = MonitorPort(config.name, self._attend, allow_uids=self._allowed)
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._roll_call.run)
             await self._nursery.start(self._runner.run)
+            if left is not None:
+                self._go_on(left.qemu)
             await self._nursery.start(port.serve, self._listeners[_MONITOR])
             self._log.info("listening", **{what: str(path) for what, path in config.sockets.items()})
             self._started = True
@@ -259,6 +306,16 @@ class HostedVm:
             self._watched = qemu
             self._nursery.start_soon(self._watch, monitor.peer.pid, qemu)
         await self._runner.attend(monitor, qemu or f"stranger {next(self._strangers)}")
+
+    def _go_on(self, qemu: str) -> None:
+        """Go on with a QEMU that another daemon knew, if it is there still; it connects its monitor again by itself."""
+        assert self._runner is not None
+        pid = qemu.partition(":")[0]
+        if pid.isdecimal() and identity(Peer(int(pid), 0, 0, "")) == qemu:
+            self._watched = qemu
+            self._nursery.start_soon(self._watch, int(pid), qemu)
+        else:
+            self._runner.feed(QemuGone())
 
     async def _watch(self, pid: int, qemu: str) -> None:
         """Wait until a QEMU has ended: its monitor may be lost and it live on, or the other way round."""
@@ -308,6 +365,12 @@ class HostedVm:
             sockets={what: str(path) for what, path in self._config.sockets.items()},
             last_error=self.failure or record.last_error or None,
         )
+
+
+def _came(left: VmRecord, name: str) -> bool:
+    """Whether a function's state has come from another host, and it has not run here since."""
+    function = left.function(name)
+    return function is not None and function.place is FunctionPlace.LOADED
 
 
 def identity(peer: Peer) -> str:

@@ -19,11 +19,12 @@ from types import MappingProxyType
 from typing import Any
 
 from vfiouser_oob.vm import events as ev
-from vfiouser_oob.vm.record import CarrierKind, FunctionPlace, Migration, VmFunction, VmPhase, VmRecord
+from vfiouser_oob.vm.record import FunctionPlace, Migration, VmFunction, VmPhase, VmRecord
 from vfiouser_oob.vm.table import (
     ANSWERED_EARLY,
     BEGINNINGS,
     DONE,
+    ENDING_WITH_US,
     FAREWELLS,
     MIGRATION_CUES,
     REFUSALS,
@@ -44,6 +45,8 @@ _RUNNING = "running"
 _UNDER_WAY = frozenset({Migration.LIVE, Migration.ENDING})
 #: Phases of a migration that may still be given up from here.
 _TO_BE_JUDGED = frozenset({VmPhase.ARMED, VmPhase.STOPPED})
+#: Phases in which nobody may know what QEMU has of the functions.
+_UNREAD = frozenset({VmPhase.LOADED, VmPhase.GOING})
 
 
 def advance(record: VmRecord, event: ev.VmEvent) -> tuple[VmRecord, tuple[ev.VmEffect, ...]]:
@@ -139,6 +142,12 @@ def _arm(turn: _Turn, text: str) -> None:
     turn.do(ev.Arm())
 
 
+def _doubt(turn: _Turn, text: str) -> None:
+    if turn.record.carrier in ENDING_WITH_US and turn.record.migration in _UNDER_WAY:
+        turn.set(refused=turn.record.refused or text)
+        turn.tell(True, text)
+
+
 def _early(turn: _Turn, effect: ev.VmEffect) -> None:
     if turn.record.carrier in ANSWERED_EARLY:
         turn.do(effect)
@@ -154,6 +163,8 @@ _ACTS: Mapping[Act, Callable[[_Turn, str], None]] = MappingProxyType(
         Act.ARM: _arm,
         Act.JUDGE: lambda turn, text: turn.do(ev.Judge()),
         Act.CANCEL: lambda turn, text: turn.refuse(ev.Cancel(text), text),
+        Act.DOUBT: _doubt,
+        Act.PREPARE: lambda turn, text: turn.do(ev.Prepare()),
         Act.ASK: lambda turn, text: turn.do(ev.AskRunstate()),
         Act.ANSWER_HOLD: lambda turn, text: turn.do(ev.AnswerHold()),
         Act.REFUSE_HOLD: lambda turn, text: turn.refuse(ev.RefuseHold(text), text),
@@ -171,15 +182,20 @@ _ACTS: Mapping[Act, Callable[[_Turn, str], None]] = MappingProxyType(
 
 
 def _started(turn: _Turn, event: ev.DaemonStarted) -> None:
-    """What was being done is given up; the carrier's connection ended with the other daemon."""
+    """What was being done is given up; the carrier's connection ended with the other daemon, and what kept a barred
+    function's client out."""
     record = turn.record
     functions = tuple(
-        replace(each, place=each.place if each.doing is None else FunctionPlace.UNSURE, doing=None, waits=False)
+        replace(each, place=FunctionPlace.UNSURE if _in_doubt(each) else each.place, doing=None, waits=False)
         for each in record.functions
     )
     alive = record.phase is not VmPhase.ABSENT
-    turn.set(functions=functions, connected=False, carrier_lost=alive and record.carrier is CarrierKind.DBUS_VMSTATE)
+    turn.set(functions=functions, connected=False, carrier_lost=alive and record.carrier in ENDING_WITH_US)
     turn.cue(Cue.STARTED)
+
+
+def _in_doubt(function: VmFunction) -> bool:
+    return function.doing is not None or function.place is FunctionPlace.BARRED
 
 
 def _qemu_came(turn: _Turn, event: ev.QemuCame) -> None:
@@ -193,16 +209,21 @@ def _qemu_came(turn: _Turn, event: ev.QemuCame) -> None:
         turn.enter(phase)
         if phase is VmPhase.INCOMING:
             turn.do(ev.Prepare())
-    if event.runstate == _INCOMING:
-        # What QEMU says of a migration is about the one to here, and what it was for was told by the carrier.
-        return
+    if event.runstate != _INCOMING:  # else what it says is about the migration to here, of which the carrier tells
+        _at_home(turn, event, known)
+    if known and turn.record.phase in _UNREAD:
+        turn.do(ev.Replay())
+
+
+def _at_home(turn: _Turn, event: ev.QemuCame, known: bool) -> None:
+    """Take what a QEMU says of its VM, which is there."""
     before = turn.record.migration
     _migration_is(turn, ev.MigrationIs(event.migration))
     if known:
         turn.cue(_RETURNS.get(event.runstate, Cue.STOP))
         if before is turn.record.migration is Migration.LIVE and turn.record.phase in _TO_BE_JUDGED:
-            # What was judged may have been lost with the monitor.
-            turn.do(ev.Judge())
+            # What was judged, or told to QEMU, may have been lost with the monitor.
+            turn.do(ev.Cancel(turn.record.refused) if turn.record.refused else ev.Judge())
 
 
 def _monitor_lost(turn: _Turn, event: ev.MonitorLost) -> None:
@@ -258,7 +279,7 @@ def _save_asked(turn: _Turn, event: ev.CarrierSaves) -> None:
 
 
 def _carrier_reset(turn: _Turn, event: ev.CarrierReset) -> None:
-    turn.set(carrier_lost=turn.record.phase is not VmPhase.ABSENT and turn.record.carrier is CarrierKind.DBUS_VMSTATE)
+    turn.set(carrier_lost=turn.record.phase is not VmPhase.ABSENT and turn.record.carrier in ENDING_WITH_US)
     turn.cue(Cue.CARRIER_RESET)
 
 

@@ -97,11 +97,12 @@ class MovableFunction(Protocol):
     async def load(self, state: FunctionState) -> None:
         """Take a state, and stand."""
 
-    def replay(self, state: FunctionState) -> Replaying:
+    def replay(self, state: FunctionState, *, sent: bool = False) -> Replaying:
         """Send what brings QEMU to what it had of the function at the source; nothing is waited for.
 
         Args:
-            state: what was loaded.
+            state: what was loaded; of its own state nothing is needed.
+            sent: it was sent before, and the VM may run, so it is only read back.
         """
 
     async def resume(self) -> None:

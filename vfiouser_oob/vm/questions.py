@@ -61,6 +61,7 @@ class Carriers:
         self.kind = next(iter(carriers))
         #: Those that QEMU has connected.
         self.attached: set[CarrierKind] = set()
+        self._came = trio.Event()
         self.question: OpenQuestion | None = None
         #: Where to tell what the functions write; None if nobody listens.
         self.log: WrittenPagesLog | None = None
@@ -76,6 +77,15 @@ class Carriers:
         """The one that carries."""
         return self._carriers[self.kind]
 
+    def carry_by(self, kind: CarrierKind) -> None:
+        """Let one carry, if there is one of that kind, until another one comes."""
+        if kind in self._carriers:
+            self.kind = kind
+
+    async def attachment(self) -> None:
+        """Wait until QEMU has connected one."""
+        await self._came.wait()
+
     async def run(self, kind: CarrierKind, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve QEMU's end of a carrier until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -90,8 +100,10 @@ class Carriers:
     def _take(self, kind: CarrierKind, event: CarrierEvent) -> None:
         if isinstance(event, QemuAttached):
             self.attached.add(kind)
+            self._came.set()
         elif isinstance(event, Lost):
             self.attached.discard(kind)
+            self._came = trio.Event()
         if isinstance(event, QemuAttached) or (isinstance(event, StateLoaded) and len(event.state)):
             self.kind = kind
         if kind is not self.kind:

@@ -147,15 +147,17 @@ class ReplayUnderWay:
     Args:
         replay: what is done.
         bus: the function's client.
+        sent: it was sent before, and the VM may run, so it is only read back.
 
     Raises:
         ReplayFailed: it cannot be sent.
     """
 
-    def __init__(self, replay: FunctionReplay, bus: ClientLink) -> None:
+    def __init__(self, replay: FunctionReplay, bus: ClientLink, *, sent: bool = False) -> None:
         assert replay.ecam is not None, "a machine without ECAM"
         self._replay = replay
         self._bus = bus
+        self._sent = sent
         self._writes: list[tuple[str, SentWrite]] = []
         self._reads: list[tuple[ReadBack, SentRead]] = []
         self._send()
@@ -164,10 +166,12 @@ class ReplayUnderWay:
         replay, ecam = self._replay, self._replay.ecam or 0
         self._writes, self._reads = [], []
         try:
-            self._write(replay.plan.steps, through_ecam(replay.plan.steps, replay.place, ecam))
+            if not self._sent:
+                self._write(replay.plan.steps, through_ecam(replay.plan.steps, replay.place, ecam))
             for check in _checks(replay, ecam):
                 self._reads.append((check, self._bus.send_read(check.address, len(check.data))))
-            self._write(replay.plan.closing, through_ecam(replay.plan.closing, replay.place, ecam))
+            if not self._sent:
+                self._write(replay.plan.closing, through_ecam(replay.plan.closing, replay.place, ecam))
         except DmaFault as error:
             raise ReplayFailed(f"{replay.name}: its registers cannot be written: {error}") from error
 

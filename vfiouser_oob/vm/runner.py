@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import trio
 
@@ -37,27 +37,24 @@ from vfiouser_oob.vm.carriers.interface import (
     StopAsked,
     VmCarrier,
 )
+from vfiouser_oob.vm.contact import AGAIN_MAX_S, AGAIN_S, PATIENCE_S, QemuContact
 from vfiouser_oob.vm.jobs import QemuJobs
 from vfiouser_oob.vm.machine import advance
 from vfiouser_oob.vm.monitor import GoneError, MonitorError
 from vfiouser_oob.vm.movable import FunctionTrouble, MovableFunction, Replaying, VmMonitor
+from vfiouser_oob.vm.notes import VmNotes
 from vfiouser_oob.vm.preflight import Moment, judge, refusals
 from vfiouser_oob.vm.qmp import QmpEvent
 from vfiouser_oob.vm.questions import Carriers, OpenQuestion
-from vfiouser_oob.vm.record import CarrierKind, Deed, VmFunction, VmPhase, VmRecord
+from vfiouser_oob.vm.record import CarrierKind, Deed, Migration, VmFunction, VmPhase, VmRecord
 from vfiouser_oob.vm.replaying import prepare
 from vfiouser_oob.vm.survey import survey
 from vfiouser_oob.vm.table import ROUTES, WANTED
 from vfiouser_oob.vm.topology import TopologyError
 from vfiouser_protocol.errors import VfioUserError
 
-T = TypeVar("T")
 #: Seconds for what is done to a function while a carrier waits, which gives up after 20.
 DEED_S = 15.0
-#: Seconds until what has failed is attempted again; they double up to the second figure.
-AGAIN_S, AGAIN_MAX_S = 0.1, 2.0
-#: Seconds for an answer of the monitor when QEMU's main loop may stand still.
-PATIENCE_S = 30.0
 #: The phases of a QEMU whose VM has not come yet.
 COMING = frozenset({VmPhase.INCOMING, VmPhase.LOADING, VmPhase.LOADED, VmPhase.READY, VmPhase.GOING})
 #: Seconds for which a QEMU that is about to start its VM is kept from it while what was sent to it is not read back: it
@@ -65,6 +62,8 @@ COMING = frozenset({VmPhase.INCOMING, VmPhase.LOADING, VmPhase.LOADED, VmPhase.R
 GO_S = 0.25
 #: Phases in which it is not decided yet whether functions may run.
 _UNDECIDED = frozenset({VmPhase.LOADING, VmPhase.LOADED, VmPhase.GOING})
+#: Phases that last only until somebody has answered.
+_PASSING = frozenset({VmPhase.HOLDING, VmPhase.SAVING, VmPhase.LOADING, VmPhase.LOADED, VmPhase.GOING})
 _MONITOR_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], ev.VmEvent]] = MappingProxyType(
     {
         "STOP": lambda data: ev.Stopped(),
@@ -82,6 +81,7 @@ class VmRunner:
         functions: its functions, in the order of the configuration.
         carriers: what may carry their state; at least one.
         events: where changes are announced.
+        notes: where it is taken down for the daemon after this one, and what another one has left.
     """
 
     def __init__(
@@ -90,15 +90,21 @@ class VmRunner:
         functions: Sequence[MovableFunction],
         carriers: Mapping[CarrierKind, VmCarrier],
         events: EventHub,
+        notes: VmNotes | None = None,
     ) -> None:
         self.config = config
         self.functions = {function.name: function for function in functions}
         self.carriers = Carriers(carriers, self._hear)
+        self._log = log.get("vm").bind(vm=config.name)
+        self._notes = notes or VmNotes(config, None, self._log)
+        self._left = self._notes.left
         self.record = VmRecord(functions=tuple(map(VmFunction, self.functions)), carrier=self.carriers.kind)
-        self.monitor: VmMonitor | None = None
+        if self._left is not None:
+            self.record = self._left.record
+            self.carriers.carry_by(self.record.carrier)
+        self._contact = QemuContact(self.carriers, self._log)
         self.since = time.time()
         self._events = events
-        self._log = log.get("vm").bind(vm=config.name)
         self._inbox: deque[ev.VmEvent] = deque()
         self._jobs: QemuJobs
         #: The watching of the functions that goes on.
@@ -110,7 +116,9 @@ class VmRunner:
         self._kept: OpenQuestion | None = None
         self._failures: dict[str, int] = {}
         #: What was saved of each function, or has come.
-        self._states: dict[str, FunctionState] = {}
+        self._states: dict[str, FunctionState] = {} if self._left is None else dict(self._left.arrived)
+        #: Set with each event that was taken.
+        self._moved = trio.Event()
         self._deeds: Mapping[Deed, Callable[[MovableFunction], Any]] = MappingProxyType(
             {
                 Deed.STOP: lambda function: function.stop(),
@@ -125,7 +133,7 @@ class VmRunner:
                 ev.Arm: lambda effect: self._arm(),
                 ev.Disarm: lambda effect: self._disarm(),
                 ev.Judge: lambda effect: self._jobs.begin(self._judge),
-                ev.Cancel: lambda effect: self._jobs.begin(self._command, "migrate_cancel"),
+                ev.Cancel: lambda effect: self._jobs.begin(self._contact.command, "migrate_cancel"),
                 ev.AskRunstate: lambda effect: self._jobs.begin(self._ask_runstate),
                 ev.DoDeed: lambda effect: self._jobs.begin_in_lane(effect.function, self._do, effect),
                 ev.Later: lambda effect: self._jobs.begin(self._later, effect.function),
@@ -137,7 +145,7 @@ class VmRunner:
                 ev.Replay: lambda effect: self._replay(),
                 ev.AnswerLoad: lambda effect: self._answer(StateLoaded),
                 ev.RefuseLoad: lambda effect: self._refuse(effect.reason, StateLoaded),
-                ev.RepairCarrier: lambda effect: self._jobs.begin(self._repair),
+                ev.RepairCarrier: lambda effect: self._jobs.begin(self._contact.repair),
                 ev.LeaveFunctions: lambda effect: self._leave(),
                 ev.TellPeople: self._tell,
             }
@@ -147,9 +155,17 @@ class VmRunner:
         """Serve the carriers until cancelled; the monitor comes by `attend`."""
         async with trio.open_nursery() as nursery:
             self._jobs = QemuJobs(nursery, self.functions)
+            if self._left is not None:
+                self._log.info("goes on after a restart", phase=self.record.phase.value)
+                self.feed(ev.DaemonStarted())
             for kind in self.carriers.kinds:
                 await nursery.start(self.carriers.run, kind)
             task_status.started()
+
+    @property
+    def monitor(self) -> VmMonitor | None:
+        """QEMU's monitor, whenever it is connected."""
+        return self._contact.monitor
 
     # What happens
 
@@ -161,12 +177,24 @@ class VmRunner:
         while self._inbox:
             before = self.record.phase
             self.record, effects = advance(self.record, self._inbox[0])
+            self._notes.record(self.record)
             for effect in effects:
                 self._effects[type(effect)](effect)
             if self.record.phase is not before:
                 self._entered(before)
             self._inbox.popleft()
         self._let_go()
+        self._moved.set()
+        self._moved = trio.Event()
+
+    async def come_to_rest(self) -> None:
+        """Wait until no carrier waits, nothing is being done to a function, and QEMU has what it was sent."""
+        while self.carriers.question is not None or self.record.phase in _PASSING or self._busy:
+            await self._moved.wait()
+
+    @property
+    def _busy(self) -> bool:
+        return any(each.doing is not None for each in self.record.functions)
 
     def _entered(self, before: VmPhase) -> None:
         phase = self.record.phase
@@ -175,6 +203,7 @@ class VmRunner:
         self._events.publish("vm-phase", vm=self.config.name, phase=phase.value, before=before.value)
         if phase not in COMING:
             self.carriers.expect_no_more()
+            self._notes.settled()
         if before in COMING and phase not in COMING and phase is not VmPhase.ABSENT:
             self._watch(coming=phase is not VmPhase.RUNNING)
 
@@ -185,19 +214,19 @@ class VmRunner:
             monitor: its monitor, which has just come.
             qemu: what tells this QEMU from any other.
         """
-        self.monitor = monitor
+        self._contact.came(monitor)
         found = monitor.found
         self.feed(ev.QemuCame(qemu, found.runstate, found.migration, found.tells))
         if not self._watching:
             self._watch(coming=self.record.phase in COMING)
-        self._jobs.begin(self._mend)
+        self._jobs.begin(self._contact.mend, lambda: self._mendable)
         try:
             while True:
                 self._said(await monitor.next_event())
         except GoneError:
             pass
         finally:
-            self.monitor = None
+            self._contact.lost()
             self.feed(ev.MonitorLost())
 
     def _said(self, event: QmpEvent) -> None:
@@ -237,6 +266,7 @@ class VmRunner:
             self._tell(ev.TellPeople(True, f"the state that came is refused: {error}"))
             self._refuse(str(error), StateLoaded)
             return
+        self._notes.arrived(self._states)
         self.feed(ev.CarrierLoads())
 
     # Functions
@@ -292,14 +322,39 @@ class VmRunner:
             self._log.warning("a function goes on as during a migration", function=function.name, reason=error)
 
     def _replay(self) -> None:
+        if not self.carriers.asked(StateLoaded):  # nobody waits, and the functions may not be back yet
+            self._jobs.begin(self._replay_again)
+            return
         try:
-            sent = [function.replay(self._states[name]) for name, function in self.functions.items()]
+            sent = self._sent()
         except (FunctionTrouble, VfioUserError) as error:
             self.feed(ev.Replayed(str(error)))
             return
         self._jobs.begin(self._verify, sent)
         if self.carriers.question is None or self.carriers.question.due:
             self._answer(StateLoaded)
+
+    def _sent(self) -> list[Replaying]:
+        """Send the replays; once the VM may run, they are only read back."""
+        sent = self.record.phase is not VmPhase.LOADED
+        return [
+            function.replay(self._states.get(name, FunctionState(name)), sent=sent)
+            for name, function in self.functions.items()
+        ]
+
+    async def _replay_again(self) -> None:
+        failure = ""
+        with trio.move_on_after(DEED_S):
+            while True:
+                try:
+                    sent = self._sent()
+                    break
+                except (FunctionTrouble, VfioUserError) as error:
+                    failure = str(error)
+                await trio.sleep(AGAIN_S)
+            await self._verify(sent)
+            return
+        self.feed(ev.Replayed(failure or f"QEMU did not answer within {DEED_S:g} s"))
 
     async def _verify(self, sent: Sequence[Replaying]) -> None:
         failures = []
@@ -364,72 +419,43 @@ class VmRunner:
 
     # The monitor
 
-    async def _command(self, command: str, arguments: Mapping[str, Any] | None = None) -> None:
-        if self.monitor is None:
-            return
-        try:
-            await self.monitor.execute(command, arguments, seconds=PATIENCE_S)
-        except MonitorError as error:
-            self._log.warning("QEMU did not do what it was told", command=command, reason=error)
-
-    async def _mend(self) -> None:
-        """Have a QEMU that was there before us connect its end of the carrier again."""
-        if self.monitor is None or self.carriers.attached:
-            return
-        try:
-            objects = await self.monitor.execute("qom-list", {"path": "/objects"})
-        except MonitorError:
-            return
-        kinds = {each.get("type") for each in objects if isinstance(each, dict)} if isinstance(objects, list) else set()
-        if "child<dbus-vmstate>" in kinds and not self.carriers.attached:
-            await self._repair()
+    @property
+    def _mendable(self) -> bool:
+        """Whether QEMU may make its end anew: not while its VM leaves, for it is among what is being sent."""
+        leaving = self.record.migration in (Migration.LIVE, Migration.ENDING)
+        return self.record.phase is VmPhase.INCOMING or (self.record.phase is VmPhase.RUNNING and not leaving)
 
     async def _judge(self) -> None:
+        if self._arming is None:  # it was another daemon's
+            self._arm()
         arming = self._arming
         if arming is not None:
             await arming.done()
         facts = tuple(function.facts() for function in self.functions.values())
-        surveyed = await self._asked(lambda monitor: survey(self.record, monitor, facts))
+        surveyed = await self._contact.asked(lambda monitor: survey(self.record, monitor, facts))
         if surveyed is not None:  # else whoever comes again is judged again
             found = judge(surveyed, Moment.SETUP)
             self.feed(ev.Judged((*refusals(found), *(() if arming is None else arming.failures))))
 
     async def _ask_runstate(self) -> None:
-        answer = await self._asked(lambda monitor: monitor.execute("query-status", seconds=PATIENCE_S))
+        answer = await self._contact.asked(lambda monitor: monitor.execute("query-status", seconds=PATIENCE_S))
         if answer is not None:
             status = answer.get("status") if isinstance(answer, dict) else None
             self._listen_first()
             self.feed(ev.RunstateIs(str(status)))
-
-    async def _asked(self, ask: Callable[[VmMonitor], Awaitable[T]]) -> T | None:
-        """Ask QEMU until it answers, with pauses, since it may refuse at once; None if it has gone."""
-        pause_s = AGAIN_S
-        while self.monitor is not None:
-            try:
-                return await ask(self.monitor)
-            except GoneError:
-                return None
-            except MonitorError as error:
-                self._log.warning("QEMU does not answer; it is asked again", reason=error)
-            await trio.sleep(pause_s)
-            pause_s = min(2 * pause_s, AGAIN_MAX_S)
-        return None
 
     def _prepare(self) -> None:
         self.carriers.expect(self.config.state_max)
         self._jobs.begin(self._let_master)
 
     async def _let_master(self) -> None:
-        if self.monitor is None:
+        monitor = await self._contact.present()
+        if monitor is None:
             return
         try:
-            await prepare(self.monitor, tuple(self.functions))
+            await prepare(monitor, tuple(self.functions))
         except (MonitorError, TopologyError) as error:
             self._tell(ev.TellPeople(True, f"the functions cannot be prepared to take their state: {error}"))
-
-    async def _repair(self) -> None:
-        for command in self.carriers.repair():
-            await self._command(command.execute, command.arguments)
 
     def _tell(self, effect: ev.TellPeople) -> None:
         (self._log.error if effect.error else self._log.info)(effect.text)

@@ -55,6 +55,9 @@ class Act(Enum):
     ARM = auto()
     JUDGE = auto()
     CANCEL = auto()
+    #: Only for a carrier that QEMU has to connect anew, which it must not while it migrates.
+    DOUBT = auto()
+    PREPARE = auto()
     ASK = auto()
     ANSWER_HOLD = auto()
     REFUSE_HOLD = auto()
@@ -93,6 +96,7 @@ def _row(to: VmPhase | None, *acts: Act, text: str = "") -> CueRow:
 _UNASKED = "the VM has moved without its functions' state, which QEMU did not ask for: is the carrier's object missing?"
 _UNLOADED = "the VM came without its functions' state, so they must not run: had its source no carrier, or no daemon?"
 _INCOMPLETE = "the VM resumed before its functions' state was loaded, so they must not run"
+_RESTARTED = "the daemon was started anew during the migration, and what carries the functions' state was lost with it"
 _LOST = "the migration to here has failed"
 _AGAIN = "the VM runs again"
 _BACK = _row(VmPhase.ARMED)
@@ -127,6 +131,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
             Cue.OVER: _row(VmPhase.AWAY, Act.ERROR, text=_UNASKED),
             Cue.FELL: _row(None, Act.ERROR),
+            Cue.STARTED: _row(None, Act.DOUBT, text=_RESTARTED),
         },
         VmPhase.HOLDING: {
             Cue.ARRIVED: _row(VmPhase.STOPPED, Act.ANSWER_HOLD, Act.ASK),
@@ -134,7 +139,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.GO: _row(VmPhase.ARMED, Act.ANSWER_HOLD),
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
             Cue.CARRIER_RESET: _row(VmPhase.STOPPED, Act.ASK),
-            Cue.STARTED: _row(VmPhase.STOPPED),
+            Cue.STARTED: _row(VmPhase.STOPPED, Act.DOUBT, text=_RESTARTED),
         },
         VmPhase.STOPPED: {
             Cue.RESUME: _BACK,
@@ -152,6 +157,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.JUDGED: _row(None, Act.CANCEL, Act.ERROR),
             Cue.FELL: _row(None, Act.CANCEL, Act.ERROR),
             Cue.OVER: _row(VmPhase.AWAY, Act.ERROR, text=_UNASKED),
+            Cue.STARTED: _row(None, Act.DOUBT, text=_RESTARTED),
         },
         VmPhase.SAVING: {
             Cue.ARRIVED: _row(VmPhase.SAVED, Act.ANSWER_SAVE),
@@ -162,7 +168,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.GO: _UNSAVED,
             Cue.BACK: _row(VmPhase.STOPPED, Act.REFUSE_SAVE, Act.ASK, text="the migration was given up"),
             Cue.JUDGED: _row(VmPhase.STOPPED, Act.REFUSE_SAVE, Act.CANCEL, Act.ERROR),
-            Cue.STARTED: _row(VmPhase.STOPPED),
+            Cue.STARTED: _row(VmPhase.STOPPED, Act.DOUBT, text=_RESTARTED),
             Cue.OVER: _row(VmPhase.AWAY, Act.REFUSE_SAVE, Act.ERROR, text=_UNASKED),
         },
         VmPhase.SAVED: {
@@ -195,6 +201,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.RUNS: _BAR,
             Cue.OVER: _BAR,
             Cue.BACK: _BAR_LOST,
+            Cue.STARTED: _row(None, Act.PREPARE),
         },
         VmPhase.LOADING: {
             Cue.ARRIVED: _row(VmPhase.LOADED, Act.REPLAY, Act.ANSWER_LOAD_EARLY),
@@ -213,8 +220,6 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.GO: _row(VmPhase.GOING),
             Cue.RUNS: _row(VmPhase.GOING),
             Cue.BACK: _row(VmPhase.BARRED, Act.REFUSE_LOAD_LATE, Act.INFO, text=_LOST),
-            # The VM has not run yet, as far as was heard: writing it once more is no harm.
-            Cue.STARTED: _row(None, Act.REPLAY),
         },
         VmPhase.READY: {
             Cue.RESUME: _row(VmPhase.RUNNING),
@@ -232,7 +237,6 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.REPLAYED: _row(VmPhase.RUNNING),
             Cue.UNREPLAYED: _row(VmPhase.BARRED, Act.ERROR),
             Cue.STOP: _row(VmPhase.LOADED),
-            Cue.STARTED: _row(VmPhase.BARRED, Act.ERROR, text="the daemon was started anew before it knew the replay"),
         },
         VmPhase.BARRED: {
             Cue.LIVE: _row(None, Act.CANCEL, Act.ERROR, text="its functions do not have the guest's state"),
@@ -349,6 +353,8 @@ BEGINNINGS: Mapping[str, tuple[VmPhase, FunctionPlace]] = MappingProxyType(
 )
 #: Carriers that are answered before the replay is read back: QEMU carries out what was written before it goes on.
 ANSWERED_EARLY = frozenset({CarrierKind.DBUS_VMSTATE})
+#: Carriers whose connection ends with the daemon.
+ENDING_WITH_US = frozenset({CarrierKind.DBUS_VMSTATE})
 #: What is worth knowing when QEMU ends in a phase.
 FAREWELLS: Mapping[VmPhase, str] = MappingProxyType(
     {

@@ -76,6 +76,7 @@ class FunctionMemory:
         name: the function's, for people.
         session: the device as its client has it; its memory has a recorder.
         reports: who knows what the device writes unseen by us, since it was made; None if nobody does.
+        inherited: another daemon has served the client before, and nobody knows what was written meanwhile.
         clock: the recorder's.
         wall_clock: seconds since 1970, as QEMU stamps its events.
 
@@ -89,6 +90,7 @@ class FunctionMemory:
         session: BackendSession,
         *,
         reports: WrittenReports | None = None,
+        inherited: bool = False,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -101,15 +103,16 @@ class FunctionMemory:
         self._reports = reports
         self._clock = clock
         self._wall_clock = wall_clock
-        #: No migration of this client has begun before.
-        self._attached = self._recorder.journal.complete_from
+        #: No migration of this client that is under way has begun before.
+        self._attached = -math.inf if inherited else self._recorder.journal.complete_from
         self._armed = False
         #: Whether the device writes by messages whatever we would not see.
         self._routed = False
         #: The moment at which the function stood; None while it runs.
         self._stands: float | None = None
         #: The moment from which on every write is seen.
-        self._seen_from = self._attached if self._sees_all else math.inf if reports is None else clock()
+        begun = self._recorder.journal.complete_from
+        self._seen_from = begun if self._sees_all else math.inf if reports is None else clock()
         #: Why a write may have been missed; empty if none was.
         self._gap = ""
         #: When somebody reported last that all of the memory may have been written, which is told only in the end.

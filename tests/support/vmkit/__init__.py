@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import trio
 import trio.testing
 
 from vfiouser_oob.config.vms import VmConfig
+from vfiouser_oob.observability import log
 from vfiouser_oob.observability.events import EventHub
+from vfiouser_oob.server.ledger import Ledger
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.vm.bundle import FunctionState
 from vfiouser_oob.vm.carriers.at_desk import CarrierAtDesk
@@ -27,11 +29,13 @@ from vfiouser_oob.vm.carriers.interface import (
 from vfiouser_oob.vm.counterpart import FunctionOffer
 from vfiouser_oob.vm.monitor import ANSWER_S, Found, GoneError, RefusedError
 from vfiouser_oob.vm.movable import FunctionTrouble, VmMonitor
+from vfiouser_oob.vm.notes import VmNotes
 from vfiouser_oob.vm.preflight import FunctionFacts
 from vfiouser_oob.vm.qmp import QmpEvent, QmpGreeting
 from vfiouser_oob.vm.record import CarrierKind, Deed
 from vfiouser_oob.vm.runner import VmRunner
 from vfiouser_protocol.errors import CommandError
+from vmkit.keeping import KeepingManager
 
 __all__ = ["InMemoryFunction", "MemoryCarrier", "MemoryMonitor", "VmBed", "vm_bed"]
 
@@ -180,6 +184,8 @@ class InMemoryFunction:
         #: What is not done before the test says so.
         self.held: dict[Deed, trio.Event] = {}
         self.unreplayed = ""
+        #: Whether each replay was only read back.
+        self.replays: list[bool] = []
         self.verified = trio.Event()
         self.verified.set()
         self.held_back = False
@@ -257,9 +263,11 @@ class InMemoryFunction:
         await self._do(Deed.LOAD)
         self.loaded, self.state = state, state.stream
 
-    def replay(self, state: FunctionState) -> InMemoryFunction:
+    def replay(self, state: FunctionState, *, sent: bool = False) -> InMemoryFunction:
         """The replay is judged when the test says so."""
-        assert self.loaded is state
+        assert self.loaded is not None
+        assert self.loaded.registers == state.registers
+        self.replays.append(sent)
         return self
 
     async def finish(self, may_write: Callable[[], bool]) -> None:
@@ -284,24 +292,54 @@ class VmBed:
     """A running VM.
 
     Args:
-        runner: its migration.
         functions: its functions.
-        carriers: by kind.
-        nursery: where QEMU lives.
+        kinds: what may carry their states.
     """
 
-    def __init__(
-        self,
-        runner: VmRunner,
-        functions: Sequence[InMemoryFunction],
-        carriers: Mapping[CarrierKind, MemoryCarrier],
-        nursery: trio.Nursery,
-    ) -> None:
-        self.runner = runner
+    def __init__(self, functions: Sequence[InMemoryFunction], kinds: Sequence[CarrierKind]) -> None:
         self.functions = functions
-        self.carriers = carriers
-        self._nursery = nursery
+        self._kinds = kinds
+        #: Where QEMU and the daemons live.
+        self.nursery: trio.Nursery
+        self._daemon: trio.Nursery
+        self._config = VmConfig(name="vm", functions=tuple(function.name for function in functions))
+        self._manager = KeepingManager()
+        self._ledger: Ledger | None
+        self._notes: VmNotes
         self.monitor: MemoryMonitor
+        self.carriers: dict[CarrierKind, MemoryCarrier]
+        self.runner: VmRunner
+
+    async def begin(self) -> None:
+        """A daemon begins, with what the one before it has left."""
+        self.carriers = {kind: MemoryCarrier(kind.value) for kind in self._kinds}
+        with self._manager.daemon() as survival:
+            self._ledger = survival.ledger_of("vm")
+            self._notes = VmNotes(self._config, self._ledger, log.get("vm"))
+        self.runner = VmRunner(self._config, self.functions, self.carriers, EventHub(), self._notes)
+        await self.nursery.start(self._live)
+
+    async def _live(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as self._daemon:
+            await self._daemon.start(self.runner.run)
+            task_status.started()
+
+    async def kill(self) -> None:
+        """The daemon ends as it is; functions and QEMU stay as they are."""
+        assert self._ledger is not None
+        self._notes.close()
+        self._daemon.cancel_scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        self._ledger.close()
+        for function in self.functions:
+            function.recorded = function.held_back = False
+            function.held.clear()
+
+    def close(self) -> None:
+        """Give up what is kept."""
+        assert self._ledger is not None
+        self._ledger.close()
+        self._manager.close()
 
     @property
     def phase(self) -> str:
@@ -320,14 +358,16 @@ class VmBed:
         kind: CarrierKind = CarrierKind.DBUS_VMSTATE,
         qemu: str = "1",
         migration: str = "",
+        carrier: bool = True,
     ) -> None:
         """A QEMU comes with its carrier and its monitor, or its monitor comes back."""
         if self.runner.record.qemu != qemu:
             for function in self.functions:  # it is another client, for which they are reset
                 function.barred, function.runs = "", True
-        await self.carriers[kind].tell(QemuAttached(QEMU))
+        if carrier:
+            await self.attaches(kind)
         self.monitor = MemoryMonitor(runstate, migration)
-        self._nursery.start_soon(self.runner.attend, self.monitor, qemu)
+        self._daemon.start_soon(self.runner.attend, self.monitor, qemu)
         await trio.testing.wait_all_tasks_blocked()
 
     async def says(self, *events: str) -> None:
@@ -346,8 +386,12 @@ class VmBed:
         async def ask() -> None:
             answers.append(await self.carriers[kind].ask(question))
 
-        self._nursery.start_soon(ask)
+        self.nursery.start_soon(ask)
         return answers
+
+    async def attaches(self, kind: CarrierKind = CarrierKind.DBUS_VMSTATE) -> None:
+        """QEMU connects its end of the carrier."""
+        await self.carriers[kind].tell(QemuAttached(QEMU))
 
     async def loses_carrier(self, kind: CarrierKind = CarrierKind.DBUS_VMSTATE) -> None:
         """QEMU's end of the carrier goes."""
@@ -358,10 +402,8 @@ class VmBed:
 async def vm_bed(*names: str, kinds: Sequence[CarrierKind] = (CarrierKind.DBUS_VMSTATE,)) -> AsyncIterator[VmBed]:
     """A VM of which no QEMU has come yet."""
     functions = [InMemoryFunction(name) for name in names or ("f0", "f1")]
-    carriers = {kind: MemoryCarrier(kind.value) for kind in kinds}
-    config = VmConfig(name="vm", functions=tuple(function.name for function in functions))
-    runner = VmRunner(config, functions, carriers, EventHub())
-    async with trio.open_nursery() as nursery:
-        await nursery.start(runner.run)
-        yield VmBed(runner, functions, carriers, nursery)
-        nursery.cancel_scope.cancel()
+    with closing(VmBed(functions, kinds)) as bed:
+        async with trio.open_nursery() as bed.nursery:
+            await bed.begin()
+            yield bed
+            bed.nursery.cancel_scope.cancel()

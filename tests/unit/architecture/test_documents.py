@@ -121,6 +121,7 @@ def options(module: str) -> set[str]:
         "agent-check",
         "conformance",
         "demo",
+        "bench",
         "install-files",
     ],
 )

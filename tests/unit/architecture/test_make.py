@@ -27,6 +27,7 @@ TARGETS = (
     "conformance",
     "fuzz",
     "bench",
+    "scale",
     "vm-assets",
     "proto",
     "deb",

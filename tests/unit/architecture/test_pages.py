@@ -18,6 +18,8 @@ PAGES = {
     "docs/reference/control-socket.md": "tools/verbs_page.py",
     "docs/reference/metrics.md": "tools/metrics_page.py",
     "docs/explanation/architecture.md": "tools/rooms_map.py",
+    "docs/explanation/scale.md": "tools/scale_page.py",
+    "docs/explanation/scale.svg": "tools/scale_page.py",
 }
 
 

@@ -13,14 +13,16 @@ import pytest
 
 from vfiouser_agents.api import Role
 from vfiouser_oob.config.schema import FunctionConfig, UpstreamDevice
+from vfiouser_oob.migration.inherited import StreamMark
 from vfiouser_oob.migration.record import Begun, MigrationRecord
-from vfiouser_oob.persist.successor.things import RangeThing
+from vfiouser_oob.persist.successor.things import MigrationThing, RangeThing, StreamThing
 from vfiouser_oob.server.estate import Estate
 from vfiouser_oob.server.survival import Survival
 from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
+from vfiouser_protocol.constants import DeviceState
 
 CONFIG = FunctionConfig(name="f0", device=UpstreamDevice(socket=Path("/run/device.sock")), socket=Path("/run/f0.sock"))
 AGREED = Negotiated(1, b"{}\0", VersionCapabilities(), VersionCapabilities(), False, False, None)
@@ -120,12 +122,22 @@ def not_kept(manager: Manager) -> None:
     manager.kept.pop("vfu/file/1-2-2").close()
 
 
-def migrating(manager: Manager) -> None:
+def migrating(manager: Manager, record: MigrationRecord) -> None:
     """A migration was under way."""
     survival = manager.begin()
     estate = survival.estate_of(CONFIG)
     assert estate is not None
-    estate.migration(replace(MigrationRecord(), begun=Begun(Role.SOURCE, "m1")))
+    estate.migration(record)
+    estate.close()
+    survival.close()
+
+
+def strange_migration(manager: Manager) -> None:
+    """Its migration is of a version that is not known."""
+    survival = manager.begin()
+    estate = survival.estate_of(CONFIG)
+    assert estate is not None
+    estate.put(MigrationThing('{"version": 99}'))
     estate.close()
     survival.close()
 
@@ -146,7 +158,7 @@ def test_a_client_is_gone_on_with(manager: Manager) -> None:
         (newer, "a newer version, 2; 1 is understood"),
         (newer_record, "of version 9; 1 is understood"),
         (not_kept, "was not kept"),
-        (migrating, "a migration was under way"),
+        (strange_migration, "a migration record of version 99"),
     ],
 )
 def test_a_client_is_turned_out_in_words(
@@ -160,6 +172,53 @@ def test_a_client_is_turned_out_in_words(
     assert any(words in str(vars(record)) for record in caplog.records)
     leave(manager)
     assert go_on(manager) == 1
+
+
+def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
+    """What is known of it and how far its client has come are there, and a client that goes takes both along."""
+    leave(manager)
+    record = MigrationRecord(state=DeviceState.STOP_COPY, attached=True, begun=Begun(Role.SOURCE, "m1"))
+    migrating(manager, record)
+    survival = manager.begin()
+    estate = survival.estate_of(CONFIG)
+    assert estate is not None
+    assert record == estate.migration_left
+    (heir,) = estate.heirs
+    assert heir.stream is None
+    sock, memory = heir.main.take()
+    with sock, memory:
+        heir.notes.resumed(memory)
+        heir.notes.stream_moved(StreamMark(1, 10, b"head", 3), StreamMark(1, 20, whole=True))
+    estate.close()
+    survival.close()
+    survival = manager.begin()
+    estate = survival.estate_of(CONFIG)
+    assert estate is not None
+    (heir,) = estate.heirs
+    number = memory.number
+    assert StreamMark(1, 10, b"head", 3) == heir.mark(number)
+    assert StreamMark(1, 20, whole=True) == heir.mark(number + 1)
+    heir.notes.gone()
+    assert StreamThing.KIND not in {kind for kind, things in estate.journal.records.items() if things}
+    estate.close()
+    survival.close()
+
+
+def test_nobody_goes_on_with_a_migration_without_its_client(manager: Manager) -> None:
+    """What the function does is asked of its agent then."""
+    survival = manager.begin()
+    survival.works = True
+    estate = survival.estate_of(CONFIG)
+    assert estate is not None
+    estate.migration(MigrationRecord(state=DeviceState.STOP))
+    estate.close()
+    survival.close()
+    survival = manager.begin()
+    estate = survival.estate_of(CONFIG)
+    assert estate is not None
+    assert estate.migration_left is None
+    estate.close()
+    survival.close()
 
 
 def test_a_function_that_is_removed_leaves_nothing(manager: Manager) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +20,7 @@ from vfiouser_protocol.messages import DmaMap, DmaUnmap, RegionRead, SetIrqs
 
 BURST = 64
 #: Register that is read: the NVMe version, which has no side effects and no other use.
-_REGISTER = RegionRead(0x08, 0, 4)
+REGISTER_READ = message(Command.REGION_READ, encode(RegionRead(0x08, 0, 4)))
 _MAP_REPLY_SIZE = HEADER_SIZE
 _UNMAP_REPLY_SIZE = HEADER_SIZE + 24
 _PAGE = 4096
@@ -36,13 +37,12 @@ def read_latency(clients: Mapping[str, RawClient], rounds: int, count: int) -> d
         rounds: how many rounds.
         count: round trips of each client per round.
     """
-    request = message(Command.REGION_READ, encode(_REGISTER))
-    assert len(request) == READ_REQUEST_SIZE
+    assert len(REGISTER_READ) == READ_REQUEST_SIZE
     samples = {name: Samples() for name in clients}
     for _ in range(rounds):
         for name, client in clients.items():
-            client.round_trips(request, READ_REPLY_SIZE, _WARM_UP)
-            samples[name].add(client.round_trips(request, READ_REPLY_SIZE, count))
+            client.round_trips(REGISTER_READ, READ_REPLY_SIZE, _WARM_UP)
+            samples[name].add(client.round_trips(REGISTER_READ, READ_REPLY_SIZE, count))
     return samples
 
 
@@ -126,12 +126,41 @@ def resident_mb(pid: int) -> float:
     return int(fields["VmRSS"].split()[0]) * 1024 / 1e6
 
 
+def proportional_mb(pid: int) -> float:
+    """Memory of a process in MB (10^6 bytes), pages that it shares with others counted by its share (PSS)."""
+    fields = _status_fields(Path(f"/proc/{pid}/smaps_rollup"))
+    return int(fields["Pss"].split()[0]) * 1024 / 1e6
+
+
+def open_descriptors(pid: int) -> int:
+    """How many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
 def wake_ups(pid: int) -> int:
     """How often the threads of a process have gone to sleep by themselves so far, each of which ended in a
     wake-up.
     """
-    tasks = Path(f"/proc/{pid}/task")
-    return sum(int(_status_fields(tasks / task / "status")["voluntary_ctxt_switches"]) for task in os.listdir(tasks))
+    return sum(wake_ups_by_thread(pid).values())
+
+
+def wake_ups_by_thread(pid: int) -> dict[int, int]:
+    """The same of each thread, by its id: the count of one that ends is lost, and must not be taken for sleep."""
+    found = {}
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with suppress(OSError):  # it has just ended
+            fields = _status_fields(Path(f"/proc/{pid}/task/{task}/status"))
+            found[int(task)] = int(fields["voluntary_ctxt_switches"])
+    return found
+
+
+def processor_ns(pid: int) -> int:
+    """Nanoseconds that the threads of a process have run so far; that of one that ends is lost."""
+    total = 0
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with suppress(OSError):
+            total += int(Path(f"/proc/{pid}/task/{task}/schedstat").read_text(encoding="utf-8").split()[0])
+    return total
 
 
 def cpu_seconds(pid: int) -> float:

@@ -33,6 +33,22 @@ def message(command: int, payload: bytes, msg_id: int = 1) -> bytes:
     return pack_header(msg_id, command, HEADER_SIZE + len(payload), 0) + payload
 
 
+def attach_commands(*, migration: bool = False) -> Iterator[tuple[Command, bytes]]:
+    """What a VMM says before its guest runs, as far as every VMM says it.
+
+    Args:
+        migration: whether to announce the v1 generation of migration.
+    """
+    announced = VersionCapabilities(max_msg_fds=16, migration=MigrationCapability() if migration else None)
+    yield Command.VERSION, encode_version(announced, 0)
+    yield Command.DEVICE_GET_INFO, encode(DeviceInfo(16))
+    for index in (*range(6), RegionIndex.CONFIG):
+        yield Command.DEVICE_GET_REGION_INFO, encode(RegionInfo(_REGION_INFO_ROOM, 0, int(index)))
+    for index in range(5):
+        yield Command.DEVICE_GET_IRQ_INFO, encode(IrqInfo(16, 0, index))
+    yield Command.REGION_READ, encode(RegionRead(0, RegionIndex.CONFIG, 256))
+
+
 class RawClient:
     """A blocking connection.
 
@@ -58,14 +74,8 @@ class RawClient:
         try:
             sock.connect(str(path))
             client = cls(sock)
-            announced = VersionCapabilities(max_msg_fds=16, migration=MigrationCapability() if migration else None)
-            client.call(Command.VERSION, encode_version(announced, 0))
-            client.call(Command.DEVICE_GET_INFO, encode(DeviceInfo(16)))
-            for index in (*range(6), RegionIndex.CONFIG):
-                client.call(Command.DEVICE_GET_REGION_INFO, encode(RegionInfo(_REGION_INFO_ROOM, 0, int(index))))
-            for index in range(5):
-                client.call(Command.DEVICE_GET_IRQ_INFO, encode(IrqInfo(16, 0, index)))
-            client.call(Command.REGION_READ, encode(RegionRead(0, RegionIndex.CONFIG, 256)))
+            for command, payload in attach_commands(migration=migration):
+                client.call(command, payload)
         except BaseException:
             sock.close()
             raise

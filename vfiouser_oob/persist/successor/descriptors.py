@@ -65,6 +65,16 @@ def function_name(function: str, part: str) -> str:
     return f"{PREFIX}f/{function}/{part}"
 
 
+def vm_name(vm: str, part: str) -> str:
+    """The name of what belongs to one VM.
+
+    Args:
+        vm: its name.
+        part: what it is; as for a function.
+    """
+    return f"{PREFIX}v/{vm}/{part}"
+
+
 def function_of(name: str) -> str | None:
     """The function that a kept descriptor belongs to; None if it belongs to several, or is none of ours."""
     parts = name.removeprefix(PREFIX).split("/")

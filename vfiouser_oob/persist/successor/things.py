@@ -9,68 +9,38 @@ of a range 2300 ns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import ClassVar
 
-import msgpack
-
-from vfiouser_oob.persist.journal.layout import Key
-from vfiouser_oob.persist.record import UnusableRecord
 from vfiouser_oob.persist.successor.descriptors import DescriptorKind
-from vfiouser_protocol.capabilities import MigrationCapability, Negotiated, TwinSocket, VersionCapabilities
+from vfiouser_oob.persist.successor.thing import Thing, values_of
+from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
 
-_U16, _U32, _U64 = (1 << 16) - 1, (1 << 32) - 1, (1 << 64) - 1
+__all__ = [
+    "THINGS",
+    "AgreedThing",
+    "ArrivedThing",
+    "AssignedThing",
+    "ClientThing",
+    "ConfigThing",
+    "CounterThing",
+    "FunctionThing",
+    "LineThing",
+    "MigrationThing",
+    "RangeThing",
+    "RegionThing",
+    "StreamThing",
+    "Thing",
+    "TwinThing",
+    "UpstreamThing",
+    "VectorThing",
+    "VfioThing",
+    "VmThing",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Thing:
-    """What all things have in common."""
-
-    #: Which kind of record it is, and the version of that kind.
-    KIND: ClassVar[int]
-    VERSION: ClassVar[int] = 1
-    #: Its fields that tell it from others of its kind, with the bytes that each has in a key; none if there is one.
-    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({})
-    #: Its fields that name kept descriptors, and what each has to be.
-    DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType({})
-    #: Largest values of its numbers, where that is not 64 bits.
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({})
-
-    @property
-    def key(self) -> Key:
-        """Which one of its kind it is."""
-        return b"".join(getattr(self, name).to_bytes(size, "big") for name, size in self.KEY.items())
-
-    def to_record(self) -> bytes:
-        """Write it down."""
-        record: bytes = msgpack.packb((self.VERSION, *_values_of(type(self))(self)))
-        return record
-
-    @classmethod
-    def from_record(cls, record: bytes) -> Self:
-        """Read what `to_record` wrote.
-
-        Args:
-            record: the value of a journal's record.
-
-        Raises:
-            UnusableRecord: it is damaged, or of a version that is not understood.
-        """
-        try:
-            values = msgpack.unpackb(record, use_list=False, strict_map_key=False)
-        except (ValueError, msgpack.exceptions.UnpackException) as error:
-            raise UnusableRecord(f"it is damaged: {error}") from error
-        if not isinstance(values, tuple) or not values:
-            raise UnusableRecord("it is damaged: it is no list")
-        if values[0] != cls.VERSION:
-            raise UnusableRecord(f"it is of version {values[0]!r}; {cls.VERSION} is understood")
-        readers = _readers_of(cls)
-        if len(values) != len(readers) + 1:
-            raise UnusableRecord(f"it is damaged: it has {len(values) - 1} fields of {len(readers)}")
-        return cls(**{name: read(name, value) for (name, read), value in zip(readers.items(), values[1:], strict=True)})
+_U16, _U32 = (1 << 16) - 1, (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +140,7 @@ class AgreedThing(Thing):
     @property
     def negotiated(self) -> Negotiated:
         """What was negotiated, as the protocol has it."""
-        return Negotiated(*_values_of(AgreedThing)(self)[2:])
+        return Negotiated(*values_of(AgreedThing)(self)[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +321,90 @@ class AssignedThing(Thing):
     vectors: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class VmThing(Thing):
+    """The VM that the journal is about, and its migration.
+
+    Args:
+        identity: a digest of what it is configured to be; a successor with another configuration begins anew.
+        program: version of the program that wrote it, for people.
+        text: the record, as it writes itself down, with a version of its own.
+    """
+
+    KIND: ClassVar[int] = 32
+    identity: str
+    program: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedThing(Thing):
+    """What has come of one function of a VM that is not its own state, as long as QEMU may not have it.
+
+    Args:
+        number: which of the VM's functions, in the order of the configuration.
+        by_client: its client moves it by itself, so there is nothing else here.
+        registers: what QEMU keeps of it, as it came.
+    """
+
+    KIND: ClassVar[int] = 33
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 2})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U16})
+    number: int
+    by_client: bool
+    registers: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StreamThing(Thing):
+    """How far the client has come with a state that is being saved.
+
+    Args:
+        number: of the command with which it went on, modulo 2^32; until that is answered, what was before counts.
+        epoch_before: how often the stream was begun.
+        taken_before: bytes that the client took.
+        head_before: of the record that it took a part of.
+        done_before: bytes of that one.
+        epoch: likewise, once the command is answered.
+        taken: likewise.
+        head: likewise.
+        done: likewise.
+        whole: it took all of it then.
+    """
+
+    KIND: ClassVar[int] = 40
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType(
+        {"number": _U32, "epoch_before": _U32, "done_before": _U32, "epoch": _U32, "done": _U32}
+    )
+    number: int
+    epoch_before: int
+    taken_before: int
+    head_before: bytes
+    done_before: int
+    epoch: int
+    taken: int
+    head: bytes
+    done: int
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterThing(Thing):
+    """What the client knows of the migration region.
+
+    Args:
+        number: of the command with which it went on, modulo 2^32; until that is answered, what was before counts.
+        before: how far it was, as a list of numbers whose owner knows what they are.
+        after: how far it is once the command is answered, likewise.
+    """
+
+    KIND: ClassVar[int] = 41
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
+    number: int
+    before: bytes
+    after: bytes
+
+
 #: Every kind, in the order in which a successor rebuilds.
 THINGS: Sequence[type[Thing]] = (
     FunctionThing,
@@ -366,78 +420,9 @@ THINGS: Sequence[type[Thing]] = (
     VectorThing,
     AssignedThing,
     MigrationThing,
+    StreamThing,
+    RegisterThing,
     CounterThing,
+    VmThing,
+    ArrivedThing,
 )
-
-
-def _is(kind: type) -> Callable[[str, Any], Any]:
-    def read(name: str, value: Any) -> Any:
-        if type(value) is not kind:
-            raise UnusableRecord(f"it is damaged: {name} is {type(value).__name__}, it has to be {kind.__name__}")
-        return value
-
-    return read
-
-
-def _or_none(reader: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    return lambda name, value: None if value is None else reader(name, value)
-
-
-def _number(largest: int) -> Callable[[str, Any], int]:
-    whole = _is(int)
-
-    def read(name: str, value: Any) -> int:
-        number: int = whole(name, value)
-        if not 0 <= number <= largest:
-            raise UnusableRecord(f"it is damaged: {name} is {number}, it has to be from 0 to {largest}")
-        return number
-
-    return read
-
-
-def _parts(kind: type, readers: Sequence[Callable[[str, Any], Any]]) -> Callable[[str, Any], Any]:
-    def read(name: str, value: Any) -> Any:
-        if not isinstance(value, tuple) or len(value) != len(readers):
-            raise UnusableRecord(f"it is damaged: {name} is no list of {len(readers)}")
-        return kind(*(reader(name, item) for reader, item in zip(readers, value, strict=True)))
-
-    return read
-
-
-_ANY_NUMBER = _number(_U64)
-_TWIN = _parts(TwinSocket, (_is(bool), _or_none(_ANY_NUMBER)))
-_MIGRATION = _parts(MigrationCapability, (_ANY_NUMBER, _ANY_NUMBER))
-#: How a field is read, by its type.
-_READERS: Mapping[Any, Callable[[str, Any], Any]] = MappingProxyType(
-    {
-        int: _ANY_NUMBER,
-        int | None: _or_none(_ANY_NUMBER),
-        bool: _is(bool),
-        bytes: _is(bytes),
-        str: _is(str),
-        str | None: _or_none(_is(str)),
-        VersionCapabilities: _parts(
-            VersionCapabilities, (*[_ANY_NUMBER] * 4, _is(bool), _or_none(_TWIN), _or_none(_MIGRATION))
-        ),
-    }
-)
-
-
-def _field_readers(kind: type[Thing]) -> Mapping[str, Callable[[str, Any], Any]]:
-    hints = get_type_hints(kind)
-    return {
-        field.name: _number(kind.LARGEST[field.name]) if field.name in kind.LARGEST else _READERS[hints[field.name]]
-        for field in fields(kind)
-    }
-
-
-def _field_values(kind: type[Thing]) -> Callable[[Thing], tuple[Any, ...]]:
-    names = [field.name for field in fields(kind)]
-    get = attrgetter(*names)
-    return get if len(names) > 1 else lambda thing: (get(thing),)
-
-
-_FIELD_READERS = MappingProxyType({kind: _field_readers(kind) for kind in THINGS})
-_FIELD_VALUES = MappingProxyType({kind: _field_values(kind) for kind in THINGS})
-_readers_of = _FIELD_READERS.__getitem__
-_values_of = _FIELD_VALUES.__getitem__

@@ -7,7 +7,7 @@ from construct import Struct
 
 from vfiouser_agents.rpc.legacy_messages import HEADERS, header_layout
 from vfiouser_oob.migration.config_shadow import PCI_LAYOUT, RUN_LAYOUT, ConfigShadow
-from vfiouser_oob.server.holding import _REGION
+from vfiouser_oob.server.holding import REGION
 from vfiouser_protocol.codec import encode
 from vfiouser_protocol.messages import RegionRead, RegionWrite
 
@@ -25,7 +25,7 @@ def test_pci_record_is_as_declared() -> None:
 @pytest.mark.parametrize("access", [RegionRead(8, 7, 4), RegionWrite(8, 7, 4, b"data")])
 def test_held_access_names_its_region(access: RegionRead | RegionWrite) -> None:
     """Reads and writes name their region in the same place, the one that a held access is judged by."""
-    assert (7,) == _REGION.unpack_from(encode(access))
+    assert (7,) == REGION.unpack_from(encode(access))
 
 
 @pytest.mark.parametrize(("order", "layout"), [("little", header_layout("<")), ("big", header_layout(">"))])

@@ -702,6 +702,73 @@ def test_a_daemon_goes_on_where_another_ended(record: MigrationRecord, state: De
     assert (state is S.RESUMING) == (side.record.load_failure is not None)
 
 
+#: What a daemon may have been doing when it ended: any step of any plan, or nothing.
+UNDER_WAY = [
+    None,
+    *(
+        PlanProgress(name, S.RUNNING, at=at, touched=touched, arc=arc)
+        for name, plan in PLANS.items()
+        if plan.fall is not FailureOutcome.ATTACH
+        for at in range(len(plan.steps))
+        for touched in (False, True)
+        for arc in ([plans.PAUSE] if plan.fall is FailureOutcome.UNDO else [""])
+    ),
+]
+LEFT = {
+    **{state.name: record for state, (record, _) in IN_STATE.items()},
+    "STOP_COPY, handed": replace(
+        IN_STATE[S.STOP_COPY][0], handed=True, stream=Stream(Role.SOURCE, position=10, whole=True)
+    ),
+    "STOP, handed": replace(IN_STATE[S.STOP][0], handed=True, begun=SOURCE),
+    "STOP, committed": replace(IN_STATE[S.STOP][0], committed=True, begun=DESTINATION),
+    "RESUMING, empty": replace(IN_STATE[S.RESUMING][0], stream=Stream(Role.DESTINATION)),
+    "STOP, over link": replace(IN_STATE[S.STOP][0], over_link=True),
+    "RUNNING, begun": replace(IN_STATE[S.RUNNING][0], begun=SOURCE),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_client_goes_on_with_another_daemon(name: str) -> None:
+    """Whatever was under way, in whatever state: it stays attached, and no second copy is started by that."""
+    left = LEFT[name]
+    agent = AgentState.RUNNING if left.over_link else IN_STATE[left.state][1]
+    for errand in UNDER_WAY:
+        record = replace(left, errand=errand)
+        side = Side(MigrationRecord.from_json(record.to_json()), agent, live=not left.elsewhere)
+        answer = side.play(ev.Started(True, 10, "handed" in name))
+        assert (ev.Answer(), True, None) == (answer, side.record.attached, side.record.errand)
+        assert Do.RESUME not in side.taken
+        assert not side.taken or Do.ASK is side.taken[0]
+        goal = side.record.goal
+        assert (goal is not None) == (ev.Settle() in side.effects)
+        assert not (left.elsewhere and goal is Goal.RESUME)
+        if left.loads and left.stream is not None and left.stream.position and goal is None:
+            assert side.record.load_failure is not None
+        if errand is None and goal is None:
+            assert (left.state, Certainty.KNOWN) == (side.record.state, side.record.certainty)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_client_goes_on_where_the_agent_is_elsewhere(name: str) -> None:
+    """The agent was started anew as well, and says that the function runs: that is the truth."""
+    side = Side(MigrationRecord.from_json(LEFT[name].to_json()), AgentState.RUNNING)
+    side.play(ev.Started(True, 10, "handed" in name))
+    assert LEFT[name].at_agent is S.PRE_COPY or side.record.at_agent is S.RUNNING
+
+
+def test_a_stream_that_cannot_begin_anew() -> None:
+    """The function is as it was; what was fetched is not taken for its state."""
+    for fate in (Fate.REFUSED, Fate.AWAY, Fate.LOST):
+        side = side_in(S.STOP_COPY)
+        left = [Do.REOPEN_STREAM]
+        answer = side.play(ev.Started(True, 10), lambda do, left=left, fate=fate: fate if do in left else Fate.DONE)  # type: ignore[misc]
+        assert (ev.Answer(), S.STOP_COPY, None) == (answer, side.record.state, side.record.goal)
+        assert ev.HaltSource() in side.effects
+    side = side_in(S.STOP_COPY)
+    side.play(ev.Started(True, 10), lambda do: Fate.BROKEN if do is Do.REOPEN_STREAM else Fate.DONE)
+    assert Certainty.FAILED is side.record.certainty
+
+
 def test_steps_go_well_by_default() -> None:
     """The kit's script says so."""
     assert {Fate.DONE} == {all_well(do) for do in Do}

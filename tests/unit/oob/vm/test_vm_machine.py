@@ -47,6 +47,9 @@ STOP_IT, SAVE_IT, LOAD_IT, RESUME_IT, BAR_IT = (
     ev.DoDeed("f0", deed) for deed in (Deed.STOP, Deed.SAVE, Deed.LOAD, Deed.RESUME, Deed.BAR)
 )
 MOVED = ev.QemuCame("1", "postmigrate", "completed")
+DOUBTED = ev.TellPeople(
+    True, "the daemon was started anew during the migration, and what carries the functions' state was lost with it"
+)
 #: How a phase is reached.
 TO_ARMED = (RUNNING, SETUP, ACTIVE)
 TO_STOPPED = (*TO_ARMED, STOP, STOPPED)
@@ -432,16 +435,16 @@ TROUBLE: dict[str, Case] = {
     "found moved": ((ev.QemuCame("1", "postmigrate", "completed"),), VmPhase.AWAY, [STOP_IT]),
     "found with an old failure": ((ev.QemuCame("1", "running", "failed"),), VmPhase.RUNNING, []),
     "found paused": ((ev.QemuCame("1", "paused", ""),), VmPhase.RUNNING, []),
-    "started anew": ((*TO_STOPPED, ev.DaemonStarted()), VmPhase.STOPPED, []),
+    "started anew": ((*TO_STOPPED, ev.DaemonStarted()), VmPhase.STOPPED, [DOUBTED]),
     "started anew with nothing": ((ev.DaemonStarted(),), VmPhase.ABSENT, []),
-    "started anew while stopping": ((*TO_ARMED, STOP, ev.DaemonStarted()), VmPhase.STOPPED, [STOP_IT]),
-    "started anew while saving": ((*TO_SAVING, ev.DaemonStarted()), VmPhase.STOPPED, [STOP_IT]),
+    "started anew while stopping": ((*TO_ARMED, STOP, ev.DaemonStarted()), VmPhase.STOPPED, [DOUBTED, STOP_IT]),
+    "started anew while saving": ((*TO_SAVING, ev.DaemonStarted()), VmPhase.STOPPED, [DOUBTED, STOP_IT]),
     "started anew while loading": (
         (*TO_LOADING, ev.DaemonStarted()),
         VmPhase.BARRED,
         [ev.TellPeople(True, "the daemon was started anew while the state was loaded"), BAR_IT],
     ),
-    "started anew before the replay was read": ((*TO_LOADED, ev.DaemonStarted()), VmPhase.LOADED, [ev.Replay()]),
+    "started anew before the replay was read": ((*TO_LOADED, ev.DaemonStarted()), VmPhase.LOADED, []),
     "started anew, and QEMU makes its end anew": (
         (RUNNING, ev.DaemonStarted(), RUNNING),
         VmPhase.RUNNING,

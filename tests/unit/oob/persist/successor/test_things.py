@@ -26,6 +26,7 @@ from vfiouser_oob.persist.successor.rebuild import CannotRebuild, rebuild, unuse
 from vfiouser_oob.persist.successor.things import (
     THINGS,
     AgreedThing,
+    ArrivedThing,
     AssignedThing,
     ClientThing,
     ConfigThing,
@@ -35,11 +36,13 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
     VectorThing,
     VfioThing,
+    VmThing,
 )
 from vfiouser_oob.systemd.fd_store import MAX_NAME, is_name
 from vfiouser_oob.transport.fds import LentFd, OwnedFd
@@ -64,6 +67,9 @@ EXAMPLES: tuple[Thing, ...] = (
     RegionThing(0, "bar0"),
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
+    StreamThing(3, 1, 512, b"head", 8, 2, 1 << 40, b"", 0, True),
+    VmThing("cd" * 16, "1.2", '{"version": 1}'),
+    ArrivedThing(65535, False, b"{}"),
 )
 KINDS: Mapping[str, DescriptorKind] = {
     "main": DescriptorKind.SOCKET,
