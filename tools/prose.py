@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MADE = frozenset(
     ROOT / name
     for name in (
-        "docs/reference/cli.md",
         "docs/reference/configuration.md",
         "docs/reference/control-socket.md",
         "docs/reference/messages.md",
