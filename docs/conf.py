@@ -56,6 +56,8 @@ PAGES = {
     "agents/README.md": "about/agents.md",
 }
 DOCS = Path(__file__).resolve().parent
+#: Pages and pictures, which the site shows; a link to any other file becomes one to a copy.
+SHOWN = {".md", ".png", ".svg"}
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#]+)(#[^)]*)?\)")
 _SPEC = re.compile(r"^( *)Spec: (.+)$")
 
@@ -97,7 +99,7 @@ def relink(text: str, source: Path, page: str) -> str:
         inside = PAGES.get(path.relative_to(ROOT).as_posix())
         target = DOCS / inside if inside else path
         place = os.path.relpath(target, DOCS / folder)
-        if target.suffix == ".md" and target.is_relative_to(DOCS):
+        if target.suffix in SHOWN and target.is_relative_to(DOCS):
             return f"]({place}{fragment})"
         return f"](<path:{place}>)" if path.is_file() else found[0]
 

@@ -1,1 +1,1 @@
-"""Instruments: a VMM player, an NVMe driver, the demo and the benchmarks. Nothing of the daemon uses them."""
+"""Instruments: a VMM player, an NVMe driver, the demo and the benchmarks. The daemon never uses them."""

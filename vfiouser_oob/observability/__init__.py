@@ -1,1 +1,1 @@
-"""What the daemon says about itself while it runs."""
+"""The daemon's reports about itself: log, status, metrics, events."""

@@ -1,3 +1,1 @@
-"""What the daemon remembers beyond its own death: small files that may be lost or stale without harm, and memory that a
-successor goes on with.
-"""
+"""Data that outlives the daemon: small files that may be lost or stale without harm, and memory for its successor."""

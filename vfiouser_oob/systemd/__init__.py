@@ -1,1 +1,1 @@
-"""Being a good citizen under systemd: readiness, sockets that it opened for us, descriptors that it keeps for us."""
+"""A good citizen under systemd: readiness, sockets that systemd has opened, descriptors that it keeps."""

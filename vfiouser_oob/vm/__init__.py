@@ -1,1 +1,1 @@
-"""One VM's migration with stock QEMU: its monitor, its carriers, and what is replayed on the other side."""
+"""One VM's migration with stock QEMU: its monitor, its carriers, and the replay on the other side."""

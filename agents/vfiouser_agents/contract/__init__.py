@@ -1,1 +1,1 @@
-"""The contract of an agent, as checks that run against a live one; `vfiouser_agents.testing` is the way in."""
+"""The contract of an agent, as checks that run against a live agent; `vfiouser_agents.testing` is the entry point."""

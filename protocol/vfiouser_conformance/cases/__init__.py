@@ -1,4 +1,4 @@
-"""The cases, an area or a part of one per module."""
+"""The cases. Each module has one area, or a part of it."""
 
 from __future__ import annotations
 

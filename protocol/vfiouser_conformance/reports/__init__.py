@@ -1,1 +1,1 @@
-"""What a run is told as: a table for people, JSON, JUnit."""
+"""The reports of a run: a table for people, JSON, JUnit."""

@@ -1,4 +1,4 @@
-"""Device profiles: what makes a device that is known do DMA, raise interrupts or fail, so that this can be watched."""
+"""Device profiles: how to make a known device do DMA, raise interrupts or fail, so that a case can watch it."""
 
 from __future__ import annotations
 

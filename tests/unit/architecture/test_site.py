@@ -53,6 +53,7 @@ def test_names_that_come_from_the_protocol_are_listed(page: str, module: Any) ->
         ("explanation/trust", "docs/explanation/trust.md: [x](../../SECURITY.md)", "[x](../about/security.md)"),
         ("howto/systemd", "docs/howto/systemd.md: [x](kernel-vfio.md#steps)", "[x](kernel-vfio.md#steps)"),
         ("howto/systemd", "docs/howto/systemd.md: [x](no-such-page.md)", "[x](no-such-page.md)"),
+        ("explanation/scale", "docs/explanation/scale.md: ![x](scale.svg)", "![x](scale.svg)"),
         ("howto/systemd", "docs/howto/systemd.md: [x](https://a.example/b.md#c)", "[x](https://a.example/b.md#c)"),
         ("howto/systemd", "docs/howto/systemd.md: [x](#here)", "[x](#here)"),
     ],

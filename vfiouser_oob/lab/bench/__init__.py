@@ -1,3 +1,1 @@
-"""Benchmarks of the daemon, each beside the least that the same bytes cost on the same machine in the same
-run.
-"""
+"""Benchmarks of the daemon, each beside the lowest cost of the same bytes on the same machine in the same run."""

@@ -1,1 +1,1 @@
-"""An NVMe driver as a guest has it, over the vfio-user client."""
+"""A guest's NVMe driver, over the vfio-user client."""

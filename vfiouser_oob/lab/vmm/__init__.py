@@ -1,1 +1,1 @@
-"""The part of a VMM that migrates: the moves of QEMU's code paths, in both generations of the protocol."""
+"""The part of a VMM that migrates: it follows QEMU's code paths, in both generations of the protocol."""

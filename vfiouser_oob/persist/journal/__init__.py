@@ -1,1 +1,1 @@
-"""A journal in memory that outlives its process: what a successor has to know, appended as it changes."""
+"""A journal in memory that outlives its process. It appends each change that a successor must know."""

@@ -1,1 +1,1 @@
-"""What a successor needs, as values: written into a journal, read out of it, and judged before anything is rebuilt."""
+"""The values that a successor needs: written into a journal, read from it, and judged before anything is rebuilt."""
