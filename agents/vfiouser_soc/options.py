@@ -81,7 +81,7 @@ class SocOptions:
         doorbells: trapped as messages, or mapped and polled.
         part: what this process plays.
         agent: the agent.
-        log_level: least important record that is written.
+        log_level: least important log records to write.
         log_format: for people or for machines.
     """
 

@@ -184,7 +184,7 @@ class Transfer:
         if destination is None or record.stream is None:
             raise CommandError("no state is being loaded")
         if record.load_failure is not None:
-            raise CommandError(f"the load has failed ({record.load_failure}); only a reset leads out")
+            raise CommandError(f"the load has failed ({record.load_failure}); only a reset ends this")
         self._runner.feed(Moved(record.stream.position + len(data)))
         try:
             await destination.write(data, message_deadline())

@@ -299,7 +299,7 @@ def _check(things: Sequence[Thing], identity: str) -> None:
     except ValueError as error:
         raise UnusableRecord(str(error)) from error
     if under_way(record):
-        raise UnusableRecord(f"a migration was under way ({record.shown}); the agent knows what becomes of it")
+        raise UnusableRecord(f"a migration was under way ({record.shown}); its agent decides how it goes on")
 
 
 def under_way(record: MigrationRecord) -> bool:
