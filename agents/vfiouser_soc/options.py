@@ -134,7 +134,7 @@ class SocOptions:
                 size=size, image=image, cmb=self.cmb, doorbells=self.doorbells, shared=self.shared_image
             )
         except ValueError as error:
-            raise ConfigError(str(error).replace("key 'image'", "--image FILE")) from error
+            raise ConfigError(str(error).replace("with key 'image'", "with --image FILE")) from error
         name = f"f{index}"
         return FunctionConfig(
             name=name,

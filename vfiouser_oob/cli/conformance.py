@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(PROFILES),
         help="the device is of this kind, so make it do DMA, interrupts and failures",
     )
-    parser.add_argument("--client", choices=sorted(CLIENTS),
+    parser.add_argument("--client", metavar="NAME", choices=sorted(CLIENTS),
                         help="play only this client, and fail if it could not work with the server: "
                              + "; ".join(f"{name}: {profile.title}" for name, profile in CLIENTS.items()))  # fmt: skip
     parser.add_argument("--safe", action="store_true", help="leave out cases that may disturb a device in use")

@@ -50,13 +50,13 @@ class CommandEntry:
 
 COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("serve", "vfiouser_oob.cli.serve", "export functions on vfio-user sockets"),
-    CommandEntry("keep", "vfiouser_oob.cli.keep", "run a command, and restart it with the descriptors that it kept"),
+    CommandEntry("keep", "vfiouser_oob.cli.keep", "run a command, and restart it with its kept descriptors"),
     CommandEntry("check-config", "vfiouser_oob.cli.check_config", "check a configuration file and summarize it"),
     CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
     CommandEntry("add", "vfiouser_oob.cli.add", "add functions to a running daemon"),
     CommandEntry("remove", "vfiouser_oob.cli.remove", "remove a function from a running daemon"),
     CommandEntry("reload", "vfiouser_oob.cli.reload", "make a running daemon read its configuration again"),
-    CommandEntry("drain", "vfiouser_oob.cli.drain", "let a function accept no new client, and wait for the last one"),
+    CommandEntry("drain", "vfiouser_oob.cli.drain", "close a function to new clients, and wait for the last one"),
     CommandEntry("disconnect", "vfiouser_oob.cli.disconnect", "disconnect the client of a function"),
     CommandEntry("log-level", "vfiouser_oob.cli.log_level", "choose what a running daemon logs"),
     CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),

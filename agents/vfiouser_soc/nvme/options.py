@@ -59,5 +59,5 @@ class NvmeOptions:
             have = f"{memory / (1 << 30):.0f}G"
             raise ValueError(
                 f"a namespace of {format_size(self.size)} in RAM is too large for a machine with {have} of memory; "
-                f"name a file with the key 'image'"
+                f"name a file with key 'image'"
             )
