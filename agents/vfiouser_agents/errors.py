@@ -220,7 +220,7 @@ class NoResources(AgentError):
 
 
 class DeviceFailed(AgentError):
-    """The function does not work any more; only a reset leads out."""
+    """The function does not work any more; only a reset ends this."""
 
     code = "device-failed"
     errno = errno.EIO

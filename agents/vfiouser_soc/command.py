@@ -82,9 +82,10 @@ def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--agent-protocol",
+        metavar="KIND",
         choices=SERVED_KINDS,
         default=DEFAULT_KIND,
-        help=f"what the agent speaks at its addresses (default: {DEFAULT_KIND})",
+        help=f"protocol of the agent at its addresses: {', '.join(SERVED_KINDS)} (default: {DEFAULT_KIND})",
     )
     parser.add_argument("--tls-cert", metavar="FILE", type=option(PATH.read), help="certificate of the agent")
     parser.add_argument("--tls-key", metavar="FILE", type=option(PATH.read), help="its key (default: in --tls-cert)")

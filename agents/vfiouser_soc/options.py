@@ -81,7 +81,7 @@ class SocOptions:
         doorbells: trapped as messages, or mapped and polled.
         part: what this process plays.
         agent: the agent.
-        log_level: least important record that is written.
+        log_level: least important log records to write.
         log_format: for people or for machines.
     """
 
@@ -134,7 +134,7 @@ class SocOptions:
                 size=size, image=image, cmb=self.cmb, doorbells=self.doorbells, shared=self.shared_image
             )
         except ValueError as error:
-            raise ConfigError(str(error).replace("key 'image'", "--image FILE")) from error
+            raise ConfigError(str(error).replace("with key 'image'", "with --image FILE")) from error
         name = f"f{index}"
         return FunctionConfig(
             name=name,

@@ -82,7 +82,7 @@ def require_transition(current: DeviceState, written: int) -> tuple[Arc, ...]:
     wanted = written & STATE_MASK
     allowed = TRANSITIONS[value]
     if wanted not in allowed:
-        hint = f"allowed are {sorted(allowed)}" if allowed else "only a reset leads out"
+        hint = f"allowed are {sorted(allowed)}" if allowed else "only a reset ends this"
         raise CommandError(f"device_state {wanted} was written in state {value}; {hint}; the state stays")
     return require_path(current, TO_V2[wanted])
 

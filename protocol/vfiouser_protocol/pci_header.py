@@ -127,7 +127,7 @@ def define_bars(registers: Registers, bars: Sequence[BarSpec]) -> None:
         if not places <= set(range(6)) or places & taken:
             raise ValueError(f"{bar} does not fit beside the other BARs")
         if bar.size & (bar.size - 1) or bar.size < (4 if bar.io else 16):
-            raise ValueError(f"{bar} has a size that is no power of two, or too small")
+            raise ValueError(f"{bar} has a size that is not a power of two, or is too small")
         if bar.io and (bar.is_64 or bar.prefetchable or bar.size > 256):
             raise ValueError(f"{bar}: an I/O BAR has 32 bits, is not prefetchable and has up to 256 bytes")
         taken |= places

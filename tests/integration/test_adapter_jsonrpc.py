@@ -415,7 +415,7 @@ async def test_results_that_do_not_fit_the_map(tmp_path: Path) -> None:
         with pytest.raises(ProtocolError, match="dev_read has no 'blob'"):
             await session.save(0, 10, Phase.FINAL)
         server.methods["dev_read"] = text
-        with pytest.raises(ProtocolError, match="no base64"):
+        with pytest.raises(ProtocolError, match="not base64"):
             await session.save(0, 10, Phase.FINAL)
 
 

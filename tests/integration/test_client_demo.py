@@ -84,7 +84,7 @@ def test_process_that_dies_is_named(short_path: Path, victim: str, name: str) ->
     os.kill(pids[victim], signal.SIGKILL)
     _, errors = demo.communicate(timeout=60)
     assert 1 == demo.returncode
-    assert f"vfiouser-oob: the demonstration failed: {name} was killed by SIGKILL\n" == errors
+    assert f"vfiouser-oob: the demo failed: {name} was killed by SIGKILL\n" == errors
     assert all(gone(pid) for pid in pids.values())
     assert [] == os.listdir(short_path)
 
@@ -106,7 +106,7 @@ def test_interrupted_demo_cleans_up(short_path: Path, number: signal.Signals, in
     demo.send_signal(number)
     _, errors = demo.communicate(timeout=60)
     assert 1 == demo.returncode
-    assert "vfiouser-oob: the demonstration failed: interrupted\n" == errors
+    assert "vfiouser-oob: the demo failed: interrupted\n" == errors
     assert 2 == len(pids)
     assert all(gone(pid) for pid in pids)
     assert [] == os.listdir(short_path)

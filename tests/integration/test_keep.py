@@ -230,4 +230,4 @@ def test_two_keepers_do_not_share_a_socket(tmp_path: Path) -> None:
 def test_a_command_is_needed() -> None:
     """Without one it is bad usage."""
     done = subprocess.run(KEEP, capture_output=True, text=True, timeout=60, check=False)
-    assert (2, True) == (done.returncode, "a command is needed" in done.stderr)
+    assert (2, True) == (done.returncode, "the command is missing" in done.stderr)

@@ -136,7 +136,7 @@ def test_process_that_dies_is_named(short_path: Path, victim: str, name: str) ->
     os.kill(int(found[1]), signal.SIGKILL)
     _, errors = demo.communicate(timeout=60)
     assert 1 == demo.returncode
-    assert f"vfiouser-oob: the demonstration failed: {name} was killed by SIGKILL\n" == errors
+    assert f"vfiouser-oob: the demo failed: {name} was killed by SIGKILL\n" == errors
     assert 4 == len(pids)
     assert all(gone(pid) for pid in pids)
     assert [] == os.listdir(short_path)

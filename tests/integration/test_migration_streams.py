@@ -56,7 +56,7 @@ def rewritten(stream: bytes, config: bytes) -> bytes:
 
 
 async def refuse(side: Side, stream: bytes, chunk: int = 30_000) -> tuple[int, str]:
-    """Load something bad: it fails at some write or at the end, nothing is applied, and only a reset leads out.
+    """Load something bad: it fails at some write or at the end, nothing is applied, and only a reset ends this.
 
     Returns:
         The first error number, and what is said about it.

@@ -118,7 +118,7 @@ async def test_reload_shows_and_makes_the_difference(site: Site, told: Told) -> 
             "changes: changed (dma)",
             "comes: added",
             "[daemon]: changed (log_level)",
-            "[daemon]: takes a restart (reply_budget_s)",
+            "[daemon]: needs a restart (reply_budget_s)",
         ] == told().splitlines()
         assert {"stays": "attached", "changes": "listening", "comes": "listening"} == site.phases()
         assert not site.socket("goes").exists()
@@ -126,7 +126,7 @@ async def test_reload_shows_and_makes_the_difference(site: Site, told: Told) -> 
         assert await answers(site.socket("comes"))
         assert await answers(site.socket("changes"))
         assert 0 == await site.run("reload")
-        assert ["[daemon]: takes a restart (reply_budget_s)"] == told().splitlines()
+        assert ["[daemon]: needs a restart (reply_budget_s)"] == told().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -394,11 +394,11 @@ async def test_drain_waits_and_says_so(site: Site, told: Told) -> None:
             second.close()
             assert MAGIC == await client.read32(0, 0)
             assert "" == told()
-        assert "f0: drained: no client, and none will come\n" == told()
+        assert "f0: drained: it has no client and accepts none\n" == told()
         assert {"f0": "drained"} == site.phases()
         assert 0 == await site.run("drain", "f0")
         assert 0 == await site.run("drain", "f0", "--undo")
-        assert told().endswith("clients may come again\n")
+        assert told().endswith("clients may connect again\n")
         assert await answers(site.socket("f0"))
 
 
@@ -408,7 +408,7 @@ async def test_disconnect(site: Site, told: Told) -> None:
     async with site.serving():
         async with attached(site.socket("f0")) as client:
             assert 0 == await site.run("disconnect", "f0")
-            assert "was turned out; the next client may come" in told()
+            assert "is disconnected; the next client may connect" in told()
             assert b"" == await client.sock.recv(1)
         assert 1 == await site.run("disconnect", "f0")
         assert "f0 has no client" in told()

@@ -72,7 +72,7 @@ async def test_the_hook_refuses_a_vm_in_words(
             await met(monitor, side, here.host.process)
             said = await here.migrate(there)
             assert said.status == 1
-            assert f"no [[vm]] of this host has the functions f0 (it has {NAME}: g0)" in said.text
+            assert f"no [[vm]] on this host has the functions f0 (it has {NAME}: g0)" in said.text
             assert await here.host.virsh("domstate", NAME) == "paused"
             await here.host.virsh("destroy", NAME)
 

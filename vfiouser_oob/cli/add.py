@@ -33,7 +33,5 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     if any_failed(outcomes):
         raise CommandFailed("not everything was added")
-    print(
-        "not in the daemon's configuration file: a restart forgets what is not written there, a reload leaves it alone"
-    )
+    print("not in the daemon's configuration file: a reload keeps it, a restart forgets it")
     return ExitCode.DONE

@@ -33,13 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--agent",
         metavar="KIND:…",
-        help="the agent, such as msgpack-rpc:tls://soc:7711,tls.ca=ca.pem,function=nvme0; its function is stopped, "
-        "overwritten with its own state and reset, so take one that nobody uses",
+        help="the agent, such as msgpack-rpc:tls://soc:7711,tls.ca=ca.pem,function=nvme0; the checks stop its "
+        "function, overwrite it with its own state and reset it, so choose one that nobody uses",
     )
-    parser.add_argument("--function", metavar="ID", help="the function to check; default: the only one that there is")
-    parser.add_argument("--deadline", metavar="SECONDS", type=count(1, 3600), help=f"for each check; {DEADLINE:.0f}")
-    parser.add_argument("-k", metavar="TEXT", dest="text", help="only checks with this in their name")
-    parser.add_argument("--list", action="store_true", help="print the checks and what they prove, and do nothing")
+    parser.add_argument("--function", metavar="ID", help="the function to check (default: the only one)")
+    parser.add_argument(
+        "--deadline", metavar="SECONDS", type=count(1, 3600), help=f"seconds for each check (default: {DEADLINE:.0f})"
+    )
+    parser.add_argument("-k", metavar="TEXT", dest="text", help="only the checks with this text in their names")
+    parser.add_argument("--list", action="store_true", help="list the checks and what each proves, and run none")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -47,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the suite against the agent; exit code 1 if a check fails."""
     names = [check.name for check in CHECKS if args.text is None or args.text in check.name]
     if not names:
-        raise ConfigError(f"no check has {args.text!r} in its name; --list prints them all")
+        raise ConfigError(f"no check has {args.text!r} in its name; --list shows all of them")
     if args.list:
         _print_list(names, as_json=args.json)
         return ExitCode.DONE
     if args.agent is None:
-        raise ConfigError("--agent is missing; an example: --agent msgpack-rpc:unix:///run/agent.sock,function=nvme0")
+        raise ConfigError("--agent is missing; for example: --agent msgpack-rpc:unix:///run/agent.sock,function=nvme0")
     factory, function = _factory(args.agent, args.function)
     show = _ignore if args.json else _Table().row
     suite = partial(

@@ -28,7 +28,9 @@ from vfiouser_oob.lab.demo.children import ChildFailed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench`."""
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
-    parser.add_argument("--quick", action="store_true", help="some seconds instead of a minute, and less exact")
+    parser.add_argument(
+        "--quick", action="store_true", help="take some seconds instead of a minute, and measure less exactly"
+    )
     parser.add_argument("--strict", action="store_true", help="fail when a budget is exceeded")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(

@@ -19,7 +19,7 @@ DEV = Path("/dev")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bind`."""
     parser.add_argument("bdf", metavar="BDF", type=option(BDF.read), help="the function, e.g. 0000:3b:00.2")
-    parser.add_argument("--owner", metavar="USER", type=_user, help="user that is to own the function's VFIO nodes")
+    parser.add_argument("--owner", metavar="USER", type=_user, help="user who will own the function's VFIO nodes")
 
 
 def _user(text: str) -> int:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.owner is not None:
         for path in nodes:
             binding.give(path, args.owner)
-    names = ", ".join(map(str, nodes)) or "none yet: load the kernel's modules with `modprobe vfio-pci`"
+    names = ", ".join(map(str, nodes)) or "none yet: load the kernel's module with `modprobe vfio-pci`"
     print(f"{args.bdf} is bound to {node.driver}, IOMMU group {node.iommu_group}, node {names}")
     others = node.group_obstacles()
     if others:

@@ -118,7 +118,7 @@ def configuration(path: Path) -> BundlePart:
         return part("config.json", meaning, f"{path} cannot be read: {error.strerror}\n")
     except ValueError as error:  # of which the text may quote the file
         place = re.search(r"line \d+", str(error))
-        return part("config.json", meaning, f"{path} is no TOML{f', see {place[0]}' if place else ''}\n")
+        return part("config.json", meaning, f"{path} is not TOML{f', see {place[0]}' if place else ''}\n")
 
 
 def of_daemon(path: Path) -> Iterator[BundlePart]:
@@ -156,13 +156,13 @@ def last_logs(unit: str) -> BundlePart:
     meaning = f"the last {LOG_LINES} lines of the journal of {unit}"
     program = shutil.which("journalctl")
     if program is None:
-        return part("log.txt", meaning, "there is no journalctl here; add the daemon's log by hand\n")
+        return part("log.txt", meaning, "this machine has no journalctl; add the daemon's log by hand\n")
     command = [program, "--unit", unit, "--lines", str(LOG_LINES), "--no-pager", "--output", "short-iso-precise"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_LOG_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it did not answer within {_LOG_S:g} s"
-        return part("log.txt", meaning, f"journalctl cannot be asked: {reason}\n")
+        return part("log.txt", meaning, f"journalctl does not run: {reason}\n")
     text = done.stdout or done.stderr or b"journalctl gave nothing\n"
     return BundlePart("log.txt", meaning, text[-MOST_BYTES:])
 
@@ -183,12 +183,12 @@ def records(pid: int) -> BundlePart:
             if decoded is not None:
                 found[f"descriptor {number}"] = decoded
     except OSError as error:
-        return part("records.json", meaning, f"process {pid} cannot be looked into: {error.strerror}\n")
-    return part("records.json", meaning, _as_json(found) if found else "the daemon keeps no such record\n")
+        return part("records.json", meaning, f"process {pid} cannot be examined: {error.strerror}\n")
+    return part("records.json", meaning, _as_json(found) if found else "the daemon has no such record\n")
 
 
 def _decoded(path: Path, seen: set[int]) -> Any:
-    """A journal's records; None if it is no journal, which is so of other memory that a daemon has, or was seen."""
+    """A journal's records; None if it is not a journal, which is so of other memory that a daemon has, or was seen."""
     from vfiouser_oob.persist.journal.journal import read_journal
     from vfiouser_oob.persist.journal.layout import MAGIC
     from vfiouser_oob.persist.record import UnusableRecord

@@ -1,4 +1,4 @@
-"""`conformance`: judge a vfio-user server, ours or anyone's."""
+"""`conformance`: test any vfio-user server for conformance."""
 
 from __future__ import annotations
 
@@ -47,26 +47,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `conformance`."""
     parser.add_argument("--socket", metavar="PATH", help="socket of the server under test")
     parser.add_argument("--destination-socket", metavar="PATH", help="socket of a second server, to migrate to")
-    parser.add_argument("--server-command", metavar="CMD", help="starts the server; {socket} stands for PATH")
-    parser.add_argument("--device-profile", choices=sorted(PROFILES), help="the device is known: make it do things")
-    parser.add_argument("--client", choices=sorted(CLIENTS),
-                        help="play this client only, and fail if it could not live with the server: "
+    parser.add_argument(
+        "--server-command", metavar="CMD", help="command that starts the server; {socket} stands for PATH"
+    )
+    parser.add_argument(
+        "--device-profile",
+        choices=sorted(PROFILES),
+        help="the device is of this kind, so make it do DMA, interrupts and failures",
+    )
+    parser.add_argument("--client", metavar="NAME", choices=sorted(CLIENTS),
+                        help="play only this client, and fail if it could not work with the server: "
                              + "; ".join(f"{name}: {profile.title}" for name, profile in CLIENTS.items()))  # fmt: skip
-    parser.add_argument("--safe", action="store_true", help="leave out what may disturb a device in use")
-    parser.add_argument("--strict", action="store_true", help="fail on allowed behaviour that is not recommended")
+    parser.add_argument("--safe", action="store_true", help="leave out cases that may disturb a device in use")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail also on behaviour that is allowed but not recommended"
+    )
     parser.add_argument("-k", "--filter", metavar="EXPR", help="cases whose name, area or requirement matches")
     levels = [level.value.lower() for level in Level]
     parser.add_argument("--level", action="append", choices=levels, help="only cases of this level; may be repeated")
     parser.add_argument("--timeout", metavar="S", type=_seconds, default=_DEFAULT_TIMEOUT_S,
-                        help=f"time for every answer, {CASE_TIMEOUTS} times that for a case "
+                        help=f"seconds for each answer; a case has {CASE_TIMEOUTS} times that "
                              f"(default: {_DEFAULT_TIMEOUT_S:g} s)")  # fmt: skip
     parser.add_argument("--run-timeout", metavar="S", type=_run_seconds, default=RUN_S,
-                        help=f"time for the whole run (default: {RUN_S:g} s)")  # fmt: skip
-    parser.add_argument("-v", "--verbose", action="store_true", help="tell every case, and what was sent and received")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there; - for standard output")
-    parser.add_argument("--junit", metavar="FILE", type=Path, help="write the results there as JUnit XML")
+                        help=f"seconds for the whole run (default: {RUN_S:g} s)")  # fmt: skip
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show every case, and the messages that went each way"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="write the results to this file as JSON; - for standard output"
+    )
+    parser.add_argument("--junit", metavar="FILE", type=Path, help="write the results to this file as JUnit XML")
     parser.add_argument("--list", action="store_true", help="list the cases that would run")
-    parser.add_argument("--explain", metavar="CASE", help="say what a case sends, what it expects and why")
+    parser.add_argument("--explain", metavar="CASE", help="explain what a case sends, what it expects and why")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.socket is None:
         raise ConfigError("--socket PATH is needed (see vfiouser-oob conformance --help)")
     if not cases:
-        raise ConfigError("no case matches -k, --level and --client")
+        raise ConfigError("no case matches -k, --level and --client together")
     outcome = _run_cases(args, cases)
     _write(args, outcome)
     unfinished = any(result.verdict is CaseVerdict.NOT_RUN for result in outcome.results)
@@ -168,4 +180,4 @@ def _write(args: argparse.Namespace, outcome: RunOutcome) -> None:
         if args.junit is not None:
             args.junit.write_text(as_junit(outcome))
     except OSError as error:
-        raise CommandFailed(f"the report cannot be written: {error}") from None
+        raise CommandFailed(f"cannot write the report: {error}") from None

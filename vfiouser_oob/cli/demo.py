@@ -39,17 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-migration",
         action="store_true",
-        help="one host: write and read back the whole namespace, and reset, but do not migrate",
+        help="use one host: write the whole namespace, read it back and reset, but do not migrate",
     )
     options = find_model("nvme").options
-    size = "size of each namespace; without migration all of it is written and read back (default: 64M)"
+    size = "size of each namespace; without migration the demo writes and reads all of it (default: 64M)"
     add_key(parser, "--size", options, "size", size, metavar="BYTES", default=64 << 20)
     parser.add_argument(
         "--functions",
         metavar="N",
         type=count(1, FUNCTIONS_PER_BUS),
         default=1,
-        help="how many functions; they migrate at the same time (default: 1)",
+        help="number of functions, which migrate at the same time (default: 1)",
     )
     parser.add_argument(
         "--state-size",
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND[,KIND]",
         type=option(_read_agents),
         default=(DEFAULT_KIND, DEFAULT_KIND),
-        help=f"what the agents speak, or that of each host: {', '.join(SERVED_KINDS)} (default: {DEFAULT_KIND})",
+        help=f"protocol of the agents, or one for each host: {', '.join(SERVED_KINDS)} (default: {DEFAULT_KIND})",
     )
     parser.add_argument(
         "--seed", metavar="N", type=count(0, _SEED_MAX), default=1, help="seed of the data (default: 1)"
@@ -77,7 +77,7 @@ def _read_agents(text: str) -> tuple[str, str]:
     if len(kinds) > 2 or not set(kinds) <= set(SERVED_KINDS):
         raise ValueError(f"must be one or two of {', '.join(SERVED_KINDS)}, got {text!r}")
     if "legacy-tcp" in kinds and len(set(kinds)) > 1:
-        raise ValueError("legacy-tcp cannot tell another kind of agent what the function is; use it for both hosts")
+        raise ValueError("legacy-tcp cannot describe the function to another kind of agent; use it for both hosts")
     return kinds[0], kinds[-1]
 
 
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         print_journeys(sys.stdout, [report for report in reports if isinstance(report, JourneyReport)])
         print_functions(sys.stdout, [report for report in reports if isinstance(report, FunctionReport)])
     if problem is not None:
-        raise CommandFailed(f"the demonstration failed: {problem}")
+        raise CommandFailed(f"the demo failed: {problem}")
     return ExitCode.DONE
 
 
@@ -145,10 +145,10 @@ def _explained(error: BaseException) -> CommandFailed:
     causes = list(leaves(error))
     known = next((cause for kind in _TELLING for cause in causes if isinstance(cause, kind)), None)
     if isinstance(known, TooSlowError):
-        return CommandFailed("the demonstration failed: the device made no progress for a minute")
+        return CommandFailed("the demo failed: the device made no progress for a minute")
     if isinstance(known, ChildFailed | CertificatesUnavailable):
-        return CommandFailed(f"the demonstration failed: {known}")
-    return CommandFailed(f"the demonstration failed: {explain(known or causes[0])[1][0]}")
+        return CommandFailed(f"the demo failed: {known}")
+    return CommandFailed(f"the demo failed: {explain(known or causes[0])[1][0]}")
 
 
 def _print_json(reports: Sequence[JourneyReport | FunctionReport], problem: str | None) -> None:

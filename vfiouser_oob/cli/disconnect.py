@@ -17,5 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Turn it out, and tell who it was."""
     answer = ask(args, "disconnect", name=args.name)
-    print(f"{args.name}: {printable(str(answer['turned_out']))} was turned out; the next client may come")
+    print(f"{args.name}: {printable(str(answer['turned_out']))} is disconnected; the next client may connect")
     return ExitCode.DONE

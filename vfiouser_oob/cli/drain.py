@@ -11,11 +11,12 @@ from vfiouser_oob.cli.errors import ExitCode
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `drain`."""
     add_name_argument(parser)
-    parser.add_argument("--undo", action="store_true", help="let clients come again, instead")
+    parser.add_argument("--undo", action="store_true", help="let clients connect again")
 
 
 def run(args: argparse.Namespace) -> int:
     """Close the function for clients, wait, and say so."""
     answer = ask(args, "drain", name=args.name, undo=args.undo)
-    print(f"{args.name}: {'drained: no client, and none will come' if answer['drained'] else 'clients may come again'}")
+    outcome = "drained: it has no client and accepts none" if answer["drained"] else "clients may connect again"
+    print(f"{args.name}: {outcome}")
     return ExitCode.DONE

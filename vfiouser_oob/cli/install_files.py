@@ -14,27 +14,30 @@ from vfiouser_oob.cli.options import option
 from vfiouser_oob.cli.shipped import NoFiles, ShippedFile, shipped
 from vfiouser_oob.config.values import PATH
 
-_NO_MAKERS = "no man page and no completions: argparse-manpage and shtab are not installed; install with: {command}"
+_NO_MAKERS = (
+    "the man page and completions are left out: argparse-manpage and shtab are not installed; install with: {command}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `install-files`."""
     parser.add_argument(
-        "--root", metavar="DIR", type=option(PATH.read), required=True, help="the root to lay them out below, such as /"
+        "--root", metavar="DIR", type=option(PATH.read), required=True, help="directory to install below, such as /"
     )
     parser.add_argument(
-        "--prefix", metavar="DIR", default="/usr/local", help="where below it all but the configuration goes"
+        "--prefix",
+        metavar="DIR",
+        default="/usr/local",
+        help="directory below the root for everything but the configuration",
     )
     parser.add_argument(
         "--command",
         metavar="PATH",
         dest="program",
-        help="what the units start (default: this program)",
+        help="the program that the units start (default: this one)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    parser.add_argument(
-        "--remove", action="store_true", help="remove what was laid out; the configuration is the administrator's"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="only show what would change")
+    parser.add_argument("--remove", action="store_true", help="remove the installed files, but not the configuration")
 
 
 def run(args: argparse.Namespace) -> int:

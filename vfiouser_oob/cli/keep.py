@@ -30,28 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--socket",
         metavar="PATH",
         type=option(_socket),
-        help="where the command's messages are heard (default: in a new directory)",
+        help="socket for the command's messages (default: one in a new directory)",
     )
     parser.add_argument(
         "--max-descriptors",
         metavar="N",
         type=count(0, _MAX_DESCRIPTORS),
         default=4096,
-        help="keep at most so many (default: 4096)",
+        help="keep at most this many descriptors (default: 4096)",
     )
     parser.add_argument(
         "--stop-timeout",
         metavar="SECONDS",
         type=count(1, _MAX_STOP_S),
         default=15,
-        help="kill a command that takes longer to end (default: 15)",
+        help="seconds after which a command that does not end is killed (default: 15)",
     )
     parser.add_argument(
         "--max-starts",
         metavar="N",
         type=count(1, _MAX_STARTS),
         default=5,
-        help="give up a command that was started so often within ten seconds (default: 5)",
+        help="give up after this many starts within ten seconds (default: 5)",
     )
     add_logging_arguments(parser)
     parser.add_argument("argv", metavar="COMMAND …", nargs=argparse.REMAINDER, help="the command, after --")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Keep until the command has ended for good."""
     command = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
     if not command:
-        raise ConfigError("a command is needed, for example: keep -- vfiouser-oob serve --config FILE")
+        raise ConfigError("the command is missing; for example: keep -- vfiouser-oob serve --config FILE")
     import trio
 
     from vfiouser_oob.keeper.keeper import Keeper

@@ -125,7 +125,7 @@ def vm_of(config: DaemonConfig, functions: Iterable[str]) -> VmConfig:
         if set(vm.functions) == wanted:
             return vm
     known = "; ".join(f"{each.name}: {', '.join(each.functions)}" for each in config.vms) or "none"
-    raise CommandFailed(f"no [[vm]] of this host has the functions {', '.join(sorted(wanted))} (it has {known})")
+    raise CommandFailed(f"no [[vm]] on this host has the functions {', '.join(sorted(wanted))} (it has {known})")
 
 
 def _control(config: DaemonConfig) -> Path:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--function",
         metavar="NAME",
         type=option(NAME.read),
-        help="only of this function (default: of the whole daemon)",
+        help="only for this function (default: for the whole daemon)",
     )
     add_control_socket_argument(parser)
 
@@ -28,5 +28,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose it."""
     ask(args, "log-level", level=args.level, function=args.function)
-    print(f"{args.function or 'daemon'}: logs {args.level} and what is more important, until a restart")
+    print(f"{args.function or 'daemon'}: logs {args.level} and above, until a restart")
     return ExitCode.DONE

@@ -50,28 +50,30 @@ class CommandEntry:
 
 COMMANDS: Sequence[CommandEntry] = (
     CommandEntry("serve", "vfiouser_oob.cli.serve", "export functions on vfio-user sockets"),
-    CommandEntry("keep", "vfiouser_oob.cli.keep", "run a command, and again with the descriptors that it kept"),
-    CommandEntry("check-config", "vfiouser_oob.cli.check_config", "check a configuration file and sum it up"),
+    CommandEntry("keep", "vfiouser_oob.cli.keep", "run a command, and restart it with its kept descriptors"),
+    CommandEntry("check-config", "vfiouser_oob.cli.check_config", "check a configuration file and summarize it"),
     CommandEntry("status", "vfiouser_oob.cli.status", "show what a running daemon is doing"),
     CommandEntry("add", "vfiouser_oob.cli.add", "add functions to a running daemon"),
     CommandEntry("remove", "vfiouser_oob.cli.remove", "remove a function from a running daemon"),
-    CommandEntry("reload", "vfiouser_oob.cli.reload", "have a running daemon read its configuration again"),
-    CommandEntry("drain", "vfiouser_oob.cli.drain", "let a function take no new client, and wait for the last one"),
-    CommandEntry("disconnect", "vfiouser_oob.cli.disconnect", "turn the client of a function out"),
+    CommandEntry("reload", "vfiouser_oob.cli.reload", "make a running daemon read its configuration again"),
+    CommandEntry("drain", "vfiouser_oob.cli.drain", "close a function to new clients, and wait for the last one"),
+    CommandEntry("disconnect", "vfiouser_oob.cli.disconnect", "disconnect the client of a function"),
     CommandEntry("log-level", "vfiouser_oob.cli.log_level", "choose what a running daemon logs"),
     CommandEntry("migrations", "vfiouser_oob.cli.migrations", "list the last migrations of each function"),
     CommandEntry("metrics", "vfiouser_oob.cli.metrics", "print what a running daemon has measured"),
-    CommandEntry("support-bundle", "vfiouser_oob.cli.support_bundle", "collect what finding a fault takes"),
+    CommandEntry("support-bundle", "vfiouser_oob.cli.support_bundle", "collect everything that helps to find a fault"),
     CommandEntry("snippet", "vfiouser_oob.cli.snippet", "print what a VMM needs to use a function"),
-    CommandEntry("migrate-check", "vfiouser_oob.cli.migrate_check", "tell whether a VM would migrate, and if not, why"),
-    CommandEntry("libvirt-hook", "vfiouser_oob.cli.libvirt_hook", "do what libvirt asks its hook for QEMU"),
+    CommandEntry(
+        "migrate-check", "vfiouser_oob.cli.migrate_check", "check whether a VM would migrate, and if not, why"
+    ),
+    CommandEntry("libvirt-hook", "vfiouser_oob.cli.libvirt_hook", "answer libvirt's hook for QEMU"),
     CommandEntry("bind", "vfiouser_oob.cli.bind", "bind a PCI function to vfio-pci"),
-    CommandEntry("unbind", "vfiouser_oob.cli.unbind", "give a PCI function back to its own driver"),
+    CommandEntry("unbind", "vfiouser_oob.cli.unbind", "return a PCI function to its own driver"),
     CommandEntry("simulate-soc", "vfiouser_soc.command", "play an IPU/DPU with NVMe functions"),
-    CommandEntry("agent-check", "vfiouser_oob.cli.agent_check", "check that an agent keeps its contract"),
-    CommandEntry("conformance", "vfiouser_oob.cli.conformance", "judge a vfio-user server, ours or anyone's"),
-    CommandEntry("demo", "vfiouser_oob.cli.demo", "show it all at work, without a VMM"),
-    CommandEntry("install-files", "vfiouser_oob.cli.install_files", "lay out units, configuration and man page"),
+    CommandEntry("agent-check", "vfiouser_oob.cli.agent_check", "check an agent against its contract"),
+    CommandEntry("conformance", "vfiouser_oob.cli.conformance", "test any vfio-user server for conformance"),
+    CommandEntry("demo", "vfiouser_oob.cli.demo", "demonstrate everything at work, without a VMM"),
+    CommandEntry("install-files", "vfiouser_oob.cli.install_files", "install units, configuration and man page"),
     CommandEntry("bench", "vfiouser_oob.cli.bench", "measure the daemon on this machine"),
 )
 
@@ -86,7 +88,7 @@ def build_parser(chosen: str | None = None, *, whole: bool = False) -> argparse.
     parser = OneLineParser(
         prog=PROGRAM,
         description="A vfio-user server between a VMM and the PCI functions of an IPU/DPU.",
-        epilog=f"`{PROGRAM} COMMAND --help` tells more of a command.",
+        epilog=f"`{PROGRAM} COMMAND --help` explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)

@@ -13,7 +13,7 @@ from vfiouser_oob.cli.options import add_control_socket_argument
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `metrics`."""
-    parser.add_argument("--json", action="store_true", help="print what was measured as JSON; needs no extra")
+    parser.add_argument("--json", action="store_true", help="print the measurements as JSON; needs no extra")
     add_control_socket_argument(parser)
 
 
@@ -29,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.DONE
     lacking = missing("metrics")
     if lacking is not None:
-        raise CommandFailed(f"metrics cannot be printed: {lacking}")
+        raise CommandFailed(f"cannot print metrics: {lacking}")
     sys.stdout.write(render(measured).decode())
     return ExitCode.DONE

@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--destination",
         metavar="HOST|FILE",
-        help="look whether that host would take it, too; by ssh, or by a file that --export wrote there",
+        help="check also whether that host would accept the VM, by ssh or by a file that --export wrote there",
     )
     parser.add_argument(
-        "--export", metavar="FILE", help="write what this host says of the VM to another one; - for standard output"
+        "--export", metavar="FILE", help="write this host's answer for another host to this file; - for standard output"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_control_socket_argument(parser)
@@ -84,7 +84,7 @@ def _export(offer: Mapping[str, Any], file: str) -> None:
     try:
         Path(file).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CommandFailed(f"{file}: cannot be written: {error.strerror}") from error
+        raise CommandFailed(f"{file}: cannot write it: {error.strerror}") from error
 
 
 def _document_of(destination: str, vm: str) -> str:
@@ -112,13 +112,15 @@ def _read(file: str) -> str:
 
 def _ask_host(host: str, vm: str) -> str:
     if host.startswith("-"):
-        raise ConfigError(f"{host!r} is no name of a host")
+        raise ConfigError(f"{host!r} is not the name of a host")
     # ssh joins the words and gives them to a shell, to which a VM's name must not mean anything.
     argv = ["ssh", "-o", "BatchMode=yes", "--", host, "vfiouser-oob", "migrate-check", shlex.quote(vm), "--export", "-"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=REMOTE_S, check=False)
     except FileNotFoundError:
-        raise CommandFailed("there is no ssh: give a file that `migrate-check --export FILE` wrote there") from None
+        raise CommandFailed(
+            "ssh is not installed: give a file that `migrate-check --export FILE` wrote there"
+        ) from None
     except subprocess.TimeoutExpired:
         raise CommandFailed(f"host {host} did not answer within {REMOTE_S:g} s") from None
     if done.returncode != 0:

@@ -14,7 +14,7 @@ from vfiouser_oob.observability.status import MigrationEntry
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `migrations`."""
-    parser.add_argument("name", nargs="*", metavar="NAME", help="those of this function (default: of all)")
+    parser.add_argument("name", nargs="*", metavar="NAME", help="only those of this function (default: of all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_control_socket_argument(parser)
 
@@ -38,7 +38,7 @@ def render(entries: Sequence[MigrationEntry], width: int | None = None) -> str:
     from vfiouser_oob.cli.status_words import clock, printable, short_size, short_time
 
     if not entries:
-        return "no migration is remembered"
+        return "no migrations yet"
     table = plain_table("WHEN (UTC)", "FUNCTION", "", "WAY", "MOVED", "RATE", "TOOK", "DOWNTIME", "OUTCOME")
     for entry in entries:
         table.add_row(

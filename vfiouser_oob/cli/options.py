@@ -85,7 +85,7 @@ def add_state_directory_argument(parser: argparse.ArgumentParser) -> None:
         "--state-directory",
         metavar="PATH",
         type=option(_or_word(STATE_DIRECTORY)),
-        help=f"{what} (default: $STATE_DIRECTORY); 'none' for nowhere",
+        help=f"{what} (default: $STATE_DIRECTORY); 'none' disables it",
     )
 
 

@@ -30,7 +30,7 @@ class HelpText(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        told = action.default not in (None, False, argparse.SUPPRESS) and action.nargs != 0
+        told = action.default not in (None, False, "", argparse.SUPPRESS) and action.nargs != 0
         return f"{text} (default: %(default)s)" if told and "default:" not in text else text
 
     def _format_action(self, action: argparse.Action) -> str:

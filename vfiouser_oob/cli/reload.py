@@ -12,7 +12,7 @@ from vfiouser_oob.cli.options import add_control_socket_argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `reload`."""
     parser.add_argument(
-        "--force", action="store_true", help="turn clients of functions that change out, instead of waiting for them"
+        "--force", action="store_true", help="disconnect clients of functions that change, instead of waiting for them"
     )
     add_control_socket_argument(parser)
 
@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> int:
     if applied:
         print(f"[daemon]: changed ({', '.join(applied)})")
     if restart:
-        print(f"[daemon]: takes a restart ({', '.join(restart)})")
+        print(f"[daemon]: needs a restart ({', '.join(restart)})")
     if not (changes or applied or restart):
         print("nothing changed")
     if any_failed(changes):
-        raise CommandFailed("not everything that the configuration says could be done")
+        raise CommandFailed("the daemon could not apply the whole configuration")
     return ExitCode.DONE

@@ -12,12 +12,14 @@ from vfiouser_oob.cli.status_words import printable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `remove`."""
     add_name_argument(parser)
-    parser.add_argument("--force", action="store_true", help="turn its client out; else one that has a client stays")
+    parser.add_argument(
+        "--force", action="store_true", help="disconnect its client; without this, a function with a client stays"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Remove it, and tell whom that cost its device."""
     answer = ask(args, "remove", name=args.name, force=args.force)
     turned_out = answer["turned_out"]
-    print(f"{args.name}: removed" + (f"; {printable(str(turned_out))} was turned out" if turned_out else ""))
+    print(f"{args.name}: removed" + (f"; {printable(str(turned_out))} is disconnected" if turned_out else ""))
     return ExitCode.DONE

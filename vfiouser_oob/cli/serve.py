@@ -57,7 +57,7 @@ class _WithShortForms(HelpText):
 
     def format_help(self) -> str:
         """Return the help."""
-        head = "devices; KEY=VALUE after a comma, a comma inside a value is written twice:"
+        head = "devices (options follow as ,KEY=VALUE; write a comma inside a value twice):"
         return "\n".join([super().format_help(), head, *short_forms(self._width)]) + "\n"
 
 
@@ -78,24 +78,33 @@ def short_forms(width: int) -> Iterator[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `serve`."""
     parser.formatter_class = _WithShortForms
-    parser.add_argument("--config", metavar="FILE", type=option(PATH.read), help="serve what this TOML file says")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket-path", metavar="PATH", type=option(SOCKET_PATH.read), help="serve one function here")
-    where.add_argument("--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited socket")
-    parser.add_argument("--device", metavar="KIND:…", help="that function: one of the devices below")
     parser.add_argument(
-        "--agent", metavar="KIND:…", help="what migrates it, e.g. msgpack-rpc:unix:///run/agent.sock,function=f0"
+        "--config", metavar="FILE", type=option(PATH.read), help="serve the functions of this TOML file"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--socket-path", metavar="PATH", type=option(SOCKET_PATH.read), help="serve one function on this socket"
+    )
+    where.add_argument(
+        "--fd", metavar="N", type=count(0, _FD_MAX), help="serve one function on this inherited descriptor"
+    )
+    parser.add_argument("--device", metavar="KIND:…", help="the function's device: one of those below")
+    parser.add_argument(
+        "--agent",
+        metavar="KIND:…",
+        help="the agent that migrates it, e.g. msgpack-rpc:unix:///run/agent.sock,function=f0",
     )
     add_key(parser, "--name", FunctionConfig, "name", "its name (default: from the socket's path)")
     add_key(parser, "--dma", FunctionConfig, "dma")
     add_key(parser, "--reply-budget", DaemonConfig, "reply_budget_s", metavar="SECONDS")
-    add_control_socket_argument(parser, "; 'none' for no control socket")
+    add_control_socket_argument(parser, "; 'none' disables it")
     add_state_directory_argument(parser)
     parser.add_argument(
         "--fd-store",
         metavar="unix:PATH",
         type=option(_fd_store),
-        help="who keeps clients' descriptors over a restart, by the protocol of sd_notify(3) (default: $NOTIFY_SOCKET)",
+        help="socket of the service that keeps clients' descriptors over a restart, by the protocol of sd_notify(3) "
+        "(default: $NOTIFY_SOCKET)",
     )
     add_logging_arguments(parser)
 

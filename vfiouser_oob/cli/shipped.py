@@ -62,7 +62,7 @@ def source() -> Path:
     for place in _PLACES:
         if (place / CONFIGURATION[0]).is_file():
             return place
-    raise NoFiles(f"this installation has no files to lay out (looked at {' and '.join(map(str, _PLACES))})")
+    raise NoFiles(f"this installation has no files to install (looked in {' and '.join(map(str, _PLACES))})")
 
 
 def shipped(prefix: str, command: str) -> Iterator[ShippedFile]:

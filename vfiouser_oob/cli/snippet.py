@@ -25,7 +25,7 @@ DEFAULT_MEMORY = 1 << 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `snippet`."""
     parser.add_argument("vmm", choices=["qemu", "libvirt"], help="for which VMM")
-    parser.add_argument("name", metavar="NAME", help="name of the VM, or, for qemu, of one function")
+    parser.add_argument("name", metavar="NAME", help="name of the VM; for qemu also of a single function")
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MEMORY,
         help=f"the VM's memory (default: {format_size(DEFAULT_MEMORY)})",
     )
-    parser.add_argument("--domain-type", choices=list(CPUS), default="kvm", help="of a libvirt domain (default: kvm)")
+    parser.add_argument(
+        "--domain-type", choices=list(CPUS), default="kvm", help="type of the libvirt domain (default: kvm)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         known = [vm.name for vm in config.vms]
         known += [each.name for each in config.functions] if args.vmm == "qemu" else []
         what = "VM or function" if args.vmm == "qemu" else "VM"
-        told = suggestion(args.name, known) if known else f"; the configuration has no {what}"
+        told = suggestion(args.name, known) if known else f"; the configuration names no {what}"
         raise ConfigError(f"no {what} is named {args.name!r}{told}", str(args.config))
     return ExitCode.DONE
 

@@ -20,9 +20,9 @@ from vfiouser_oob.observability.status import StatusReport
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `status`."""
-    parser.add_argument("name", nargs="*", metavar="NAME", help="tell of this function (default: of all)")
+    parser.add_argument("name", nargs="*", metavar="NAME", help="show only this function (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch one object per line")
-    parser.add_argument("--watch", action="store_true", help="go on and show every change")
+    parser.add_argument("--watch", action="store_true", help="keep running and show every change")
     add_control_socket_argument(parser)
 
 

@@ -90,7 +90,7 @@ def view(status: StatusReport, now: datetime | None = None, names: Collection[st
     told, untold = _particulars(functions, asked=bool(names), now=now)
     parts += told
     if untold:
-        parts += ["", Text(f"{plural(untold, 'function')} more without trouble: vfiouser-oob status NAME tells of one")]
+        parts += ["", Text(f"{plural(untold, 'function')} more without trouble: vfiouser-oob status NAME shows one")]
     return Group(*parts)
 
 

@@ -40,17 +40,17 @@ _BY_STATE: Mapping[str, FunctionWord] = MappingProxyType(
 _DOING: Mapping[str, str] = MappingProxyType(
     {
         "ERROR": "broken until it is reset",
-        "STOP": "it stands still",
-        "RUNNING_P2P": "it begins no transfers",
-        "STOP_COPY": "it stands still and is copied",
-        "PRE_COPY": "it is copied while it runs",
-        "PRE_COPY_P2P": "it is copied and begins no transfers",
-        "RESUMING": "a state is loaded",
+        "STOP": "it is stopped",
+        "RUNNING_P2P": "it starts no new transfers",
+        "STOP_COPY": "it is stopped and being copied",
+        "PRE_COPY": "it is being copied while it runs",
+        "PRE_COPY_P2P": "it is being copied and starts no new transfers",
+        "RESUMING": "a state is being loaded",
     }
 )
 #: What is said of capabilities that the agent itself has not told this daemon.
 _HEARSAY = {
-    "stored": "its agent, which has not answered yet, said so at {learned}",
+    "stored": "as its agent said at {learned}; it has not answered yet",
     "configuration": "but its agent has never answered",
 }
 #: What is said of a function whose agent did not do its part.
@@ -156,7 +156,7 @@ def notes_of(function: FunctionStatus, now: datetime) -> Iterator[StatusLine]:
     maps = function["maps"]
     if function["client"] is not None and maps["count"] and not maps["files"]:
         yield StatusLine(
-            "memory", "no client memory is shared (QEMU: share=on): all DMA goes through messages, slowly", wrong=True
+            "memory", "the client shares no memory (QEMU: share=on): all DMA goes through slow messages", wrong=True
         )
     yield StatusLine("device", printable(function["device"]))
     yield StatusLine("socket", printable(function["socket"]))
@@ -176,11 +176,11 @@ def _migration_notes(migration: MigrationStatus, now: datetime) -> Iterator[Stat
     capabilities = migration["capabilities"]
     blocked, away = migration["blocked"], migration["agent_away_since"]
     yield StatusLine("migration", ", ".join(_migration_words(migration, now)), wrong=bool(blocked))
-    words = [f"its name for the function is {printable(migration['agent'])}"]
+    words = [f"calls the function {printable(migration['agent'])}"]
     if away:
-        words.insert(0, f"does not answer since {clock(away)} ({age(away, now)} ago)")
+        words.insert(0, f"has not answered since {clock(away)} ({age(away, now)} ago)")
     if capabilities["problem"]:
-        words.append(f"what it can do is not remembered: {printable(capabilities['problem'])}")
+        words.append(f"the daemon does not remember what it can do: {printable(capabilities['problem'])}")
     yield StatusLine("agent", ", ".join(words), wrong=bool(away or capabilities["problem"]))
     if migration["last_failure"]:
         when = age(migration["last_failure_at"] or "", now)
@@ -190,7 +190,7 @@ def _migration_notes(migration: MigrationStatus, now: datetime) -> Iterator[Stat
 def _migration_words(migration: MigrationStatus, now: datetime) -> Iterator[str]:
     if not migration["known"]:
         since = migration["unknown_since"] or ""
-        yield f"not known since {clock(since)} ({age(since, now)} ago) what the function does"
+        yield f"unknown since {clock(since)} ({age(since, now)} ago)"
         yield f"last known {migration['state']}"
     elif migration["state"] in _DOING:
         yield f"{_DOING[migration['state']]} ({migration['state']})"
@@ -198,11 +198,11 @@ def _migration_words(migration: MigrationStatus, now: datetime) -> Iterator[str]
     if migration["owner"] is not None:
         yield f"by {migration['owner']}"
     if migration["bytes"] or migration["remaining"]:
-        yield f"{short_size(migration['bytes'])} moved, about {short_size(migration['remaining'])} to come"
+        yield f"{short_size(migration['bytes'])} moved, about {short_size(migration['remaining'])} left"
     if migration["step"] is not None:
         yield f"doing {printable(migration['step'])}"
     if migration["fenced"]:
-        yield "a copy may run elsewhere: the next client gets it reset"
+        yield "a copy may run elsewhere: it is reset for the next client"
     yield from _ability(migration)
 
 
@@ -211,7 +211,7 @@ def _ability(migration: MigrationStatus) -> Iterator[str]:
     if migration["blocked"] or not migration["migratable"]:
         yield f"not possible: {printable(migration['blocked'] or 'the agent cannot save its state')}"
     elif migration["state"] == "RUNNING" and migration["known"]:
-        yield "possible, most of it while it runs" if capabilities["precopy"] else "possible"
+        yield "possible, mostly while it runs" if capabilities["precopy"] else "possible"
     if capabilities["source"] != "agent":
         yield _HEARSAY[capabilities["source"]].format(learned=clock(capabilities["learned"] or ""))
 

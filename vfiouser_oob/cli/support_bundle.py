@@ -24,11 +24,17 @@ LISTING = "LISTING.txt"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `support-bundle`."""
     parser.add_argument(
-        "--config", metavar="FILE", type=option(PATH.read), help=f"the daemon's configuration ({DEFAULT_CONFIG})"
+        "--config",
+        metavar="FILE",
+        type=option(PATH.read),
+        help=f"the daemon's configuration (default: {DEFAULT_CONFIG})",
     )
-    parser.add_argument("--unit", metavar="UNIT", default=DEFAULT_UNIT, help=f"the daemon's unit ({DEFAULT_UNIT})")
+    parser.add_argument("--unit", metavar="UNIT", default=DEFAULT_UNIT, help="the daemon's unit")
     parser.add_argument(
-        "--output", metavar="FILE", type=option(PATH.read), help="the bundle (vfiouser-oob-DATE.tar.gz, here)"
+        "--output",
+        metavar="FILE",
+        type=option(PATH.read),
+        help="the bundle to write (default: vfiouser-oob-DATE.tar.gz, here)",
     )
     add_control_socket_argument(parser)
 
@@ -49,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         write(path, name, [BundlePart(LISTING, "this list", listing.encode()), *parts], now)
     except OSError as error:
         raise CommandFailed(f"{path} cannot be written: {error.strerror or error}") from None
-    print(f"{path}:\n\n{listing}\nLook through it before you send it: names of VMs, hosts and paths are in it.")
+    print(f"{path}:\n\n{listing}\nLook through it before you send it: it has the names of VMs and hosts, and paths.")
     return ExitCode.DONE
 
 

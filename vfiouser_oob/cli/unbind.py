@@ -1,4 +1,4 @@
-"""`unbind`: give a PCI function back to its own driver."""
+"""`unbind`: return a PCI function to its own driver."""
 
 from __future__ import annotations
 

@@ -18,17 +18,17 @@ class Generations(Word):
     """Which generations of migration a client may use."""
 
     AUTO = "auto", "v2 for every client, the region of v1 for those that announce `migration` in VERSION"
-    BOTH = "both", "both for every client"
+    BOTH = "both", "both, for every client"
     V1 = "v1", "only v1"
     V2 = "v2", "only v2"
-    NONE = "none", "neither, though there is an agent"
+    NONE = "none", "neither, even with an agent"
 
 
 class P2p(Word):
     """Whether v2 offers the P2P states."""
 
-    AUTO = "auto", "unless the device may reach a peer's BAR"
-    ON = "on", "in any case"
+    AUTO = "auto", "on, unless the device may reach a peer's BAR"
+    ON = "on", "always"
     OFF = "off", "never"
 
 
@@ -40,51 +40,52 @@ class MigrationConfig:
     """How a function with an agent is migrated."""
 
     generations: Generations = key(
-        one_of(Generations), "which generations of migration a client may use", default=Generations.AUTO
+        one_of(Generations), "generations of migration that a client may use", default=Generations.AUTO
     )
     precopy: bool = key(
-        FLAG, "whether v2 offers PRE_COPY; an agent without it sends only the descriptor early", default=True
+        FLAG,
+        "whether v2 offers PRE_COPY; if the agent has no pre-copy, only the descriptor is sent before the stop",
+        default=True,
     )
     pad_reads: bool = key(
         FLAG,
-        "whether replies to MIG_DATA_READ have the size that was asked for, with zeros behind the data, for clients "
-        "that read it so",
+        "whether to fill replies to MIG_DATA_READ with zeros up to the requested size, for clients that expect that",
         default=False,
     )
     p2p: P2p = key(
         one_of(P2p),
-        "whether v2 offers the P2P states, without which QEMU's client migrates no VM of several functions; the "
-        "function goes on in them as in RUNNING and PRE_COPY, see "
+        "whether v2 offers the P2P states, which QEMU's client needs to migrate a VM with several functions; in "
+        "them the function runs on as in RUNNING and PRE_COPY, see "
         "[several functions](../explanation/migration.md#several-functions-of-one-vm)",
         default=P2p.AUTO,
     )
     read_cap: int | None = key(
         size_of(4 << 10, 16 << 20),
-        "bytes of data in a reply to MIG_DATA_READ at most, for clients that mishandle large ones (128K helps QEMU's); "
-        "clients that follow the specification take such a reply for the end of the state",
+        "most bytes of data in a reply to MIG_DATA_READ, for clients that mishandle large replies (128K helps "
+        "QEMU's); a client that follows the specification takes such a short reply for the end of the state",
         default=None,
-        unset="as many as were asked for",
+        unset="as many as the client asks for",
     )
     chunk_size: int = key(
         size_of(4 << 10, 16 << 20),
-        "bytes of state asked of the agent at once; about two chunks are in memory per function. While several "
-        "functions save at once, chunks above 1M become smaller, so that together they hold about 32M",
+        "bytes of state to ask of the agent at a time; each function holds about two chunks in memory. When several "
+        "functions save at the same time, chunks above 1M shrink, so that all of them together hold about 32M",
         default=4 << 20,
     )
     v1_data_size: int = key(
-        size_of(4 << 10, 64 << 20, unit=4096), "bytes of the data section of the v1 region", default=1 << 20
+        size_of(4 << 10, 64 << 20, unit=4096), "size of the data section of the v1 region", default=1 << 20
     )
-    call_s: float = key(_SECONDS, "seconds that the agent may take for a small call", default=2.0)
+    call_s: float = key(_SECONDS, "seconds for a small call to the agent", default=2.0)
     stop_s: float = key(_SECONDS, "seconds for a call that drains, starts or resets the function", default=5.0)
-    data_s: float = key(_SECONDS, "seconds for a chunk of state, and for applying it", default=30.0)
+    data_s: float = key(_SECONDS, "seconds for moving a chunk of state, and for applying the state", default=30.0)
     retry_s: float = key(
-        _SECONDS, "seconds before the first repetition of what failed for the moment; they double", default=0.1
+        _SECONDS, "seconds before the first retry after a passing failure; they double with each retry", default=0.1
     )
 
 
 def _read_migration(raw: Any, place: Place, around: Mapping[str, Any]) -> MigrationConfig:
     if "agent" not in around:
-        place.fail("there is no agent, so the function cannot be migrated")
+        place.fail("the function has no agent, so it cannot be migrated")
     return read_section(MigrationConfig, raw, place)
 
 
@@ -95,15 +96,15 @@ MIGRATION = Table(_read_migration, lambda: schema_of(MigrationConfig))
 class OwnAgent:
     """The agent that is the device's own kernel driver."""
 
-    kind: str = key(TEXT, "the device is migrated by its own kernel driver, if that can")
+    kind: str = key(TEXT, "its own kernel driver migrates the device, if it can")
 
 
 @section
 class AgentConfig:
     """The service that stops, saves, loads and resumes a function; what its adapter needs is in `options`."""
 
-    kind: str = key(TEXT, "which adapter speaks to it; unknown ones are refused with the list of those that there are")
-    function: str = key(TEXT, "the agent's own name for the function")
+    kind: str = key(TEXT, "which adapter speaks to it; the daemon refuses an unknown one and lists those it knows")
+    function: str = key(TEXT, "the agent's name for the function")
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:

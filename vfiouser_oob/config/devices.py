@@ -37,17 +37,18 @@ from vfiouser_oob.config.values import (
 class RegionPolicy(Word):
     """By which descriptor a client maps the regions of a real function."""
 
-    AUTO = "auto", "a dma-buf where the kernel can map one, else the device"
-    DEVICE_FD = "device-fd", "the device, which works on every kernel and gives the client all of it"
-    DMABUF = "dmabuf", "a dma-buf, else not at all"
-    TRAP = "trap", "not at all: every access is a message"
+    AUTO = "auto", "a dma-buf if the kernel can map one, else the device"
+    DEVICE_FD = "device-fd", "the device, which works on every kernel and gives the client access to all of it"
+    DMABUF = "dmabuf", "a dma-buf, else no mapping"
+    TRAP = "trap", "no mapping: every access is a message"
 
 
 class UpstreamLoss(Word):
     """What becomes of a function whose server goes while a client uses it."""
 
-    FAIL = "fail", "its client gets EIO until it connects anew"
-    RESET = "reset", "one that is started anew is told what the client has told the first, and resets the device"
+    FAIL = "fail", "its client gets EIO until it connects again"
+    RESET = "reset", "the daemon repeats to the restarted server what the client told the first one, and the device "
+    "is reset"
 
 
 class VfioInterface(Word):
@@ -55,7 +56,7 @@ class VfioInterface(Word):
 
     AUTO = (
         "auto",
-        "its own node and an iommufd, where both are there and the daemon may open them, else its group's node",
+        "its own node and an iommufd if both exist and the daemon may open them, else its group's node",
     )
     GROUP = "group", "the IOMMU group's node and a container"
     CDEV = "cdev", "its own node and an iommufd"
@@ -78,7 +79,7 @@ class ModelDevice:
 
     model: str = key(
         TEXT,
-        "the model's name, or where it is, as `package.module:Class`; the other keys are the model's own options",
+        "the model's name, or its place as `package.module:Class`; all other keys are the model's own options",
     )
     #: What the model declares; None = all of it at its defaults.
     options: Any = None
@@ -102,11 +103,12 @@ class UpstreamDevice:
     max_write: int = key(
         size_of(4 << 10, 1 << 20, rule="from 4K to 1M"),
         "bytes of data in one message to that server; larger writes are split. A socket holds 208 KiB by default on "
-        "Linux, and some servers read a message by a single call and lose their place when only a part of it is there",
+        "Linux, and some servers read a message with a single call and lose their place if only a part of it has "
+        "arrived",
         default=128 << 10,
     )
     on_upstream_lost: UpstreamLoss = key(
-        one_of(UpstreamLoss), "what becomes of the function when that server goes", default=UpstreamLoss.FAIL
+        one_of(UpstreamLoss), "what happens to the function when that server exits", default=UpstreamLoss.FAIL
     )
 
     def describe(self) -> str:
@@ -125,16 +127,16 @@ class KernelVfioDevice:
     constraints: ClassVar[Mapping[str, Any]] = {"oneOf": [{"required": ["bdf"]}, {"required": ["mdev"]}]}
 
     bdf: str | None = key(
-        BDF, "its address; without a domain, 0000 is meant", default=None, unset="this or `mdev` is required"
+        BDF, "its address; the domain is 0000 if it is left out", default=None, unset="this or `mdev` is required"
     )
     mdev: str | None = key(
         MDEV, "the mediated device, by its UUID or its directory", default=None, unset="this or `bdf` is required"
     )
     region_policy: RegionPolicy = key(
-        one_of(RegionPolicy), "by which descriptor a client maps its BARs", default=RegionPolicy.AUTO
+        one_of(RegionPolicy), "the descriptor by which a client maps its BARs", default=RegionPolicy.AUTO
     )
     interface: VfioInterface = key(
-        one_of(VfioInterface), "by which interface of the kernel it is opened", default=VfioInterface.AUTO
+        one_of(VfioInterface), "the kernel's interface that opens it", default=VfioInterface.AUTO
     )
 
     def __post_init__(self) -> None:

@@ -96,7 +96,7 @@ class ConfigFile:
     )
     vm: tuple[VmConfig, ...] = key(
         tables_named("[[vm]]", VmConfig),
-        "one table per VM that is migrated by a QEMU without migration of its own for vfio-user",
+        "one table per VM whose QEMU has no migration of its own for vfio-user",
         default=(),
     )
 

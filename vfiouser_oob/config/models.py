@@ -109,7 +109,9 @@ def find_model(name: str) -> Model[Any, Any]:
     except Exception as error:
         raise ConfigError(f"model {where} cannot be loaded: {_told(error)}") from error
     if not callable(found):
-        raise ConfigError(f"model {where} is no class or function that makes a device, but a {type(found).__name__}")
+        raise ConfigError(
+            f"model {where} must be a class or a function that makes a device, not a {type(found).__name__}"
+        )
     return found if isinstance(found, Model) else Model(found, getattr(found, "Options", NoOptions))
 
 

@@ -77,7 +77,7 @@ CONTROL_SOCKET_NAME = "control.sock"
 class DmaMode(Word):
     """How a device reaches the client's memory."""
 
-    FILES = "files", "through the descriptors that the client sends"
+    FILES = "files", "through descriptors that the client sends"
     MESSAGES = "messages", "by asking the client for each transfer"
 
 
@@ -104,7 +104,7 @@ class FunctionConfig:
     constraints: ClassVar[Mapping[str, Any]] = {"dependencies": {"migration": ["agent"]}}
 
     name: str = key(NAME, "its name in logs, in status and among systemd's sockets; unique")
-    device: DeviceConfig = key(DEVICE, "where the function comes from, see below")
+    device: DeviceConfig = key(DEVICE, "the device behind the function, see below")
     socket: Path | None = key(
         ABSOLUTE_SOCKET_PATH,
         "path to listen on; unique",
@@ -122,25 +122,25 @@ class FunctionConfig:
     )
     allow_uids: tuple[int, ...] | None = key(
         UIDS,
-        "users that may connect, whatever the file's permissions say",
+        "users who may connect, regardless of the file's permissions",
         default=None,
-        unset="whoever the permissions let in",
+        unset="everyone whom the permissions let in",
     )
     log_level: LogLevel | None = key(
-        one_of(LogLevel), "least important record of this function that is written", default=None, unset="the daemon's"
+        one_of(LogLevel), "least important log records of this function to write", default=None, unset="the daemon's"
     )
     dma: DmaMode = key(one_of(DmaMode), "how the device reaches guest memory", default=DmaMode.FILES)
     retain_state: bool = key(
         SWITCH,
-        "whether a client finds what the one before it left in registers and device memory, as the vfio-user "
-        "specification allows, and may share mapped memory with it. Else it finds a reset function with new memory, "
-        "see [trust](../explanation/trust.md#what-one-client-leaves-for-the-next). Not for real functions, which the "
-        "kernel resets",
+        "whether a client finds what its predecessor left in registers and device memory, as the vfio-user "
+        "specification allows, and may share mapped memory with it. Otherwise it finds a reset function with new "
+        "memory, see [trust](../explanation/trust.md#what-one-client-leaves-for-the-next). Real functions do not "
+        "have this: the kernel resets them",
         default=False,
     )
     agent: AgentConfig | None = key(
         AGENT,
-        "what migrates the function, see [below](#agent)",
+        "the agent that migrates the function, see [below](#agent)",
         default=None,
         unset="none: the function cannot be migrated",
     )
@@ -164,39 +164,40 @@ class DaemonConfig:
         CONTROL_SOCKET,
         "path of the [control socket](control-socket.md)",
         default=None,
-        unset="`/run/vfiouser-oob/control.sock`; for other users than root "
-        "`$XDG_RUNTIME_DIR/vfiouser-oob/control.sock`, if that variable is set",
+        unset="`/run/vfiouser-oob/control.sock`; for users other than root "
+        "`$XDG_RUNTIME_DIR/vfiouser-oob/control.sock`, if the variable is set",
     )
     metrics_socket: Path | None = key(
         ABSOLUTE_SOCKET_PATH,
-        "path of a socket on which `GET /metrics` is answered, see [metrics](metrics.md); it needs the extra `metrics`",
+        "path of a socket that answers `GET /metrics`, see [metrics](metrics.md); it needs the extra `metrics`",
         default=None,
-        unset="the socket that systemd passes under the name `metrics`, which may be one of TCP; else none",
+        unset="the socket that systemd passes under the name `metrics`, which may be a TCP socket; else none",
     )
     state_directory: Path | None = key(
         STATE_DIRECTORY,
-        "where [what agents can do](../explanation/migration.md#what-is-remembered) is remembered; made when needed",
+        "directory in which the daemon remembers [what agents can "
+        "do](../explanation/migration.md#what-is-remembered); the daemon creates it",
         default=None,
-        unset='the unit\'s `StateDirectory=`, as systemd tells it in `$STATE_DIRECTORY`; without that `"none"`',
+        unset='the unit\'s `StateDirectory=`, which systemd passes in `$STATE_DIRECTORY`; without it `"none"`',
     )
-    log_level: LogLevel = key(one_of(LogLevel), "least important record that is written", default=LogLevel.INFO)
-    log_format: LogFormat = key(one_of(LogFormat), "how log records are written", default=LogFormat.HUMAN)
+    log_level: LogLevel = key(one_of(LogLevel), "least important log records to write", default=LogLevel.INFO)
+    log_format: LogFormat = key(one_of(LogFormat), "format of log records", default=LogFormat.HUMAN)
     # Stock QEMU gives up on a reply after 5 s and is then out of step with the stream for good: stay well below.
     reply_budget_s: float = key(
         seconds_between(0.1, 3600),
-        "time within which every message of a client is answered, come what may",
+        "time within which the daemon answers every message of a client",
         default=4.0,
     )
     admin_uids: tuple[int, ...] = key(
         UIDS,
-        "users that may change what runs, see [control socket](control-socket.md#who-may); root and the daemon's own "
-        "user always may",
+        "users who may change the running daemon, see [control socket](control-socket.md#who-may); root and the "
+        "daemon's own user always may",
         factory=tuple,
         unset="nobody else",
     )
     control_group: str | None = key(
         GROUP,
-        "group of the control socket's file, whose members may ask but change nothing",
+        "group of the control socket's file, whose members may ask but not change anything",
         default=None,
         unset="the daemon's own",
     )

@@ -95,7 +95,7 @@ def _of_state_directory(path: Path) -> Iterator[str]:
     """The directory is made when it is needed, in the nearest one that there is."""
     place = next((parent for parent in (path, *path.parents) if os.access(parent, os.F_OK)), Path("/"))
     if not place.is_dir():
-        yield f"state_directory {path} cannot be used: {place} is no directory"
+        yield f"state_directory {path} cannot be used: {place} is not a directory"
     elif not os.access(place, os.W_OK | os.X_OK):
         yield f"state_directory {path}: this user cannot write in {place}; what agents can do is then not remembered"
 

@@ -6,7 +6,7 @@ A section is a class. Each of its keys is one entry, which says all that there i
     class MigrationConfig:
         \"\"\"How a function with an agent is migrated.\"\"\"
 
-        call_s: float = key(SECONDS, "seconds that the agent may take for a small call", default=2.0)
+        call_s: float = key(SECONDS, "seconds for a small call to the agent", default=2.0)
 
 The dataclass, what is refused and how, the reference page, `--help` and the JSON Schema all come from it. So
 

@@ -27,16 +27,16 @@ RUNTIME_DIRECTORY = Path("/run/vfio-user")
 class CarrierChoice(Word):
     """What carries the functions' state in QEMU's migration stream."""
 
-    AUTO = "auto", "whichever of the two QEMU was started with"
-    DBUS_VMSTATE = "dbus-vmstate", "an object of QEMU that the guest does not see; for states up to 256M"
-    VHOST_USER_FS = "vhost-user-fs", "a companion device beside the functions; for large states and hardware DMA"
+    AUTO = "auto", "the one of the two with which QEMU was started"
+    DBUS_VMSTATE = "dbus-vmstate", "an object in QEMU that the guest does not see; for states up to 256M"
+    VHOST_USER_FS = "vhost-user-fs", "a companion device next to the functions; for large states and hardware DMA"
 
 
 class Listens(Word):
     """Who listens on a socket."""
 
     DAEMON = "daemon", "QEMU connects"
-    QEMU = "qemu", "the daemon connects, also when it was started anew under a running VM"
+    QEMU = "qemu", "the daemon connects, also after a restart under a running VM"
 
 
 @section
@@ -46,8 +46,8 @@ class VmConfig:
     name: str = key(NAME, "its name in logs and in status; unique")
     functions: tuple[str, ...] = key(
         NAMES,
-        "the functions that it uses, by their names, which are also the ids of their devices in QEMU; a function "
-        "belongs to one VM at most",
+        "names of the functions that it uses, which are also the ids of their devices in QEMU; a function belongs "
+        "to at most one VM",
     )
     monitor: Path | None = key(
         ABSOLUTE_SOCKET_PATH,
@@ -84,20 +84,20 @@ class VmConfig:
     )
     allow_uids: tuple[int, ...] | None = key(
         UIDS,
-        "users whose processes may be the VM's QEMU, whatever the files' permissions say",
+        "users who may run the VM's QEMU, regardless of the files' permissions",
         default=None,
-        unset="whoever the permissions let in",
+        unset="everyone whom the permissions let in",
     )
     state_max: int = key(
         size_of(64 << 10, 1 << 30),
-        "bytes of the largest state of all functions together that the VM may come with; `dbus-vmstate` carries at "
-        "most 256M, and 64M of it come in seconds",
+        "most bytes of state that a VM may bring for all its functions together; `dbus-vmstate` carries at most "
+        "256M, and takes seconds for 64M",
         default=64 << 20,
     )
     untracked_max: int = key(
         size_of(0, 256 << 20),
-        "bytes of guest memory that may travel with the state, because QEMU does not know that the functions wrote "
-        "them; with more of them a migration is refused",
+        "most bytes of guest memory that may travel with the state, because the functions wrote them without QEMU's "
+        "knowledge; the daemon refuses a migration that needs more",
         default=16 << 20,
     )
     #: Where the VM stands in its configuration file, for messages.
@@ -155,7 +155,7 @@ def check_vms(vms: tuple[VmConfig, ...], functions: frozenset[str], source: str 
     Args:
         vms: the VMs.
         functions: the names of all functions.
-        source: where they came from, for messages.
+        source: their origin, for messages.
 
     Raises:
         ConfigError: there are such.

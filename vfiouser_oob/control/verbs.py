@@ -48,8 +48,8 @@ class Administered(StatusProvider, Protocol):
 class AddParameters:
     """Functions that are to be added."""
 
-    toml: str = key(TEXT, "their `[[function]]` tables, as a configuration file has them")
-    source: str = key(TEXT, "where they came from, for messages", default="the request")
+    toml: str = key(TEXT, "their `[[function]]` tables, as in a configuration file")
+    source: str = key(TEXT, "their origin, for messages", default="the request")
 
 
 @section
@@ -64,7 +64,7 @@ class RemoveParameters:
     """A function that is to go."""
 
     name: str = key(NAME, "the function's name")
-    force: bool = key(FLAG, "turn its client out; else one that has a client stays", default=False)
+    force: bool = key(FLAG, "disconnect its client; without this, a function with a client stays", default=False)
 
 
 @section
@@ -72,21 +72,21 @@ class DrainParameters:
     """A function that is to have no new client."""
 
     name: str = key(NAME, "the function's name")
-    undo: bool = key(FLAG, "let clients come again, instead", default=False)
+    undo: bool = key(FLAG, "let clients connect again", default=False)
 
 
 @section
 class ReloadParameters:
     """How the configuration is read again."""
 
-    force: bool = key(FLAG, "turn clients of functions that change out, instead of waiting for them", default=False)
+    force: bool = key(FLAG, "disconnect clients of functions that change, instead of waiting for them", default=False)
 
 
 @section
 class LogLevelParameters:
     """What is logged."""
 
-    level: LogLevel = key(one_of(LogLevel), "the least important record that is written")
+    level: LogLevel = key(one_of(LogLevel), "the least important log records to write")
     function: str | None = key(NAME, "of which function", default=None, unset="the whole daemon")
 
 
@@ -97,9 +97,9 @@ class MigrateCheckParameters:
     vm: str = key(NAME, "the VM's name")
     destination: str | None = key(
         TEXT,
-        "what the other host answered as `offer`, as JSON",
+        "the `offer` that the other host gave, as JSON",
         default=None,
-        unset="the destination is left out",
+        unset="the check leaves the destination out",
     )
 
 
@@ -177,20 +177,20 @@ VERBS: Mapping[str, Verb] = {
     "metrics": Verb(
         NoOptions,
         ControlRole.READER,
-        "`result` is what was measured, from which the [metrics](metrics.md) are made",
+        "`result` has the measurements behind the [metrics](metrics.md)",
         _metrics,
     ),
     "watch": Verb(
         NoOptions,
         ControlRole.READER,
-        "`result` is the status document; then, for each change, a line with `event`. The connection is used up: "
-        "anything further that the client sends ends it, and it ends when the daemon stops",
+        "`result` is the status document; then, for each change, a line with `event`. The connection then serves "
+        "nothing else: it ends if the client sends anything more, and when the daemon stops",
         None,
     ),
     "add": Verb(
         AddParameters,
         ControlRole.ADMIN,
-        "adds functions; `result` is a list of [outcomes](#outcomes). They are not written into the configuration file",
+        "adds functions; `result` is a list of [outcomes](#outcomes). The configuration file stays as it is",
         _add,
     ),
     "remove": Verb(
@@ -209,7 +209,7 @@ VERBS: Mapping[str, Verb] = {
     "drain": Verb(
         DrainParameters,
         ControlRole.ADMIN,
-        "lets a function take no new client and waits until the one that it has is gone; `result` has `name` and "
+        "makes a function accept no new client and waits until its client has gone; `result` has `name` and "
         "`drained`. A client that leaves before the answer leaves the function closed",
         _drain,
         waits=True,
@@ -217,22 +217,22 @@ VERBS: Mapping[str, Verb] = {
     "disconnect": Verb(
         NameParameters,
         ControlRole.ADMIN,
-        "turns a function's client out; `result` has `name` and `turned_out`. The next client may come at once",
+        "disconnects a function's client; `result` has `name` and `turned_out`. The next client may connect at once",
         _disconnect,
     ),
     "migrate-check": Verb(
         MigrateCheckParameters,
         ControlRole.ADMIN,
-        "finds what would be in the way of a VM's migration, and asks agents and QEMU for it; `result` has `vm`, "
-        "`migratable`, `reasons`, each with `code`, `text` and `weight` (`refused` or `advice`), and `offer`, what "
-        "this host says of the VM to another one",
+        "finds everything that would prevent a VM's migration, asking agents and QEMU; `result` has `vm`, "
+        "`migratable`, `reasons`, each with `code`, `text` and `weight` (`refused` or `advice`), and `offer`, this "
+        "host's answer about the VM for another host",
         _migrate_check,
         waits=True,
     ),
     "log-level": Verb(
         LogLevelParameters,
         ControlRole.ADMIN,
-        "chooses what is logged from now on; `result` has `level` and `function`",
+        "sets what the daemon logs from now on; `result` has `level` and `function`",
         _log_level,
     ),
 }

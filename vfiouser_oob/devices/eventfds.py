@@ -130,4 +130,4 @@ def _drop(handle: OwnedFd) -> None:
 
 def _check_eventfd(fd: OwnedFd) -> None:
     if os.readlink(f"/proc/self/fd/{fd.fileno()}") != "anon_inode:[eventfd]":
-        raise CommandError("SET_IRQS came with a descriptor that is no eventfd", errno.EINVAL)
+        raise CommandError("SET_IRQS came with a descriptor that is not an eventfd", errno.EINVAL)

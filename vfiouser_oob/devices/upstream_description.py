@@ -49,7 +49,7 @@ async def describe_server(client: Client, regions: list[ClientRegion]) -> Device
 
 def _checked(info: DeviceInfo) -> DeviceInfo:
     if not info.flags & DeviceInfoFlags.PCI:
-        raise CommandError("it is no PCI device")
+        raise CommandError("it is not a PCI device")
     if not PCI_NUM_REGIONS <= info.num_regions <= _MAX_REGIONS or info.num_irqs > _MAX_IRQS:
         raise CommandError(f"it claims {info.num_regions} regions and {info.num_irqs} IRQ indices")
     return info

@@ -259,7 +259,7 @@ class FileTable:
 def _check_usable(status: os.stat_result, mode: int, flags: int, offset: int, size: int) -> None:
     access = mode & os.O_ACCMODE
     if not stat.S_ISREG(status.st_mode) or mode & _O_PATH:
-        raise CommandError("DMA_MAP came with a descriptor that is no memory or regular file", errno.EACCES)
+        raise CommandError("DMA_MAP came with a descriptor that is neither memory nor a regular file", errno.EACCES)
     if flags & _READ and access == os.O_WRONLY:
         raise CommandError("DMA_MAP wants READ on a descriptor opened write-only", errno.EACCES)
     if flags & _WRITE and (access == os.O_RDONLY or mode & os.O_APPEND):

@@ -55,7 +55,7 @@ def decode_descriptor(payload: bytes) -> Descriptor:
     try:
         document = json.loads(payload)
     except (ValueError, RecursionError) as error:
-        raise Incompatible([f"the source's descriptor is no JSON: {error}"]) from None
+        raise Incompatible([f"the source's descriptor is not JSON: {error}"]) from None
     try:
         descriptor: Descriptor = from_wire(Descriptor, document, "descriptor")
     except WireError as error:

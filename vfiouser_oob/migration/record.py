@@ -37,7 +37,7 @@ class Certainty(Enum):
     KNOWN = "known"
     #: A call's effect is not known; the background finds out.
     UNKNOWN = "unknown"
-    #: The agent said that the function is broken; only a reset leads out.
+    #: The agent said that the function is broken; only a reset ends this.
     FAILED = "failed"
 
 
@@ -286,7 +286,7 @@ class MigrationRecord:
 
 #: States in which the guest may use the function.
 RUNS = frozenset({DeviceState.RUNNING, DeviceState.PRE_COPY})
-#: What stands for a state that is not known, or that only a reset leads out of.
+#: What stands for a state that is not known, or that only a reset ends this of.
 _SHOWN: Mapping[Certainty, str] = MappingProxyType({Certainty.UNKNOWN: "UNKNOWN", Certainty.FAILED: "ERROR"})
 _NAMES = tuple(field.name for field in fields(MigrationRecord))
 _ALL = attrgetter(*_NAMES)

@@ -237,12 +237,14 @@ def fall_restart(turn: Turn, errand: PlanProgress, step: Step, failure: Failure)
     """Without the agent there is no stream any more; the guest's reset is done all the same."""
     turn.do(ev.HaltSource())
     if failure.away:
-        turn.do(ev.Note("the state cannot be saved any more: its stream could not begin anew", {"error": str(failure)}))
+        turn.do(
+            ev.Note("the state cannot be saved any more: its stream could not start again", {"error": str(failure)})
+        )
         turn.begin(replace(errand, at=errand.at + 1))
         return
     if failure.fatal:
         turn.broken(str(failure))
-    turn.answer(f"the stream could not begin anew: {failure}", failure.errno)
+    turn.answer(f"the stream could not start again: {failure}", failure.errno)
 
 
 def give_up_restart(turn: Turn, errand: PlanProgress) -> None:

@@ -436,7 +436,7 @@ class Steps:
         """Apply what came; if nothing came, the load was cancelled and the function is left reset."""
         destination, failure = self.destination, self._host.record.load_failure
         if destination is None or failure is not None:
-            raise CommandError(f"the load has failed ({failure or 'it was dropped'}); only a reset leads out")
+            raise CommandError(f"the load has failed ({failure or 'it was dropped'}); only a reset ends this")
         if not self.moved:
             await self.reset_agent(deadline)
             await self.reset_device(deadline)

@@ -122,7 +122,7 @@ class StreamWriter:
     def header(self) -> tuple[Buffer, ...]:
         """Return the header; called again before the trailer, it begins the stream anew in the next epoch."""
         if MAGIC not in ORDER[self._progress.place]:
-            raise LocalProtocolError("a state stream cannot begin anew after its trailer; not written")
+            raise LocalProtocolError("a state stream cannot start again after its trailer; not written")
         epoch = self._next_epoch
         self._next_epoch += 1
         packed = pack_header(epoch)

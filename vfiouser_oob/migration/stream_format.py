@@ -94,7 +94,7 @@ class StreamRefused(CommandError):
     """
 
     def __init__(self, reason: Refusal, message: str) -> None:
-        super().__init__(f"{message}; the state is refused and nothing of it applied", _ERRNO[reason])
+        super().__init__(f"{message}; the state is refused, and no part of it is applied", _ERRNO[reason])
         self.reason = reason
 
 

@@ -202,7 +202,7 @@ class Transfer:
         """
         destination, record = self._runner.steps.destination, self._runner.record
         if record.load_failure is not None:
-            raise CommandError(f"the load has failed ({record.load_failure}); only a reset leads out")
+            raise CommandError(f"the load has failed ({record.load_failure}); only a reset ends this")
         if destination is None or record.stream is None:
             raise CommandError("no state is being loaded")
         self._runner.feed(Moved(record.stream.position + len(data)))

@@ -140,7 +140,7 @@ class Turn:
             self.arrive(self.record.state, "the agent says so")
 
     def broken(self, why: str) -> None:
-        """The agent says that the function is broken: only a reset leads out."""
+        """The agent says that the function is broken: only a reset ends this."""
         self.drop()
         self.cease()
         old = self.record.shown

@@ -27,7 +27,7 @@ def choose(function: str, level: LogLevel | None) -> None:
 
     Args:
         function: its name.
-        level: the least important record that is written; None for that of the whole process.
+        level: the least important log records to write; None for that of the whole process.
     """
     if level is None:
         _chosen.pop(function, None)

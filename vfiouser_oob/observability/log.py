@@ -270,7 +270,7 @@ def configure(
     Where the journal reads our standard error it is given records with fields instead of lines, if its socket is there.
 
     Args:
-        level: least important record that is written.
+        level: least important log records to write.
         log_format: for people or for machines.
         stream: where to; None = standard error, and then nobody waits for whoever reads it.
         environ: the environment, for JOURNAL_STREAM and NO_COLOR.
@@ -303,7 +303,7 @@ def configure(
 
 
 def set_level(level: LogLevel) -> None:
-    """Choose the least important record that is written from now on, but for functions with a level of their own."""
+    """Choose the least important log records to write from now on, but for functions with a level of their own."""
     for name in (ROOT, AGENTS):
         logging.getLogger(name).setLevel(levels.NUMBERS[level])
 

@@ -142,7 +142,7 @@ METRICS: tuple[Metric, ...] = (
         ("function", "command"),
         _spread(lambda f: (((name,), command) for name, command in f["commands"].items())),
     ),
-    Metric("agent_up", _G, "1 if the agent answers, as far as is known", _F, _each(_agent("answers"))),
+    Metric("agent_up", _G, "1 unless the agent is known not to answer", _F, _each(_agent("answers"))),
     Metric("agent_steps", _C, "Steps of migrations and calls to the agent", _F, _each(_agent("steps"))),
     Metric("agent_step_failures", _C, "Of those, the ones that failed", _F, _each(_agent("failures"))),
     Metric("migration_active", _G, "1 while the function's state is moved", _F, _each(lambda f: f["migrating"])),

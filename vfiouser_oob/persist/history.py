@@ -166,7 +166,7 @@ def _read(path: Path) -> list[MigrationEntry]:
         return []
     entries = document.get("migrations")
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
-        raise UnusableRecord("it is damaged: what it lists are no migrations")
+        raise UnusableRecord("it is damaged: it lists things that are not migrations")
     return cast("list[MigrationEntry]", entries[-KEPT:])
 
 

@@ -22,7 +22,7 @@ def read_memory(fd: HasFileno, limit: int) -> bytes:
     """
     status = os.fstat(fd.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise UnusableRecord(f"it is no file of at most {limit} bytes")
+        raise UnusableRecord(f"it is not a file of at most {limit} bytes")
     image = bytearray()
     while len(image) < status.st_size:
         piece = os.pread(fd.fileno(), status.st_size - len(image), len(image))

@@ -47,7 +47,7 @@ def read_record(path: Path, kind: str, version: int) -> dict[str, Any] | None:
         return None
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UnusableRecord("it is no plain file")
+            raise UnusableRecord("it is not a regular file")
         data = file.read(MAX_SIZE + 1)
     if len(data) > MAX_SIZE:
         raise UnusableRecord(f"it is larger than {MAX_SIZE} bytes")
@@ -60,7 +60,7 @@ def _checked(data: bytes, kind: str, version: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UnusableRecord(f"it is damaged: {error}") from error
     if not isinstance(document, dict) or document.get("kind") != kind:
-        raise UnusableRecord(f"it is no document of kind {kind!r}")
+        raise UnusableRecord(f"it is not a document of kind {kind!r}")
     if type(document.get("version")) is not int or document["version"] != version:
         raise UnusableRecord(f"it has version {document.get('version')!r}; {version} is understood")
     return document

@@ -328,7 +328,7 @@ def _check(image: bytes) -> None:
         UnusableRecord: nothing can be made of it.
     """
     if len(image) < _SIZE or not image.startswith(MAGIC):
-        raise UnusableRecord("it is no memory of a stream")
+        raise UnusableRecord("it is not the memory of a stream")
     _, version, size = _HEAD.unpack_from(image)
     if version != VERSION or size != OUTBOX_SIZE:
         age = "a newer" if version > VERSION else "another"

@@ -84,7 +84,7 @@ class Administration:
 
         Args:
             toml: their tables.
-            source: where they came from, for messages.
+            source: their origin, for messages.
 
         Returns:
             What came of each.
@@ -244,7 +244,7 @@ class Administration:
         return sorted(live), sorted(set(changed) - live.keys())
 
     def set_log_level(self, level: LogLevel, function: str | None) -> dict[str, Any]:
-        """Choose the least important record that is written.
+        """Choose the least important log records to write.
 
         Args:
             level: it.
@@ -275,5 +275,5 @@ class Administration:
     def _find(self, name: str) -> Unit:
         unit = self._registry.units.find(name)
         if unit is None:
-            raise ChangeRefused(f"there is no function {name!r}; `vfiouser-oob status` names those that there are")
+            raise ChangeRefused(f"there is no function {name!r}; `vfiouser-oob status` lists them")
         return unit

@@ -142,7 +142,7 @@ class DeviceLink(ClientLink):
     def recovered(self) -> None:
         """The device is there again, and was reset."""
         self.lost = None
-        self._context.log.warning("device is there again and was reset; its guest has to set it up anew")
+        self._context.log.warning("device is back and was reset; its guest has to set it up again")
 
     def fail_for_good(self, reason: str) -> None:
         """The device does not come back."""

@@ -120,7 +120,10 @@ class FdStore:
         self._add(name, 1)
         if self._names_size > MAX_NAMES_SIZE:
             self._refused.add(name)
-            self._say("a restart would lose clients: the names of what is to be kept have no room", MAX_NAMES_SIZE)
+            self._say(
+                "a restart would lose clients: there is no room for the names of what the daemon must keep",
+                MAX_NAMES_SIZE,
+            )
             return
         if self._limit is not None and len(self._uses) > self._limit:
             self._say(

@@ -167,7 +167,7 @@ def check_listening(
     wanted = "a listening UNIX stream socket" if families == _LOCAL else "a listening stream socket, UNIX or TCP"
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            raise ConfigError(f"{label} must be {wanted}, but is no socket", source)
+            raise ConfigError(f"{label} must be {wanted}, but is not a socket", source)
     except OSError as error:
         raise ConfigError(f"{label} must be {wanted}: {error.strerror}", source) from error
     sock = socket.socket(fileno=fd)

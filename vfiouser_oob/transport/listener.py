@@ -254,7 +254,7 @@ def _clear_stale(path: Path) -> None:
     except OSError as error:
         raise ListenError(_bind_advice(path, error)) from error
     if not stat.S_ISSOCK(mode):
-        raise ListenError(f"{path} exists and is no socket; remove it or choose another path")
+        raise ListenError(f"{path} exists and is not a socket; remove it or choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         result = probe.connect_ex(os.fspath(path))
     if result == errno.ECONNREFUSED:
@@ -269,7 +269,7 @@ def _bind_advice(path: Path, error: OSError) -> str:
         errno.ENOENT: f"the directory {path.parent} does not exist; create it",
         errno.EACCES: f"no permission to create a socket in {path.parent}",
         errno.EROFS: f"no socket can be created in {path.parent}, which is read-only",
-        errno.EEXIST: "it has just been taken by another process",
+        errno.EEXIST: "another process has just taken it",
     }
     reason = advice.get(error.errno or 0) or error.strerror or str(error)
     return f"cannot listen on {path}: {reason}"

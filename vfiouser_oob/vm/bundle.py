@@ -145,7 +145,9 @@ class _BundleReader:
         try:
             return decode(kind, bytes(self.take(least_size(kind))))
         except CommandError as error:
-            raise BundleError(f"what arrived is no state of a VM's functions of this program: {error}") from error
+            raise BundleError(
+                f"what arrived is not a state that this program saved for a VM's functions: {error}"
+            ) from error
 
     def end(self) -> None:
         """Check that it was whole.

@@ -104,13 +104,13 @@ class VmOffer:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError):
-            raise CounterpartError("it is no JSON") from None
+            raise CounterpartError("it is not JSON") from None
         return cls.from_document(document)
 
 
 def _function(name: str, value: Any) -> FunctionOffer:
     if not isinstance(value, dict):
-        raise CounterpartError(f"function {name} is no table")
+        raise CounterpartError(f"function {name} is not a table")
     descriptor = value.get("descriptor")
     problem = value.get("problem")
     try:

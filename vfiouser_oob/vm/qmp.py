@@ -196,9 +196,9 @@ class QmpSession:
             # Told the encoding, json guesses none.
             message = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
         except (ValueError, RecursionError):
-            raise QmpProtocolError(f"a line that is no JSON: {_shown(line)}") from None
+            raise QmpProtocolError(f"a line that is not JSON: {_shown(line)}") from None
         if not isinstance(message, dict):
-            raise QmpProtocolError(f"a message that is no object: {_shown(line)}")
+            raise QmpProtocolError(f"a message that is not an object: {_shown(line)}")
         for kind in _ALLOWED[self.phase]:
             if kind in message:
                 return _READERS[kind](self, message)
@@ -213,7 +213,7 @@ class QmpSession:
             raise QmpProtocolError(f"a greeting without QEMU's version: {_shown(numbers)}")
         capabilities = body.get("capabilities", [])
         if not isinstance(capabilities, list):
-            raise QmpProtocolError(f"a greeting whose capabilities are no list: {_shown(capabilities)}")
+            raise QmpProtocolError(f"a greeting whose capabilities are not a list: {_shown(capabilities)}")
         self.phase = QmpPhase.NEGOTIATING
         major, minor, micro = found
         return QmpGreeting(
@@ -276,7 +276,7 @@ _READERS: Mapping[str, Callable[[QmpSession, Mapping[str, Any]], QmpMessage | No
 
 def _object(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise QmpProtocolError(f"{name} is no object: {_shown(value)}")
+        raise QmpProtocolError(f"{name} is not an object: {_shown(value)}")
     return value
 
 
@@ -297,7 +297,7 @@ def _seconds(value: Any) -> float | None:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _shown(value: Any) -> str:

@@ -112,7 +112,7 @@ class FunctionRegisters:
 
 def _number(value: Any, limit: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-        raise ValueError(f"{value!a} is no number below {limit}")
+        raise ValueError(f"{value!a} is not a number below {limit}")
     return value
 
 

@@ -135,7 +135,7 @@ def parse_slot(address: Any) -> Slot:
         TopologyError: it is none.
     """
     if not isinstance(address, int) or isinstance(address, bool) or not 0 <= address <= 255:
-        raise TopologyError(f"{ascii(address)[:40]} is no address of a PCI device")
+        raise TopologyError(f"{ascii(address)[:40]} is not the address of a PCI device")
     return Slot(address >> 3, address & 7)
 
 

@@ -179,7 +179,7 @@ class GrpcConnection:
         self._wanted.set()
         await self._greeted.wait()
         if self._greeting is None:
-            reason = self.lost or ProtocolError("the agent's first message on Connect is no greeting")
+            reason = self.lost or ProtocolError("the agent's first message on Connect is not a greeting")
             raise ConnectError(reason.message) if isinstance(reason, TransportLost) else reason
         return self._greeting
 

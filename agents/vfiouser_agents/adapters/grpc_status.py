@@ -69,8 +69,8 @@ _TLS_WORDS = ("Ssl handshake", "SSL_ERROR", "CERTIFICATE_VERIFY_FAILED", "Peer n
 _TLS_REASONS = {
     "certificate has expired": "the peer's certificate has expired",
     "certificate is not yet valid": "the peer's certificate is not valid yet",
-    "self signed certificate": "the peer's certificate is not accepted: it is signed by nobody that `ca` names",
-    "self-signed certificate": "the peer's certificate is not accepted: it is signed by nobody that `ca` names",
+    "self signed certificate": "the peer's certificate is not accepted: no authority in `ca` has signed it",
+    "self-signed certificate": "the peer's certificate is not accepted: no authority in `ca` has signed it",
     "unable to get local issuer certificate": "the peer's certificate is not accepted: `ca` does not name its issuer",
 }
 

@@ -37,7 +37,7 @@ async def list_functions(call: Caller, methods: MethodMap) -> Sequence[str]:
         return methods.functions
     listed = _part(await call(mapped.method, mapped.arguments({})), mapped.result.get("list", ""), mapped.method)
     if not isinstance(listed, list):
-        raise ProtocolError(f"the result of {mapped.method} is no list of functions: {str(listed)[:100]!r}")
+        raise ProtocolError(f"the result of {mapped.method} is not a list of functions: {str(listed)[:100]!r}")
     names = [_part(entry, mapped.result["name"], mapped.method) for entry in listed]
     return [name for name in names if isinstance(name, str)]
 

@@ -84,7 +84,7 @@ def load(path: str) -> Ops:
             symbols[name] = getattr(library, name)
         except AttributeError:
             raise LibraryRefused(
-                f"{path} has no symbol {name}; it is no migration plug-in of the 2022 series"
+                f"{path} has no symbol {name}; it is not a migration plug-in of the 2022 series"
             ) from None
     version = symbols["vfio_lm_get_plugin_version"]()
     if version != VERSION:

@@ -119,7 +119,7 @@ async def _(bench: Bench) -> None:
         await bench.session.end(Outcome.SUCCESS)
         await bench.expect_state(AgentState.LOADED)
         again = await bench.whole_state()
-        expect(again == stream, "the state that was loaded is not the one that is saved afterwards")
+        expect(again == stream, "the function saves another state than the one that was loaded")
         await bench.session.resume()
         await bench.expect_state(AgentState.RUNNING)
 
@@ -216,7 +216,7 @@ async def _(bench: Bench) -> None:
 
 
 @CHECKS.add(
-    "commit-garbage", "bytes that are no state are refused, although their digest is right", "stop_copy", "verifies"
+    "commit-garbage", "bytes that are not a state are refused, even if their digest is right", "stop_copy", "verifies"
 )
 async def _(bench: Bench) -> None:
     stream = await bench.whole_state()

@@ -159,7 +159,7 @@ class ObjectScanner:
             skipped = len(self._buffer) - len(self._buffer.lstrip(self._SPACE))
             del self._buffer[:skipped]
         if self._buffer and self._buffer[:1] != b"{":
-            raise ValueError("something that is no JSON object")
+            raise ValueError("something that is not a JSON object")
         return bool(self._buffer)
 
     def _leave_string(self) -> bool:
@@ -240,13 +240,15 @@ class JsonCodec(Codec):
                 yield _message(_DECODER.decode(text))
         except (ValueError, RecursionError, msgspec.MsgspecError) as error:
             reason = words_of(error)[:200]
-            raise ProtocolError(f"peer sent what is no message: {reason}; the connection is closed") from error
+            raise ProtocolError(
+                f"peer sent something that is not a message: {reason}; the connection is closed"
+            ) from error
 
 
 def _require_finite(value: Any) -> None:
     """Refuse what the encoder would write as null."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no JSON")
+        raise ValueError(f"{value} is not JSON")
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             _require_finite(item)
@@ -271,7 +273,7 @@ def _message(value: dict[str, Any]) -> Message:
             raise ValueError(f"an error that answers no call: {error}")
     elif "result" in value and _is_id(id_):
         return Response(id_, value["result"])
-    raise ValueError("an object that is no request, response or notification")
+    raise ValueError("an object that is not a request, response or notification")
 
 
 def _is_id(value: Any) -> TypeGuard[int]:

@@ -149,7 +149,9 @@ class MsgpackCodec(Codec):
                 data = rest
         # All errors of the parser are ValueErrors but two.
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
-            raise ProtocolError(f"peer sent what is no message: {_reason(error)}; the connection is closed") from error
+            raise ProtocolError(
+                f"peer sent something that is not a message: {_reason(error)}; the connection is closed"
+            ) from error
         large = 0 if self._open is None else self._open.size
         self._check_size(self._fed - self._taken + large)
 
@@ -275,7 +277,7 @@ def _message(value: Any) -> Message:
             case [2, str(method), list(params)]:
                 return Notification(method, _named(params))
     shape = f"an array of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
-    raise ValueError(f"{shape} that is no request, response or notification")
+    raise ValueError(f"{shape} that is not a request, response or notification")
 
 
 def _is_id(value: Any) -> bool:

@@ -100,7 +100,7 @@ def _from_base64(value: str, where: str) -> bytes:
     try:
         return msgspec.convert(value, bytes)
     except msgspec.ValidationError:
-        raise WireError(f"{where} is text of {len(value)} characters that is no base64") from None
+        raise WireError(f"{where} is text of {len(value)} characters that is not base64") from None
 
 
 def _pair(value: Any, where: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ class Doorbells(Word):
     """How the controller learns of a doorbell."""
 
     TRAPPED = "trapped", "each write is a message"
-    POLLED = "polled", "in mapped memory that the model polls"
+    POLLED = "polled", "the model polls mapped memory"
 
 
 #: A namespace in memory takes only what was written to it, so it may be larger than the memory, but not beyond measure.
@@ -42,13 +42,13 @@ class NvmeOptions:
     # Enough for a driver to use it.
     cmb: int = key(
         size_of(2 << 20, unit=4096, or_zero=True),
-        "size of a controller memory buffer in a mapped BAR of its own",
+        "size of the controller memory buffer in a mapped BAR of its own",
         default=0,
     )
-    doorbells: Doorbells = key(one_of(Doorbells), "how doorbells are written", default=Doorbells.TRAPPED)
+    doorbells: Doorbells = key(one_of(Doorbells), "how doorbells arrive", default=Doorbells.TRAPPED)
     shared: bool = key(
         SWITCH,
-        "whether other simulators may have the image open too, if they all say so; see "
+        "whether other simulators may open the image too, if all of them set this; see "
         "[simulate-soc](cli.md#simulate-soc) for who may write when",
         default=False,
     )
@@ -59,5 +59,5 @@ class NvmeOptions:
             have = f"{memory / (1 << 30):.0f}G"
             raise ValueError(
                 f"a namespace of {format_size(self.size)} in RAM is too large for a machine with {have} of memory; "
-                f"name a file by key 'image'"
+                f"name a file with key 'image'"
             )

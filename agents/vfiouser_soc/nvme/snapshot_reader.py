@@ -325,7 +325,7 @@ def _row(value: Any, count: int) -> list[Any]:
 
 def _rows(what: str, value: Any, most: int = _MAX_LIST) -> list[Any]:
     if not isinstance(value, list) or len(value) > most:
-        raise ValueError(f"{what} is no list of at most {most}")
+        raise ValueError(f"{what} is not a list of at most {most}")
     return value
 
 
@@ -360,7 +360,7 @@ def _events(raw: Any) -> list[AsyncEvent]:
 
 def _counters(raw: Any) -> Counters:
     if not isinstance(raw, dict):
-        raise ValueError("counters is no map")
+        raise ValueError("counters is not a map")
     return Counters(**{entry.name: _number(entry.name, raw[entry.name], _MAX_COUNT) for entry in fields(Counters)})
 
 

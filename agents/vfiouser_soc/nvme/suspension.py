@@ -183,7 +183,7 @@ class Suspender:
                 self.unsuspend()
             raise
         if not self._goes_on_with(suspension):
-            raise SuspensionEnded("the suspension was ended by a reset or by a resumption")
+            raise SuspensionEnded("a reset or a resumption ended the suspension")
 
     def _goes_on_with(self, suspension: Suspension) -> bool:
         return suspension is self._suspension and not suspension.release_wanted

@@ -231,7 +231,7 @@ refusals(
         ),
         RefusedRequest(
             24, SHOULD, "R359",
-            "There is no report without logging.",
+            "A report needs logging.",
             "GET_BITMAP before START",
             lambda t: _logged(t, wire.dirty_get(BASE, SIZE), start=False),
         ),

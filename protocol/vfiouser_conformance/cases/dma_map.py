@@ -430,7 +430,7 @@ refusals(
         ),
         RefusedRequest(
             42, SHOULD, "R145",
-            "What says how a descriptor is used needs a descriptor.",
+            "The flags for the use of a descriptor need a descriptor.",
             "DMA_MAP with the flags MMAP 0x4 and FILE_IO 0x8, without a descriptor",
             lambda t: _maps(t, *[(MAP, wire.dma_map(BASE, SIZE, 0, flags)) for flags in (0x7, 0xB)]),
         ),

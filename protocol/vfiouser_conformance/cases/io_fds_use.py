@@ -142,4 +142,4 @@ def _taken(fd: int, timeout: float) -> bool:
         if not count or time.monotonic() >= deadline:
             return not count
         poller.poll(_LOOK_MS)
-    raise CannotTell("the kernel does not tell the count of the descriptor, or it is no eventfd")
+    raise CannotTell("the kernel does not show a count for the descriptor, or it is not an eventfd")

@@ -66,13 +66,13 @@ refusals(
         ),
         RefusedRequest(
             34, MUST, "R185",
-            "The first vector is one that there is.",
+            "The first vector exists.",
             "TRIGGER with NONE that starts at the number of vectors, and at 0xffffffff",
             lambda t: [_request(t, 0x21, start, 1) for start in (_count(t), 0xFFFFFFFF)],
         ),
         RefusedRequest(
             35, MUST, "R186",
-            "All vectors of a range are ones that there are.",
+            "All vectors of a range exist.",
             "TRIGGER with NONE of one vector too many, of 0xffffffff, and of a range that wraps",
             lambda t: [
                 _request(t, 0x21, 0, _count(t) + 1),

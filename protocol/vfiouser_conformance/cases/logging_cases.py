@@ -397,13 +397,13 @@ refusals(
         ),
         RefusedRequest(
             34, SHOULD, "R302",
-            "There is no report without logging.",
+            "A report needs logging.",
             "REPORT of a mapped range before START",
             lambda t: _unlogged(t, wire.log_report(BASE, SIZE, _PAGE)),
         ),
         RefusedRequest(
             35, SHOULD, "R303",
-            "There is no report of what is not mapped.",
+            "A report needs a mapped range.",
             "REPORT of a range where nothing is mapped",
             lambda t: _logged(t, wire.log_report(BASE + 16 * SIZE, SIZE, _PAGE)),
         ),

@@ -32,7 +32,7 @@ _RUBBISH = bytes(range(1, 65)) * 4
 
 def _number(t: Trial, what: str, number: int) -> None:
     """An error number has to be one of Linux's."""
-    check(number in errno.errorcode, f"{what} fails with {number}, which is no error number")
+    check(number in errno.errorcode, f"{what} fails with {number}, which is not an error number")
     t.saw(f"error of {what}", errno.errorcode[number], recommended=True)
 
 

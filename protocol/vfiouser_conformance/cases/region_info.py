@@ -422,7 +422,7 @@ def config_size(t: Trial) -> None:
     Expects: one of these sizes; READ and WRITE.
     """
     if len(t.facts.regions) <= RegionIndex.CONFIG:
-        raise NotApplicable("the device is no PCI device")
+        raise NotApplicable("the device is not a PCI device")
     region = t.facts.regions[RegionIndex.CONFIG]
     check(region.size in (256, 4096), f"config space has {region.size} bytes")
     both = RegionFlags.READ | RegionFlags.WRITE

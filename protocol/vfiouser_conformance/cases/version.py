@@ -259,7 +259,7 @@ def twin_socket(t: Trial) -> None:
     same(1, len(reply.fds), "descriptors of a reply that grants a twin socket")
     same(0, twin.get("fd_index"), "fd_index")
     check(reply.fds_in_header, "the descriptor did not come with the header")
-    check(stat.S_ISSOCK(os.fstat(reply.fds[0]).st_mode), "the descriptor is no socket")
+    check(stat.S_ISSOCK(os.fstat(reply.fds[0]).st_mode), "the descriptor is not a socket")
     with socket.socket(fileno=os.dup(reply.fds[0])) as twin_socket:
         same(socket.SOCK_STREAM, twin_socket.type, "type of the twin socket")
     link.alive()

@@ -132,7 +132,7 @@ refusals(
         ),
         RefusedRequest(
             13, SHOULD, "R220",
-            "What was not agreed is refused.",
+            "A command that was not negotiated is refused.",
             "REGION_WRITE_MULTI on a connection whose client did not propose it",
             lambda t: [(MULTI, _one(t))] if t.facts.scratch and not t.facts.writes_multi else _not_offered(t),
         ),

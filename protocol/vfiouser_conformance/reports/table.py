@@ -139,7 +139,7 @@ class TableReport:
         unclear = [(result.reason, result) for result in outcome.results if result.verdict is CaseVerdict.CANNOT_TELL]
         yield from self._listed("what can be called neither passed nor failed:", self._by_reason(unclear))
         notes = [(result.note, result) for result in outcome.results if result.note]
-        yield from self._listed("what else is to be said:", self._by_reason(notes))
+        yield from self._listed("notes:", self._by_reason(notes))
 
     def _by_reason(self, told: Sequence[tuple[str, CaseResult]]) -> list[str]:
         """One line per reason, with the cases that it stands for."""

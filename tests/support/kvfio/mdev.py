@@ -56,10 +56,10 @@ def mdev_errors() -> None:
         HERE, f"there is no mediated device {HERE}: there is none at all; create it with `echo {HERE} > TYPE/create`"
     )
     make(THERE)
-    refused(HERE, f"those that there are: {THERE}")
+    refused(HERE, f"this machine has: {THERE}")
     make(HERE)
     (BUS / "drivers/mtty/unbind").write_text(HERE)
-    refused(HERE, f"bound to no driver: take it away with `echo 1 > {BUS}/devices/{HERE}/remove`")
+    refused(HERE, f"has no driver: remove it with `echo 1 > {BUS}/devices/{HERE}/remove`")
     (BUS / "devices" / HERE / "remove").write_text("1")
     make(HERE)
     group = os.path.basename(os.readlink(BUS / "devices" / HERE / "iommu_group"))

@@ -177,7 +177,7 @@ async def test_without_a_client(tmp_path: Path) -> None:
         assert session.caps.precopy
         assert {} == kernel.nodes
         assert AgentState.RUNNING is (await session.status()).state
-        with pytest.raises(InvalidState, match="used by no client"):
+        with pytest.raises(InvalidState, match="has no client"):
             await session.stop()
         await session.reset()
 

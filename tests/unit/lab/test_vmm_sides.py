@@ -207,7 +207,7 @@ async def test_v2_without_precopy() -> None:
         with pytest.raises(MigrationFailed, match="lack STOP_COPY"):
             await side.save_setup()
         function.fails["GET MIGRATION"] = errno.EINVAL
-        with pytest.raises(MigrationFailed, match="cannot be migrated by v2"):
+        with pytest.raises(MigrationFailed, match="v2 cannot migrate the function"):
             await side.load_setup()
 
 

@@ -119,7 +119,7 @@ def test_a_path_is_made_of_arcs() -> None:
     [
         (STOP_COPY, 6, "PRE_COPY was asked for in STOP_COPY"),
         (RUNNING, 77, "state 77"),
-        (DeviceState.ERROR, 2, "only a reset leads out"),
+        (DeviceState.ERROR, 2, "only a reset ends this"),
     ],
 )
 def test_refused_paths_say_what_is_allowed(current: DeviceState, target: int, words: str) -> None:

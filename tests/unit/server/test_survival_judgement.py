@@ -154,7 +154,7 @@ def test_a_client_is_gone_on_with(manager: Manager) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (damaged, "no journal"),
+        (damaged, "not a journal"),
         (newer, "a newer version, 2; 1 is understood"),
         (newer_record, "of version 9; 1 is understood"),
         (not_kept, "was not kept"),

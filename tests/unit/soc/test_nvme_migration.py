@@ -423,7 +423,7 @@ async def test_a_reset_interrupts_a_stop() -> None:
         async with trio.open_nursery() as nursery:
 
             async def stop() -> None:
-                with pytest.raises(InvalidState, match="ended by a reset"):
+                with pytest.raises(InvalidState, match="a reset or a resumption ended the suspension"):
                     await session.stop()
 
             nursery.start_soon(stop)

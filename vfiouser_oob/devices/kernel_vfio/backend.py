@@ -38,7 +38,7 @@ class KernelVfioBackend(DeviceBackend):
         kernel: the operating system.
         name: the function's address, such as ``0000:3b:00.2``, or the mediated device's UUID.
         policy: how a client may map its regions.
-        interface: by which interface of the kernel it is opened.
+        interface: the kernel's interface that opens it.
         handover_s: seconds that a client waits for a device that is in use.
         retry_s: seconds after which a device that could not be had is looked at again.
     """

@@ -80,7 +80,7 @@ def give(path: Path, uid: int) -> None:
 def _existing(sysfs: Path, bdf: str) -> PciFunctionNode:
     node = PciFunctionNode(sysfs, bdf)
     if not node.exists:
-        raise BackendUnavailable(f"there is no PCI function {bdf}: see `lspci -D` for those that there are")
+        raise BackendUnavailable(f"there is no PCI function {bdf}: `lspci -D` lists them")
     return node
 
 

@@ -23,9 +23,9 @@ _ASSIGN = int(IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER)
 _SINGLE = frozenset({IrqIndex.ERR, IrqIndex.REQ})
 _HINTS: Mapping[int, str] = {
     errno.ENOTTY: "this kernel cannot mask or unmask these interrupts",
-    errno.EBADF: "a descriptor is no eventfd",
+    errno.EBADF: "a descriptor is not an eventfd",
     errno.ENOSPC: "the machine has too few interrupt vectors left",
-    errno.EINVAL: "another kind of interrupt is on, or a descriptor is no eventfd",
+    errno.EINVAL: "another kind of interrupt is on, or a descriptor is not an eventfd",
 }
 
 

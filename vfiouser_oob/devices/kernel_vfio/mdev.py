@@ -56,8 +56,8 @@ class MdevNode(DeviceNode):
         if self.driver is None:
             # The bus matches no driver to a device: only making a device binds it.
             raise BackendUnavailable(
-                f"the mediated device {self.name} is bound to no driver: take it away with "
-                f"`echo 1 > {self.path}/remove` as root, and make it anew"
+                f"the mediated device {self.name} has no driver: remove it with "
+                f"`echo 1 > {self.path}/remove` as root, and create it again"
             )
         if self.device_api not in (None, _PCI_API):
             raise BackendUnavailable(
@@ -71,7 +71,7 @@ class MdevNode(DeviceNode):
     def _what_there_is(self) -> str:
         devices = sorted(path.name for path in (self.sysfs / BUS / "devices").glob("*"))
         if devices:
-            return f"those that there are: {_listed(devices)}"
+            return f"this machine has: {_listed(devices)}"
         types = sorted(str(path) for path in mdev_types(self.sysfs))
         if types:
             return (

@@ -208,7 +208,7 @@ class KernelFunction:
         if self.caps is not None and not self.caps.stop_copy:
             raise Unsupported(f"the driver of {self.name} has no migration of its own")
         if self._device is None:
-            raise InvalidState(f"{self.name} is used by no client, and so is closed and reset")
+            raise InvalidState(f"{self.name} has no client, so it is closed and reset")
         return self._device
 
     def _working(self) -> MigrationDevice:
@@ -264,7 +264,7 @@ class KernelFunction:
             return
         self._working()
         if self._spoiled:
-            raise InvalidState(f"{self.name} holds a state that was not committed; only a reset or a load leads out")
+            raise InvalidState(f"{self.name} holds a state that was not committed; reset it, or load another state")
         if self._state not in (DeviceState.RUNNING, DeviceState.PRE_COPY):
             self._close_data()
             self._go(DeviceState.RUNNING)

@@ -64,7 +64,7 @@ class PciFunctionNode(DeviceNode):
     def require_usable(self) -> None:
         """Check that it is there, is bound to vfio-pci, and has an IOMMU."""
         if not self.exists:
-            raise BackendUnavailable(f"there is no PCI function {self.bdf}: see `lspci -D` for those that there are")
+            raise BackendUnavailable(f"there is no PCI function {self.bdf}: `lspci -D` lists them")
         self.require_iommu()
         if not self.is_bound_to_vfio():
             holder = f"bound to the driver {self.driver}" if self.driver else "bound to no driver"

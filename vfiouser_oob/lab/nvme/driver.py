@@ -354,7 +354,7 @@ class NvmeDriver:
         """
         blocks, rest = divmod(len(data), self.namespace.block_size)
         if rest or not blocks:
-            raise DriverError(f"{len(data)} bytes are no whole blocks of {self.namespace.block_size} bytes")
+            raise DriverError(f"{len(data)} bytes are not whole blocks of {self.namespace.block_size} bytes")
         async with self._transfer(len(data)) as (pages, prp1, prp2):
             async with self.processors.running:
                 self._pool.fill(pages, data)

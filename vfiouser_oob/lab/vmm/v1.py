@@ -76,7 +76,7 @@ class V1Side(MigrationSide):
                 mapped = MappedRegion(client, region, use_mapping=use_mapping)
                 return cls(client, mapped, chunk_size=chunk_size, natural=natural)
             region.close()
-        raise MigrationFailed("the function has no migration region, so it cannot be migrated by v1")
+        raise MigrationFailed("the function has no migration region, so v1 cannot migrate it")
 
     def close(self) -> None:
         """Unmap the data section."""

@@ -37,7 +37,7 @@ class V2Side(MigrationSide):
         try:
             flags = MigrationFlags(await self._client.get_migration_flags())
         except ReplyError as error:
-            raise MigrationFailed(f"the function cannot be migrated by v2: {error}") from error
+            raise MigrationFailed(f"v2 cannot migrate the function: {error}") from error
         if MigrationFlags.STOP_COPY not in flags:
             raise MigrationFailed(f"the function's migration flags {flags:#x} lack STOP_COPY")
         return flags

@@ -183,13 +183,13 @@ def read_history(image: bytes) -> History:
         Its history, as far as it is whole.
 
     Raises:
-        UnusableRecord: it is no journal, one of a newer version, or what it begins with is damaged.
+        UnusableRecord: it is not a journal, one of a newer version, or what it begins with is damaged.
     """
     if len(image) < PAGE:
         raise UnusableRecord(f"it has {len(image)} bytes; a journal has {PAGE} at least")
     magic, version, word = FILE_HEAD.unpack_from(image)
     if magic != MAGIC:
-        raise UnusableRecord("it is no journal")
+        raise UnusableRecord("it is not a journal")
     if version != VERSION:
         age = "a newer" if version > VERSION else "an unknown"
         raise UnusableRecord(f"it is of {age} version, {version}; {VERSION} is understood")

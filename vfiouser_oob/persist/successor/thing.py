@@ -66,7 +66,7 @@ class Thing:
         except (ValueError, msgpack.exceptions.UnpackException) as error:
             raise UnusableRecord(f"it is damaged: {error}") from error
         if not isinstance(values, tuple) or not values:
-            raise UnusableRecord("it is damaged: it is no list")
+            raise UnusableRecord("it is damaged: it is not a list")
         if values[0] != cls.VERSION:
             raise UnusableRecord(f"it is of version {values[0]!r}; {cls.VERSION} is understood")
         readers = _readers_of(cls)
@@ -103,7 +103,7 @@ def _number(largest: int) -> Callable[[str, Any], int]:
 def _parts(kind: type, readers: Sequence[Callable[[str, Any], Any]]) -> Callable[[str, Any], Any]:
     def read(name: str, value: Any) -> Any:
         if not isinstance(value, tuple) or len(value) != len(readers):
-            raise UnusableRecord(f"it is damaged: {name} is no list of {len(readers)}")
+            raise UnusableRecord(f"it is damaged: {name} is not a list of {len(readers)}")
         return kind(*(reader(name, item) for reader, item in zip(readers, value, strict=True)))
 
     return read

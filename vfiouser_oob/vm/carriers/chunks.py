@@ -101,7 +101,7 @@ class Joiner:
         try:
             head = decode(ChunkHead, piece)
         except CommandError as error:
-            raise ChunkError(f"what arrived is no piece of a state of this program: {error}") from error
+            raise ChunkError(f"what arrived is not a piece of a state that this program saved: {error}") from error
         self._check(index, head, len(piece) - HEAD_SIZE)
         self._size = head.size
         self._pieces[index] = memoryview(piece)[HEAD_SIZE:]

@@ -177,7 +177,7 @@ class PipedStateReader:
         try:
             self._head = decode(StateHead, bytes(self._got[:HEAD_SIZE]))
         except CommandError as error:
-            raise PipeError(f"what arrived is no state of this program: {error}") from error
+            raise PipeError(f"what arrived is not a state that this program saved: {error}") from error
         if self._head.size > self._most_bytes or self._head.trail > TRAIL:
             raise PipeError(f"the state has {self._head.size} bytes, and at most {self._most_bytes} are taken")
         await self._read_until(HEAD_SIZE + self._head.size)

@@ -84,7 +84,7 @@ def test_help_of_serve_tells_the_short_forms(capsys: pytest.CaptureFixture[str])
         assert f"  {form}\n" in out
         for key in options:
             assert f"    {key.name}=" in out
-    assert "doorbells=trapped|polled  how doorbells are written (default: trapped)" in out
+    assert "doorbells=trapped|polled  how doorbells arrive (default: trapped)" in out
 
 
 def test_help_imports_neither_trio_nor_construct() -> None:

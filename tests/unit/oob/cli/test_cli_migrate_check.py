@@ -18,7 +18,7 @@ OFFER = json.dumps(VmOffer("web", ("dbus-vmstate",), {}).to_document())
     ("script", "code", "words"),
     [
         (f"echo '{OFFER}'", 1, "no daemon answers"),
-        ("echo nonsense", 2, "host there: it is no JSON"),
+        ("echo nonsense", 2, "host there: it is not JSON"),
         ("echo 'there is no VM' >&2; exit 1", 1, "host there: there is no VM"),
         ("exit 255", 1, "host there: ssh ended with 255"),
     ],

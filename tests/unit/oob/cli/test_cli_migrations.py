@@ -47,4 +47,4 @@ def test_snapshot(width: int) -> None:
 
 def test_none() -> None:
     """Without any there is a sentence rather than an empty table."""
-    assert "no migration is remembered" == render([])
+    assert "no migrations yet" == render([])

@@ -241,10 +241,10 @@ def said(**changes: object) -> str:
 
 def test_migration_words() -> None:
     """What is certain is said plainly; what is not is said to be unknown, since when, and what it was before."""
-    assert "migration possible, most of it while it runs; agent its name for the function is f0" == said()
+    assert "migration possible, mostly while it runs; agent calls the function f0" == said()
     line = said(known=False, unknown_since=ago(seconds=7), state="PRE_COPY", owner="v2")
-    assert "not known since 2026-05-01 11:59:53 (7s ago) what the function does, last known PRE_COPY, by v2" in line
-    assert "it is copied while it runs (PRE_COPY), by v2, 1M moved, about 5M to come, doing stop" in said(
+    assert "unknown since 2026-05-01 11:59:53 (7s ago), last known PRE_COPY, by v2" in line
+    assert "it is being copied while it runs (PRE_COPY), by v2, 1M moved, about 5M left, doing stop" in said(
         state="PRE_COPY", owner="v2", bytes=1 << 20, remaining=5 << 20, step="stop"
     )
     assert "not possible: no library" in said(blocked="no library", migratable=False)
@@ -255,8 +255,8 @@ def test_migration_words_without_the_agent() -> None:
     """An agent that is away is shown with since when, and so is what was done without it."""
     since = ago(seconds=9)
     line = said(state="STOP", paused_over_link=True, agent_away_since=since)
-    assert "migration it stands still (STOP), paused without its agent" in line
-    assert "agent does not answer since 2026-05-01 11:59:51 (9s ago)" in line
+    assert "migration it is stopped (STOP), paused without its agent" in line
+    assert "agent has not answered since 2026-05-01 11:59:51 (9s ago)" in line
     line = said(reset_due=True, held_back=True, agent_away_since=since)
     assert "reset as soon as its agent answers, guest writes are held back" in line
 
@@ -265,14 +265,11 @@ def test_migration_words_without_the_agents_word() -> None:
     """What the agent has not said to this daemon itself is marked, and so is a store that does not work."""
     stored = {**MIGRATION["capabilities"], "source": "stored", "learned": "2026-05-01T00:00:00+00:00"}
     line = said(capabilities=stored, migratable=False)
-    assert (
-        "not possible: the agent cannot save its state, its agent, which has not answered yet, said so at 2026-05-01"
-        in line
-    )
+    assert "not possible: the agent cannot save its state, as its agent said at 2026-05-01" in line
     nothing = dict.fromkeys(stored, None) | {"source": "configuration", "problem": "/x\n: full"}
     line = said(capabilities=nothing)
     assert "possible, but its agent has never answered" in line
-    assert "what it can do is not remembered: /x?: full" in line
+    assert "the daemon does not remember what it can do: /x?: full" in line
 
 
 def test_live() -> None:

@@ -76,7 +76,7 @@ def test_the_end_of_a_long_part() -> None:
 def test_a_log_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without journalctl, or with one that fails, the part says so."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert b"there is no journalctl" in last_logs("x.service").data
+    assert b"this machine has no journalctl" in last_logs("x.service").data
     program = tmp_path / "journalctl"
     program.write_text("#!/bin/sh\necho no such unit >&2\nexit 1\n")
     program.chmod(0o755)
@@ -91,4 +91,4 @@ def test_records() -> None:
         journal.put(thing.KIND, thing.key, thing.to_record())
         (found,) = json.loads(records(os.getpid()).data).values()
         assert "FunctionThing" == found["records"][0]["kind"]
-    assert b"cannot be looked into" in records(1 << 30).data
+    assert b"cannot be examined" in records(1 << 30).data

@@ -119,7 +119,10 @@ def test_a_model_by_its_place() -> None:
         ("nowhere:Thing", "model 'nowhere:Thing' cannot be loaded: No module named 'nowhere'"),
         ("acme_models:Acmee", "model 'acme_models:Acmee' cannot be loaded: module 'acme_models' has no attribute"),
         ("acme_broken:Thing", "model 'acme_broken:Thing' cannot be loaded: ZeroDivisionError: division by zero"),
-        ("acme_models:number", "model 'acme_models:number' is no class or function that makes a device, but a int"),
+        (
+            "acme_models:number",
+            "model 'acme_models:number' must be a class or a function that makes a device, not a int",
+        ),
         (
             "acme_models.Acme",
             "unknown model 'acme_models.Acme' (allowed: acme, lost, nvme, plain, test, package.module:Class)",

@@ -74,6 +74,6 @@ def test_state_directory(tmp_path: Path) -> None:
     assert (f"state directory {tmp_path / 'a/b'}", []) == said(tmp_path / "a/b")
     (tmp_path / "file").write_text("")
     _, found = said(tmp_path / "file" / "x")
-    assert [f"state_directory {tmp_path}/file/x cannot be used: {tmp_path}/file is no directory"] == found
+    assert [f"state_directory {tmp_path}/file/x cannot be used: {tmp_path}/file is not a directory"] == found
     _, found = said(Path("/proc/x"))
     assert 1 >= len(found)  # root may write everywhere, as far as access() tells

@@ -500,8 +500,8 @@ def test_the_guests_reset_begins_the_stream_anew() -> None:
     ("fate", "certainty", "text"),
     [
         (Fate.AWAY, Certainty.KNOWN, None),
-        (Fate.REFUSED, Certainty.KNOWN, "the stream could not begin anew: refused"),
-        (Fate.BROKEN, Certainty.FAILED, "the stream could not begin anew: broken"),
+        (Fate.REFUSED, Certainty.KNOWN, "the stream could not start again: refused"),
+        (Fate.BROKEN, Certainty.FAILED, "the stream could not start again: broken"),
         (Fate.GIVEN_UP, Certainty.KNOWN, None),
     ],
 )

@@ -198,7 +198,7 @@ async def test_a_load_that_failed_stays_so() -> None:
         reason = here.runner.record.load_failure
         assert reason
         for attempt in (here.v2.write(bytes(100)), here.go(S.RUNNING)):
-            with pytest.raises(CommandError, match="only a reset leads out"):
+            with pytest.raises(CommandError, match="only a reset ends this"):
                 await attempt
         assert (S.RESUMING, reason) == (here.v2.state, here.runner.record.load_failure)
         await here.runner.reset()

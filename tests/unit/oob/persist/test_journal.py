@@ -96,7 +96,7 @@ def with_version(image: bytes, version: int) -> bytes:
     ("bad", "words"),
     [
         (lambda image: b"", "0 bytes"),
-        (lambda image: b"X" + image[1:], "no journal"),
+        (lambda image: b"X" + image[1:], "not a journal"),
         (lambda image: with_version(image, 2), "a newer version, 2; 1 is understood"),
         (lambda image: with_version(image, 0), "an unknown version, 0"),
         (lambda image: image[:ACTIVE] + bytes(8) + image[ACTIVE + 8 :], "a segment that it does not have"),
@@ -117,7 +117,7 @@ def test_what_is_no_journal_is_refused_in_words(bad: Callable[[bytes], bytes], w
 def test_something_else_in_its_place_is_refused() -> None:
     """A descriptor of another kind is not read from."""
     reader, writer = (OwnedFd(number) for number in os.pipe())
-    with reader, writer, pytest.raises(UnusableRecord, match="no file"):
+    with reader, writer, pytest.raises(UnusableRecord, match="not a file"):
         read_journal(reader)
 
 

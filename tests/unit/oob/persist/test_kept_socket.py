@@ -224,7 +224,7 @@ async def test_killed_between_an_answer_and_the_next_step(stream: Stream) -> Non
 @pytest.mark.parametrize(
     ("at", "data", "words"),
     [
-        (0, b"X", "no memory of a stream"),
+        (0, b"X", "not the memory of a stream"),
         (8, b"\2", "a newer version, 2; 1 is understood"),
         (16, b"\xff\xff\xff", "damaged"),
         (32, bytes([Torn.SENDING]), "a large message"),

@@ -105,7 +105,7 @@ def test_only_listening_unix_stream_sockets_will_do(tmp_path: Path) -> None:
         tcp.listen()
         check_listening(good.fileno(), "it")
         cases: dict[HasFileno, str] = {
-            file: "no socket",
+            file: "not a socket",
             datagram: "SOCK_DGRAM",
             tcp: "AF_INET",
             left: "does not listen",

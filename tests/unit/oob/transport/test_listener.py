@@ -123,7 +123,7 @@ def test_nobodys_place_is_taken(tmp_path: Path, take: Callable[[Path], None]) ->
     """What is there and is no socket stays there."""
     path = tmp_path / "f.sock"
     take(path)
-    with pytest.raises(ListenError, match="is no socket"):
+    with pytest.raises(ListenError, match="is not a socket"):
         listen_on_path(path)
     assert ["f.sock"] == os.listdir(tmp_path)
 

@@ -59,7 +59,7 @@ def test_a_function_that_is_not_known_here_is_not_compared() -> None:
         ({"version": 2}, "of version 2; this program reads 1"),
         ({"functions": []}, "no functions"),
         ({"vm": 7}, "names no VM"),
-        ({"functions": {"f": 7}}, "function f is no table"),
+        ({"functions": {"f": 7}}, "function f is not a table"),
     ],
 )
 def test_other_documents_are_refused(document: Any, words: str) -> None:

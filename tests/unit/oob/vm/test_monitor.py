@@ -373,7 +373,7 @@ async def test_pending_events(tmp_path: Path) -> None:
         os.write(number, b'{"event": "STOP"}\r\nrubbish\r\n')
         assert ["STOP"] == [event.name for event in monitor.pending_events()]
         assert [] == monitor.pending_events()
-        with pytest.raises(GoneError, match="no JSON"):
+        with pytest.raises(GoneError, match="not JSON"):
             await monitor.next_event()
 
 

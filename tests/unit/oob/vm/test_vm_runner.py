@@ -390,7 +390,7 @@ async def test_a_vm_that_comes_without_a_state() -> None:
         (bundle("f0", "f0"), "f0"),
         (bundle()[:-1], "cut off"),
         (bundle() + b"x", "more arrived"),
-        (b"rubbish" * 10, "no state of a VM"),
+        (b"rubbish" * 10, "not a state that this program saved for a VM"),
     ],
 )
 async def test_a_state_of_something_else(state: bytes, words: str) -> None:

@@ -123,8 +123,8 @@ def test_what_was_negotiated_comes_back() -> None:
     [
         (b"", "damaged"),
         (b"\xc1", "damaged"),
-        (msgpack.packb({}), "no list"),
-        (msgpack.packb([]), "no list"),
+        (msgpack.packb({}), "not a list"),
+        (msgpack.packb([]), "not a list"),
         (msgpack.packb([2, 0, 1, 2, 3, None]), "of version 2; 1 is understood"),
         (msgpack.packb(["x", 0, 1, 2, 3, None]), "of version 'x'"),
         (msgpack.packb([1, 0, 1, 2, 3]), "4 fields of 5"),

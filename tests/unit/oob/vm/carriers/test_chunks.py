@@ -40,8 +40,8 @@ def pieces_of(state: bytes) -> list[bytes]:
 @pytest.mark.parametrize(
     ("arrivals", "reason"),
     [
-        ([(0, b"")], "no piece of a state"),
-        ([(0, b"x" * LARGEST)], "no piece of a state"),
+        ([(0, b"")], "not a piece of a state"),
+        ([(0, b"x" * LARGEST)], "not a piece of a state"),
         ([(1, pieces_of(b"a" * 20)[0])], "piece 0 .* where piece 1"),
         ([(0, pieces_of(b"a" * 20)[0]), (0, pieces_of(b"a" * 20)[0])], "or twice"),
         ([(0, pieces_of(b"a" * 20)[0]), (1, pieces_of(b"a" * 21)[1])], "pieces of two states"),

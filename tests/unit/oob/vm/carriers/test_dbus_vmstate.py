@@ -120,7 +120,7 @@ async def test_a_state_that_is_not_wanted_is_refused(tmp_path: Path, expects: bo
             hand.refuses = (StateLoaded,)
             with pytest.raises(BusError, match=Hand.reason):
                 await qemu.load(pieces)
-            with pytest.raises(BusError, match="no piece of a state"):
+            with pytest.raises(BusError, match="not a piece of a state"):
                 await qemu.load(dict.fromkeys(pieces, b"foreign"))
         else:
             with pytest.raises(BusError, match="no state is expected"):

@@ -55,8 +55,8 @@ def packed(size: int, *, magic: bytes = b"oobstate", version: int = 1, trail: in
     [
         (b"", "broke off"),
         (packed(10)[:-1], "broke off"),
-        (packed(10, magic=b"garbage!"), "no state of this program"),
-        (packed(10, version=2), "no state of this program"),
+        (packed(10, magic=b"garbage!"), "not a state that this program saved"),
+        (packed(10, version=2), "not a state that this program saved"),
         (packed(101), "at most 100"),
         (packed(1 << 62), "at most 100"),
         (packed(10, trail=TRAIL + 1), "at most 100"),
