@@ -1,9 +1,8 @@
 """Find English in the documents and in `--help` that its speakers would not write.
 
-    python tools/prose.py [--all] [FILE …]
+    python tools/prose.py [FILE …]
 
-Each rule is a row: what it finds, and what to write instead. Code, links and HTML comments are left out. A rule that
-waits does not bind the pages that are made from the program's texts: those still break it. `--all` shows them, too.
+Each rule is a row: what it finds, and what to write instead. Code, links and HTML comments are left out.
 """
 
 from __future__ import annotations
@@ -16,17 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Pages that are made, in whole or in part, from texts in the source.
-MADE = frozenset(
-    ROOT / name
-    for name in (
-        "docs/reference/configuration.md",
-        "docs/reference/control-socket.md",
-        "docs/reference/messages.md",
-        "docs/reference/metrics.md",
-        "tests/unit/oob/cli/help/80.txt",
-    )
-)
 #: Words of one sentence, at most.
 LONGEST = 40
 
@@ -53,7 +41,6 @@ class Rule(NamedTuple):
         instead: what to write.
         bad: a sentence that it finds.
         good: the same, well said.
-        waits: whether pages that are made from the program's texts still have it.
     """
 
     name: str
@@ -61,7 +48,6 @@ class Rule(NamedTuple):
     instead: str
     bad: str
     good: str
-    waits: bool = False
 
     def places(self, text: str) -> Iterator[int]:
         """Where it is found.
@@ -81,7 +67,6 @@ RULES: Sequence[Rule] = (
         "name the thing",
         "The message lists what there is.",
         "The message lists the types.",
-        waits=True,
     ),
     Rule(
         "is to be",
@@ -89,7 +74,6 @@ RULES: Sequence[Rule] = (
         "say who must do it: must, has to, will",
         "Two classes are to be implemented.",
         "Implement two classes.",
-        waits=True,
     ),
     Rule(
         "is no",
@@ -97,7 +81,6 @@ RULES: Sequence[Rule] = (
         "is not a, does not",
         "It is no error.",
         "It is not an error.",
-        waits=True,
     ),
     Rule(
         "no such one",
@@ -105,7 +88,6 @@ RULES: Sequence[Rule] = (
         "name the thing, or deny the verb",
         "It takes no new one until then.",
         "It accepts no new client until then.",
-        waits=True,
     ),
     Rule(
         "tells what",
@@ -113,7 +95,6 @@ RULES: Sequence[Rule] = (
         "says, explains, shows; or tells whom",
         "This page tells how to set them.",
         "This page explains how to set them.",
-        waits=True,
     ),
     Rule(
         "subject last",
@@ -121,7 +102,6 @@ RULES: Sequence[Rule] = (
         "put the subject first, and do not begin with a clause",
         "What it is for is live migration.",
         "It is for live migration.",
-        waits=True,
     ),
     Rule(
         "belongs into",
@@ -137,7 +117,6 @@ RULES: Sequence[Rule] = (
         "let the doer do it",
         "Many of them are checked by tests.",
         "Tests check many of them.",
-        waits=True,
     ),
     Rule(
         "anew",
@@ -145,7 +124,6 @@ RULES: Sequence[Rule] = (
         "again, from the start",
         "The stream begins anew.",
         "The stream begins again.",
-        waits=True,
     ),
     Rule(
         "mend",
@@ -160,7 +138,6 @@ RULES: Sequence[Rule] = (
         "name the person or program",
         "The interface of whoever moves the state.",
         "The interface that every mover of state has.",
-        waits=True,
     ),
     Rule(
         "found out",
@@ -175,7 +152,6 @@ RULES: Sequence[Rule] = (
         "instead of, replaces",
         "A UUID in the place of the address.",
         "A UUID instead of the address.",
-        waits=True,
     ),
     Rule(
         "never heard",
@@ -190,7 +166,6 @@ RULES: Sequence[Rule] = (
         "what happens to",
         "It decides what becomes of a VM.",
         "It decides what happens to a VM.",
-        waits=True,
     ),
     Rule(
         "is said",
@@ -198,7 +173,6 @@ RULES: Sequence[Rule] = (
         "say where it stands, or who says it",
         "It is said at attach.",
         "The daemon reports it at attach.",
-        waits=True,
     ),
     Rule(
         "leads out",
@@ -206,7 +180,6 @@ RULES: Sequence[Rule] = (
         "ends this state",
         "Only a reset leads out.",
         "Only a reset ends it.",
-        waits=True,
     ),
     Rule(
         "one that",
@@ -214,7 +187,6 @@ RULES: Sequence[Rule] = (
         "name the thing again",
         "So that one that dies takes no other with it.",
         "When a process dies, the others go on.",
-        waits=True,
     ),
     Rule(
         "nothing of",
@@ -222,7 +194,6 @@ RULES: Sequence[Rule] = (
         "none of, no part of",
         "It imports nothing of the daemon.",
         "It imports no part of the daemon.",
-        waits=True,
     ),
     Rule(
         "as far as that",
@@ -230,15 +201,13 @@ RULES: Sequence[Rule] = (
         "if, where, unless",
         "It answers, as far as is known.",
         "It answers, or is not known to be silent.",
-        waits=True,
     ),
     Rule(
         "also when",
-        r"\b[Aa]lso (?:if|when|after|while|where|before) ",
+        r"\b[Aa]lso (?:if|when|while|where|before) ",
         "even if, even when",
         "It is finished also when the client has gone.",
         "It finishes even if the client has gone.",
-        waits=True,
     ),
     Rule(
         "was begun",
@@ -246,7 +215,6 @@ RULES: Sequence[Rule] = (
         "starts, has started",
         "It counts how often the stream was begun.",
         "It counts how often the stream has started.",
-        waits=True,
     ),
     Rule(
         "can be had",
@@ -254,7 +222,6 @@ RULES: Sequence[Rule] = (
         "is available",
         "The device cannot be had now.",
         "The device is not available now.",
-        waits=True,
     ),
     Rule(
         "taken for",
@@ -262,7 +229,6 @@ RULES: Sequence[Rule] = (
         "counts as, treats as",
         "What is configured is taken for possible.",
         "The daemon assumes that the configured abilities exist.",
-        waits=True,
     ),
     Rule(
         "says of",
@@ -270,7 +236,6 @@ RULES: Sequence[Rule] = (
         "says about, describes",
         "It checks what the server says of itself.",
         "It checks the server's description of itself.",
-        waits=True,
     ),
     Rule(
         "stands in",
@@ -278,7 +243,6 @@ RULES: Sequence[Rule] = (
         "is in",
         "The reason stands in the log.",
         "The log has the reason.",
-        waits=True,
     ),
     Rule(
         "inverted condition",
@@ -286,7 +250,6 @@ RULES: Sequence[Rule] = (
         "begin with if",
         "Had anything failed, the source would go on.",
         "If anything had failed, the source would go on.",
-        waits=True,
     ),
     Rule(
         "takes the place",
@@ -294,7 +257,6 @@ RULES: Sequence[Rule] = (
         "replaces",
         "The driver takes the place of the agent.",
         "The driver replaces the agent.",
-        waits=True,
     ),
     Rule(
         "turned out",
@@ -302,7 +264,6 @@ RULES: Sequence[Rule] = (
         "disconnects, turns away",
         "The command turns its client out.",
         "The command disconnects its client.",
-        waits=True,
     ),
     Rule(
         "for want of",
@@ -310,7 +271,6 @@ RULES: Sequence[Rule] = (
         "for lack of, ensures, requested, does not work, it is up to",
         "No reset fails for want of an agent.",
         "No reset fails because the agent is away.",
-        waits=True,
     ),
     Rule(
         "Germanisms",
@@ -377,12 +337,12 @@ def long_sentences(text: str) -> Iterator[int]:
         start = end.end() if end else stop
 
 
-def findings(text: str, *, waiting: bool = False) -> Iterator[Finding]:
+def findings(text: str, *, sentences: bool = True) -> Iterator[Finding]:
     """What is not well said in a document.
 
     Args:
         text: Markdown, or what `--help` prints.
-        waiting: by the rules that wait and the length of sentences, too.
+        sentences: whether it has any, which may be too long; the columns of `--help` have none.
     """
     clean, lines = prose(text), text.splitlines()
 
@@ -391,10 +351,18 @@ def findings(text: str, *, waiting: bool = False) -> Iterator[Finding]:
         return Finding(line, rule, instead, lines[line - 1].strip() if lines else "")
 
     for rule in RULES:
-        if waiting or not rule.waits:
-            yield from (finding(place, rule.name, rule.instead) for place in rule.places(clean))
-    if waiting:
+        yield from (finding(place, rule.name, rule.instead) for place in rule.places(clean))
+    if sentences:
         yield from (finding(place, LONG, "two sentences") for place in long_sentences(clean))
+
+
+def findings_in(path: Path) -> Iterator[Finding]:
+    """What is not well said in a file.
+
+    Args:
+        path: Markdown, or what `--help` prints, in a file `.txt`.
+    """
+    yield from findings(path.read_text(encoding="utf-8"), sentences=path.suffix == ".md")
 
 
 def documents() -> list[Path]:
@@ -410,32 +378,17 @@ def documents() -> list[Path]:
     )
 
 
-def bind(path: Path) -> bool:
-    """Whether the rules that wait bind a document.
-
-    Args:
-        path: absolute.
-    """
-    return path not in MADE
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print each finding; 1 when there is one that counts."""
+    """Print each finding; 1 when there is one."""
     parser = argparse.ArgumentParser(description="Find English that its speakers would not write.")
-    parser.add_argument("--all", action="store_true", help="by the rules that wait, too")
     parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="files to read (default: all documents)")
-    args = parser.parse_args(argv)
-    broken: list[str] = []
-    for path in args.files or documents():
-        waiting = args.all or bind(path.resolve())
-        for found in sorted(findings(path.read_text(encoding="utf-8"), waiting=waiting)):
-            broken.append(found.rule)
+    found_any = False
+    for path in parser.parse_args(argv).files or documents():
+        for found in sorted(findings_in(path)):
+            found_any = True
             place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
             print(f"{place}:{found.line}: {found.rule}: write: {found.instead}\n    {found.text}")
-    if args.all:
-        for rule in [*(rule.name for rule in RULES if rule.waits), LONG]:
-            print(f"{broken.count(rule):4}  {rule} (waits)")
-    return bool(broken)
+    return found_any
 
 
 if __name__ == "__main__":

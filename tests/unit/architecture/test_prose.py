@@ -13,8 +13,8 @@ TOOL = runpy.run_path(str(ROOT / "tools" / "prose.py"))
 
 
 def broken(text: str) -> list[tuple[int, str]]:
-    """Line and rule of everything that is found, by the rules that wait, too."""
-    return sorted((found.line, found.rule) for found in TOOL["findings"](text, waiting=True))
+    """Line and rule of everything that is found."""
+    return sorted((found.line, found.rule) for found in TOOL["findings"](text))
 
 
 @pytest.mark.parametrize("rule", TOOL["RULES"], ids=lambda rule: rule.name)
@@ -45,29 +45,26 @@ def test_a_long_sentence_is_found() -> None:
     assert [(1, TOOL["LONG"])] == broken(f"{words}more.\n")
 
 
+def test_the_columns_of_help_are_no_sentences(tmp_path: Path) -> None:
+    """The other rules are for what `--help` prints, too."""
+    page = tmp_path / "help.txt"
+    page.write_text("word " * 50 + "anew\n")
+    assert ["anew"] == [found.rule for found in TOOL["findings_in"](page)]
+
+
 @pytest.mark.parametrize("path", TOOL["documents"](), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_documents_pass(path: Path) -> None:
-    """No rule finds anything in what people read; rules that wait bind all pages but those made from the program."""
-    assert [] == list(TOOL["findings"](path.read_text(), waiting=TOOL["bind"](path)))
-
-
-def test_pages_that_are_made_are_there() -> None:
-    """Each page that the rules that wait do not bind is one of the documents."""
-    assert [] == sorted(TOOL["MADE"] - set(TOOL["documents"]()))
+    """No rule finds anything in what people read."""
+    assert [] == list(TOOL["findings_in"](path))
 
 
 def test_findings_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The tool prints place, rule and advice, and fails; rules that wait are counted on request."""
+    """The tool prints place, rule and advice, and fails."""
     page = tmp_path / "page.md"
     page.write_text("Fine.\n\nUse it in order to stop, whoever asks.\n")
     assert 1 == TOOL["main"]([str(page)])
     printed = capsys.readouterr().out
     assert f"{page}:3: wordy: write: to, " in printed
     assert f"{page}:3: whoever: write: name the person or program" in printed
-    assert 1 == TOOL["main"](["--all", str(page)])
-    assert "   1  whoever (waits)" in capsys.readouterr().out.splitlines()
-    made = next(iter(TOOL["MADE"]))
-    assert not TOOL["bind"](made)
-    assert TOOL["bind"](page)
     page.write_text("Fine.\n")
     assert 0 == TOOL["main"]([str(page)])
