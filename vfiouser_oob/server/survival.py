@@ -59,6 +59,8 @@ class Survival:
         self._own_mailbox = own_mailbox
         self._store = store
         self._kept = dict(kept)
+        #: What it is, as long as nobody has taken any of it.
+        self._kinds = {name: kind_of(fd) for name, fd in kept.items()}
         self._used: set[str] = set()
         self._log = log.get("survival")
         #: Whether anything is kept.
@@ -139,7 +141,7 @@ class Survival:
         """Go on with a journal; None if nothing can be made of it, which is said."""
         try:
             history = read_journal(left)
-            things = _understood(history.records, {name: kind_of(fd) for name, fd in self._kept.items()})
+            things = _understood(history.records, self._kinds)
             record = _check(things, identity_of(config))
             journal = Journal.resume(left, history)
         except UnusableRecord as error:

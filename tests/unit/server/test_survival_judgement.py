@@ -42,7 +42,7 @@ class Manager(Mailbox):
         if "FDSTOREREMOVE" in fields:
             if name in self.kept:
                 self.kept.pop(name).close()
-        else:
+        elif name not in self.kept:
             self.kept[name] = OwnedFd(os.dup(fds[0].fileno()))
         return True
 
@@ -59,11 +59,17 @@ def manager() -> Iterator[Manager]:
     close_fds(manager.kept.values())
 
 
-def leave(manager: Manager) -> None:
-    """A daemon serves a client with a range of memory, and is killed."""
+def leave(manager: Manager, *configs: FunctionConfig) -> None:
+    """A daemon serves a client of each function with a range of memory, and is killed."""
+    for config in configs or (CONFIG,):
+        leave_one(manager, config)
+
+
+def leave_one(manager: Manager, config: FunctionConfig) -> None:
+    """A client of one function."""
     survival = manager.begin()
     survival.works = True
-    estate = survival.estate_of(CONFIG)
+    estate = survival.estate_of(config)
     assert estate is not None
     ours, theirs = socket.socketpair()
     with ours, theirs, OwnedFd(os.memfd_create("guest")) as memory:
@@ -172,6 +178,19 @@ def test_a_client_is_turned_out_in_words(
     assert any(words in str(vars(record)) for record in caplog.records)
     leave(manager)
     assert go_on(manager) == 1
+
+
+def test_clients_of_two_functions_are_gone_on_with(manager: Manager) -> None:
+    """What one function takes of what was kept is not looked at any more for the next one."""
+    other = replace(CONFIG, name="f1", socket=Path("/run/f1.sock"))
+    leave(manager, CONFIG, other)
+    survival = manager.begin()
+    estates = [survival.estate_of(config) for config in (CONFIG, other)]
+    for estate in estates:
+        assert estate is not None
+        assert [AGREED] == [heir.agreed for heir in estate.heirs]
+        estate.close()
+    survival.settle()
 
 
 def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
