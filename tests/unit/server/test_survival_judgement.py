@@ -15,8 +15,9 @@ from vfiouser_agents.api import Role
 from vfiouser_oob.config.schema import FunctionConfig, UpstreamDevice
 from vfiouser_oob.migration.inherited import StreamMark
 from vfiouser_oob.migration.record import Begun, MigrationRecord
-from vfiouser_oob.persist.successor.things import MigrationThing, RangeThing, StreamThing
+from vfiouser_oob.persist.successor.things import MigrationThing, ProgressThing, RangeThing
 from vfiouser_oob.server.estate import Estate
+from vfiouser_oob.server.progress import Progress
 from vfiouser_oob.server.survival import Survival
 from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.systemd.mailbox import Mailbox
@@ -203,7 +204,7 @@ def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
     assert estate is not None
     assert record == estate.migration_left
     (heir,) = estate.heirs
-    assert heir.stream is None
+    assert not heir.progress
     sock, memory = heir.main.take()
     with sock, memory:
         heir.notes.resumed(memory)
@@ -215,10 +216,10 @@ def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
     assert estate is not None
     (heir,) = estate.heirs
     number = memory.number
-    assert StreamMark(1, 10, b"head", 3) == heir.mark(number)
-    assert StreamMark(1, 20, whole=True) == heir.mark(number + 1)
+    assert StreamMark(1, 10, b"head", 3) == Progress(heir.progress, number).stream
+    assert StreamMark(1, 20, whole=True) == Progress(heir.progress, number + 1).stream
     heir.notes.gone()
-    assert StreamThing.KIND not in {kind for kind, things in estate.journal.records.items() if things}
+    assert ProgressThing.KIND not in {kind for kind, things in estate.journal.records.items() if things}
     estate.close()
     survival.close()
 
