@@ -14,7 +14,7 @@ import trio
 
 from restartbed.migrating import MigratingBed
 from vfiouser_agents.api import AgentState
-from vfiouser_oob.client.guest import ClientMemory
+from vfiouser_oob.client.guest import PAGE_SIZE, ClientMemory
 from vfiouser_oob.lab.nvme.driver import NvmeDriver
 from vfiouser_oob.lab.vmm.attachment import Attachment
 from vfiouser_oob.lab.vmm.side import Generation, MigrationSide
@@ -51,6 +51,7 @@ class Vm:
     """A VM between both functions.
 
     Args:
+        memory: of its guest, at the source.
         here: attached at the source.
         there: at the destination.
         driver: of its guest.
@@ -60,12 +61,14 @@ class Vm:
 
     def __init__(
         self,
+        memory: ClientMemory,
         here: Attachment,
         there: Attachment,
         driver: NvmeDriver,
         source: MigrationSide,
         destination: MigrationSide,
     ) -> None:
+        self.memory = memory
         self.here = here
         self.there = there
         self.driver = driver
@@ -92,7 +95,7 @@ class Vm:
                 source = await open_side(generation, here.client, options)
                 destination = await open_side(generation, there.client, options)
                 try:
-                    yield cls(here, there, driver, source, destination)
+                    yield cls(memory, here, there, driver, source, destination)
                 finally:
                     source.close()
                     destination.close()
@@ -154,10 +157,14 @@ async def test_a_migration_goes_on(bed: MigratingBed, generation: Generation) ->
         source, destination = vm.source, vm.destination
         assert (True, True) == await bed.running()
         await destination.load_setup()
+        await source.start_logging(vm.memory)
+        await source.dirty(vm.memory)
         assert await source.save_setup()
         await bed.disturb(kill=v2)
         assert (S.PRE_COPY, S.RESUMING) == (await vm.reads(source), await vm.reads(destination))
         assert (True, False) == await bed.running()
+        # What was told of dirty pages, and what was not, is told again.
+        assert b"\xff" * (_SIZE // PAGE_SIZE // 8) == await source.dirty(vm.memory)
         stream = [(await source.read()).data]
         await vm.works_here()
         await bed.disturb(kill=not v2)
