@@ -33,6 +33,7 @@ from vfiouser_oob.persist.successor.things import (
     FunctionThing,
     LineThing,
     MigrationThing,
+    ProgressThing,
     RangeThing,
     RegionThing,
     Thing,
@@ -64,6 +65,7 @@ EXAMPLES: tuple[Thing, ...] = (
     RegionThing(0, "bar0"),
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
+    ProgressThing(1, (1 << 32) - 1, b"before", b"after"),
 )
 KINDS: Mapping[str, DescriptorKind] = {
     "main": DescriptorKind.SOCKET,
