@@ -29,6 +29,7 @@ from vfiouser_oob.persist.successor.things import (
     ArrivedThing,
     AssignedThing,
     ClientThing,
+    CompanionThing,
     ConfigThing,
     CounterThing,
     FunctionThing,
@@ -36,6 +37,7 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    SaidThing,
     StreamThing,
     Thing,
     TwinThing,
@@ -70,6 +72,8 @@ EXAMPLES: tuple[Thing, ...] = (
     StreamThing(3, 1, 512, b"head", 8, 2, 1 << 40, b"", 0, True),
     VmThing("cd" * 16, "1.2", '{"version": 1}'),
     ArrivedThing(65535, False, b"{}"),
+    CompanionThing(0xFFFF_FFFF, True, False, True, bytes(16)),
+    SaidThing(13, 15, bytes(8), 77, 1),
 )
 KINDS: Mapping[str, DescriptorKind] = {
     "main": DescriptorKind.SOCKET,
