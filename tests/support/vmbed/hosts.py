@@ -243,7 +243,8 @@ async def host(workdir: Path, name: str, disk: Path, config: HostConfig) -> Asyn
     ]
     program = (sys.executable, "-m", "vmbed.omissions", config.omits) if config.omits else PROGRAM
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(service(folder, "soc", [*simulate, *device, *config.soc]))
+        simulator = (sys.executable, "-m", "vmbed.patient") if config.keep else PROGRAM
+        await stack.enter_async_context(service(folder, "soc", [*simulate, *device, *config.soc], simulator))
         agent = await stack.enter_async_context(
             service(folder, "agent", [*simulate, "--agent-only", f"--agent-listen={address}"])
         )
