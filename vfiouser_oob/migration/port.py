@@ -225,6 +225,7 @@ async def attach(
         # Whatever the client would take: this is memory of ours, and no VMM takes more.
         max_bitmap_size=min(taken, DEFAULT_MAX_BITMAP_SIZE),
         call_s=runner.config.call_s,
+        notes=None if kept is None else kept.notes,
     )
     device = AttachedDevice(session, ConfigShadow(), dirty, None if kept is None else kept.notes)
     try:
@@ -235,6 +236,8 @@ async def attach(
     if kept is not None:
         device.shadow.restore(kept.config)
         device.shadow.observer = kept.notes
+        if kept.log is not None:
+            dirty.resume(kept.log)
     if kept is not None and kept.goes_on:
         await runner.go_on(device, kept.mark)
     else:

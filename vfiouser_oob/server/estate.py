@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vfiouser_oob import __version__
 from vfiouser_oob.config.schema import FunctionConfig
-from vfiouser_oob.migration.inherited import NO_STREAM, NO_V1_MARK, StreamMark, V1Mark
+from vfiouser_oob.migration.inherited import LogMark, StreamMark, V1Mark
 from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.journal.journal import Journal
-from vfiouser_oob.persist.record import UnusableRecord
 from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.persist.successor.descriptors import function_name
 from vfiouser_oob.persist.successor.notes import Inheritance, KeptStream
@@ -33,39 +31,27 @@ from vfiouser_oob.persist.successor.things import (
     ConfigThing,
     FunctionThing,
     MigrationThing,
+    ProgressThing,
     RangeThing,
     RegionThing,
-    RegisterThing,
-    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
 )
+from vfiouser_oob.server.progress import write_log, write_registers, write_stream
 from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
-from vfiouser_protocol.constants import DeviceState
-from vfiouser_protocol.migration_v1 import IterationPhase
 
 #: Kinds of records that are about the client that is served.
 _OF_SERVED = (
-    RegionThing,
-    TwinThing,
-    AgreedThing,
-    UpstreamThing,
-    RangeThing,
-    AssignedThing,
-    ConfigThing,
-    StreamThing,
-    RegisterThing,
+    *(RegionThing, TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing),
+    ProgressThing,
 )
 _CLIENT_END, _SERVER_END = 0, 1
 _NOTHING = Negotiated(0, b"", VersionCapabilities(), VersionCapabilities(), False, False, None)
 _TWIN = 1
-#: A V1Mark: state, number of the phase, chunk, data_size, device_state.
-_V1_MARK = struct.Struct("<BBQQI")
-_PHASES = tuple(IterationPhase)
 #: What the socket that a client has connected is called.
 MAIN = "main"
 
@@ -104,8 +90,7 @@ class Heir:
         inheritance: what its device needs.
         config: what it wrote to configuration space.
         regions: memory behind regions, by index.
-        stream: how far it has come with a state that is being saved.
-        registers: what it knows of the migration region.
+        progress: how far it has come with a migration.
     """
 
     main: KeptStream
@@ -115,38 +100,7 @@ class Heir:
     inheritance: Inheritance = field(default_factory=Inheritance)
     config: Sequence[ConfigThing] = ()
     regions: Mapping[int, OwnedFd] = field(default_factory=dict)
-    stream: StreamThing | None = None
-    registers: RegisterThing | None = None
-
-    def v1_mark(self, number: int) -> V1Mark:
-        """What the client knows of the migration region.
-
-        Args:
-            number: of its first command that was not answered.
-
-        Raises:
-            UnusableRecord: that is damaged.
-        """
-        thing = self.registers
-        if thing is None:
-            return NO_V1_MARK
-        try:
-            return _read_v1_mark(thing.before if thing.number == number else thing.after)
-        except (struct.error, ValueError, LookupError) as error:
-            raise UnusableRecord(f"what its client knows of the migration region is damaged: {error}") from error
-
-    def mark(self, number: int) -> StreamMark:
-        """How far the client has come with a state that is being saved.
-
-        Args:
-            number: of its first command that was not answered.
-        """
-        thing = self.stream
-        if thing is None:
-            return NO_STREAM
-        if thing.number == number:
-            return StreamMark(thing.epoch_before, thing.taken_before, thing.head_before, thing.done_before)
-        return StreamMark(thing.epoch, thing.taken, thing.head, thing.done, thing.whole)
+    progress: list[ProgressThing] = field(default_factory=list)
 
     def close(self) -> None:
         """Close what nobody took."""
@@ -255,20 +209,6 @@ class Estate:
             heir.close()
         self.heirs = []
         self._journal.close()
-
-
-def _mark_parts(mark: StreamMark) -> tuple[int, int, bytes, int]:
-    return mark.epoch, mark.taken, mark.head, mark.done
-
-
-def _write_v1_mark(mark: V1Mark) -> bytes:
-    (state, phase, chunk, written), register = mark
-    return _V1_MARK.pack(state, _PHASES.index(phase), chunk, written, register)
-
-
-def _read_v1_mark(data: bytes) -> V1Mark:
-    state, phase, chunk, written, register = _V1_MARK.unpack(data)
-    return V1Mark((DeviceState(state), _PHASES[phase], chunk, written), register)
 
 
 def memory_name(stream: str) -> str:
@@ -460,14 +400,21 @@ class ClientNotes:
 
     def stream_moved(self, before: StreamMark, after: StreamMark) -> None:
         """The client takes a portion of the state that is being saved, once its command is answered."""
-        assert self._stream is not None
-        parts = *_mark_parts(before), *_mark_parts(after), after.whole
-        self._estate.put(StreamThing(self._stream.number, *parts))
+        self._estate.put(write_stream(self._number, before, after))
 
     def iterated(self, before: V1Mark, after: V1Mark) -> None:
         """The client goes on in the migration region, once its command is answered."""
+        self._estate.put(write_registers(self._number, before, after))
+
+    def logs(self, mark: LogMark | None) -> None:
+        """Dirty pages are logged for the client, or not any more."""
+        self._estate.put(write_log(mark))
+
+    @property
+    def _number(self) -> int:
+        """Of the client's command that is being executed."""
         assert self._stream is not None
-        self._estate.put(RegisterThing(self._stream.number, _write_v1_mark(before), _write_v1_mark(after)))
+        return self._stream.number
 
     def region(self, index: int, memory: HasFileno) -> None:
         """The memory behind a region, which the client may have mapped."""

@@ -32,10 +32,9 @@ from vfiouser_oob.persist.successor.things import (
     ConfigThing,
     FunctionThing,
     MigrationThing,
+    ProgressThing,
     RangeThing,
     RegionThing,
-    RegisterThing,
-    StreamThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -207,8 +206,7 @@ class Survival:
             inheritance,
             [thing for thing in own if isinstance(thing, ConfigThing)],
             {region.index: self._kept[region.memory].take() for region in regions},
-            next((thing for thing in own if isinstance(thing, StreamThing)), None),
-            next((thing for thing in own if isinstance(thing, RegisterThing)), None),
+            [thing for thing in own if isinstance(thing, ProgressThing)],
         )
 
     def _stream(self, sock: str, memory: str) -> KeptStream:

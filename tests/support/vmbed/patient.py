@@ -21,5 +21,5 @@ def _patient(options: SocOptions) -> DaemonConfig:
 
 if __name__ == "__main__":
     _usual = SocOptions.daemon_config
-    SocOptions.daemon_config = _patient  # type: ignore[method-assign]
+    SocOptions.daemon_config = _patient  # type: ignore[assignment, method-assign]
     sys.exit(main())

@@ -30,10 +30,10 @@ __all__ = [
     "FunctionThing",
     "LineThing",
     "MigrationThing",
+    "ProgressThing",
     "RangeThing",
     "RegionThing",
     "SaidThing",
-    "StreamThing",
     "Thing",
     "TwinThing",
     "UpstreamThing",
@@ -358,50 +358,20 @@ class ArrivedThing(Thing):
 
 
 @dataclass(frozen=True, slots=True)
-class StreamThing(Thing):
-    """How far the client has come with a state that is being saved.
+class ProgressThing(Thing):
+    """How far the client has come with a part of what it does in a migration.
 
     Args:
+        part: which; its owner knows.
         number: of the command with which it went on, modulo 2^32; until that is answered, what was before counts.
-        epoch_before: how often the stream was begun.
-        taken_before: bytes that the client took.
-        head_before: of the record that it took a part of.
-        done_before: bytes of that one.
-        epoch: likewise, once the command is answered.
-        taken: likewise.
-        head: likewise.
-        done: likewise.
-        whole: it took all of it then.
+        before: how far it was; its owner knows how that is written.
+        after: how far it is once the command is answered.
     """
 
     KIND: ClassVar[int] = 40
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType(
-        {"number": _U32, "epoch_before": _U32, "done_before": _U32, "epoch": _U32, "done": _U32}
-    )
-    number: int
-    epoch_before: int
-    taken_before: int
-    head_before: bytes
-    done_before: int
-    epoch: int
-    taken: int
-    head: bytes
-    done: int
-    whole: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RegisterThing(Thing):
-    """What the client knows of the migration region.
-
-    Args:
-        number: of the command with which it went on, modulo 2^32; until that is answered, what was before counts.
-        before: how far it was, as a list of numbers whose owner knows what they are.
-        after: how far it is once the command is answered, likewise.
-    """
-
-    KIND: ClassVar[int] = 41
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"part": 1})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"part": 255, "number": _U32})
+    part: int
     number: int
     before: bytes
     after: bytes
@@ -465,8 +435,7 @@ THINGS: Sequence[type[Thing]] = (
     VectorThing,
     AssignedThing,
     MigrationThing,
-    StreamThing,
-    RegisterThing,
+    ProgressThing,
     CounterThing,
     VmThing,
     ArrivedThing,

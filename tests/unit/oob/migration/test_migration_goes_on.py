@@ -22,7 +22,7 @@ from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.devices.model_backend import ModelBackend
 from vfiouser_oob.devices.models.test_device import build
-from vfiouser_oob.migration.inherited import KeptClient, StreamMark, V1Mark
+from vfiouser_oob.migration.inherited import KeptClient, LogMark, StreamMark, V1Mark
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.record import MigrationRecord, Owner
 from vfiouser_oob.migration.runner import MigrationRunner
@@ -71,6 +71,7 @@ class Notebook:
     stream: tuple[int, StreamMark, StreamMark] = (0, StreamMark(), StreamMark())
     v1: tuple[int, V1Mark, V1Mark] = (0, V1Mark(), V1Mark())
     memory: OwnedFd | None = None
+    log: LogMark | None = None
 
     def migration(self, record: MigrationRecord) -> None:
         """What the migration is from now on."""
@@ -89,6 +90,10 @@ class Notebook:
         undone = self.number if unanswered else -1
         stream, v1 = self.stream, self.v1
         return stream[1] if stream[0] == undone else stream[2], v1[1] if v1[0] == undone else v1[2]
+
+    def logs(self, mark: LogMark | None) -> None:
+        """Dirty pages are logged, or not any more."""
+        self.log = mark
 
     def region(self, index: int, memory: SharedMemory) -> None:
         """It may map that."""
@@ -167,7 +172,8 @@ class Place:
                 nursery.start_soon(self._backend.run)
                 nursery.start_soon(runner.run)
                 session = await self._backend.open(Client())
-                kept = KeptClient(self.notes, left is not None, {}, *self.notes.left(unanswered=unanswered))
+                stream, v1 = self.notes.left(unanswered=unanswered)
+                kept = KeptClient(self.notes, left is not None, {}, stream, v1, self.notes.log)
                 with trio.fail_after(5):
                     port = await attach(runner, session, "f0", CAPABILITIES, kept)
                 if port.v1 is not None:
