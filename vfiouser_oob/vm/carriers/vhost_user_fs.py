@@ -71,8 +71,8 @@ _UNHANDLED = 32
 class VhostUserFs(CarrierAtDesk):
     """One VM's carrier F.
 
-    QEMU cannot connect a device's back-end anew. So if the daemon is to be restarted under a running VM, QEMU has to
-    listen, and we connect; it then goes on where it was, without saying anything again.
+    QEMU cannot connect a device's back-end anew. So if the daemon is to be restarted under a running VM, somebody has
+    to keep the connection (`notes`), or QEMU has to listen, and we connect; either way QEMU says nothing again.
 
     Args:
         listener: the socket that QEMU connects to, owned from now on; None if QEMU listens.
