@@ -24,6 +24,7 @@ __all__ = [
     "ArrivedThing",
     "AssignedThing",
     "ClientThing",
+    "CompanionThing",
     "ConfigThing",
     "CounterThing",
     "FunctionThing",
@@ -32,6 +33,7 @@ __all__ = [
     "ProgressThing",
     "RangeThing",
     "RegionThing",
+    "SaidThing",
     "Thing",
     "TwinThing",
     "UpstreamThing",
@@ -375,6 +377,49 @@ class ProgressThing(Thing):
     after: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class CompanionThing(Thing):
+    """The connection of a VM's companion device.
+
+    Args:
+        number: which; no other one of the VM has had it.
+        kept: its socket is kept; else QEMU listens, and a successor connects.
+        busy: a message may have been read and not answered, so nobody can follow the conversation.
+        runs: whether all its queues are enabled.
+        bases: of each queue its index and where its next request is, four bytes each.
+    """
+
+    KIND: ClassVar[int] = 34
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
+    number: int
+    kept: bool
+    busy: bool
+    runs: bool
+    bases: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SaidThing(Thing):
+    """What was said of a companion's queues, guest memory or log, and is not said again.
+
+    Args:
+        request: of vhost-user.
+        index: of a queue.
+        payload: of the message.
+        descriptors: what the names of its descriptors have in common.
+        count: how many there are.
+    """
+
+    KIND: ClassVar[int] = 35
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"request": 2, "index": 2})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"request": _U16, "index": _U16})
+    request: int
+    index: int
+    payload: bytes
+    descriptors: int
+    count: int
+
+
 #: Every kind, in the order in which a successor rebuilds.
 THINGS: Sequence[type[Thing]] = (
     FunctionThing,
@@ -394,4 +439,6 @@ THINGS: Sequence[type[Thing]] = (
     CounterThing,
     VmThing,
     ArrivedThing,
+    CompanionThing,
+    SaidThing,
 )

@@ -29,6 +29,7 @@ from vfiouser_oob.persist.successor.things import (
     ArrivedThing,
     AssignedThing,
     ClientThing,
+    CompanionThing,
     ConfigThing,
     CounterThing,
     FunctionThing,
@@ -37,6 +38,7 @@ from vfiouser_oob.persist.successor.things import (
     ProgressThing,
     RangeThing,
     RegionThing,
+    SaidThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -67,9 +69,11 @@ EXAMPLES: tuple[Thing, ...] = (
     RegionThing(0, "bar0"),
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
-    ProgressThing(1, (1 << 32) - 1, b"before", b"after"),
     VmThing("cd" * 16, "1.2", '{"version": 1}'),
     ArrivedThing(65535, False, b"{}"),
+    CompanionThing(0xFFFF_FFFF, True, False, True, bytes(16)),
+    SaidThing(13, 15, bytes(8), 77, 1),
+    ProgressThing(1, (1 << 32) - 1, b"before", b"after"),
 )
 KINDS: Mapping[str, DescriptorKind] = {
     "main": DescriptorKind.SOCKET,
