@@ -25,12 +25,15 @@ from vfiouser_oob.persist.successor.things import (
     ClientThing,
     ConfigThing,
     FunctionThing,
+    LineThing,
     MigrationThing,
     RangeThing,
     RegionThing,
+    SnapshotThing,
     Thing,
     TwinThing,
     UpstreamThing,
+    VectorThing,
 )
 from vfiouser_oob.server.estate import MAIN, ClientNotes, Estate, Heir, identity_of
 from vfiouser_oob.systemd.fd_store import FdStore, StoreLost
@@ -39,6 +42,7 @@ from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.listener import Listener, adopt_socket
+from vfiouser_protocol.constants import RegionIndex
 
 #: Seconds that the service manager may take to answer; it is asked when we begin and when we end.
 _ANSWER_S = 1.0
@@ -176,15 +180,21 @@ class Survival:
         regions = [thing for thing in own if isinstance(thing, RegionThing)]
         names += [region.memory for region in regions]
         files = {thing.address: thing.file for thing in ranges if thing.file is not None}
-        self._used.update(names, files.values())
+        vectors = [thing for thing in own if isinstance(thing, VectorThing)]
+        self._used.update(names, files.values(), (vector.eventfd for vector in vectors))
         notes = ClientNotes(estate, client.number)
-        notes.adopt(client, names, files, served=served)
+        notes.adopt(client, names, files, vectors, served=served)
         opened = {name: self._kept[name].duplicate() for name in set(files.values())}
+        memories = {region.index: self._kept[region.memory].take() for region in regions}
         inheritance = Inheritance(
             agreed[1].negotiated if served and 1 in agreed else None,
             [self._stream(server.socket, server.memory) for server in servers],
             [(thing, None if thing.file is None else opened[thing.file]) for thing in ranges],
             {thing.index: thing.vectors for thing in own if isinstance(thing, AssignedThing)},
+            {index: memory for index, memory in memories.items() if index != RegionIndex.MIGRATION},
+            [(vector, self._kept[vector.eventfd].duplicate()) for vector in vectors],
+            [thing for thing in own if isinstance(thing, LineThing)],
+            next((thing for thing in own if isinstance(thing, SnapshotThing)), None),
         )
         return Heir(
             self._stream(client.main, client.memory),
@@ -193,7 +203,7 @@ class Survival:
             None if twin is None else self._stream(twin.socket, twin.memory),
             inheritance,
             [thing for thing in own if isinstance(thing, ConfigThing)],
-            {region.index: self._kept[region.memory].take() for region in regions},
+            {index: memory for index, memory in memories.items() if index == RegionIndex.MIGRATION},
         )
 
     def _stream(self, sock: str, memory: str) -> KeptStream:

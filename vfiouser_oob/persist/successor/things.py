@@ -282,10 +282,10 @@ class CounterThing(Thing):
 
 @dataclass(frozen=True, slots=True)
 class RegionThing(Thing):
-    """Memory behind a region that the client may have mapped.
+    """Memory behind a region that the client may have mapped, or other memory of a device.
 
     Args:
-        index: region index.
+        index: region index; from 0x10000 on, the device knows what it is.
         memory: its name.
     """
 
@@ -351,6 +351,22 @@ class AssignedThing(Thing):
     vectors: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotThing(Thing):
+    """The state of a device model that came to rest: it lies in the memory that was kept for it.
+
+    Args:
+        model: which model.
+        version: of what the model wrote.
+        size: its bytes.
+    """
+
+    KIND: ClassVar[int] = 15
+    model: str
+    version: int
+    size: int
+
+
 #: Every kind, in the order in which a successor rebuilds.
 THINGS: Sequence[type[Thing]] = (
     FunctionThing,
@@ -367,6 +383,7 @@ THINGS: Sequence[type[Thing]] = (
     AssignedThing,
     MigrationThing,
     CounterThing,
+    SnapshotThing,
 )
 
 

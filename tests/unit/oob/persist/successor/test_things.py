@@ -35,6 +35,7 @@ from vfiouser_oob.persist.successor.things import (
     MigrationThing,
     RangeThing,
     RegionThing,
+    SnapshotThing,
     Thing,
     TwinThing,
     UpstreamThing,
@@ -62,6 +63,7 @@ EXAMPLES: tuple[Thing, ...] = (
     MigrationThing('{"version": 1}'),
     CounterThing(17, (1 << 64) - 1),
     RegionThing(0, "bar0"),
+    SnapshotThing("package.module:Class", 3, 12345),
     UpstreamThing(1, "upstream", "page"),
     VfioThing(2, "device"),
 )
