@@ -184,10 +184,10 @@ class KeptSocket(MessageSocket):
         if fds:
             # Mostly there is one message, and so it is that one's.
             alone = len(self._chunk) < HEADER_SIZE or unpack_header(self._chunk[:HEADER_SIZE])[2] >= len(self._chunk)
-            begin = 0 if alone else self._sent_with_fds(at, len(data))
+            begin = 0 if alone else self._begin_of_sent(at, len(data))
             self._fds.append((self._given + before + begin + 1, fds))
 
-    def _sent_with_fds(self, at: int, size: int) -> int:
+    def _begin_of_sent(self, at: int, size: int) -> int:
         """Where the `sendmsg` begins, in a look of that size from there on, whose descriptors that look has told of."""
         self._sock.setsockopt(socket.SOL_SOCKET, _PEEK_OFF, at)
         begin = begin_of_last(self._sock, size)
