@@ -38,6 +38,7 @@ from vfiouser_oob.persist.successor.things import (
     TwinThing,
     UpstreamThing,
     VectorThing,
+    VfioThing,
 )
 from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
@@ -56,6 +57,7 @@ _OF_SERVED = (
     VectorThing,
     LineThing,
     SnapshotThing,
+    VfioThing,
 )
 _CLIENT_END, _SERVER_END = 0, 1
 _NOTHING = Negotiated(0, b"", VersionCapabilities(), VersionCapabilities(), False, False, None)
@@ -386,6 +388,11 @@ class ClientNotes:
         """Which vectors have eventfds."""
         self._estate.put(AssignedThing(index, vectors))
 
+    def kernel_handle(self, number: int, fd: HasFileno, space: int) -> None:
+        """What the kernel has opened of the device."""
+        self._served = True
+        self._estate.put(VfioThing(number, self.keep(f"kernel-{number}", fd), space))
+
     def eventfd(self, index: int, vector: int, action: int, fd: HasFileno | None) -> None:
         """The eventfd that a vector has for an action."""
         place = index, vector, action
@@ -429,6 +436,7 @@ class ClientNotes:
 
     def region(self, index: int, memory: HasFileno) -> None:
         """The memory behind a region, which the client may have mapped, or other memory of the device."""
+        self._served = True
         self._estate.put(RegionThing(index, self.keep(f"region-{index}", memory)))
 
     def gone(self) -> None:

@@ -34,6 +34,7 @@ from vfiouser_oob.persist.successor.things import (
     TwinThing,
     UpstreamThing,
     VectorThing,
+    VfioThing,
 )
 from vfiouser_oob.server.estate import MAIN, ClientNotes, Estate, Heir, identity_of
 from vfiouser_oob.systemd.fd_store import FdStore, StoreLost
@@ -179,6 +180,8 @@ class Survival:
         names += [name for server in servers for name in (server.socket, server.memory)]
         regions = [thing for thing in own if isinstance(thing, RegionThing)]
         names += [region.memory for region in regions]
+        handles = [thing for thing in own if isinstance(thing, VfioThing)]
+        names += [handle.handle for handle in handles]
         files = {thing.address: thing.file for thing in ranges if thing.file is not None}
         vectors = [thing for thing in own if isinstance(thing, VectorThing)]
         self._used.update(names, files.values(), (vector.eventfd for vector in vectors))
@@ -195,6 +198,7 @@ class Survival:
             [(vector, self._kept[vector.eventfd].duplicate()) for vector in vectors],
             [thing for thing in own if isinstance(thing, LineThing)],
             next((thing for thing in own if isinstance(thing, SnapshotThing)), None),
+            [(handle, self._kept[handle.handle].take()) for handle in handles],
         )
         return Heir(
             self._stream(client.main, client.memory),

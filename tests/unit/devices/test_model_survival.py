@@ -11,15 +11,13 @@ import pytest
 import trio
 import trio.testing
 
+from successorkit import Notes
 from vfiouser_oob.devices import model as authoring
 from vfiouser_oob.devices.base import BackendUnavailable, ClientLink
 from vfiouser_oob.devices.model_backend import ModelBackend, ModelSession
 from vfiouser_oob.devices.models.test_device import TestDevice
-from vfiouser_oob.persist.stream_memory import StreamMemory
-from vfiouser_oob.persist.successor.notes import Inheritance
-from vfiouser_oob.persist.successor.things import LineThing, RangeThing, SnapshotThing, VectorThing
-from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
-from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
+from vfiouser_oob.transport.fds import OwnedFd, close_fds
+from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.constants import IrqIndex, IrqSetFlags
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
@@ -29,76 +27,6 @@ _RAISE = int(IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER)
 _UNMASK_BY = int(IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_UNMASK)
 _MASK = int(IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_MASK)
 _SCRATCH, _LINE = 4, 0x14
-
-
-class Notes:
-    """What was taken down, kept as a journal and a service manager would."""
-
-    def __init__(self) -> None:
-        self.ranges: dict[int, tuple[RangeThing, OwnedFd | None]] = {}
-        self.memories: dict[int, OwnedFd] = {}
-        self.eventfds: dict[tuple[int, int, int], OwnedFd] = {}
-        self.lines: dict[int, LineThing] = {}
-        self.left: SnapshotThing | None = None
-
-    def mapped(self, thing: RangeThing, file: HasFileno | None) -> None:
-        """A range."""
-        self.ranges[thing.address] = thing, None if file is None else _copy(file)
-
-    def unmapped(self, address: int) -> None:
-        """A range is gone."""
-        _, file = self.ranges.pop(address)
-        if file is not None:
-            file.close()
-
-    def region(self, index: int, memory: HasFileno) -> None:
-        """Memory."""
-        self.memories[index] = _copy(memory)
-
-    def eventfd(self, index: int, vector: int, action: int, fd: HasFileno | None) -> None:
-        """An eventfd."""
-        close_fds([old for old in [self.eventfds.pop((index, vector, action), None)] if old is not None])
-        if fd is not None:
-            self.eventfds[index, vector, action] = _copy(fd)
-
-    def line(self, thing: LineThing) -> None:
-        """An index."""
-        self.lines[thing.index] = thing
-
-    def snapshot(self, thing: SnapshotThing | None) -> None:
-        """A snapshot."""
-        self.left = thing
-
-    def inherited(self) -> Inheritance:
-        """What the next process is given."""
-        return Inheritance(
-            ranges=[(thing, None if fd is None else fd.duplicate()) for thing, fd in self.ranges.values()],
-            regions={index: memory.duplicate() for index, memory in self.memories.items()},
-            eventfds=[(VectorThing(*place, ""), fd.duplicate()) for place, fd in self.eventfds.items()],
-            lines=list(self.lines.values()),
-            snapshot=self.left,
-        )
-
-    # A model has no server behind it, and nobody asks about its config space.
-
-    def server_connected(self, sock: HasFileno) -> StreamMemory:
-        """Never."""
-        raise NotImplementedError
-
-    def server_lost(self) -> None:
-        """Never."""
-
-    def server_agreed(self, agreed: Negotiated, twin: HasFileno | None) -> StreamMemory | None:
-        """Never."""
-
-    def assigned(self, index: int, vectors: bytes) -> None:
-        """Never."""
-
-    def config_written(self, offset: int, data: bytes) -> None:
-        """Never."""
-
-    def config_forgotten(self) -> None:
-        """Never."""
 
 
 class Link(ClientLink):
@@ -156,12 +84,7 @@ def notes() -> Iterator[Notes]:
     """A journal, and what a manager keeps."""
     notes = Notes()
     yield notes
-    close_fds([*notes.memories.values(), *notes.eventfds.values()])
-    close_fds([fd for _, fd in notes.ranges.values() if fd is not None])
-
-
-def _copy(fd: HasFileno) -> OwnedFd:
-    return OwnedFd(os.dup(fd.fileno()))
+    notes.close()
 
 
 def _eventfds(count: int) -> list[OwnedFd]:

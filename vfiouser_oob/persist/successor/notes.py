@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vfiouser_oob.persist.stream_memory import StreamMemory
-from vfiouser_oob.persist.successor.things import LineThing, RangeThing, SnapshotThing, VectorThing
+from vfiouser_oob.persist.successor.things import LineThing, RangeThing, SnapshotThing, VectorThing, VfioThing
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_protocol.capabilities import Negotiated
 
@@ -60,6 +60,7 @@ class Inheritance:
         eventfds: the client's eventfds, each with what it is for.
         lines: what IRQ indices remember beside them.
         snapshot: what the device has left of its state; None if it had no time to.
+        kernel: what the kernel has opened of the device.
     """
 
     agreed: Negotiated | None = None
@@ -70,6 +71,7 @@ class Inheritance:
     eventfds: Sequence[tuple[VectorThing, OwnedFd]] = ()
     lines: Sequence[LineThing] = ()
     snapshot: SnapshotThing | None = None
+    kernel: Sequence[tuple[VfioThing, OwnedFd]] = ()
 
     def close(self) -> None:
         """Close what nobody took."""
@@ -78,6 +80,7 @@ class Inheritance:
         close_fds([file for _, file in self.ranges if file is not None])
         close_fds(self.regions.values())
         close_fds([fd for _, fd in self.eventfds])
+        close_fds([fd for _, fd in self.kernel])
 
 
 class DeviceNotes(Protocol):
@@ -107,6 +110,9 @@ class DeviceNotes(Protocol):
 
     def region(self, index: int, memory: HasFileno) -> None:
         """Memory of the device, by the index of its region, or what else the device calls it."""
+
+    def kernel_handle(self, number: int, fd: HasFileno, space: int) -> None:
+        """What the kernel has opened of the device, by a number that the device knows."""
 
     def eventfd(self, index: int, vector: int, action: int, fd: HasFileno | None) -> None:
         """The eventfd that a vector has for an action from now on; None for none."""

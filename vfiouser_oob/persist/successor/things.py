@@ -320,19 +320,21 @@ class UpstreamThing(Thing):
 
 @dataclass(frozen=True, slots=True)
 class VfioThing(Thing):
-    """A container, group or device of the kernel.
+    """A container, group, device or iommufd of the kernel.
 
     Args:
         number: which of them; its owner knows.
         handle: its name.
+        space: number of the address space, of an iommufd; else 0.
     """
 
     KIND: ClassVar[int] = 13
     KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 1})
     DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType({"handle": DescriptorKind.VFIO})
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 255})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 255, "space": _U32})
     number: int
     handle: str
+    space: int
 
 
 @dataclass(frozen=True, slots=True)

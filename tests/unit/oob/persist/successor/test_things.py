@@ -65,7 +65,7 @@ EXAMPLES: tuple[Thing, ...] = (
     RegionThing(0, "bar0"),
     SnapshotThing("package.module:Class", 3, 12345),
     UpstreamThing(1, "upstream", "page"),
-    VfioThing(2, "device"),
+    VfioThing(2, "device", 5),
 )
 KINDS: Mapping[str, DescriptorKind] = {
     "main": DescriptorKind.SOCKET,
