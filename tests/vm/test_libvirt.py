@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import trio
-from vmbed.load import begin_load, goes_on, quiet
 
 from libvirtbed.domain import NAME, Domain
 from libvirtbed.host import CONFIG, SHARED, Said, why_not
@@ -28,6 +27,7 @@ from vmbed.assets.store import default_cache
 from vmbed.hosts import Host as ServingHost
 from vmbed.hosts import HostConfig as ServingConfig
 from vmbed.hosts import host, make_disk
+from vmbed.load import begin_load, goes_on, quiet
 from vmbed.stack import soc_and_daemon
 
 pytestmark = [pytest.mark.vm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]

@@ -22,7 +22,7 @@ from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.journal.journal import Journal
 from vfiouser_oob.persist.stream_memory import StreamMemory
-from vfiouser_oob.persist.successor.descriptors import function_name
+from vfiouser_oob.persist.successor.descriptors import eventfd_name, function_name
 from vfiouser_oob.persist.successor.notes import Inheritance, KeptStream
 from vfiouser_oob.persist.successor.things import (
     AgreedThing,
@@ -30,13 +30,17 @@ from vfiouser_oob.persist.successor.things import (
     ClientThing,
     ConfigThing,
     FunctionThing,
+    LineThing,
     MigrationThing,
     ProgressThing,
     RangeThing,
     RegionThing,
+    SnapshotThing,
     Thing,
     TwinThing,
     UpstreamThing,
+    VectorThing,
+    VfioThing,
 )
 from vfiouser_oob.server.progress import write_log, write_registers, write_stream
 from vfiouser_oob.systemd.fd_store import FdStore
@@ -46,7 +50,17 @@ from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
 
 #: Kinds of records that are about the client that is served.
 _OF_SERVED = (
-    *(RegionThing, TwinThing, AgreedThing, UpstreamThing, RangeThing, AssignedThing, ConfigThing),
+    RegionThing,
+    TwinThing,
+    AgreedThing,
+    UpstreamThing,
+    RangeThing,
+    AssignedThing,
+    ConfigThing,
+    VectorThing,
+    LineThing,
+    SnapshotThing,
+    VfioThing,
     ProgressThing,
 )
 _CLIENT_END, _SERVER_END = 0, 1
@@ -104,12 +118,9 @@ class Heir:
 
     def close(self) -> None:
         """Close what nobody took."""
-        streams = [self.main, *([] if self.twin is None else [self.twin]), *self.inheritance.streams]
-        for stream in streams:
+        for stream in [self.main, *([] if self.twin is None else [self.twin])]:
             stream.close()
-        for _, file in self.inheritance.ranges:
-            if file is not None:
-                file.close()
+        self.inheritance.close()
         close_fds(self.regions.values())
 
 
@@ -229,6 +240,7 @@ class ClientNotes:
         self._estate = estate
         self._names: list[str] = []
         self._files: dict[int, str] = {}
+        self._eventfds: dict[tuple[int, int, int], str] = {}
         self._client: ClientThing | None = None
         self._served = False
         #: The memory of its socket.
@@ -242,20 +254,28 @@ class ClientNotes:
         """
         self._stream = memory
 
-    def adopt(self, thing: ClientThing | None, names: Sequence[str], files: dict[int, str], *, served: bool) -> None:
+    def adopt(
+        self,
+        thing: ClientThing | None,
+        names: Sequence[str],
+        files: dict[int, str],
+        vectors: Sequence[VectorThing] = (),
+        *,
+        served: bool,
+    ) -> None:
         """Know what another process has taken down.
 
         Args:
             thing: the client; None if it was only accepted.
-            names: what is kept of it, without the files of its memory.
+            names: what is kept of it, without the files of its memory and its eventfds.
             files: those, by address of the range.
+            vectors: its eventfds.
             served: whether it is the client that is served.
         """
         store = self._estate.store
         self._client, self._names, self._files, self._served = thing, list(names), files, served
-        for name in names:
-            store.adopt(name)
-        for name in files.values():
+        self._eventfds = {(each.index, each.vector, each.action): each.eventfd for each in vectors}
+        for name in (*names, *files.values(), *self._eventfds.values()):
             store.adopt(name)
 
     def begin(self, peer: Peer | None) -> StreamMemory:
@@ -336,9 +356,10 @@ class ClientNotes:
         for kind in _OF_SERVED:
             self._estate.forget(kind)
         own = {self._client.main, self._client.memory} if self._client is not None else set()
-        for name in (*(name for name in self._names if name not in own), *self._files.values()):
+        shared = (*self._files.values(), *self._eventfds.values())
+        for name in (*(name for name in self._names if name not in own), *shared):
             self._estate.store.drop(name)
-        self._names, self._files = [name for name in self._names if name in own], {}
+        self._names, self._files, self._eventfds = [name for name in self._names if name in own], {}, {}
         self._served = False
 
     # What the device says
@@ -385,6 +406,39 @@ class ClientNotes:
         """Which vectors have eventfds."""
         self._estate.put(AssignedThing(index, vectors))
 
+    def kernel_handle(self, number: int, fd: HasFileno, space: int) -> None:
+        """What the kernel has opened of the device."""
+        self._served = True
+        self._estate.put(VfioThing(number, self.keep(f"kernel-{number}", fd), space))
+
+    def eventfd(self, index: int, vector: int, action: int, fd: HasFileno | None) -> None:
+        """The eventfd that a vector has for an action."""
+        place = index, vector, action
+        old = self._eventfds.pop(place, None)
+        if fd is not None:
+            try:
+                name = eventfd_name(fd)
+            except OSError:
+                name = function_name(self._estate.function, f"{self.number:x}.irq-{secrets.token_hex(4)}")
+            self._estate.store.keep(name, fd)
+            self._eventfds[place] = name
+            self._estate.put(VectorThing(*place, name))
+        elif old is not None:
+            self._estate.drop(VectorThing(*place, ""))
+        if old is not None:
+            self._estate.store.drop(old)
+
+    def line(self, thing: LineThing) -> None:
+        """What an IRQ index remembers."""
+        self._estate.put(thing)
+
+    def snapshot(self, thing: SnapshotThing | None) -> None:
+        """The device's state is in its memory, or what is there is old."""
+        if thing is None:
+            self._estate.forget(SnapshotThing)
+        else:
+            self._estate.put(thing)
+
     def config_written(self, offset: int, data: bytes) -> None:
         """Configuration space as last written.
 
@@ -417,7 +471,8 @@ class ClientNotes:
         return self._stream.number
 
     def region(self, index: int, memory: HasFileno) -> None:
-        """The memory behind a region, which the client may have mapped."""
+        """The memory behind a region, which the client may have mapped, or other memory of the device."""
+        self._served = True
         self._estate.put(RegionThing(index, self.keep(f"region-{index}", memory)))
 
     def gone(self) -> None:
@@ -427,6 +482,6 @@ class ClientNotes:
         if self._served:
             for kind in _OF_SERVED:
                 self._estate.forget(kind)
-        for name in (*self._names, *self._files.values()):
+        for name in (*self._names, *self._files.values(), *self._eventfds.values()):
             self._estate.store.drop(name)
-        self._names, self._files = [], {}
+        self._names, self._files, self._eventfds = [], {}, {}

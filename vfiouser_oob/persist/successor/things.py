@@ -34,6 +34,7 @@ __all__ = [
     "RangeThing",
     "RegionThing",
     "SaidThing",
+    "SnapshotThing",
     "Thing",
     "TwinThing",
     "UpstreamThing",
@@ -254,10 +255,10 @@ class CounterThing(Thing):
 
 @dataclass(frozen=True, slots=True)
 class RegionThing(Thing):
-    """Memory behind a region that the client may have mapped.
+    """Memory behind a region that the client may have mapped, or other memory of a device.
 
     Args:
-        index: region index.
+        index: region index; from 0x10000 on, the device knows what it is.
         memory: its name.
     """
 
@@ -292,19 +293,21 @@ class UpstreamThing(Thing):
 
 @dataclass(frozen=True, slots=True)
 class VfioThing(Thing):
-    """A container, group or device of the kernel.
+    """A container, group, device or iommufd of the kernel.
 
     Args:
         number: which of them; its owner knows.
         handle: its name.
+        space: number of the address space, of an iommufd; else 0.
     """
 
     KIND: ClassVar[int] = 13
     KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 1})
     DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType({"handle": DescriptorKind.VFIO})
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 255})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 255, "space": _U32})
     number: int
     handle: str
+    space: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +423,22 @@ class SaidThing(Thing):
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotThing(Thing):
+    """The state of a device model that came to rest: it lies in the memory that was kept for it.
+
+    Args:
+        model: which model.
+        version: of what the model wrote.
+        size: its bytes.
+    """
+
+    KIND: ClassVar[int] = 15
+    model: str
+    version: int
+    size: int
+
+
 #: Every kind, in the order in which a successor rebuilds.
 THINGS: Sequence[type[Thing]] = (
     FunctionThing,
@@ -441,4 +460,5 @@ THINGS: Sequence[type[Thing]] = (
     ArrivedThing,
     CompanionThing,
     SaidThing,
+    SnapshotThing,
 )
