@@ -15,8 +15,6 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-import msgspec
-
 from vfiouser_agents.api import Range
 
 _U64 = 1 << 64
@@ -97,6 +95,9 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
 
 
 def _from_base64(value: str, where: str) -> bytes:
+    # It takes a megabyte with what it brings along, which only those have whose protocol has no bytes.
+    import msgspec
+
     try:
         return msgspec.convert(value, bytes)
     except msgspec.ValidationError:
