@@ -104,6 +104,7 @@ async def test_an_agent_that_was_started_anew_within_a_session_is_told_again() -
             await runner.ready()
             link = runner.link
             await link.begin(BEGUN, soon())
+            await wait_all_tasks_blocked()  # until its events are heard
             function.caps = replace(function.caps, max_chunk=function.caps.max_chunk // 2)
             function.forget_migration()
             function.feed.put(Event(EventKind.STATE_CHANGED, "started anew", function.status()))
