@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ from typing import Any, Literal
 
 import trio
 
+from vfiouser_oob.control.client import ControlClient
 from vfiouser_oob.vm.carriers.dbus_vmstate import vmstate_object
 from vfiouser_oob.vm.carriers.vhost_user_fs import companion_arguments
 from vmbed.assets import Assets
 from vmbed.errors import BedError
-from vmbed.processes import LoggedProcess, deadline
+from vmbed.processes import LoggedProcess, deadline, tail
 from vmbed.qemu import Qemu, QemuConfig, VfioUserDevice, start_qemu
 from vmbed.stack import MIB, PROGRAM, environment, service
 
@@ -35,6 +38,8 @@ __all__ = [
 
 Carrier = Literal["dbus-vmstate", "vhost-user-fs"]
 STATUS_S = 20.0
+#: Seconds after which somebody who watches notices that nobody waits for it any more.
+_BEAT_S = 0.5
 HOP_S = 120.0
 DISK_MIB = 64
 MEMORY_MIB = 128
@@ -51,13 +56,28 @@ class HostConfig:
         carrier: what takes the functions' state along.
         functions: how many functions the VM has.
         cpus: of the VM.
+        listens: whether QEMU listens on the companion's socket, so that a lost connection can be made anew.
+        prefix: of the functions' names, before their numbers.
+        soc: further options of the simulated SoC.
+        omits: what of a migration its daemon leaves out; see `vmbed.omissions`.
+        accel: what runs the VM's guest, if it has one.
         more: further lines of the VM's table in the configuration.
     """
 
     carrier: Carrier = "dbus-vmstate"
     functions: int = 1
     cpus: int = 1
+    listens: bool = False
+    prefix: str = "f"
+    soc: tuple[str, ...] = ()
+    omits: str = ""
+    accel: Literal["tcg", "qtest"] = "tcg"
     more: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The functions'."""
+        return [f"{self.prefix}{number}" for number in range(self.functions)]
 
 
 class Host:
@@ -89,16 +109,33 @@ class Host:
 
     async def phase(self, *wanted: str, seconds: float = 30.0) -> str:
         """Wait until the VM is in one of some phases; returns which."""
+        given_up = threading.Event()
+
+        def watch() -> str:
+            with ControlClient(self.folder / "control", STATUS_S) as client:
+                for told in client.watch(_BEAT_S):
+                    now = str(told["status"]["vms"][0]["phase"] if "status" in told else told.get("phase", ""))
+                    if now in wanted or given_up.is_set():
+                        return now
+            raise BedError(f"the daemon has ended\n{tail(self.daemon.log)}")
+
         with deadline(seconds, f"phase {' or '.join(wanted)}", self.daemon.log):
-            while (now := (await self.vm())["phase"]) not in wanted:
-                pass  # each look is a process of its own, and so takes its time
-        return str(now)
+            try:
+                return await trio.to_thread.run_sync(watch, abandon_on_cancel=True)
+            finally:
+                given_up.set()
+        raise AssertionError("a deadline that has passed raises")
+
+    @property
+    def carrier_socket(self) -> Path:
+        """Where QEMU's end of the carrier is met."""
+        return self.folder / ("vmstate" if self.config.carrier == "dbus-vmstate" else "vhost")
 
     def carrier_arguments(self) -> Sequence[str]:
         """What QEMU is told of the carrier."""
         if self.config.carrier == "dbus-vmstate":
             return "-object", json.dumps(vmstate_object(self.folder / "vmstate", "oobvmstate"))
-        return companion_arguments(self.folder / "vhost", addr="0x1c")
+        return companion_arguments(self.folder / "vhost", addr="0x1c", listens=self.config.listens)
 
     @asynccontextmanager
     async def machine(
@@ -119,10 +156,12 @@ class Host:
             *incoming,
         ]
         devices = [
-            VfioUserDevice(self.folder / f"f{number}.sock", id=f"f{number}", slot=SLOT + number)
-            for number in range(self.config.functions)
+            VfioUserDevice(self.folder / f"{function}.sock", id=function, slot=SLOT + number)
+            for number, function in enumerate(self.config.names)
         ]
-        config = QemuConfig(devices, cpus=self.config.cpus, memory_mib=MEMORY_MIB, trace=(), extra=extra)
+        config = QemuConfig(
+            devices, accel=self.config.accel, cpus=self.config.cpus, memory_mib=MEMORY_MIB, trace=(), extra=extra
+        )
         name = f"qemu{self._machines}"
         async with start_qemu(assets, config, self.folder, name=name) as qemu:
             on = [{"capability": each, "state": True} for each in ("events", "return-path")]
@@ -154,29 +193,40 @@ async def host(workdir: Path, name: str, disk: Path, config: HostConfig) -> Asyn
     file = folder / "config.toml"
     file.write_text(_configuration(folder, address, config))
     simulate = ["simulate-soc", "--socket-dir", str(folder / "soc")]
-    device = ["--functions", str(config.functions), "--image", str(disk), "--shared-image", "--device-only"]
+    device = [
+        "--functions",
+        str(config.functions),
+        "--image",
+        str(disk),
+        "--shared-image",
+        "--device-only",
+        *config.soc,
+    ]
+    program = (sys.executable, "-m", "vmbed.omissions", config.omits) if config.omits else PROGRAM
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(service(folder, "soc", [*simulate, *device]))
+        await stack.enter_async_context(service(folder, "soc", [*simulate, *device, *config.soc]))
         agent = await stack.enter_async_context(
             service(folder, "agent", [*simulate, "--agent-only", f"--agent-listen={address}"])
         )
-        daemon = await stack.enter_async_context(service(folder, "daemon", ["serve", "--config", str(file)]))
+        serve = ["serve", "--config", str(file)]
+        daemon = await stack.enter_async_context(service(folder, "daemon", serve, program))
         yield Host(folder, config, daemon, agent)
 
 
 def _configuration(folder: Path, agent: str, config: HostConfig) -> str:
-    names = [f"f{number}" for number in range(config.functions)]
+    listens = "qemu" if config.listens else "daemon"
     functions = [
         f'[[function]]\nname = "{name}"\nsocket = "{folder / name}.sock"\n'
-        f'device = {{ kind = "vfio-user", socket = "{folder / "soc" / name}.sock" }}\n'
-        f'agent = {{ kind = "msgpack-rpc", address = "{agent}", function = "{name}" }}\n'
-        for name in names
+        f'device = {{ kind = "vfio-user", socket = "{folder / "soc" / f"f{number}"}.sock" }}\n'
+        f'agent = {{ kind = "msgpack-rpc", address = "{agent}", function = "f{number}" }}\n'
+        for number, name in enumerate(config.names)
     ]
     return (
         f'[daemon]\ncontrol_socket = "{folder / "control"}"\nlog_level = "info"\n'
         + "".join(functions)
-        + f'[[vm]]\nname = "guest"\nfunctions = {json.dumps(names)}\nmonitor = "{folder / "monitor"}"\n'
-        + f'dbus_vmstate = "{folder / "vmstate"}"\nvhost_user_fs = "{folder / "vhost"}"\n{config.more}'
+        + f'[[vm]]\nname = "guest"\nfunctions = {json.dumps(config.names)}\nmonitor = "{folder / "monitor"}"\n'
+        + f'dbus_vmstate = "{folder / "vmstate"}"\nvhost_user_fs = "{folder / "vhost"}"\n'
+        + f'vhost_user_fs_listens = "{listens}"\n{config.more}'
     )
 
 
