@@ -47,9 +47,9 @@ class DirtyTracker:
         tracer: where failures are told.
         host: told whether the agent logs.
         memory: the client's mappings.
+        log: where all that is dirty is noted; the client's memory notes its own writes there.
         device_seen: whether every write of the device goes through this process.
         by_message: whether every write of the device goes through the client.
-        max_bitmap_size: bytes of the largest bitmap that the client takes.
         call_s: seconds that one call to the agent may take.
     """
 
@@ -59,10 +59,10 @@ class DirtyTracker:
         tracer: Tracer,
         host: MigrationHost,
         memory: DmaTable,
+        log: DmaLogging,
         *,
         device_seen: bool,
         by_message: bool,
-        max_bitmap_size: int,
         call_s: float,
     ) -> None:
         self._link = link
@@ -72,7 +72,7 @@ class DirtyTracker:
         self._device_seen = device_seen
         self._by_message = by_message
         self._call_s = call_s
-        self.log = DmaLogging(max_bitmap_size)
+        self.log = log
         #: Whether it logs for somebody beside the client, from whom the client takes it when it wants it.
         self.lent = False
         #: Bytes per page that the agent uses; 0 while it does not log.
@@ -193,10 +193,6 @@ class DirtyTracker:
             await self.stop(deadline)
 
     # Reports
-
-    def wrote(self, iova: int, length: int) -> None:
-        """The daemon itself wrote client memory through a file."""
-        self.log.mark(iova, length)
 
     def unmapped(self, iova: int, length: int) -> Awaitable[None] | None:
         """A mapping went away; if it was a large one, forgetting its pages has to be waited for."""

@@ -21,6 +21,7 @@ from vfiouser_oob.migration.descriptor import decode_descriptor, encode_descript
 from vfiouser_oob.migration.destination import DestinationPipeline
 from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.events import BeganAtAgent, DeviceBroke
+from vfiouser_oob.migration.held_writes import HeldWrites
 from vfiouser_oob.migration.host import MigrationHost
 from vfiouser_oob.migration.plans import Do
 from vfiouser_oob.migration.record import Begun
@@ -42,13 +43,13 @@ class AttachedDevice:
         session: the backend's session.
         shadow: configuration space as the client wrote it.
         dirty: its log of dirty pages.
-        drained: waits until no write of the guest is held back any more; None if none ever is.
+        held: writes of the guest that have not reached it yet.
     """
 
     session: BackendSession
     shadow: ConfigShadow
     dirty: DirtyTracker
-    drained: Callable[[], Awaitable[None]] | None = None
+    held: HeldWrites
 
 
 class Steps:
@@ -154,8 +155,7 @@ class Steps:
         device = self.device
         assert device is not None
         with self._tracer.step("flush"):
-            if device.drained is not None:
-                await _within(device.drained(), deadline, "what the guest wrote did not reach the device in time")
+            await _within(device.held.drained(), deadline, "what the guest wrote did not reach the device in time")
             done = device.session.flush()
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")
