@@ -12,25 +12,17 @@ from pathlib import Path
 import pytest
 
 from vmbed.assets import Assets
+from vmbed.firmware import MESSAGE, MESSAGES, set_up, turn_ecam_on
 from vmbed.hosts import SLOT, HostConfig, finished, host, make_disk, migrate
 from vmbed.nvme import PAGE, NvmeDriver, until
 from vmbed.pci import PciFunction
 from vmbed.qemu import Qemu
-from vmbed.qtest import Qtest
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
-ECAM = 0xB000_0000
-MESSAGES, VECTOR = 0x10_0000, 1
+VECTOR = 1
 #: Bytes per second at which 128 MiB of zeros take half a minute, and pages of the guest that are sent by then.
 SLOWLY, SENT = 10_000, 1200
 WORDS = bytes(range(256)) * (PAGE // 256)
-
-
-async def turn_ecam_on(qtest: Qtest) -> None:
-    """Do to the host bridge what firmware does."""
-    for offset, value in ((0x60, ECAM | 1), (0x64, 0)):
-        await qtest.port_out(0xCF8, 0x8000_0000 | offset)
-        await qtest.port_out(0xCFC, value)
 
 
 async def sent(qemu: Qemu) -> None:
@@ -70,10 +62,7 @@ async def test_what_is_left_out_is_missed(assets: Assets, workdir: Path, omits: 
         source = await stack.enter_async_context(a.machine(assets))
         await turn_ecam_on(source.qtest)
         function = PciFunction(source.qtest, SLOT)
-        await function.place_bars()
-        msix = await function.msix()
-        await msix.program(VECTOR, MESSAGES, 0xCAFE)
-        await msix.enable()
+        await set_up(function, VECTOR)
         driver = NvmeDriver(function)
         version = await driver.version()
         await a.phase("running")
@@ -99,6 +88,6 @@ async def test_what_is_left_out_is_missed(assets: Assets, workdir: Path, omits: 
             assert await driver.read_blocks(0, PAGE) == WORDS
 
             async def arrived() -> bool:
-                return await destination.qtest.load(MESSAGES) == 0xCAFE
+                return await destination.qtest.load(MESSAGES) == MESSAGE
 
             await until("the interrupt of a command", arrived)

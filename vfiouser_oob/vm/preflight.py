@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vfiouser_oob.vm.record import CarrierKind, VmPhase
-from vfiouser_oob.vm.topology import ECAM_QUERY, ecam_base
+from vfiouser_oob.vm.topology import ECAM_QUERY
 
 #: The oldest QEMU whose client's DMA messages carry the replay.
 OLDEST = (11, 1, 0)
@@ -36,15 +36,6 @@ class Moment(Enum):
 
     REST = "rest"
     SETUP = "setup"
-
-
-class Ecam(Enum):
-    """Whether registers can be written through ECAM."""
-
-    ABSENT = "absent"
-    #: The machine has it, and its guest has not turned it on.
-    OFF = "off"
-    ON = "on"
 
 
 class Weight(Enum):
@@ -108,7 +99,7 @@ class VmFacts:
     blockers: tuple[str, ...] = ()
     objects: Mapping[str, str] = field(default_factory=dict)
     devices: Mapping[str, str] = field(default_factory=dict)
-    ecam: Ecam = Ecam.ON
+    ecam: bool = True
     functions: tuple[FunctionFacts, ...] = ()
 
 
@@ -173,8 +164,9 @@ def _on(capability: str) -> Finder:
     return _when(lambda facts: facts.capabilities.get(capability, False))
 
 
-def _without_ecam(found: Ecam) -> Finder:
-    return _when(lambda facts: facts.ecam is found and not all(function.by_client for function in facts.functions))
+def _without_ecam(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
+    if not facts.ecam and not all(function.by_client for function in facts.functions):
+        yield {}
 
 
 def _too_old(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
@@ -280,16 +272,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "no-ecam",
         "The machine has no ECAM, through which the destination writes what QEMU keeps of the functions: use q35.",
-        _without_ecam(Ecam.ABSENT),
-        setup=None,
-        asks=True,
-    ),
-    Rule(
-        "ecam-off",
-        "The guest's firmware has not turned ECAM on yet, through which the destination writes what QEMU keeps of the "
-        "functions.",
-        _without_ecam(Ecam.OFF),
-        rest=_ADVICE,
+        _without_ecam,
         setup=None,
         asks=True,
     ),
@@ -379,14 +362,8 @@ def read_answers(answers: Mapping[str, Any]) -> dict[str, Any]:
         "blockers": tuple(each for each in blockers if isinstance(each, str)) if isinstance(blockers, list) else (),
         "objects": _children(answers.get("objects")),
         "devices": _children(answers.get("devices")),
-        "ecam": _ecam(answers),
+        "ecam": "ecam" in answers,  # only machines that have it know that property; others refuse
     }
-
-
-def _ecam(answers: Mapping[str, Any]) -> Ecam:
-    if "ecam" not in answers:  # QEMU has refused: only machines with ECAM have that property
-        return Ecam.ABSENT
-    return Ecam.OFF if ecam_base(answers["ecam"]) is None else Ecam.ON
 
 
 def _items(answer: Any) -> Iterator[Mapping[str, Any]]:
