@@ -2,36 +2,94 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from vmbed.assets import Assets
-from vmbed.hosts import Carrier, HostConfig, finished, host, make_disk, migrate, shown
+from vmbed.companion import SPARE_MEMORY, bind_companion
+from vmbed.hosts import HostConfig, finished, host, make_disk, migrate, shown
 from vmbed.load import quiet
 from vmbed.loops import begin_loops, loops_go_on
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 BY_ITSELF = ("-incoming", "defer")
 WAITING = (*BY_ITSELF, "-S")
+MANY = 20
 
 
-@pytest.mark.parametrize("carrier", ["dbus-vmstate", "vhost-user-fs"])
-async def test_a_vm_hops(assets: Assets, workdir: Path, carrier: Carrier) -> None:
+@dataclass(frozen=True, slots=True)
+class Voyage:
+    """A VM, and how it works while it moves.
+
+    Args:
+        config: of both hosts.
+        loops: of verified I/O, on each function; each has eight commands under way.
+        driver: whether the guest has a driver for the companion.
+    """
+
+    config: HostConfig
+    loops: int = 2
+    driver: bool = False
+
+
+VOYAGES: Mapping[str, Voyage] = MappingProxyType(
+    {
+        # Three functions, one of them behind a root port; queues in device memory, and doorbells that nobody sees.
+        "V": Voyage(
+            HostConfig(functions=3, behind=1, cpus=2, soc=("--cmb", "2M", "--doorbells", "polled")),
+            loops=1,
+        ),
+        "V-deep": Voyage(HostConfig(cpus=2), loops=4),
+        "F": Voyage(HostConfig("vhost-user-fs", cpus=2)),
+        "F-driver": Voyage(HostConfig("vhost-user-fs", cpus=2, kernel_arguments=SPARE_MEMORY), driver=True),
+        "F-large": Voyage(
+            HostConfig("vhost-user-fs", soc=("--state-size", "512M", "--state-churn", "0"), more='state_max = "600M"')
+        ),
+    }
+)
+
+
+def often(name: str) -> object:
+    """A voyage of many hops, for which there is time only in the long run."""
+    return pytest.param(name, [WAITING] * MANY, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("name", "hops"),
+    [
+        ("V", [WAITING, WAITING, BY_ITSELF]),
+        ("F-driver", [WAITING, WAITING, BY_ITSELF]),
+        pytest.param("F", [WAITING, WAITING, BY_ITSELF], marks=pytest.mark.long),
+        *map(often, ("V", "V-deep", "F", "F-driver")),
+        pytest.param("F-large", [WAITING, BY_ITSELF], marks=pytest.mark.long),
+    ],
+)
+async def test_a_vm_hops(assets: Assets, workdir: Path, name: str, hops: Sequence[Sequence[str]]) -> None:
     """A guest is moved to and fro while it writes and reads back: every byte is right, and its driver never waits.
 
-    The last destination goes on by itself, without being told.
+    A destination that is not told to wait goes on by itself.
     """
-    disk, config = make_disk(workdir), HostConfig(carrier)
+    voyage = VOYAGES[name]
+    config = voyage.config
+    disk = make_disk(workdir, config.functions)
     async with host(workdir, "a", disk, config) as a, host(workdir, "b", disk, config) as b, AsyncExitStack() as boot:
         here, there = a, b
         qemu = await boot.enter_async_context(here.machine(assets))
         await qemu.guest.ready()
-        await begin_loops(qemu.guest)
-        for incoming in (WAITING, WAITING, BY_ITSELF):
+        if voyage.driver:
+            await bind_companion(qemu.guest)
+        await begin_loops(qemu.guest, config.functions, voyage.loops)
+        before = await qemu.guest.irqs()
+        for number, incoming in enumerate(hops):
             other = await boot.enter_async_context(there.machine(assets, incoming=incoming))
             await there.phase("incoming")
+            (workdir / "stream").unlink(missing_ok=True)
             await migrate(qemu, other, workdir / "stream")
             assert await finished(qemu) == "completed"
             assert await finished(other) == "completed"
@@ -43,3 +101,10 @@ async def test_a_vm_hops(assets: Assets, workdir: Path, carrier: Carrier) -> Non
             await qemu.kill()
             qemu, here, there = other, there, here
             await here.phase("running")
+            print(f"hop {number + 1} of {len(hops)}")  # noqa: T201
+        after = await qemu.guest.irqs()
+        queues = [f"nvme{n}q{q}" for n, q in itertools.product(range(config.functions), range(1, config.cpus + 1))]
+        assert all(after[queue] > before[queue] for queue in queues), (before, after)
+        # Only with a driver QEMU itself asks for the stop, before it sends the memory for the last time.
+        held = "phase=holding" in a.daemon.log.read_text()
+        assert held == voyage.driver
