@@ -34,7 +34,7 @@ async def works(qemu: Qemu) -> None:
     assert await driver.read_blocks(0, PAGE) == bytes(PAGE)
 
 
-@pytest.mark.parametrize("carrier", ["dbus-vmstate", "vhost-user-fs"])
+@pytest.mark.parametrize("carrier", ["dbus-vmstate", pytest.param("vhost-user-fs", marks=pytest.mark.long)])
 async def test_a_vm_moves_before_its_firmware_has_begun(assets: Assets, workdir: Path, carrier: Carrier) -> None:
     """First it has never begun; then it begins anew in mid-migration, since the guest is reset. It works each time.
 
