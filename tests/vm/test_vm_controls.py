@@ -10,11 +10,13 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import trio
 
 from vmbed.assets import Assets
 from vmbed.firmware import MESSAGE, MESSAGES, set_up, turn_ecam_on
-from vmbed.hosts import SLOT, HostConfig, finished, host, make_disk, migrate
+from vmbed.hosts import SLOT, Host, HostConfig, finished, host, make_disk, migrate
 from vmbed.nvme import PAGE, NvmeDriver, until
+from vmbed.omissions import SAVED_EARLY
 from vmbed.pci import PciFunction
 from vmbed.qemu import Qemu
 
@@ -33,6 +35,11 @@ async def sent(qemu: Qemu) -> None:
         return int(ram.get("duplicate", 0)) + int(ram.get("normal", 0)) >= SENT
 
     await until("beginning of the guest's memory in the stream", enough)
+
+
+async def saved_early(source: Host) -> bool:
+    """Whether a daemon without stop has taken the state."""
+    return SAVED_EARLY in await trio.Path(source.daemon.log).read_text()
 
 
 async def found(driver: NvmeDriver, version: int, page: int, qemu: Qemu) -> Set[str]:
@@ -71,6 +78,8 @@ async def test_what_is_left_out_is_missed(assets: Assets, workdir: Path, omits: 
         await migrate(source, destination, workdir / "stream", bandwidth=SLOWLY)
         await a.phase("armed")
         await sent(source)
+        if omits == "stop":
+            await until("state that is taken too early", lambda: saved_early(a))
         await driver.enable()
         await driver.create_io_queues(VECTOR)
         page = driver.allocate() + PAGE  # the next one that it takes

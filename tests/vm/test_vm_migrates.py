@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -103,8 +102,11 @@ async def test_a_vm_hops(assets: Assets, workdir: Path, name: str, hops: Sequenc
             await here.phase("running")
             print(f"hop {number + 1} of {len(hops)}")  # noqa: T201
         after = await qemu.guest.irqs()
-        queues = [f"nvme{n}q{q}" for n, q in itertools.product(range(config.functions), range(1, config.cpus + 1))]
-        assert all(after[queue] > before[queue] for queue in queues), (before, after)
+        more = {queue: count - before[queue] for queue, count in after.items()}
+        for number in range(config.functions):
+            assert any(count > 0 for queue, count in more.items() if queue.startswith(f"nvme{number}q")), more
+        for number in range(1, config.cpus + 1):
+            assert any(count > 0 for queue, count in more.items() if queue.endswith(f"q{number}")), more
         # Only with a driver QEMU itself asks for the stop, before it sends the memory for the last time.
         held = "phase=holding" in a.daemon.log.read_text()
         assert held == voyage.driver

@@ -24,6 +24,7 @@ QUERIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "capabilities": ("query-migrate-capabilities", {}),
         "migration": ("query-migrate", {}),
+        "runstate": ("query-status", {}),
         "objects": ("qom-list", {"path": "/objects"}),
         "devices": ("qom-list", {"path": "/machine/peripheral"}),
         "ecam": ("qom-get", ECAM_QUERY),
@@ -82,6 +83,7 @@ class VmFacts:
         tells: QEMU sends events about migrations.
         version: QEMU's; None if it is not known.
         carrier: what is to carry the state.
+        paused: somebody has paused the VM, as whoever saves one into a file does; the switchover's pause is another.
         capabilities: what is on and off for migrations.
         blockers: why QEMU itself would refuse.
         objects: the classes of QEMU's objects, by id.
@@ -95,6 +97,7 @@ class VmFacts:
     tells: bool = True
     version: tuple[int, int, int] | None = None
     carrier: CarrierKind = CarrierKind.DBUS_VMSTATE
+    paused: bool = False
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     blockers: tuple[str, ...] = ()
     objects: Mapping[str, str] = field(default_factory=dict)
@@ -242,7 +245,8 @@ RULES: tuple[Rule, ...] = (
         "no-return-path",
         "The capability return-path is off: should the destination refuse the state, the source would not learn of it, "
         "and the VM would be lost.",
-        _when(lambda facts: not facts.capabilities.get("return-path", False)),
+        # A file has no way back. What is paused stands here until somebody starts it, whatever the other side says.
+        _when(lambda facts: not facts.paused and not facts.capabilities.get("return-path", False)),
         rest=_ADVICE,
         asks=True,
     ),
@@ -351,7 +355,7 @@ def read_answers(answers: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Fields of `VmFacts`.
     """
-    migration = answers.get("migration")
+    migration, runstate = answers.get("migration"), answers.get("runstate")
     blockers = migration.get("blocked-reasons", []) if isinstance(migration, dict) else []
     return {
         "capabilities": {
@@ -360,6 +364,7 @@ def read_answers(answers: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(item.get("capability"), str) and "state" in item
         },
         "blockers": tuple(each for each in blockers if isinstance(each, str)) if isinstance(blockers, list) else (),
+        "paused": isinstance(runstate, dict) and runstate.get("status") == "paused",
         "objects": _children(answers.get("objects")),
         "devices": _children(answers.get("devices")),
         "ecam": "ecam" in answers,  # only machines that have it know that property; others refuse

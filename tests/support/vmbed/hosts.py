@@ -126,12 +126,16 @@ class Host:
         given_up = threading.Event()
 
         def watch() -> str:
-            with ControlClient(self.folder / "control", STATUS_S) as client:
-                for told in client.watch(_BEAT_S):
-                    now = str(told["status"]["vms"][0]["phase"] if "status" in told else told.get("phase", ""))
-                    if now in wanted or given_up.is_set():
-                        return now
-            raise BedError(f"the daemon has ended\n{tail(self.daemon.log)}")
+            while True:
+                with ControlClient(self.folder / "control", STATUS_S) as client:
+                    for told in client.watch(_BEAT_S):
+                        now = str(told["status"]["vms"][0]["phase"] if "status" in told else told.get("phase", ""))
+                        if now in wanted or given_up.is_set():
+                            return now
+                        if "lost" in told:  # perhaps the one that is waited for
+                            break
+                    else:
+                        raise BedError(f"the daemon has ended\n{tail(self.daemon.log)}")
 
         with deadline(seconds, f"phase {' or '.join(wanted)}", self.daemon.log):
             try:

@@ -16,7 +16,10 @@ from vfiouser_oob.vm.movable import VmMonitor
 from vfiouser_oob.vm.page_contents import PageContents
 from vfiouser_oob.vm.untracked import FunctionMemory
 
-__all__ = ["OMISSIONS"]
+__all__ = ["OMISSIONS", "SAVED_EARLY"]
+
+#: What the daemon's log has once the state was taken that is given away later.
+SAVED_EARLY = "the state was taken"
 
 
 def without_journal() -> None:
@@ -50,6 +53,7 @@ def without_stop() -> None:
         await arm(self, monitor, began)
         async with self._still():
             early[self.name] = await save(self)
+        print(SAVED_EARLY, flush=True)  # noqa: T201
 
     async def nothing(self: HostedFunction) -> None:
         return

@@ -105,6 +105,13 @@ def test_a_client_that_migrates_needs_no_ecam() -> None:
     assert judge(facts, Moment.REST) == ()
 
 
+def test_a_paused_vm_needs_no_way_back() -> None:
+    """It may be saved into a file, which has none; one that stands for its switchover is not paused."""
+    assert judge(replace(GOOD, paused=True, capabilities={}), Moment.SETUP) == ()
+    assert read_answers({"runstate": {"status": "paused"}})["paused"]
+    assert not read_answers({"runstate": {"status": "finish-migrate"}})["paused"]
+
+
 def test_several_at_once() -> None:
     """All are told, in the order of the table, and each function for itself."""
     facts = replace(
@@ -151,6 +158,7 @@ def test_answers_as_qemu_gives_them() -> None:
     ) == {
         "capabilities": {"xbzrle": False, "return-path": True},
         "blockers": ("no",),
+        "paused": False,
         "objects": {"mon": "monitor-qmp"},
         "devices": {"f0": "vfio-user-pci"},
         "ecam": True,
@@ -177,7 +185,7 @@ ODD = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["capabilities", "migration", "objects", "devices", "ecam"]), ODD))
+@given(st.dictionaries(st.sampled_from(["capabilities", "migration", "objects", "devices", "ecam", "runstate"]), ODD))
 def test_odd_answers(answers: dict[str, Any]) -> None:
     """Whatever QEMU answers can be judged."""
     judge(VmFacts(functions=(F0,), **read_answers(answers)), Moment.SETUP)
