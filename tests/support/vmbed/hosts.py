@@ -57,24 +57,28 @@ class HostConfig:
     Attributes:
         carrier: what takes the functions' state along.
         functions: how many functions the VM has.
+        behind: how many of them, the last ones, are behind a root port each.
         cpus: of the VM.
         listens: whether QEMU listens on the companion's socket, so that a lost connection can be made anew.
         prefix: of the functions' names, before their numbers.
         soc: further options of the simulated SoC.
         omits: what of a migration its daemon leaves out; see `vmbed.omissions`.
         accel: what runs the VM's guest, if it has one.
+        kernel_arguments: for the guest's kernel.
         more: further lines of the VM's table in the configuration.
         keep: the daemon is a keeper's child, which starts it again; what is called the daemon is the keeper.
     """
 
     carrier: Carrier = "dbus-vmstate"
     functions: int = 1
+    behind: int = 0
     cpus: int = 1
     listens: bool = False
     prefix: str = "f"
     soc: tuple[str, ...] = ()
     omits: str = ""
     accel: Literal["tcg", "qtest"] = "tcg"
+    kernel_arguments: str = ""
     more: str = ""
     keep: bool = False
 
@@ -111,17 +115,31 @@ class Host:
         vm: dict[str, Any] = (await self.status())["vms"][0]
         return vm
 
+    async def stood_ms(self, direction: Literal["out", "in"]) -> float:
+        """How long the functions stood on this host's part, in milliseconds, in the last migration from or to here."""
+
+        def ask() -> float:
+            with ControlClient(self.folder / "control", STATUS_S) as client:
+                last = {each["function"]: each for each in client.migrations() if each["direction"] == direction}
+            return max((each["downtime_s"] or 0.0 for each in last.values()), default=0.0) * 1000
+
+        return await trio.to_thread.run_sync(ask)
+
     async def phase(self, *wanted: str, seconds: float = 30.0) -> str:
         """Wait until the VM is in one of some phases; returns which."""
         given_up = threading.Event()
 
         def watch() -> str:
-            with ControlClient(self.folder / "control", STATUS_S) as client:
-                for told in client.watch(_BEAT_S):
-                    now = str(told["status"]["vms"][0]["phase"] if "status" in told else told.get("phase", ""))
-                    if now in wanted or given_up.is_set():
-                        return now
-            raise BedError(f"the daemon has ended\n{tail(self.daemon.log)}")
+            while True:
+                with ControlClient(self.folder / "control", STATUS_S) as client:
+                    for told in client.watch(_BEAT_S):
+                        now = str(told["status"]["vms"][0]["phase"] if "status" in told else told.get("phase", ""))
+                        if now in wanted or given_up.is_set():
+                            return now
+                        if "lost" in told:  # perhaps the one that is waited for
+                            break
+                    else:
+                        raise BedError(f"the daemon has ended\n{tail(self.daemon.log)}")
 
         with deadline(seconds, f"phase {' or '.join(wanted)}", self.daemon.log):
             try:
@@ -170,9 +188,15 @@ class Host:
         return companion_arguments(self.folder / "vhost", addr="0x1c", listens=self.config.listens)
 
     @property
-    def _properties(self) -> dict[str, Any]:
-        # A start of the daemon takes a second, and longer on a machine that is busy; stock QEMU waits for five.
-        return {"x-msg-timeout": 30_000} if self.config.keep else {}
+    def _behind(self) -> range:
+        return range(self.config.functions - self.config.behind, self.config.functions)
+
+    def _device(self, number: int, name: str) -> VfioUserDevice:
+        properties: dict[str, Any] = {"bus": f"rp{number}", "addr": "0x0"} if number in self._behind else {}
+        if self.config.keep:
+            # A start of the daemon takes a second, and longer on a machine that is busy; stock QEMU waits for five.
+            properties["x-msg-timeout"] = 30_000
+        return VfioUserDevice(self.folder / f"{name}.sock", id=name, slot=SLOT + number, properties=properties)
 
     @asynccontextmanager
     async def machine(
@@ -192,14 +216,15 @@ class Host:
             *(self.carrier_arguments() if carrier else ()),
             *incoming,
         ]
-        devices = [
-            VfioUserDevice(
-                self.folder / f"{function}.sock", id=function, slot=SLOT + number, properties=self._properties
-            )
-            for number, function in enumerate(self.config.names)
-        ]
         config = QemuConfig(
-            devices, accel=self.config.accel, cpus=self.config.cpus, memory_mib=MEMORY_MIB, trace=(), extra=extra
+            [self._device(number, name) for number, name in enumerate(self.config.names)],
+            accel=self.config.accel,
+            cpus=self.config.cpus,
+            memory_mib=MEMORY_MIB,
+            trace=(),
+            extra=extra,
+            early=[word for number in self._behind for word in ("-device", _root_port(number))],
+            kernel_arguments=self.config.kernel_arguments,
         )
         name = f"qemu{self._machines}"
         async with start_qemu(assets, config, self.folder, name=name) as qemu:
@@ -208,11 +233,16 @@ class Host:
             yield qemu
 
 
-def make_disk(workdir: Path) -> Path:
-    """The disk that both hosts see."""
+def _root_port(number: int) -> str:
+    return f"pcie-root-port,id=rp{number},chassis={number},slot={number},bus=pcie.0,addr={SLOT + number:#x}"
+
+
+def make_disk(workdir: Path, functions: int = 1) -> Path:
+    """The disk that both hosts see; several functions have one each."""
     image = workdir / "disk"
-    with image.open("wb") as file:
-        file.truncate(DISK_MIB * MIB)
+    for name in [image] if functions == 1 else [workdir / f"disk.{number}" for number in range(functions)]:
+        with name.open("wb") as file:
+            file.truncate(DISK_MIB * MIB)
     return image
 
 
