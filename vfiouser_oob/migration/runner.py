@@ -294,8 +294,10 @@ class MigrationRunner:
 
     async def give_up_left(self) -> None:
         """The client that another daemon has served has gone with that; nothing to do if this one goes on with it."""
-        async with self._lock:
-            self._give_up_left()
+        if self._left is not None:
+            await self._running.wait()
+            async with self._lock:
+                self._give_up_left()
 
     def _give_up_left(self) -> None:
         if self._left is not None:

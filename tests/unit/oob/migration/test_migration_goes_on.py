@@ -156,6 +156,19 @@ class Place:
         self._backend = ModelBackend(build("f0", None))
 
     @asynccontextmanager
+    async def runner(self, left: MigrationRecord) -> AsyncIterator[MigrationRunner]:
+        """A daemon's part without any client."""
+        agent = MemoryAgent([self.function])
+        runner = MigrationRunner(
+            "f0", agent, "f0", CONFIG, EventHub(), log.get("function"), notes=self.notes, left=left
+        )
+        with trio.fail_after(60):
+            async with agent, trio.open_nursery() as nursery:
+                nursery.start_soon(runner.run)
+                yield runner
+                nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
     async def daemon(self, *, unanswered: bool = False) -> AsyncIterator[Daemon]:
         """Another daemon, which is killed at the end: nothing is done then, and nothing taken down.
 
@@ -265,6 +278,23 @@ async def test_the_end_that_did_not_reach_its_client() -> None:
             assert (S.STOP_COPY, AgentState.STOPPED) == (daemon.state, here.function.state)
             await daemon.go(S.RUNNING)
             assert AgentState.RUNNING is here.function.state
+
+
+@pytest.mark.parametrize("handed", [False, True])
+async def test_a_client_that_went_with_its_daemon(handed: bool) -> None:
+    """Its source is brought back, unless it gave everything; then it stays stopped, until the next client resets it."""
+    with closing(Place()) as here:
+        async with here.daemon() as daemon:
+            await daemon.go(S.STOP_COPY)
+            await (daemon.read_all() if handed else daemon.read(1000))
+        async with here.runner(MigrationRecord.from_json(here.notes.text or "")) as runner:
+            await runner.give_up_left()
+            await runner.settle()
+            assert (handed, not handed) == (runner.record.fenced, here.function.running)
+            await runner.give_up_left()
+        here.notes = Notebook()
+        async with here.daemon() as daemon:
+            assert (S.RUNNING, True) == (daemon.state, here.function.running)
 
 
 async def test_a_source_is_brought_back_by_its_client() -> None:
