@@ -76,8 +76,9 @@ bench: venv ## measure the daemon on this machine
 	$(BIN)/vfiouser-oob bench
 
 scale: venv-dev ## measure many functions, and write figures and curves into docs/explanation; minutes on an idle machine
-	$(BIN)/vfiouser-oob bench --scale --json > .scale.json
-	mv .scale.json docs/explanation/scale.json
+	mkdir -p build
+	$(BIN)/vfiouser-oob bench --scale --json > build/scale.json
+	mv build/scale.json docs/explanation/scale.json
 	$(BIN)/python tools/scale_page.py
 
 vm-assets: venv-dev ## fetch QEMU and a guest for the VM tests from this machine's Debian archive (cached)

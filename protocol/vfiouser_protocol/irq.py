@@ -106,6 +106,20 @@ class IrqEffect(NamedTuple):
     watch: list[Any]
 
 
+class LineState(NamedTuple):
+    """What one IRQ index remembers beside its eventfds.
+
+    Args:
+        active: eventfds were given for it, so that a vector without one latches.
+        masked: one byte per vector.
+        pending: one byte per vector: an interrupt is latched.
+    """
+
+    active: bool
+    masked: bytes
+    pending: bytes
+
+
 class _Line:
     """The state of one IRQ index; every list has one entry per vector."""
 
@@ -302,6 +316,43 @@ class IrqSet:
         if len(handles) == line.count:
             line.handles = list(handles)
             line.active = True
+
+    def line(self, index: int) -> LineState:
+        """What an index remembers beside its eventfds."""
+        line = self._lines[index]
+        return LineState(line.active, bytes(line.masked), bytes(line.pending))
+
+    def restore_line(self, index: int, state: LineState) -> None:
+        """Take over what `line` said in another process; that of another number of vectors is left alone."""
+        line = self._lines[index]
+        if len(state.masked) == len(state.pending) == line.count:
+            line.active, line.masked, line.pending = state.active, bytearray(state.masked), bytearray(state.pending)
+
+    def restore_handle(self, index: int, vector: int, action: int, handle: Any) -> bool:
+        """Take over one eventfd that was assigned to another process.
+
+        Args:
+            index: `IrqIndex`.
+            vector: which of its vectors.
+            action: `IrqSetFlags.ACTION_TRIGGER`, `ACTION_MASK` or `ACTION_UNMASK`.
+            handle: the eventfd; kept from here on.
+
+        Returns:
+            Whether there is such a vector; the handle is still the caller's if not.
+        """
+        if index >= len(self._lines) or not 0 <= vector < self._lines[index].count:
+            return False
+        line = self._lines[index]
+        line.active = True
+        if action == _TRIGGER:
+            line.handles[vector] = handle
+        else:
+            (line.mask_handles if action == _MASK else line.unmask_handles)[vector] = handle
+        return True
+
+    def restore_level(self, asserted: bool) -> None:
+        """Take over the level of the INTx line as another process left it: whoever has to know of it does."""
+        self._intx_level = asserted
 
     def assigned(self, index: int) -> int:
         """How many vectors of an index have an eventfd."""

@@ -24,6 +24,7 @@ from vfiouser_oob.control.client import ControlClient
 from vmbed.assets import Assets
 from vmbed.assets.libvirt import Libvirt, locate_libvirt
 from vmbed.assets.store import default_cache
+from vmbed.guest import Guest
 from vmbed.hosts import Host as ServingHost
 from vmbed.hosts import HostConfig as ServingConfig
 from vmbed.hosts import host, make_disk
@@ -125,6 +126,20 @@ async def give_up(here: Place, there: Place, serving: ServingHost) -> None:
     assert await serving.phase("running") == "running"
 
 
+async def save_and_restore(at: Place, serving: ServingHost, guest: Guest) -> Guest:
+    """Save the VM into a file, which ends its QEMU, and have it go on from there."""
+    await goes_on(guest)
+    saved = SHARED / "saved"
+    await at.host.virsh("save", NAME, str(saved))
+    await serving.phase("absent")
+    await at.host.virsh("restore", str(saved))
+    restored = await at.guest()
+    await serving.phase("running")
+    await goes_on(restored)
+    await quiet(restored)
+    return restored
+
+
 @pytest.mark.parametrize("hops", [2, pytest.param(10, marks=pytest.mark.long)])
 async def test_virsh_migrate_moves_our_functions(assets: Assets, libvirt: Libvirt, workdir: Path, hops: int) -> None:
     """Under verified I/O, with the flags of those who use libvirt, and nothing wrapped around it.
@@ -148,3 +163,4 @@ async def test_virsh_migrate_moves_our_functions(assets: Assets, libvirt: Libvir
             assert await there.host.virsh("domstate", NAME) == "running"
             here, there, serving, waiting = there, here, waiting, serving
             assert await serving.phase("running") == "running"
+        await save_and_restore(here, serving, guest)

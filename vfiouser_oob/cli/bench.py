@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from vfiouser_oob import __version__
@@ -16,6 +17,7 @@ from vfiouser_oob.cli.errors import CommandFailed, ExitCode
 from vfiouser_oob.cli.interruptible import run_interruptible
 from vfiouser_oob.cli.terminal import console_on, print_line, print_table
 from vfiouser_oob.config.errors import ConfigError
+from vfiouser_oob.lab.bench.against import FULL_AGAINST, QUICK_AGAINST, measure_against
 from vfiouser_oob.lab.bench.curves import scale_svg
 from vfiouser_oob.lab.bench.raw import BenchFailed
 from vfiouser_oob.lab.bench.results import Result
@@ -23,6 +25,7 @@ from vfiouser_oob.lab.bench.scale import FULL_SCALE, QUICK_SCALE, measure_scale
 from vfiouser_oob.lab.bench.scale_figures import ScaleFigures, scale_results
 from vfiouser_oob.lab.bench.stage import FULL, QUICK, measure
 from vfiouser_oob.lab.demo.children import ChildFailed
+from vfiouser_protocol.errors import ReplyError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="fail when a budget is exceeded")
     what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--against",
+        metavar="SOCKET",
+        type=Path,
+        help="compare with the vfio-user server that listens there, instead",
+    )
     what.add_argument(
         "--scale", action="store_true", help="what 1 to 256 functions cost in one daemon and in a process each, instead"
     )
@@ -65,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         print_line(console, line)
 
     try:
+        if args.against is not None:
+            return _compare(args, progress)
         report = _measured(args, progress)
     except (ChildFailed, BenchFailed) as error:
         raise CommandFailed(f"the benchmark failed: {error}") from error
@@ -82,6 +93,30 @@ def _measured(args: argparse.Namespace, progress: Callable[[str], None]) -> Repo
     if args.plot is not None:
         write_plot(args.plot, figures)
     return Report(scale_results(figures), {"scale": [each.as_json() for each in figures]})
+
+
+def _compare(args: argparse.Namespace, progress: Callable[[str], None]) -> ExitCode:
+    """Compare with another server; what it does not do is told, and is no failure."""
+    effort = QUICK_AGAINST if args.quick else FULL_AGAINST
+    try:
+        found = run_interruptible(measure_against, args.against, effort, progress)
+    except (BenchFailed, ReplyError) as error:
+        raise CommandFailed(f"{args.against} cannot be compared with: {error}") from error
+    if args.json:
+        results = [compared.as_json() for compared in found.results]
+        print(json.dumps(_heading(args.quick) | {"results": results, "notes": found.notes}, indent=2))
+        return ExitCode.DONE
+    console = console_on(sys.stdout)
+    rows = []
+    for line in found.results:
+        ours, theirs, ratios = median(line.ours), median(line.theirs), line.ratios
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        rows.append((line.name, line.unit, _number(ours), _number(theirs), f"{median(ratios):.2f}", spread))
+    print_table(console, ("what", "unit", "ours", "theirs", "ratio", "of each round"), rows)
+    print_line(console, "The ratio is ours to theirs: below 1 is faster where time is told, above 1 where a rate is.")
+    for note in found.notes:
+        print_line(console, f"note: {note}")
+    return ExitCode.DONE
 
 
 def write_plot(path: Path, figures: Sequence[ScaleFigures]) -> None:
@@ -116,15 +151,15 @@ def verdict(results: Sequence[Result], *, strict: bool) -> ExitCode:
     return ExitCode.DONE
 
 
+def _heading(quick: bool) -> dict[str, Any]:
+    """What every JSON document begins with."""
+    machine = {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+    return {"version": __version__, "quick": quick, "machine": machine}
+
+
 def _print_json(report: Report, quick: bool) -> None:
     document = {
-        "version": __version__,
-        "quick": quick,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-        },
+        **_heading(quick),
         "ok": all(result.ok for result in report.results),
         "results": [result.as_json() for result in report.results],
         **report.extra,

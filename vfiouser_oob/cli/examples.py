@@ -27,6 +27,6 @@ EXAMPLES: Mapping[str, str] = {
     "agent-check": "agent-check --agent msgpack-rpc:unix:///run/a.sock,function=f0",
     "conformance": "conformance --socket /run/vfio-user/f0.sock --safe",
     "demo": "demo --functions 2",
-    "bench": "bench --json",
+    "bench": "bench --against /run/vfio-user/f0.sock",
     "install-files": "install-files --root / --dry-run",
 }

@@ -120,6 +120,10 @@ class ClientLink(abc.ABC):
     def fail(self, reason: str) -> None:
         """Note that the device behind this session is lost; every further command is answered with EIO."""
 
+    def fail_until_reset(self, reason: str) -> None:
+        """Note that the device has lost its state: its registers answer with EIO until DEVICE_RESET."""
+        self.fail(reason)
+
     def recovered(self) -> None:
         """Note that a device that was lost is there again, and was reset."""
         return
@@ -228,6 +232,10 @@ class BackendSession(abc.ABC):
             again: a process before this one has begun it already.
         """
         return
+
+    async def quiesce(self) -> None:
+        """Finish what the device is doing by itself, before `leave`; commands are answered meanwhile."""
+        await trio.lowlevel.checkpoint()
 
     def leave(self) -> None:
         """Leave everything to the process after this one as it is; `close` then only closes."""

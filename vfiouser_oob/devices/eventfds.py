@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import trio
 
@@ -18,6 +20,17 @@ from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import SetIrqs
 
+_ACTIONS = IrqSetFlags.ACTION_MASK | IrqSetFlags.ACTION_UNMASK | IrqSetFlags.ACTION_TRIGGER
+_HANDLES: Mapping[int, Callable[[IrqSet, int, int], Any]] = MappingProxyType(
+    {
+        IrqSetFlags.ACTION_TRIGGER: IrqSet.handle,
+        IrqSetFlags.ACTION_MASK: IrqSet.mask_handle,
+        IrqSetFlags.ACTION_UNMASK: IrqSet.unmask_handle,
+    }
+)
+#: What an eventfd may be for.
+IRQ_ACTIONS = tuple(_HANDLES)
+
 
 class Eventfds:
     """The eventfds of one function.
@@ -28,11 +41,13 @@ class Eventfds:
     """
 
     def __init__(self, irqs: IrqSet, signaller: Signaller | None = None) -> None:
-        self._irqs = irqs
+        self._irqs = self.state = irqs
         account = Account("interrupts")
         self._signaller = signaller or make_signaller(account)
         self._reader = Worker(account)
         self._nursery: trio.Nursery | None = None
+        #: Given before anything could be followed.
+        self._unwatched: list[tuple[int, int, int, OwnedFd]] = []
         #: Interrupts delivered, for `status`.
         self.delivered = 0
 
@@ -55,17 +70,52 @@ class Eventfds:
             self._signal(handle)
         for handle in effect.dropped:
             _drop(handle)
-        if effect.watch and self._nursery is not None:
+        if effect.watch:
             for position, handle in enumerate(handles):
-                self._nursery.start_soon(self._follow, request, request.start + position, handle)
+                self._watch(request.index, request.start + position, request.flags & _ACTIONS, handle)
+
+    def handle(self, index: int, vector: int, action: int) -> OwnedFd | None:
+        """The eventfd of a vector, or None.
+
+        Args:
+            index: IRQ index.
+            vector: which of its vectors.
+            action: which of IrqSetFlags' actions it is for.
+        """
+        handle: OwnedFd | None = _HANDLES[action](self._irqs, index, vector)
+        return handle
+
+    def restore(self, index: int, vector: int, action: int, handle: OwnedFd) -> None:
+        """Take over an eventfd that a client has given to another process.
+
+        Args:
+            index: IRQ index.
+            vector: which of its vectors.
+            action: which of IrqSetFlags' actions it is for.
+            handle: the eventfd; taken.
+        """
+        own = handle.take()
+        if not self._irqs.restore_handle(index, vector, action, own):
+            own.close()
+        elif action != IrqSetFlags.ACTION_TRIGGER:
+            self._watch(index, vector, action, own)
+
+    def _watch(self, index: int, vector: int, action: int, handle: OwnedFd) -> None:
+        if self._nursery is None:
+            self._unwatched.append((index, vector, action, handle))
+        else:
+            self._nursery.start_soon(self._follow, index, vector, action, handle)
 
     async def watch(self) -> None:
         """Follow the eventfds by which a client masks and unmasks (KVM's INTx resampling), until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            for each in self._unwatched:
+                nursery.start_soon(self._follow, *each)
+            self._unwatched.clear()
             await trio.sleep_forever()
 
-    async def _follow(self, request: SetIrqs, vector: int, handle: OwnedFd) -> None:
+    async def _follow(self, index: int, vector: int, action: int, handle: OwnedFd) -> None:
         while True:
             try:
                 await trio.lowlevel.wait_readable(handle.fileno())
@@ -77,9 +127,9 @@ class Eventfds:
                     return
             except (trio.ClosedResourceError, ValueError):  # replaced, or the client has gone
                 return
-            if request.flags & IrqSetFlags.ACTION_MASK:
-                self._irqs.mask(request.index, vector)
-            elif (waiting := self._irqs.unmask(request.index, vector)) is not None:
+            if action & IrqSetFlags.ACTION_MASK:
+                self._irqs.mask(index, vector)
+            elif (waiting := self._irqs.unmask(index, vector)) is not None:
                 self._signal(waiting)
 
     async def _read_in_thread(self, handle: OwnedFd) -> bool:

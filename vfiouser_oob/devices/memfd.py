@@ -44,13 +44,33 @@ class SharedMemory:
         self.view = memoryview(mapped)
         old.close()
 
+    def adopt(self, fd: OwnedFd) -> None:
+        """Become another process's memory, whose clients may have mapped it; views taken before reach the old one.
+
+        Args:
+            fd: that memory; taken.
+
+        Raises:
+            OSError: it cannot be mapped; everything is as before.
+            ValueError: it is smaller; likewise.
+        """
+        found, mapped = _mapped(fd, self.size)
+        old, self._fd, self._map = self._fd, found, mapped
+        self.view = memoryview(mapped)
+        old.close()
+
     def fileno(self) -> int:
         """Return the descriptor to hand to clients; it stays this object's."""
         return self._fd.fileno()
 
-    def clear(self) -> None:
-        """Fill with zeros, releasing the pages."""
-        self._map.madvise(mmap.MADV_REMOVE)
+    def clear(self, offset: int = 0, count: int | None = None) -> None:
+        """Fill with zeros, releasing the pages.
+
+        Args:
+            offset: where to begin, in bytes; a whole number of pages.
+            count: bytes, likewise; None for all behind that.
+        """
+        self._map.madvise(mmap.MADV_REMOVE, offset, self.size - offset if count is None else count)
 
     def close(self) -> None:
         """Unmap and close."""
@@ -70,6 +90,6 @@ def _make(name: str, size: int) -> tuple[OwnedFd, mmap.mmap]:
         os.ftruncate(fd.fileno(), size)
         fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return fd, mmap.mmap(fd.fileno(), size)
-    except OSError:
+    except (OSError, ValueError, OverflowError):
         fd.close()
         raise

@@ -137,6 +137,10 @@ class DeviceModel(abc.ABC):
     config: ConfigSpace
     #: What the daemon offers.
     host: ModelHost
+    #: Version of what `snapshot` returns. None: the model has no snapshots, and so a restart of the daemon resets it.
+    snapshot_version: int | None = None
+    #: What it has in shared memory beside its regions; the daemon after this one gets it as well, in this order.
+    memories: Sequence[SharedMemory] = ()
 
     @cached_property
     def regions(self) -> Mapping[int, ModelRegion]:
@@ -202,6 +206,34 @@ class DeviceModel(abc.ABC):
 
     async def run(self) -> None:
         """The device's own tasks; runs as long as the function does."""
+        return
+
+    async def quiesce(self) -> None:
+        """Come to rest, since another process is going to go on: finish what is under way, and begin nothing any more.
+
+        Register accesses are still answered. This may wait, also for DMA, for about a second.
+        """
+        return
+
+    def snapshot(self) -> bytes:
+        """Return the state of a model that has come to rest; nothing of it is used any more.
+
+        Config space, interrupts, and shared memory (`regions`, `memories`) are not the model's to save.
+        """
+        return b""
+
+    async def restore(self, state: bytes) -> None:
+        """Go on where another process has stopped; for a model that nobody has used, while `run` runs already.
+
+        Shared memory is as the other process left it, and config space too. A part of `SharedMemory.view` that was kept
+        has to be taken anew.
+
+        Args:
+            state: what `snapshot` has returned, of the same `snapshot_version`.
+
+        Raises:
+            ValueError: it makes no sense; the model will be reset.
+        """
         return
 
     def close(self) -> None:

@@ -24,14 +24,19 @@ from vfiouser_oob.devices.base import (
 from vfiouser_oob.devices.eventfds import Eventfds
 from vfiouser_oob.devices.model import DeviceModel, ModelMemory, ModelRegion, ResetKind
 from vfiouser_oob.devices.model_faults import REFUSALS, ModelFaults
+from vfiouser_oob.devices.model_survival import REPEATABLE, ModelEstate
 from vfiouser_oob.devices.resets import RESETS, MemoryEffect
+from vfiouser_oob.memory.files import FileFacts
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger, get
+from vfiouser_oob.persist.record import UnusableRecord
+from vfiouser_oob.persist.successor.notes import Inheritance
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.constants import (
     PCI_NUM_REGIONS,
     DeviceInfoFlags,
     IrqIndex,
+    IrqSetFlags,
     RegionFlags,
     RegionIndex,
 )
@@ -40,6 +45,9 @@ from vfiouser_protocol.irq import IrqSet
 from vfiouser_protocol.messages import DmaMap, DmaUnmap, SetIrqs
 from vfiouser_protocol.pci import ConfigEffects
 from vfiouser_protocol.regions import RegionSpec
+
+#: A DEVICE_SET_IRQS that has a lasting effect, so that it is no harm to do it twice: all that does not raise at once.
+_LASTING = int(IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_MASK | IrqSetFlags.ACTION_UNMASK)
 
 
 class ModelBackend(DeviceBackend):
@@ -61,7 +69,8 @@ class ModelBackend(DeviceBackend):
         log: Logger | None = None,
     ) -> None:
         self.model = model
-        self.faults = ModelFaults(log or get("devices.model"))
+        self.log = log or get("devices.model")
+        self.faults = ModelFaults(self.log)
         self.summary = model.summary
         self.dma_by_message = dma_by_message
         self.irqs = Eventfds(IrqSet(model.irqs))
@@ -92,11 +101,40 @@ class ModelBackend(DeviceBackend):
         self.model.config.set_interrupt_status(asserted)
         self.drive_intx()
 
+    @property
+    def intx(self) -> bool:
+        """Whether the model asserts its INTx line."""
+        return self._intx
+
     def drive_intx(self) -> None:
         """Show the line's level to the client, unless the guest has disabled INTx."""
         self.irqs.set_level(self._intx and not self.model.config.intx_disabled)
 
     # What the server asks of a backend
+
+    survives = True
+    repeatable = REPEATABLE
+
+    async def resume(self, link: ClientLink, inheritance: Inheritance) -> BackendSession:
+        """Go on with a client of another process: with the model as it was left, or as one that has to be reset."""
+        assert link.notes is not None
+        self._used = True
+        estate = ModelEstate.go_on(self.model, self.irqs, link.notes, inheritance)
+        self.session = session = ModelSession(self, link, estate)
+        session.restore(inheritance)
+        try:
+            with self.faults.inside("connected"):
+                self.model.connected()
+            left = estate.take_snapshot(inheritance.snapshot)
+            self.model.config.restore(left.config)
+            with self.faults.inside("restore"):
+                await self.model.restore(left.state)
+        except (OSError, UnusableRecord, CommandError, ValueError) as error:
+            session.lost_state(f"the state of the model is lost: {error}")
+        else:
+            self._intx = left.intx
+            self.irqs.state.restore_level(left.intx and not self.model.config.intx_disabled)
+        return session
 
     async def open(self, link: ClientLink) -> BackendSession:
         """Begin to serve a client, with a function that nobody has used."""
@@ -108,7 +146,7 @@ class ModelBackend(DeviceBackend):
             except CommandError as error:
                 raise BackendUnavailable(str(error)) from error
         self._used = True
-        self.session = ModelSession(self, link)
+        self.session = ModelSession(self, link, self._estate(link))
         try:
             with self.faults.inside("connected"):
                 self.model.connected()
@@ -116,6 +154,14 @@ class ModelBackend(DeviceBackend):
             await self.session.close()
             raise BackendUnavailable(str(error)) from error
         return self.session
+
+    def _estate(self, link: ClientLink) -> ModelEstate | None:
+        if link.notes is None:
+            return None
+        try:
+            return ModelEstate.begin(self.model, self.irqs, link.notes)
+        except OSError as error:
+            raise BackendUnavailable(f"there is no memory: {error.strerror}") from error
 
     async def run(self) -> None:
         """Run the model's tasks."""
@@ -167,8 +213,16 @@ class ModelSession(BackendSession):
 
     device_seen = True
 
-    def __init__(self, backend: ModelBackend, link: ClientLink) -> None:
+    def __init__(self, backend: ModelBackend, link: ClientLink, estate: ModelEstate | None = None) -> None:
         self._backend = backend
+        self._link = link
+        self._notes = link.notes
+        self._estate = estate
+        #: The command that is carried out was begun by another process already.
+        self._again = False
+        self._quiet = self._left = False
+        #: The model has lost its state, and waits for a reset.
+        self._stateless = False
         self._model = backend.model
         self._config = backend.model.config
         self.description = backend.description
@@ -224,31 +278,48 @@ class ModelSession(BackendSession):
 
     def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Configure interrupts."""
+        if self._again and request.count and not request.flags & _LASTING:
+            raise CommandError("interrupts were raised by a daemon that has ended; that is not done twice", errno.EIO)
         self._backend.irqs.set_irqs(request, fds)
+        if self._estate is not None:
+            self._estate.irqs_set(request)
 
     def dma_map(self, request: DmaMap, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Map client memory; a file that is not memory is looked at in a thread."""
         if self.memory.must_wait_for(fds):
             return self._map_later(request, fds)
-        self.memory.add(request, fds, self.memory.examine(fds))
+        self._add(request, fds, self.memory.examine(fds))
         return None
 
     async def _map_later(self, request: DmaMap, fds: Sequence[OwnedFd]) -> None:
-        self.memory.add(request, fds, await self.memory.examine_later(fds))
+        self._add(request, fds, await self.memory.examine_later(fds))
+
+    def _add(self, request: DmaMap, fds: Sequence[OwnedFd], facts: FileFacts | None) -> None:
+        region = self.memory.add(request, fds, facts)
+        if region is not None and self._notes is not None:
+            self._notes.mapped(*self.memory.written_down(region))
 
     def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
         """Unmap one range; an access that a thread has under way is waited for."""
-        self.memory.remove(request)
+        if not self._again or self.memory.map.find(request.address) is not None:
+            self.memory.remove(request)
+            if self._notes is not None:
+                self._notes.unmapped(request.address)
         return None if self.memory.is_quiet else self.memory.quiet()
 
     def dma_unmap_all(self) -> Answer[None]:
         """Unmap everything."""
-        self.memory.remove_all()
+        for region in self.memory.remove_all():
+            if self._notes is not None:
+                self._notes.unmapped(region.address)
         return None if self.memory.is_quiet else self.memory.quiet()
 
     def reset(self) -> None:
         """Go to the power-on state."""
         self._backend.reset(ResetKind.DEVICE)
+        if self._stateless:
+            self._stateless = False
+            self._link.recovered()
 
     async def route_dma(self, *, by_message: bool) -> None:
         """Nothing is to be done: its memory asks for each write which way it goes."""
@@ -258,8 +329,58 @@ class ModelSession(BackendSession):
         """Vectors with an eventfd."""
         return self._backend.irqs.summary()
 
+    def restore(self, inheritance: Inheritance) -> None:
+        """Take over the client's memory.
+
+        Raises:
+            BackendUnavailable: it cannot be used.
+        """
+        try:
+            for thing, file in inheritance.ranges:
+                self.memory.restore(thing, file)
+        except (CommandError, OSError) as error:
+            raise BackendUnavailable(f"the client's memory cannot be used: {error}") from error
+
+    def lost_state(self, reason: str) -> None:
+        """The model is as nobody had ever used it, and its client does not know that yet."""
+        self._stateless = True
+        self._config.reset()
+        self._link.fail_until_reset(reason)
+
+    def command_begins(self, tag: int, *, again: bool) -> None:
+        """A command of the client begins."""
+        self._again = again
+
+    async def quiesce(self) -> None:
+        """Have the model come to rest."""
+        if self._estate is None or self._stateless:
+            return
+        with contextlib.suppress(CommandError):
+            with self._backend.faults.inside("quiesce"):
+                await self._model.quiesce()
+            await self.memory.quiet()
+            self._quiet = True
+
+    def leave(self) -> None:
+        """Leave the model's state to the process after this one, if it has come to rest."""
+        self._left = True
+        if self._estate is None or not self._quiet:
+            return
+        try:
+            with self._backend.faults.inside("snapshot"):
+                self._estate.leave(intx=self._backend.intx)
+        except (OSError, ValueError, CommandError) as error:
+            self._backend.log.error("a model will have to be reset by its client: no snapshot", reason=str(error))
+
     async def close(self) -> None:
         """Interrupts off, bus master off, memory gone; registers stay until the next client comes."""
+        if self._estate is not None:
+            self._estate.close()
+        if self._left:
+            self._backend.irqs.clear()
+            self.memory.close()
+            self._backend.session = None
+            return
         self._backend.reset(ResetKind.CONNECTION_LOST)
         self._backend.session = None
         with contextlib.suppress(CommandError), self._backend.faults.inside("disconnected"):

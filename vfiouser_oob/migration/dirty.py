@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from bisect import bisect_left, bisect_right
 from collections.abc import Awaitable, Generator, Iterable, Iterator
+from dataclasses import replace
 
 import trio
 
@@ -23,6 +24,7 @@ from vfiouser_agents.operations import Operation
 from vfiouser_oob.migration.agent_link import AgentLink
 from vfiouser_oob.migration.events import Logging
 from vfiouser_oob.migration.host import MigrationHost
+from vfiouser_oob.migration.inherited import LogMark, TransferNotes
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_protocol.dirty import check_report, fill_in_steps
@@ -51,6 +53,7 @@ class DirtyTracker:
         device_seen: whether every write of the device goes through this process.
         by_message: whether every write of the device goes through the client.
         call_s: seconds that one call to the agent may take.
+        notes: takes down what is logged, for another daemon; None: nobody does.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class DirtyTracker:
         device_seen: bool,
         by_message: bool,
         call_s: float,
+        notes: TransferNotes | None = None,
     ) -> None:
         self._link = link
         self._tracer = tracer
@@ -72,6 +76,9 @@ class DirtyTracker:
         self._device_seen = device_seen
         self._by_message = by_message
         self._call_s = call_s
+        self._notes = notes
+        #: What is taken down.
+        self._noted: LogMark | None = None
         self.log = log
         #: Whether it logs for somebody beside the client, from whom the client takes it when it wants it.
         self.lent = False
@@ -110,7 +117,32 @@ class DirtyTracker:
             except AgentError as error:
                 if not seen:
                     raise CommandError(f"the agent does not log dirty pages: {error}", error.errno) from error
+        if not self.lent:
+            wished = tuple((item.iova, item.length) for item in ranges)
+            self._note(LogMark(page_size, wished, self._agent_page, self._blind))
         return self.log.start(page_size, ranges)
+
+    def _note(self, mark: LogMark | None) -> None:
+        """Take down what is logged; what is lent, its borrower sees to."""
+        if self._notes is not None and mark != self._noted:
+            self._notes.logs(mark)
+        self._noted = mark
+
+    def resume(self, mark: LogMark) -> None:
+        """Go on for a client of another daemon; what that one knew is gone, so everything is dirty once.
+
+        Args:
+            mark: what was taken down.
+
+        Raises:
+            CommandError: it is damaged.
+        """
+        self.log.start(mark.page_size, [LoggingRange(*item) for item in mark.ranges])
+        self._agent_page, self._blind, self._noted = mark.agent_page, mark.blind, mark
+        self._all_stale()
+
+    def _all_stale(self) -> None:
+        self._stale = merged((region.address, region.end) for region in self._memory)
 
     async def _start_agent(self, page_size: int, ranges: tuple[LoggingRange, ...], deadline: float) -> None:
         if not self._link.asked:  # what is remembered from before may be out of date
@@ -134,6 +166,7 @@ class DirtyTracker:
 
     async def stop(self, deadline: float) -> None:
         """End logging; legal at any time."""
+        self._note(None)
         self.log.stop()
         self._blind = False
         self._stale, self._told = [], []
@@ -167,7 +200,9 @@ class DirtyTracker:
             await self._start_agent(page_size, ranges, deadline)
         except AgentError:
             self._blind = True
-        self._stale = merged((region.address, region.end) for region in self._memory)
+        if self._noted is not None:
+            self._note(replace(self._noted, agent_page=self._agent_page, blind=self._blind))
+        self._all_stale()
 
     # For somebody else
 
@@ -183,8 +218,12 @@ class DirtyTracker:
         """
         if self.log.active:
             raise CommandError("its client logs dirty pages by itself", errno.EBUSY)
-        await self.start(page_size, (), deadline)
         self.lent = True
+        try:
+            await self.start(page_size, (), deadline)
+        except BaseException:
+            self.lent = False
+            raise
 
     async def reclaim(self, deadline: float) -> None:
         """End what was lent; nothing to do if nothing was."""

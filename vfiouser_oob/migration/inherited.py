@@ -61,11 +61,31 @@ class V1Mark(NamedTuple):
 NO_V1_MARK = V1Mark()
 
 
+@dataclass(frozen=True, slots=True)
+class LogMark:
+    """What a client has asked for when it began to log dirty pages.
+
+    Args:
+        page_size: wished for, bytes.
+        ranges: what to log, address and length in bytes; nothing means everything.
+        agent_page: bytes per page that the agent uses; 0 if it does not log.
+        blind: nobody logs what should be logged, so everything is reported.
+    """
+
+    page_size: int
+    ranges: tuple[tuple[int, int], ...] = ()
+    agent_page: int = 0
+    blind: bool = False
+
+
 class TransferNotes(ConfigObserver, Protocol):
     """Takes down what a client does; none of it has happened before the command under way is answered."""
 
     def stream_moved(self, before: StreamMark, after: StreamMark) -> None:
         """The client takes a portion of the state that is being saved."""
+
+    def logs(self, mark: LogMark | None) -> None:
+        """Dirty pages are logged for the client, or not any more."""
 
     def iterated(self, before: V1Mark, after: V1Mark) -> None:
         """The client goes on in the migration region."""
@@ -88,6 +108,7 @@ class KeptClient:
         config: what that one was told of configuration space, by offset.
         mark: how far it has come with a state that is being saved.
         v1: what it knows of the migration region.
+        log: what it has asked for when it began to log dirty pages; None if it does not.
     """
 
     notes: TransferNotes
@@ -95,6 +116,7 @@ class KeptClient:
     config: Mapping[int, bytes] = field(default_factory=dict)
     mark: StreamMark = NO_STREAM
     v1: V1Mark = NO_V1_MARK
+    log: LogMark | None = None
 
 
 def worth_noting(before: MigrationRecord, after: MigrationRecord) -> bool:

@@ -53,11 +53,12 @@ def _taken(turn: Turn, event: ev.StepTaken) -> None:
     errand = turn.record.errand
     assert errand is not None
     step = steps_of(errand)[errand.at]
-    done = replace(
-        errand,
-        at=errand.at + 1,
-        touched=errand.touched or (step.changes and event.did),
-        status=errand.status if event.status is None else event.status,
+    done = errand.but(
+        {
+            "at": errand.at + 1,
+            "touched": errand.touched or (step.changes and event.did),
+            "status": errand.status if event.status is None else event.status,
+        }
     )
     turn.set(errand=done)
     if step.do in turn.rules.learned:

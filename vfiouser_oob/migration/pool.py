@@ -22,6 +22,11 @@ from vfiouser_oob.config.schema import AgentConfig
 AgentMaker: TypeAlias = Callable[[str, Mapping[str, Any]], Agent]
 
 
+#: Functions of one agent that may ask it at once where they are: clients that all come in the same moment wait for
+#: their own answers, and not for what nobody waits for.
+PROBES = 8
+
+
 class _Shared:
     """An agent, and how many functions have a share in it."""
 
@@ -29,6 +34,7 @@ class _Shared:
         self.key = key
         self.agent = agent
         self.leases = 0
+        self.probes = trio.CapacityLimiter(PROBES)
         self.entering = trio.Lock()
         self.entered = False
         self.unused = trio.Event()
@@ -119,6 +125,11 @@ class AgentLease:
     def agent(self) -> Agent:
         """The agent; it works inside ``async with``."""
         return self._shared.agent
+
+    @property
+    def probes(self) -> trio.CapacityLimiter:
+        """What its functions take turns by when they ask where they are."""
+        return self._shared.probes
 
     def release(self) -> None:
         """Give the share up; a second call does nothing."""

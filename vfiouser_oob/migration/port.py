@@ -222,6 +222,7 @@ async def attach(
         device_seen=session.device_seen,
         by_message=session.memory.by_message,
         call_s=runner.config.call_s,
+        notes=None if kept is None else kept.notes,
     )
     device = AttachedDevice(session, ConfigShadow(), dirty, HeldWrites(), None if kept is None else kept.notes)
     try:
@@ -232,6 +233,8 @@ async def attach(
     if kept is not None:
         device.shadow.restore(kept.config)
         device.shadow.observer = kept.notes
+        if kept.log is not None:
+            dirty.resume(kept.log)
     if kept is not None and kept.goes_on:
         await runner.go_on(device, kept.mark)
     else:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from enum import Enum
-from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from vfiouser_agents.api import Role, Status
 from vfiouser_protocol.constants import DeviceState
@@ -113,8 +112,28 @@ class Failure:
         return self.text
 
 
-@dataclass(frozen=True, slots=True)
-class PlanProgress:
+class Replaceable:
+    """A frozen dataclass, without slots, of which another one is made many times in each step of a migration."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def but(self, changes: Mapping[str, Any]) -> Self:
+        """Another one, with other values in some fields; `dataclasses.replace` takes ten times as long.
+
+        Args:
+            changes: values by the names of fields.
+        """
+        known = self.__dataclass_fields__.keys()
+        if not changes.keys() <= known:
+            raise KeyError(f"{type(self).__name__} has no {', '.join(changes.keys() - known)}")
+        other = object.__new__(type(self))
+        # Past what keeps it from being changed: nobody has this one yet.
+        other.__dict__.update(self.__dict__, **changes)
+        return other
+
+
+@dataclass(frozen=True)
+class PlanProgress(Replaceable):
     """What is being carried out: a plan, and how far it is.
 
     Args:
@@ -144,8 +163,8 @@ class PlanProgress:
     status: Status | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationRecord:
+@dataclass(frozen=True, kw_only=True)
+class MigrationRecord(Replaceable):
     """The record of one function.
 
     Args:
@@ -200,19 +219,6 @@ class MigrationRecord:
     blocked: str | None = None
     last_error: str | None = None
     changes: int = 0
-
-    def but(self, changes: Mapping[str, Any]) -> MigrationRecord:
-        """Another record, with other values in some fields; `dataclasses.replace` takes five times as long.
-
-        Args:
-            changes: values by the names of fields.
-        """
-        other = object.__new__(MigrationRecord)
-        for put, value in zip(_PUT.values(), _ALL(self), strict=True):
-            put(other, value)
-        for name, value in changes.items():
-            _PUT[name](other, value)
-        return other
 
     @property
     def shown(self) -> str:
@@ -289,9 +295,6 @@ RUNS = frozenset({DeviceState.RUNNING, DeviceState.PRE_COPY})
 #: What stands for a state that is not known, or that only a reset ends this of.
 _SHOWN: Mapping[Certainty, str] = MappingProxyType({Certainty.UNKNOWN: "UNKNOWN", Certainty.FAILED: "ERROR"})
 _NAMES = tuple(field.name for field in fields(MigrationRecord))
-_ALL = attrgetter(*_NAMES)
-#: How each field is set, past what keeps a record from being changed: for one that nobody has yet.
-_PUT: Mapping[str, Callable[[object, Any], None]] = {name: getattr(MigrationRecord, name).__set__ for name in _NAMES}
 
 
 def _written(value: Any) -> Any:

@@ -64,7 +64,7 @@ def _begin_arc(turn: Turn, arcs: tuple[str, ...], origin: DeviceState, asked: ev
         ahead = None
         if plan.source is DeviceState.RUNNING and errand.rest:
             ahead = plans.AHEAD.get(PLANS[errand.rest[0]].target)
-        turn.begin(replace(errand, ahead="" if ahead is None else ahead.value))
+        turn.begin(errand if ahead is None else replace(errand, ahead=ahead.value))
 
 
 def _arrived(turn: Turn, errand: PlanProgress) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vfiouser_agents.api import AgentState
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration import plans
 from vfiouser_oob.migration.fence import REACTIONS, VERDICTS, FenceVerdict, Reaction
 from vfiouser_oob.migration.plans import Do, Step
-from vfiouser_oob.migration.record import Certainty, Failure, Goal, PlanProgress
+from vfiouser_oob.migration.record import Certainty, Failure, Goal, PlanProgress, Stream
 from vfiouser_oob.migration.turn import Turn
 from vfiouser_protocol.constants import DeviceState
 
@@ -128,8 +126,8 @@ def moved(turn: Turn, event: ev.Moved) -> None:
     """The stream has gone on."""
     stream = turn.record.stream
     if stream is not None:
-        moved = replace(stream, position=event.position, whole=stream.whole or event.handed)
-        turn.set(stream=moved, handed=turn.record.handed or event.handed)
+        now = Stream(stream.role, stream.epoch, event.position, stream.whole or event.handed)
+        turn.set(stream=now, handed=turn.record.handed or event.handed)
 
 
 def load_failed(turn: Turn, event: ev.LoadFailed) -> None:

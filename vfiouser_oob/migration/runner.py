@@ -64,6 +64,7 @@ class MigrationRunner:
         history: where migrations that are over are kept; None: nowhere.
         notes: takes the record down for the daemon after this one; None: nobody does.
         left: what the daemon before this one has left of a client's migration; None: nothing.
+        probes: what functions of the same agent take turns by when they ask where they are.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class MigrationRunner:
         history: FunctionHistory | None = None,
         notes: MigrationNotes | None = None,
         left: MigrationRecord | None = None,
+        probes: trio.CapacityLimiter | None = None,
     ) -> None:
         self.config = config
+        self._probes = probes or trio.CapacityLimiter(1)
         self.memory = memory
         self.history = history
         self._watch = MigrationWatch(name)
@@ -289,8 +292,10 @@ class MigrationRunner:
 
     async def give_up_left(self) -> None:
         """The client that another daemon has served has gone with that; nothing to do if this one goes on with it."""
-        async with self._lock:
-            self._give_up_left()
+        if self._left is not None:
+            await self._running.wait()
+            async with self._lock:
+                self._give_up_left()
 
     def _give_up_left(self) -> None:
         if self._left is not None:
@@ -453,19 +458,20 @@ class MigrationRunner:
 
     async def _probe(self) -> None:
         """Ask the agent where the function is; what the client wants goes first."""
-        if self.record.busy or self.record.begun is not None:
-            return
 
         async def asked() -> bool:
-            try:
-                status = await self.link.status(trio.current_time() + self.config.call_s)
-            except Unsupported as error:
-                self.feed(ev.Blocked(str(error)))  # the next client's attach asks again
+            async with self._probes:
+                if self.record.busy or self.record.begun is not None:
+                    return True
+                try:
+                    status = await self.link.status(trio.current_time() + self.config.call_s)
+                except Unsupported as error:
+                    self.feed(ev.Blocked(str(error)))  # the next client's attach asks again
+                    return True
+                except AgentError:  # traced; it is of interest as long as nobody ever answered
+                    return self.record.asked
+                self.feed(ev.Probed(status, maybe_migrated(status, self.link.caps)))
                 return True
-            except AgentError:  # traced; it is of interest as long as nobody ever answered
-                return self.record.asked
-            self.feed(ev.Probed(status, maybe_migrated(status, self.link.caps)))
-            return True
 
         await until_done(asked, Backoff(self.config.retry_s))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import uuid
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
@@ -28,6 +28,8 @@ from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.constants import DeviceState, RegionIndex
 from vfiouser_protocol.errors import CommandError, VfioUserError
 
+#: Random bytes in the name of a migration.
+_ID_SIZE = 16
 #: Takes a step by a deadline.
 Action: TypeAlias = Callable[[float], Awaitable["bool | Status | None"]]
 
@@ -244,7 +246,7 @@ class Steps:
         if begun is not None and begun.role is not role:
             await self._link.leave(Outcome.CANCELLED, deadline, abort=True)
             begun = None
-        await self._link.begin(begun or Begun(role, uuid.uuid4().hex), deadline)
+        await self._link.begin(begun or Begun(role, os.urandom(_ID_SIZE).hex()), deadline)
         caps = self._link.caps
         if caps is not None and not caps.stop_copy:
             raise Unsupported("the agent cannot save this function's state; it cannot be migrated")

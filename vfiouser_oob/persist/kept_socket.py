@@ -8,9 +8,9 @@ Rule 2: *the kernel counts* how much of what was looked at is still there (SO_PE
         message that was answered has left.
 Rule 3: *an answer goes by the outbox* (`stream_memory`), which is sent from where it lies. Only what carries
         descriptors, or is larger than the outbox, is sent in the usual way.
-Rule 4: *a look ends behind the first descriptors*, the kernel sees to that; so they belong to the message that the end
-        lies in. That fails a client which sends several messages by one `sendmsg`, the first with descriptors: it shows
-        when the message leaves, and the stream ends.
+Rule 4: *descriptors belong to the message in which the first byte of their `sendmsg` lies*: they leave with that one. A
+        look ends behind the first descriptors, the kernel sees to that; where it has several messages, a second look
+        finds where that `sendmsg` begins.
 Rule 5: *a message that a socket cannot hold is taken out of it*, when it is the first. Who is killed then loses the
         stream, and the memory says so.
 """
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 import trio
 
-from vfiouser_oob.persist.held import HeldMessage, PutOff
+from vfiouser_oob.persist.held import HeldMessage, PutOff, begin_of_last
 from vfiouser_oob.persist.stream_memory import CommandStage, StreamMemory, Torn
 from vfiouser_oob.transport.activity import BACK_TO_BACK_NS, Activity
 from vfiouser_oob.transport.fds import ForeignFd, HasFileno, close_fds
@@ -97,7 +97,7 @@ class KeptSocket(MessageSocket):
         self._chunk = b""
         self._given = 0
         self._unconsumed = 0
-        #: Descriptors, by how many bytes are given out when their message is.
+        #: Descriptors, by how many bytes at least are given out when their message is.
         self._fds: deque[tuple[int, list[ForeignFd]]] = deque()
         self._entries: deque[HeldMessage] = deque()
         #: Nothing more is looked at before the last message has left.
@@ -178,10 +178,21 @@ class KeptSocket(MessageSocket):
             data, fds = self._look_at(_ALL)
         if not data:
             raise EndOfStream("the peer closed the connection", clean=not self._chunk and not self._entries)
+        at, before = self._unconsumed, len(self._chunk)
         self._unconsumed += len(data)
         self._chunk += data
         if fds:
-            self._fds.append((self._given + len(self._chunk), fds))
+            # Mostly there is one message, and so it is that one's.
+            alone = len(self._chunk) < HEADER_SIZE or unpack_header(self._chunk[:HEADER_SIZE])[2] >= len(self._chunk)
+            begin = 0 if alone else self._begin_of_sent(at, len(data))
+            self._fds.append((self._given + before + begin + 1, fds))
+
+    def _begin_of_sent(self, at: int, size: int) -> int:
+        """Where the `sendmsg` begins, in a look of that size from there on, whose descriptors that look has told of."""
+        self._sock.setsockopt(socket.SOL_SOCKET, _PEEK_OFF, at)
+        begin = begin_of_last(self._sock, size)
+        self._sock.setsockopt(socket.SOL_SOCKET, _PEEK_OFF, self._unconsumed)
+        return begin
 
     def _look_at(self, size: int) -> tuple[bytes, list[ForeignFd]]:
         data, ancillary, flags, _ = self._sock.recvmsg(size, _ANCILLARY_SIZE, _LOOK)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Mapping
+from struct import Struct
+from types import MappingProxyType
 
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
 from vfiouser_oob.migration.no_migration import Port
@@ -11,9 +14,19 @@ from vfiouser_oob.persist.stream_memory import CommandStage
 from vfiouser_oob.server.executor import Executor
 from vfiouser_oob.server.handlers import Result
 from vfiouser_oob.server.holding import REGION
-from vfiouser_protocol.constants import Command
+from vfiouser_protocol.constants import Command, DirtyPagesFlags, FeatureFlags
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.session import CommandReceived
+
+#: What DEVICE_FEATURE and DIRTY_PAGES begin with: argsz and flags.
+_FLAGS = Struct("<II")
+#: Whether such a command only asks, by its flags.
+_ASKS: Mapping[int, Callable[[int], bool]] = MappingProxyType(
+    {
+        Command.DEVICE_FEATURE: lambda flags: not flags & FeatureFlags.SET or bool(flags & FeatureFlags.PROBE),
+        Command.DIRTY_PAGES: lambda flags: bool(flags & DirtyPagesFlags.GET_BITMAP),
+    }
+)
 
 
 class KnownBeginning:
@@ -60,10 +73,13 @@ class KnownBeginning:
     def _repeatable(self, event: CommandReceived) -> bool:
         """Whether a command that was begun may be begun once more.
 
-        What the device's own ones may, and whatever only reads what is taken down as answered by an answer alone; but
-        no step of a migration, and no part of a load.
+        What the device's own ones may, and whatever only reads: how far the client has come counts by its answer alone,
+        and after a restart everything is dirty. But no step of a migration, and no part of a load.
         """
-        command = event.header.command
-        if command == Command.REGION_WRITE and len(event.payload) >= REGION.size:
-            return bool(REGION.unpack_from(event.payload)[0] != self._migration_region)
+        command, payload = event.header.command, event.payload
+        if command == Command.REGION_WRITE and len(payload) >= REGION.size:
+            return bool(REGION.unpack_from(payload)[0] != self._migration_region)
+        asks = _ASKS.get(command)
+        if asks is not None and len(payload) >= _FLAGS.size:
+            return asks(_FLAGS.unpack_from(payload)[1])
         return command in self._device.repeatable or command == Command.MIG_DATA_READ

@@ -215,6 +215,9 @@ class ClientConnection:
                 await self._settled.wait()
         attached = self.attached
         if attached is not None:
+            # The device first: it may wait for memory of a client that waits for an answer.
+            with trio.move_on_after(self._context.reply_budget_s / 4):
+                await attached.backend.quiesce()
             with trio.move_on_after(self._context.reply_budget_s / 2):
                 await attached.dispatcher.come_to_rest()
             attached.backend.leave()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Protocol
 
 import trio
@@ -12,7 +12,23 @@ from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.memory.recorder import SentRead, SentWrite
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_protocol.capabilities import VersionCapabilities
+from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import DmaFault
+
+#: What a device that has lost its state does all the same: the client's memory and interrupts stay known.
+_BEFORE_RESET = frozenset(
+    {
+        Command.DMA_MAP,
+        Command.DMA_UNMAP,
+        Command.DEVICE_GET_INFO,
+        Command.DEVICE_GET_REGION_INFO,
+        Command.DEVICE_GET_REGION_IO_FDS,
+        Command.DEVICE_GET_IRQ_INFO,
+        Command.DEVICE_SET_IRQS,
+        Command.DEVICE_RESET,
+        Command.DIRTY_PAGES,
+    }
+)
 
 
 class Dma(Protocol):
@@ -95,6 +111,8 @@ class DeviceLink(ClientLink):
         self.account = context.account
         #: Why the device is lost; None as long as it is there.
         self.lost: str | None = None
+        #: What it does all the same.
+        self.served: Container[int] = ()
         self._context = context
         self._on_loss = on_loss
         self._dma: Dma = NoDma()
@@ -139,9 +157,17 @@ class DeviceLink(ClientLink):
             self._context.note_error(reason)
             self._on_loss(self, reason)
 
+    def fail_until_reset(self, reason: str) -> None:
+        """The device has lost its state: what needs that is answered with EIO until it is reset."""
+        if self.lost is None:
+            self.lost, self.served = reason, _BEFORE_RESET
+            self._context.log.error("device lost its state; its client gets EIO until it resets it", reason=reason)
+            self._context.note_error(reason)
+            self._on_loss(self, reason)
+
     def recovered(self) -> None:
         """The device is there again, and was reset."""
-        self.lost = None
+        self.lost, self.served = None, ()
         self._context.log.warning("device is back and was reset; its guest has to set it up again")
 
     def fail_for_good(self, reason: str) -> None:

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vfiouser_oob import __version__
 from vfiouser_oob.config.schema import FunctionConfig
-from vfiouser_oob.migration.inherited import NO_STREAM, NO_V1_MARK, StreamMark, V1Mark
+from vfiouser_oob.migration.inherited import LogMark, StreamMark, V1Mark
 from vfiouser_oob.migration.record import MigrationRecord
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.journal.journal import Journal
-from vfiouser_oob.persist.record import UnusableRecord
 from vfiouser_oob.persist.stream_memory import StreamMemory
-from vfiouser_oob.persist.successor.descriptors import function_name
+from vfiouser_oob.persist.successor.descriptors import eventfd_name, function_name
 from vfiouser_oob.persist.successor.notes import Inheritance, KeptStream
 from vfiouser_oob.persist.successor.things import (
     AgreedThing,
@@ -32,21 +30,23 @@ from vfiouser_oob.persist.successor.things import (
     ClientThing,
     ConfigThing,
     FunctionThing,
+    LineThing,
     MigrationThing,
+    ProgressThing,
     RangeThing,
     RegionThing,
-    RegisterThing,
-    StreamThing,
+    SnapshotThing,
     Thing,
     TwinThing,
     UpstreamThing,
+    VectorThing,
+    VfioThing,
 )
+from vfiouser_oob.server.progress import write_log, write_registers, write_stream
 from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_protocol.capabilities import Negotiated, VersionCapabilities
-from vfiouser_protocol.constants import DeviceState
-from vfiouser_protocol.migration_v1 import IterationPhase
 
 #: Kinds of records that are about the client that is served.
 _OF_SERVED = (
@@ -57,15 +57,15 @@ _OF_SERVED = (
     RangeThing,
     AssignedThing,
     ConfigThing,
-    StreamThing,
-    RegisterThing,
+    VectorThing,
+    LineThing,
+    SnapshotThing,
+    VfioThing,
+    ProgressThing,
 )
 _CLIENT_END, _SERVER_END = 0, 1
 _NOTHING = Negotiated(0, b"", VersionCapabilities(), VersionCapabilities(), False, False, None)
 _TWIN = 1
-#: A V1Mark: state, number of the phase, chunk, data_size, device_state.
-_V1_MARK = struct.Struct("<BBQQI")
-_PHASES = tuple(IterationPhase)
 #: What the socket that a client has connected is called.
 MAIN = "main"
 
@@ -104,8 +104,7 @@ class Heir:
         inheritance: what its device needs.
         config: what it wrote to configuration space.
         regions: memory behind regions, by index.
-        stream: how far it has come with a state that is being saved.
-        registers: what it knows of the migration region.
+        progress: how far it has come with a migration.
     """
 
     main: KeptStream
@@ -115,47 +114,13 @@ class Heir:
     inheritance: Inheritance = field(default_factory=Inheritance)
     config: Sequence[ConfigThing] = ()
     regions: Mapping[int, OwnedFd] = field(default_factory=dict)
-    stream: StreamThing | None = None
-    registers: RegisterThing | None = None
-
-    def v1_mark(self, number: int) -> V1Mark:
-        """What the client knows of the migration region.
-
-        Args:
-            number: of its first command that was not answered.
-
-        Raises:
-            UnusableRecord: that is damaged.
-        """
-        thing = self.registers
-        if thing is None:
-            return NO_V1_MARK
-        try:
-            return _read_v1_mark(thing.before if thing.number == number else thing.after)
-        except (struct.error, ValueError, LookupError) as error:
-            raise UnusableRecord(f"what its client knows of the migration region is damaged: {error}") from error
-
-    def mark(self, number: int) -> StreamMark:
-        """How far the client has come with a state that is being saved.
-
-        Args:
-            number: of its first command that was not answered.
-        """
-        thing = self.stream
-        if thing is None:
-            return NO_STREAM
-        if thing.number == number:
-            return StreamMark(thing.epoch_before, thing.taken_before, thing.head_before, thing.done_before)
-        return StreamMark(thing.epoch, thing.taken, thing.head, thing.done, thing.whole)
+    progress: list[ProgressThing] = field(default_factory=list)
 
     def close(self) -> None:
         """Close what nobody took."""
-        streams = [self.main, *([] if self.twin is None else [self.twin]), *self.inheritance.streams]
-        for stream in streams:
+        for stream in [self.main, *([] if self.twin is None else [self.twin])]:
             stream.close()
-        for _, file in self.inheritance.ranges:
-            if file is not None:
-                file.close()
+        self.inheritance.close()
         close_fds(self.regions.values())
 
 
@@ -257,20 +222,6 @@ class Estate:
         self._journal.close()
 
 
-def _mark_parts(mark: StreamMark) -> tuple[int, int, bytes, int]:
-    return mark.epoch, mark.taken, mark.head, mark.done
-
-
-def _write_v1_mark(mark: V1Mark) -> bytes:
-    (state, phase, chunk, written), register = mark
-    return _V1_MARK.pack(state, _PHASES.index(phase), chunk, written, register)
-
-
-def _read_v1_mark(data: bytes) -> V1Mark:
-    state, phase, chunk, written, register = _V1_MARK.unpack(data)
-    return V1Mark((DeviceState(state), _PHASES[phase], chunk, written), register)
-
-
 def memory_name(stream: str) -> str:
     """The name of a socket's memory, by that of the socket."""
     return f"{stream}.m"
@@ -289,6 +240,7 @@ class ClientNotes:
         self._estate = estate
         self._names: list[str] = []
         self._files: dict[int, str] = {}
+        self._eventfds: dict[tuple[int, int, int], str] = {}
         self._client: ClientThing | None = None
         self._served = False
         #: The memory of its socket.
@@ -302,20 +254,28 @@ class ClientNotes:
         """
         self._stream = memory
 
-    def adopt(self, thing: ClientThing | None, names: Sequence[str], files: dict[int, str], *, served: bool) -> None:
+    def adopt(
+        self,
+        thing: ClientThing | None,
+        names: Sequence[str],
+        files: dict[int, str],
+        vectors: Sequence[VectorThing] = (),
+        *,
+        served: bool,
+    ) -> None:
         """Know what another process has taken down.
 
         Args:
             thing: the client; None if it was only accepted.
-            names: what is kept of it, without the files of its memory.
+            names: what is kept of it, without the files of its memory and its eventfds.
             files: those, by address of the range.
+            vectors: its eventfds.
             served: whether it is the client that is served.
         """
         store = self._estate.store
         self._client, self._names, self._files, self._served = thing, list(names), files, served
-        for name in names:
-            store.adopt(name)
-        for name in files.values():
+        self._eventfds = {(each.index, each.vector, each.action): each.eventfd for each in vectors}
+        for name in (*names, *files.values(), *self._eventfds.values()):
             store.adopt(name)
 
     def begin(self, peer: Peer | None) -> StreamMemory:
@@ -396,9 +356,10 @@ class ClientNotes:
         for kind in _OF_SERVED:
             self._estate.forget(kind)
         own = {self._client.main, self._client.memory} if self._client is not None else set()
-        for name in (*(name for name in self._names if name not in own), *self._files.values()):
+        shared = (*self._files.values(), *self._eventfds.values())
+        for name in (*(name for name in self._names if name not in own), *shared):
             self._estate.store.drop(name)
-        self._names, self._files = [name for name in self._names if name in own], {}
+        self._names, self._files, self._eventfds = [name for name in self._names if name in own], {}, {}
         self._served = False
 
     # What the device says
@@ -445,6 +406,39 @@ class ClientNotes:
         """Which vectors have eventfds."""
         self._estate.put(AssignedThing(index, vectors))
 
+    def kernel_handle(self, number: int, fd: HasFileno, space: int) -> None:
+        """What the kernel has opened of the device."""
+        self._served = True
+        self._estate.put(VfioThing(number, self.keep(f"kernel-{number}", fd), space))
+
+    def eventfd(self, index: int, vector: int, action: int, fd: HasFileno | None) -> None:
+        """The eventfd that a vector has for an action."""
+        place = index, vector, action
+        old = self._eventfds.pop(place, None)
+        if fd is not None:
+            try:
+                name = eventfd_name(fd)
+            except OSError:
+                name = function_name(self._estate.function, f"{self.number:x}.irq-{secrets.token_hex(4)}")
+            self._estate.store.keep(name, fd)
+            self._eventfds[place] = name
+            self._estate.put(VectorThing(*place, name))
+        elif old is not None:
+            self._estate.drop(VectorThing(*place, ""))
+        if old is not None:
+            self._estate.store.drop(old)
+
+    def line(self, thing: LineThing) -> None:
+        """What an IRQ index remembers."""
+        self._estate.put(thing)
+
+    def snapshot(self, thing: SnapshotThing | None) -> None:
+        """The device's state is in its memory, or what is there is old."""
+        if thing is None:
+            self._estate.forget(SnapshotThing)
+        else:
+            self._estate.put(thing)
+
     def config_written(self, offset: int, data: bytes) -> None:
         """Configuration space as last written.
 
@@ -460,17 +454,25 @@ class ClientNotes:
 
     def stream_moved(self, before: StreamMark, after: StreamMark) -> None:
         """The client takes a portion of the state that is being saved, once its command is answered."""
-        assert self._stream is not None
-        parts = *_mark_parts(before), *_mark_parts(after), after.whole
-        self._estate.put(StreamThing(self._stream.number, *parts))
+        self._estate.put(write_stream(self._number, before, after))
 
     def iterated(self, before: V1Mark, after: V1Mark) -> None:
         """The client goes on in the migration region, once its command is answered."""
+        self._estate.put(write_registers(self._number, before, after))
+
+    def logs(self, mark: LogMark | None) -> None:
+        """Dirty pages are logged for the client, or not any more."""
+        self._estate.put(write_log(mark))
+
+    @property
+    def _number(self) -> int:
+        """Of the client's command that is being executed."""
         assert self._stream is not None
-        self._estate.put(RegisterThing(self._stream.number, _write_v1_mark(before), _write_v1_mark(after)))
+        return self._stream.number
 
     def region(self, index: int, memory: HasFileno) -> None:
-        """The memory behind a region, which the client may have mapped."""
+        """The memory behind a region, which the client may have mapped, or other memory of the device."""
+        self._served = True
         self._estate.put(RegionThing(index, self.keep(f"region-{index}", memory)))
 
     def gone(self) -> None:
@@ -480,6 +482,6 @@ class ClientNotes:
         if self._served:
             for kind in _OF_SERVED:
                 self._estate.forget(kind)
-        for name in (*self._names, *self._files.values()):
+        for name in (*self._names, *self._files.values(), *self._eventfds.values()):
             self._estate.store.drop(name)
-        self._names, self._files = [], {}
+        self._names, self._files, self._eventfds = [], {}, {}

@@ -49,7 +49,7 @@ class Executor:
             CommandError: it is refused.
         """
         _, header, payload, fds, _ = event
-        if self._link.lost is not None:
+        if self._link.lost is not None and header.command not in self._link.served:
             raise CommandError(f"the device is lost ({self._link.lost})", errno.EIO)
         return self._handlers[header.command](payload, fds, header.flags & NO_REPLY != 0)
 

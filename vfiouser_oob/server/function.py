@@ -238,14 +238,19 @@ class Function:
             heir.notes.gone()
             heir.close()
             task_status.started()
+            await self._give_up_left(heir)
             return
         task_status.started()
         try:
             await self._serve_client(sock, _peer_or_none(sock), Arrival(heir.notes, heir, memory))
         finally:
             heir.close()
-            if self.migration is not None and heir.agreed is not None:
-                await self.migration.give_up_left()
+        await self._give_up_left(heir)
+
+    async def _give_up_left(self, heir: Heir) -> None:
+        """If a client that another process has served could not be gone on with, its function does not wait for it."""
+        if self.migration is not None and heir.agreed is not None:
+            await self.migration.give_up_left()
 
     async def settled(self) -> None:
         """Wait until every client that another process has left is served, or has gone."""

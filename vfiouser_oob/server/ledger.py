@@ -96,6 +96,13 @@ class Ledger:
         except OSError as error:
             self._lose(error)
 
+    def remove(self, thing: Thing) -> None:
+        """Something is not so any more."""
+        try:
+            self._journal.drop(thing.KIND, thing.key)
+        except OSError as error:
+            self._lose(error)
+
     def forget(self, kind: type[Thing]) -> None:
         """Nothing of a kind is so any more."""
         try:

@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trio
+
 from vfiouser_agents.api import Agent
 from vfiouser_oob.config.agents import OWN_AGENT
 from vfiouser_oob.config.errors import ConfigError
@@ -136,7 +138,7 @@ def _engine_maker(
     if agent is None:
         return None
     try:
-        connected = _agent(agent, backend, means.agents, leases)
+        connected, probes = _agent(agent, backend, means.agents, leases)
     except (ValueError, OSError) as error:
         raise ConfigError(f"function {config.name!r}: agent: {error}", line=config.line) from error
     identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
@@ -156,19 +158,22 @@ def _engine_maker(
             means.history.drawer(name),
             estate,
             None if estate is None else estate.migration_left,
+            probes,
         )
 
     return make
 
 
-def _agent(config: AgentConfig, backend: DeviceBackend, pool: AgentPool, leases: list[AgentLease]) -> Agent:
-    """The device's own driver is an agent that belongs to one function; all others may be shared."""
+def _agent(
+    config: AgentConfig, backend: DeviceBackend, pool: AgentPool, leases: list[AgentLease]
+) -> tuple[Agent, trio.CapacityLimiter | None]:
+    """An agent, and what those who share it take turns by; the device's own driver belongs to one function."""
     own = backend.agent() if config.kind == OWN_AGENT else None
     if own is not None:
-        return own
+        return own, None
     lease = pool.lease(config)
     leases.append(lease)
-    return lease.agent
+    return lease.agent, lease.probes
 
 
 def _open_sockets(

@@ -17,6 +17,7 @@ from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.channel import Channel
 from vfiouser_oob.server.estate import Heir
 from vfiouser_oob.server.negotiation import Negotiating, NegotiationHost
+from vfiouser_oob.server.progress import Progress
 from vfiouser_oob.server.refusal import TurnedAway
 from vfiouser_protocol.limits import Limits
 from vfiouser_protocol.session import ConnectionEnd, ProtocolSession
@@ -82,8 +83,8 @@ async def _open(
             held.push_async_callback(backend.close)
             late = "the agent did not answer in time"
             config = {thing.offset: thing.data for thing in heir.config}
-            number = memory.number
-            kept = KeptClient(heir.notes, True, config, heir.mark(number), heir.v1_mark(number))
+            done = Progress(heir.progress, memory.number)
+            kept = KeptClient(heir.notes, True, config, done.stream, done.registers, done.log)
             migrating = await host.attach_migration(backend, heir.agreed.client, kept)
             port: Port = migrating or NoMigration(backend, heir.agreed.server.max_data_xfer_size)
             held.push_async_callback(newcomer.detach, port)

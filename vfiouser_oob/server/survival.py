@@ -31,14 +31,17 @@ from vfiouser_oob.persist.successor.things import (
     ClientThing,
     ConfigThing,
     FunctionThing,
+    LineThing,
     MigrationThing,
+    ProgressThing,
     RangeThing,
     RegionThing,
-    RegisterThing,
-    StreamThing,
+    SnapshotThing,
     Thing,
     TwinThing,
     UpstreamThing,
+    VectorThing,
+    VfioThing,
 )
 from vfiouser_oob.server.estate import MAIN, ClientNotes, Estate, Heir, identity_of
 from vfiouser_oob.server.ledger import JOURNAL, Ledger
@@ -48,6 +51,7 @@ from vfiouser_oob.systemd.mailbox import Mailbox
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
 from vfiouser_oob.transport.listener import Listener, adopt_socket
+from vfiouser_protocol.constants import RegionIndex
 
 #: Seconds that the service manager may take to answer; it is asked when we begin and when we end.
 _ANSWER_S = 1.0
@@ -188,16 +192,25 @@ class Survival:
         names += [name for server in servers for name in (server.socket, server.memory)]
         regions = [thing for thing in own if isinstance(thing, RegionThing)]
         names += [region.memory for region in regions]
+        handles = [thing for thing in own if isinstance(thing, VfioThing)]
+        names += [handle.handle for handle in handles]
         files = {thing.address: thing.file for thing in ranges if thing.file is not None}
-        self._used.update(names, files.values())
+        vectors = [thing for thing in own if isinstance(thing, VectorThing)]
+        self._used.update(names, files.values(), (vector.eventfd for vector in vectors))
         notes = ClientNotes(estate, client.number)
-        notes.adopt(client, names, files, served=served)
+        notes.adopt(client, names, files, vectors, served=served)
         opened = {name: self._kept[name].duplicate() for name in set(files.values())}
+        memories = {region.index: self._kept[region.memory].take() for region in regions}
         inheritance = Inheritance(
             agreed[1].negotiated if served and 1 in agreed else None,
             [self._stream(server.socket, server.memory) for server in servers],
             [(thing, None if thing.file is None else opened[thing.file]) for thing in ranges],
             {thing.index: thing.vectors for thing in own if isinstance(thing, AssignedThing)},
+            {index: memory for index, memory in memories.items() if index != RegionIndex.MIGRATION},
+            [(vector, self._kept[vector.eventfd].duplicate()) for vector in vectors],
+            [thing for thing in own if isinstance(thing, LineThing)],
+            next((thing for thing in own if isinstance(thing, SnapshotThing)), None),
+            [(handle, self._kept[handle.handle].take()) for handle in handles],
         )
         return Heir(
             self._stream(client.main, client.memory),
@@ -206,9 +219,8 @@ class Survival:
             None if twin is None else self._stream(twin.socket, twin.memory),
             inheritance,
             [thing for thing in own if isinstance(thing, ConfigThing)],
-            {region.index: self._kept[region.memory].take() for region in regions},
-            next((thing for thing in own if isinstance(thing, StreamThing)), None),
-            next((thing for thing in own if isinstance(thing, RegisterThing)), None),
+            {index: memory for index, memory in memories.items() if index == RegionIndex.MIGRATION},
+            [thing for thing in own if isinstance(thing, ProgressThing)],
         )
 
     def _stream(self, sock: str, memory: str) -> KeptStream:

@@ -334,8 +334,6 @@ class HostedFunction:
             raise FunctionTrouble(f"{self.name}: {error}") from error
         with _told():
             replay = replay_of(self.name, registers, self._device.session)
-            if replay.needs_answers:
-                raise FunctionTrouble(f"{self.name}: its machine has no ECAM, by which its registers could be written")
             return _SentReplay(ReplayUnderWay(replay, self._watched.connection.link, sent=sent))
 
     # Going on

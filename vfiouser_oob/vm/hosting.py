@@ -27,6 +27,7 @@ from vfiouser_oob.server.unit import RollCall, Unit
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 from vfiouser_oob.transport.peer import Peer
+from vfiouser_oob.vm.carriers.companion_notes import CompanionNotes
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate
 from vfiouser_oob.vm.carriers.interface import VmCarrier
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs
@@ -166,6 +167,7 @@ class HostedVm:
         self._events = events
         self._log = log.get("vm").bind(vm=config.name)
         self._notes = VmNotes(config, ledger, self._log)
+        self._companion = None if ledger is None else CompanionNotes(ledger)
         self._runner: VmRunner | None = None
         self._strangers = count()
         self._watched = ""
@@ -231,6 +233,8 @@ class HostedVm:
             with trio.move_on_after(REST_S):
                 await self._runner.come_to_rest()
         self._notes.close()
+        if self._companion is not None:
+            self._companion.leave()
         self._left = True
         for listener in self._listeners.values():
             listener.leave()
@@ -244,6 +248,8 @@ class HostedVm:
 
     def close(self) -> None:
         """Give back what was opened for it."""
+        if self._companion is not None:
+            self._companion.close()
         self._resources.close()
 
     async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
@@ -256,6 +262,11 @@ class HostedVm:
         for served in filter(None, map(self._find, config.functions)):
             served.recorded = True
             await served.settled()
+        if self._companion is not None and self._companion.lost:
+            self._log.error(
+                "the connection of the VM's companion is lost, which cannot be made anew as long as the VM lives",
+                reason=self._companion.lost,
+            )
         self._runner = VmRunner(config, functions, self._carriers(), self._events, self._notes)
         port = MonitorPort(config.name, self._attend, allow_uids=self._allowed)
         async with trio.open_nursery() as self._nursery:
@@ -284,7 +295,9 @@ class HostedVm:
                 carrier = DbusVmstate(self._listeners[what], path, allow_uids=self._allowed)
                 made[CarrierKind.DBUS_VMSTATE] = carrier
             elif what == "vhost_user_fs":
-                made[CarrierKind.VHOST_USER_FS] = VhostUserFs(self._listeners.get(what), path, self._allowed)
+                made[CarrierKind.VHOST_USER_FS] = VhostUserFs(
+                    self._listeners.get(what), path, self._allowed, notes=self._companion
+                )
         return made
 
     async def _attend(self, monitor: Monitor) -> None:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vfiouser_oob.vm.record import CarrierKind, VmPhase
-from vfiouser_oob.vm.topology import ECAM_QUERY, ecam_base
+from vfiouser_oob.vm.topology import ECAM_QUERY
 
 #: The oldest QEMU whose client's DMA messages carry the replay.
 OLDEST = (11, 1, 0)
@@ -24,6 +24,7 @@ QUERIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "capabilities": ("query-migrate-capabilities", {}),
         "migration": ("query-migrate", {}),
+        "runstate": ("query-status", {}),
         "objects": ("qom-list", {"path": "/objects"}),
         "devices": ("qom-list", {"path": "/machine/peripheral"}),
         "ecam": ("qom-get", ECAM_QUERY),
@@ -36,15 +37,6 @@ class Moment(Enum):
 
     REST = "rest"
     SETUP = "setup"
-
-
-class Ecam(Enum):
-    """Whether registers can be written through ECAM."""
-
-    ABSENT = "absent"
-    #: The machine has it, and its guest has not turned it on.
-    OFF = "off"
-    ON = "on"
 
 
 class Weight(Enum):
@@ -91,6 +83,7 @@ class VmFacts:
         tells: QEMU sends events about migrations.
         version: QEMU's; None if it is not known.
         carrier: what is to carry the state.
+        paused: somebody has paused the VM, as whoever saves one into a file does; the switchover's pause is another.
         capabilities: what is on and off for migrations.
         blockers: why QEMU itself would refuse.
         objects: the classes of QEMU's objects, by id.
@@ -104,11 +97,12 @@ class VmFacts:
     tells: bool = True
     version: tuple[int, int, int] | None = None
     carrier: CarrierKind = CarrierKind.DBUS_VMSTATE
+    paused: bool = False
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     blockers: tuple[str, ...] = ()
     objects: Mapping[str, str] = field(default_factory=dict)
     devices: Mapping[str, str] = field(default_factory=dict)
-    ecam: Ecam = Ecam.ON
+    ecam: bool = True
     functions: tuple[FunctionFacts, ...] = ()
 
 
@@ -173,8 +167,9 @@ def _on(capability: str) -> Finder:
     return _when(lambda facts: facts.capabilities.get(capability, False))
 
 
-def _without_ecam(found: Ecam) -> Finder:
-    return _when(lambda facts: facts.ecam is found and not all(function.by_client for function in facts.functions))
+def _without_ecam(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
+    if not facts.ecam and not all(function.by_client for function in facts.functions):
+        yield {}
 
 
 def _too_old(facts: VmFacts) -> Iterator[Mapping[str, Any]]:
@@ -250,7 +245,8 @@ RULES: tuple[Rule, ...] = (
         "no-return-path",
         "The capability return-path is off: should the destination refuse the state, the source would not learn of it, "
         "and the VM would be lost.",
-        _when(lambda facts: not facts.capabilities.get("return-path", False)),
+        # A file has no way back. What is paused stands here until somebody starts it, whatever the other side says.
+        _when(lambda facts: not facts.paused and not facts.capabilities.get("return-path", False)),
         rest=_ADVICE,
         asks=True,
     ),
@@ -280,16 +276,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "no-ecam",
         "The machine has no ECAM, through which the destination writes what QEMU keeps of the functions: use q35.",
-        _without_ecam(Ecam.ABSENT),
-        setup=None,
-        asks=True,
-    ),
-    Rule(
-        "ecam-off",
-        "The guest's firmware has not turned ECAM on yet, through which the destination writes what QEMU keeps of the "
-        "functions.",
-        _without_ecam(Ecam.OFF),
-        rest=_ADVICE,
+        _without_ecam,
         setup=None,
         asks=True,
     ),
@@ -368,7 +355,7 @@ def read_answers(answers: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Fields of `VmFacts`.
     """
-    migration = answers.get("migration")
+    migration, runstate = answers.get("migration"), answers.get("runstate")
     blockers = migration.get("blocked-reasons", []) if isinstance(migration, dict) else []
     return {
         "capabilities": {
@@ -377,16 +364,11 @@ def read_answers(answers: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(item.get("capability"), str) and "state" in item
         },
         "blockers": tuple(each for each in blockers if isinstance(each, str)) if isinstance(blockers, list) else (),
+        "paused": isinstance(runstate, dict) and runstate.get("status") == "paused",
         "objects": _children(answers.get("objects")),
         "devices": _children(answers.get("devices")),
-        "ecam": _ecam(answers),
+        "ecam": "ecam" in answers,  # only machines that have it know that property; others refuse
     }
-
-
-def _ecam(answers: Mapping[str, Any]) -> Ecam:
-    if "ecam" not in answers:  # QEMU has refused: only machines with ECAM have that property
-        return Ecam.ABSENT
-    return Ecam.OFF if ecam_base(answers["ecam"]) is None else Ecam.ON
 
 
 def _items(answer: Any) -> Iterator[Mapping[str, Any]]:

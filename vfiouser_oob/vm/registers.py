@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,15 +18,17 @@ import trio
 
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.migration.config_shadow import ConfigShadow
-from vfiouser_oob.vm.monitor import RefusedError
-from vfiouser_oob.vm.replay import FunctionShape, SourceView, table_at, written_bytes
-from vfiouser_oob.vm.topology import ECAM_QUERY, Bdf, ecam_base, find_device
+from vfiouser_oob.vm.monitor import MonitorError, RefusedError
+from vfiouser_oob.vm.replay import FunctionShape, SourceView, is_as_reset, table_at, written_bytes
+from vfiouser_oob.vm.topology import ECAM_QUERY, Bdf, TopologyError, ecam_base, find_device
 from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import DmaFault
 from vfiouser_protocol.pci_header import CommandBits, ConfigOffset
 
 _VERSION = 1
 _HEAD = 256
+#: Where a function is that nobody has to find.
+_NOWHERE = Bdf(0, 0)
 _CONFIG_MAX = 4096
 _TABLE_MAX = 2048 * 16
 _BARS = 6
@@ -128,24 +131,6 @@ def shape_of(session: BackendSession, head: bytes) -> FunctionShape:
     return FunctionShape(head, sizes, regions[RegionIndex.ROM].size)
 
 
-async def find_ecam(monitor: QemuMonitor) -> int | None:
-    """Where a machine's ECAM begins, as its guest has put it; asking disturbs nobody.
-
-    Args:
-        monitor: its QEMU's.
-
-    Returns:
-        The guest's address; None if it has none, or has not turned it on.
-
-    Raises:
-        MonitorError: QEMU does not answer.
-    """
-    try:
-        return ecam_base(await monitor.execute("qom-get", ECAM_QUERY))
-    except RefusedError:
-        return None
-
-
 class RegisterReader:
     """Knows what QEMU keeps of one function; made when its client has attached.
 
@@ -154,17 +139,14 @@ class RegisterReader:
         session: the device as its client has it.
         shadow: configuration space as the client wrote it.
         bus: the client.
-        by_ports: whether the destination can also write configuration through ports (`replaying.replay_by_ports`).
     """
 
-    def __init__(
-        self, name: str, session: BackendSession, shadow: ConfigShadow, bus: ClientLink, *, by_ports: bool = False
-    ) -> None:
+    def __init__(self, name: str, session: BackendSession, shadow: ConfigShadow, bus: ClientLink) -> None:
         self.name = name
-        self._by_ports = by_ports
         self._session = session
         self._shadow = shadow
         self._bus = bus
+        self._monitor: QemuMonitor | None = None
         self._place: Bdf | None = None
         self._ecam: int | None = None
         self._table = b""
@@ -174,30 +156,52 @@ class RegisterReader:
     async def locate(self, monitor: QemuMonitor) -> None:
         """Find out where the function is; at the beginning of a migration, when QEMU still answers.
 
+        Before firmware has begun it is nowhere yet, and nobody has set it up; then it is looked for again.
+
         Args:
             monitor: QEMU's.
 
         Raises:
-            TopologyError: QEMU has no such function.
             RegistersUnknown: the destination could not write its registers.
-            MonitorError: it does not answer.
+            MonitorError: QEMU does not answer.
         """
-        place, ecam = find_device(await monitor.execute("query-pci"), self.name), await find_ecam(monitor)
-        if ecam is None and not self._by_ports:
+        self._monitor = monitor
+        try:
+            self._ecam = ecam_base(await monitor.execute("qom-get", ECAM_QUERY))
+        except RefusedError:
             raise RegistersUnknown(
-                f"the destination could not write the registers of {self.name}: the machine has no ECAM (use q35), or "
-                f"its firmware has not turned it on yet"
-            )
-        self._place, self._ecam = place, ecam
+                f"the destination could not write the registers of {self.name}: the machine has no ECAM (use q35)"
+            ) from None
+        try:
+            self._place = find_device(await monitor.execute("query-pci"), self.name)
+        except TopologyError:  # behind a bridge that has no bus yet
+            self._place = None
+        await self._require_found(await self._head())
+
+    async def _require_found(self, head: bytes) -> None:
+        """Refuse a function that somebody has set up and that the destination would not find."""
+        if self._place is not None and self._ecam is not None:
+            return
+        if not is_as_reset(written_bytes(self._shadow.writes()), shape_of(self._session, head)):
+            why = "firmware has not turned ECAM on" if self._ecam is None else "it is on no bus"
+            raise RegistersUnknown(f"the destination could not write the registers of {self.name}: {why}")
 
     async def watch(self) -> None:
-        """Know the table at any time, until cancelled; as long as a migration is under way."""
+        """Know the table and the function's place at any time, until cancelled; as long as a migration is under way."""
         looks = 0
         while True:
             if looks % _LOOKS_AT_MOST == 0 or not self._current:
                 await self.look()
+            if looks % _LOOKS_AT_MOST == 0 or self._place is None or self._ecam is None:
+                await self._look_where()
             looks += 1
             await trio.sleep(_LOOK_S)
+
+    async def _look_where(self) -> None:
+        """Find it again: firmware that has begun anew may have put it somewhere else."""
+        if self._monitor is not None:
+            with suppress(RegistersUnknown, MonitorError):  # whether what is known will do is found out in the end
+                await self.locate(self._monitor)
 
     @property
     def _current(self) -> bool:
@@ -234,9 +238,10 @@ class RegisterReader:
             RegistersUnknown: the table may have changed since it was read, or nobody knows where the function is.
             VfioUserError: the device does not answer.
         """
-        if self._place is None:
+        if self._monitor is None:
             raise RegistersUnknown(f"it was not found out where {self.name} is in its VM")
         head = await self._head()
+        await self._require_found(head)
         with trio.move_on_after(seconds):
             await self._look_for_the_last_time(head)
         missing: tuple[str, ...] = ()
@@ -248,7 +253,7 @@ class RegisterReader:
                 raise RegistersUnknown(f"QEMU did not answer what is in the MSI-X table of {self.name}")
             missing = (f"the MSI-X table of {self.name}, which the guest has switched off",)
         view = SourceView(written, self._table if has_table and not missing else b"")
-        return FunctionRegisters(self._place, self._ecam, view, head, missing)
+        return FunctionRegisters(self._place or _NOWHERE, self._ecam, view, head, missing)
 
     async def _look_for_the_last_time(self, head: bytes) -> None:
         written = written_bytes(self._shadow.writes())

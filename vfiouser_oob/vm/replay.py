@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vfiouser_oob.vm.topology import Bdf, port_write
+from vfiouser_oob.vm.topology import Bdf
 from vfiouser_protocol.pci_caps import (
     MSIX_ENTRY_SIZE,
     CapabilityId,
@@ -176,6 +176,18 @@ def plan_replay(source: SourceView, shape: FunctionShape) -> ReplayPlan:
     return _Planner(source, shape).plan()
 
 
+def is_as_reset(written: Mapping[int, int], shape: FunctionShape) -> bool:
+    """Whether a function is as its reset left it: nobody has set it up since, so nothing has to be written for it.
+
+    Its VM may have no ECAM at this moment, which firmware turns on before it writes to any function.
+
+    Args:
+        written: configuration space as the guest last wrote it.
+        shape: what the function looks like.
+    """
+    return _Planner(SourceView(written), shape).is_as_reset()
+
+
 def table_at(written: Mapping[int, int], shape: FunctionShape) -> tuple[int, int] | None:
     """Where the source's MSI-X table can be read by DMA, as long as COMMAND has memory and DMA on.
 
@@ -213,20 +225,31 @@ class _Planner:
     def plan(self) -> ReplayPlan:
         command = self._value(ConfigOffset.COMMAND, 2) or 0
         table = list(self._table_writes())
-        reach = command | _REACH
-        steps: list[ConfigWrite | MemoryWrite] = [*self._bars(), *self._rom()]
+        steps: list[ConfigWrite | MemoryWrite] = self._addresses()
         # With the memory off its BARs may be anywhere, and are only turned on for the table's sake.
-        opened = reach if table else command | CommandBits.BUS_MASTER
+        opened = command | (_REACH if table else CommandBits.BUS_MASTER)
         checked = _REACH if table else CommandBits.BUS_MASTER
         steps.append(_config(ConfigOffset.COMMAND, opened, 2, checked))
-        steps += self._register(ConfigOffset.INTERRUPT_LINE, 1, 0xFF)
+        steps += self._line()
         steps += table
-        steps += self._msi()
-        steps += self._msix_control()
+        steps += self._switches()
         closing = list(self._power())
         if command != opened:
             closing.append(_config(ConfigOffset.COMMAND, command, 2))
         return ReplayPlan(tuple(steps), tuple(closing), tuple(self._missing))
+
+    def is_as_reset(self) -> bool:
+        written = (*self._addresses(), *self._line(), *self._switches(), *self._power())
+        return not self._value(ConfigOffset.COMMAND, 2) and not any(any(each.data) for each in written)
+
+    def _addresses(self) -> list[ConfigWrite | MemoryWrite]:
+        return [*self._bars(), *self._rom()]
+
+    def _line(self) -> Iterator[ConfigWrite]:
+        return self._register(ConfigOffset.INTERRUPT_LINE, 1, 0xFF)
+
+    def _switches(self) -> list[ConfigWrite]:
+        return [*self._msi(), *self._msix_control()]
 
     def _value(self, offset: int, size: int) -> int | None:
         """What was written to a register; bytes that were not are as reset leaves them. None if none was."""
@@ -357,23 +380,6 @@ def through_ecam(steps: Sequence[ConfigWrite | MemoryWrite], place: Bdf, base: i
         step if isinstance(step, MemoryWrite) else MemoryWrite(place.ecam(base, step.offset), step.data, step.mask)
         for step in steps
     ]
-
-
-def through_ports(steps: Sequence[ConfigWrite | MemoryWrite], place: Bdf, address: int) -> list[str | MemoryWrite]:
-    """The writes as lines for the human monitor, and as DMA what the ports do not reach, for a machine without ECAM.
-
-    Args:
-        steps: of a plan.
-        place: where the function is.
-        address: what the guest has in port 0xcf8, which is put back in the end.
-    """
-    found: list[str | MemoryWrite] = []
-    for step in steps:
-        if isinstance(step, MemoryWrite):
-            found.append(step)
-        else:
-            found += port_write(place, step.offset, step.data)
-    return [*found, f"o /w 0xcf8 {address:#x}"]
 
 
 def checks(writes: Sequence[MemoryWrite]) -> list[ReadBack]:

@@ -6,8 +6,8 @@ in between, behind which QEMU's main loop stands still.
 
     prepare (QEMU waits for its VM) ─► send ─► (the carrier is answered) ─► finish ─► the function may run
 
-A machine without ECAM has its configuration behind ports, which only the human monitor reaches. That takes answers, so
-there QEMU's main loop has to be free: `needs_answers`.
+A machine without ECAM has its configuration behind ports, which only the human monitor reaches. QEMU carries its lines
+out when its main loop is free, and that may be only after the VM runs. So such a machine is refused at its source.
 
 Rule: *never after the VM runs*. The guest may have changed what is written then.
 """
@@ -24,9 +24,16 @@ import trio
 from vfiouser_oob.devices.base import BackendSession, ClientLink
 from vfiouser_oob.memory.recorder import SentRead, SentWrite
 from vfiouser_oob.vm.registers import FunctionRegisters, QemuMonitor, shape_of
-from vfiouser_oob.vm.replay import ConfigWrite, MemoryWrite, ReadBack, ReplayPlan, plan_replay, through_ecam
+from vfiouser_oob.vm.replay import (
+    ConfigWrite,
+    MemoryWrite,
+    ReadBack,
+    ReplayPlan,
+    is_as_reset,
+    plan_replay,
+    through_ecam,
+)
 from vfiouser_oob.vm.topology import (
-    CONFIG_ADDRESS,
     DEPTH_MAX,
     SPARE_BUS,
     Bdf,
@@ -35,9 +42,6 @@ from vfiouser_oob.vm.topology import (
     bridge_of,
     early_master,
     parse_slot,
-    port_read,
-    port_write,
-    read_value,
 )
 from vfiouser_protocol.errors import DmaFault
 from vfiouser_protocol.pci_header import ConfigOffset
@@ -68,18 +72,15 @@ class FunctionReplay:
         name: the function's.
         plan: what is written.
         place: where the function is.
-        ecam: where ECAM begins; None if the machine has none.
+        ecam: where ECAM begins; None if it is not known.
+        needed: the function has been set up since its reset. Else it is enough to try.
     """
 
     name: str
     plan: ReplayPlan
     place: Bdf
     ecam: int | None
-
-    @property
-    def needs_answers(self) -> bool:
-        """Whether it can only be done while QEMU's main loop is free."""
-        return self.ecam is None
+    needed: bool = True
 
 
 def replay_of(name: str, registers: FunctionRegisters, session: BackendSession) -> FunctionReplay:
@@ -94,10 +95,14 @@ def replay_of(name: str, registers: FunctionRegisters, session: BackendSession) 
         ReplayFailed: it does not fit.
     """
     try:
-        plan = plan_replay(registers.view, shape_of(session, registers.head))
+        shape = shape_of(session, registers.head)
+        plan = plan_replay(registers.view, shape)
     except ValueError as error:
         raise ReplayFailed(f"{name}: {error}") from error
-    return FunctionReplay(name, plan, registers.place, registers.ecam)
+    needed = not is_as_reset(registers.view.written, shape)
+    if needed and registers.ecam is None:
+        raise ReplayFailed(f"{name}: its machine has no ECAM, by which its registers could be written")
+    return FunctionReplay(name, plan, registers.place, registers.ecam, needed)
 
 
 async def prepare(monitor: QemuMonitor, names: Sequence[str]) -> None:
@@ -154,7 +159,6 @@ class ReplayUnderWay:
     """
 
     def __init__(self, replay: FunctionReplay, bus: ClientLink, *, sent: bool = False) -> None:
-        assert replay.ecam is not None, "a machine without ECAM"
         self._replay = replay
         self._bus = bus
         self._sent = sent
@@ -163,8 +167,10 @@ class ReplayUnderWay:
         self._send()
 
     def _send(self) -> None:
-        replay, ecam = self._replay, self._replay.ecam or 0
+        replay, ecam = self._replay, self._replay.ecam
         self._writes, self._reads = [], []
+        if ecam is None:
+            return
         try:
             if not self._sent:
                 self._write(replay.plan.steps, through_ecam(replay.plan.steps, replay.place, ecam))
@@ -191,7 +197,7 @@ class ReplayUnderWay:
         """
         while True:
             failure = await self._outcome()
-            if not failure:
+            if not failure or not self._replay.needed:
                 return
             if not may_write():
                 raise ReplayFailed(f"{self._replay.name}: {failure}")
@@ -231,52 +237,3 @@ def _name(step: Step) -> str:
 
 def _shown(data: bytes) -> str:
     return f"0x{int.from_bytes(data, 'little'):0{2 * len(data)}x}" if len(data) <= 4 else f"{len(data)} bytes"
-
-
-async def replay_by_ports(replay: FunctionReplay, bus: ClientLink, monitor: QemuMonitor) -> None:
-    """Carry a replay out on a machine without ECAM, and read it back. QEMU's main loop is free, and the VM stands.
-
-    Args:
-        replay: what is done.
-        bus: the function's client.
-        monitor: QEMU's.
-
-    Raises:
-        ReplayFailed: QEMU does not have what was written.
-        MonitorError: it does not answer.
-    """
-    # The guest may be in the middle of an access, so what it has in the port is put back.
-    address = read_value(await monitor.hmp(f"i /w {CONFIG_ADDRESS:#x}"))
-    try:
-        for step in replay.plan.steps:
-            await _write_by_ports(replay, step, bus, monitor)
-        for step in replay.plan.steps:
-            failure = await _wrong_by_ports(replay, step, bus, monitor) if any(step.mask) else ""
-            if failure:
-                raise ReplayFailed(f"{replay.name}: {failure}")
-        for step in replay.plan.closing:
-            await _write_by_ports(replay, step, bus, monitor)
-    except (DmaFault, TopologyError) as error:
-        raise ReplayFailed(f"{replay.name}: its registers cannot be written: {error}") from error
-    finally:
-        with trio.CancelScope(shield=True):
-            await monitor.hmp(f"o /w {CONFIG_ADDRESS:#x} {address:#x}")
-
-
-async def _write_by_ports(replay: FunctionReplay, step: Step, bus: ClientLink, monitor: QemuMonitor) -> None:
-    if isinstance(step, MemoryWrite):
-        await bus.bus_write(step.address, step.data).wait()
-        return
-    for line in port_write(replay.place, step.offset, step.data):
-        await monitor.hmp(line)
-
-
-async def _wrong_by_ports(replay: FunctionReplay, step: Step, bus: ClientLink, monitor: QemuMonitor) -> str:
-    if isinstance(step, MemoryWrite):
-        found = await bus.send_read(step.address, len(step.data)).wait()
-        return ReadBack(step.address, step.data, step.mask, _name(step)).failure(found)
-    output = ""
-    for line in port_read(replay.place, step.offset, len(step.data)):
-        output = await monitor.hmp(line)
-    found = (read_value(output) & (1 << 8 * len(step.data)) - 1).to_bytes(len(step.data), "little")
-    return ReadBack(step.offset, step.data, step.mask, _name(step)).failure(found)

@@ -9,15 +9,16 @@ of it is somebody else's word.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
-
-import msgspec
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from vfiouser_agents.api import Range
+
+#: Reads a value; the text is its name, for the error.
+Reader: TypeAlias = Callable[[Any, str], Any]
 
 _U64 = 1 << 64
 #: Characters of a text, and of all texts of a map: what is said of a function ends in streams, logs and `status`.
@@ -36,17 +37,22 @@ def to_wire(value: Any) -> Any:
     Args:
         value: a dataclass, an enum, or what is plain already; sequences of them.
     """
-    if isinstance(value, Range):
-        return [value.iova, value.length]
-    if dataclasses.is_dataclass(value):
-        return {field.name: to_wire(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, bytes | str | memoryview):
-        return value
-    if isinstance(value, tuple | list):
-        return [to_wire(item) for item in value]
-    return value
+    kind: Any = type(value)
+    write = _writer(kind)
+    return value if write is None else write(value)
+
+
+@cache
+def _writer(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes plain data of a type; None: it is plain."""
+    if issubclass(kind, Range):
+        return lambda value: [value.iova, value.length]
+    if dataclasses.is_dataclass(kind):
+        names = tuple(field.name for field in dataclasses.fields(kind))
+        return lambda value: {name: to_wire(getattr(value, name)) for name in names}
+    if issubclass(kind, Enum):
+        return lambda value: value.value
+    return (lambda value: [to_wire(item) for item in value]) if issubclass(kind, tuple | list) else None
 
 
 def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
@@ -60,33 +66,49 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
     Raises:
         WireError: it is something else.
     """
+    return _reader(hint)(value, where)
+
+
+@cache
+def _reader(hint: Any) -> Reader:
+    """What reads a type: looked up once, since each answer and each event of an agent has a dozen of them."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType or NoneType in arguments:
-        if value is None:
-            return None
-        return from_wire(next(choice for choice in arguments if choice is not NoneType), value, where)
+        return partial(_optional, _reader(next(choice for choice in arguments if choice is not NoneType)))
     if origin is tuple or origin is Sequence:
-        if not isinstance(value, list | tuple):
-            raise _wrong(where, "a list", value)
-        if len(value) > MAX_ITEMS:
-            raise WireError(f"{where} has {len(value)} elements; allowed are {MAX_ITEMS}")
-        return tuple(from_wire(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return partial(_items, _reader(arguments[0]))
     if origin is Mapping:
-        if not isinstance(value, Mapping) or not all(type(x) is str for pair in value.items() for x in pair):
-            raise _wrong(where, "a map of text to text", value)
-        if len(value) > MAX_PAIRS or sum(len(x) for pair in value.items() for x in pair) > MAX_TEXT:
-            raise WireError(
-                f"{where} is a map of {len(value)} pairs; allowed are {MAX_PAIRS}, of {MAX_TEXT} characters"
-            )
-        return dict(value)
+        return _texts
     if hint is Range:
-        return Range(*_pair(value, where))
+        return _range
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return _enum(hint, value, where)
+        return partial(_enum, hint, {member.value: member for member in hint})
     if dataclasses.is_dataclass(hint):
-        return _dataclass(hint, value, where)
-    if hint is bytes and type(value) in (str, memoryview):
-        return value if type(value) is memoryview else _from_base64(value, where)
+        return partial(_dataclass, hint)
+    return _bytes if hint is bytes else partial(_plain, hint)
+
+
+def _optional(read: Reader, value: Any, where: str) -> Any:
+    return None if value is None else read(value, where)
+
+
+def _items(read: Reader, value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, "a list", value)
+    if len(value) > MAX_ITEMS:
+        raise WireError(f"{where} has {len(value)} elements; allowed are {MAX_ITEMS}")
+    return tuple(read(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _texts(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(type(x) is str for pair in value.items() for x in pair):
+        raise _wrong(where, "a map of text to text", value)
+    if len(value) > MAX_PAIRS or sum(len(x) for pair in value.items() for x in pair) > MAX_TEXT:
+        raise WireError(f"{where} is a map of {len(value)} pairs; allowed are {MAX_PAIRS}, of {MAX_TEXT} characters")
+    return dict(value)
+
+
+def _plain(hint: Any, value: Any, where: str) -> Any:
     if type(value) is not hint:
         raise _wrong(where, hint.__name__, value)
     if hint is str and len(value) > MAX_TEXT:
@@ -96,43 +118,55 @@ def from_wire(hint: Any, value: Any, where: str = "value") -> Any:
     return value
 
 
+def _bytes(value: Any, where: str) -> Any:
+    if type(value) is str:
+        return _from_base64(value, where)
+    return value if type(value) is memoryview else _plain(bytes, value, where)
+
+
 def _from_base64(value: str, where: str) -> bytes:
+    # It takes a megabyte with what it brings along, which only those have whose protocol has no bytes.
+    import msgspec
+
     try:
         return msgspec.convert(value, bytes)
     except msgspec.ValidationError:
         raise WireError(f"{where} is text of {len(value)} characters that is not base64") from None
 
 
-def _pair(value: Any, where: str) -> tuple[int, int]:
+def _range(value: Any, where: str) -> Range:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise _wrong(where, "a pair of iova and length", value)
-    return from_wire(int, value[0], f"{where}.iova"), from_wire(int, value[1], f"{where}.length")
+    return Range(_plain(int, value[0], f"{where}.iova"), _plain(int, value[1], f"{where}.length"))
 
 
-def _enum(hint: type[Enum], value: Any, where: str) -> Enum:
-    for member in hint:
-        if member.value == value and type(value) is str:
-            return member
-    allowed = ", ".join(str(member.value) for member in hint)
-    raise WireError(f"{where} is {_shown(value)}; allowed are {allowed}")
+def _enum(hint: type[Enum], members: Mapping[str, Enum], value: Any, where: str) -> Enum:
+    member = members.get(value) if type(value) is str else None
+    if member is None:
+        raise WireError(f"{where} is {_shown(value)}; allowed are {', '.join(map(str, members))}")
+    return member
 
 
 def _dataclass(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(where, "a map", value)
     found = {}
-    for field, kind in _fields(hint):
-        if field.name in value:
-            found[field.name] = from_wire(kind, value[field.name], f"{where}.{field.name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise WireError(f"{where} has no {field.name!r}")
+    for name, read, required in _fields(hint):
+        if name in value:
+            found[name] = read(value[name], f"{where}.{name}")
+        elif required:
+            raise WireError(f"{where} has no {name!r}")
     return hint(**found)
 
 
 @cache
-def _fields(hint: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
-    hints = get_type_hints(hint)
-    return tuple((field, hints[field.name]) for field in dataclasses.fields(hint))
+def _fields(hint: Any) -> tuple[tuple[str, Reader, bool], ...]:
+    """The name and the reader of each field, and whether it has to be there."""
+    hints, nothing = get_type_hints(hint), dataclasses.MISSING
+    return tuple(
+        (field.name, _reader(hints[field.name]), field.default is nothing and field.default_factory is nothing)
+        for field in dataclasses.fields(hint)
+    )
 
 
 def _wrong(where: str, wanted: str, value: Any) -> WireError:

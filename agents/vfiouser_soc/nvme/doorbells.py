@@ -115,6 +115,15 @@ class PolledDoorbells(TrappedDoorbells):
         self._page[:] = page
         self._seen = noticed
 
+    def adopt(self, noticed: bytes) -> None:
+        """Go on with a page that another process has left and the host goes on writing.
+
+        Args:
+            noticed: the page as that process looked at it last.
+        """
+        self._page = self._memory.view[DOORBELLS_OFFSET : DOORBELLS_OFFSET + PAGE]
+        self._seen = noticed
+
     def clear(self, number: int | None = None) -> None:
         """Zero one doorbell, as creating its queue does, or all of them, as enabling the controller does."""
         start, count = (0, PAGE) if number is None else (number * DOORBELL_SIZE, DOORBELL_SIZE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from vfiouser_oob.devices.memfd import SharedMemory
@@ -16,6 +17,7 @@ from vfiouser_protocol.msix import MsixTable
 from vfiouser_protocol.pci import BarSpec, ConfigEffects, ConfigSpace, PciIdentity
 from vfiouser_protocol.pci_caps import Msix, PciExpress, PowerManagement
 from vfiouser_protocol.regions import SparseArea
+from vfiouser_soc.nvme import snapshot, snapshot_reader
 from vfiouser_soc.nvme.cmb import ControllerMemoryBuffer
 from vfiouser_soc.nvme.config import ControllerIdentity, ControllerLimits
 from vfiouser_soc.nvme.controller import Controller
@@ -30,12 +32,16 @@ from vfiouser_soc.nvme.spec import (
     PAGE,
     REGISTERS_OFFSET,
 )
+from vfiouser_soc.nvme.stores import MemoryStore
+from vfiouser_soc.nvme.suspension import SuspensionEnded
 
 #: Mass storage, non-volatile memory, NVM Express.
 NVME_CLASS_CODE = 0x010802
 #: Linux makes device memory usable for queues only in units of 2 MiB.
 MIN_CMB_SIZE = 2 << 20
 _CMB_BAR = int(RegionIndex.BAR2)
+#: Seconds for commands under way, before they are begun anew by the process after this one.
+_DRAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,8 @@ class NvmeFunction(DeviceModel):
         namespaces: its namespaces, at least one; owned from now on.
     """
 
+    snapshot_version = snapshot.VERSION
+
     def __init__(self, settings: NvmeSettings, namespaces: list[Namespace]) -> None:
         self._namespaces = {namespace.nsid: namespace for namespace in namespaces}
         self.config = _config_space(settings)
@@ -129,6 +137,7 @@ class NvmeFunction(DeviceModel):
             MSIX_TABLE_OFFSET,
             MSIX_PBA_OFFSET,
         )
+        self.memories = [each.store.memory for each in namespaces if isinstance(each.store, MemoryStore)]
         stores = ", ".join(namespace.store.summary for namespace in namespaces)
         doorbells = "polled" if settings.polled_doorbells else "trapped"
         self.summary = f"NVMe {settings.identity.serial}: {stores}; doorbells {doorbells}" + (
@@ -235,6 +244,29 @@ class NvmeFunction(DeviceModel):
     def disconnected(self) -> None:
         """The client has gone: its queues' addresses mean nothing any more."""
         self.controller.freeze()
+
+    # For the process after this one
+
+    async def quiesce(self) -> None:
+        """Finish the commands under way."""
+        while not self.controller.suspender.suspended:
+            with suppress(SuspensionEnded):  # a reset came in between
+                await self.controller.suspender.suspend(_DRAIN_S)
+
+    def snapshot(self) -> bytes:
+        """Registers, queues, and what else the controller remembers."""
+        if self.controller.suspender.clocks is None and self.controller.live_engine is not None:
+            raise CommandError("the controller was reset and is in use again", errno.EBUSY)
+        return snapshot.pack(snapshot.capture(self))
+
+    async def restore(self, state: bytes) -> None:
+        """Go on with the queues."""
+        await self.controller.suspender.suspend(0)
+        left = snapshot_reader.parse(state, self)
+        snapshot.apply(replace(left, doorbells=None), self)
+        if self.polled_doorbells is not None and left.doorbells is not None:
+            self.polled_doorbells.adopt(left.doorbells[1])
+        self.controller.suspender.unsuspend()
 
     def close(self) -> None:
         """Close stores and shared memory."""

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import trio
 
+from vfiouser_oob.devices.memfd import SharedMemory
+
 #: Concurrent file accesses per store; the device's own queues are deeper, the medium's are not much.
 _FILE_THREADS = 16
 _ZERO_CHUNK = 1 << 20
 _FALLOC_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
-_MAP_NORESERVE = 0x4000
 
 
 class StoreError(Exception):
@@ -79,35 +80,35 @@ class MemoryStore(BackingStore):
         self.summary = f"{size >> 20} MiB of memory"
         self.identity = f"memory {uuid.uuid4()}"
         try:
-            # Private, since only then MADV_DONTNEED makes pages read as zeros.
-            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+            #: The blocks; the process after this one may go on with them.
+            self.memory = SharedMemory("nvme-namespace", size)
         except (OSError, ValueError, OverflowError) as error:
             raise StoreError(f"{size} bytes of memory for a namespace cannot be reserved: {error}") from error
 
     async def read(self, offset: int, count: int) -> bytes:
         """Read bytes."""
-        return self._map[offset : offset + count]
+        return bytes(self.memory.view[offset : offset + count])
 
     async def write(self, offset: int, data: bytes) -> None:
         """Write bytes."""
-        self._map[offset : offset + len(data)] = data
+        self.memory.view[offset : offset + len(data)] = data
 
     async def discard(self, offset: int, count: int) -> None:
         """Zero bytes; whole pages go back to the system."""
         end = offset + count
         first_page = min(-(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, end)
         last_page = max(end // mmap.PAGESIZE * mmap.PAGESIZE, first_page)
-        self._map[offset:first_page] = bytes(first_page - offset)
-        self._map[last_page:end] = bytes(end - last_page)
+        self.memory.view[offset:first_page] = bytes(first_page - offset)
+        self.memory.view[last_page:end] = bytes(end - last_page)
         if last_page > first_page:
-            self._map.madvise(mmap.MADV_DONTNEED, first_page, last_page - first_page)
+            self.memory.clear(first_page, last_page - first_page)
 
     async def flush(self) -> None:
         """Nothing is more durable than what was written already."""
 
     def close(self) -> None:
         """Give the memory back."""
-        self._map.close()
+        self.memory.close()
 
 
 class FileStore(BackingStore):

@@ -14,6 +14,7 @@ from fakevfio.device import FakeDevice
 from fakevfio.iommu import WINDOWS, FakeIommu, View, fail
 from fakevfio.migration import FakeMigration
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
+from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 
 BASE = 0x3B64
 IOMMUFD = 0x3B80
@@ -163,12 +164,20 @@ class FakeKernel(Kernel):
         """Close a descriptor; the last one of the device resets it, the last one of the IOMMU unmaps all."""
         node = self.nodes.pop(fd)
         os.close(fd)
+        if any(other is node for other in self.nodes.values()):
+            return
         if node.kind == "device" or (node.kind == "cdev" and node.bound):
             self.device.released()
             if self.migration is not None:
                 self.migration.released()
-        if node.kind in {"container", "iommufd"}:
+        if node.kind in {"container", "iommufd"} and all(other.kind != node.kind for other in self.nodes.values()):
             self.iommu.clear()
+
+    def copy(self, fd: HasFileno) -> OwnedFd:
+        """Another descriptor of the same open file, as a service manager keeps one."""
+        copy = os.dup(fd.fileno())
+        self.nodes[copy] = self.nodes[fd.fileno()]
+        return OwnedFd(copy)
 
     def pread(self, fd: int, count: int, offset: int) -> bytes:
         """Read a region."""
@@ -262,7 +271,7 @@ class FakeKernel(Kernel):
 
     def _device(self, node: Node, request: int, buffer: bytearray) -> int:
         if request == BASE + 18:
-            if self.held:
+            if self.held or any(other.bound for other in self.nodes.values()):
                 raise fail(errno.EINVAL)
             if self.bind_errno is not None:
                 raise fail(self.bind_errno)

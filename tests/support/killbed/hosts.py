@@ -65,6 +65,12 @@ class Service:
         """What it has said so far."""
         return (self._directory / f"{self.name}.log").read_text(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
+
     def begin(self) -> socket.socket:
         """Start it; returns the socket on which it will report."""
         path = self._directory / f"{self.name}.notify"

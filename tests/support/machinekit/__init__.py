@@ -101,6 +101,37 @@ class Side:
             due = self._step(due.step.do, script(due.step.do))
         return due
 
+    def go_on(self, script: Script = all_well) -> ev.Answer | None:
+        """Another daemon goes on under the client, with nothing but the record."""
+        self.record = MigrationRecord.from_json(self.record.to_json())
+        stream = self.record.stream
+        return self.play(ev.Started(True, self.position, stream is not None and stream.whole), script)
+
+    def die(self, event: ev.MigrationEvent, steps: int, *, done: bool) -> bool:
+        """Take an event and so many steps, and be killed in the next one.
+
+        Args:
+            event: what is asked for.
+            steps: how many are taken.
+            done: the next one has its effect all the same.
+
+        Returns:
+            Whether there was a next one; if not, all was done, and nobody was killed.
+        """
+        due = self.feed(event)
+        for _ in range(steps):
+            if isinstance(due, ev.Take):
+                due = self._step(due.step.do, Fate.DONE)
+        if not isinstance(due, ev.Take):
+            return False
+        do = due.step.do
+        if do in (Do.BEGIN_SOURCE, Do.BEGIN_DESTINATION):
+            self.feed(ev.BeganAtAgent(Begun(Role.SOURCE if do is Do.BEGIN_SOURCE else Role.DESTINATION, "m")))
+        spoiled = self.record.load_failure is not None or (self.position and not self.whole)
+        if done and not (do is Do.LOAD_COMMIT and spoiled):
+            self._do(do)
+        return True
+
     def _step(self, do: Do, fate: Fate) -> ev.Take | ev.Answer | None:
         self.taken.append(do)
         if do not in AT_AGENT and fate not in GONE and fate is not Fate.DONE:

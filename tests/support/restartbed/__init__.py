@@ -117,19 +117,20 @@ class KeptDaemon:
 
     Args:
         place: a directory of its own.
+        device: of its one function; None: `serve` names a file that says what it serves.
         options: more options of the keeper.
-        environ: more of the environment.
+        serve: more options of the daemon.
     """
 
-    def __init__(self, place: Path, device: str, options: Sequence[str] = (), serve: Sequence[str] = ()) -> None:
+    def __init__(self, place: Path, device: str | None, options: Sequence[str] = (), serve: Sequence[str] = ()) -> None:
         self.socket = place / "f0.sock"
         self.log = place / "log"
+        one = [] if device is None else ["--socket-path", str(self.socket), "--device", device]
         command = [sys.executable, "-m", "vfiouser_oob"]
         with open(self.log, "wb") as log:
             self.keeper = subprocess.Popen(
                 [*command, "keep", "--max-starts", "100", "--socket", f"unix:{place}/notify", *options,
-                 "--", *command, "serve", "--control-socket", "none", "--socket-path", str(self.socket),
-                 "--device", device, *serve],
+                 "--", *command, "serve", "--control-socket", "none", *one, *serve],
                 stderr=log,
             )  # fmt: skip
 

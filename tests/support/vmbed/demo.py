@@ -22,7 +22,7 @@ import trio
 from vmbed.assets import Assets, locate
 from vmbed.errors import BedError
 from vmbed.guest import Guest
-from vmbed.hosts import FINAL, HostConfig, host, make_disk, migrate
+from vmbed.hosts import FINAL, Host, HostConfig, host, make_disk, migrate
 from vmbed.load import begin_load, goes_on, quiet, rounds
 from vmbed.qemu import Qemu
 
@@ -46,6 +46,7 @@ class Hop:
         seconds: from `migrate` until the VM ran at the destination.
         moved: bytes that QEMU sent.
         downtime_ms: for which the VM stood, as QEMU says.
+        stood_ms: for which its functions stood, as both daemons say: from their stop until they ran.
         rounds: how many of the guest's rounds went well by the time it was over.
     """
 
@@ -53,6 +54,7 @@ class Hop:
     seconds: float
     moved: int
     downtime_ms: int
+    stood_ms: float
     rounds: int
 
 
@@ -105,12 +107,14 @@ class Progress:
             self.step(text)
 
 
-async def hop(source: Qemu, destination: Qemu, way: str, stream: Path, progress: Progress) -> Hop:
-    """Migrate, and show how far it is.
+async def hop(hosts: tuple[Host, Host], source: Qemu, destination: Qemu, stream: Path, progress: Progress) -> Hop:
+    """Migrate from one host to the other, and show how far it is.
 
     Raises:
         BedError: it failed.
     """
+    here, there = hosts
+    way = f"{here.folder.name} → {there.folder.name}"
     began = time.monotonic()
     await migrate(source, destination, stream)
     while (found := await source.qmp.execute("query-migrate")).get("status") not in FINAL:
@@ -125,7 +129,8 @@ async def hop(source: Qemu, destination: Qemu, way: str, stream: Path, progress:
     seconds, moved = time.monotonic() - began, found["ram"]["transferred"]
     count = await goes_on(destination.guest)
     progress.show(f"{way}  {bar(1)}  completed, and the guest goes on", last=True)
-    return Hop(way, seconds, moved, found.get("downtime", 0), count)
+    stood = await here.stood_ms("out") + await there.stood_ms("in")
+    return Hop(way, seconds, moved, found.get("downtime", 0), stood, count)
 
 
 async def run(assets: Assets, workdir: Path, hops: int, progress: Progress) -> None:
@@ -145,8 +150,7 @@ async def run(assets: Assets, workdir: Path, hops: int, progress: Progress) -> N
         for _ in range(hops):
             other = await stack.enter_async_context(there.machine(assets, incoming=("-incoming", "defer")))
             await there.phase("incoming")
-            way = f"{here.folder.name} → {there.folder.name}"
-            done.append(await hop(qemu, other, way, workdir / "stream", progress))
+            done.append(await hop((here, there), qemu, other, workdir / "stream", progress))
             await qemu.kill()
             await here.phase("absent")  # only then it can be a destination
             qemu, here, there = other, there, here
@@ -155,10 +159,11 @@ async def run(assets: Assets, workdir: Path, hops: int, progress: Progress) -> N
 
 async def summarize(guest: Guest, hops: Sequence[Hop], progress: Progress) -> None:
     """Tell how it went."""
-    progress.step("\nway     seconds  sent by QEMU  VM stood  rounds verified by then")
+    progress.step("\nway     seconds  sent by QEMU  VM stood  functions stood  rounds verified by then")
     for each in hops:
         sent = f"{each.moved / (1 << 20):.1f} MiB"
-        progress.step(f"{each.way}  {each.seconds:7.1f}  {sent:>12}  {each.downtime_ms:5} ms  {each.rounds:10}")
+        stood = f"{each.downtime_ms:5} ms {each.stood_ms:12.0f} ms"
+        progress.step(f"{each.way}  {each.seconds:7.1f}  {sent:>12}  {stood}  {each.rounds:10}")
     times = await rounds(guest)
     progress.step(
         "\nwrite 64 KiB, read back, compare: rounds by their time on the guest's clock, which stands with the VM"

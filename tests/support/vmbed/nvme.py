@@ -95,6 +95,14 @@ class NvmeDriver:
         self._next_page += pages * PAGE
         return address
 
+    def move_to(self, function: PciFunction) -> None:
+        """Go on with the controller that has come to another machine, with all of the memory."""
+        self._function, self._qtest = function, function.qtest
+
+    async def ready(self) -> bool:
+        """Whether the controller says that it is."""
+        return await self._ready_is(True)
+
     async def enable(self) -> None:
         """Reset the controller, give it admin queues and wait until it is ready."""
         qtest, base = self._qtest, self.registers

@@ -25,7 +25,7 @@ __all__ = ["MIB", "PROGRAM", "SocConfig", "Stack", "environment", "service", "so
 MIB = 1 << 20
 STATUS_S = 20.0
 CHECKOUT = Path(__file__).resolve().parents[3]
-IMPORT_ROOTS = (CHECKOUT, CHECKOUT / "protocol", CHECKOUT / "agents")
+IMPORT_ROOTS = (CHECKOUT, CHECKOUT / "protocol", CHECKOUT / "agents", CHECKOUT / "tests" / "support")
 PROGRAM = (sys.executable, "-m", "vfiouser_oob")
 
 
@@ -134,12 +134,14 @@ async def soc_and_daemon(
 
 
 @asynccontextmanager
-async def service(workdir: Path, name: str, command: Sequence[str]) -> AsyncIterator[LoggedProcess]:
+async def service(
+    workdir: Path, name: str, command: Sequence[str], program: Sequence[str] = PROGRAM
+) -> AsyncIterator[LoggedProcess]:
     """Run one of the program's services until it says that it is ready, as systemd would."""
     async with NotifySocket(workdir / f"{name}.notify") as notify:
         variables = {**environment(), **notify.environment}
         log = workdir / f"{name}.log"
-        async with logged_process(name, [*PROGRAM, *command], log, env=variables) as process:
+        async with logged_process(name, [*program, *command], log, env=variables) as process:
             await notify.ready(process)
             yield process
 

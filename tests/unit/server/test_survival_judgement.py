@@ -15,8 +15,9 @@ from vfiouser_agents.api import Role
 from vfiouser_oob.config.schema import FunctionConfig, UpstreamDevice
 from vfiouser_oob.migration.inherited import StreamMark
 from vfiouser_oob.migration.record import Begun, MigrationRecord
-from vfiouser_oob.persist.successor.things import MigrationThing, RangeThing, StreamThing
+from vfiouser_oob.persist.successor.things import MigrationThing, ProgressThing, RangeThing
 from vfiouser_oob.server.estate import Estate
+from vfiouser_oob.server.progress import Progress
 from vfiouser_oob.server.survival import Survival
 from vfiouser_oob.systemd.fd_store import FdStore
 from vfiouser_oob.systemd.mailbox import Mailbox
@@ -42,7 +43,7 @@ class Manager(Mailbox):
         if "FDSTOREREMOVE" in fields:
             if name in self.kept:
                 self.kept.pop(name).close()
-        else:
+        elif name not in self.kept:
             self.kept[name] = OwnedFd(os.dup(fds[0].fileno()))
         return True
 
@@ -59,11 +60,17 @@ def manager() -> Iterator[Manager]:
     close_fds(manager.kept.values())
 
 
-def leave(manager: Manager) -> None:
-    """A daemon serves a client with a range of memory, and is killed."""
+def leave(manager: Manager, *configs: FunctionConfig) -> None:
+    """A daemon serves a client of each function with a range of memory, and is killed."""
+    for config in configs or (CONFIG,):
+        leave_one(manager, config)
+
+
+def leave_one(manager: Manager, config: FunctionConfig) -> None:
+    """A client of one function."""
     survival = manager.begin()
     survival.works = True
-    estate = survival.estate_of(CONFIG)
+    estate = survival.estate_of(config)
     assert estate is not None
     ours, theirs = socket.socketpair()
     with ours, theirs, OwnedFd(os.memfd_create("guest")) as memory:
@@ -174,6 +181,19 @@ def test_a_client_is_turned_out_in_words(
     assert go_on(manager) == 1
 
 
+def test_clients_of_two_functions_are_gone_on_with(manager: Manager) -> None:
+    """What one function takes of what was kept is not looked at any more for the next one."""
+    other = replace(CONFIG, name="f1", socket=Path("/run/f1.sock"))
+    leave(manager, CONFIG, other)
+    survival = manager.begin()
+    estates = [survival.estate_of(config) for config in (CONFIG, other)]
+    for estate in estates:
+        assert estate is not None
+        assert [AGREED] == [heir.agreed for heir in estate.heirs]
+        estate.close()
+    survival.settle()
+
+
 def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
     """What is known of it and how far its client has come are there, and a client that goes takes both along."""
     leave(manager)
@@ -184,7 +204,7 @@ def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
     assert estate is not None
     assert record == estate.migration_left
     (heir,) = estate.heirs
-    assert heir.stream is None
+    assert not heir.progress
     sock, memory = heir.main.take()
     with sock, memory:
         heir.notes.resumed(memory)
@@ -196,10 +216,10 @@ def test_a_migration_under_way_is_gone_on_with(manager: Manager) -> None:
     assert estate is not None
     (heir,) = estate.heirs
     number = memory.number
-    assert StreamMark(1, 10, b"head", 3) == heir.mark(number)
-    assert StreamMark(1, 20, whole=True) == heir.mark(number + 1)
+    assert StreamMark(1, 10, b"head", 3) == Progress(heir.progress, number).stream
+    assert StreamMark(1, 20, whole=True) == Progress(heir.progress, number + 1).stream
     heir.notes.gone()
-    assert StreamThing.KIND not in {kind for kind, things in estate.journal.records.items() if things}
+    assert ProgressThing.KIND not in {kind for kind, things in estate.journal.records.items() if things}
     estate.close()
     survival.close()
 

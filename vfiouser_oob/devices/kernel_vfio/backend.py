@@ -8,6 +8,7 @@ next client: while the old one has anything left, the kernel answers EBUSY, and 
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import trio
 
@@ -18,10 +19,12 @@ from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.migration_agent import KernelAgent
 from vfiouser_oob.devices.kernel_vfio.migration_device import MigrationDevice
 from vfiouser_oob.devices.kernel_vfio.migration_function import KernelFunction
-from vfiouser_oob.devices.kernel_vfio.openers import DeviceBusy, OpenDevice, Opener, choose_opener
+from vfiouser_oob.devices.kernel_vfio.openers import DeviceBusy, OpenDevice, Opener, choose_opener, opener_of
 from vfiouser_oob.devices.kernel_vfio.session import KernelVfioSession
 from vfiouser_oob.devices.kernel_vfio.worker import Job, OrderedWorker
 from vfiouser_oob.observability import log
+from vfiouser_oob.persist.successor.notes import Inheritance
+from vfiouser_protocol.constants import Command
 
 #: How long a client that attaches waits for a predecessor whose process is just ending.
 HANDOVER_S = 1.0
@@ -29,6 +32,23 @@ _HANDOVER_STEP_S = 0.05
 #: How often a device that could not be had is looked at again: at first, and at most.
 RETRY_S = 1.0
 _MAX_RETRY_S = 30.0
+
+
+#: What the process after this one may begin once more: a write to a register is not among it, but for config space.
+REPEATABLE = frozenset(
+    {
+        Command.DMA_MAP,
+        Command.DMA_UNMAP,
+        Command.DEVICE_GET_INFO,
+        Command.DEVICE_GET_REGION_INFO,
+        Command.DEVICE_GET_IRQ_INFO,
+        Command.DEVICE_GET_REGION_IO_FDS,
+        Command.DEVICE_SET_IRQS,
+        Command.REGION_READ,
+        Command.REGION_WRITE,
+        Command.DEVICE_RESET,
+    }
+)
 
 
 class KernelVfioBackend(DeviceBackend):
@@ -54,6 +74,8 @@ class KernelVfioBackend(DeviceBackend):
         retry_s: float = RETRY_S,
     ) -> None:
         self.summary = f"kernel-vfio:{name}"
+        # The driver of a mediated device asks for memory by the addresses of the process that has mapped it.
+        self.survives = ":" in name
         self._kernel = kernel
         self._name = name
         self._policy = policy
@@ -63,10 +85,13 @@ class KernelVfioBackend(DeviceBackend):
         self._log = log.get("devices.kernel_vfio").bind(device=name)
         self._worker = OrderedWorker()
         self._running = trio.Event()
+        self._goes_on = False
         self._unavailable: str | None = None
         self._unavailable_since: float | None = None
         self._trouble = trio.Event()
         self._function = KernelFunction(name)
+
+    repeatable = REPEATABLE
 
     @property
     def unavailable(self) -> str | None:
@@ -98,7 +123,8 @@ class KernelVfioBackend(DeviceBackend):
             try:
                 await self._worker.submit(Job(self._probe))
             except BackendUnavailable as error:
-                self._note(str(error))
+                if not self._goes_on:  # the device is in use by our own client
+                    self._note(str(error))
             nursery.start_soon(self._watch)
 
     async def open(self, link: ClientLink) -> BackendSession:
@@ -110,7 +136,33 @@ class KernelVfioBackend(DeviceBackend):
             self._note(str(error))
             raise
         self._note(None)
+        session = self._session(opened, link)
+        session.begin_notes()
+        return session
+
+    async def resume(self, link: ClientLink, inheritance: Inheritance) -> BackendSession:
+        """Go on with a device that was never closed."""
+        self._goes_on = True
+        await self._running.wait()
+        opened = await self._worker.submit(Job(partial(self._adopt, inheritance), OpenDevice.close))
+        self._note(None)
+        session = self._session(opened, link, known=len(inheritance.ranges))
         try:
+            session.restore(inheritance)
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    def _adopt(self, left: Inheritance, job: Job[OpenDevice]) -> OpenDevice:
+        handles = {thing.number: fd for thing, fd in left.kernel}
+        spaces = {thing.space for thing, _ in left.kernel}
+        return opener_of(self._kernel, self._name, handles).adopt(handles, max(spaces, default=0))
+
+    def _session(self, opened: OpenDevice, link: ClientLink, known: int = 0) -> KernelVfioSession:
+        try:
+            if opened.space.max_maps is not None:
+                opened.space.max_maps += known
             self._function.attach(MigrationDevice(self._kernel, opened.device), opened.space)
             return KernelVfioSession(
                 self._kernel, opened, self._policy, self._worker, link, self._log, self._function.detach

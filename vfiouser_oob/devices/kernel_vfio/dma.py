@@ -40,6 +40,8 @@ class DmaSpace(abc.ABC):
     max_maps: int | None = None
     #: Who shares the limit of locked memory, where it is not this process alone.
     accounting = ""
+    #: Number of the address space, where a file descriptor has several.
+    ioas = 0
     #: Whether it can say which pages devices may have written.
     can_log = False
 

@@ -42,7 +42,6 @@ class IommufdSpace(DmaSpace):
 
     def __init__(self, kernel: Kernel, fd: int, ioas: int, views: FileViews) -> None:
         super().__init__(kernel, fd, views)
-        #: The id of the address space.
         self.ioas = ioas
         self._by_file = True
         ranges = (ctypes.c_uint64 * (2 * _MAX_IOVA_RANGES))()

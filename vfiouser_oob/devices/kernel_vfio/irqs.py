@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from vfiouser_oob.devices.kernel_vfio.device import VfioDevice
+from vfiouser_oob.persist.successor.notes import DeviceNotes
+from vfiouser_oob.persist.successor.things import LineThing
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.constants import IrqIndex, IrqInfoFlags, IrqSetFlags
 from vfiouser_protocol.errors import CommandError
@@ -29,6 +32,9 @@ _HINTS: Mapping[int, str] = {
 }
 
 
+KeptEventfds: TypeAlias = Sequence[tuple[tuple[int, int], OwnedFd]]
+
+
 class KernelIrqs:
     """The interrupts of one client.
 
@@ -43,9 +49,49 @@ class KernelIrqs:
         self._rules = IrqSet(descriptions)
         #: Indices that the kernel has on; it refuses to switch off one that is not.
         self._active: set[int] = set()
+        #: Another process may have done what is asked for already.
+        self.again = False
         #: Copies of eventfds of NORESIZE indices, by index and vector, and how many vectors the kernel enabled.
         self._kept: dict[int, dict[int, OwnedFd]] = {}
         self._enabled: dict[int, int] = {}
+
+    def restore(self, assigned: Mapping[int, bytes], lines: Sequence[LineThing], fds: KeptEventfds) -> None:
+        """Know of what a client has set with another process; the kernel has it still.
+
+        Args:
+            assigned: vectors with eventfds by index, one byte each.
+            lines: indices that are on are active.
+            fds: copies of eventfds of NORESIZE indices, by index and vector; taken.
+        """
+        for index, vectors in assigned.items():
+            self._rules.restore(index, [True if vector else None for vector in vectors])
+        self._active = {line.index for line in lines if line.active}
+        for (index, vector), fd in fds:
+            self._kept.setdefault(index, {})[vector] = fd.take()
+            self._enabled[index] = max(self._enabled.get(index, 0), vector + 1)
+
+    def note(self, notes: DeviceNotes, index: int, vectors: range) -> None:
+        """Take down what an index has, and the copies that were made.
+
+        Args:
+            notes: where.
+            index: which.
+            vectors: those of it that may have changed.
+        """
+        count = self._rules.descriptions[index].count
+        notes.assigned(index, bytes(self._rules.handle(index, vector) is not None for vector in range(count)))
+        notes.line(LineThing(index, index in self._active, b"", b""))
+        if self._flags[index] & IrqInfoFlags.NORESIZE:
+            kept = self._kept.get(index, {})
+            for vector in vectors:
+                notes.eventfd(index, vector, int(IrqSetFlags.ACTION_TRIGGER), kept.get(vector))
+
+    def _off(self, index: int) -> None:
+        try:
+            self._device.disable_irqs(index)
+        except OSError as error:
+            if not self.again or error.errno != errno.EINVAL:
+                raise
 
     def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Carry out a SET_IRQS.
@@ -58,6 +104,8 @@ class KernelIrqs:
             CommandError: our rules or the kernel refuse it.
         """
         operation = self._rules.check(request, len(fds))
+        if self.again and operation is IrqOperation.LOOPBACK:
+            raise CommandError("interrupts were raised by a daemon that has ended; that is not done twice", errno.EIO)
         try:
             _CARRY_OUT.get(operation, KernelIrqs._pass_on)(self, request, fds)
         except OSError as error:
@@ -75,7 +123,7 @@ class KernelIrqs:
 
     def _disable(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         if request.index in self._active:
-            self._device.disable_irqs(request.index)
+            self._off(request.index)
             self._forget(request.index)
 
     def _assign(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
@@ -95,7 +143,7 @@ class KernelIrqs:
         else:
             wanted = kept | dict(enumerate(fds, start))
             if enabled:
-                self._device.disable_irqs(index)
+                self._off(index)
                 self._active.discard(index)
                 self._enabled[index] = 0
             try:

@@ -8,6 +8,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from vfiouser_oob.transport.fds import OwnedFd
+
 
 class Kernel(abc.ABC):
     """What the backend asks of the operating system; every method raises OSError as the system call does.
@@ -32,6 +34,10 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def close(self, fd: int) -> None:
         """Close a descriptor that `open` or an ioctl gave."""
+
+    def adopt(self, fd: OwnedFd) -> int:
+        """Take over a descriptor that another process has opened."""
+        return fd.detach()
 
     @abc.abstractmethod
     def ioctl(self, fd: int, request: int, argument: int | bytearray = 0) -> int:

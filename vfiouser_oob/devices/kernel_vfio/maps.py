@@ -67,13 +67,27 @@ class IommuMaps:
             allowed = ", ".join(f"{first:#x}-{last:#x}" for first, last in windows)
             raise CommandError(f"{where} is not inside what the IOMMU can address ({allowed}); not mapped")
 
-    def map(self, region: DmaRegion, fd: OwnedFd, failed: Callable[[], object]) -> Job[Any]:
+    def restore(self, size: int) -> None:
+        """Know of bytes that are mapped already."""
+        self._mapped_bytes += size
+
+    def map(
+        self,
+        region: DmaRegion,
+        fd: OwnedFd,
+        failed: Callable[[], object],
+        succeeded: Callable[[], object] = lambda: None,
+        *,
+        again: bool = False,
+    ) -> Job[Any]:
         """Map a range; what was mapped of it is taken back if the caller stops waiting.
 
         Args:
             region: what `check` passed.
             fd: its file; owned from now on.
             failed: called when the range is not mapped after all.
+            succeeded: called when it is, though perhaps nobody waits for it any more.
+            again: another process may have mapped it, or a part of it, already.
 
         Returns:
             The job; it raises CommandError with the kernel's errno.
@@ -81,12 +95,14 @@ class IommuMaps:
 
         def work(job: Job[int]) -> int:
             try:
+                if again:
+                    self._space.unmap(region.address, region.size)
                 return self._map(job, region, fd.fileno())
             except OSError as error:
                 raise self._refusal(region, error) from error
 
         undo = partial(self._unmap, region.address)
-        return self._worker.submit(Job(work, undo, failed=failed, finish=fd.close))
+        return self._worker.submit(Job(work, undo, failed=failed, succeeded=succeeded, finish=fd.close))
 
     def _map(self, job: Job[int], region: DmaRegion, fd: int) -> int:
         """Map piece by piece, so that an abandoned mapping ends soon; returns the bytes mapped."""

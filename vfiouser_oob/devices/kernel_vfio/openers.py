@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import abc
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
+from enum import IntEnum
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,12 +23,22 @@ from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.node import DeviceNode
 from vfiouser_oob.devices.kernel_vfio.sysfs import find_node
 from vfiouser_oob.devices.kernel_vfio.views import FileViews
+from vfiouser_oob.transport.fds import LentFd, OwnedFd
 
 IOMMUFD_NODE = "iommu"
 
 
 class DeviceBusy(BackendUnavailable):
     """Somebody else holds the device; it may be free in a moment."""
+
+
+class Handle(IntEnum):
+    """What an open device consists of."""
+
+    GROUP = 0
+    CONTAINER = 1
+    DEVICE = 2
+    IOMMUFD = 3
 
 
 class OpenDevice:
@@ -37,11 +48,15 @@ class OpenDevice:
         device: the device.
         space: where the client's memory is mapped.
         resources: closes every descriptor.
+        handles: they, for a process that goes on with the device.
     """
 
-    def __init__(self, device: VfioDevice, space: DmaSpace, resources: ExitStack) -> None:
+    def __init__(
+        self, device: VfioDevice, space: DmaSpace, resources: ExitStack, handles: Mapping[Handle, LentFd]
+    ) -> None:
         self.device = device
         self.space = space
+        self.handles = handles
         self._resources = resources
 
     def close(self) -> None:
@@ -76,6 +91,49 @@ class Opener(abc.ABC):
     @abc.abstractmethod
     def probe(self) -> None:
         """Find out whether `open` could succeed, disturbing as little as possible; raises as `open` does."""
+
+    def adopt(self, left: Mapping[int, OwnedFd], ioas: int) -> OpenDevice:
+        """Go on with a device that another process has opened in this way; the client's memory is mapped already.
+
+        Args:
+            left: what it has opened, by `Handle`; taken.
+            ioas: number of the address space.
+
+        Raises:
+            BackendUnavailable: it cannot be used.
+        """
+        with ExitStack() as resources:
+            views = self._views(resources, keep=self._keeps_views)
+            handles: dict[Handle, int] = {}
+            for number in self.handles:
+                if number not in left:
+                    raise BackendUnavailable(f"{self._node.name}: its {number.name.lower()} was not kept")
+                fd = handles[number] = self._kernel.adopt(left[number])
+                resources.callback(self._kernel.close, fd)
+            return self._made(handles, ioas, views, resources)
+        raise AssertionError("unreachable")
+
+    #: What it opens, in this order.
+    handles: ClassVar[Sequence[Handle]]
+
+    @property
+    def _keeps_views(self) -> bool:
+        """Whether what is mapped for the device stays mapped here."""
+        return True
+
+    def _made(self, handles: Mapping[Handle, int], ioas: int, views: FileViews, resources: ExitStack) -> OpenDevice:
+        """Make what was opened an object; what `resources` closes goes with it."""
+        try:
+            device = VfioDevice(self._kernel, handles[Handle.DEVICE])
+            space = self._space(handles, ioas, views)
+        except OSError as error:
+            raise BackendUnavailable(f"{self._node.name} cannot be described: {error.strerror}") from error
+        lent = {handle: LentFd(fd) for handle, fd in handles.items()}
+        return OpenDevice(device, space, resources.pop_all(), lent)
+
+    @abc.abstractmethod
+    def _space(self, handles: Mapping[Handle, int], ioas: int, views: FileViews) -> DmaSpace:
+        """The address space of what was opened."""
 
     def _views(self, resources: ExitStack, *, keep: bool) -> FileViews:
         """Called first, so that what is mapped here ends after what the device has."""
@@ -144,23 +202,27 @@ class GroupOpener(Opener):
     """The way of every kernel: /dev/vfio/GROUP and /dev/vfio/vfio."""
 
     interface = VfioInterface.GROUP
+    handles = (Handle.GROUP, Handle.CONTAINER, Handle.DEVICE)
+
+    @property
+    def _keeps_views(self) -> bool:
+        return not self._node.pinned
+
+    def _space(self, handles: Mapping[Handle, int], ioas: int, views: FileViews) -> DmaSpace:
+        return Type1Space(self._kernel, handles[Handle.CONTAINER], views)
 
     def open(self) -> OpenDevice:
         """Open group and container, and the device in them."""
         with ExitStack() as resources:
-            views = self._views(resources, keep=not self._node.pinned)
+            views = self._views(resources, keep=self._keeps_views)
             group = self._open_group(resources)
             container = self._open_node(self._kernel.dev / "vfio/vfio", resources)
             self._check_container(container)
             self._join(group, container)
             device_fd = self._get_device(group)
             resources.callback(self._kernel.close, device_fd)
-            try:
-                device = VfioDevice(self._kernel, device_fd)
-                space = Type1Space(self._kernel, container, views)
-            except OSError as error:
-                raise BackendUnavailable(f"{self._node.name} cannot be described: {error.strerror}") from error
-            return OpenDevice(device, space, resources.pop_all())
+            opened = {Handle.GROUP: group, Handle.CONTAINER: container, Handle.DEVICE: device_fd}
+            return self._made(opened, 0, views, resources)
         raise AssertionError("unreachable")
 
     def probe(self) -> None:
@@ -220,11 +282,15 @@ class CdevOpener(Opener):
     """The way of kernels with iommufd: /dev/vfio/devices/vfioN and /dev/iommu."""
 
     interface = VfioInterface.CDEV
+    handles = (Handle.IOMMUFD, Handle.DEVICE)
+
+    def _space(self, handles: Mapping[Handle, int], ioas: int, views: FileViews) -> DmaSpace:
+        return IommufdSpace(self._kernel, handles[Handle.IOMMUFD], ioas, views)
 
     def open(self) -> OpenDevice:
         """Open the device's own node, bind it to an iommufd and attach it to a new address space."""
         with ExitStack() as resources:
-            views = self._views(resources, keep=True)
+            views = self._views(resources, keep=self._keeps_views)
             device_fd, iommufd = self._bind(resources)
             request = bytearray(uapi.IOAS_ALLOC.pack(uapi.IOAS_ALLOC.size, 0, 0))
             self._step("making an address space", lambda: self._kernel.ioctl(iommufd, uapi.IOMMU_IOAS_ALLOC, request))
@@ -234,12 +300,7 @@ class CdevOpener(Opener):
                 "attaching it to its address space",
                 lambda: self._kernel.ioctl(device_fd, uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, attach),
             )
-            try:
-                device = VfioDevice(self._kernel, device_fd)
-                space = IommufdSpace(self._kernel, iommufd, ioas, views)
-            except OSError as error:
-                raise BackendUnavailable(f"{self._node.name} cannot be described: {error.strerror}") from error
-            return OpenDevice(device, space, resources.pop_all())
+            return self._made({Handle.IOMMUFD: iommufd, Handle.DEVICE: device_fd}, ioas, views, resources)
         raise AssertionError("unreachable")
 
     def probe(self) -> None:
@@ -294,6 +355,18 @@ class CdevOpener(Opener):
         if self._node.cdev is None:
             return False
         return all(map(self._kernel.may_open, (self._kernel.dev / IOMMUFD_NODE, self._path)))
+
+
+def opener_of(kernel: Kernel, name: str, left: Container[int]) -> Opener:
+    """Return the way by which another process has opened a function.
+
+    Args:
+        kernel: the operating system.
+        name: the function's address.
+        left: what that process has opened, by `Handle`.
+    """
+    node = find_node(kernel.sysfs, name)
+    return CdevOpener(kernel, node) if Handle.IOMMUFD in left else GroupOpener(kernel, node)
 
 
 def choose_opener(kernel: Kernel, name: str, interface: VfioInterface = VfioInterface.AUTO) -> Opener:

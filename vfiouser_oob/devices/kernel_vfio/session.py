@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from vfiouser_oob.config.schema import RegionPolicy
-from vfiouser_oob.devices.base import Answer, BackendSession, ClientLink, DeviceDescription
+from vfiouser_oob.devices.base import Answer, BackendSession, BackendUnavailable, ClientLink, DeviceDescription
 from vfiouser_oob.devices.kernel_vfio.irqs import KernelIrqs
 from vfiouser_oob.devices.kernel_vfio.kernel import Kernel
 from vfiouser_oob.devices.kernel_vfio.maps import IommuMaps
@@ -19,6 +19,7 @@ from vfiouser_oob.devices.kernel_vfio.worker import BUDGET_ADVICE, SLOW_S, Job, 
 from vfiouser_oob.memory.files import FileFacts
 from vfiouser_oob.memory.guest import GuestMemory
 from vfiouser_oob.observability.log import Logger
+from vfiouser_oob.persist.successor.notes import Inheritance
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd, close_fds, take_fds
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.constants import DeviceInfoFlags, IrqIndex, RegionIndex
@@ -64,6 +65,10 @@ class KernelVfioSession(BackendSession):
         self._worker = worker
         self._log = log
         self._leaving = leaving
+        self._notes = link.notes
+        #: Another process may have done what is asked for already.
+        self._again = False
+        self._left = False
         self._regions = RegionTable(kernel, opened.device, policy, log)
         irqs = list(opened.device.irqs)
         irqs += [IrqDescription(0)] * (len(IrqIndex) - len(irqs))
@@ -96,6 +101,8 @@ class KernelVfioSession(BackendSession):
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool) -> Answer[None]:
         """Write by a system call."""
         what = f"writing {len(data)} bytes at {offset:#x} of region {region}"
+        if self._again and region != RegionIndex.CONFIG:
+            raise CommandError(f"{what} was begun by a daemon that has ended; that is not done twice", errno.EIO)
         slow = len(data) > _INLINE_BYTES or self._device.write_may_sleep(region, offset, len(data))
         if slow or self._worker.busy:
             return self._in_worker(what, lambda: self._device.write(region, offset, data))
@@ -141,9 +148,22 @@ class KernelVfioSession(BackendSession):
         if self._worker.busy:
             # The job goes on when nobody waits for it any more, so they are its own.
             owned = take_fds(fds)
-            return self._worker.submit(Job(partial(self._set_irqs, request, owned), finish=partial(close_fds, owned)))
+            return self._worker.submit(
+                Job(
+                    partial(self._set_irqs, request, owned),
+                    succeeded=partial(self._note_irqs, request),
+                    finish=partial(close_fds, owned),
+                )
+            )
         self._irqs.set_irqs(request, fds)
+        self._note_irqs(request)
         return None
+
+    def _note_irqs(self, request: SetIrqs) -> None:
+        index, start = request.index, request.start
+        if self._notes is not None:
+            everything = range(self.description.irqs[index].count)
+            self._irqs.note(self._notes, index, range(start, start + request.count) if request.count else everything)
 
     def _set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd], job: Job[None]) -> None:
         self._irqs.set_irqs(request, fds)
@@ -169,10 +189,15 @@ class KernelVfioSession(BackendSession):
         # A copy of its own: of descriptors that share an inode, as those of devices do, the file table keeps one.
         fd = fds[0].duplicate() if fds else None
         region: DmaRegion | None = None
+        again = self._again
+        if again and (known := self.memory.map.find(request.address)) is not None:
+            self._forget(known)
         try:
             region = self.memory.add(request, fds, facts)
             if region is None or fd is None:
                 self._note_unmapped(request, fd)
+                if region is not None:
+                    self._note_range(region)
                 return None
             self._maps.check(region)
             owned, fd = fd, None
@@ -183,12 +208,20 @@ class KernelVfioSession(BackendSession):
         finally:
             if fd is not None:
                 fd.close()
-        return self._maps.map(region, owned, partial(self._forget, region))
+        forget, note = partial(self._forget, region), partial(self._note_range, region)
+        return self._maps.map(region, owned, forget, note, again=again)
+
+    def _note_range(self, region: DmaRegion) -> None:
+        # Its client may have lost patience meanwhile.
+        if self._notes is not None and self.memory.map.find(region.address) is region:
+            self._notes.mapped(*self.memory.written_down(region))
 
     def _forget(self, region: DmaRegion) -> None:
         # Closing the session drops all of them, also those that are still under way.
         if self.memory.map.find(region.address) is region:
             self.memory.discard(region)
+            if self._notes is not None:
+                self._notes.unmapped(region.address)
 
     def _note_unmapped(self, request: DmaMap, fd: OwnedFd | None) -> None:
         # QEMU maps ROMs and the function's own BARs like this. No function does DMA to them.
@@ -199,16 +232,57 @@ class KernelVfioSession(BackendSession):
 
     def dma_unmap(self, request: DmaUnmap) -> Answer[None]:
         """Unmap one range; while the device may use it, it counts as mapped."""
-        self.memory.require(request)
         region = self.memory.map.find(request.address)
+        if self._again and region is None:
+            return None
+        self.memory.require(request)
         if region is None or region.owner is None:
             self.memory.remove(request)
+            if self._notes is not None:
+                self._notes.unmapped(request.address)
             return None
         return self._maps.unmap(region, partial(self._forget, region))
 
     def dma_unmap_all(self) -> Answer[None]:
         """Unmap everything."""
-        return self._maps.unmap_all(self.memory.remove_all)
+        return self._maps.unmap_all(self._forget_all)
+
+    def _forget_all(self) -> None:
+        for region in self.memory.remove_all():
+            if self._notes is not None:
+                self._notes.unmapped(region.address)
+
+    # For the process after this one
+
+    def begin_notes(self) -> None:
+        """Have kept what the kernel has opened."""
+        if self._notes is not None:
+            for handle, fd in self._opened.handles.items():
+                self._notes.kernel_handle(handle, fd, self._opened.space.ioas)
+
+    def restore(self, left: Inheritance) -> None:
+        """Take over what a client has done with another process; the IOMMU and the device have it still.
+
+        Raises:
+            BackendUnavailable: the client's memory cannot be used.
+        """
+        try:
+            for thing, file in left.ranges:
+                self.memory.restore(thing, file)
+                if file is not None:
+                    self._maps.restore(thing.size)
+        except (CommandError, OSError) as error:
+            raise BackendUnavailable(f"the client's memory cannot be used: {error}") from error
+        eventfds = [((thing.index, thing.vector), fd) for thing, fd in left.eventfds]
+        self._irqs.restore(left.assigned, left.lines, eventfds)
+
+    def command_begins(self, tag: int, *, again: bool) -> None:
+        """A command of the client begins."""
+        self._again = self._irqs.again = again
+
+    def leave(self) -> None:
+        """Leave the device as it is to the process after this one."""
+        self._left = True
 
     # The end
 
@@ -217,7 +291,16 @@ class KernelVfioSession(BackendSession):
         active = self._irqs.active
         self._irqs.close()
         self.memory.close()
+        if self._left:
+            await self._worker.submit(Job(self._let_go, always=True))
+            return
         await self._worker.submit(Job(partial(self._shut_down, active), always=True))
+
+    def _let_go(self, job: Job[None]) -> None:
+        """Close what is ours; the device goes on."""
+        self._leaving()
+        self._regions.close()
+        self._opened.close()
 
     def _shut_down(self, active: list[int], job: Job[None]) -> None:
         """Each step on its own: a device that has gone fails all of them, and is closed all the same."""

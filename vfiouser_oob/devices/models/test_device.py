@@ -47,6 +47,7 @@ MSI_VECTORS = 4
 MSIX_VECTORS = 16
 _DMA_IDLE, _DMA_BUSY, _DMA_DONE, _DMA_FAULT = range(4)
 _FROM_CLIENT, _TO_CLIENT, _DMA_IRQ = 1, 2, 0x100
+_SNAPSHOT = struct.Struct(f"<II{BAR0_SIZE}s{BAR1_SIZE}s")
 
 
 class TestDevice(DeviceModel):
@@ -56,6 +57,7 @@ class TestDevice(DeviceModel):
         name: the function's name, for its shared memory.
     """
 
+    snapshot_version: int | None = 1
     __test__ = False  # its name looks like a test case to pytest
 
     def __init__(self, name: str) -> None:
@@ -88,6 +90,9 @@ class TestDevice(DeviceModel):
         self._host: ModelHost | None = None
         self._resets = 0
         self._start = trio.Event()
+        self._idle = trio.Event()
+        self._idle.set()
+        self._resting = False
         self._power_on()
         self._hooks: Mapping[int, Callable[[int], None]] = {
             0x10: self._interrupt,
@@ -166,7 +171,9 @@ class TestDevice(DeviceModel):
         """Do DMA when asked to; never from a register handler."""
         while True:
             await self._start.wait()
-            self._start = trio.Event()
+            if self._resting:
+                await trio.sleep_forever()
+            self._start, self._idle = trio.Event(), trio.Event()
             registers, command = self._registers, self._command
             address, count = struct.unpack_from("<QI", registers, 0x18)
             try:
@@ -174,6 +181,7 @@ class TestDevice(DeviceModel):
                 outcome, number = _DMA_DONE, 0
             except DmaFault as fault:
                 outcome, number = _DMA_FAULT, fault.errno
+            self._idle.set()
             if registers is not self._registers:
                 continue  # a reset came in between: this transfer never happened
             self._set(0x2C, number)
@@ -194,6 +202,26 @@ class TestDevice(DeviceModel):
         self._buffer = bytearray(BAR1_SIZE)
         self._shared.clear()
         self._power_on()
+
+    # For the process after this one
+
+    async def quiesce(self) -> None:
+        """Finish the transfer under way; one that is asked for now is the next process's."""
+        self._resting = True
+        await self._idle.wait()
+
+    def snapshot(self) -> bytes:
+        """Registers, the transfer that was asked for, and the memory of BAR1."""
+        return _SNAPSHOT.pack(self._resets, self._command, bytes(self._registers), bytes(self._buffer))
+
+    async def restore(self, state: bytes) -> None:
+        """Take them over."""
+        if len(state) != _SNAPSHOT.size:
+            raise ValueError(f"a snapshot of {len(state)} bytes; it has {_SNAPSHOT.size}")
+        self._resets, self._command, registers, buffer = _SNAPSHOT.unpack(state)
+        self._registers, self._buffer = bytearray(registers), bytearray(buffer)
+        if self._get(0x28) == _DMA_BUSY:
+            self._start.set()
 
     def close(self) -> None:
         """Give the shared memory back."""

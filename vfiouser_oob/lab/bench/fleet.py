@@ -77,7 +77,8 @@ class Fleet:
 
     async def _start(self, title: str, names: Sequence[str]) -> Child:
         config = self.directory / f"{title}.toml"
-        lines = ["[daemon]", 'control_socket = "none"', 'log_level = "warning"']
+        # What a machine that is too busy does late is to be measured, not refused.
+        lines = ["[daemon]", 'control_socket = "none"', 'log_level = "warning"', "reply_budget_s = 60"]
         for name in names:
             lines += [
                 "[[function]]",

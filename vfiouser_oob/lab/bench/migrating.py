@@ -22,7 +22,7 @@ from vfiouser_protocol.messages import (
     RegionReadReply,
     RegionWrite,
 )
-from vfiouser_protocol.migration_v1 import REGISTERS, RESUMING, RUNNING, STOP_COPY, STOPPED, MigrationRegister
+from vfiouser_protocol.migration_v1 import PRE_COPY, REGISTERS, RESUMING, RUNNING, STOP_COPY, STOPPED, MigrationRegister
 
 #: QEMU's portion of state.
 PORTION = 1 << 20
@@ -69,6 +69,16 @@ class V2Mover:
             keep: takes the portions.
         """
         self.state(DeviceState.STOP_COPY)
+        return self._read_all(keep)
+
+    def pre_copy(self) -> list[bytes]:
+        """Begin to save while the function runs; returns what there is by then."""
+        self.state(DeviceState.PRE_COPY)
+        portions: list[bytes] = []
+        self._read_all(portions)
+        return portions
+
+    def _read_all(self, keep: list[bytes] | None) -> int:
         total = 0
         while True:
             self.client.sock.sendall(_READ)
@@ -83,9 +93,21 @@ class V2Mover:
 
     def load(self, portions: Sequence[bytes]) -> None:
         """Write a state, and let the function run with it."""
+        self.begin_load()
+        self.write(portions)
+        self.run()
+
+    def begin_load(self) -> None:
+        """Have the function wait for a state."""
         self.state(DeviceState.RESUMING)
+
+    def write(self, portions: Sequence[bytes]) -> None:
+        """Write a part of a state."""
         for portion in portions:
             self.client.call_from(Command.MIG_DATA_WRITE, (_WRITE_HEAD.pack(8 + len(portion), len(portion)), portion))
+
+    def run(self) -> None:
+        """Let the function run."""
         self.state(DeviceState.RUNNING)
 
     def _take(self) -> bool:
@@ -178,24 +200,42 @@ class V1Mover:
         self._write(MigrationRegister.DEVICE_STATE, STOP_COPY)
         total = 0
         while self._read(MigrationRegister.PENDING_BYTES):
-            offset, size = self._read(MigrationRegister.DATA_OFFSET), self._read(MigrationRegister.DATA_SIZE)
-            portion = self._buffer[:size]
-            with memoryview(self._window) as window:
-                portion[:] = window[offset : offset + size]
-            total += size
+            portion = self._portion()
+            total += len(portion)
             if keep is not None:
                 keep.append(bytes(portion))
         self._write(MigrationRegister.DEVICE_STATE, STOPPED)
         return total
 
+    def pre_copy(self) -> list[bytes]:
+        """Begin to save while the function runs; returns the first portion."""
+        self._write(MigrationRegister.DEVICE_STATE, PRE_COPY)
+        return [bytes(self._portion())] if self._read(MigrationRegister.PENDING_BYTES) else []
+
+    def _portion(self) -> memoryview:
+        """The next portion, as a program has it that takes it out of the window once."""
+        offset, size = self._read(MigrationRegister.DATA_OFFSET), self._read(MigrationRegister.DATA_SIZE)
+        portion = self._buffer[:size]
+        with memoryview(self._window) as window:
+            portion[:] = window[offset : offset + size]
+        return portion
+
     def load(self, portions: Sequence[bytes]) -> None:
         """Write a state, and let the function run with it."""
+        self.begin_load()
+        self.write(portions)
+        self.run()
+
+    def begin_load(self) -> None:
+        """Have the function wait for a state."""
         self._write(MigrationRegister.DEVICE_STATE, RESUMING)
+
+    def write(self, portions: Sequence[bytes]) -> None:
+        """Write a part of a state."""
         for portion in portions:
             offset = self._read(MigrationRegister.DATA_OFFSET)
             self._window[offset : offset + len(portion)] = portion
             self._write(MigrationRegister.DATA_SIZE, len(portion))
-        self.run()
 
     def run(self) -> None:
         """Let the function run."""

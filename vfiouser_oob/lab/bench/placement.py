@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -39,3 +39,35 @@ def apart(servers: Sequence[int], helpers: Sequence[int] = ()) -> Iterator[bool]
                 os.sched_setaffinity(pid, mine)
             except ProcessLookupError:  # it died; whoever started it will say so
                 pass
+
+
+@contextmanager
+def together(servers: Sequence[int]) -> Iterator[str]:
+    """Keep ourselves and the servers, with all their threads, on one processor.
+
+    Args:
+        servers: processes that answer us, whosever they are; 0 for one that is not known.
+
+    Returns:
+        Why that cannot be; empty if it can.
+    """
+    before: dict[int, set[int]] = {}
+    processor = {min(os.sched_getaffinity(0))}
+    problem = "" if all(servers) else "its process cannot be seen from here"
+    try:
+        if not problem:
+            for thread in (0, *_threads(servers)):
+                before[thread] = os.sched_getaffinity(thread)
+                os.sched_setaffinity(thread, processor)
+    except OSError as error:
+        problem = f"its process cannot be kept on one processor: {error.strerror}"
+    try:
+        yield problem
+    finally:
+        for thread, places in before.items():
+            with suppress(OSError):  # it has ended, as threads do
+                os.sched_setaffinity(thread, places)
+
+
+def _threads(pids: Sequence[int]) -> list[int]:
+    return [int(task) for pid in pids for task in os.listdir(f"/proc/{pid}/task")]

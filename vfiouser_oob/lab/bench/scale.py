@@ -27,7 +27,7 @@ from vfiouser_protocol.constants import DeviceState
 Progress = Callable[[str], None]
 
 #: Seconds without a wake-up after which what was done before is over, and how long that may take.
-_QUIET_S, _QUIET_AT_LAST_S = 0.2, 20.0
+_QUIET_S, _QUIET_AT_LAST_S = 0.2, 60.0
 
 
 @dataclass(frozen=True, slots=True)

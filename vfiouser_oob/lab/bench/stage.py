@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vfiouser_oob.client.guest import ClientMemory
+from vfiouser_oob.lab.bench import budgets
 from vfiouser_oob.lab.bench.adapters import measure_adapters
 from vfiouser_oob.lab.bench.measure import (
     BURST,
@@ -26,7 +27,7 @@ from vfiouser_oob.lab.bench.measure import (
 from vfiouser_oob.lab.bench.placement import apart
 from vfiouser_oob.lab.bench.raw import RawClient
 from vfiouser_oob.lab.bench.recording import measure_recording
-from vfiouser_oob.lab.bench.results import Budget, Result
+from vfiouser_oob.lab.bench.results import Result
 from vfiouser_oob.lab.bench.streams import FULL_STREAMS, QUICK_STREAMS, StreamEffort, measure_streams
 from vfiouser_oob.lab.bench.survival import measure_survival
 from vfiouser_oob.lab.demo.children import Child, blaming, running, running_command
@@ -34,14 +35,6 @@ from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS
 
 Progress = Callable[[str], None]
 
-# The budgets of the design.
-_READ_BUDGET = Budget(0.7)
-_UPSTREAM_BUDGET = Budget(2.5)
-_MAP_BUDGET = Budget(0.5, at_most=False)
-_MANY_MAPS_BUDGET = Budget(0.8, at_most=False)
-_FIRST_FUNCTION_MB = Budget(60)
-_FURTHER_FUNCTION_MB = Budget(1)
-_NO_WAKE_UPS = Budget(0)
 _MODEL = '{ kind = "model", model = "nvme", size = "1M" }'
 
 
@@ -189,8 +182,10 @@ def _reads(bed: Bed, effort: Effort) -> list[Result]:
     echo, own, relayed = (samples[name].percentile_us(50) for name in ("echo", "model", "upstream"))
     return [
         Result("blocking echo", echo, "us", details=samples["echo"].details()),
-        Result("trapped read, model", own, "us", echo, "echo", _READ_BUDGET, samples["model"].details()),
-        Result("trapped read, vfio-user", relayed, "us", own, "model", _UPSTREAM_BUDGET, samples["upstream"].details()),
+        Result("trapped read, model", own, "us", echo, "echo", budgets.READ, samples["model"].details()),
+        Result(
+            "trapped read, vfio-user", relayed, "us", own, "model", budgets.UPSTREAM_READ, samples["upstream"].details()
+        ),
     ]
 
 
@@ -216,8 +211,8 @@ def _maps(bed: Bed, effort: Effort) -> list[Result]:
     empty, few, full = rates["empty"], rates["few"], rates["many"]
     return [
         Result("empty loop", empty, "messages/s"),
-        Result("DMA_MAP/UNMAP, 64 ranges", few, "messages/s", empty, "empty loop", _MAP_BUDGET),
-        Result("DMA_MAP/UNMAP, 65535 ranges", full, "messages/s", few, "64 ranges", _MANY_MAPS_BUDGET),
+        Result("DMA_MAP/UNMAP, 64 ranges", few, "messages/s", empty, "empty loop", budgets.MAPS),
+        Result("DMA_MAP/UNMAP, 65535 ranges", full, "messages/s", few, "64 ranges", budgets.MANY_MAPS),
     ]
 
 
@@ -227,8 +222,8 @@ def _attaches(bed: Bed, effort: Effort) -> list[Result]:
         effort.rounds * effort.attaches,
     )
     return [
-        Result("attach, model", times["model"], "ms"),
-        Result("attach, vfio-user", times["upstream"], "ms", times["model"], "model"),
+        Result("attach, model", times["model"], "ms", budget=budgets.ATTACH_MS),
+        Result("attach, vfio-user", times["upstream"], "ms", budget=budgets.UPSTREAM_ATTACH_MS),
     ]
 
 
@@ -241,11 +236,8 @@ def _idle(bed: Bed, effort: Effort) -> list[Result]:
                 clients.enter_context(RawClient.attach(path))
             costs = idle_cost([child.pid for child in children.values()], effort.idle_s)
         for name, (wakes, cpu) in zip(children, costs, strict=True):
-            results.append(
-                Result(
-                    f"idle wake-ups, {name}, {title}", wakes, "/s", budget=_NO_WAKE_UPS, details={"cpu_percent": cpu}
-                )
-            )
+            what = f"idle wake-ups, {name}, {title}"
+            results.append(Result(what, wakes, "/s", budget=budgets.NO_WAKE_UPS, details={"cpu_percent": cpu}))
     return results
 
 
@@ -254,8 +246,8 @@ async def _memory(directory: Path, effort: Effort) -> list[Result]:
     many = await _resident(directory / "many", effort.functions)
     further = (many - one) / (effort.functions - 1)
     return [
-        Result("memory, one function", one, "MB", budget=_FIRST_FUNCTION_MB),
-        Result("memory, each further function", further, "MB", budget=_FURTHER_FUNCTION_MB),
+        Result("memory, one function", one, "MB", budget=budgets.FIRST_FUNCTION_MB),
+        Result("memory, each further function", further, "MB", budget=budgets.FURTHER_FUNCTION_MB),
     ]
 
 

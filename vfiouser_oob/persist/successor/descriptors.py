@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from enum import Enum
@@ -79,6 +80,23 @@ def function_of(name: str) -> str | None:
     """The function that a kept descriptor belongs to; None if it belongs to several, or is none of ours."""
     parts = name.removeprefix(PREFIX).split("/")
     return parts[1] if name.startswith(PREFIX) and len(parts) == 3 and parts[0] == "f" else None
+
+
+def eventfd_name(fd: HasFileno) -> str:
+    """The name of an eventfd, which a client may give for several vectors and again and again: the kernel numbers them.
+
+    Args:
+        fd: the eventfd; it stays the caller's.
+
+    Raises:
+        OSError: the kernel does not number it (before 5.2).
+    """
+    with open(f"/proc/self/fdinfo/{fd.fileno()}", encoding="ascii") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key == "eventfd-id":
+                return f"{PREFIX}irq/{int(value):x}"
+    raise OSError(errno.ENOTSUP, "the kernel does not number eventfds")
 
 
 def file_name(device: int, inode: int, access: int) -> str:

@@ -24,14 +24,17 @@ __all__ = [
     "ArrivedThing",
     "AssignedThing",
     "ClientThing",
+    "CompanionThing",
     "ConfigThing",
     "CounterThing",
     "FunctionThing",
     "LineThing",
     "MigrationThing",
+    "ProgressThing",
     "RangeThing",
     "RegionThing",
-    "StreamThing",
+    "SaidThing",
+    "SnapshotThing",
     "Thing",
     "TwinThing",
     "UpstreamThing",
@@ -252,10 +255,10 @@ class CounterThing(Thing):
 
 @dataclass(frozen=True, slots=True)
 class RegionThing(Thing):
-    """Memory behind a region that the client may have mapped.
+    """Memory behind a region that the client may have mapped, or other memory of a device.
 
     Args:
-        index: region index.
+        index: region index; from 0x10000 on, the device knows what it is.
         memory: its name.
     """
 
@@ -290,19 +293,21 @@ class UpstreamThing(Thing):
 
 @dataclass(frozen=True, slots=True)
 class VfioThing(Thing):
-    """A container, group or device of the kernel.
+    """A container, group, device or iommufd of the kernel.
 
     Args:
         number: which of them; its owner knows.
         handle: its name.
+        space: number of the address space, of an iommufd; else 0.
     """
 
     KIND: ClassVar[int] = 13
     KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 1})
     DESCRIPTORS: ClassVar[Mapping[str, DescriptorKind]] = MappingProxyType({"handle": DescriptorKind.VFIO})
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 255})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": 255, "space": _U32})
     number: int
     handle: str
+    space: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,53 +361,82 @@ class ArrivedThing(Thing):
 
 
 @dataclass(frozen=True, slots=True)
-class StreamThing(Thing):
-    """How far the client has come with a state that is being saved.
+class ProgressThing(Thing):
+    """How far the client has come with a part of what it does in a migration.
 
     Args:
+        part: which; its owner knows.
         number: of the command with which it went on, modulo 2^32; until that is answered, what was before counts.
-        epoch_before: how often the stream was begun.
-        taken_before: bytes that the client took.
-        head_before: of the record that it took a part of.
-        done_before: bytes of that one.
-        epoch: likewise, once the command is answered.
-        taken: likewise.
-        head: likewise.
-        done: likewise.
-        whole: it took all of it then.
+        before: how far it was; its owner knows how that is written.
+        after: how far it is once the command is answered.
     """
 
     KIND: ClassVar[int] = 40
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType(
-        {"number": _U32, "epoch_before": _U32, "done_before": _U32, "epoch": _U32, "done": _U32}
-    )
-    number: int
-    epoch_before: int
-    taken_before: int
-    head_before: bytes
-    done_before: int
-    epoch: int
-    taken: int
-    head: bytes
-    done: int
-    whole: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RegisterThing(Thing):
-    """What the client knows of the migration region.
-
-    Args:
-        number: of the command with which it went on, modulo 2^32; until that is answered, what was before counts.
-        before: how far it was, as a list of numbers whose owner knows what they are.
-        after: how far it is once the command is answered, likewise.
-    """
-
-    KIND: ClassVar[int] = 41
-    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"part": 1})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"part": 255, "number": _U32})
+    part: int
     number: int
     before: bytes
     after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CompanionThing(Thing):
+    """The connection of a VM's companion device.
+
+    Args:
+        number: which; no other one of the VM has had it.
+        kept: its socket is kept; else QEMU listens, and a successor connects.
+        busy: a message may have been read and not answered, so nobody can follow the conversation.
+        runs: whether all its queues are enabled.
+        bases: of each queue its index and where its next request is, four bytes each.
+    """
+
+    KIND: ClassVar[int] = 34
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32})
+    number: int
+    kept: bool
+    busy: bool
+    runs: bool
+    bases: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SaidThing(Thing):
+    """What was said of a companion's queues, guest memory or log, and is not said again.
+
+    Args:
+        request: of vhost-user.
+        index: of a queue.
+        payload: of the message.
+        descriptors: what the names of its descriptors have in common.
+        count: how many there are.
+    """
+
+    KIND: ClassVar[int] = 35
+    KEY: ClassVar[Mapping[str, int]] = MappingProxyType({"request": 2, "index": 2})
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"request": _U16, "index": _U16})
+    request: int
+    index: int
+    payload: bytes
+    descriptors: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotThing(Thing):
+    """The state of a device model that came to rest: it lies in the memory that was kept for it.
+
+    Args:
+        model: which model.
+        version: of what the model wrote.
+        size: its bytes.
+    """
+
+    KIND: ClassVar[int] = 15
+    model: str
+    version: int
+    size: int
 
 
 #: Every kind, in the order in which a successor rebuilds.
@@ -420,9 +454,11 @@ THINGS: Sequence[type[Thing]] = (
     VectorThing,
     AssignedThing,
     MigrationThing,
-    StreamThing,
-    RegisterThing,
+    ProgressThing,
     CounterThing,
     VmThing,
     ArrivedThing,
+    CompanionThing,
+    SaidThing,
+    SnapshotThing,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from typing import Protocol
 
 import trio
 
@@ -26,6 +27,16 @@ class PeerGone(Exception):
     """The peer has closed the connection, or it is to be closed; the text says why."""
 
 
+class Pauses(Protocol):
+    """Told when a socket is read."""
+
+    def reads(self) -> None:
+        """Bytes may be taken out of it from now on."""
+
+    def rests(self) -> None:
+        """There are none, and those that come are waited for."""
+
+
 class PeerSocket:
     """A stream whose reads and writes never block the event loop.
 
@@ -39,11 +50,12 @@ class PeerSocket:
         self._account = account
         self._sending = trio.Lock()
 
-    async def receive(self, size: int) -> tuple[bytes, list[ForeignFd]]:
+    async def receive(self, size: int, pauses: Pauses | None = None) -> tuple[bytes, list[ForeignFd]]:
         """Wait for bytes.
 
         Args:
             size: how many at most.
+            pauses: told when the socket is read.
 
         Returns:
             The bytes, and the descriptors that came with them, owned by the caller.
@@ -54,9 +66,13 @@ class PeerSocket:
         while True:
             # Also with data at hand, so that a peer that always has some does not keep the others waiting.
             await trio.lowlevel.checkpoint()
+            if pauses is not None:
+                pauses.reads()
             try:
                 data, ancillary, flags, _ = self._sock.recvmsg(size, _ANCILLARY, _RECEIVE)
             except BlockingIOError:
+                if pauses is not None:
+                    pauses.rests()
                 await trio.lowlevel.wait_readable(self._sock)
                 continue
             except OSError as error:
@@ -69,6 +85,15 @@ class PeerSocket:
                 close_fds(fds)
                 raise PeerGone("it closed the connection")
             return data, fds
+
+    def fileno(self) -> int:
+        """Return the descriptor's number; it stays this object's."""
+        return self._sock.fileno()
+
+    def leave(self) -> None:
+        """Close our descriptor and leave the connection to who has another one."""
+        trio.lowlevel.notify_closing(self._sock)
+        ForeignFd(self._sock.detach(), self._account).close()
 
     async def receive_alone(self, size: int) -> bytes:
         """Wait for bytes; descriptors that come with them are closed."""

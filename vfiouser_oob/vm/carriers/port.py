@@ -126,17 +126,28 @@ class CarrierPort(Meeting):
         listener: the socket; owned from now on.
         name: which carrier of which VM, for logs.
         allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+        connected: a connection that another daemon has accepted; owned from now on.
     """
 
-    def __init__(self, listener: Listener, name: str, allow_uids: frozenset[int] | None = None) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        name: str,
+        allow_uids: frozenset[int] | None = None,
+        connected: socket.socket | None = None,
+    ) -> None:
         super().__init__(name, allow_uids)
         self._listener = listener
+        self._connected = connected
 
     async def serve(self, converse: Converse, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accept until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
+                if self._connected is not None:
+                    self._connections += 1
+                    nursery.start_soon(self._serve_one, self._connected, converse)
                 while True:
                     sock = await self._listener.next_client(self._not_accepted)
                     self._connections += 1

@@ -24,6 +24,7 @@ from vfiouser_oob.transport.listener import Listener
 from vfiouser_oob.transport.peer import Peer
 from vfiouser_oob.transport.worker import Worker
 from vfiouser_oob.vm.carriers.at_desk import CarrierAtDesk
+from vfiouser_oob.vm.carriers.companion_notes import CompanionNotes, LeftCompanion
 from vfiouser_oob.vm.carriers.desk import Desk, Offered, Refused
 from vfiouser_oob.vm.carriers.interface import (
     AnswerDue,
@@ -70,14 +71,16 @@ _UNHANDLED = 32
 class VhostUserFs(CarrierAtDesk):
     """One VM's carrier F.
 
-    QEMU cannot connect a device's back-end anew. So if the daemon is to be restarted under a running VM, QEMU has to
-    listen, and we connect; it then goes on where it was, without saying anything again.
+    QEMU cannot connect a device's back-end anew. So if the daemon is to be restarted under a running VM, somebody has
+    to keep the connection (`notes`), or QEMU has to listen, and we connect; either way QEMU says nothing again.
 
     Args:
         listener: the socket that QEMU connects to, owned from now on; None if QEMU listens.
         path: where it is.
         allow_uids: users that may be the peer; None allows whoever the socket's permissions let in.
-        before: where the carrier of an earlier daemon was, if QEMU listens and goes on; see `standing`.
+        before: where it was when a connection was lost, if QEMU listens and goes on; see `standing`.
+        notes: takes the connection down for the daemon after this one, and what another one has left; None if nothing
+            is kept.
     """
 
     name = "vhost-user-fs"
@@ -89,12 +92,19 @@ class VhostUserFs(CarrierAtDesk):
         path: Path,
         allow_uids: frozenset[int] | None = None,
         before: Standing | None = None,
+        notes: CompanionNotes | None = None,
     ) -> None:
         super().__init__()
         name = f"{self.name} {path}"
+        #: A connection that another daemon has left, until it is taken up.
+        self._left = None if notes is None else notes.taken()
+        connected = None if self._left is None else self._left.sock
         self._port = (
-            CarrierCaller(path, name, allow_uids) if listener is None else CarrierPort(listener, name, allow_uids)
+            CarrierCaller(path, name, allow_uids)
+            if listener is None
+            else CarrierPort(listener, name, allow_uids, connected)
         )
+        self._notes = notes
         self._calls = listener is None
         #: Where the device was when its connection was lost; only where it can be taken up again.
         self.standing: Standing | None = before
@@ -127,8 +137,9 @@ class VhostUserFs(CarrierAtDesk):
         return ()
 
     async def _converse(self, connection: PeerSocket, process: Peer) -> None:
-        before = self.standing if self._calls else None
-        conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected, before)
+        left, self._left = self._left, None
+        before = left.standing if left is not None else self.standing if self._calls else None
+        conversation = _Conversation(connection, self._port, self._desk, lambda: self._expected, before, self._notes)
         attached = False
         reason = "it closed the connection"
         framer = VhostFramer()
@@ -137,22 +148,31 @@ class VhostUserFs(CarrierAtDesk):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(conversation.run)
                 with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
-                    if self._calls:
+                    if self._calls or left is not None:
                         opening.deadline = math.inf
                         attached = await self._attach(process)
+                        await conversation.begin(None if self._calls else connection, left)
                     while True:
-                        message = framer.feed(*await connection.receive(framer.bytes_wanted))
+                        message = framer.feed(*await connection.receive(framer.bytes_wanted, conversation))
+                        conversation.part = framer.begun
                         if message is None:
                             continue
                         if not attached:
                             opening.deadline = math.inf
                             attached = await self._attach(process)
+                            await conversation.begin(connection, None)
                         await conversation.put(message)
                 raise PeerGone(f"it has not said anything within {OPENING_S:g} s")
         except* (VhostWireError, PeerGone) as errors:
             reason = str(first_of(errors))
         finally:
             framer.close()
+            if left is not None:
+                left.close()
+            if self._notes is not None and self._notes.leaving:
+                connection.leave()
+            elif attached and self._notes is not None and not self._calls:
+                self._notes.ended()
             conversation.close()
             self.standing = conversation.standing
         if attached:
@@ -189,6 +209,7 @@ class _Conversation:
         desk: where to ask.
         expected: how large a state to take; None for none.
         before: where an earlier connection was that this one takes the place of.
+        notes: takes it down for the daemon after this one.
     """
 
     def __init__(
@@ -198,7 +219,13 @@ class _Conversation:
         desk: Desk,
         expected: Callable[[], int | None],
         before: Standing | None,
+        notes: CompanionNotes | None,
     ) -> None:
+        self._notes = notes
+        #: Whether a part of a message was read, whether more is being read, and how many were read and not answered.
+        self.part = False
+        self._reading = False
+        self._unanswered = 0
         self._connection = connection
         self._account = port.account
         self._desk = desk
@@ -218,8 +245,45 @@ class _Conversation:
         self._backend.moved(self._rings.bases)
         return self._backend.standing
 
+    # What is taken down
+
+    async def begin(self, sock: PeerSocket | None, left: LeftCompanion | None) -> None:
+        """Somebody is served from now on.
+
+        Args:
+            sock: where, if another daemon can go on there.
+            left: what another daemon has left, with which this one goes on.
+        """
+        if left is None:
+            if self._notes is not None:
+                self._notes.began(sock)
+            return
+        for message in left.said:
+            step = self._backend.take(message)
+            if step is not None:
+                await _STEPS[type(step)](self, step)
+        self._backend.data_to_send()  # what was answered before
+        if left.standing.runs:
+            self._rings.start(dict(left.standing.bases))
+
+    def reads(self) -> None:
+        """Messages may be read from now on."""
+        self._reading = True
+        if self._notes is not None:
+            self._notes.busy()
+
+    def rests(self) -> None:
+        """None is there."""
+        self._reading = False
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._notes is not None and not (self._reading or self.part or self._unanswered or self._transfer):
+            self._notes.idle(self.standing)
+
     async def put(self, message: VhostMessage) -> None:
         """Have a message handled, in its turn."""
+        self._unanswered += 1
         try:
             await self._send.send(message)
         except trio.Cancelled:
@@ -249,10 +313,14 @@ class _Conversation:
         self._worker.close()
 
     async def _handle(self, message: VhostMessage) -> None:
+        if self._notes is not None:
+            self._notes.said(message)
         step = self._backend.take(message)
         if step is not None:
             await _STEPS[type(step)](self, step)
         await self._connection.send(self._backend.data_to_send())
+        self._unanswered -= 1
+        self._settle()
 
     # The queues
 
@@ -279,6 +347,8 @@ class _Conversation:
 
     async def _end_log(self, _: LogEnded) -> None:
         await self._drop_log()
+        if self._notes is not None:
+            self._notes.unsaid(VhostRequest.SET_LOG_BASE)
 
     async def _drop_log(self) -> None:
         if self._written is not None:
@@ -296,7 +366,7 @@ class _Conversation:
             self._backend.deny_stop(step.index)
         else:
             self._backend.stopped(step.index)
-        await self._drop_log()
+        await self._end_log(LogEnded())
 
     async def _go(self, step: GoNeeded) -> None:
         answer = await self._desk.ask(GoAsked(), ANSWER_S)

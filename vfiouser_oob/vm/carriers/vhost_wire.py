@@ -55,6 +55,11 @@ class VhostFramer:
         """How many bytes may be read next: more would take the next message's descriptors."""
         return (HEADER_SIZE if self._head is None else self._head.size) - len(self._buffer)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a part of a message was taken."""
+        return self._head is not None or bool(self._buffer)
+
     def feed(self, data: bytes, fds: list[ForeignFd]) -> VhostMessage | None:
         """Take bytes, at most as many as are wanted, and descriptors.
 

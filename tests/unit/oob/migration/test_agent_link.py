@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from agentbed import Served, served
 from vfiouser_agents.api import AgentState, Event, EventKind, Outcome, Phase, Role
 from vfiouser_agents.errors import InvalidState
-from vfiouser_agents.memory import MemoryAgent, MemoryFunction
+from vfiouser_agents.memory import MemoryAgent, MemoryFunction, MemorySession
 from vfiouser_agents.operations import Operation
 from vfiouser_oob.config.schema import MigrationConfig
 from vfiouser_oob.migration.record import Begun
@@ -112,4 +112,39 @@ async def test_an_agent_that_was_started_anew_within_a_session_is_told_again() -
             assert link.facts is not None
             await link.begin(BEGUN, soon())
             assert 2 == function.calls.count("begin")
+            nursery.cancel_scope.cancel()
+
+
+class _Counting(MemoryAgent):
+    """Notes how many sessions were open at once."""
+
+    def __init__(self, functions: list[MemoryFunction]) -> None:
+        super().__init__(functions)
+        self.opened: list[str] = []
+        self.gate = trio.Event()
+
+    async def open(self, function_id: str) -> MemorySession:
+        """Open one when that is allowed."""
+        self.opened.append(function_id)
+        await self.gate.wait()
+        return await super().open(function_id)
+
+
+async def test_functions_of_an_agent_ask_it_a_few_at_a_time() -> None:
+    """Many that begin together do not crowd out what their clients wait for; each gets its turn."""
+    names = [f"f{number}" for number in range(5)]
+    agent, turns = _Counting([MemoryFunction(name) for name in names]), trio.CapacityLimiter(2)
+    runners = [
+        MigrationRunner(name, agent, name, CONFIG, EventHub(), log.get("function"), probes=turns) for name in names
+    ]
+    with trio.fail_after(30):
+        async with agent, trio.open_nursery() as nursery:
+            for runner in runners:
+                nursery.start_soon(runner.run)
+            await wait_all_tasks_blocked()
+            assert 2 == len(agent.opened)
+            agent.gate.set()
+            await wait_all_tasks_blocked()
+            assert set(names) == set(agent.opened)
+            assert all(runner.record.asked for runner in runners)
             nursery.cancel_scope.cancel()

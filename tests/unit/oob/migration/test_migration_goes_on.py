@@ -22,7 +22,7 @@ from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.devices.model_backend import ModelBackend
 from vfiouser_oob.devices.models.test_device import build
-from vfiouser_oob.migration.inherited import KeptClient, StreamMark, V1Mark
+from vfiouser_oob.migration.inherited import KeptClient, LogMark, StreamMark, V1Mark
 from vfiouser_oob.migration.port import MigrationPort, attach
 from vfiouser_oob.migration.record import MigrationRecord, Owner
 from vfiouser_oob.migration.runner import MigrationRunner
@@ -71,6 +71,7 @@ class Notebook:
     stream: tuple[int, StreamMark, StreamMark] = (0, StreamMark(), StreamMark())
     v1: tuple[int, V1Mark, V1Mark] = (0, V1Mark(), V1Mark())
     memory: OwnedFd | None = None
+    log: LogMark | None = None
 
     def migration(self, record: MigrationRecord) -> None:
         """What the migration is from now on."""
@@ -89,6 +90,10 @@ class Notebook:
         undone = self.number if unanswered else -1
         stream, v1 = self.stream, self.v1
         return stream[1] if stream[0] == undone else stream[2], v1[1] if v1[0] == undone else v1[2]
+
+    def logs(self, mark: LogMark | None) -> None:
+        """Dirty pages are logged, or not any more."""
+        self.log = mark
 
     def region(self, index: int, memory: SharedMemory) -> None:
         """It may map that."""
@@ -151,6 +156,19 @@ class Place:
         self._backend = ModelBackend(build("f0", None))
 
     @asynccontextmanager
+    async def runner(self, left: MigrationRecord) -> AsyncIterator[MigrationRunner]:
+        """A daemon's part without any client."""
+        agent = MemoryAgent([self.function])
+        runner = MigrationRunner(
+            "f0", agent, "f0", CONFIG, EventHub(), log.get("function"), notes=self.notes, left=left
+        )
+        with trio.fail_after(60):
+            async with agent, trio.open_nursery() as nursery:
+                nursery.start_soon(runner.run)
+                yield runner
+                nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
     async def daemon(self, *, unanswered: bool = False) -> AsyncIterator[Daemon]:
         """Another daemon, which is killed at the end: nothing is done then, and nothing taken down.
 
@@ -167,7 +185,8 @@ class Place:
                 nursery.start_soon(self._backend.run)
                 nursery.start_soon(runner.run)
                 session = await self._backend.open(Client())
-                kept = KeptClient(self.notes, left is not None, {}, *self.notes.left(unanswered=unanswered))
+                stream, v1 = self.notes.left(unanswered=unanswered)
+                kept = KeptClient(self.notes, left is not None, {}, stream, v1, self.notes.log)
                 with trio.fail_after(5):
                     port = await attach(runner, session, "f0", CAPABILITIES, kept)
                 if port.v1 is not None:
@@ -259,6 +278,23 @@ async def test_the_end_that_did_not_reach_its_client() -> None:
             assert (S.STOP_COPY, AgentState.STOPPED) == (daemon.state, here.function.state)
             await daemon.go(S.RUNNING)
             assert AgentState.RUNNING is here.function.state
+
+
+@pytest.mark.parametrize("handed", [False, True])
+async def test_a_client_that_went_with_its_daemon(handed: bool) -> None:
+    """Its source is brought back, unless it gave everything; then it stays stopped, until the next client resets it."""
+    with closing(Place()) as here:
+        async with here.daemon() as daemon:
+            await daemon.go(S.STOP_COPY)
+            await (daemon.read_all() if handed else daemon.read(1000))
+        async with here.runner(MigrationRecord.from_json(here.notes.text or "")) as runner:
+            await runner.give_up_left()
+            await runner.settle()
+            assert (handed, not handed) == (runner.record.fenced, here.function.running)
+            await runner.give_up_left()
+        here.notes = Notebook()
+        async with here.daemon() as daemon:
+            assert (S.RUNNING, True) == (daemon.state, here.function.running)
 
 
 async def test_a_source_is_brought_back_by_its_client() -> None:

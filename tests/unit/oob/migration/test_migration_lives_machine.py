@@ -16,8 +16,11 @@ from machinekit import Fate, Script, Side
 from vfiouser_agents.api import Status
 from vfiouser_oob.migration import events as ev
 from vfiouser_oob.migration.fence import REACTIONS
-from vfiouser_oob.migration.record import RUNS, Certainty, Goal, MigrationRecord
+from vfiouser_oob.migration.plans import arc_name
+from vfiouser_oob.migration.record import RUNS, Certainty, Goal, MigrationRecord, Owner
 from vfiouser_protocol.constants import DeviceState
+from vfiouser_protocol.errors import CommandError
+from vfiouser_protocol.migration_v2 import require_path
 
 S = DeviceState
 #: What a client does seldom, so that it gets far.
@@ -183,6 +186,55 @@ class Lives(RuleBasedStateMachine):
         side.record = MigrationRecord.from_json(side.record.to_json())
         side.feed(ev.Started())
         side.settle(1)
+
+    @rule(first=st.booleans(), plan=fates)
+    def daemon_restarts_under_its_client(self, first: bool, plan: list[Fate]) -> None:
+        """A daemon goes on with the client of another."""
+        side = self.sides()[first]
+        if side.record.attached:
+            side.go_on(scripted(plan))
+
+    @rule(
+        first=st.booleans(),
+        wanted=st.sampled_from([S.STOP, S.STOP_COPY, S.PRE_COPY, S.RESUMING, S.RUNNING]),
+        steps=st.integers(0, 5),
+        done=st.booleans(),
+        plan=fates,
+    )
+    def daemon_is_killed(self, first: bool, wanted: DeviceState, steps: int, done: bool, plan: list[Fate]) -> None:
+        """In the middle of a step, which has its effect or not; another one goes on with its client."""
+        side = self.sides()[first]
+        record = side.record
+        if not record.attached or record.certainty is not Certainty.KNOWN or not self.may_want(side, wanted):
+            return
+        try:
+            arcs = require_path(record.state_shown, wanted)
+        except CommandError:
+            return
+        if not arcs:
+            return
+        side.feed(ev.TakenOver(under_way=False))
+        names = tuple(arc_name(arc.source, arc.target) for arc in arcs)
+        if side.die(ev.Requested(names, Owner.V2), steps, done=done):
+            side.go_on(scripted(plan))
+
+    def may_want(self, side: Side, wanted: DeviceState) -> bool:
+        """Whether a sane client asks for that."""
+        if side is self.source:
+            if wanted is S.RESUMING or (side.record.state, wanted) == (S.STOP_COPY, S.PRE_COPY):
+                return False
+            if wanted in RUNS and side.live and self.decided is self.destination:
+                return False
+            if wanted in RUNS and side.record.handed:
+                self.decided = self.source
+            return True
+        if wanted in (S.PRE_COPY, S.STOP_COPY) or self.decided is self.source:
+            return False
+        if wanted is S.RESUMING and side.live:
+            return False
+        if wanted is S.RUNNING and (side.record.committed or side.whole):
+            self.decided = self.destination
+        return True
 
     # What holds
 

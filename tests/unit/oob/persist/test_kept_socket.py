@@ -13,7 +13,6 @@ from vfiouser_oob.persist.kept_socket import LARGEST_HELD, KeptSocket
 from vfiouser_oob.persist.record import UnusableRecord
 from vfiouser_oob.persist.stream_memory import OUTBOX_SIZE, CommandStage, StreamMemory, Torn
 from vfiouser_oob.transport.fds import OwnedFd, close_fds
-from vfiouser_oob.transport.message_socket import EndOfStream
 from vfiouser_protocol.header import pack_header
 
 _WRITE = 10
@@ -73,6 +72,14 @@ class Stream:
             found.append(message.header.msg_id)
         return found
 
+    def counts(self) -> list[int]:
+        """How many descriptors each message has that is there."""
+        found = []
+        while (message := self.kept.try_receive()) is not None:
+            found.append(len(message.fds))
+            close_fds(message.fds)
+        return found
+
     def close(self) -> None:
         """End it."""
         self.kept.close()
@@ -111,11 +118,7 @@ async def test_descriptors_come_again(stream: Stream) -> None:
         socket.send_fds(stream.peer, [command(2)], [event.fileno()])
     stream.peer.send(command(3))
     for _ in range(2):
-        counts = []
-        while (message := stream.kept.try_receive()) is not None:
-            counts.append(len(message.fds))
-            close_fds(message.fds)
-        assert counts == [0, 1, 0]
+        assert stream.counts() == [0, 1, 0]
         stream.die()
     assert stream.ids() == [1, 2, 3]
     for number in (1, 2, 3):
@@ -124,13 +127,46 @@ async def test_descriptors_come_again(stream: Stream) -> None:
     stream.close()
 
 
-async def test_glued_descriptors_end_the_stream(stream: Stream) -> None:
-    """Two messages in one sendmsg, the first with a descriptor: nobody gets one that is not his."""
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+@pytest.mark.parametrize("glued", [2, 3, 40])
+async def test_descriptors_of_several_messages_in_one_sendmsg(stream: Stream, ahead: int, glued: int) -> None:
+    """They belong to the first of them, for each process, also for one that goes on in between."""
+    for number in range(ahead):
+        stream.peer.send(command(number))
+    last = ahead + glued
     with OwnedFd(os.eventfd(7)) as event:
-        socket.send_fds(stream.peer, [command(1) + command(2)], [event.fileno()])
-    assert stream.ids() == [1, 2]
-    with pytest.raises(EndOfStream, match="another message"):
-        stream.kept.answer(reply(1))
+        together = b"".join(command(number, 200) for number in range(ahead, last))
+        socket.send_fds(stream.peer, [together], [event.fileno()])
+    stream.peer.send(command(last))
+    wanted = [number == ahead for number in range(last + 1)]
+    assert stream.counts() == wanted
+    for number in range(last + 1):
+        stream.die()
+        assert stream.counts() == wanted[number:]
+        stream.kept.answer(reply(number))
+        assert stream.heard() == reply(number)
+    stream.close()
+
+
+@pytest.mark.parametrize("cut", [10, 16, 20])
+async def test_descriptors_with_the_rest_of_a_message_and_more(stream: Stream, cut: int) -> None:
+    """One sendmsg ends a message and has a whole one and half of another: the descriptors are the first one's."""
+    first = command(1)
+    stream.peer.send(first[:cut])
+    assert stream.counts() == []
+    with OwnedFd(os.eventfd(7)) as event:
+        socket.send_fds(stream.peer, [first[cut:] + command(2) + command(3)[:cut]], [event.fileno()])
+    assert stream.counts() == [1, 0]
+    stream.die()
+    assert stream.counts() == [1, 0]
+    with OwnedFd(os.eventfd(7)) as event:
+        socket.send_fds(stream.peer, [command(3)[cut:] + command(4)], [event.fileno(), event.fileno()])
+    assert stream.counts() == [2, 0]
+    stream.die()
+    assert stream.counts() == [1, 0, 2, 0]
+    for number in (1, 2, 3, 4):
+        stream.kept.answer(reply(number))
+    assert stream.heard() == b"".join(reply(number) for number in (1, 2, 3, 4))
     stream.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import trio
 from memorybed import Clock, Guest, MemoryOnly
 from vfiouser_oob.devices.base import ClientLink, DeviceDescription
 from vfiouser_oob.migration.config_shadow import ConfigShadow
+from vfiouser_oob.vm.monitor import RefusedError
 from vfiouser_oob.vm.page_contents import PageContents
 from vfiouser_oob.vm.registers import FunctionRegisters, RegisterReader, RegistersUnknown
 from vfiouser_oob.vm.replay import ConfigWrite, MemoryWrite, ReplayPlan, SourceView
-from vfiouser_oob.vm.replaying import FunctionReplay, ReplayFailed, ReplayUnderWay, path_to, prepare, replay_by_ports
+from vfiouser_oob.vm.replaying import FunctionReplay, ReplayFailed, ReplayUnderWay, path_to, prepare, replay_of
 from vfiouser_oob.vm.topology import Bdf, Slot, TopologyError
 from vfiouser_protocol.constants import IrqIndex, RegionFlags
 from vfiouser_protocol.errors import DmaFault
@@ -206,22 +208,14 @@ class PortMonitor:
         return f"portw[{port:#06x}] = {int.from_bytes(data, 'little'):#x}\n"
 
 
-async def test_a_machine_without_ecam() -> None:
-    """Configuration by ports and the table by DMA, step by step; the guest's own address comes back."""
+async def test_a_function_that_need_not_be_written() -> None:
+    """One that is as its reset left it: if ECAM has just gone that is no failure, and without it nothing is sent."""
     bus = Bus()
-    replay = FunctionReplay("f0", PLAN, PLACE, None)
-    assert replay.needs_answers
-    monitor = PortMonitor(bus)
-    await replay_by_ports(replay, bus, monitor)
-    writes = [each for each in bus.order if each[0] == "write"]
-    assert [BASE + 0x10, BASE + 4, TABLE, BASE + 4] == [address for _, address, _ in writes]
-    assert monitor.address == 0x8000_2850
-    bus.stuck[TABLE] = 0xFF
-    bus.memory[TABLE] = 1
-    wrong = ReplayPlan((MemoryWrite(TABLE, b"\1" * 16, b"\xff" * 16),))
-    with pytest.raises(ReplayFailed, match="f0: the MSI-X table"):
-        await replay_by_ports(FunctionReplay("f0", wrong, PLACE, None), bus, monitor)
-    assert monitor.address == 0x8000_2850
+    bus.decodes = False
+    await ReplayUnderWay(FunctionReplay("f0", PLAN, PLACE, ECAM, needed=False), bus).finish(lambda: True)
+    bus.free = False
+    await ReplayUnderWay(FunctionReplay("f0", PLAN, PLACE, None, needed=False), bus).finish(lambda: True)
+    assert not bus.queue
 
 
 TREE = {
@@ -266,11 +260,16 @@ class Registers(MemoryOnly):
         return head()[offset : offset + count]
 
 
+#: What QEMU says before firmware has turned ECAM on.
+NOWHERE = (1 << 64) - 1
+
+
 class Source:
     """What a reader reads."""
 
     def __init__(self) -> None:
-        self.ecam = ECAM
+        self.ecam: int | None = ECAM
+        self.name = "f0"
         self.guest = Guest(1)
         self.device = Registers(self.guest, Clock())
         absent = [RegionSpec.absent(index) for index in range(9)]
@@ -294,8 +293,10 @@ class Source:
         """Say where the function is."""
         await trio.lowlevel.checkpoint()
         if command == "qom-get":
+            if self.ecam is None:
+                raise RefusedError(command, "GenericError", "no such property")
             return self.ecam
-        return [{"devices": [{"qdev_id": "f0", "bus": 0, "slot": 5, "function": 0}]}]
+        return [{"devices": [{"qdev_id": self.name, "bus": 0, "slot": 5, "function": 0}]}]
 
     async def hmp(self, line: str) -> str:
         """Not used."""
@@ -362,14 +363,48 @@ async def test_memory_that_the_guest_has_off(source: Source, autojump_clock: tri
     assert (b"", ("the MSI-X table of f0, which the guest has switched off",)) == (found.view.table, found.missing)
 
 
-async def test_a_machine_whose_registers_cannot_be_written(source: Source) -> None:
-    """Without ECAM it is told at the beginning, when nothing is lost yet; ports are a way for who can use them."""
-    source.ecam = (1 << 64) - 1  # what QEMU says before firmware has turned it on
+async def test_a_machine_without_ecam(source: Source) -> None:
+    """It is told at the beginning, when nothing is lost yet."""
+    source.ecam = None
     with pytest.raises(RegistersUnknown, match="could not write the registers of f0: the machine has no ECAM"):
         await source.reader.locate(source)
-    reader = RegisterReader("f0", source.device, source.shadow, source.bus, by_ports=True)
-    await reader.locate(source)
-    assert (await reader.collect(1)).ecam is None
+
+
+async def test_a_function_that_is_set_up_needs_a_way(source: Source) -> None:
+    """Before ECAM is on, or while it is on no bus, its registers could not be written."""
+    source.ecam = NOWHERE
+    with pytest.raises(RegistersUnknown, match="registers of f0: firmware has not turned ECAM on"):
+        await source.reader.locate(source)
+    source.ecam, source.name = ECAM, "other"
+    with pytest.raises(RegistersUnknown, match="registers of f0: it is on no bus"):
+        await source.reader.locate(source)
+
+
+async def test_firmware_that_begins_anew(source: Source, autojump_clock: trio.testing.MockClock) -> None:
+    """As long as nobody has set the function up it need not be found; as soon as somebody has, it is found again."""
+    await source.reader.locate(source)
+    source.shadow.clear()
+    source.ecam, source.name = NOWHERE, "other"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.reader.watch)
+        await trio.sleep(1)
+        found = await source.reader.collect(1)
+        assert (None, {}) == (found.ecam, found.view.written)
+        source.ecam, source.name = 2 * ECAM, "f0"
+        await trio.sleep(0.1)
+        source.shadow.note(0x10, (0xFEB0_0000).to_bytes(4, "little"))
+        assert (PLACE, 2 * ECAM) == ((found := await source.reader.collect(1)).place, found.ecam)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_replay_without_ecam(source: Source) -> None:
+    """A function that is set up cannot be replayed; one that is not need not be."""
+    await source.reader.locate(source)
+    found = replace(await source.reader.collect(1), ecam=None)
+    with pytest.raises(ReplayFailed, match="f0: its machine has no ECAM"):
+        replay_of("f0", found, source.device)
+    untouched = replace(found, view=SourceView({}))
+    assert not replay_of("f0", untouched, source.device).needed
 
 
 async def test_nobody_knows_where_it_is(source: Source) -> None:
