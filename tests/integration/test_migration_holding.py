@@ -27,8 +27,8 @@ from rawclient import (
 from vfiouser_agents.api import AgentState
 from vfiouser_agents.errors import Busy, DeadlineExceeded
 from vfiouser_agents.faults import Fails
+from vfiouser_oob.migration import held_writes
 from vfiouser_oob.migration.record import Certainty
-from vfiouser_oob.server import holding
 
 BUDGET_S = 1.0
 SCRATCH, WIDE = 4, 8
@@ -240,8 +240,8 @@ async def test_held_writes_are_done_before_the_next_stop(tmp_path: Path) -> None
 
 async def test_held_writes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More writes than are held at most are lost and noted, in number and in bytes; those that are held are done."""
-    monkeypatch.setattr(holding, "MAX_HELD", 3)
-    monkeypatch.setattr(holding, "MAX_HELD_BYTES", 3 * 20 + 10)
+    monkeypatch.setattr(held_writes, "MAX_HELD", 3)
+    monkeypatch.setattr(held_writes, "MAX_HELD_BYTES", 3 * 20 + 10)
     async with unknown(tmp_path) as (both, client, spy):
         for value in range(5):
             await client.send(client.pack(REGION_WRITE, write(value), flags=NO_REPLY))

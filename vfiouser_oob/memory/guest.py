@@ -18,6 +18,7 @@ from vfiouser_oob.transport.reaper import STRANGERS, Account
 from vfiouser_oob.transport.turns import FunctionQueue
 from vfiouser_oob.transport.worker import Worker
 from vfiouser_protocol.dma import DmaRegion, DmaTable
+from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError, DmaFault
 from vfiouser_protocol.messages import DmaMap as DmaMapRequest
 from vfiouser_protocol.messages import DmaUnmap as DmaUnmapRequest
@@ -67,8 +68,8 @@ class GuestMemory:
         self._messages = messages
         #: Whether even ranges with a file are reached by messages.
         self.by_message = by_message
-        #: Told of every write that went through a file here: address and bytes.
-        self.on_write: Callable[[int, int], None] | None = None
+        #: Pages that were written through a file here, and whatever else is known to be dirty, while that is wanted.
+        self.log = DmaLogging()
         #: Decides which way writes go, and knows which of them the client does not; None if nobody needs that.
         self.recorder: WriteRecorder | None = None
         self._check_files = check_files
@@ -370,8 +371,7 @@ class GuestMemory:
             raise
 
     def _wrote(self, address: int, length: int) -> None:
-        if self.on_write is not None:
-            self.on_write(address, length)
+        self.log.mark(address, length)
         if self.recorder is not None:
             self.recorder.wrote(address, length)
 

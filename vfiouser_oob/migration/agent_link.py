@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -61,6 +62,21 @@ _EVENTS_S = 0.1
 _LET_GO_S = 5.0
 
 
+@dataclass(slots=True)
+class _OpenSession:
+    """A session with the agent.
+
+    Args:
+        session: the session.
+        member: whether the migration belongs to it, if one was begun.
+        told: the migration that its agent has taken a `begin` for, and need not be told of again.
+    """
+
+    session: Session
+    member: bool
+    told: Begun | None = None
+
+
 class AgentLink:
     """Calls to the agent of one function.
 
@@ -83,11 +99,7 @@ class AgentLink:
         self._agent = agent
         self._tracer = tracer
         self._host = host
-        self._session: Session | None = None
-        #: The session that the migration belongs to, if it is open.
-        self._member: Session | None = None
-        #: The session on which the agent has taken a `begin`, and which: it need not be told again.
-        self._told_begin: tuple[Session, Begun] | None = None
+        self._open: _OpenSession | None = None
         self._watching = BackgroundJob(host.background)
         self._opening = trio.Lock()
         self._in_use = 0
@@ -95,7 +107,7 @@ class AgentLink:
     @property
     def is_open(self) -> bool:
         """Whether a session is open."""
-        return self._session is not None
+        return self._open is not None
 
     @property
     def caps(self) -> Capabilities | None:
@@ -146,13 +158,13 @@ class AgentLink:
     async def _made(self, op: Op[..., Any], delivery: Delivery, work: Callable[[Session], Awaitable[T]]) -> T:
         """Make a call on the open session; on another one if its connection turns out to have gone before we came."""
         while True:
-            known, used = self._session, None
+            known, used = self._open, None
             try:
                 used = await self._ready(op, delivery)
                 result = await work(used)
             except AgentError as error:
                 delivery.judge(error)
-                if isinstance(error, TransportLost) and error.unsent and used is not None and used is known:
+                if isinstance(error, TransportLost) and error.unsent and known is not None and used is known.session:
                     self._forget(used)
                     continue
                 self._failed(op, error, used, delivery)
@@ -201,40 +213,39 @@ class AgentLink:
             self._tracer.agent_away = False
 
     def _forget(self, used: Session | None) -> None:
-        if used is None or self._session is not used:
+        if used is None or self._open is None or self._open.session is not used:
             return
-        self._session = self._told_begin = None
+        self._open = None
         self._watching.cancel()
         # Not left as it is: it may still be open at the agent.
         self._host.background.begin(_let_go, used)
         self._host.contact_lost()
 
     async def _opened(self, op: Op[..., Any]) -> Session:
-        if self._session is not None and (self._session is self._member or op.anybody):
-            return self._session
+        if self._open is not None and (self._open.member or op.anybody):
+            return self._open.session
         async with self._opening:
-            if self._session is None:
+            if self._open is None:
                 await self._agent.connect()
                 session = await self._agent.open(self.function_id)
                 require_usable(session.caps)
-                self._session = session
-                self._member = session if self._host.record.begun is None else None
+                self._open = _OpenSession(session, member=self._host.record.begun is None)
                 self._learn(session)
                 self._watching.cancel()
                 self._watching.begin(partial(self._watch, session))
-            if not op.anybody and self._session is not self._member:
+            now = self._open
+            if not op.anybody and not now.member:
                 begun = self._host.record.begun
                 if begun is None:
-                    self._member = self._session
-                elif await _taken_over(self._session, begun):
-                    self._member = self._session
-                    self._told_begin = self._session, begun
+                    now.member = True
+                elif await _taken_over(now.session, begun):
+                    now.member, now.told = True, begun
                 elif op.role is not None:
                     raise InvalidState(
                         f"the agent no longer knows migration {begun.id} of function {self.function_id}; "
                         f"{op.name} was not sent"
                     )
-            return self._session
+            return now.session
 
     def _learn(self, session: Session) -> None:
         self.facts = Facts(session.caps, time.time())
@@ -251,8 +262,9 @@ class AgentLink:
                 async for event in events:
                     if self.facts is None or session.caps != self.facts.caps:
                         require_usable(session.caps)
-                        self._told_begin = None
                         self._learn(session)  # the agent was started anew, and is another one now
+                        if self._open is not None and self._open.session is session:
+                            self._open.told = None
                     self._host.heard(event)
                     if event.kind is EventKind.CONNECTION_LOST:
                         self._forget(session)  # which ends this watch, and has another session opened while it matters
@@ -275,8 +287,7 @@ class AgentLink:
             deadline: when to give up.
         """
         before = self._host.record.begun
-        told = self._told_begin
-        if told is not None and told[0] is self._session and told[1] == before == begun:
+        if self._open is not None and self._open.told == before == begun:
             await trio.lowlevel.checkpoint()
             return
         self._host.feed(BeganAtAgent(begun))
@@ -289,9 +300,8 @@ class AgentLink:
             if error.unsent:
                 self._host.feed(BeganAtAgent(before))
             raise
-        self._member = self._session
-        if self._session is not None:
-            self._told_begin = self._session, begun
+        if self._open is not None:
+            self._open.member, self._open.told = True, begun
 
     async def leave(self, outcome: Outcome, deadline: float, *, abort: bool) -> None:
         """End the migration, if one was begun; when that fails, it still counts as begun.
@@ -307,7 +317,8 @@ class AgentLink:
         if self._host.record.begun is not None:
             if abort:
                 await self.call(Operation.ABORT, deadline)
-            self._told_begin = None
+            if self._open is not None:
+                self._open.told = None
             await self.call(Operation.END, deadline, outcome)
             self._host.feed(BeganAtAgent(None))
 
@@ -319,10 +330,10 @@ class AgentLink:
         """
         if (self._in_use or self._host.record.logging) and not force:
             return
-        session, self._session, self._told_begin = self._session, None, None
+        left, self._open = self._open, None
         self._watching.cancel()
-        if session is not None:
-            self._host.background.begin(_let_go, session)
+        if left is not None:
+            self._host.background.begin(_let_go, left.session)
 
 
 async def _taken_over(session: Session, begun: Begun) -> bool:

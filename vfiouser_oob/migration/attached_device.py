@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
+from vfiouser_oob.migration.held_writes import HeldWrites
 from vfiouser_oob.migration.inherited import TransferNotes
 
 
@@ -19,12 +19,12 @@ class AttachedDevice:
         session: the backend's session.
         shadow: configuration space as the client wrote it.
         dirty: its log of dirty pages.
+        held: writes of the guest that have not reached it yet.
         notes: where is taken down what its client takes; None: nowhere.
-        drained: waits until no write of the guest is held back any more; None if none ever is.
     """
 
     session: BackendSession
     shadow: ConfigShadow
     dirty: DirtyTracker
+    held: HeldWrites
     notes: TransferNotes | None = None
-    drained: Callable[[], Awaitable[None]] | None = None

@@ -49,9 +49,9 @@ class DirtyTracker:
         tracer: where failures are told.
         host: told whether the agent logs.
         memory: the client's mappings.
+        log: where all that is dirty is noted; the client's memory notes its own writes there.
         device_seen: whether every write of the device goes through this process.
         by_message: whether every write of the device goes through the client.
-        max_bitmap_size: bytes of the largest bitmap that the client takes.
         call_s: seconds that one call to the agent may take.
         notes: takes down what is logged, for another daemon; None: nobody does.
     """
@@ -62,10 +62,10 @@ class DirtyTracker:
         tracer: Tracer,
         host: MigrationHost,
         memory: DmaTable,
+        log: DmaLogging,
         *,
         device_seen: bool,
         by_message: bool,
-        max_bitmap_size: int,
         call_s: float,
         notes: TransferNotes | None = None,
     ) -> None:
@@ -79,7 +79,7 @@ class DirtyTracker:
         self._notes = notes
         #: What is taken down.
         self._noted: LogMark | None = None
-        self.log = DmaLogging(max_bitmap_size)
+        self.log = log
         #: Whether it logs for somebody beside the client, from whom the client takes it when it wants it.
         self.lent = False
         #: Bytes per page that the agent uses; 0 while it does not log.
@@ -232,10 +232,6 @@ class DirtyTracker:
             await self.stop(deadline)
 
     # Reports
-
-    def wrote(self, iova: int, length: int) -> None:
-        """The daemon itself wrote client memory through a file."""
-        self.log.mark(iova, length)
 
     def unmapped(self, iova: int, length: int) -> Awaitable[None] | None:
         """A mapping went away; if it was a large one, forgetting its pages has to be waited for."""

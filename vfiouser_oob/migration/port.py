@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import TypeAlias
 
 from vfiouser_oob.config.schema import Generations, MigrationConfig
@@ -13,6 +13,7 @@ from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
 from vfiouser_oob.migration.attached_device import AttachedDevice
 from vfiouser_oob.migration.config_shadow import ConfigShadow
 from vfiouser_oob.migration.dirty import DirtyTracker
+from vfiouser_oob.migration.held_writes import HeldWrites
 from vfiouser_oob.migration.inherited import NO_V1_MARK, KeptClient, V1Mark
 from vfiouser_oob.migration.message_time import message_deadline
 from vfiouser_oob.migration.no_migration import CONFIG_HEAD
@@ -63,6 +64,7 @@ class MigrationPort:
         self._device = device
         self._page_size = 4096
         self.dirty = device.dirty
+        self.held = device.held
         use_v1, use_v2 = _generations(runner.config, announced) if self.migratable else (False, False)
         index = max(RegionIndex.MIGRATION, len(session.description.regions))
         self.v1: V1View | None = None
@@ -86,7 +88,6 @@ class MigrationPort:
             transfer = Transfer(self.runner, Owner.V2)
             limits = (client.max_data_xfer_size, offer.max_data_xfer_size)
             self.v2 = V2View(transfer, self.dirty, self.runner.config, *limits)
-        self._device.session.memory.on_write = self.dirty.wrote
 
     # Commands
 
@@ -166,17 +167,12 @@ class MigrationPort:
         """A mapping went away; if it was a large one, forgetting its pages has to be waited for."""
         return self.dirty.unmapped(iova, length)
 
-    def held_by(self, drained: Callable[[], Awaitable[None]]) -> None:
-        """Take what waits until no write of the guest is held back any more."""
-        self._device.drained = drained
-
     def config_written(self, offset: int, data: bytes) -> bool:
         """Note a write to configuration space; returns whether it resets the function."""
         return self.shadow.note(offset, data)
 
     async def detach(self) -> None:
         """The client has gone."""
-        self._device.session.memory.on_write = None
         try:
             await self.runner.detach(logged=self.dirty.forget())
         finally:
@@ -215,19 +211,20 @@ async def attach(
         BackendUnavailable: the function must not run before it was reset, and that cannot be done now.
     """
     taken = client.migration.max_bitmap_size if client.migration is not None else DEFAULT_MAX_BITMAP_SIZE
+    # Whatever the client would take: this is memory of ours, and no VMM takes more.
+    session.memory.log.max_bitmap_size = min(taken, DEFAULT_MAX_BITMAP_SIZE)
     dirty = DirtyTracker(
         runner.link,
         runner.tracer,
         runner,
         session.memory.map,
+        session.memory.log,
         device_seen=session.device_seen,
         by_message=session.memory.by_message,
-        # Whatever the client would take: this is memory of ours, and no VMM takes more.
-        max_bitmap_size=min(taken, DEFAULT_MAX_BITMAP_SIZE),
         call_s=runner.config.call_s,
         notes=None if kept is None else kept.notes,
     )
-    device = AttachedDevice(session, ConfigShadow(), dirty, None if kept is None else kept.notes)
+    device = AttachedDevice(session, ConfigShadow(), dirty, HeldWrites(), None if kept is None else kept.notes)
     try:
         head = session.region_read(RegionIndex.CONFIG, 0, CONFIG_HEAD)
         device.shadow.learn(head if isinstance(head, bytes) else await head)

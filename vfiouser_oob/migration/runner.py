@@ -119,18 +119,14 @@ class MigrationRunner:
         """Run the tasks; runs as long as the function does."""
         if self.memory is not None:
             self.link.facts = await self.memory.recall()
-        try:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.background.run)
-                if self.history is not None:
-                    nursery.start_soon(self.history.recall)
-                nursery.start_soon(self._hearing.listen)
-                self._running.set()
-                if self._left is None:
-                    self._probing.begin(self._probe)
-        finally:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.background.run)
             if self.history is not None:
-                await self.history.finish()
+                nursery.start_soon(self.history.run)
+            nursery.start_soon(self._hearing.listen)
+            self._running.set()
+            if self._left is None:
+                self._probing.begin(self._probe)
 
     async def ready(self) -> None:
         """Wait until what was remembered is known, as far as the disk answers in time."""
@@ -172,7 +168,6 @@ class MigrationRunner:
         self.tracer.finished(entry)
         if self.history is not None:
             self.history.add(entry)
-            self.background.begin(self.history.write)
 
     async def _until(self, wanted: Callable[[], bool]) -> None:
         while not wanted():

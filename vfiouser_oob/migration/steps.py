@@ -139,8 +139,7 @@ class Steps:
         device = self.device
         assert device is not None
         with self._tracer.step("flush"):
-            if device.drained is not None:
-                await _within(device.drained(), deadline, "what the guest wrote did not reach the device in time")
+            await _within(device.held.drained(), deadline, "what the guest wrote did not reach the device in time")
             done = device.session.flush()
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")

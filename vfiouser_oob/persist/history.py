@@ -86,13 +86,23 @@ class FunctionHistory:
         self._path = path
         self._limiter = limiter
         self._log = log
-        self._stale = False
-        self._writing = False
+        #: Set while something is not written.
+        self._added = trio.Event()
         #: The last ones, the oldest first.
         self.entries: deque[MigrationEntry] = deque(maxlen=KEPT)
         #: How many ended since the daemon began, by direction and outcome; and the bytes that they moved, by direction.
         self.ended: Counter[tuple[str, str]] = Counter()
         self.moved: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Keep them: read what is stored, then write what comes; the end waits for what is not written yet."""
+        try:
+            await self.recall()
+            while True:
+                await self._added.wait()
+                await self.write()
+        finally:
+            await self.finish()
 
     async def recall(self) -> None:
         """Read what an earlier daemon has kept; what was added meanwhile stays behind it."""
@@ -105,7 +115,7 @@ class FunctionHistory:
             self._failed("read", f"{self._path}: the disk did not answer within {_READ_S:g} s")
 
     def add(self, entry: MigrationEntry) -> None:
-        """Note a migration that is over; `write` has to follow.
+        """Note a migration that is over.
 
         Args:
             entry: what it was like.
@@ -113,22 +123,19 @@ class FunctionHistory:
         self.entries.append(entry)
         self.ended[entry["direction"], entry["outcome"]] += 1
         self.moved[entry["direction"]] += entry["bytes"]
-        self._stale = True
+        self._added.set()
 
     async def write(self) -> None:
-        """Write what is noted; while it is being written, once more for all that comes."""
-        if self._path is None or self._writing:
-            return
-        self._writing = True
-        try:
-            while self._stale:
-                self._stale = False
+        """Write what is noted, and what comes meanwhile."""
+        while self._added.is_set():
+            self._added = trio.Event()
+            if self._path is None:
+                return
+            try:
                 await self._in_thread("written", partial(_write, self._path, list(self.entries)))
-        except trio.Cancelled:
-            self._stale = True  # its thread may not have begun
-            raise
-        finally:
-            self._writing = False
+            except trio.Cancelled:
+                self._added.set()  # its thread may not have begun
+                raise
 
     async def finish(self) -> None:
         """Write what no thread has written yet, because the daemon ends; two seconds at most, even if cancelled."""

@@ -95,12 +95,12 @@ class HoldingExecutor(Executor):
     ) -> None:
         super().__init__(handlers, link, context)
         own_region = -1 if port.v1 is None else port.v1.index
-        self.hold = WriteHold(port.runner, own_region, self._carry_out_posted, context.log)
+        self.hold = WriteHold(port.runner, port.held, own_region, self._carry_out_posted, context.log)
 
     def begin(self, event: CommandReceived) -> Result:
         """Begin a command, or hold it back."""
         hold = self.hold
-        if hold.runner.record.awaiting or hold.held:
+        if hold.closed:
             held = hold.take(event, partial(self._carry_out, event))
             if held is not None:
                 return held

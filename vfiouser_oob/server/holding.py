@@ -17,11 +17,11 @@ Rule 5: while an agent owes a reset that the client was promised, configuration 
 from __future__ import annotations
 
 import errno
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
 
+from vfiouser_oob.migration.held_writes import HeldWrites
 from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.log import Logger
 from vfiouser_protocol.constants import Command, RegionIndex
@@ -31,9 +31,6 @@ from vfiouser_protocol.messages import RegionRead
 from vfiouser_protocol.packed import picked
 from vfiouser_protocol.session import CommandReceived, MessageRefused
 
-#: Writes without reply that are held at most, and their bytes; what is more is lost, and said to be.
-MAX_HELD = 4096
-MAX_HELD_BYTES = 4 << 20
 _WRITES = frozenset({Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
 _ACCESSES = _WRITES | {Command.REGION_READ}
 #: Where a REGION_READ, and a REGION_WRITE just so, names its region.
@@ -45,6 +42,7 @@ class WriteHold:
 
     Args:
         runner: knows whether the function runs.
+        held: what is held back.
         migration_region: index of the region that is the engine's own; -1 if there is none.
         carry_out: does a held write that wants no reply; its failure is the connection's to report.
         log: a logger with the function's fields.
@@ -53,14 +51,13 @@ class WriteHold:
     def __init__(
         self,
         runner: MigrationRunner,
+        held: HeldWrites,
         migration_region: int,
         carry_out: Callable[[CommandReceived], Awaitable[None]],
         log: Logger,
     ) -> None:
         self.runner = runner
-        #: Writes that want no reply, in the order of their arrival.
-        self.held: deque[CommandReceived] = deque()
-        self._held_bytes = 0
+        self._held = held
         self._migration_region = migration_region
         self._carry_out = carry_out
         self._log = log
@@ -103,17 +100,15 @@ class WriteHold:
         command = event.header.command
         if command == Command.DEVICE_RESET:
             self._drop("the client resets the device")
-        if not self.is_access(event) or (not self.held and self._goes_on(event)):
+        if not self.is_access(event) or (not self._held and self._goes_on(event)):
             return None
         if not self._needed.is_set():
             self._log.info("guest writes are held back until it is known that the function runs")
             self._needed.set()
         if not event.header.no_reply:
             return self._wait(serve)
-        if len(self.held) >= MAX_HELD or self._held_bytes + len(event.payload) > MAX_HELD_BYTES:
-            raise CommandError(f"{len(self.held)} writes are held back already; this one is lost", errno.ENOBUFS)
-        self.held.append(event)
-        self._held_bytes += len(event.payload)
+        if not self._held.add(event):
+            raise CommandError(f"{len(self._held)} writes are held back already; this one is lost", errno.ENOBUFS)
         return b""
 
     def _goes_on(self, event: CommandReceived) -> bool:
@@ -128,16 +123,12 @@ class WriteHold:
             and REGION.unpack_from(event.payload)[0] == RegionIndex.CONFIG
         )
 
-    async def drained(self) -> None:
-        """Wait until what was held back is at the device, or void."""
-        while self.held:
-            await self._changed.wait()
-
     # Waiting
 
     @property
-    def _closed(self) -> bool:
-        return self.runner.record.awaiting or bool(self.held)
+    def closed(self) -> bool:
+        """Whether accesses are held back."""
+        return self.runner.record.awaiting or bool(self._held)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -145,7 +136,7 @@ class WriteHold:
 
     async def _wait(self, serve: Callable[[], Awaitable[bytes]]) -> bytes:
         """Wait for the function to run, then carry an access out."""
-        while self._closed:
+        while self.closed:
             if self._others:
                 raise CommandError("it is not known whether the function runs, and other commands wait", errno.EBUSY)
             await self._changed.wait()
@@ -165,22 +156,16 @@ class WriteHold:
                 await self._let_go()
             else:
                 self._drop(f"the function does not run; it is {self.runner.record.state_shown.name}")
-            if not self._closed:
+            if not self.closed:
                 self._needed = trio.Event()
                 self._notify()
 
     async def _let_go(self) -> None:
-        while self.held and self.runner.record.runs:
-            event = self.held[0]
-            await self._carry_out(event)
-            # It may have been made void meanwhile.
-            if self.held and self.held[0] is event:
-                self.held.popleft()
-                self._held_bytes -= len(event.payload)
+        while (write := self._held.first) is not None and self.runner.record.runs:
+            await self._carry_out(write)
+            self._held.done(write)
 
     def _drop(self, why: str) -> None:
-        if self.held:
-            self._log.warning("guest writes that were held back are void", writes=len(self.held), reason=why)
-        self.held.clear()
-        self._held_bytes = 0
+        if count := self._held.void():
+            self._log.warning("guest writes that were held back are void", writes=count, reason=why)
         self._notify()

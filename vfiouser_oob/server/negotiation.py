@@ -256,9 +256,7 @@ class Negotiating:
         if not isinstance(port, MigrationPort):
             return Executor(handlers, self.link, self.context)
         self.main.stream.make_room()
-        holding = HoldingExecutor(handlers, self.link, self.context, port)
-        port.held_by(holding.hold.drained)
-        return holding
+        return HoldingExecutor(handlers, self.link, self.context, port)
 
     def _make_twin(self, held: AsyncExitStack) -> _Pair | None:
         """Make a second socket; without one the first carries our commands too."""

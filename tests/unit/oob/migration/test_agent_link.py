@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from agentbed import Served, served
-from vfiouser_agents.api import AgentState, Outcome, Phase, Role
+from vfiouser_agents.api import AgentState, Event, EventKind, Outcome, Phase, Role
 from vfiouser_agents.errors import InvalidState
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_agents.operations import Operation
@@ -90,3 +92,23 @@ async def test_a_migration_that_the_agent_forgot_is_not_begun_anew(tmp_path: Pat
         assert "" == (await link.status(soon())).migration_id
         await link.call(Operation.RESUME, soon())
         assert AgentState.RUNNING is (await link.status(soon())).state
+
+
+async def test_an_agent_that_was_started_anew_within_a_session_is_told_again() -> None:
+    """An adapter may keep its session over that; then only its capabilities tell that it knows nothing."""
+    function = MemoryFunction(state_size=100_000)
+    runner = MigrationRunner("f0", MemoryAgent([function]), "f0", CONFIG, EventHub(), log.get("function"))
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run)
+            await runner.ready()
+            link = runner.link
+            await link.begin(BEGUN, soon())
+            function.caps = replace(function.caps, max_chunk=function.caps.max_chunk // 2)
+            function.forget_migration()
+            function.feed.put(Event(EventKind.STATE_CHANGED, "started anew", function.status()))
+            await wait_all_tasks_blocked()
+            assert link.facts is not None
+            await link.begin(BEGUN, soon())
+            assert 2 == function.calls.count("begin")
+            nursery.cancel_scope.cancel()

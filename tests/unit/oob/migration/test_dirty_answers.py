@@ -14,6 +14,7 @@ from vfiouser_oob.migration.dirty import DirtyTracker
 from vfiouser_oob.migration.host import MigrationHost
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.dma import DmaTable
+from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError
 
 PAGE = 4096
@@ -54,9 +55,9 @@ async def reported(report: DirtyReport, first: int, length: int) -> tuple[bytes,
         cast(Tracer, None),
         cast(MigrationHost, Nobody()),
         memory,
+        DmaLogging(),
         device_seen=False,
         by_message=False,
-        max_bitmap_size=1 << 20,
         call_s=1,
     )
     await tracker.start(PAGE, (), trio.current_time() + 1)
@@ -102,9 +103,9 @@ async def test_a_log_that_is_lent_goes_to_the_client_when_it_wants_it() -> None:
         cast(Tracer, None),
         cast(MigrationHost, Nobody()),
         DmaTable(),
+        DmaLogging(),
         device_seen=False,
         by_message=False,
-        max_bitmap_size=1 << 20,
         call_s=1,
     )
     await tracker.lend(PAGE, trio.current_time() + 1)

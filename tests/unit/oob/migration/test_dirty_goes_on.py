@@ -16,6 +16,7 @@ from vfiouser_oob.migration.host import MigrationHost
 from vfiouser_oob.migration.inherited import LogMark, TransferNotes
 from vfiouser_oob.migration.trace import Tracer
 from vfiouser_protocol.dma import DmaTable
+from vfiouser_protocol.dma_logging import DmaLogging
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.messages import LoggingRange
 
@@ -73,9 +74,9 @@ def tracker(agent: AgentPart, journal: LogNotes) -> DirtyTracker:
         cast(Tracer, journal),
         cast(MigrationHost, journal),
         memory,
+        DmaLogging(1 << 20),
         device_seen=False,
         by_message=False,
-        max_bitmap_size=1 << 20,
         call_s=1,
         notes=cast(TransferNotes, journal),
     )
