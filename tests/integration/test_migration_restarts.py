@@ -83,7 +83,7 @@ class Vm:
         with (
             ClientMemory(_SIZE, _BASE) as memory,
             ClientMemory(_SIZE, _BASE) as other,
-            trio.fail_after(120),
+            trio.fail_after(600),  # a start of the daemon takes half a minute where twenty others want the processor
             trio.CancelScope() as leaving,
         ):
             async with (

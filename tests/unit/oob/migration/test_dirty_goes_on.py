@@ -74,7 +74,7 @@ def tracker(agent: AgentPart, journal: LogNotes) -> DirtyTracker:
         cast(Tracer, journal),
         cast(MigrationHost, journal),
         memory,
-        DmaLogging(),
+        DmaLogging(1 << 20),
         device_seen=False,
         by_message=False,
         call_s=1,
