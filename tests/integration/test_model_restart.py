@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from restartbed import KeptDaemon, memory
+from restartbed import PATIENT, KeptDaemon, memory
 from vfiouser_oob.client.client import Client
+from vfiouser_oob.client.guest import ClientMemory
+from vfiouser_oob.lab.nvme.driver import NvmeDriver
 from vfiouser_oob.transport.fds import OwnedFd
 from vfiouser_protocol.constants import IrqIndex
 from vfiouser_protocol.errors import ReplyError
@@ -28,7 +30,7 @@ _BAR2 = 64 << 10
 @asynccontextmanager
 async def kept(place: Path, device: str = "model:test") -> AsyncIterator[KeptDaemon]:
     """A daemon under a keeper, with a model."""
-    daemon = KeptDaemon(place, device)
+    daemon = KeptDaemon(place, device, ("--stop-timeout", "60"), PATIENT)
     try:
         await daemon.lives(1)
         yield daemon
@@ -138,3 +140,42 @@ def test_a_crash_is_seen_and_a_reset_mends_it(tmp_path: Path) -> None:
         assert "lost its state" in daemon.log.read_text()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("doorbells", ["trapped", "polled"])
+def test_an_nvme_function_goes_on_under_io(tmp_path: Path, doorbells: str) -> None:
+    """Every write is read back, whatever happens meanwhile; after a crash and a reset the blocks are still there."""
+
+    async def main() -> None:
+        device = f"model:nvme,size=4M,doorbells={doorbells}"
+        async with kept(tmp_path, device) as daemon, Client.connect(daemon.socket) as client:
+            with ClientMemory(8 << 20, 0x1000_0000) as memory:
+                await memory.map(client)
+                async with NvmeDriver.open(client, memory) as driver, trio.open_nursery() as nursery:
+                    over = trio.Event()
+                    nursery.start_soon(write_and_read_back, driver, over)
+                    daemon.restart()
+                    await daemon.lives(2)
+                    over.set()
+                daemon.kill()
+                await daemon.lives(3)
+                with pytest.raises(ReplyError) as caught:
+                    await client.region_read(0, 0, 4)
+                assert caught.value.errno == errno.EIO
+                await client.reset()
+                async with NvmeDriver.open(client, memory) as driver:
+                    assert await driver.read(0, 8) == b"last" * 1024
+
+    trio.run(main)
+
+
+async def write_and_read_back(driver: NvmeDriver, over: trio.Event) -> None:
+    """Do I/O until it is over, and once more behind that."""
+    number = 0
+    while not over.is_set():
+        number += 1
+        data = number.to_bytes(4, "little") * 1024
+        await driver.write(8, data)
+        assert data == await driver.read(8, 8)
+    await driver.write(0, b"last" * 1024)
+    assert number > 1

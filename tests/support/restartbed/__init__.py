@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,6 +41,10 @@ COUNTED, COUNTING = 0, 8
 VECTORS = 8
 
 
+#: A daemon that answers late rather than not: a busy machine takes seconds for a burst of maps.
+PATIENT = ("--reply-budget", "60")
+
+
 class CountingDevice:
     """A device that takes down what it is told."""
 
@@ -50,6 +55,8 @@ class CountingDevice:
         self.maps: dict[int, int] = {}
         self.odd: list[str] = []
         self.eventfds: dict[int, int] = {}
+        #: Interrupts that it has raised, by vector.
+        self.raised: Counter[int] = Counter()
         #: Seconds that each access takes.
         self.slow_s = 0.0
         self.handlers: dict[int, Handler] = {
@@ -105,6 +112,14 @@ class CountingDevice:
         index = decode(IrqInfo, event.payload).index
         count = VECTORS if index == 2 else 0
         return Answer(encode(IrqInfo(16, IrqInfoFlags.EVENTFD, index, count)))
+
+    async def storm(self) -> None:
+        """Raise interrupts without a pause, as many as other tasks leave time for, until cancelled."""
+        while True:
+            for vector, fd in self.eventfds.items():
+                os.eventfd_write(fd, 1)
+                self.raised[vector] += 1
+            await trio.sleep(0.001)
 
     def close(self) -> None:
         """Close what it was given."""
@@ -165,7 +180,7 @@ class KeptDaemon:
 
 @asynccontextmanager
 async def restarting(
-    place: Path, *options: str, serve: Sequence[str] = ()
+    place: Path, *options: str, serve: Sequence[str] = PATIENT
 ) -> AsyncIterator[tuple[KeptDaemon, CountingDevice]]:
     """A daemon under a keeper, in front of a device that counts."""
     device = CountingDevice()
@@ -187,4 +202,4 @@ def memory(size: int) -> int:
     return fd
 
 
-__all__ = ["COUNTED", "COUNTING", "CountingDevice", "KeptDaemon", "memory", "restarting", "socket"]
+__all__ = ["COUNTED", "COUNTING", "PATIENT", "CountingDevice", "KeptDaemon", "memory", "restarting", "socket"]
