@@ -32,6 +32,8 @@ def table(document: Any) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     lines += [f"| {' | '.join(row)} |" for row in scale_table(figures, MANY)]
     lines += ["", f"Measured with {machine['cpus']} processors and Python {machine['python']}."]
+    if "remark" in document:  # of whoever committed figures that are not `make scale`'s of an idle machine
+        lines += ["", f"**{document['remark']}**"]
     return "\n".join(lines)
 
 

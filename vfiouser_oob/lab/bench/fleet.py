@@ -16,6 +16,9 @@ from vfiouser_oob.lab.bench.scale_figures import Spread
 from vfiouser_oob.lab.demo.children import Child, running, running_command
 
 _DEVICE = '{ kind = "model", model = "nvme", size = "1M" }'
+#: What a machine that is too busy does late is to be measured, not refused.
+_PATIENCE = "migration = { call_s = 60, stop_s = 60, data_s = 60 }"
+_BUDGET = "reply_budget_s = 60"
 
 
 @dataclass(slots=True)
@@ -77,8 +80,7 @@ class Fleet:
 
     async def _start(self, title: str, names: Sequence[str]) -> Child:
         config = self.directory / f"{title}.toml"
-        # What a machine that is too busy does late is to be measured, not refused.
-        lines = ["[daemon]", 'control_socket = "none"', 'log_level = "warning"', "reply_budget_s = 60"]
+        lines = ["[daemon]", 'control_socket = "none"', 'log_level = "warning"', _BUDGET]
         for name in names:
             lines += [
                 "[[function]]",
@@ -87,6 +89,7 @@ class Fleet:
                 f"device = {_DEVICE}",
             ]
             if name != self.bystander.stem:
+                lines.append(_PATIENCE)
                 lines.append(f'agent = {{ kind = "msgpack-rpc", address = "{self.address}", function = "{name}" }}')
         config.write_text("\n".join(lines) + "\n", encoding="utf-8")
         command = ["serve", "--config", str(config)]
