@@ -107,7 +107,7 @@ class FeatureLoggingStart(NamedTuple):
     """Data of feature DMA_LOGGING_START.
 
     Args:
-        page_size: wished for (request), chosen (reply), bytes.
+        page_size: requested (request), chosen (reply), bytes.
         ranges: what to log; nothing means everything.
 
     Spec: struct vfio_device_feature_dma_logging_control.
@@ -156,7 +156,7 @@ class MigDataReadReply(NamedTuple):
 
     Args:
         argsz: 8 + size.
-        size: bytes of data returned; fewer than wanted means that there is no more for now.
+        size: bytes of data returned; fewer than requested means that no more is available now.
         data: the data. libvfio-user pads its reply to the size that was wanted; what exceeds `size` is cut
             off.
     """

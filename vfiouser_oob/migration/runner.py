@@ -337,7 +337,7 @@ class MigrationRunner:
         with trio.move_on_at(message.again):
             await self._until(lambda: self.settled)
         if self.record.certainty is Certainty.UNKNOWN:
-            raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
+            raise CommandError("the state of the function is unknown: its agent does not answer", errno.EIO)
 
     def require_owner(self, owner: Owner, what: str) -> None:
         """Refuse a command of the generation that does not own the migration.

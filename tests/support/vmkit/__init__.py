@@ -356,7 +356,7 @@ class VmBed:
 
 @asynccontextmanager
 async def vm_bed(*names: str, kinds: Sequence[CarrierKind] = (CarrierKind.DBUS_VMSTATE,)) -> AsyncIterator[VmBed]:
-    """A VM of which no QEMU has come yet."""
+    """A VM of which no QEMU has connected yet."""
     functions = [InMemoryFunction(name) for name in names or ("f0", "f1")]
     carriers = {kind: MemoryCarrier(kind.value) for kind in kinds}
     config = VmConfig(name="vm", functions=tuple(function.name for function in functions))
