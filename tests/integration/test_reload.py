@@ -340,7 +340,7 @@ async def test_add_and_remove(site: Site, told: Told) -> None:
         assert "nothing changed\n" == told()
         async with attached(site.socket("new0")) as guest:
             assert 1 == await site.run("remove", "new0")
-            assert "new0 is used by " in told()
+            assert "new0 is in use by " in told()
             assert MAGIC == await guest.read32(0, 0)
             assert 0 == await site.run("remove", "new0", "--force")
             assert "is disconnected" in told()
