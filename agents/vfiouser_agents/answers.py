@@ -30,7 +30,7 @@ def check_chunk(chunk: Chunk, limit: int, phase: Phase) -> Chunk:
     if chunk.eof and phase is Phase.PRECOPY:
         raise ProtocolError("the agent says eof in pre-copy; only drained is allowed there")
     if chunk.drained and phase is Phase.FINAL:
-        raise ProtocolError("the agent says drained for a function that stands still; only eof is allowed there")
+        raise ProtocolError("the agent says drained for a stopped function; only eof is allowed there")
     return chunk
 
 

@@ -10,13 +10,13 @@ from types import MappingProxyType
 #: What exceptions mean that come without words, by name: whoever asks has not always loaded what they are from.
 _SAID: Mapping[str, str] = MappingProxyType(
     {
-        "BrokenResourceError": "the other side has gone",
-        "BrokenPipeError": "the other side has gone",
+        "BrokenResourceError": "the other side left",
+        "BrokenPipeError": "the other side left",
         "ClosedResourceError": "it was closed",
-        "EndOfChannel": "the other side has gone",
-        "IncompleteReadError": "the other side has gone in the middle of a message",
-        "EOFError": "the other side has gone in the middle of a message",
-        "SSLEOFError": "the other side has gone in the middle of a message",
+        "EndOfChannel": "the other side left",
+        "IncompleteReadError": "the other side left in the middle of a message",
+        "EOFError": "the other side left in the middle of a message",
+        "SSLEOFError": "the other side left in the middle of a message",
         "TooSlowError": "it took too long",
         "TimeoutError": "it took too long",
         "BusyResourceError": "it is in use",

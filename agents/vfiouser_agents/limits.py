@@ -47,7 +47,7 @@ def check_capabilities(caps: Capabilities) -> None:
     if len(caps.page_sizes) > _MAX_PAGE_SIZES or len(caps.formats) > _MAX_FORMATS:
         raise ProtocolError(
             f"the agent names {len(caps.page_sizes)} page sizes and {len(caps.formats)} formats; "
-            f"at most {_MAX_PAGE_SIZES} and {_MAX_FORMATS} are believed"
+            f"at most {_MAX_PAGE_SIZES} and {_MAX_FORMATS} are allowed"
         )
     if caps.dirty:
         for size in caps.page_sizes:

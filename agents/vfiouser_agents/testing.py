@@ -184,7 +184,7 @@ async def _known_state(session: Session) -> None:
         await session.resume()
     status = await session.status()
     if status.state is not AgentState.RUNNING or status.role is not None:
-        raise CheckFailed(f"the function cannot be brought back to running and no migration: status shows {status}")
+        raise CheckFailed(f"cannot return the function to running and no migration: status shows {status}")
 
 
 __all__ = ["CHECKS", "DEADLINE", "CheckOutcome", "CheckResult", "NotUsable", "check_agent"]

@@ -29,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=option(PATH.read),
         required=True,
-        help="directory for the functions' sockets, f0.sock, f1.sock …",
+        help="directory for the functions' sockets f0.sock, f1.sock …",
     )
     parser.add_argument(
         "--functions",
         metavar="N",
         type=count(1, FUNCTIONS_PER_BUS),
         default=1,
-        help="how many functions (default: 1)",
+        help="number of functions (default: 1)",
     )
     add_key(parser, "--size", NvmeOptions, "size", metavar="BYTES")
     image = "file that holds the namespace; with several functions FILE.0, FILE.1 … (default: RAM)"
@@ -56,21 +56,21 @@ def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         dest="part",
         action="store_const",
         const=SocPart.DEVICE,
-        help="play the functions; the agent is another process (--agent-only), if there is one",
+        help="play only the functions; another process may play the agent (--agent-only)",
     )
     parts.add_argument(
         "--agent-only",
         dest="part",
         action="store_const",
         const=SocPart.AGENT,
-        help="play the agent of the functions that another process plays in the same directory",
+        help="play only the agent of the functions that another process plays in this directory",
     )
     parts.add_argument(
         "--no-agent",
         dest="part",
         action="store_const",
         const=SocPart.NO_AGENT,
-        help="functions that nothing can migrate",
+        help="run no agent, so that nothing can migrate the functions",
     )
     parser.set_defaults(part=SocPart.ALL)
     parser.add_argument(
@@ -93,7 +93,7 @@ def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         "--tls-ca",
         metavar="FILE",
         type=option(PATH.read),
-        help="certificates of those who sign clients' certificates (default: clients need none)",
+        help="certificates of the authorities for clients' certificates (default: clients need none)",
     )
     parser.add_argument(
         "--allow-plaintext", action="store_true", help="allow tcp:// addresses that other hosts can reach"
@@ -103,13 +103,13 @@ def _add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         type=option(SIZE.read),
         default=0,
-        help="device memory that each function carries in a migration, up to many gigabytes (default: none)",
+        help="device memory that each function brings along in a migration, up to many gigabytes (default: none)",
     )
     parser.add_argument(
         "--state-churn",
         metavar="BYTES",
         type=option(SIZE.read),
-        help="how much of it a running function rewrites per second (default: a 64th)",
+        help="how much of it a running function rewrites in each second (default: a 64th)",
     )
     parser.add_argument(
         "--firmware", metavar="VERSION", help="firmware version that the functions claim to run (default: 1.0)"

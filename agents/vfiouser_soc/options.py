@@ -102,7 +102,7 @@ class SocOptions:
         if not 1 <= self.functions <= FUNCTIONS_PER_BUS:
             raise ConfigError(f"functions must be a number from 1 to {FUNCTIONS_PER_BUS}, got {self.functions}")
         if self.shared_image and self.image is None:
-            raise ConfigError("only an image can be shared; RAM belongs to one process")
+            raise ConfigError("only an image can be shared, because RAM belongs to one process")
 
     @property
     def device_socket(self) -> Path:

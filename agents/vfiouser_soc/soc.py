@@ -65,7 +65,7 @@ async def _serve_beside(options: SocOptions, daemon: Daemon, nursery: trio.Nurse
         raise ConfigError(f"cannot listen on {options.device_socket}: {error}") from error
     await nursery.start(serve_agent, agent, listeners)
     if options.part is SocPart.DEVICE:
-        return "agent processes may come"
+        return "waiting for agent processes"
     supervisor = Supervisor(options)
     await nursery.start(supervisor.run)
     return f"agent at {', '.join(supervisor.addresses)}"

@@ -127,7 +127,7 @@ class ServerFacts:
         """
         for topic in topics:
             if topic in self.problems:
-                raise CannotTell(f"{topic} could not be found out: {self.problems[topic]}")
+                raise CannotTell(f"{topic} is unknown: {self.problems[topic]}")
 
     def maps(self) -> None:
         """Only for servers that keep maps.
@@ -307,9 +307,9 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, MemoryError | OverflowError):
-        return "the server speaks of more bytes than there can be"
+        return "the server claims more bytes than possible"
     if isinstance(error, TypeError | AttributeError):
-        return "the server's JSON has a value of another type than it has to"
+        return "the server's JSON has a value of the wrong type"
     return f"the reply cannot be read: {error}"
 
 

@@ -239,14 +239,14 @@ class RawLink:
         """A command that has to succeed."""
         reply = self.call(command, payload, fds, timeout=timeout)
         if reply.failed:
-            raise CaseFailed(f"{wire.command_name(command)} failed with error {reply.error}; it has to succeed")
+            raise CaseFailed(f"{wire.command_name(command)} failed with error {reply.error}; it must succeed")
         return reply
 
     def refused(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
         """A command that has to fail with any error number; returns that."""
         reply = self.call(command, payload, fds)
         if not reply.failed:
-            raise CaseFailed(f"{wire.command_name(command)} succeeded; it has to fail")
+            raise CaseFailed(f"{wire.command_name(command)} succeeded; it must fail")
         check(reply.error < 1 << 31, f"the error number {reply.error:#x} is not positive")
         return reply.error
 
@@ -262,7 +262,7 @@ class RawLink:
     def silent(self, seconds: float) -> None:
         """Nothing comes for this long."""
         if self._poll(seconds):
-            raise CaseFailed(f"nothing was to come, but the server sent: {self.receive()}")
+            raise CaseFailed(f"the server had to send nothing, but sent: {self.receive()}")
 
     def ends(self, timeout: float | None = None) -> bool:
         """Whether the server closes the connection within the time; what still comes before is taken."""

@@ -14,7 +14,7 @@ from vfiouser_conformance.case import Case
 _TABLE = """
 R001 spec a reply has type 1 and repeats id and command
 R002 spec msg_size is the size of the message, header included
-R003 spec a failure is said by the ERROR bit and an error number
+R003 spec a failure has the ERROR bit and an error number
 R004 spec an error reply is a header alone (libvfio-user adds payloads)
 R005 spec a command with NO_REPLY is executed and not answered
 R006 libvfio-user a failing command with NO_REPLY is not answered either

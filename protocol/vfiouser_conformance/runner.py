@@ -222,7 +222,7 @@ class Runner:
             verdict, reason = CaseVerdict.FAILED, in_words(error)
             unknown = next(iter(self.facts.problems.items()), None)
             if isinstance(error, LookupError) and unknown is not None:
-                verdict, reason = CaseVerdict.CANNOT_TELL, f"{unknown[0]} could not be found out: {unknown[1]}"
+                verdict, reason = CaseVerdict.CANNOT_TELL, f"{unknown[0]} is unknown: {unknown[1]}"
             elif stuck:
                 verdict, reason = CaseVerdict.CANNOT_TELL, f"{stuck}; this failed then: {reason}"
         try:
@@ -250,12 +250,12 @@ class Runner:
                 _put_back(trial, link)
             reply = link.call(Command.DEVICE_GET_INFO, wire.info())
             if reply.failed and not self._stuck:
-                return f"a new client is not served: GET_INFO fails with error {reply.error}"
+                return f"the server does not serve a new client: GET_INFO fails with error {reply.error}"
         except (*_SURPRISES, NotApplicable) as error:
             # A process that dies closes its sockets a moment before its end can be seen.
             if process is not None and (ended := process.crashed(_END_S)):
                 return ended
-            return f"a new client is not served: {in_words(error)}"
+            return f"the server does not serve a new client: {in_words(error)}"
         finally:
             trial.end()
         return ""
@@ -279,7 +279,7 @@ class Runner:
         except (Closed, NotThere):
             path = self._target.socket_path
             raise Unreachable(
-                f"{path}: the server left with its first client, as it may; --server-command CMD starts it again"
+                f"{path}: the server ended with its first client, as it may; --server-command CMD restarts it"
             ) from None
 
     def _restart(self) -> str:
@@ -328,7 +328,7 @@ class Runner:
             crashes.append(ended)
             self._restart()
         if crashes:
-            facts.problems["all that clients ask for"] = crashes[0]
+            facts.problems["everything that clients ask for"] = crashes[0]
         return facts
 
 

@@ -241,7 +241,7 @@ class Trial:
             NotApplicable: the run has none.
         """
         if self.target.stimulus is None:
-            raise NotApplicable("it needs to make the device do things (--device-profile)")
+            raise NotApplicable("it needs a device that it can control (--device-profile)")
         return self.target.stimulus
 
     def scratch(self) -> tuple[int, int]:

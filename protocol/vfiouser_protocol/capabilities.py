@@ -186,7 +186,7 @@ def _load_capabilities(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as exc:
         raise _refusal(f"version data is not JSON ({type(exc).__name__})") from exc
     if not isinstance(value, dict):
-        raise _refusal(f"version data is a JSON {type(value).__name__}, it has to be an object")
+        raise _refusal(f"version data is a JSON {type(value).__name__}, it must be an object")
     return _object(value.get("capabilities", {}), "capabilities")
 
 
@@ -203,7 +203,7 @@ def _refusal(message: str) -> StreamError:
 
 def _object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _refusal(f"{name} is a JSON {type(value).__name__}, it has to be an object")
+        raise _refusal(f"{name} is a JSON {type(value).__name__}, it must be an object")
     return value
 
 
@@ -211,13 +211,13 @@ def _number(value: Any, name: str, maximum: int = _U64_MAX) -> int:
     # In Python true is an int; on the wire it is not.
     if type(value) is not int or not 0 <= value <= maximum:
         shown = value if type(value) is int and value.bit_length() <= 64 else type(value).__name__
-        raise _refusal(f"{name} is {shown}, it has to be an integer from 0 to {maximum}")
+        raise _refusal(f"{name} is {shown}, it must be an integer from 0 to {maximum}")
     return value
 
 
 def _boolean(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
-        raise _refusal(f"{name} is a JSON {type(value).__name__}, it has to be true or false")
+        raise _refusal(f"{name} is a JSON {type(value).__name__}, it must be true or false")
     return value
 
 
@@ -240,7 +240,7 @@ def _migration(value: Any, name: str) -> MigrationCapability:
     # 0 is taken as if pgsize were not there, as libvfio-user does.
     pgsize = _number(members.get("pgsize", 0), "migration.pgsize")
     if pgsize and (pgsize < MIN_MIGRATION_PGSIZE or pgsize & (pgsize - 1)):
-        raise _refusal(f"migration.pgsize is {pgsize}, it has to be a power of two of at least {MIN_MIGRATION_PGSIZE}")
+        raise _refusal(f"migration.pgsize is {pgsize}, it must be a power of two of at least {MIN_MIGRATION_PGSIZE}")
     bitmap = members.get("max_bitmap_size", DEFAULT_MAX_BITMAP_SIZE)
     return MigrationCapability(pgsize, _number(bitmap, "migration.max_bitmap_size"))
 

@@ -145,7 +145,7 @@ class Framer:
         if length > self.bytes_wanted:
             raise LocalProtocolError(
                 f"{length} bytes were read where {self.bytes_wanted} were wanted; "
-                "file descriptors could not be told apart, the connection has to end"
+                "file descriptors could not be told apart, the connection ends"
             )
         if length:
             self._pieces.append(data)

@@ -493,5 +493,5 @@ class Iteration:
         step = ITERATION[self.phase].get(event)
         if step is None:
             legal = [item.value for item in ITERATION[self.phase] if item is not IterationEvent.STOP]
-            raise CommandError(f"{event.value} in phase {self.phase.value}; due is: {', '.join(legal)}; refused")
+            raise CommandError(f"{event.value} in phase {self.phase.value}; expected: {', '.join(legal)}; refused")
         return step

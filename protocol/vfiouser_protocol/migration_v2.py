@@ -137,7 +137,7 @@ def require_path(current: DeviceState, target: int, *, precopy: bool = True) -> 
     if arcs is None:
         legal = [state.name for state in DeviceState if path_arcs(current, state, precopy=precopy) is not None]
         wanted = next((state.name for state in DeviceState if state == target), str(target))
-        allowed = f"from there lead ways to {', '.join(legal)}" if legal else "only a reset ends this"
+        allowed = f"from there the device can go to {', '.join(legal)}" if legal else "only a reset ends this"
         raise CommandError(f"state {wanted} was asked for in {current.name}; {allowed}; nothing changes")
     return arcs
 

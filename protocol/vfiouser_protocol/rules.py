@@ -175,7 +175,7 @@ def region_io_fds_reply(request: RegionIoFds, entries: Sequence[IoFdEntry] = ())
     Spec: vfio-user, VFIO_USER_DEVICE_GET_REGION_IO_FDS.
     """
     if request.flags or request.count:
-        raise CommandError(f"flags are {request.flags:#x} and count is {request.count}, both have to be 0; refused")
+        raise CommandError(f"flags are {request.flags:#x} and count is {request.count}, both must be 0; refused")
     short, long = sorted(IO_FD_ENTRY_LAYOUTS)
     stride = short if all(entry.shadow_offset is None for entry in entries) else long
     needed = REGION_IO_FDS_FIXED + stride * len(entries)

@@ -319,7 +319,7 @@ class ProtocolSession:
         if flags & NO_REPLY and number != _VERSION:
             return b""
         if number == _VERSION:
-            raise LocalProtocolError("VERSION is answered by accept() or error_reply(); nothing is sent")
+            raise LocalProtocolError("answer VERSION with accept() or error_reply(); nothing is sent")
         queue = self._unanswered
         if not queue or queue[0] is not header:
             raise self._out_of_turn(header)

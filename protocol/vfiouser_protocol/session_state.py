@@ -43,16 +43,16 @@ class Oddity(Enum):
 
     BAD_TYPE = "its type is neither command nor reply"
     UNKNOWN = "there is no such command"
-    WRONG_SENDER = "it is not for this side to send"
+    WRONG_SENDER = "this side must not send it"
     WRONG_PHASE = "it is not legal in this phase"
-    NOT_AGREED = "both sides would have had to announce it"
+    NOT_AGREED = "both sides must have announced it"
     SHORT = "its payload is shorter than the fixed part"
     WRONG_SOCKET = "it belongs to the other of the two sockets"
     LATE = "its command has been given up"
     POSTED = "its command asked for no reply"
     UNSOLICITED = "no command of ours has this id"
-    MISMATCHED = "it names another command than the one it answers"
-    VERSION_FDS = "file descriptors have no place in VERSION"
+    MISMATCHED = "it names a different command than the one it answers"
+    VERSION_FDS = "VERSION must not carry file descriptors"
     VERSION_BAD = "the two sides cannot agree"
 
 

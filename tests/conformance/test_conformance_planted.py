@@ -206,7 +206,7 @@ def test_a_server_that_never_listens(tmp_path: Path) -> None:
 
 def test_a_server_that_leaves_and_cannot_be_started(tmp_path: Path) -> None:
     """A server that leaves with its first client is not accused, but the user is told what is needed."""
-    with pytest.raises(Unreachable, match="left with its first client, as it may; --server-command"):
+    with pytest.raises(Unreachable, match="ended with its first client, as it may; --server-command"):
         judge(tmp_path, "leaves", timeout=0.3, own=False)
 
 

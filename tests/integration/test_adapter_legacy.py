@@ -384,7 +384,7 @@ async def test_nobody_is_there() -> None:
         ({"address": "tcp://[::1]", "chunk_size": "2M"}, "chunk_size"),
         ({"address": "tcp://[::1]", "descriptor": {"modle": "x"}}, "did you mean 'model'"),
         ({"address": "tcp://[::1]", "descriptor": {"fingerprint": {"x": 1}}}, "table of text"),
-        ({"address": "tcp://[::1]", "tls": {}}, "tls is of no use"),
+        ({"address": "tcp://[::1]", "tls": {}}, "tls does not apply"),
     ],
 )
 def test_options(options: dict[str, Any], says: str) -> None:

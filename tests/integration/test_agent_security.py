@@ -85,10 +85,10 @@ def test_plain_text_is_allowed_on_this_host(host: str) -> None:
         ({"address": "tcp://localhost:99999"}, "must be tcp://HOST:PORT"),
         ({"address": "unix://relative"}, "must be absolute"),
         ({"address": "unix:///" + "x" * 200}, "at most 107 bytes"),
-        ({"address": "unix:///x", "tls": {"ca": "y"}}, "tls is of no use"),
+        ({"address": "unix:///x", "tls": {"ca": "y"}}, "tls does not apply"),
         ({"address": "tls://x", "tls": {"ca": "/nonexistent.pem"}}, "cannot be used"),
         ({"address": "tls://x", "tls": {"ka": "y"}}, "unknown key 'ka' in tls"),
-        ({"address": "tls://x", "tls": {"key": "y"}}, "without tls.cert"),
+        ({"address": "tls://x", "tls": {"key": "y"}}, "needs tls.cert"),
         ({"address": "unix:///x", "keepalive_s": -1}, "keepalive_s must be"),
         ({"address": "unix:///x", "keepalive_s": True}, "keepalive_s must be"),
         ({"address": "unix:///x", "chunk_size": "1X"}, "chunk_size must be"),
@@ -144,7 +144,7 @@ async def test_a_certificate_that_expires_soon(tmp_path: Path, caplog: pytest.Lo
             stream = await connect(address, tls, client_context(tls), allow_plaintext=False)
         await stream.aclose()
         nursery.cancel_scope.cancel()
-    assert f"the certificate of agent {address} needs to be renewed: it expires in 5 days" in caplog.text
+    assert f"the certificate of agent {address} needs renewal: it expires in 5 days" in caplog.text
 
 
 async def _greet(stream: trio.abc.Stream) -> None:

@@ -158,8 +158,8 @@ async def test_mistakes_of_a_model(told: io.StringIO, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("own_models:unmakeable", "cannot be made: LookupError: no such colour"),
-        ("own_models:nothing", "cannot be made: TypeError: it made a str, which is no DeviceModel"),
+        ("own_models:unmakeable", "cannot be created: LookupError: no such colour"),
+        ("own_models:nothing", "cannot be created: TypeError: it made a str, not a DeviceModel"),
     ],
 )
 async def test_models_that_cannot_be_made(told: io.StringIO, tmp_path: Path, model: str, reason: str) -> None:

@@ -230,7 +230,7 @@ async def test_a_function_that_broke_is_tried_again(site: Site, told: Told) -> N
 
 
 async def test_what_is_in_use_waits_for_its_client(site: Site, told: Told) -> None:
-    """It takes no new client until it is what the file says, and another reload may think better of it."""
+    """It accepts no new client until it is what the file says, and another reload may think better of it."""
     site.write(site.table("f0"), site.table("f1"), site.table("f2"))
     async with site.serving(), attached(site.socket("f2")) as kept:
         async with attached(site.socket("f0")) as client, attached(site.socket("f1")):
@@ -310,7 +310,7 @@ async def test_what_nothing_has_helped_is_tried_once(site: Site, caplog: pytest.
     async with site.serving():
         caplog.clear()
         assert 1 == await site.run("reload")
-        assert 1 == sum("cannot be had" in record.getMessage() for record in caplog.records)
+        assert 1 == sum("cannot provide a" in record.getMessage() for record in caplog.records)
 
 
 async def test_functions_that_exchange_their_sockets(site: Site, told: Told) -> None:
@@ -340,10 +340,10 @@ async def test_add_and_remove(site: Site, told: Told) -> None:
         assert "nothing changed\n" == told()
         async with attached(site.socket("new0")) as guest:
             assert 1 == await site.run("remove", "new0")
-            assert "new0 is used by " in told()
+            assert "new0 is in use by " in told()
             assert MAGIC == await guest.read32(0, 0)
             assert 0 == await site.run("remove", "new0", "--force")
-            assert "was turned out" in told()
+            assert "is disconnected" in told()
             assert b"" == await guest.sock.recv(1)
         assert not site.socket("new0").exists()
         # The file names it now: it is the file's from here on.
@@ -361,7 +361,7 @@ async def test_add_and_remove(site: Site, told: Told) -> None:
     [
         ("[daemon]\n", 2, "unknown key 'daemon'"),
         ("", 2, "key 'function' is missing"),
-        ("{table f0}", 1, "there is a function 'f0' already"),
+        ("{table f0}", 1, "function 'f0' exists already"),
         (
             '{table f1}[[function]]\nname = "f2"\nsocket = "{f0}"\ndevice = {kind="model", model="test"}',
             1,

@@ -143,4 +143,4 @@ async def test_a_socket_that_fits_no_function(tmp_path: Path, manager: trio.sock
         code = await trio.to_thread.run_sync(process.wait)
     errors = (tmp_path / "stderr").read_text()
     assert 0 == code
-    assert re.search(r"a socket that systemd passed fits no function socket=.*other.*f1\.sock", errors)
+    assert re.search(r"systemd passed a socket that fits no function socket=.*other.*f1\.sock", errors)

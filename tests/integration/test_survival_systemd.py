@@ -80,7 +80,7 @@ def test_a_client_outlives_restarts_and_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("room", "said"), [(0, "keeps no descriptors"), (4, "not all that they need was kept")])
+@pytest.mark.parametrize(("room", "said"), [(0, "keeps no descriptors"), (4, "some of what they need was not kept")])
 def test_a_store_without_room_costs_what_a_restart_always_did(tmp_path: Path, room: int, said: str) -> None:
     """No store, or a full one: the client is turned out, the log says why, and the next client is served."""
 

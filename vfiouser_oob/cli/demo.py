@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         type=option(SIZE.read),
         default=32 << 20,
-        help="device memory that each function carries in a migration (default: 32M)",
+        help="device memory that each function brings along in a migration (default: 32M)",
     )
     doorbells = "as messages, or in shared memory that is polled (default: polled)"
     add_key(parser, "--doorbells", options, "doorbells", doorbells, default="polled")

@@ -1,4 +1,4 @@
-"""`drain`: a function takes no new client, and somebody waits for the last one to go."""
+"""`drain`: a function accepts no new client, and somebody waits for the last one to go."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Reply(NamedTuple):
 
 
 class CallOwner(Protocol):
-    """Where a call has to be signed off when nobody waits for it any more."""
+    """Where a call has to be signed off when nothing waits for it any more."""
 
     def forget(self, call: PendingCall) -> None:
         """Drop the call; its late reply will be dropped, too."""

@@ -303,10 +303,10 @@ class Connection:
         except EndOfStream as error:
             # What the server sent before it went may still be there to be read, but nobody can use it.
             self._end(str(error))
-            raise ServerGone(f"the server cannot be reached: {error}") from error
+            raise ServerGone(f"cannot reach the server: {error}") from error
 
     def _gone_already(self) -> ServerGone:
-        return ServerGone(f"the server cannot be reached: {self._failure}")
+        return ServerGone(f"cannot reach the server: {self._failure}")
 
     def forget(self, call: PendingCall) -> None:
         """Give up a call; its late reply will be dropped (called by `PendingCall`)."""
@@ -484,7 +484,7 @@ class Connection:
         for call in list(self._outstanding):
             self._settle(call)
             name = command_name(call.command)
-            call.fail(ServerGone(f"the server has gone while {name} was outstanding: {reason}"))
+            call.fail(ServerGone(f"the server left while {name} was outstanding: {reason}"))
         self._gone.set()
         if self._scope is not None:
             self._scope.cancel()

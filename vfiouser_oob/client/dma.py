@@ -146,7 +146,7 @@ class DmaService:
         if len(self._waiting) >= _MAX_WAITING or self._waiting_bytes > _MAX_WAITING_BYTES:
             raise StreamError(
                 f"the server sent more than {_MAX_WAITING} commands, or {_MAX_WAITING_BYTES} bytes in them, without "
-                f"waiting; the connection ends"
+                f"waiting for replies; the connection ends"
             )
         self._waiting.append((channel, header, payload))
         if not self._holds:

@@ -69,7 +69,7 @@ class ClientMemory(DmaServer):
         start = -(-(self.base + self._next) // align) * align - self.base
         end = start + -(-size // PAGE_SIZE) * PAGE_SIZE
         if end > self.size:
-            raise MemoryError(f"{size} bytes wanted of client memory, {self.free_bytes} are left")
+            raise MemoryError(f"{size} bytes of client memory wanted; {self.free_bytes} are left")
         self._next = end
         return self.base + start
 

@@ -47,8 +47,10 @@ class UpstreamLoss(Word):
     """What becomes of a function whose server goes while a client uses it."""
 
     FAIL = "fail", "its client gets EIO until it connects again"
-    RESET = "reset", "the daemon repeats to the restarted server what the client told the first one, and the device "
-    "is reset"
+    RESET = (
+        "reset",
+        "the daemon repeats to the restarted server what the client told the first one, and resets the device",
+    )
 
 
 class VfioInterface(Word):

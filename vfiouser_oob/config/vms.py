@@ -36,7 +36,7 @@ class Listens(Word):
     """Who listens on a socket."""
 
     DAEMON = "daemon", "QEMU connects"
-    QEMU = "qemu", "the daemon connects, also after a restart under a running VM"
+    QEMU = "qemu", "the daemon connects, even if it restarts under a running VM"
 
 
 @section

@@ -138,7 +138,7 @@ class ControlClient:
             raise ControlError(f"the daemon at {self._path} closed the connection")
         self._refuse_error(hello)
         if hello.get("hello") != protocol.NAME:
-            raise ControlError(f"what answers at {self._path} is not {protocol.NAME}")
+            raise ControlError(f"the server at {self._path} is not {protocol.NAME}")
         if hello.get("protocol") != protocol.PROTOCOL:
             raise ControlError(
                 f"the daemon at {self._path} speaks control protocol {hello.get('protocol')!r}, "
@@ -151,13 +151,13 @@ class ControlClient:
         try:
             self._sock.sendall(protocol.encode(request))
         except OSError as error:
-            raise ControlError(f"the daemon at {self._path} cannot be asked: {error}") from error
+            raise ControlError(f"cannot ask the daemon at {self._path}: {error}") from error
         answer = self._receive()
         if answer is None:
             raise ControlError(f"the daemon at {self._path} closed the connection")
         self._refuse_error(answer)
         if answer.get("id") != self._next_id or "result" not in answer:
-            raise ControlError(f"the daemon at {self._path} gave an answer that does not fit the question")
+            raise ControlError(f"the daemon at {self._path} gave an answer that does not fit the request")
         return answer["result"]
 
     def _refuse_error(self, message: dict[str, Any]) -> None:
@@ -177,9 +177,9 @@ class ControlClient:
         try:
             message = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ControlError(f"what answers at {self._path} does not speak JSON") from error
+            raise ControlError(f"the server at {self._path} does not speak JSON") from error
         if not isinstance(message, dict):
-            raise ControlError(f"what answers at {self._path} is not {protocol.NAME}")
+            raise ControlError(f"the server at {self._path} is not {protocol.NAME}")
         return message
 
     def _line(self) -> bytes | None:

@@ -277,7 +277,7 @@ def _permitted(request: ControlRequest, asker: Asker) -> Verb:
     if verb.role > asker.role:
         raise RequestError(
             ErrorCode.NOT_ALLOWED,
-            f"user id {asker.peer.uid} may ask, but not {request.method}; that takes root or one of admin_uids",
+            f"user id {asker.peer.uid} may not use {request.method}; only root and admin_uids may",
         )
     return verb
 

@@ -106,7 +106,7 @@ class ClientLink(abc.ABC):
         Raises:
             DmaFault: it cannot be sent.
         """
-        raise DmaFault("there is no way to the client's bus", errno.ENODEV)
+        raise DmaFault("the device has no way to its client's bus", errno.ENODEV)
 
     def bus_write(self, address: int, data: bytes) -> SentWrite:
         """Send a write to whatever is at an address of the client's bus; the client carries them out in order.
@@ -114,7 +114,7 @@ class ClientLink(abc.ABC):
         Raises:
             DmaFault: it cannot be sent.
         """
-        raise DmaFault("there is no way to the client's bus", errno.ENODEV)
+        raise DmaFault("the device has no way to its client's bus", errno.ENODEV)
 
     @abc.abstractmethod
     def fail(self, reason: str) -> None:
@@ -125,7 +125,7 @@ class ClientLink(abc.ABC):
         self.fail(reason)
 
     def recovered(self) -> None:
-        """Note that a device that was lost is there again, and was reset."""
+        """Note that a device that was lost is back, and was reset."""
         return
 
     def fail_for_good(self, reason: str) -> None:

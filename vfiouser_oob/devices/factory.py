@@ -41,7 +41,7 @@ def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
     try:
         made = model(config.name, device.options)
         if not isinstance(made, DeviceModel):
-            raise TypeError(f"it made a {type(made).__name__}, which is no DeviceModel")
+            raise TypeError(f"it made a {type(made).__name__}, not a DeviceModel")
         return ModelBackend(
             made, dma_by_message=config.dma is DmaMode.MESSAGES, retain_state=config.retain_state, log=logger
         )
@@ -49,9 +49,9 @@ def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
         raise
     # The model may be anybody's; its author needs to see where it failed.
     except Exception as error:
-        logger.traceback("a model cannot be made", error)
+        logger.traceback("cannot make a model", error)
         told = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"function {config.name!r}: model {device.model} cannot be made: {told}") from error
+        raise ConfigError(f"function {config.name!r}: model {device.model} cannot be created: {told}") from error
 
 
 def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:

@@ -142,7 +142,7 @@ class ModelBackend(DeviceBackend):
             try:
                 self.reset(ResetKind.NEW_CLIENT)
             except OSError as error:
-                raise BackendUnavailable(f"there is no new memory for its BARs: {error.strerror}") from error
+                raise BackendUnavailable(f"no new memory for its BARs: {error.strerror}") from error
             except CommandError as error:
                 raise BackendUnavailable(str(error)) from error
         self._used = True

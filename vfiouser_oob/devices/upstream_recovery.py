@@ -50,9 +50,9 @@ def require_same(old: DeviceDescription, new: ReachedServer) -> None:
         CommandError: it cannot; the text says why not.
     """
     if old != new.description:
-        raise CommandError("the device is another one now", errno.EIO)
+        raise CommandError("the device is a different one now", errno.EIO)
     if any(region.fd is not None for region in new.regions):
-        raise CommandError("its client has mapped memory of the old server", errno.EIO)
+        raise CommandError("its client still has memory of the old server mapped", errno.EIO)
     if not old.flags & DeviceInfoFlags.RESET:
         raise CommandError("the device has no reset", errno.EIO)
 

@@ -163,7 +163,7 @@ class UpstreamSession(BackendSession):
                 await tell_again(reached.client, self.memory, self._eventfds, share_files=self._files_shared)
             except VfioUserError as error:
                 reached.close()
-                link.fail_for_good(f"the upstream server {reached.client.failure or 'is there again'}, but {error}")
+                link.fail_for_good(f"the upstream server {reached.client.failure or 'is back'}, but {error}")
                 return False
             self._take_over(reached)
             link.recovered()
@@ -242,7 +242,7 @@ class UpstreamSession(BackendSession):
         except VfioUserError as error:
             raise BackendUnavailable(
                 f"the upstream device cannot be reset, so this client would find what the last one left: {error}; "
-                "retain_state = true lets it"
+                f"retain_state = true allows that"
             ) from error
 
     def reset(self) -> Awaitable[None]:
@@ -353,7 +353,7 @@ class UpstreamSession(BackendSession):
             with suppress(VfioUserError):
                 await map_anew(self._client, self.memory, self._leaving, share_files=not share)
             raise CommandError(
-                f"the upstream device does not take memory {'with' if share else 'without'} its file: {error}",
+                f"the upstream device does not accept memory {'with' if share else 'without'} its file: {error}",
                 errno.ENOTSUP,
             ) from error
 

@@ -151,7 +151,7 @@ class Keeper:
         with trio.CancelScope() as self._killing:
             await trio.sleep(self._stop_s)
             if child == self._child:
-                self._log.warning("the command did not end in time; killed", pid=child, waited_s=self._stop_s)
+                self._log.warning("the command did not end in time and was killed", pid=child, waited_s=self._stop_s)
                 self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
@@ -188,16 +188,16 @@ class Keeper:
                 fds += [ForeignFd(number, self._account) for number in whole.cast("i")]
         if pid != self._child or not self._child:
             close_fds(fds)
-            self._noise.warning("a message of a stranger was ignored", pid=pid, uid=uid)
+            self._noise.warning("ignored a message from an unknown process", pid=pid, uid=uid)
             return
         if flags & socket.MSG_CTRUNC:
             close_fds(fds)
-            self._noise.warning("a message was ignored: some of its descriptors were lost (LimitNOFILE=)")
+            self._noise.warning("ignored a message: some of its descriptors were lost (LimitNOFILE=)")
             return
         outcome = self._store.take(data, fds)
         close_fds(outcome.released)
         if outcome.refused is not None:
-            self._noise.warning("the command asked for what is not done", asked=outcome.refused)
+            self._noise.warning("the command asked for something that the keeper does not do", asked=outcome.refused)
         lines = [f"{key}={value}" for key, value in outcome.forwarded.items() if key != "STOPPING" or self._stopping]
         if lines:
             self._above.send("\n".join(lines).encode())

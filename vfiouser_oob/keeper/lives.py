@@ -14,7 +14,7 @@ WINDOW_S = 10.0
 #: Exit codes that trying again does not mend: a mistake in the configuration or on the command line, and what a shell
 #: says of a program that cannot be executed or found.
 HOPELESS: Mapping[int, str] = MappingProxyType(
-    {2: "what it was started with is wrong", 126: "it cannot be executed", 127: "it was not found"}
+    {2: "its arguments are wrong", 126: "it cannot be executed", 127: "it was not found"}
 )
 #: Exit code of a keeper that gave up.
 GAVE_UP = 1

@@ -98,7 +98,7 @@ class GuestMemory:
             copy = fds[0].duplicate()
             return await self._worker.run(partial(examine, copy, in_memory=False), copy.close)
         except OSError as error:
-            raise CommandError(f"the file of a DMA_MAP cannot be examined: {error.strerror}", error.errno) from error
+            raise CommandError(f"cannot examine the file of a DMA_MAP: {error.strerror}", error.errno) from error
 
     def add(self, request: DmaMapRequest, fds: Sequence[OwnedFd], facts: FileFacts | None) -> DmaRegion | None:
         """Map a range (DMA_MAP).
@@ -382,7 +382,7 @@ class GuestMemory:
         try:
             return await self._worker.run(access, partial(self._landed, file))
         except OSError as error:
-            raise DmaFault(f"client memory cannot be accessed now: {error.strerror}", error.errno) from error
+            raise DmaFault(f"cannot access client memory now: {error.strerror}", error.errno) from error
 
     def _landed(self, file: GuestFile) -> None:
         file.landed()

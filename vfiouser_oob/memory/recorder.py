@@ -222,7 +222,7 @@ class WriteRecorder:
         self._unanswered: dict[int, UnansweredWrite] = {}
         self._number = 0
         self._waiting: set[trio.CancelScope] = set()
-        #: What the client may still carry out, though nobody waits for it any more: number, from, to.
+        #: What the client may still carry out, though nothing waits for it any more: number, from, to.
         self._abandoned: list[tuple[int, int, int]] = []
         #: What was sent once more because of that: number, what it is, and its message.
         self._resent: list[tuple[int, UnansweredWrite, SentWrite]] = []

@@ -361,16 +361,16 @@ async def _let_go(session: Session) -> None:
 def _late(name: str, delivery: Delivery) -> AgentError:
     """The error of a call whose time is up."""
     if delivery.unsent:
-        return ConnectError(f"the agent was not reached in time for {name}")
-    return Unanswered(f"the agent did not answer {name} in time; its effect is not known")
+        return ConnectError(f"could not reach the agent in time for {name}")
+    return Unanswered(f"the agent did not answer {name} in time; its effect is unknown")
 
 
 def _lost(error: OSError, delivery: Delivery) -> AgentError:
     """The error of a call that the system ended."""
     reason = words_of(error)
     if delivery.unsent:
-        return ConnectError(f"the agent cannot be reached: {reason}")
-    return TransportLost(f"the agent was lost: {reason}")
+        return ConnectError(f"cannot reach the agent: {reason}")
+    return TransportLost(f"the connection to the agent broke: {reason}")
 
 
 def require_usable(caps: Capabilities) -> None:

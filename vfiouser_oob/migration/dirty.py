@@ -116,7 +116,7 @@ class DirtyTracker:
                 await self._start_agent(chosen, wanted, deadline)
             except AgentError as error:
                 if not seen:
-                    raise CommandError(f"the agent does not log dirty pages: {error}", error.errno) from error
+                    raise CommandError(f"the agent cannot log dirty pages: {error}", error.errno) from error
         if not self.lent:
             wished = tuple((item.iova, item.length) for item in ranges)
             self._note(LogMark(page_size, wished, self._agent_page, self._blind))
@@ -151,7 +151,7 @@ class DirtyTracker:
         assert caps is not None
         if not caps.dirty:
             self._blind = True
-            self._tracer.note("the agent logs no dirty pages: everything is reported dirty every time")
+            self._tracer.note("the agent logs no dirty pages, so every page is reported dirty every time")
             return
         wanted = [Range(item.iova, min(item.length, ADDRESS_SPACE - page_size)) for item in ranges]
         if caps.max_ranges and len(wanted) > caps.max_ranges:

@@ -241,7 +241,7 @@ def give_up_arc(turn: Turn, errand: PlanProgress) -> None:
     if undo is Undo.LOAD_FAILED:
         turn.lose_load("it was given up while it was applied")
     elif undo is Undo.LEAVE and turn.record.state is DeviceState.RUNNING:
-        turn.run_again("the client gave up")
+        turn.run_again("the client abandoned it")
     else:
         turn.settle(goal_of(turn.record, undo), "it was given up")
 

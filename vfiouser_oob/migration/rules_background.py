@@ -60,7 +60,7 @@ def fall_try_again(turn: Turn, errand: PlanProgress, step: Step, failure: Failur
     elif failure.unclear and turn.record.certainty is Certainty.KNOWN:
         turn.doubt(str(failure))
     elif step.do in _BY_DEVICE:
-        turn.do(ev.Note("the device could not be reset", {"error": str(failure)}))
+        turn.do(ev.Note("the device did not reset", {"error": str(failure)}))
 
 
 def keep_trying(turn: Turn, errand: PlanProgress) -> None:

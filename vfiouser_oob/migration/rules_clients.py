@@ -201,7 +201,7 @@ def then_reset(turn: Turn, errand: PlanProgress) -> None:
 
 def _owe_reset(turn: Turn, missing: Failure, due: ResetDue) -> None:
     """The client's reset is answered; the agent does its part when it can, and no guest's access goes on before."""
-    turn.do(ev.Note("the function is reset as soon as its agent answers; until then it is not used"))
+    turn.do(ev.Note("the function is reset as soon as its agent answers; until then no client may use it"))
     old = turn.record.shown
     turn.set(
         state=DeviceState.RUNNING,
@@ -219,7 +219,7 @@ def _owe_reset(turn: Turn, missing: Failure, due: ResetDue) -> None:
 
 def fall_reset(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """The device could not be reset; the background goes on with it."""
-    turn.settle(Goal.RESET, "the device could not be reset")
+    turn.settle(Goal.RESET, "the device did not reset")
     turn.answer(str(failure), failure.errno)
 
 

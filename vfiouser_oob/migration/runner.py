@@ -360,7 +360,7 @@ class MigrationRunner:
         with trio.move_on_at(message.again):
             await self._until(lambda: self.settled)
         if self.record.certainty is Certainty.UNKNOWN:
-            raise CommandError("what the function does is not known: its agent does not answer", errno.EIO)
+            raise CommandError("the state of the function is unknown: its agent does not answer", errno.EIO)
 
     async def reset(self) -> None:
         """DEVICE_RESET: always the device, and the agent if there is any doubt that the function runs.

@@ -378,7 +378,7 @@ class SourcePipeline:
         if self._error is not None:
             if self.buffered and not self.final:
                 return True
-            raise CommandError(f"the state could not be fetched: {self._error}", self._error.errno)
+            raise CommandError(f"fetching the state failed: {self._error}", self._error.errno)
         return self._drained and not self._restarting
 
     def take(self, size: int) -> list[memoryview]:

@@ -141,7 +141,7 @@ class Steps:
         device = self.device
         assert device is not None
         with self._tracer.step("flush"):
-            await _within(device.held.drained(), deadline, "what the guest wrote did not reach the device in time")
+            await _within(device.held.drained(), deadline, "the guest's writes did not reach the device in time")
             done = device.session.flush()
             if done is not None:
                 await _within(done, deadline, "the device did not answer a read in time")
@@ -183,7 +183,7 @@ class Steps:
             # It is stuck in what it was doing, and the reset of its device is what leads out.
             self._host.feed(BeganAtAgent(None))
         if self.device is None:
-            raise InvalidState("its agent cannot reset it, and there is no client whose device could be")
+            raise InvalidState("its agent cannot reset it, and no client is there whose device could be reset")
         # What its client has written since it was told of the reset stays.
         await self.reset_device_again(deadline)
         await self._link.call(Operation.WAS_RESET, deadline)
@@ -204,7 +204,7 @@ class Steps:
             except CommandError:
                 raise
             except VfioUserError as error:  # a lost contact is nobody's bug
-                raise CommandError(f"the device could not be reset: {error}", error.errno) from error
+                raise CommandError(f"the device did not reset: {error}", error.errno) from error
 
     async def reset_device_again(self, deadline: float) -> None:
         """Reset the device behind its agent, and leave configuration space as the client wrote it since.
@@ -223,7 +223,7 @@ class Steps:
     def _require_client(self, device: AttachedDevice) -> None:
         """A step in the background goes no further when its client leaves, or another one has come."""
         if self.device is not device:
-            raise CommandError("the client left before the device was as it should be")
+            raise CommandError("the client left before the device was ready")
 
     async def rearm_log(self, deadline: float) -> None:
         """Begin the agent's log of dirty pages anew, which has ended with its reset."""
@@ -287,7 +287,7 @@ class Steps:
     @property
     def _saving(self) -> SourcePipeline:
         if self.source is None:
-            raise CommandError("the state that was being saved was dropped", errno.EIO)
+            raise CommandError("the daemon dropped the state that it was saving", errno.EIO)
         return self.source
 
     async def restart_stream(self, deadline: float) -> None:

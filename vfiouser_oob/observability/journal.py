@@ -99,7 +99,7 @@ class JournalBacklog(Backlog):
         return lost
 
     def _lost_entry(self, count: int) -> bytes:
-        return datagram(f"log: log records were lost, because nobody took them lines={count}", logging.WARNING, {})
+        return datagram(f"log: log records were lost, because nobody read them lines={count}", logging.WARNING, {})
 
 
 class JournalHandler(logging.Handler):

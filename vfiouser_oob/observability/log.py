@@ -319,7 +319,7 @@ class _SinkHandler(logging.StreamHandler[Any]):
     def __init__(self, target: TextIO, formatter: logging.Formatter) -> None:
         def tell_lost(count: int) -> str:
             record = logging.LogRecord(f"{ROOT}.log", logging.WARNING, __file__, 0, "", None, None)
-            record.event, record.fields = "log lines were lost, because nobody took them", {"lines": count}
+            record.event, record.fields = "log lines were lost, because nobody read them", {"lines": count}
             return formatter.format(record)
 
         self.sink = Sink(target, tell_lost)

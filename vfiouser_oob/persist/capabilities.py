@@ -165,7 +165,9 @@ class FunctionCapabilities:
 
     def _failed(self, what: str, reason: str) -> None:
         self.problem = reason
-        self._log.warning(f"what the agent can do could not be {what}; going on without", reason=reason)
+        self._log.warning(
+            f"the record of what the agent can do could not be {what}; going on without it", reason=reason
+        )
 
 
 def _read(path: Path, identity: str) -> Facts | None:

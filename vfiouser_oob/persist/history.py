@@ -157,7 +157,7 @@ class FunctionHistory:
         return []
 
     def _failed(self, what: str, reason: str) -> None:
-        self._log.warning(f"the history of migrations could not be {what}; going on without", reason=reason)
+        self._log.warning(f"the history of migrations could not be {what}; going on without it", reason=reason)
 
 
 def _read(path: Path) -> list[MigrationEntry]:

@@ -36,7 +36,7 @@ class StartCount:
             self.count = await trio.to_thread.run_sync(_count, self._path, abandon_on_cancel=True)
         except (OSError, UnusableRecord) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self._log.warning("starts of the daemon cannot be counted", reason=f"{self._path}: {reason}")
+            self._log.warning("cannot count the starts of the daemon", reason=f"{self._path}: {reason}")
 
 
 def _count(path: Path) -> int:

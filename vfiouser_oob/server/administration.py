@@ -101,7 +101,7 @@ class Administration:
         there = [unit.config for unit in self._registry.units if isinstance(unit.config, FunctionConfig)]
         for config in configs:
             if self._registry.units.find(config.name, self._registry.units.kinds[0]) is not None:
-                raise ChangeRefused(f"there is a function {config.name!r} already; `remove` it first, or `reload`")
+                raise ChangeRefused(f"function {config.name!r} exists already; `remove` it first, or `reload`")
         try:
             check_unique(replace(self.config, functions=(*there, *configs), source=None, spoiled=()))
         except ConfigError as error:
@@ -133,9 +133,7 @@ class Administration:
         unit = self._find(name)
         user = unit.user
         if user is not None and not force:
-            raise ChangeRefused(
-                f"{name} is used by {user}; `drain {name}` waits for that to end, `--force` ends it now"
-            )
+            raise ChangeRefused(f"{name} is in use by {user}; `drain {name}` waits for its end, `--force` ends it now")
         try:
             await self._registry.remove(name, unit.kind)
         except KeyError:
@@ -161,17 +159,17 @@ class Administration:
         unit = self._find(name)
         unit.drained = not undo
         if unit.life is None or unit.failed is not None:
-            raise ChangeRefused(f"{name} has failed, so nobody uses it: {unit.failed}")
+            raise ChangeRefused(f"{name} has failed, so it has no client: {unit.failed}")
         life = unit.life
         if undo:
             if unit.waiting is None:
                 life.reopen()
             return {"name": name, "drained": False}
         life.drain()
-        self._log.info(f"{unit.kind.word} takes no new client", function=name, used_by=unit.user)
+        self._log.info(f"{unit.kind.word} accepts no new client", function=name, used_by=unit.user)
         await life.vacated()
         if not unit.drained:
-            raise ChangeRefused(f"{name} was opened again before its client had gone")
+            raise ChangeRefused(f"{name} was opened again before its client left")
         return {"name": name, "drained": True}
 
     async def disconnect(self, name: str) -> dict[str, Any]:
@@ -225,14 +223,14 @@ class Administration:
 
     async def _read_again(self) -> DaemonConfig:
         if self._reread is None:
-            raise ChangeRefused("the daemon was started without a configuration file; there is nothing to reload")
+            raise ChangeRefused("the daemon was started without a configuration file; it has nothing to reload")
         try:
             with trio.fail_after(READ_S):
                 return await trio.to_thread.run_sync(self._reread, abandon_on_cancel=True)
         except ConfigError as error:
             raise ChangeRefused(f"nothing is changed: {error}") from None
         except trio.TooSlowError:
-            raise ChangeRefused(f"nothing is changed: reading the configuration takes more than {READ_S:g} s") from None
+            raise ChangeRefused(f"nothing is changed: reading the configuration took more than {READ_S:g} s") from None
 
     def _adopt(self, config: DaemonConfig) -> tuple[list[str], list[str]]:
         """Take over what counts at once; the rest stays what it is until a restart."""
@@ -263,7 +261,7 @@ class Administration:
             levels.choose(function, level)
             if isinstance(life, Life):
                 life.function.level_changed()
-        self._log.info("log level chosen", level=level.value, **({} if function is None else {"function": function}))
+        self._log.info("log level set", level=level.value, **({} if function is None else {"function": function}))
         return {"level": level.value, "function": function}
 
     def _choose_level(self, level: LogLevel) -> None:

@@ -135,7 +135,7 @@ class Attached:
         except EndOfStream:
             channel.end()
         except StreamError as error:
-            self.context.noise.warning("client's twin stream cannot be followed; disconnected", error=str(error))
+            self.context.noise.warning("cannot follow the client's twin stream; disconnected", error=str(error))
             channel.end()
 
     def _take(self, message: Message, channel: Channel, *, twin: bool) -> None:

@@ -46,14 +46,14 @@ class CertificateBook:
             expiry = await trio.to_thread.run_sync(first_expiry, Path(path), abandon_on_cancel=True)
         except (OSError, UnreadableCertificate) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self._log.warning("a certificate cannot be read", file=path, reason=reason)
+            self._log.warning("cannot read a certificate", file=path, reason=reason)
             self.expiries.pop(path, None)
             return
         self.expiries[path] = expiry
         words = expiry_words(expiry, time.time())
         if words is not None:
             tell = self._log.warning if expiry > time.time() else self._log.error
-            tell("a certificate for agents needs to be renewed", file=path, reason=words)
+            tell("a certificate for agents needs renewal", file=path, reason=words)
 
 
 def certificates_of(function: FunctionConfig) -> Iterator[str]:

@@ -171,7 +171,7 @@ class ClientConnection:
             return str(end)
         except StreamError as error:
             await self._reply_last(error.reply)
-            self._context.noise.warning("client's stream cannot be followed; disconnected", error=str(error))
+            self._context.noise.warning("cannot follow the client's stream; disconnected", error=str(error))
             self._context.note_error(str(error))
             return str(error)
         return "the client left"

@@ -27,7 +27,7 @@ def errno_of(error: Exception, log: Logger, what: str) -> int:
     if isinstance(error, OSError) and error.errno:
         log.warning("command failed", command=what, error=error.strerror, errno=errno.errorcode.get(error.errno, ""))
         return error.errno
-    log.exception("bug: a command failed unexpectedly and is answered with EIO", error, command=what)
+    log.exception("bug: a command failed unexpectedly; its client gets EIO", error, command=what)
     return errno.EIO if not isinstance(error, LocalProtocolError) else error.errno
 
 

@@ -145,7 +145,7 @@ async def run_daemon(
             units.open_all(kind, kind.of(config), config.spoiled)
         survival.settle()
         for passed in shelf.unclaimed(config.functions):
-            log.get("daemon").warning("a socket that systemd passed fits no function", socket=str(passed))
+            log.get("daemon").warning("systemd passed a socket that fits no function", socket=str(passed))
         async with means.agents, trio.open_nursery() as nursery:
             books = DaemonBooks(
                 StartCount(config.state_directory, log.get("persist")),
@@ -245,7 +245,7 @@ class Daemon:
                 function.context.timings.mark(now)
 
     def _nothing_left(self) -> None:
-        self._log.info("the inherited connection ended; nothing is left to serve")
+        self._log.info("the inherited connection ended, so there is nothing left to serve")
         self._serving.cancel()
 
     async def _await_signal(self, signals: Any) -> None:
@@ -258,7 +258,7 @@ class Daemon:
                 self._nursery.start_soon(self._reload)
                 continue
             self._log.info("stopping", signal=name)
-            self._notifier.stopping("leaving" if self._survival.works else "turning clients out")
+            self._notifier.stopping("leaving" if self._survival.works else "disconnecting clients")
             self._serving.cancel()
             return
 

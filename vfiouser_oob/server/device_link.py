@@ -166,15 +166,15 @@ class DeviceLink(ClientLink):
             self._on_loss(self, reason)
 
     def recovered(self) -> None:
-        """The device is there again, and was reset."""
+        """The device is back, and was reset."""
         self.lost, self.served = None, ()
         self._context.log.warning("device is back and was reset; its guest has to set it up again")
 
     def fail_for_good(self, reason: str) -> None:
         """The device does not come back."""
-        self._context.log.error("device stays lost; its client gets EIO until it reconnects", reason=reason)
+        self._context.log.error("device remains lost; its client gets EIO until it reconnects", reason=reason)
         self._context.note_error(reason)
 
 
 def _too_early() -> DmaFault:
-    return DmaFault("DMA before the client was told what was agreed", errno.ENODEV)
+    return DmaFault("DMA before the client has the answer to VERSION", errno.ENODEV)

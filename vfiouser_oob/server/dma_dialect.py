@@ -59,8 +59,8 @@ class DmaDialect:
             await self._learn(address, count, payload, again or self._read)
         if not self._fits(payload, count):
             raise DmaFault(
-                f"the client answered DMA_READ {address:#x}+{count:#x} with {len(payload)} bytes that are no reply of "
-                f"the {self.spoken.value} layout",
+                f"the client answered DMA_READ {address:#x}+{count:#x} with {len(payload)} bytes that are not a "
+                f"reply of the {self.spoken.value} layout",
                 errno.EPROTO,
             )
         try:

@@ -342,7 +342,7 @@ class DmaLink:
             DmaFault: the client takes no such messages, or has gone.
         """
         if count > min(self._max_transfer, MAX_READ):
-            raise DmaFault(f"the client takes no reads of {count} bytes", errno.E2BIG)
+            raise DmaFault(f"the client accepts no reads of {count} bytes", errno.E2BIG)
         if self._closed:
             raise _gone()
         pending = PendingReply()
@@ -378,7 +378,7 @@ def _check_written(address: int, size: int, payload: bytes) -> None:
 
 
 def _takes_nothing() -> DmaFault:
-    return DmaFault("the client takes no data by messages (max_data_xfer_size 0)", errno.E2BIG)
+    return DmaFault("the client accepts no data in messages (max_data_xfer_size 0)", errno.E2BIG)
 
 
 def _decoded(payload: bytes) -> DmaWriteReply:

@@ -185,7 +185,9 @@ class Estate:
         if not self._lost:
             self._lost = True
             self.store.discard(self.journal_name(self.function))
-            self._log.error("a restart will turn the client out: nothing can be taken down", error=error.strerror)
+            self._log.error(
+                "a restart will disconnect the client: the daemon cannot write its state down", error=error.strerror
+            )
 
     @property
     def usable(self) -> bool:

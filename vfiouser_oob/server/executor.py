@@ -66,7 +66,7 @@ class Executor:
         if event.header.no_reply or deadline - trio.current_time() >= min(_GUARD_S, self._budget_s * _GUARD_PART):
             return
         name = Command(event.header.command).name
-        raise CommandError(f"{name} waited {self._budget_s:g} s for its turn and was not begun", errno.ETIMEDOUT)
+        raise CommandError(f"{name} waited {self._budget_s:g} s for its turn and did not start", errno.ETIMEDOUT)
 
     # What the dispatcher tells
 

@@ -90,7 +90,7 @@ class Function:
         self.clients_served = 0
         #: User ids that may connect.
         self.allow_uids = allow_uids
-        #: Whether it takes no new client, because an administrator said so.
+        #: Whether it accepts no new client, because an administrator said so.
         self.draining = False
         #: Whether what it writes to its client's memory is recorded; for clients that attach from now on.
         self.recorded = recorded
@@ -234,7 +234,7 @@ class Function:
                 sock, memory = heir.main.take()
         except (OSError, UnusableRecord) as error:
             self.context.noise.warning("client turned out: it cannot be gone on with", reason=str(error))
-            self.context.note_error(f"a client was turned out at the restart: {error}")
+            self.context.note_error(f"the restart disconnected a client: {error}")
             heir.notes.gone()
             heir.close()
             task_status.started()
@@ -268,7 +268,8 @@ class Function:
     async def _closing(self) -> None:
         """Wait while the descriptors of earlier clients cannot be closed: a new one could only bring more of them."""
         if self.context.account.held_up:
-            text = f"no client is accepted until {self.context.account.held} descriptors of earlier ones can be closed"
+            held = self.context.account.held
+            text = f"the function accepts no client until the daemon can close {held} descriptors of earlier ones"
             self.log.error(text)
             self.context.note_error(text)
         while self.context.account.held_up:  # noqa: ASYNC110 - the threads that close know nothing of the event loop
@@ -321,7 +322,7 @@ class Function:
     def _leave(self, connection: ClientConnection, reason: str) -> None:
         """Note that a connection has ended, and let the next client in if it was the one that was served."""
         if self.connection is not connection:
-            self.log.debug("client gone before it was served", client=connection.peer, reason=reason)
+            self.log.debug("client left before it was served", client=connection.peer, reason=reason)
             return
         self.connection = self.context.client = None
         self._vacant.set()
@@ -334,7 +335,7 @@ class Function:
     @property
     def user(self) -> str | None:
         """The client that is served, in words; None without one."""
-        return None if self.connection is None else str(self.connection.peer or "a client that is not known")
+        return None if self.connection is None else str(self.connection.peer or "an unknown client")
 
     def drain(self) -> None:
         """Take no new client; the one that is served stays."""
@@ -399,7 +400,7 @@ class Function:
         silent = [each for each in self._connections if not each.spoken]
         if len(silent) > _MOST_SILENT:
             self.context.noise.warning(
-                "client disconnected: too many say nothing", client=silent[0].peer, silent=_MOST_SILENT
+                "client disconnected: too many clients send nothing", client=silent[0].peer, silent=_MOST_SILENT
             )
             self._connections[silent[0]].cancel()
 
@@ -412,7 +413,7 @@ class Function:
             return f"the system refused: {cause.strerror or cause}"
         self.log.exception("bug: a connection failed unexpectedly", error)
         self.context.note_error(f"connection failed: {words_of(error)}")
-        return "an error of ours"
+        return "an internal error"
 
     # Reporting
 

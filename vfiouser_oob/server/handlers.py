@@ -151,7 +151,7 @@ class Handlers:
         """DEVICE_GET_IRQ_INFO."""
         request = self._decode(IrqInfo, payload)
         if request.index >= len(self._irqs):
-            raise CommandError(f"IRQ index {request.index} of {len(self._irqs)}")
+            raise CommandError(f"IRQ index {request.index} does not exist; the function has {len(self._irqs)}")
         irq = self._irqs[request.index]
         return encode(IrqInfo(_INFO_SIZE, irq.flags, request.index, irq.count))
 
@@ -231,13 +231,13 @@ class Handlers:
 
     def _region(self, index: int) -> RegionSpec:
         if index >= len(self._regions):
-            raise CommandError(f"region {index} of {len(self._regions)}")
+            raise CommandError(f"region {index} does not exist; the function has {len(self._regions)}")
         return self._regions[index]
 
     def _check_access(self, region: int, offset: int, count: int, access: int) -> None:
         """Refuse an access outside its region, too long, or of a kind that the region does not allow."""
         if region >= len(self._bounds):
-            raise CommandError(f"region {region} of {len(self._bounds)}")
+            raise CommandError(f"region {region} does not exist; the function has {len(self._bounds)}")
         size, allowed = self._bounds[region]
         if count > self._max_transfer:
             raise CommandError(f"an access of {count} bytes, of at most {self._max_transfer}")

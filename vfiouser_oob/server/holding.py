@@ -103,12 +103,12 @@ class WriteHold:
         if not self.is_access(event) or (not self._held and self._goes_on(event)):
             return None
         if not self._needed.is_set():
-            self._log.info("guest writes are held back until it is known that the function runs")
+            self._log.info("guest writes are held back until the daemon knows that the function runs")
             self._needed.set()
         if not event.header.no_reply:
             return self._wait(serve)
         if not self._held.add(event):
-            raise CommandError(f"{len(self._held)} writes are held back already; this one is lost", errno.ENOBUFS)
+            raise CommandError(f"{len(self._held)} writes are held back already; this write is lost", errno.ENOBUFS)
         return b""
 
     def _goes_on(self, event: CommandReceived) -> bool:
@@ -138,7 +138,9 @@ class WriteHold:
         """Wait for the function to run, then carry an access out."""
         while self.closed:
             if self._others:
-                raise CommandError("it is not known whether the function runs, and other commands wait", errno.EBUSY)
+                raise CommandError(
+                    "the daemon does not know whether the function runs, and other commands wait", errno.EBUSY
+                )
             await self._changed.wait()
         self._require_running()
         return await serve()
@@ -167,5 +169,5 @@ class WriteHold:
 
     def _drop(self, why: str) -> None:
         if count := self._held.void():
-            self._log.warning("guest writes that were held back are void", writes=count, reason=why)
+            self._log.warning("guest writes that were held back are dropped", writes=count, reason=why)
         self._notify()

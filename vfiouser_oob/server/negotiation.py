@@ -265,7 +265,7 @@ class Negotiating:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             pair = _Pair(OwnedFd(ours.detach()), OwnedFd(theirs.detach()))
         except OSError as error:
-            context.log.warning("no twin socket can be made; the main socket does its work", error=error.strerror)
+            context.log.warning("cannot make a twin socket; the main socket does its work", error=error.strerror)
             return None
         held.callback(pair.close)
         return pair

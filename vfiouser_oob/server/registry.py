@@ -88,7 +88,7 @@ class Units:
         for table in spoiled:
             if table.header == kind.header:
                 self.put(Unit(kind, table.name, None, failure=UnitFailure(table.reason)))
-                _LOG.error(f"a {kind.word} is configured wrongly", function=table.name, reason=table.reason)
+                _LOG.error(f"a {kind.word} has an error in its configuration", function=table.name, reason=table.reason)
         errors: list[Exception] = []
         try:
             for unit in self.of(kind):
@@ -158,7 +158,9 @@ def note_failure(unit: Unit, error: Exception) -> Exception:
     reason = reason_of(cause)
     unit.life = None
     unit.failure = UnitFailure(reason)
-    _LOG.error(f"a {unit.kind.word} cannot be had; it is tried again on reload", function=unit.name, reason=reason)
+    _LOG.error(
+        f"cannot provide a {unit.kind.word}; the daemon tries again on reload", function=unit.name, reason=reason
+    )
     return cause
 
 
@@ -296,7 +298,7 @@ class Registry:
         with trio.move_on_after(END_S):
             await unit.life.ended.wait()
         if not unit.life.ended.is_set():
-            unit.failure = UnitFailure(f"it should have ended, and something of it still hangs after {END_S:g} s")
+            unit.failure = UnitFailure(f"it should have ended, but a part of it still hangs after {END_S:g} s")
             raise UnitHangs(unit.failure.reason)
         unit.life = None
 

@@ -184,7 +184,7 @@ class Reloading:
         unit.life.drain()
         unit.waiting = trio.CancelScope()
         self._nursery.start_soon(self._change_when_free, unit, change, unit.waiting)
-        return _outcome(change, "waiting", f"until {unit.user} has gone")
+        return _outcome(change, "waiting", f"until {unit.user} leaves")
 
     async def _change_when_free(self, unit: Unit, change: Change, waiting: trio.CancelScope) -> None:
         with waiting:
@@ -197,9 +197,7 @@ class Reloading:
             if unit.waiting is waiting:
                 unit.waiting = None
                 outcome = await self._carry_out(unit, change)
-                self._log.info(
-                    "a change that waited is made", function=unit.name, step=change.step, state=outcome.state
-                )
+                self._log.info("a pending change is made", function=unit.name, step=change.step, state=outcome.state)
         finally:
             self._registry.changing.release()
 

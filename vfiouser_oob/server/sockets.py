@@ -79,7 +79,7 @@ class SocketShelf:
         if not fitting and config.socket is None and config.fd is None:
             others = ", ".join(map(str, self._sockets))
             raise ConfigError(
-                f"function {config.name!r} has no socket configured, and none came from systemd for it"
+                f"function {config.name!r} has no socket configured, and systemd passed none for it"
                 f"{f' (came: {others})' if others else ''}; give it the line `socket = "
                 f'"/run/vfio-user/{config.name}.sock"`'
             )

@@ -91,7 +91,7 @@ class Survival:
             nursery.cancel_scope.cancel()
         if not self.works:
             self._log.warning(
-                "a restart will turn clients out: the service manager keeps no descriptors",
+                "a restart will disconnect clients: the service manager keeps no descriptors",
                 what_to_do="FileDescriptorStoreMax= and NotifyAccess=main in the unit",
             )
 
@@ -116,7 +116,7 @@ class Survival:
             kept = await self._kept_all()
         if not kept:
             self._log.error(
-                "clients are turned out: not all that they need was kept",
+                "clients are disconnected: some of what they need was not kept",
                 what_to_do="a larger FileDescriptorStoreMax= in the unit",
             )
         return kept
@@ -141,7 +141,7 @@ class Survival:
                     return estate
             journal = Journal.create(f"vfiouser-{config.name}")
         except OSError as error:
-            self._log.error("a restart will turn the client out", function=config.name, error=error.strerror)
+            self._log.error("a restart will disconnect the client", function=config.name, error=error.strerror)
             return None
         self._store.discard(name)
         self._store.keep(name, journal)
@@ -362,7 +362,7 @@ def _check(things: Sequence[Thing], identity: str) -> MigrationRecord | None:
     """
     about = next((thing for thing in things if isinstance(thing, FunctionThing)), None)
     if about is None or about.identity != identity:
-        raise UnusableRecord("the function is configured to be another one now")
+        raise UnusableRecord("the configuration gives the function another device now")
     migration = next((thing for thing in things if isinstance(thing, MigrationThing)), None)
     if migration is None:
         return None

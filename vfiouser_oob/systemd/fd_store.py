@@ -127,7 +127,7 @@ class FdStore:
             return
         if self._limit is not None and len(self._uses) > self._limit:
             self._say(
-                "a restart would lose clients: too few descriptors are kept (FileDescriptorStoreMax=)", self._limit
+                "a restart would lose clients: systemd keeps too few descriptors (FileDescriptorStoreMax=)", self._limit
             )
         poll = "" if watched else "\nFDPOLL=0"
         self._mailbox.send(f"FDSTORE=1\nFDNAME={name}{poll}".encode(), (fd,))
@@ -185,7 +185,7 @@ class FdStore:
             StoreLost: some of that, since the last barrier, did not reach it.
         """
         if self._mailbox.address is None:
-            raise StoreLost("there is no service manager that keeps descriptors")
+            raise StoreLost("no service manager keeps descriptors here")
         reader, writer = _pipe()
         with reader:
             with writer:

@@ -268,7 +268,7 @@ def _bind_advice(path: Path, error: OSError) -> str:
     advice = {
         errno.ENOENT: f"the directory {path.parent} does not exist; create it",
         errno.EACCES: f"no permission to create a socket in {path.parent}",
-        errno.EROFS: f"no socket can be created in {path.parent}, which is read-only",
+        errno.EROFS: f"cannot create a socket in {path.parent}, which is read-only",
         errno.EEXIST: "another process has just taken it",
     }
     reason = advice.get(error.errno or 0) or error.strerror or str(error)
@@ -281,7 +281,7 @@ def _group_id(group: str) -> int:
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
-        raise ListenError(f"there is no group {group!r}; create it or set another socket_group") from None
+        raise ListenError(f"group {group!r} does not exist; create it or set another socket_group") from None
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

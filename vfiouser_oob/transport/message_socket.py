@@ -208,7 +208,9 @@ class MessageSocket:
         fds = [ForeignFd(fd, self._account) for fd in descriptors_in(ancillary)]
         if self._account.held_up:
             close_fds(fds)
-            raise StreamError(f"{self._account.held} descriptors of this peer cannot be closed; no more are taken")
+            raise StreamError(
+                f"{self._account.held} descriptors of this peer cannot be closed; the daemon accepts no more"
+            )
         return fds
 
     def _discard(self, ancillary: list[tuple[int, int, bytes]]) -> None:
@@ -414,9 +416,7 @@ class MessageSocket:
                 copies.append(copy)
         except OSError as error:
             close_fds(copies)
-            raise EndOfStream(
-                f"descriptors cannot be kept until the peer takes them: {error.strerror}", False
-            ) from error
+            raise EndOfStream(f"cannot keep descriptors until the peer reads them: {error.strerror}", False) from error
         return copies
 
     def close(self) -> None:

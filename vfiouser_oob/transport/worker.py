@@ -41,7 +41,7 @@ def _nothing() -> None:
 
 
 def _given_up() -> NoReturn:
-    raise OSError(errno.ECANCELED, "nobody waits for it any more")
+    raise OSError(errno.ECANCELED, "nothing waits for it any more")
 
 
 class _Job(Generic[T]):
@@ -148,7 +148,7 @@ class Worker:
 
     def _put(self, job: _Job[Any]) -> None:
         if self._jobs.qsize() >= _MAX_WAITING:
-            raise OSError(errno.EBUSY, "too many calls for this client wait already")
+            raise OSError(errno.EBUSY, "too many calls for this client are waiting already")
         with _lock:
             if not self._running:
                 if self._account.threads >= _MAX_THREADS:

@@ -184,7 +184,7 @@ def unpack(bundle: State, names: Iterable[str]) -> dict[str, FunctionState]:
     wanted = set(names)
     if len(states) != len(found) or set(states) != wanted:
         theirs, ours = (", ".join(sorted(each)) or "none" for each in (states, wanted))
-        raise BundleError(f"the VM that comes has the functions {theirs}, and the one here {ours}")
+        raise BundleError(f"the arriving VM has the functions {theirs}, and the one here has {ours}")
     return states
 
 

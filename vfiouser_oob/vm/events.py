@@ -305,7 +305,7 @@ class RepairCarrier(VmEffect):
 
 @dataclass(frozen=True, slots=True)
 class LeaveFunctions(VmEffect):
-    """QEMU has gone: give up what is being done to the functions; what becomes of them is their own rules' affair."""
+    """QEMU has gone: give up what is being done to the functions; their own rules decide what happens to them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class HostedFunction:
     @property
     def _watched(self) -> _Watched:
         if self._now is None or self._now.connection is not self._function.connection:
-            raise CommandError("it was not watched what it does for this QEMU", errno.ENODEV)
+            raise CommandError("the daemon did not watch its DMA for this QEMU", errno.ENODEV)
         return self._now
 
     @property
@@ -196,7 +196,7 @@ class HostedFunction:
         device, connection = self._device, self._function.connection
         assert connection is not None
         if device.session.memory.recorder is None:
-            raise CommandError("what it writes for this client is not recorded", errno.ENOTSUP)
+            raise CommandError("the daemon does not record what it writes for this client", errno.ENOTSUP)
         reports = None if coming or self.by_client else await self._reports(device)
         self._now = _Watched(self.name, connection, device, reports)
         try:

@@ -121,7 +121,7 @@ async def check_vm(unit: Unit, destination: str | None) -> dict[str, Any]:
     try:
         return await life.check(None if destination is None else VmOffer.read(destination))
     except CounterpartError as error:
-        raise ChangeRefused(f"what the destination says of itself cannot be used: {error}") from error
+        raise ChangeRefused(f"cannot use the destination's description of itself: {error}") from error
 
 
 class HostedVm:
@@ -304,7 +304,7 @@ class HostedVm:
         if self._draining:
             self._log.warning("QEMU refused: the VM is drained", qemu=monitor.peer)
             return
-        self.user = str(monitor.peer or "a QEMU that is not known")
+        self.user = str(monitor.peer or "an unknown QEMU")
         self._vacant = trio.Event()
         try:
             await self._attend_to(monitor)

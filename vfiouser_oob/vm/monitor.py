@@ -183,7 +183,7 @@ class MonitorPort:
         wire = MonitorWire(sock)
         self._silent[wire] = None
         if len(self._silent) > SILENT_MAX:
-            next(iter(self._silent)).lose("too many say nothing")
+            next(iter(self._silent)).lose("too many send nothing")
         nursery.start_soon(self._serve, wire, peer)
 
     async def _serve(self, wire: MonitorWire, peer: Peer | None) -> None:
@@ -203,14 +203,14 @@ class MonitorPort:
         with trio.move_on_after(self._hello_s) as scope:
             monitor = await _meet(wire, peer)
         if scope.cancelled_caught:
-            raise GoneError(f"it did not say within {self._hello_s:g} s what it is doing")
+            raise GoneError(f"it did not report its state within {self._hello_s:g} s")
         self._silent.pop(wire, None)
         await self._claim(monitor)
         try:
             version = ".".join(map(str, monitor.greeting.version))
-            self._log.info("QEMU has come", peer=peer, version=version, runstate=monitor.found.runstate)
+            self._log.info("QEMU connected", peer=peer, version=version, runstate=monitor.found.runstate)
             await self._attend(monitor)
-            self._log.info("QEMU has gone", peer=peer, reason=wire.why_lost or "the monitor was closed")
+            self._log.info("QEMU disconnected", peer=peer, reason=wire.why_lost or "the monitor was closed")
         finally:
             self.current = None
             self._vacant.set()
@@ -225,7 +225,7 @@ class MonitorPort:
             while self.current is not None:
                 await self._vacant.wait()
         if self.current is not None:
-            raise GoneError(f"{self.current.peer} is this VM's QEMU, and lives")
+            raise GoneError(f"{self.current.peer} is this VM's QEMU, and is alive")
         self.current = monitor
         self._vacant = trio.Event()
 
@@ -242,7 +242,7 @@ async def _meet(wire: MonitorWire, peer: Peer | None) -> Monitor:
     runstate = _field(await wire.execute(STATUS, None, math.inf))
     migration = _field(await wire.execute("query-migrate", None, math.inf))
     if not runstate:
-        raise GoneError("it does not say what it is doing")
+        raise GoneError("it does not report its state")
     return Monitor(wire, peer, greeting, Found(runstate, migration, tells))
 
 

@@ -248,7 +248,7 @@ class MonitorWire:
         try:
             self._told.send_nowait(event)
         except trio.WouldBlock:
-            raise QmpProtocolError(f"more than {EVENTS_MAX} events that nobody has taken") from None
+            raise QmpProtocolError(f"more than {EVENTS_MAX} events that nobody has read") from None
 
 
 class _QmpCall:

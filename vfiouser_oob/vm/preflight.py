@@ -215,13 +215,13 @@ RULES: tuple[Rule, ...] = (
     Rule("no-functions", "No function is configured for this VM.", _when(lambda facts: not facts.functions)),
     Rule(
         "no-monitor",
-        "QEMU has not connected its monitor, so nothing would be told of a migration: is it running, and started with "
-        "the monitor's options?",
+        "QEMU has not connected its monitor, so the daemon would not learn of a migration: is QEMU running, and was "
+        "it started with the monitor's options?",
         _when(lambda facts: not facts.connected),
     ),
     Rule(
         "no-events",
-        "QEMU does not send events about migrations, and refused to.",
+        "QEMU sends no events about migrations, and refused to send them.",
         _when(lambda facts: not facts.tells),
         asks=True,
     ),

@@ -237,7 +237,7 @@ class QmpSession:
     def _refusal(self, message: Mapping[str, Any]) -> QmpRefusal | None:
         error = _object(message["error"], "error")
         if "id" not in message:
-            raise QmpProtocolError(f"an error that is about no command: {_shown(error)}")
+            raise QmpProtocolError(f"an error that belongs to no command: {_shown(error)}")
         number = self._answered(message)
         return None if number is None else QmpRefusal(number, _words(error.get("class")), _words(error.get("desc")))
 

@@ -277,7 +277,7 @@ class VmRunner:
             with trio.fail_after(DEED_S):
                 await self._deeds[deed](function)
         except (FunctionTrouble, VfioUserError, trio.TooSlowError) as error:
-            reason = str(error) or f"it was not done within {DEED_S:g} s"
+            reason = str(error) or f"it took longer than {DEED_S:g} s"
             self._failures[effect.function] = self._failures.get(effect.function, 0) + 1
             self.feed(ev.Failed(effect.function, deed, f"{deed.value}: {reason}"))
         else:
@@ -414,7 +414,7 @@ class VmRunner:
     async def _let_go_unread(self, question: OpenQuestion) -> None:
         await trio.sleep(GO_S)
         if self.carriers.question is question and self.record.phase is VmPhase.GOING:
-            self._log.warning("QEMU starts its VM before it says what it has of the functions; they wait for that")
+            self._log.warning("QEMU starts its VM before it reports its functions; they wait for that")
             self.carriers.answer()
 
     # The monitor
@@ -455,7 +455,7 @@ class VmRunner:
         try:
             await prepare(monitor, tuple(self.functions))
         except (MonitorError, TopologyError) as error:
-            self._tell(ev.TellPeople(True, f"the functions cannot be prepared to take their state: {error}"))
+            self._tell(ev.TellPeople(True, f"cannot prepare the functions to take their state: {error}"))
 
     def _tell(self, effect: ev.TellPeople) -> None:
         (self._log.error if effect.error else self._log.info)(effect.text)

@@ -95,7 +95,7 @@ class FunctionMemory:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         if session.memory.recorder is None:
-            raise ValueError(f"what {name} writes is not recorded")
+            raise ValueError(f"the daemon does not record what {name} writes")
         self.name = name
         self._session = session
         self._memory = session.memory
@@ -184,7 +184,7 @@ class FunctionMemory:
         except CommandError as error:
             if self._reports is None:
                 self._journal.release()
-                raise UntrackedRefused(f"what {self.name} writes cannot be known: {error}") from error
+                raise UntrackedRefused(f"nothing shows what {self.name} writes: {error}") from error
         if self._recorder.route is DmaRoute.FILES:
             self._recorder.route = self._running_route
 
@@ -193,11 +193,11 @@ class FunctionMemory:
 
     def _why(self) -> str:
         if self._sees_all or self._reports is not None:
-            return f"the migration may have begun before it was recorded what {self.name} writes"
+            return f"the migration may have begun before the daemon recorded what {self.name} writes"
         return (
-            f"what {self.name} wrote between the beginning of the migration and its going over to messages is not "
-            f'known: nobody reports it. Use dma = "messages" for this function, an agent that logs dirty pages, or arm '
-            f"it before the migration begins"
+            f"the daemon does not know what {self.name} wrote between the start of the migration and the switch to "
+            f'messages, because nothing reports it. Use dma = "messages" for this function, an agent that logs dirty '
+            f"pages, or arm it before the migration begins"
         )
 
     def _heal(self) -> None:
@@ -251,7 +251,7 @@ class FunctionMemory:
         try:
             pages = await self._reports.collect()
         except VfioUserError as error:
-            self._gap = f"what {self.name} has written cannot be found out: {error}"
+            self._gap = f"nothing shows what {self.name} has written: {error}"
             self._heal()
             return
         if pages.pages * PAGE_SIZE >= self._reportable:
@@ -300,7 +300,7 @@ class FunctionMemory:
             UntrackedRefused: it is too much, not known, or not there any more.
         """
         if not self._armed:
-            raise UntrackedRefused(f"it was not recorded what {self.name} writes while its VM migrates")
+            raise UntrackedRefused(f"the daemon did not record what {self.name} writes while its VM migrates")
         await self._memory.quiet()
         for _ in range(_LOOKS):
             if not self._recorder.to_come:
@@ -313,7 +313,7 @@ class FunctionMemory:
         size = pages.pages * PAGE_SIZE + sum(len(data) for _, data in to_come)
         if size > limit:
             raise UntrackedRefused(
-                f"{self.name} wrote {size >> 10} KiB of guest memory that QEMU does not know of; {limit >> 10} KiB may "
+                f"{self.name} wrote {size >> 10} KiB of guest memory without QEMU's knowledge; {limit >> 10} KiB may "
                 f"travel with its state"
             )
         parts = [(address, await self._read(address, length)) for address, length in self._mapped(pages)]
@@ -346,7 +346,7 @@ class FunctionMemory:
         try:
             return await self._memory.read(address, length)
         except DmaFault as error:
-            raise UntrackedRefused(f"guest memory that {self.name} wrote cannot be read: {error}") from error
+            raise UntrackedRefused(f"cannot read guest memory that {self.name} wrote: {error}") from error
 
     # The source: it comes back
 

@@ -54,9 +54,9 @@ def host_refusal(status: Mapping[str, Any], name: str) -> str:
 
 def _function_refusal(name: str, function: Mapping[str, Any] | None) -> str:
     if function is None:
-        return f"function {name} is not served on this host"
+        return f"this host does not serve function {name}"
     if function.get("client") is not None:
-        return f"function {name} is used by process {function['client']['pid']} on this host"
+        return f"process {function['client']['pid']} uses function {name} on this host"
     migration = function.get("migration")
     if migration is None:
         return f"function {name} has no agent on this host, so it cannot take a state"

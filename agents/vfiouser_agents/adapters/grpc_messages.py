@@ -182,7 +182,7 @@ def unpack(name: str, message: Any) -> dict[str, Any]:
         elif field.repeated:
             # Before they become objects of Python, which take many times their room in the message.
             if len(value) > MAX_ITEMS:
-                raise ProtocolError(f"{field.name} has {len(value)} entries; at most {MAX_ITEMS} are believed")
+                raise ProtocolError(f"{field.name} has {len(value)} entries; at most {MAX_ITEMS} are allowed")
             found[field.name] = [_unpacked(field, item) for item in value]
         else:
             found[field.name] = _unpacked(field, value)

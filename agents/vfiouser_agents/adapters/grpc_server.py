@@ -189,7 +189,7 @@ class _Front:
         async def work() -> Any:
             peer = self._peers.get(data.pop("connection"))
             if peer is None:
-                raise TransportLost("this connection is not known here; call Connect again")
+                raise TransportLost("this connection is unknown here; call Connect again")
             result = await peer.client.request(method, data)()
             if method == OPEN and not context.is_active():
                 # The client has given up and will never know the number.
@@ -260,7 +260,7 @@ class _Front:
             with scope, taken:
                 result = await work()
             if scope.cancelled_caught:
-                taken.error = TransportLost("the call was cancelled by its caller")
+                taken.error = TransportLost("its caller cancelled the call")
             _resolve(waiting, result, taken.error)
 
         def begin() -> None:
@@ -272,7 +272,7 @@ class _Front:
             self._nursery.start_soon(run)
 
         if not context.add_callback(partial(self._soon, scope.cancel)):
-            raise TransportLost("the call was cancelled by its caller")
+            raise TransportLost("its caller cancelled the call")
         try:
             self._token.run_sync_soon(begin)
         except trio.RunFinishedError:

@@ -39,7 +39,7 @@ _MAPPED = {**remote_readers(), "call_timeout_s": seconds(0.01, 3600), "info_meth
 
 
 def _needs_map(name: str, value: Any) -> Any:
-    raise OptionError(f"{name}: only for a method map, and there is neither 'methods' nor 'preset'")
+    raise OptionError(f"{name}: only for a method map, but both 'methods' and 'preset' are missing")
 
 
 class JsonRpcAgent(MsgpackRpcAgent):
@@ -133,7 +133,7 @@ class MappedAgent(PrimitiveAgent):
     async def functions(self) -> Sequence[FunctionInfo]:
         """What is configured, or what the vendor lists."""
         if not self._map.functions and "functions" not in self._map.methods:
-            raise Unsupported("neither the configuration nor a method of the vendor's tells the functions")
+            raise Unsupported("neither the configuration nor a method of the vendor lists the functions")
         return [FunctionInfo(name, self._map.descriptor.kind) for name in await list_functions(self.call, self._map)]
 
     async def find(self, function_id: str) -> Primitive:
@@ -148,14 +148,14 @@ class MappedAgent(PrimitiveAgent):
             except AgentError as error:
                 raise NotFound(f"no function {function_id!r}: {error}") from error
             if told is None:
-                raise NotFound(f"no function {function_id!r} (there are none)")
+                raise NotFound(f"no function {function_id!r} (the agent has none)")
         return function
 
     async def aclose(self) -> None:
         """Close the connection."""
         await super().aclose()
         if self._connection is not None:
-            self._connection.close(TransportLost("the agent was closed on this side"))
+            self._connection.close(TransportLost("this side closed the agent"))
 
     async def call(self, method: str, params: dict[str, Any]) -> Any:
         """Call a method of the vendor's.

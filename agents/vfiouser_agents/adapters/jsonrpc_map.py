@@ -161,7 +161,7 @@ def read_map(options: Mapping[str, Any]) -> MethodMap:
     found = _capabilities(caps, methods, state)
     described = read_descriptor(descriptor, found.max_state, state_max=True)
     if found.stop_copy and Operation.DESCRIBE.name not in methods:
-        _require("descriptor", descriptor, "format_id", "without it a destination cannot tell whether a state fits")
+        _require("descriptor", descriptor, "format_id", "without it a destination cannot judge whether a state fits")
     formats = (described.format_id,) if found.stop_copy and described.format_id else ()
     return MethodMap(methods, functions, state, replace(found, formats=formats), described)
 
@@ -188,7 +188,7 @@ def _methods(raw: Mapping[str, Any]) -> dict[str, MappedMethod]:
     for name, value in raw.items():
         key = f"methods.{name}"
         if name not in MAPPABLE:
-            raise OptionError(f"there is no such operation{hint(name, MAPPABLE)}", key)
+            raise OptionError(f"no such operation{hint(name, MAPPABLE)}", key)
         if value is False:
             continue  # what a preset has is not to be used
         table = {"method": value} if isinstance(value, str) else _table(key, value)
@@ -200,7 +200,7 @@ def _method(key: str, operation: Mappable, name: str, raw: Mapping[str, Any]) ->
     allowed = {"method", "params", "result", *(["states"] if name == _STATUS else [])}
     for part in raw:
         if part not in allowed:
-            raise OptionError(f"there is no such key{hint(part, dict.fromkeys(sorted(allowed)))}", f"{key}.{part}")
+            raise OptionError(f"no such key{hint(part, dict.fromkeys(sorted(allowed)))}", f"{key}.{part}")
     _require(key, raw, "method", "the vendor's name of the method")
     if not isinstance(raw["method"], str):
         raise OptionError(f"must be text, got {raw['method']!r}", f"{key}.method")
@@ -237,7 +237,7 @@ def _results(key: str, operation: Mappable, raw: Any) -> dict[str, str]:
             raise OptionError(f"must be keys with dots between them, or empty text, got {path!r}", f"{key}.{name}")
     for name, needed in operation.results.items():
         if needed and name not in table:
-            raise OptionError(f"missing; it says where in the vendor's result {name} is", f"{key}.{name}")
+            raise OptionError(f"missing; it names the key of {name} in the vendor's result", f"{key}.{name}")
     return dict(table)
 
 
@@ -265,7 +265,7 @@ def _state_file(raw: Mapping[str, Any], methods: Mapping[str, MappedMethod]) -> 
     }
     for name in raw:
         if name not in readers:
-            raise OptionError(f"there is no such key{hint(name, readers)}", f"state.{name}")
+            raise OptionError(f"no such key{hint(name, readers)}", f"state.{name}")
     _require("state", raw, "path", "the file on the SoC, such as /tmp/$function.state")
     _require("state", raw, "fetch", 'the command that prints the file, such as ["ssh", "soc", "cat", "$path"]')
     _require("state", raw, "store", 'the command that makes the file out of its input, such as ["ssh", "soc", "dd", …]')
@@ -289,7 +289,7 @@ def _command(key: str, raw: Any) -> tuple[str, ...]:
 def _check_methods(methods: Mapping[str, MappedMethod], state: StateFile | None) -> None:
     for name in _NEEDED:
         if name not in methods:
-            raise OptionError(f"missing; a function that cannot be told to {name} is of no use", f"methods.{name}")
+            raise OptionError(f"missing; the agent must be able to {name} a function", f"methods.{name}")
     for group in _TOGETHER:
         missing = [name for name in group if name not in methods]
         if missing and len(missing) < len(group):
@@ -302,14 +302,14 @@ def _check_methods(methods: Mapping[str, MappedMethod], state: StateFile | None)
                 raise OptionError(f"no parameter carries ${variable}, and none $path", f"methods.{name}.params")
     for wanted in ("data", "eof"):
         if wanted not in methods[_SAVE].result:
-            raise OptionError("missing; it says where in the vendor's result it is", f"methods.save.result.{wanted}")
+            raise OptionError("missing; it names the key in the vendor's result", f"methods.save.result.{wanted}")
 
 
 def _functions(raw: Any, methods: Mapping[str, MappedMethod]) -> tuple[str, ...]:
     if not isinstance(raw, list | tuple) or not all(isinstance(name, str) and name for name in raw):
         raise OptionError(f"must be a list of names, got {raw!r}", "functions")
     if not raw and not {FUNCTIONS, _STATUS} & set(methods):
-        raise OptionError("missing; nothing in methods tells which functions there are", "functions")
+        raise OptionError("missing; no method lists the functions", "functions")
     return tuple(raw)
 
 

@@ -227,7 +227,7 @@ def _variables(params: Any) -> set[str]:
 def _part(value: Any, path: str, method: str) -> Any:
     for key in filter(None, path.split(".")):
         if not isinstance(value, Mapping) or key not in value:
-            raise ProtocolError(f"the result of {method} has no {path!r}; methods says that there is one")
+            raise ProtocolError(f"the result of {method} has no {path!r}; although methods names it")
         value = value[key]
     return value
 
@@ -242,7 +242,8 @@ class _FileOnSoc:
         # The path goes through the hands of a shell on the other side, so names that mean something there are refused.
         if not all(character.isalnum() or character in "._:-" for character in function_id):
             raise NotFound(
-                f"function {function_id!r}: its name becomes a part of a path; only letters, digits and ._:-"
+                f"function {function_id!r}: its name becomes part of a path, so only letters, digits and ._:- are "
+                f"allowed"
             )
         self._file = file
         self._max_state = max_state

@@ -195,7 +195,7 @@ class LegacyFunction(V1Function):
             return int(value)
         await self._drop()
         swapped = int.from_bytes(code.to_bytes(4, "little"), "big") == LegacyRequest.MESSAGE_REPLY
-        advice = "; the server has the other byte_order" if swapped else ""
+        advice = "; the server uses the other byte_order" if swapped else ""
         raise ProtocolError(
             f"the answer to {request.name} has code {code} and size {size}, expected "
             f"{int(LegacyRequest.MESSAGE_REPLY)} and {VALUE_SIZE}{advice}; the connection is closed"

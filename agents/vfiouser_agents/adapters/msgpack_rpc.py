@@ -71,7 +71,7 @@ class Link(NoRequests):
         try:
             event = from_wire(Event, params, "event")
         except WireError as error:
-            _log.warning("event from agent %s was ignored: %s", self._agent.address, error)
+            _log.warning("ignored an event from agent %s: %s", self._agent.address, error)
             return
         for session in self._agent.sessions:
             if session.is_number(self, params.get("session")):
@@ -178,7 +178,7 @@ class MsgpackRpcAgent(AgentWithTasks):
         """Close the connection; functions stay as they are."""
         self.sessions.clear()
         if self._link is not None:
-            self._link.connection.close(TransportLost("the agent was closed on this side"))
+            self._link.connection.close(TransportLost("this side closed the agent"))
         await trio.lowlevel.checkpoint()
 
     async def functions(self) -> Sequence[FunctionInfo]:
@@ -266,7 +266,7 @@ class MsgpackRpcAgent(AgentWithTasks):
         except AuthError as error:
             raise AuthError(f"agent {self.address}: {error.message}") from error
         except Unsupported as error:
-            raise ProtocolError(f"agent {self.address} does not speak our versions: {error}") from error
+            raise ProtocolError(f"agent {self.address} does not speak a version that we know: {error}") from error
         if info.protocol != PROTOCOL or info.protocol_version not in VERSIONS:
             raise ProtocolError(
                 f"agent {self.address} answered with {info.protocol!r} version {info.protocol_version}; "
@@ -297,7 +297,7 @@ class MsgpackRpcAgent(AgentWithTasks):
             with trio.move_on_after(self._keepalive_s) as scope:
                 await self._ping(link)
             if scope.cancelled_caught:
-                link.connection.close(TransportLost(f"the agent was silent for {2 * self._keepalive_s:g} s"))
+                link.connection.close(TransportLost(f"the agent sent nothing for {2 * self._keepalive_s:g} s"))
 
     async def _ping(self, link: Link) -> None:
         try:

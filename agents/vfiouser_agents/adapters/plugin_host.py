@@ -130,7 +130,7 @@ class PluginHost:
         if op == INIT:
             return self._init(data)
         if self._handle is None:
-            raise LibraryRefused("there is no handle; INIT comes first")
+            raise LibraryRefused("there is no handle yet; INIT comes first")
         if op == SAVE and 0 < value <= MAX_SIZE:
             buffer = (ctypes.c_uint8 * value)()
             code = self._ops.save(self._handle, buffer, value)

@@ -171,7 +171,7 @@ class PluginSoAgent(PrimitiveAgent):
         """What is configured; a library does not tell its devices."""
         await trio.lowlevel.checkpoint()
         if self._devices is None:
-            raise Unsupported("a library does not tell its devices, and 'devices' is not configured")
+            raise Unsupported("a library does not list its devices, and 'devices' is not configured")
         kind = self._descriptor.kind
         return [FunctionInfo(name, kind, bdf=device) for name, device in self._devices.items()]
 
@@ -210,7 +210,7 @@ class PluginFunction(V1Function):
         except _Refused as error:
             # A library that cannot even tell the state has lost its agent; only from `init` on does it connect again.
             await self._end()
-            raise TransportLost(f"{error.message}; its process is ended", vendor_code=error.vendor_code) from error
+            raise TransportLost(f"{error.message}; its process is stopped", vendor_code=error.vendor_code) from error
 
     async def set_state(self, state: int) -> None:
         """`set_state`."""
@@ -379,7 +379,7 @@ class PluginProcess:
             await self._stream.send_all(request)
         code, size, value = host.REPLY.unpack(await self._read(host.REPLY.size))
         if size > host.MAX_SIZE:
-            raise ProtocolError(f"the process of {self._agent.path} announced {size} bytes; it is ended")
+            raise ProtocolError(f"the process of {self._agent.path} announced {size} bytes; it is stopped")
         return code, value, await self._read(size)
 
     async def _read(self, size: int) -> bytes:
@@ -432,7 +432,7 @@ class PluginProcess:
             return
         self._room -= 1
         if self._left_out:
-            _log.warning("plug-in of %s printed too much; %d lines were left out", self._what, self._left_out)
+            _log.warning("plug-in of %s printed too much; %d lines were dropped", self._what, self._left_out)
             self._left_out = 0
         _log.info("plug-in of %s: %s", self._what, shown)
 

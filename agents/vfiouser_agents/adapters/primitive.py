@@ -111,18 +111,18 @@ class Primitive(ABC):
 
     async def load_open(self) -> None:
         """Get ready for a state from its beginning; only called with `streams`."""
-        raise Unsupported("this device takes no state in pieces")
+        raise Unsupported("this device accepts no state in pieces")
 
     async def load_piece(self, offset: int, data: bytes) -> None:
         """Take the next piece; only called with `streams`."""
-        raise Unsupported("this device takes no state in pieces")
+        raise Unsupported("this device accepts no state in pieces")
 
     async def load_close(self, total: int, digest: bytes) -> None:  # noqa: B027
         """Everything came, and is what it should be; only called with `streams`."""
 
     async def apply(self, state: bytes, digest: bytes) -> None:
         """Load a whole state into the stopped device; only called without `streams`."""
-        raise Unsupported("this device takes no whole state")
+        raise Unsupported("this device accepts no whole state")
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
         """Log the pages that it writes, and tell the page size; only called with `Capabilities.dirty`."""
@@ -244,7 +244,7 @@ class FunctionRecord:
             await self.primitive.release()
         except AgentError as error:
             # The call itself is over, and its outcome is what matters.
-            _log.warning("letting go of a device: %s", error)
+            _log.warning("closing a device failed: %s", error)
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:

@@ -39,7 +39,9 @@ from .primitive_state import IncomingState, SavedStream, StateFeed
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_UNCERTAIN = "the device may be in another state: the last call did not end well, or none was made and it does not tell"
+_UNCERTAIN = (
+    "the device may be in another state: the last call failed, or there was none and the device does not report it"
+)
 
 
 class PrimitiveSession(Session):
@@ -211,7 +213,9 @@ class PrimitiveSession(Session):
             await self._device.saved()
         except AgentError as error:
             # The state is here as a whole, which is what counts.
-            _log.warning("function %s gave its whole state, but not the way out: %s", self._function_id, error)
+            _log.warning(
+                "function %s gave its whole state, but did not leave the saving state: %s", self._function_id, error
+            )
 
     async def load_begin(self, total: int | None) -> None:
         """Get ready to collect a state."""

@@ -77,7 +77,7 @@ class SavedStream:
         check_chunk(replace(chunk, eof=ends, drained=drained), limit, phase)
         if self.end + len(chunk.data) > self._limit:
             have = self.end + len(chunk.data)
-            raise ProtocolError(f"the device gave a state of {have} bytes; it may have {self._limit} at most")
+            raise ProtocolError(f"the device gave a state of {have} bytes; at most {self._limit} are allowed")
         if phase is Phase.PRECOPY:
             self.final_only = False
             self._base = self.end

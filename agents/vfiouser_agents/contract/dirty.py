@@ -34,7 +34,7 @@ async def _(bench: Bench) -> None:
         expect(not status.dirty_active, "status shows that dirty pages are still logged")
 
 
-@CHECKS.add("dirty-clears", "what was reported is not reported again, and a stopped function adds nothing", "dirty")
+@CHECKS.add("dirty-clears", "no page is reported twice, and a stopped function adds none", "dirty")
 async def _(bench: Bench) -> None:
     _, length = await _start(bench)
     await bench.session.stop()
@@ -53,12 +53,12 @@ async def _(bench: Bench) -> None:
     await expect_error("a second dirty_start", again, InvalidState)
 
 
-@CHECKS.add("dirty-off", "without a log there is no report", "dirty")
+@CHECKS.add("dirty-off", "a report needs a log", "dirty")
 async def _(bench: Bench) -> None:
     await expect_error("dirty_report", bench.session.dirty_report(0, bench.caps.page_sizes[-1]), InvalidState)
 
 
-@CHECKS.add("dirty-arguments", "page sizes, ranges and reports that make no sense are refused", "dirty")
+@CHECKS.add("dirty-arguments", "invalid page sizes, ranges and reports are refused", "dirty")
 async def _(bench: Bench) -> None:
     size = bench.caps.page_sizes[0]
     session = bench.session

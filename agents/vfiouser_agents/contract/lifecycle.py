@@ -48,7 +48,7 @@ async def _(bench: Bench) -> None:
     await expect_error("open", bench.agent.open("no such function, surely"), NotFound)
 
 
-@CHECKS.add("capabilities", "capabilities make sense")
+@CHECKS.add("capabilities", "capabilities are consistent")
 async def _(bench: Bench) -> None:
     caps = bench.caps
     expect(caps.max_chunk >= 4096, f"max_chunk is {caps.max_chunk}; at least 4096 is needed")
@@ -92,7 +92,7 @@ async def _(bench: Bench) -> None:
     await bench.expect_state(_RUNNING)
 
 
-@CHECKS.add("stop-resume", "stop makes it STOPPED and resume RUNNING, each also when repeated")
+@CHECKS.add("stop-resume", "stop makes it STOPPED and resume RUNNING, each even when repeated")
 async def _(bench: Bench) -> None:
     for _ in range(2):
         await bench.session.stop()
@@ -172,7 +172,7 @@ async def _(bench: Bench) -> None:
 
 
 @CHECKS.add(
-    "survives-connection", "what was stopped stays stopped when its connection ends, and can go on", "status_query"
+    "survives-connection", "a stopped function stays stopped when its connection ends, and can continue", "status_query"
 )
 async def _(bench: Bench) -> None:
     async with bench.new_connection() as other:
@@ -182,7 +182,7 @@ async def _(bench: Bench) -> None:
     status = await bench.expect_state(_STOPPED)
     if bench.caps.stop_copy:
         gone = bench.caps.takeover and status.migration_id != MIGRATION
-        expect(not gone, "the migration is gone with its connection")
+        expect(not gone, "the migration ended with its connection")
         await bench.session.begin(Role.SOURCE, MIGRATION)
         await bench.session.save(0, 4096, Phase.FINAL)
     await bench.session.resume()
@@ -190,7 +190,7 @@ async def _(bench: Bench) -> None:
 
 
 @CHECKS.add(
-    "takeover-other", "a stopped function whose session is gone joins no other migration", "stop_copy", "takeover"
+    "takeover-other", "a stopped function whose session is gone cannot join another migration", "stop_copy", "takeover"
 )
 async def _(bench: Bench) -> None:
     async with bench.new_connection() as other:
@@ -216,7 +216,7 @@ async def _(bench: Bench) -> None:
         expect(status.role is None and not status.dirty_active, f"after reset, status shows {status}")
 
 
-@CHECKS.add("cancelled-call", "after a call was cancelled the session is of use, and the function is not in ERROR")
+@CHECKS.add("cancelled-call", "after a cancelled call the session still works, and the function is not in ERROR")
 async def _(bench: Bench) -> None:
     for delay in (0.0, 0.001):
         with trio.move_on_after(delay):
@@ -226,7 +226,7 @@ async def _(bench: Bench) -> None:
         await bench.expect_state(_RUNNING)
 
 
-@CHECKS.add("concurrent-status", "many questions at once are all answered")
+@CHECKS.add("concurrent-status", "many calls at once all get an answer")
 async def _(bench: Bench) -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(16):
@@ -243,7 +243,7 @@ def _unsupported(caps: Capabilities, bench: Bench) -> list[tuple[str, AsyncCall]
     return [(name, call) for claimed, name, call in rows if not claimed]
 
 
-@CHECKS.add("unsupported", "what the capabilities do not claim raises Unsupported")
+@CHECKS.add("unsupported", "calls that the capabilities exclude raise Unsupported")
 async def _(bench: Bench) -> None:
     for name, call in _unsupported(bench.caps, bench):
         await expect_error(name, call(), Unsupported)

@@ -46,10 +46,10 @@ async def _(bench: Bench) -> None:
     await bench.begin(Role.SOURCE)
     await bench.session.stop()
     first = await bench.session.save(0, 100, FINAL)
-    expect(first == await bench.session.save(0, 100, FINAL), "the chunk at 0 is another one when asked for again")
+    expect(first == await bench.session.save(0, 100, FINAL), "the chunk at 0 differs when asked for again")
     second = await bench.session.save(len(first.data), 100, FINAL)
     again = await bench.session.save(len(first.data), 100, FINAL)
-    expect(second == again, "the second chunk is another one when asked for again")
+    expect(second == again, "the second chunk differs when asked for again")
     part = await bench.session.save(len(first.data), 7, FINAL)
     expect(
         bytes(second.data).startswith(bytes(part.data)) and len(part.data) <= 7,
@@ -93,7 +93,7 @@ async def _(bench: Bench) -> None:
     expect(exact, f"{estimate.stop_copy_bytes} bytes were estimated as exact; {len(stream)} came")
 
 
-@CHECKS.add("resume-after-save", "a source that was saved in part can go on", "stop_copy")
+@CHECKS.add("resume-after-save", "a source that was saved in part can continue", "stop_copy")
 async def _(bench: Bench) -> None:
     await bench.begin(Role.SOURCE)
     await bench.session.stop()

@@ -77,7 +77,7 @@ def expiry_of(der: bytes) -> float:
         moment, _ = _enter(rest)
         read = datetime.strptime(bytes(moment).decode("ascii"), _FORMATS[rest[0]])  # it ends in Z
     except (IndexError, KeyError, ValueError) as error:
-        raise UnreadableCertificate("its certificate is no X.509 certificate") from error
+        raise UnreadableCertificate("its certificate is not an X.509 certificate") from error
     return read.replace(tzinfo=UTC).timestamp()
 
 

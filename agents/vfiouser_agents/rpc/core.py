@@ -241,7 +241,7 @@ class RpcConnection:
     def _abandon(self, id_: int, on_late: Callable[[Any], None] | None) -> None:
         self._abandoned[id_] = on_late
         if len(self._abandoned) > MAX_ABANDONED:
-            self.close(TransportLost(f"{len(self._abandoned)} calls were never answered; the peer is taken for dead"))
+            self.close(TransportLost(f"{len(self._abandoned)} calls have no answer; this side gives the peer up"))
 
     async def _write(self) -> None:
         try:
@@ -357,7 +357,7 @@ class CallGuard:
         if isinstance(error, AgentError):
             self.error = error
         elif isinstance(error, Exception):
-            _log.error("%s failed with an error that is no AgentError", self._method, exc_info=error)
+            _log.error("%s failed with an error that is not an AgentError", self._method, exc_info=error)
             self.error = AgentError(f"{self._method} failed inside the agent: {type(error).__name__}")
         return isinstance(error, Exception)
 

@@ -114,7 +114,7 @@ def read_tls(raw: Any) -> TlsOptions:
         if not isinstance(value, str) or not value:
             raise OptionError(f"tls.{name} must be text, not {value!r}")
     if "key" in raw and "cert" not in raw:
-        raise OptionError("tls.key is of no use without tls.cert")
+        raise OptionError("tls.key needs tls.cert")
     return TlsOptions(**raw)
 
 
@@ -199,7 +199,7 @@ async def connect(
             return await trio.open_unix_socket(address.path)
         stream = await trio.open_tcp_stream(address.host, address.port)
     except OSError as error:
-        raise ConnectError(f"agent {address} cannot be reached: {_attempt(error)}") from error
+        raise ConnectError(f"cannot reach agent {address}: {_attempt(error)}") from error
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         if context is not None:
@@ -232,7 +232,7 @@ def _warn_of_expiry(certificate: Mapping[str, Any] | None, address: Address) -> 
     end = (certificate or {}).get("notAfter")
     words = None if end is None else expiry_words(ssl.cert_time_to_seconds(str(end)), time.time())
     if words is not None:
-        _log.warning("the certificate of agent %s needs to be renewed: %s", address, words)
+        _log.warning("the certificate of agent %s needs renewal: %s", address, words)
 
 
 def _attempt(error: OSError) -> str:

@@ -189,7 +189,7 @@ class ObjectScanner:
         else:
             self._depth += 1 if mark in b"{[" else -1
             if self._depth > MAX_DEPTH:
-                raise ValueError(f"more than {MAX_DEPTH} objects inside each other")
+                raise ValueError(f"objects nested more than {MAX_DEPTH} deep")
 
 
 class JsonCodec(Codec):

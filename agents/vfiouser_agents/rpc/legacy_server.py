@@ -111,11 +111,11 @@ class LegacyDevice:
         way = ways.get(V1State(value)) if value <= V1State.ERROR else None
         try:
             if way is None or before is V1State.ERROR:
-                raise AgentError(f"there is no way from state {before} to {value}")
+                raise AgentError(f"no transition leads from state {before} to {value}")
             await way(before)
             self._v1 = V1State(value)
         except AgentError as error:
-            _log.error("state %d could not be set: %s", value, error)
+            _log.error("cannot set state %d: %s", value, error)
             self._v1 = V1State.ERROR
 
     async def _begin(self, role: Role) -> None:
@@ -175,7 +175,7 @@ class LegacyDevice:
                 self._loaded += len(data[begin : begin + size])
             self._digest.update(data)
         except AgentError as error:
-            _log.error("state could not be loaded: %s", error)
+            _log.error("cannot load the state: %s", error)
             self._v1 = V1State.ERROR
 
 

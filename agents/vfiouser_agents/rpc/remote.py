@@ -69,7 +69,7 @@ class Remote:
     def __init__(self, address: Address, tls: TlsOptions | None = None, *, allow_plaintext: bool = False) -> None:
         check_plaintext(address, allowed=allow_plaintext)
         if tls is not None and address.scheme != "tls":
-            raise OptionError(f"tls is of no use with {address}; the address must begin with tls://")
+            raise OptionError(f"tls does not apply to {address}; the address must begin with tls://")
         self.address = address
         self.tls = tls or TlsOptions()
         self._context = client_context(self.tls) if self.encrypted else None

@@ -253,8 +253,8 @@ class ClientHandler:
         versions = _param(params, "versions", tuple[int, ...])
         if params.get("protocol") != PROTOCOL or not set(versions) & set(VERSIONS):
             raise Unsupported(
-                f"protocol {str(params.get('protocol'))[:100]!r} in versions {list(versions)[:16]} is not spoken here; "
-                f"allowed: {PROTOCOL!r} in {list(VERSIONS)}"
+                f"protocol {str(params.get('protocol'))[:100]!r} in versions {list(versions)[:16]} is not supported "
+                f"here; allowed: {PROTOCOL!r} in {list(VERSIONS)}"
             )
         max_message = _param(params, "max_message", int)
         if max_message < MIN_MESSAGE:
@@ -323,13 +323,13 @@ class ClientHandler:
                     async for event in events:
                         await self._connection.notify(EVENT, {"session": number, **to_wire(event)})
             if not started:
-                raise InvalidState("the session was closed before its events could be watched")
+                raise InvalidState("the session closed before anyone could watch its events")
         except AgentError as error:
             handle.watching = None
             if not started:
                 raise
             if self._connection.lost is None:
-                _log.warning("events of %s end: %s", handle.session.function_id, error)
+                _log.warning("the events of %s ended: %s", handle.session.function_id, error)
 
 
 #: The methods that belong to no session. Not of the object: what is bound to it would keep it, and its connection.

@@ -54,7 +54,7 @@ class Supervisor:
             begin = trio.current_time()
             code = await self._run_once(task_status)
             if not self.addresses:
-                raise ConfigError(f"the agent process ended with code {code} before it listened; its messages say why")
+                raise ConfigError(f"the agent process ended with code {code} before it listened; see its messages")
             task_status = trio.TASK_STATUS_IGNORED
             lived = trio.current_time() - begin
             pause = _FIRST_PAUSE if lived > _SETTLED_S else pause

@@ -240,7 +240,7 @@ class Controller:
             or ((asq | acq) & page_mask and f"admin queues at {asq:#x}, {acq:#x}, which are not page aligned")
         )
         if self._host is None or problem:
-            _log.info("%s cannot be enabled: %s", self.identity.serial, problem)
+            _log.info("cannot enable %s: %s", self.identity.serial, problem)
             self._set_status(Csts.CFS)
             return
         engine = self._engine = self._make_engine(self._host, 1 << page_shift)

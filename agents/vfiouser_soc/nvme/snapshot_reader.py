@@ -307,7 +307,7 @@ def _fields(what: str, row: Any, most: Sequence[int]) -> list[int]:
 
 def _flag(what: str, value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError(f"{what} is {value!r}; it has to be true or false")
+        raise ValueError(f"{what} is {value!r}; it must be true or false")
     return value
 
 

@@ -192,13 +192,13 @@ def _open_image(path: Path, size: int | None, *, shared: bool) -> int:
     try:
         fd = os.open(path, flags, 0o600)
     except OSError as error:
-        hint = "; give a size to have it created" if error.errno == errno.ENOENT and size is None else ""
+        hint = "; give a size to create it" if error.errno == errno.ENOENT and size is None else ""
         raise StoreError(f"image {path} cannot be opened: {error.strerror}{hint}") from error
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        hint = ", which does not share it" if shared else "; share it on both sides if that is wanted"
+        hint = ", which does not share it" if shared else "; to share it, set this on both sides"
         raise StoreError(f"image {path} is in use by another process{hint}") from error
     return fd
 
@@ -216,7 +216,7 @@ def _image_size(fd: int, path: Path, wanted: int | None) -> int:
             raise StoreError(f"image {path} cannot be made {wanted} bytes large: {error.strerror}") from error
         return wanted
     if size == 0:
-        raise StoreError(f"image {path} is empty; give a size to have it filled with zeros")
+        raise StoreError(f"image {path} is empty; give a size to fill it with zeros")
     if wanted is not None and wanted != size:
         raise StoreError(f"image {path} has {size} bytes, but {wanted} were asked for; it is left alone")
     return size

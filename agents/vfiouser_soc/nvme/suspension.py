@@ -197,7 +197,7 @@ class Suspender:
             if not self._goes_on_with(suspension):
                 return
             if scope.cancelled_caught:
-                _log.info("%s: commands take longer than %g s; they are carried over", self._name, drain_s)
+                _log.info("%s: commands take longer than %g s; the state carries them over", self._name, drain_s)
             engine.epoch.end()
         self._owner.wake()
 

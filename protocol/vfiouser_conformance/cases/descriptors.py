@@ -126,7 +126,7 @@ def as_many_as_the_kernel_takes(t: Trial) -> None:
     try:
         witness = t.witness(253)
     except OSError as error:
-        raise NotApplicable(f"this process may not open so many descriptors: {error.strerror}") from None
+        raise NotApplicable(f"this process may not open that many descriptors: {error.strerror}") from None
     try:
         link.call(Command.DEVICE_GET_INFO, wire.info(), witness.fds)
     except Closed:

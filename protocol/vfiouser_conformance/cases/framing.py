@@ -76,7 +76,7 @@ def error_size(t: Trial) -> None:
         (Command.DEVICE_FEATURE, wire.feature(0x2FFFF)),
     ):
         reply = link.call(command, payload)
-        check(reply.failed, f"{command.name} succeeded; it has to fail")
+        check(reply.failed, f"{command.name} succeeded; it must fail")
         check(not reply.payload, f"the error reply to {command.name} has {len(reply.payload)} more bytes")
 
 
@@ -299,7 +299,7 @@ def body_is_no_header(t: Trial) -> None:
         link.send(outer + inner + wire.pack(Command.DEVICE_GET_INFO, _INFO, msg_id=0x7777))
         for _ in range(3):
             reply = link.receive()
-            check(reply.msg_id != 0x6666, "the body of a bad message was taken for a command")
+            check(reply.msg_id != 0x6666, "the server read the body of a bad message as a command")
             if reply.msg_id == 0x7777:
                 return
     except Closed:

@@ -118,7 +118,7 @@ def get_irq_info(t: Trial) -> None:
     for index in range(len(t.facts.irqs)):
         _, flags, _, count = _irq(t, index)
         check(not flags & ~_KNOWN_IRQ_FLAGS, f"IRQ index {index} has the unknown flags {flags:#x}")
-        check(not count or flags & IrqInfoFlags.EVENTFD, f"IRQ index {index} cannot be signalled by eventfd")
+        check(not count or flags & IrqInfoFlags.EVENTFD, f"an eventfd cannot signal IRQ index {index}")
 
 
 @AREA.case(21, MUST, "R102")

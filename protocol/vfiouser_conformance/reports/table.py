@@ -131,13 +131,13 @@ class TableReport:
             seen = [entry for entry in seen if not entry.recommended]
         lines = [f"{entry.topic}: {entry.value}" + ("" if entry.recommended else " (not the recommended one)")
                  for entry in seen]  # fmt: skip
-        yield from self._listed("where several behaviours are allowed, this server's:", lines)
+        yield from self._listed("this server's choices where several are allowed:", lines)
 
     def _problems(self, outcome: RunOutcome) -> Iterator[str]:
         lines = [f"{what}: {why}" for what, why in outcome.facts.problems.items()]
-        yield from self._listed("what could not be found out about the server:", lines)
+        yield from self._listed("unknown about the server:", lines)
         unclear = [(result.reason, result) for result in outcome.results if result.verdict is CaseVerdict.CANNOT_TELL]
-        yield from self._listed("what can be called neither passed nor failed:", self._by_reason(unclear))
+        yield from self._listed("neither passed nor failed:", self._by_reason(unclear))
         notes = [(result.note, result) for result in outcome.results if result.note]
         yield from self._listed("notes:", self._by_reason(notes))
 
@@ -171,7 +171,7 @@ class TableReport:
         ending = f"{must} MUST failed" if must else "no MUST failed"
         if counts[CaseVerdict.NOT_RUN]:
             reason = next(result.reason for result in outcome.results if result.verdict is CaseVerdict.NOT_RUN)
-            ending += f"; not all was run: {reason}"
+            ending += f"; the run is incomplete: {reason}"
         good = not must and not counts[CaseVerdict.NOT_RUN]
         return _paint(f"{', '.join(parts)}; {covered}; {ending}", CaseVerdict.PASSED if good else CaseVerdict.FAILED)
 

@@ -45,7 +45,7 @@ def domain_of(
 
 
 def status_of(vm: dict[str, Any] | None = None, function: dict[str, Any] | None = None, **migration: Any) -> Any:
-    """A daemon's status in which all is well and no QEMU has come.
+    """A daemon's status in which all is well and no QEMU has connected.
 
     Args:
         vm: what is otherwise with the VM `web`.

@@ -82,7 +82,7 @@ def run_in_machine(root: Path, place: Path, script: str) -> tuple[int, str]:
     """Boot a machine, run a script in it as root, and switch the machine off.
 
     Args:
-        root: the root file system; it stays as it is.
+        root: the root file system; it is left alone.
         place: a directory that the script sees as `/test`.
         script: for sh; it ends at the first command that fails.
 

@@ -65,7 +65,7 @@ class Place:
             await until(lambda: rpc._link is None or not rpc._link.usable)
 
     async def come_back(self) -> None:
-        """The agent is there again, with the functions as they were."""
+        """The agent is back, with the functions as they were."""
         await self.server.start()
 
     async def leave_for(self, seconds: float) -> None:

@@ -400,7 +400,7 @@ class VmBed:
 
 @asynccontextmanager
 async def vm_bed(*names: str, kinds: Sequence[CarrierKind] = (CarrierKind.DBUS_VMSTATE,)) -> AsyncIterator[VmBed]:
-    """A VM of which no QEMU has come yet."""
+    """A VM of which no QEMU has connected yet."""
     functions = [InMemoryFunction(name) for name in names or ("f0", "f1")]
     with closing(VmBed(functions, kinds)) as bed:
         async with trio.open_nursery() as bed.nursery:

@@ -33,7 +33,7 @@ def test_a_chunk_that_keeps_the_rules(chunk: Chunk, phase: Phase) -> None:
         (Chunk(b""), FINAL, "neither eof nor drained"),
         (Chunk(b""), PRECOPY, "neither eof nor drained"),
         (Chunk(b"1", eof=True), PRECOPY, "eof in pre-copy"),
-        (Chunk(b"1", drained=True), FINAL, "drained for a function that stands still"),
+        (Chunk(b"1", drained=True), FINAL, "drained for a stopped function"),
     ],
 )
 def test_a_chunk_that_breaks_them(chunk: Chunk, phase: Phase, why: str) -> None:

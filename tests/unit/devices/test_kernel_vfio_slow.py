@@ -100,7 +100,7 @@ async def test_a_map_that_will_not_be_in_time_is_foreseen(
         with trio.fail_after(4):
             await answer(client.dma_map(map_request(4 * GIB, 4 * GIB), copies(big)))
     text, fields = records(caplog, logging.WARNING)[0]
-    assert "mapping memory will take longer than the client is answered in" == text
+    assert "mapping memory will take longer than the reply budget" == text
     assert ("1G", "4G") == (fields["done"], fields["of"])
     assert "reply_budget_s" in fields["advice"]
 
@@ -166,7 +166,7 @@ async def test_the_deadline_holds_over_the_socket(tmp_path: Path, caplog: pytest
     listener.close()
     activity.close()
     text, fields = next(record for record in records(caplog, logging.WARNING) if "undone" in record[0])
-    assert "mapping memory took too long and is undone" == text
+    assert "mapping memory took too long; it is undone" == text
     assert "prealloc=on" in fields["advice"]
 
 

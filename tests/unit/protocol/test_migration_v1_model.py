@@ -306,7 +306,7 @@ def test_leaving_drops_the_chunk(state: DeviceState) -> None:
 
 
 def test_misuse_of_prepared() -> None:
-    """A chunk that nobody asked for, or that does not fit, is an error of ours."""
+    """A chunk that nobody asked for, or that does not fit, is an internal error."""
     iteration = saving()
     with pytest.raises(LocalProtocolError):
         iteration.prepared(1)

@@ -442,7 +442,7 @@ def test_tables_name_every_phase() -> None:
 
 
 def test_illegal_moves_are_bugs(server: ProtocolSession) -> None:
-    """Proves that a move that the table does not list is an error of ours."""
+    """Proves that a move that the table does not list is an internal error."""
     received = server.receive(message(Command.DEVICE_RESET))
     assert isinstance(received, CommandReceived)
     with pytest.raises(LocalProtocolError, match="cannot take this"):

@@ -60,7 +60,7 @@ async def test_shared_image(tmp_path: Path) -> None:
     await one.write(512, b"seen")
     assert b"seen" == await other.read(512, 4)
     assert one.identity == other.identity
-    with pytest.raises(StoreError, match="share it on both sides"):
+    with pytest.raises(StoreError, match="to share it"):
         FileStore(path)
     one.close()
     other.close()

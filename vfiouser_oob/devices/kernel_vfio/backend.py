@@ -211,7 +211,7 @@ class KernelVfioBackend(DeviceBackend):
             self._log.warning("the device cannot be used now; it is looked at again", reason=reason)
             self._trouble.set()
         else:
-            self._log.info("the device can be used again")
+            self._log.info("the device is usable again")
         if reason is None or self._unavailable is None:
             self._unavailable_since = None if reason is None else time.time()
         self._unavailable = reason

@@ -141,9 +141,7 @@ class IommuMaps:
         }
         left = seconds / done * (region.size - done)
         if time.monotonic() + left > job.until:
-            self._log.warning(
-                "mapping memory will take longer than the client is answered in", advice=_ADVICE, **fields
-            )
+            self._log.warning("mapping memory will take longer than the reply budget", advice=_ADVICE, **fields)
         else:
             self._log.info("mapping memory", **fields)
 
@@ -151,10 +149,10 @@ class IommuMaps:
         fields = {"address": f"{region.address:#x}", "size": format_size(region.size), "seconds": seconds}
         if job.abandoned:
             self._log.warning(
-                "mapping memory took too long and is undone", done=format_size(done), advice=_ADVICE, **fields
+                "mapping memory took too long; it is undone", done=format_size(done), advice=_ADVICE, **fields
             )
         elif seconds >= SLOW_S:
-            self._log.warning("mapping memory was slow; a client may not wait so long", advice=_ADVICE, **fields)
+            self._log.warning("mapping memory was slow; a client may not wait that long", advice=_ADVICE, **fields)
         else:
             self._log.debug("memory mapped", **fields)
 

@@ -128,7 +128,7 @@ class KernelVfioSession(BackendSession):
                 seconds = time.monotonic() - started
                 if seconds >= SLOW_S:
                     self._log.warning(
-                        "the kernel was slow; a client may not wait so long",
+                        "the kernel was slow; a client may not wait that long",
                         what=what,
                         seconds=seconds,
                         advice=BUDGET_ADVICE,
@@ -146,7 +146,7 @@ class KernelVfioSession(BackendSession):
     def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> Answer[None]:
         """Hand the eventfds to the kernel; our own are closed at once."""
         if self._worker.busy:
-            # The job goes on when nobody waits for it any more, so they are its own.
+            # The job goes on when nothing waits for it any more, so they are its own.
             owned = take_fds(fds)
             return self._worker.submit(
                 Job(

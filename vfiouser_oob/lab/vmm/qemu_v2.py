@@ -77,7 +77,7 @@ class QemuV2Side(MigrationSide):
     Args:
         client: connected to the function.
         habits: which of them it has.
-        memory: guest memory that is mapped anew before the function runs; None: it stays as it is.
+        memory: guest memory that is mapped anew before the function runs; None: it is left alone.
     """
 
     generation = Generation.V2

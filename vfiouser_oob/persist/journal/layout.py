@@ -203,7 +203,7 @@ def read_history(image: bytes) -> History:
     reading = _Reading(image, begin, place.end, place.seed(generation))
     reading.read(base_end)
     if reading.at != base_end:
-        raise UnusableRecord("it is damaged: what it begins with is not whole")
+        raise UnusableRecord("it is damaged: its first record is incomplete")
     changes = reading.read(place.end)
     torn = image[reading.at : min(reading.at + FRAME_SIZE, place.end)] not in _NOTHING
     return History(reading.records, place, generation, changes, torn)

@@ -66,7 +66,7 @@ def _judged(kind: int, key: Key, value: bytes, descriptors: Mapping[str, Descrip
     except UnusableRecord as error:
         return CannotRebuild(kind, key, str(error))
     if thing.key != key:
-        return CannotRebuild(kind, key, "it is damaged: it says of itself that it is another one", thing)
+        return CannotRebuild(kind, key, "it is damaged: it names another record as itself", thing)
     reason = next(_obstacles(thing, descriptors), None)
     return thing if reason is None else CannotRebuild(kind, key, reason, thing)
 

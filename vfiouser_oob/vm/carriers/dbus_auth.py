@@ -122,7 +122,7 @@ class SaslServer:
 
     def _begin(self, _: bytes) -> None:
         if not self._authenticated:
-            raise SaslError("the client begins before it has said who it is")
+            raise SaslError("the client begins before it has authenticated")
         self.done = True
 
     def _cancel(self, _: bytes) -> None:

@@ -173,7 +173,7 @@ class DbusPeer:
 
     def _hello(self, call: Call) -> Asked | None:
         if self._greeted:
-            self._error(call, "org.freedesktop.DBus.Error.Failed", "Hello was said before")
+            self._error(call, "org.freedesktop.DBus.Error.Failed", "Hello was sent before")
             return None
         self._greeted = True
         self._reply(call, "s", _CLIENT)

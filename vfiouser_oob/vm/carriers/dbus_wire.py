@@ -105,7 +105,7 @@ class CallReader:
             return None
         order = _ORDERS.get(self._buffer[0])
         if order is None or self._buffer[3] != _PROTOCOL:
-            raise DbusWireError("what came is no D-Bus message")
+            raise DbusWireError("the peer sent something that is not a D-Bus message")
         body, serial, fields = struct.unpack_from(f"{order}III", self._buffer, 4)
         if body > self._body_max or fields > FIELDS_MAX or not serial:
             allowed = f"allowed are {FIELDS_MAX} and {self._body_max}"

@@ -115,7 +115,7 @@ class Meeting(abc.ABC):
         if self._allow_uids is not None and peer.uid not in self._allow_uids:
             raise PeerGone(f"{peer} may not connect (allowed: {sorted(self._allow_uids)})")
         if self._connections > CONNECTIONS_MAX:
-            raise PeerGone(f"{peer} comes while {CONNECTIONS_MAX} others are connected")
+            raise PeerGone(f"{peer} tried to connect while {CONNECTIONS_MAX} others are connected")
         return peer
 
 

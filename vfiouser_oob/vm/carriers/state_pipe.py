@@ -139,7 +139,7 @@ async def _write(end: PipeEnd, view: memoryview) -> None:
         try:
             written = await end.run(partial(_write_some, piece))
         except OSError as error:
-            raise PipeError(f"QEMU does not take the state: {error.strerror}") from error
+            raise PipeError(f"QEMU does not accept the state: {error.strerror}") from error
         view = view[written:]
 
 
@@ -200,14 +200,14 @@ class PipedStateReader:
     async def _read_until(self, size: int) -> None:
         while len(self._got) < size:
             if self._ended:
-                raise PipeError(f"the state broke off: of {size} bytes there are {len(self._got)}")
+                raise PipeError(f"the state broke off: only {len(self._got)} of {size} bytes arrived")
             await self._read()
 
     async def _read(self) -> None:
         try:
             data, self._ended = await self._pipe.run(_read_some)
         except OSError as error:
-            raise PipeError(f"QEMU's state cannot be read: {error.strerror}") from error
+            raise PipeError(f"cannot read QEMU's state: {error.strerror}") from error
         self._got += data
 
 

@@ -362,7 +362,7 @@ class _Conversation:
         self._backend.moved(await self._rings.stop())
         answer = await self._desk.ask(StopAsked(sure=step.logged), ANSWER_S)
         if isinstance(answer, Refused):
-            self._log.warning("QEMU is not let stop", reason=answer.reason)
+            self._log.warning("the daemon does not let QEMU stop", reason=answer.reason)
             self._backend.deny_stop(step.index)
         else:
             self._backend.stopped(step.index)
@@ -436,7 +436,7 @@ class _Conversation:
                 await self._desk.tell(AnswerDue())
             await transfer.finished.wait()
         if transfer.error is not None:
-            self._log.warning("the state did not get through", reason=transfer.error)
+            self._log.warning("the state did not arrive", reason=transfer.error)
         self._backend.checked(good=transfer.error is None)
 
 

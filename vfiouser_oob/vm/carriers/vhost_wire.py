@@ -95,7 +95,7 @@ class VhostFramer:
 
     def _checked(self, head: VhostHeader) -> VhostHeader:
         if head.request not in VhostRequest._value2member_map_:
-            raise VhostWireError(f"request {head.request} is none that a companion understands")
+            raise VhostWireError(f"request {head.request} is unknown to a companion device")
         if head.flags & VERSION_MASK != VERSION or head.flags & REPLY or head.size > PAYLOAD_MAX:
             raise VhostWireError(
                 f"{VhostRequest(head.request).name} has flags {head.flags:#x} and {head.size} bytes of payload"

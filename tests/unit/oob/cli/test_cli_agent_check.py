@@ -107,7 +107,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         (("--agent", "msgpack-rpc:unix:///x,chunk=1"), 2, "unknown option 'chunk'; did you mean 'chunk_size'"),
         (("--agent", "nonsense"), 2, "must be KIND:ADDRESS"),
         (("--list", "-k", "zzz"), 2, "no check has 'zzz'"),
-        (("--agent", "msgpack-rpc:unix:///nonexistent.sock"), 1, "cannot be reached"),
+        (("--agent", "msgpack-rpc:unix:///nonexistent.sock"), 1, "cannot reach"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ ORPHAN: FunctionStatus = {
     "migration": {
         **MIGRATION,
         "agent_away_since": ago(minutes=4),
-        "last_failure": "resume: the agent did not answer resume in time; its effect is not known",
+        "last_failure": "resume: the agent did not answer resume in time; its effect is unknown",
         "last_failure_at": ago(minutes=4),
     },
 }

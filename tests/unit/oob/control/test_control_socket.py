@@ -365,7 +365,7 @@ def test_parsing_never_fails_otherwise(line: bytes) -> None:
         (b'{"hello":"other"}\n', "is not vfiouser-oob"),
         (b'{"hello":"vfiouser-oob","protocol":2}\n', "speaks control protocol 2, this program 1"),
         (b'{"hello":"vfiouser-oob","protocol":1}\n', "closed the connection"),
-        (b'{"hello":"vfiouser-oob","protocol":1}\n{"id":9,"result":1}\n', "does not fit the question"),
+        (b'{"hello":"vfiouser-oob","protocol":1}\n{"id":9,"result":1}\n', "does not fit the request"),
     ],
 )
 async def test_client_meets_a_stranger(tmp_path: Path, answer: bytes, words: str) -> None:

@@ -102,6 +102,6 @@ async def test_a_client_that_leaves_during_a_step(name: str) -> None:
                 await session.asked.wait()
                 await runner.detach(logged=False)
                 session.answers.set()
-            assert [None if finished else "the client left before the device was as it should be"] == said
+            assert [None if finished else "the client left before the device was ready"] == said
             await session.close()
             nursery.cancel_scope.cancel()

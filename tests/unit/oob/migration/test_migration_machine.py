@@ -533,7 +533,7 @@ def test_an_attempt_that_fails_keeps_its_goal() -> None:
     side.play(ev.ResetAsked(), lambda do: Fate.REFUSED if do is Do.RESET_DEVICE else Fate.DONE)
     side.play(ev.AttemptDue(), lambda do: Fate.REFUSED if do is Do.RESET_DEVICE else Fate.DONE)
     assert Goal.RESET is side.record.goal
-    assert ev.Note("the device could not be reset", {"error": "refused"}) in side.effects
+    assert ev.Note("the device did not reset", {"error": "refused"}) in side.effects
 
 
 def test_nothing_is_attempted_without_a_goal() -> None:

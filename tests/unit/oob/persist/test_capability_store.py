@@ -83,7 +83,7 @@ async def test_damage_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
     place = drawer(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert await place.recall() is None
-    assert ["what the agent can do could not be read; going on without"] == caplog.messages
+    assert ["the record of what the agent can do could not be read; going on without it"] == caplog.messages
     problem = place.problem
     assert problem is not None
     assert str(path) in problem

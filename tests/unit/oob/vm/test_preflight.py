@@ -34,7 +34,7 @@ F0 = FunctionFacts("f0")
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no-functions": ({"functions": (), "devices": {}}, "No function is configured"),
     "no-monitor": ({"connected": False}, "has not connected its monitor"),
-    "no-events": ({"tells": False}, "does not send events"),
+    "no-events": ({"tells": False}, "sends no events"),
     "qemu-too-old": ({"version": (10, 2, 0)}, "QEMU 10.2.0 is too old: the client of QEMU 11.1 is"),
     "barred": ({"phase": VmPhase.BARRED}, "without its functions' state"),
     "incoming": ({"phase": VmPhase.INCOMING}, "has not arrived"),

@@ -142,7 +142,7 @@ def test_what_is_no_greeting(bytes_: bytes, words: str) -> None:
         ({"return": {}, "id": "1"}, "not sent"),
         ({"return": {}}, "not sent"),
         ({"return": {}, "id": 1}, "not sent"),  # the negotiation was answered already
-        ({"error": {"class": "GenericError", "desc": "JSON parse error"}}, "about no command"),
+        ({"error": {"class": "GenericError", "desc": "JSON parse error"}}, "belongs to no command"),
         ({"error": 3, "id": 2}, "error is not an object"),
         ({"error": {"class": 1, "desc": ""}, "id": 2}, "text was expected"),
         ({"event": 3}, "text was expected"),

@@ -114,7 +114,7 @@ async def test_recorded_too_late() -> None:
             await it.device.write(0, b"x")
             it.clock.now += 0.5
         await it.memory.arm(it.clock.now - 15)
-        with pytest.raises(UntrackedRefused, match="may have begun before it was recorded what f0 writes"):
+        with pytest.raises(UntrackedRefused, match="may have begun before the daemon recorded what f0 writes"):
             await it.memory.take(1 << 20)
         await it.memory.arm(it.clock.now - 0.01)
         assert it.memory.refusal == ""
@@ -151,10 +151,10 @@ async def test_a_function_that_stood_before() -> None:
 async def test_a_device_that_can_do_nothing_of_it() -> None:
     """It writes past us, by nobody's report and by no message: refused at once."""
     async with machine(seen=False, routable=False) as it:
-        with pytest.raises(UntrackedRefused, match="what f0 writes cannot be known: it cannot"):
+        with pytest.raises(UntrackedRefused, match="nothing shows what f0 writes: it cannot"):
             await it.memory.arm(it.clock.now)
         assert (False, DmaRoute.FILES) == (it.memory.armed, it.route)
-        with pytest.raises(UntrackedRefused, match="it was not recorded"):
+        with pytest.raises(UntrackedRefused, match="the daemon did not record"):
             await it.memory.take(1 << 20)
 
 
@@ -265,7 +265,7 @@ async def test_who_cannot_be_asked_leaves_a_gap() -> None:
         reports.fails = True
         memory = FunctionMemory("f0", it.device, reports=reports, clock=it.clock, wall_clock=it.clock)
         await memory.arm(it.clock.now)
-        with pytest.raises(UntrackedRefused, match="what f0 has written cannot be found out: its agent is away"):
+        with pytest.raises(UntrackedRefused, match="nothing shows what f0 has written: its agent is away"):
             await memory.take(1 << 20)
         it.guest.begin()
         it.guest.dirty = set()
@@ -299,5 +299,5 @@ async def test_nothing_is_recorded() -> None:
     """Then there is no way to migrate it so."""
     async with machine() as it:
         it.device.memory.recorder = None
-        with pytest.raises(ValueError, match="what f0 writes is not recorded"):
+        with pytest.raises(ValueError, match="the daemon does not record what f0 writes"):
             it.look_at()

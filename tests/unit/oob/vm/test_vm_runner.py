@@ -320,11 +320,11 @@ async def test_what_cannot_go_well_is_given_up_early() -> None:
 async def test_what_a_function_writes_has_to_be_known() -> None:
     """Else the migration is given up early, and its save refused."""
     async with vm_bed() as bed:
-        bed.functions[1].unarmed = "nobody reports it"
+        bed.functions[1].unarmed = "nothing reports it"
         await bed.qemu()
         await bed.says(*LIVE)
         assert "migrate_cancel" in bed.monitor.commands
-        assert bed.runner.record.refused == "f1: nobody reports it"
+        assert bed.runner.record.refused == "f1: nothing reports it"
         await cancelled(bed)
         bed.functions[1].unarmed = ""
         await bed.says(*LIVE, "STOP")
@@ -385,7 +385,7 @@ async def test_a_vm_that_comes_without_a_state() -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        (bundle("f0"), "has the functions f0, and the one here f0, f1"),
+        (bundle("f0"), "has the functions f0, and the one here has f0, f1"),
         (bundle("f0", "f2"), "f0, f2"),
         (bundle("f0", "f0"), "f0"),
         (bundle()[:-1], "cut off"),

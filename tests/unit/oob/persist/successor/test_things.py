@@ -198,7 +198,7 @@ def test_what_is_not_known_is_refused_with_a_reason() -> None:
     found: list[Any] = rebuild({99: {b"k": b"v"}, 10: {b"\0\1": newer}, 5: {bytes(8): wrong.to_record()}}, {})
     texts = [str(item) for item in found]
     assert [
-        "range 0000000000000000: it is damaged: it says of itself that it is another one",
+        "range 0000000000000000: it is damaged: it names another record as itself",
         "counter 0001: it is of version 9; 1 is understood",
         "record of kind 99 6b: this version of the program does not know that kind of record",
     ] == texts

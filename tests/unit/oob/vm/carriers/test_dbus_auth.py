@@ -47,8 +47,8 @@ def test_openings_that_succeed(lines: list[bytes], expected: list[str], step: in
     ("data", "reason"),
     [
         (b"AUTH EXTERNAL\r\n", "first byte"),
-        (said(b"BEGIN"), "before it has said"),
-        (said(b"AUTH EXTERNAL " + CLAIM, b"CANCEL", b"BEGIN"), "before it has said"),
+        (said(b"BEGIN"), "before it has authenticated"),
+        (said(b"AUTH EXTERNAL " + CLAIM, b"CANCEL", b"BEGIN"), "before it has authenticated"),
         (said(b"AUTH EXTERNAL " + b"0".hex().encode()), "user '0', and the kernel says 1000"),
         (said(b"AUTH EXTERNAL zz"), "not hexadecimal"),
         (said(b"AUTH EXTERNAL ffff"), "not hexadecimal"),

@@ -214,7 +214,7 @@ async def test_rubbish_after_the_opening_is_a_lost_qemu(tmp_path: Path) -> None:
     async with carrier(tmp_path) as hand:
         qemu = await hand.client()
         await qemu.stream.send_all(bytes(16))
-        assert "no D-Bus message" in (await hand.until(Lost)).reason
+        assert "not a D-Bus message" in (await hand.until(Lost)).reason
 
 
 async def test_a_flood_that_nobody_reads_the_answers_of_is_held_up(tmp_path: Path) -> None:

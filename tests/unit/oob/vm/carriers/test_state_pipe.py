@@ -92,7 +92,7 @@ async def test_a_reader_that_goes_is_an_error() -> None:
     async def unreachable() -> None:
         raise AssertionError
 
-    with pytest.raises(PipeError, match="does not take the state"):
+    with pytest.raises(PipeError, match="does not accept the state"):
         await write_state(end(writer), bytes(1000), unreachable)
     assert REAPER.settle(5)
 
