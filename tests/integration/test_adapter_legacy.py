@@ -184,7 +184,7 @@ async def test_save_cut_short() -> None:
 async def test_state_larger_than_allowed() -> None:
     """A server that gives more than `max_state` is stopped there."""
     async with vendor(LegacyServer()) as options, make_agent("legacy-tcp", {**options, "max_state": 5000}) as agent:
-        with pytest.raises(ProtocolError, match="5000 at most"):
+        with pytest.raises(ProtocolError, match="at most 5000"):
             await save_all(await agent.open("device"))
 
 
