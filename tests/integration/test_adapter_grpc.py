@@ -251,7 +251,7 @@ async def test_an_agent_that_is_something_else() -> None:
     def nothing(request: Any, context: grpc.ServicerContext) -> Any:
         return MESSAGES["ConnectResponse"]()
 
-    for call, says in [(other, "'other'"), (nothing, "no greeting")]:
+    for call, says in [(other, "'other'"), (nothing, "not a greeting")]:
         with bare({"Connect": call}) as server:
             async with make_agent("grpc", {"address": server.start()}) as agent:
                 with pytest.raises(ProtocolError, match=says):

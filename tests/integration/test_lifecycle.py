@@ -391,11 +391,11 @@ async def test_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) ->
 def test_paths_that_cannot_be_listened_on(tmp_path: Path) -> None:
     """Each mistake gets a sentence of its own."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(ListenError, match="is no socket"):
+    with pytest.raises(ListenError, match="is not a socket"):
         listen_on_path(tmp_path / "file")
     with pytest.raises(ListenError, match="does not exist; create it"):
         listen_on_path(tmp_path / "nowhere" / "f0.sock")
-    with pytest.raises(ListenError, match="no group 'no-such-group'"):
+    with pytest.raises(ListenError, match="group 'no-such-group' does not exist"):
         listen_on_path(tmp_path / "f0.sock", group="no-such-group")
     assert not (tmp_path / "f0.sock").exists()
 

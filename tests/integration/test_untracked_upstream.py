@@ -107,7 +107,7 @@ async def test_a_gap_is_a_reason_not_to_migrate(tmp_path: Path) -> None:
         await it.write(BASE, b"a" * 4096)
         await it.memory.arm(began)
         await it.memory.stands()
-        with pytest.raises(UntrackedRefused, match="what f1 wrote between the beginning of the migration"):
+        with pytest.raises(UntrackedRefused, match="what f1 wrote between the start of the migration"):
             await it.memory.take(1 << 30)
         marked: list[tuple[int, int]] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import msgpack
@@ -309,7 +310,12 @@ def snapshot_values(data: bytes) -> None:
 
 async def _at_work() -> bytes:
     """A snapshot of a function with queues, events that are waited for, and commands on their way."""
-    async with machine(make_function(MemoryStore(1 << 20))) as bed:
+    with closing(MemoryStore(1 << 20)) as store:
+        return await _captured(store)
+
+
+async def _captured(store: MemoryStore) -> bytes:
+    async with machine(make_function(store)) as bed:
         await bed.driver.write_blocks(0, b"x" * 512)
         bed.driver.submit(bed.driver.queues[0], 0x0C)
         bed.driver.ring(bed.driver.queues[0])
@@ -322,7 +328,11 @@ async def _at_work() -> bytes:
 
 async def _go_on(found: nvme.Snapshot) -> None:
     """Let a function go on from a snapshot, and its guest touch every register that may matter."""
-    function = make_function(MemoryStore(1 << 20))
+    with closing(MemoryStore(1 << 20)) as store:
+        await _live_on(found, make_function(store))
+
+
+async def _live_on(found: nvme.Snapshot, function: NvmeFunction) -> None:
     async with machine(function, io_queue=False):
         suspender = function.controller.suspender
         await suspender.suspend(0.0)

@@ -76,7 +76,7 @@ def test_the_table_of_memory_is_read() -> None:
 @pytest.mark.parametrize(
     ("data", "fds", "reason"),
     [
-        (packed(7), 0, "request 7 is none"),
+        (packed(7), 0, "request 7 is unknown"),
         (packed(VhostRequest.SET_OWNER, flags=2), 0, "flags 0x2"),
         (packed(VhostRequest.SET_OWNER, flags=5), 0, "flags 0x5"),
         (packed(VhostRequest.SET_OWNER, bytes(PAYLOAD_MAX + 1)), 0, "bytes of payload"),
