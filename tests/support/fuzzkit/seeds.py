@@ -9,6 +9,7 @@ import json
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import msgpack
@@ -34,6 +35,11 @@ def _message(command: int, payload: bytes, flags: int = 0, msg_id: int = 1) -> b
 
 def _conversation() -> bytes:
     return b"".join(_message(command, payload, 0, command) for command, payload in PAYLOADS.items())
+
+
+def _snapshot() -> bytes:
+    with closing(make_function()) as function:
+        return pack(capture(function))
 
 
 def _features() -> Iterator[bytes]:
@@ -113,7 +119,7 @@ def seeds() -> dict[str, list[bytes]]:
         "stream_records": list(_records()),
         "descriptor": [encode_descriptor(about)],
         "snapshot_values": [bytes(8), bytes([3, 1, 1, 1, 0, 7, 2, 9, 4, 4, 4, 1, 11])],
-        "snapshot": [pack(capture(make_function()))],
+        "snapshot": [_snapshot()],
         "msgpack_rpc": [how + rpc for how in (_WHOLE, _BYTES)],
         "jsonrpc": [how + texts for how in (_WHOLE, _FIVES)],
         "legacy_tcp": [_WHOLE + reply, _FIVES + reply + reply + bytes(64)],

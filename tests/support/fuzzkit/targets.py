@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import cache
 from typing import Any
 
 import msgpack
@@ -280,32 +282,35 @@ def descriptor(data: bytes) -> None:
     assert isinstance(found, Descriptor)
 
 
-_FUNCTION: list[NvmeFunction] = []
+@cache
+def _reader() -> NvmeFunction:
+    """The function that snapshots are read for; it lives as long as the process."""
+    store = MemoryStore(1 << 20)
+    atexit.register(store.close)
+    return make_function(store)
 
 
 @target
 def snapshot(data: bytes) -> None:
     """An NVMe snapshot as bytes: refused, or taken, carried on and taken again, and its function lives."""
-    if not _FUNCTION:
-        _FUNCTION.append(make_function(MemoryStore(1 << 20)))
     try:
-        found = parse(data, _FUNCTION[0])
+        found = parse(data, _reader())
     except BadSnapshot:
         return
     trio.run(_go_on, found)
 
 
-_BASE: list[bytes] = []
-
-
 @target
 def snapshot_values(data: bytes) -> None:
     """The same with a snapshot of a function at work, in which the input replaces single values."""
-    if not _BASE:
-        _BASE.append(trio.run(_at_work))
-    raw = msgpack.unpackb(_BASE[0])
+    raw = msgpack.unpackb(_base())
     edit(raw, data)
     snapshot(msgpack.packb(raw))
+
+
+@cache
+def _base() -> bytes:
+    return trio.run(_at_work)
 
 
 async def _at_work() -> bytes:
