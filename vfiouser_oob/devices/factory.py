@@ -1,9 +1,11 @@
-"""From a function's configuration to its device."""
+"""From a function's configuration to its device.
+
+Each kind of device is loaded when the first function needs it: a daemon has the memory of the kinds that it serves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 
 from vfiouser_oob.config.devices import UpstreamLoss
 from vfiouser_oob.config.errors import ConfigError
@@ -11,8 +13,6 @@ from vfiouser_oob.config.models import find_model
 from vfiouser_oob.config.schema import DmaMode, FunctionConfig, KernelVfioDevice, ModelDevice, UpstreamDevice
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.model import DeviceModel
-from vfiouser_oob.devices.model_backend import ModelBackend
-from vfiouser_oob.devices.upstream import UpstreamBackend
 from vfiouser_oob.observability import log
 from vfiouser_oob.transport.activity import Activity
 
@@ -31,6 +31,8 @@ def make_backend(config: FunctionConfig, activity: Activity) -> DeviceBackend:
 
 
 def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
+    from vfiouser_oob.devices.model_backend import ModelBackend
+
     device = config.device
     assert isinstance(device, ModelDevice)
     logger = log.get("devices.model").bind(function=config.name, model=device.model)
@@ -55,6 +57,8 @@ def _model(config: FunctionConfig, activity: Activity) -> DeviceBackend:
 
 
 def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:
+    from vfiouser_oob.devices.upstream import UpstreamBackend
+
     device = config.device
     assert isinstance(device, UpstreamDevice)
     return UpstreamBackend(
@@ -68,6 +72,9 @@ def _upstream(config: FunctionConfig, activity: Activity) -> DeviceBackend:
 
 
 def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
+    from vfiouser_oob.devices.kernel_vfio.backend import KernelVfioBackend
+    from vfiouser_oob.devices.kernel_vfio.kernel import LinuxKernel
+
     device = config.device
     assert isinstance(device, KernelVfioDevice)
     if config.dma is DmaMode.MESSAGES:
@@ -80,13 +87,7 @@ def _kernel_vfio(config: FunctionConfig, activity: Activity) -> DeviceBackend:
             f"function {config.name!r}: retain_state = true is not possible for a real function, which the kernel "
             f"resets whenever it is opened"
         )
-    # Loaded when it is used: it calls the C library directly.
-    module = import_module("vfiouser_oob.devices.kernel_vfio.backend")
-    kernel = import_module("vfiouser_oob.devices.kernel_vfio.kernel").LinuxKernel()
-    backend: DeviceBackend = module.KernelVfioBackend(
-        kernel, device.name, device.region_policy, interface=device.interface
-    )
-    return backend
+    return KernelVfioBackend(LinuxKernel(), device.name, device.region_policy, interface=device.interface)
 
 
 _BUILDERS: Mapping[str, Callable[[FunctionConfig, Activity], DeviceBackend]] = {
