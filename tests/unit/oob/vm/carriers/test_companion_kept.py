@@ -21,6 +21,7 @@ from vfiouser_oob.transport.reaper import REAPER
 from vfiouser_oob.vm.carriers import port
 from vfiouser_oob.vm.carriers.companion_notes import CompanionNotes
 from vfiouser_oob.vm.carriers.interface import GoAsked, LogChanged, Lost, QemuAttached, SaveAsked, StopAsked
+from vfiouser_oob.vm.carriers.state_pipe import TRAIL
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs
 from vmkit.keeping import KeepingManager
 
@@ -144,6 +145,25 @@ async def test_a_question_that_was_open(
     with trio.fail_after(5):
         assert await qemu.stream.receive_some(100) == b""
     await qemu.stream.aclose()
+
+
+async def test_a_state_that_was_on_its_way(manager: KeepingManager, tmp_path: Path) -> None:
+    """It breaks off, and the next daemon says that it did not go well; the connection then moves another one."""
+    path = tmp_path / "vhost"
+    async with daemon(manager, path) as hand:
+        qemu = await VhostClient.connect(path)
+        await qemu.begin()
+        hand.state = bytes(1 << 20)  # more than a pipe holds
+        reader, writer = os.pipe()
+        assert await qemu.transfer(0, writer) == 1 << 8
+        os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert len(await trio.to_thread.run_sync(pipe.read)) < (1 << 20) + TRAIL
+    async with daemon(manager, path) as hand:
+        assert await qemu.check() != 0
+        assert await qemu.save()
+        assert hand.told(Lost) == []
+        await qemu.stream.aclose()
 
 
 async def test_where_qemu_listens_the_next_daemon_connects(
