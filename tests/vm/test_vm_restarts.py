@@ -15,6 +15,7 @@ import trio
 from vmbed.assets import Assets
 from vmbed.hosts import Carrier, Host, HostConfig, capability, finished, host, make_disk, migrate, status
 from vmbed.load import begin_load, goes_on, quiet
+from vmbed.processes import tail
 from vmbed.qemu import Qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
@@ -123,6 +124,8 @@ async def destination_ready(scene: Scene) -> str:
     """It goes after all has come, and before the VM runs there."""
     await migrate(scene.source, scene.target, scene.stream)
     ended = await finished(scene.source)
+    if ended != "completed":
+        return ended
     await scene.there.phase("ready")
     async with scene.there.replaced(kill=scene.kill):
         pass
@@ -190,7 +193,7 @@ async def test_daemons_come_and_go(assets: Assets, workdir: Path, carrier: Carri
             await capability(qemu, "pause-before-switchover", False)
             print(f"{trouble.__name__} {'killed' if kill else 'restarted'}: {ended}")  # noqa: T201
             if not (kill and trouble in EITHER):
-                assert (ended == "completed") == (trouble in GOES), trouble
+                assert (ended == "completed") == (trouble in GOES), tail(here.daemon.log)
             if ended != "completed":
                 await target.kill()
                 await here.phase("running")

@@ -231,9 +231,11 @@ class HostedVm:
         """Leave its QEMU to the daemon after this one, which finds out by the monitor what it has done meanwhile."""
         if self.ended.is_set() or self._ledger is None or not self._ledger.usable:
             return
-        if self._runner is not None:
-            with trio.move_on_after(REST_S):
+        with trio.move_on_after(REST_S):
+            if self._runner is not None:
                 await self._runner.come_to_rest()
+            if self._companion is not None:
+                await self._companion.come_to_rest()
         self._notes.close()
         for connection in (self._companion, self._vmstate):
             if connection is not None:
