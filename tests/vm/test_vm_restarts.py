@@ -15,6 +15,7 @@ import trio
 from vmbed.assets import Assets
 from vmbed.hosts import Carrier, Host, HostConfig, capability, finished, host, make_disk, migrate, status
 from vmbed.load import begin_load, goes_on, quiet
+from vmbed.processes import tail
 from vmbed.qemu import Qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
@@ -80,7 +81,10 @@ async def source_stopped(scene: Scene) -> str:
 
 
 async def source_saved(scene: Scene) -> str:
-    """It goes after the state was handed over, before anybody has loaded it: QEMU goes on."""
+    """It goes after the state was handed over, before anybody has loaded it.
+
+    A restart waits until QEMU has it, so the migration goes on. Who is killed may have been too early for that.
+    """
     async with scene.saved(), scene.here.replaced(kill=scene.kill):
         scene.there.signal_daemon(signal.SIGCONT)
         return await finished(scene.source)
@@ -120,6 +124,8 @@ async def destination_ready(scene: Scene) -> str:
     """It goes after all has come, and before the VM runs there."""
     await migrate(scene.source, scene.target, scene.stream)
     ended = await finished(scene.source)
+    if ended != "completed":
+        return ended
     await scene.there.phase("ready")
     async with scene.there.replaced(kill=scene.kill):
         pass
@@ -143,16 +149,21 @@ async def carrier_back(there: Host) -> None:
 Trouble = Callable[[Scene], Awaitable[str]]
 STAYS: tuple[Trouble, ...] = (source_armed, source_stopped, source_saved_in_vain)
 GOES: tuple[Trouble, ...] = (destination_waiting, source_saved, destination_in_precopy, destination_ready, both)
+#: Those after which only QEMU knows which it is, if the daemon was killed.
+EITHER: tuple[Trouble, ...] = (source_saved,)
 KILLS = [(trouble, True) for trouble in (*STAYS, *GOES)]
-RESTARTS = [(trouble, False) for trouble in (source_armed, source_stopped, destination_waiting, destination_ready)]
+RESTARTS = [
+    (trouble, False) for trouble in (source_armed, source_stopped, source_saved, destination_waiting, destination_ready)
+]
 #: The guest has no driver for the companion.
 PLANS: dict[Carrier, list[tuple[Trouble, bool]]] = {
     "dbus-vmstate": [*KILLS, *RESTARTS],
     "vhost-user-fs": [
         (source_armed, True),
         (destination_in_precopy, True),
+        # A kill might hit the moment in which a message is answered, after which nothing connects the device anew.
         (source_saved, False),
-        (source_saved_in_vain, True),
+        (source_saved_in_vain, False),
         (destination_ready, True),
     ],
 }
@@ -180,12 +191,13 @@ async def test_daemons_come_and_go(assets: Assets, workdir: Path, carrier: Carri
             await there.phase("incoming")
             ended = await trouble(Scene(here, there, qemu, target, workdir / "stream", kill))
             await capability(qemu, "pause-before-switchover", False)
-            if trouble in STAYS:
-                assert ended in ("failed", "cancelled"), trouble
+            print(f"{trouble.__name__} {'killed' if kill else 'restarted'}: {ended}")  # noqa: T201
+            if not (kill and trouble in EITHER):
+                assert (ended == "completed") == (trouble in GOES), tail(here.daemon.log)
+            if ended != "completed":
                 await target.kill()
                 await here.phase("running")
             else:
-                assert ended == "completed", trouble
                 assert await finished(target) == "completed"
                 await there.phase("ready")
                 await here.phase("away")

@@ -31,6 +31,7 @@ from vfiouser_oob.vm.carriers.companion_notes import CompanionNotes
 from vfiouser_oob.vm.carriers.dbus_vmstate import DbusVmstate
 from vfiouser_oob.vm.carriers.interface import VmCarrier
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs
+from vfiouser_oob.vm.carriers.vmstate_notes import VmstateNotes
 from vfiouser_oob.vm.checking import check_migration
 from vfiouser_oob.vm.counterpart import CounterpartError, VmOffer
 from vfiouser_oob.vm.events import QemuGone
@@ -168,6 +169,7 @@ class HostedVm:
         self._log = log.get("vm").bind(vm=config.name)
         self._notes = VmNotes(config, ledger, self._log)
         self._companion = None if ledger is None else CompanionNotes(ledger)
+        self._vmstate = None if ledger is None else VmstateNotes(ledger)
         self._runner: VmRunner | None = None
         self._strangers = count()
         self._watched = ""
@@ -229,12 +231,15 @@ class HostedVm:
         """Leave its QEMU to the daemon after this one, which finds out by the monitor what it has done meanwhile."""
         if self.ended.is_set() or self._ledger is None or not self._ledger.usable:
             return
-        if self._runner is not None:
-            with trio.move_on_after(REST_S):
+        with trio.move_on_after(REST_S):
+            if self._runner is not None:
                 await self._runner.come_to_rest()
+            if self._companion is not None:
+                await self._companion.come_to_rest()
         self._notes.close()
-        if self._companion is not None:
-            self._companion.leave()
+        for connection in (self._companion, self._vmstate):
+            if connection is not None:
+                connection.leave()
         self._left = True
         for listener in self._listeners.values():
             listener.leave()
@@ -248,8 +253,9 @@ class HostedVm:
 
     def close(self) -> None:
         """Give back what was opened for it."""
-        if self._companion is not None:
-            self._companion.close()
+        for connection in (self._companion, self._vmstate):
+            if connection is not None:
+                connection.close()
         self._resources.close()
 
     async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
@@ -292,7 +298,7 @@ class HostedVm:
         made: dict[CarrierKind, VmCarrier] = {}
         for what, path in self._config.sockets.items():
             if what == "dbus_vmstate":
-                carrier = DbusVmstate(self._listeners[what], path, allow_uids=self._allowed)
+                carrier = DbusVmstate(self._listeners[what], path, allow_uids=self._allowed, notes=self._vmstate)
                 made[CarrierKind.DBUS_VMSTATE] = carrier
             elif what == "vhost_user_fs":
                 made[CarrierKind.VHOST_USER_FS] = VhostUserFs(

@@ -140,6 +140,10 @@ class Carriers:
         except ValueError as error:
             self.current.refuse(str(error))
 
+    async def given(self) -> None:
+        """Wait until QEMU has all of the state that was offered, or will not take it."""
+        await self.current.given()
+
     def answer(self) -> None:
         """It is done."""
         self.question = None

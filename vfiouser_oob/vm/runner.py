@@ -191,6 +191,8 @@ class VmRunner:
         """Wait until no carrier waits, nothing is being done to a function, and QEMU has what it was sent."""
         while self.carriers.question is not None or self.record.phase in _PASSING or self._busy:
             await self._moved.wait()
+        if self.record.phase is VmPhase.SAVED:  # else the migration fails, which costs nothing but could be spared
+            await self.carriers.given()
 
     @property
     def _busy(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,24 +73,35 @@ class BusClient:
         with trio.fail_after(WAIT_S):
             await self.stream.send_all(message.serialise(serial=self._serial))
             reply = await self._reply()
-        assert reply.header.fields[HeaderFields.reply_serial] == self._serial
         if reply.header.message_type is MessageType.error:
             raise BusError(f"{reply.header.fields[HeaderFields.error_name]}: {reply.body[0]}")
         body: tuple[Any, ...] = reply.body
         return body
 
     async def _reply(self) -> Message:
-        while (message := self._parser.get_next_message()) is None:
-            data = await self.stream.receive_some(1 << 20)
-            if not data:
-                raise EOFError
-            self._parser.add_data(data)
-        return message
+        """The answer to the last call; one to a call that was answered before says nothing to GDBus."""
+        while True:
+            while (message := self._parser.get_next_message()) is None:
+                data = await self.stream.receive_some(1 << 20)
+                if not data:
+                    raise EOFError
+                self._parser.add_data(data)
+            if message.header.fields[HeaderFields.reply_serial] == self._serial:
+                return message
 
-    async def proxies(self) -> dict[str, str]:
-        """Find the owners and their ids, as QEMU does at first; returns owner by id."""
+    async def owners(self) -> list[str]:
+        """Who has a piece of the state."""
+        owners: list[str] = (await self.call(BUS, "ListQueuedOwners", "s", SERVICE))[0]
+        return owners
+
+    async def proxies(self, owners: Sequence[str] | None = None) -> dict[str, str]:
+        """Find the owners and their ids, as QEMU does at first; returns owner by id.
+
+        Args:
+            owners: they, if they were asked for before.
+        """
         found = {}
-        for name in (await self.call(BUS, "ListQueuedOwners", "s", SERVICE))[0]:
+        for name in await self.owners() if owners is None else owners:
             await self.call(BUS, "AddMatch", "s", f"type='signal',sender='{name}'")
             assert await self.call(BUS, "GetNameOwner", "s", name) == (name,)
             properties = (await self.call(owner(name, "org.freedesktop.DBus.Properties"), "GetAll", "s", SERVICE))[0]

@@ -158,6 +158,10 @@ class MemoryCarrier(CarrierAtDesk):
             await self._desk.tell(event)
         await trio.testing.wait_all_tasks_blocked()
 
+    def delivers(self, on_its_way: bool) -> None:
+        """Whether QEMU is still taking the state."""
+        (self._desk.gives if on_its_way else self._desk.gave)()
+
     async def ask(self, question: Question) -> Answer:
         """Ask, and wait for the answer."""
         return await self._desk.ask(question)

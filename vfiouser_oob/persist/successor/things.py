@@ -41,6 +41,7 @@ __all__ = [
     "VectorThing",
     "VfioThing",
     "VmThing",
+    "VmstateThing",
 ]
 
 _U16, _U32 = (1 << 16) - 1, (1 << 32) - 1
@@ -424,6 +425,23 @@ class SaidThing(Thing):
 
 
 @dataclass(frozen=True, slots=True)
+class VmstateThing(Thing):
+    """The connection of a QEMU that has been told how many pieces a VM's state has, and has not asked for any.
+
+    Args:
+        number: which; no other one of the VM has had it.
+        owners: how many pieces.
+        serial: of the call that was answered by that, or was about to be.
+    """
+
+    KIND: ClassVar[int] = 36
+    LARGEST: ClassVar[Mapping[str, int]] = MappingProxyType({"number": _U32, "owners": _U32, "serial": _U32})
+    number: int
+    owners: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotThing(Thing):
     """The state of a device model that came to rest: it lies in the memory that was kept for it.
 
@@ -460,5 +478,6 @@ THINGS: Sequence[type[Thing]] = (
     ArrivedThing,
     CompanionThing,
     SaidThing,
+    VmstateThing,
     SnapshotThing,
 )

@@ -28,6 +28,10 @@ class CarrierAtDesk:
         self._check(len(state))
         return self._desk.offer(state)
 
+    async def given(self) -> None:
+        """Wait until QEMU has all of the state that was offered, or will not take it."""
+        await self._desk.given()
+
     def answer(self) -> bool:
         """Answer any other question: it is done; returns whether somebody waited for it."""
         return self._desk.done()

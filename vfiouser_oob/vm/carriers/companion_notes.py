@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
 
+import trio
+
 from vfiouser_oob.persist.successor.things import CompanionThing, SaidThing
 from vfiouser_oob.server.ledger import Ledger
 from vfiouser_oob.transport.fds import ForeignFd, HasFileno, close_fds
@@ -81,6 +83,7 @@ class CompanionNotes:
         self._thing: CompanionThing | None = None
         self._said: dict[tuple[VhostRequest, int], list[str]] = {}
         self._left = False
+        self._settled = trio.Event()
         #: Why a connection that was left cannot be gone on with; empty if it can, or there is none.
         self.lost = ""
         self.left = self._read()
@@ -176,6 +179,13 @@ class CompanionNotes:
             thing = CompanionThing(self._number, self._kept, False, standing.runs, bases)
             if thing != self._thing:
                 self._put(thing)
+            self._settled.set()
+
+    async def come_to_rest(self) -> None:
+        """Wait until all that was read is answered, so that another daemon can go on; or there is no connection."""
+        while self._thing is not None and self._thing.busy:
+            self._settled = trio.Event()
+            await self._settled.wait()
 
     def _put(self, thing: CompanionThing) -> None:
         if not self._left:
@@ -216,6 +226,7 @@ class CompanionNotes:
             self._ledger.drop(self._part)
         self._ledger.forget(CompanionThing)
         self._thing, self._kept = None, False
+        self._settled.set()
 
     def leave(self) -> None:
         """Leave it to another daemon as it is: nothing more is taken down."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from vfiouser_oob.vm.carriers.dbus_auth import SaslServer
 from vfiouser_oob.vm.carriers.dbus_wire import Call, CallReader, ReplyWriter
@@ -97,6 +97,23 @@ class DbusPeer:
         self._owners = 0
         self._greeted = False
 
+    @classmethod
+    def resumed(cls, guid: str, owners: int, serial: int, reason: str) -> Self:
+        """Take over a client to which another bus has said, or was about to say, how many places there are.
+
+        Args:
+            guid: the bus's identity.
+            owners: how many places.
+            serial: of the call that asked for them; if nobody has answered it, it is refused. A second answer to a
+                call is one to nothing, for the client.
+            reason: why it is refused.
+        """
+        peer = cls(0, guid)
+        peer._auth.done = peer._greeted = True
+        peer._owners = owners
+        peer.refuse(OwnersAsked(Call(serial, BUS, "", "", "", (), True)), reason)
+        return peer
+
     def receive_data(self, data: bytes) -> Iterator[Asked]:
         """Take bytes that came.
 
@@ -120,6 +137,11 @@ class DbusPeer:
     def missing(self) -> int:
         """Bytes that the message on its way still lacks; 0 if that is not known."""
         return self._reader.missing
+
+    @property
+    def begun(self) -> bool:
+        """Whether a part of a message has come."""
+        return self._reader.begun
 
     def data_to_send(self) -> bytes:
         """Return what to send now; it is returned once."""

@@ -17,6 +17,7 @@ import math
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,6 +51,7 @@ from vfiouser_oob.vm.carriers.interface import (
 )
 from vfiouser_oob.vm.carriers.peer_socket import PeerGone, PeerSocket
 from vfiouser_oob.vm.carriers.port import OPENING_S, CarrierPort, first_of
+from vfiouser_oob.vm.carriers.vmstate_notes import VmstateNotes
 
 #: Bytes of the largest state, and of the largest that is expected unless somebody says otherwise.
 MOST_BYTES = 256 << 20
@@ -62,6 +64,16 @@ _READ = 1 << 10
 _READ_MAX = 256 << 10
 #: Calls that were read and not answered: GDBus sends a few without waiting.
 _UNANSWERED = 32
+_NO_STATE = "there is no state to save, or it was saved before"
+_STATE_LOST = "the daemon was started anew before QEMU had the state, which was lost with it"
+
+
+@dataclass(frozen=True, slots=True)
+class _BusConversation:
+    """A QEMU's connection, and what is spoken there."""
+
+    connection: PeerSocket
+    peer: DbusPeer
 
 
 class DbusVmstate(CarrierAtDesk):
@@ -72,16 +84,27 @@ class DbusVmstate(CarrierAtDesk):
         path: where it is, as QEMU knows it.
         object_id: what the object in QEMU is called.
         allow_uids: users that may connect; None allows whoever the socket's permissions let in.
+        notes: keeps the connection for the daemon after this one, and what another one has left; None if nothing is
+            kept.
     """
 
     name = "dbus-vmstate"
     most_bytes = MOST_BYTES
 
     def __init__(
-        self, listener: Listener, path: Path, object_id: str = "oobvmstate", allow_uids: frozenset[int] | None = None
+        self,
+        listener: Listener,
+        path: Path,
+        object_id: str = "oobvmstate",
+        allow_uids: frozenset[int] | None = None,
+        notes: VmstateNotes | None = None,
     ) -> None:
         super().__init__()
-        self._port = CarrierPort(listener, f"{self.name} {path}", allow_uids)
+        self._notes = notes
+        #: A connection that another daemon has left, until it is taken up.
+        self._left = None if notes is None else notes.taken()
+        connected = None if self._left is None else self._left.sock
+        self._port = CarrierPort(listener, f"{self.name} {path}", allow_uids, connected)
         self._path = path
         self._object_id = object_id
         self._guid = secrets.token_hex(16)
@@ -92,6 +115,8 @@ class DbusVmstate(CarrierAtDesk):
         #: At the source: the pieces of the state that was offered, and which of them QEMU has not fetched.
         self._pieces: list[tuple[bytes, memoryview]] = []
         self._unfetched: set[int] = set()
+        #: What a piece is refused with that is not there.
+        self._lacks = _NO_STATE if self._left is None else _STATE_LOST
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve QEMU until cancelled, one QEMU after the other."""
@@ -124,48 +149,92 @@ class DbusVmstate(CarrierAtDesk):
 
     def _forget(self) -> None:
         self._expected, self._joiner = None, None
+        self._offer_no_more()
+
+    def _offer_no_more(self) -> None:
         self._pieces, self._unfetched = [], set()
+        self._desk.gave()
 
     # Conversation
 
     async def _converse(self, connection: PeerSocket, process: Peer) -> None:
-        peer = DbusPeer(process.uid, self._guid)
+        left, self._left = self._left, None
+        if left is None:
+            peer = DbusPeer(process.uid, self._guid)
+        else:
+            peer = DbusPeer.resumed(self._guid, left.owners, left.serial, _STATE_LOST)
+            connection.held = True
         send, receive = trio.open_memory_channel[Asked](_UNANSWERED)
         attached = False
         reason = "it closed the connection"
         try:
             # What is asked is answered beside the reading, so that the end of a QEMU that waits is noticed.
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._answer_all, connection, peer, receive)
+                nursery.start_soon(self._answer_all, _BusConversation(connection, peer), receive)
                 with trio.CancelScope(deadline=trio.current_time() + OPENING_S) as opening:
+                    if left is not None:
+                        opening.deadline = math.inf
+                        attached = await self._attach(process)
+                        await connection.send(peer.data_to_send())
                     while True:
                         await self._queue.turn()
                         data = await connection.receive_alone(min(max(_READ, peer.missing), _READ_MAX))
                         for asked in peer.receive_data(data):
                             if isinstance(asked, Opened):
                                 opening.deadline = math.inf
-                                await self._port.seat.take(process)
-                                attached = True
-                                await self._desk.tell(QemuAttached(process))
+                                attached = await self._attach(process)
                             else:
+                                self._let_go(connection)
                                 await send.send(asked)
                         await connection.send(peer.data_to_send())
+                        if peer.begun:  # nobody else could go on in the middle of a message
+                            self._let_go(connection)
+                        connection.take()
                 raise PeerGone(f"it has not opened the conversation within {OPENING_S:g} s")
         except* (SaslError, DbusWireError, PeerGone) as errors:
             reason = str(first_of(errors))
+        finally:
+            if connection.held and self._notes is not None and self._notes.leaving:
+                connection.leave()
+            else:
+                self._let_go(connection)
         if attached:
-            self._pieces, self._unfetched, self._joiner = [], set(), None
+            self._offer_no_more()
+            self._joiner = None
             await self._desk.tell(Lost(reason))
         raise PeerGone(reason)
 
-    async def _answer_all(
-        self, connection: PeerSocket, peer: DbusPeer, receive: trio.MemoryReceiveChannel[Asked]
-    ) -> None:
-        async for asked in receive:
-            await _ANSWERS[type(asked)](self, peer, asked)
-            await connection.send(peer.data_to_send())
+    async def _attach(self, process: Peer) -> bool:
+        await self._port.seat.take(process)
+        await self._desk.tell(QemuAttached(process))
+        return True
 
-    async def _owners(self, peer: DbusPeer, asked: OwnersAsked) -> None:
+    # What outlives us
+
+    def _hold(self, talk: _BusConversation, serial: int) -> None:
+        """Let the connection outlive us, and what QEMU says stay in it until it is answered."""
+        if self._notes is not None and not talk.peer.begun:
+            self._notes.hold(talk.connection, len(self._pieces), serial)
+            talk.connection.held = True
+
+    def _let_go(self, connection: PeerSocket) -> None:
+        """Let the connection end with us; what was received last is answered, or never will be."""
+        if connection.held:
+            assert self._notes is not None
+            self._notes.let_go()
+            connection.held = False
+
+    # Answers
+
+    async def _answer_all(self, talk: _BusConversation, receive: trio.MemoryReceiveChannel[Asked]) -> None:
+        async for asked in receive:
+            await _ANSWERS[type(asked)](self, talk, asked)
+            await talk.connection.send(talk.peer.data_to_send())
+            if not self._unfetched:
+                self._desk.gave()
+
+    async def _owners(self, talk: _BusConversation, asked: OwnersAsked) -> None:
+        peer = talk.peer
         if self._expected is not None:
             self._joiner = Joiner(self._expected, PIECE_MAX)
             peer.list_owners(asked, pieces_for(self._expected, PIECE_MAX - HEAD_SIZE))
@@ -174,22 +243,26 @@ class DbusVmstate(CarrierAtDesk):
         if isinstance(answer, Offered):
             self._pieces = cut(answer.state, PIECE_MAX)
             self._unfetched = set(range(len(self._pieces)))
+            self._lacks = _NO_STATE
+            self._desk.gives()
+            self._hold(talk, asked.call.serial)
             peer.list_owners(asked, len(self._pieces))
         else:
             peer.refuse(asked, _reason(answer))
 
-    async def _save(self, peer: DbusPeer, asked: SaveCalled) -> None:
+    async def _save(self, talk: _BusConversation, asked: SaveCalled) -> None:
         if asked.index not in self._unfetched:
-            peer.refuse(asked, "there is no state to save, or it was saved before")
+            talk.peer.refuse(asked, self._lacks)
             return
         self._unfetched.remove(asked.index)
-        peer.give(asked, b"".join(self._pieces[asked.index]))
+        talk.peer.give(asked, b"".join(self._pieces[asked.index]))
         if not self._unfetched:
             # Told before the last piece leaves: from then on the destination may have all of them.
             self._pieces = []
             await self._desk.tell(StateTaken())
 
-    async def _load(self, peer: DbusPeer, asked: LoadCalled) -> None:
+    async def _load(self, talk: _BusConversation, asked: LoadCalled) -> None:
+        peer = talk.peer
         if self._joiner is None:
             peer.refuse(asked, "no state is expected here")
             return
@@ -208,7 +281,7 @@ class DbusVmstate(CarrierAtDesk):
         peer.accept(asked)
 
 
-_ANSWERS: Mapping[type[Asked], Callable[[DbusVmstate, DbusPeer, Any], Awaitable[None]]] = {
+_ANSWERS: Mapping[type[Asked], Callable[[DbusVmstate, _BusConversation, Any], Awaitable[None]]] = {
     OwnersAsked: DbusVmstate._owners,
     SaveCalled: DbusVmstate._save,
     LoadCalled: DbusVmstate._load,

@@ -100,6 +100,11 @@ class CallReader:
         size = self._message_size()
         return 0 if size is None else size - len(self._buffer)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a part of a message is here."""
+        return bool(self._buffer)
+
     def _message_size(self) -> int | None:
         if len(self._buffer) < _FIXED:
             return None

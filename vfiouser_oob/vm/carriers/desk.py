@@ -57,6 +57,9 @@ class Desk:
         self._answer: Answer | None = None
         self._answered = trio.Event()
         self._read: Question | Lost | None = None
+        #: Set while no state is on its way out.
+        self._given = trio.Event()
+        self._given.set()
 
     async def tell(self, event: CarrierEvent) -> None:
         """Tell something that needs no answer; waits while too much is unread."""
@@ -108,6 +111,19 @@ class Desk:
     def offer(self, state: State) -> bool:
         """Answer `SaveAsked`; returns whether that was the question."""
         return self.give(Offered(state), lambda question: isinstance(question, SaveAsked))
+
+    def gives(self) -> None:
+        """A state that was offered begins to leave."""
+        if self._given.is_set():
+            self._given = trio.Event()
+
+    def gave(self) -> None:
+        """It has left, or never will."""
+        self._given.set()
+
+    async def given(self) -> None:
+        """Wait until no state is on its way."""
+        await self._given.wait()
 
     def done(self) -> bool:
         """Answer any question but `SaveAsked`; returns whether one was open."""

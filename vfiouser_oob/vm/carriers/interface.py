@@ -186,6 +186,10 @@ class VmCarrier(Protocol):
         """
         ...
 
+    async def given(self) -> None:
+        """Wait until QEMU has all of the state that was offered, or will not take it."""
+        ...
+
     def answer(self) -> bool:
         """Answer any other question: it is done, QEMU may go on.
 

@@ -18,6 +18,7 @@ from vfiouser_oob.transport.reaper import Account
 #: The kernel carries at most 253 descriptors per message (SCM_MAX_FD).
 _ANCILLARY = socket.CMSG_SPACE(253 * 4)
 _RECEIVE = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+_LOOK = _RECEIVE | socket.MSG_PEEK
 _SEND = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 #: Seconds that a peer may take until it reads what is sent to it.
 SEND_S = 30.0
@@ -49,6 +50,9 @@ class PeerSocket:
         self._sock = sock
         self._account = account
         self._sending = trio.Lock()
+        #: What is received also stays in the socket, until it is taken.
+        self.held = False
+        self._looked = 0
 
     async def receive(self, size: int, pauses: Pauses | None = None) -> tuple[bytes, list[ForeignFd]]:
         """Wait for bytes.
@@ -69,7 +73,7 @@ class PeerSocket:
             if pauses is not None:
                 pauses.reads()
             try:
-                data, ancillary, flags, _ = self._sock.recvmsg(size, _ANCILLARY, _RECEIVE)
+                data, ancillary, flags, _ = self._sock.recvmsg(size, _ANCILLARY, _LOOK if self.held else _RECEIVE)
             except BlockingIOError:
                 if pauses is not None:
                     pauses.rests()
@@ -84,7 +88,15 @@ class PeerSocket:
             if not data:
                 close_fds(fds)
                 raise PeerGone("it closed the connection")
+            self._looked = len(data) if self.held else 0
             return data, fds
+
+    def take(self) -> None:
+        """Take out of the socket what was received last, if it is still there; it is received again otherwise."""
+        while self._looked:
+            data, ancillary, _, _ = self._sock.recvmsg(self._looked, _ANCILLARY, _RECEIVE)
+            close_fds(self._owned(ancillary))
+            self._looked = self._looked - len(data) if data else 0
 
     def fileno(self) -> int:
         """Return the descriptor's number; it stays this object's."""

@@ -174,6 +174,7 @@ class VhostUserFs(CarrierAtDesk):
             elif attached and self._notes is not None and not self._calls:
                 self._notes.ended()
             conversation.close()
+            self._desk.gave()
             self.standing = conversation.standing
         if attached:
             await self._desk.tell(Lost(reason))
@@ -278,7 +279,9 @@ class _Conversation:
         self._settle()
 
     def _settle(self) -> None:
-        if self._notes is not None and not (self._reading or self.part or self._unanswered or self._transfer):
+        # A state that leaves breaks off with us, and whoever comes after us says so when QEMU asks how that went.
+        comes = self._transfer is not None and self._transfer.comes
+        if self._notes is not None and not (self._reading or self.part or self._unanswered or comes):
             self._notes.idle(self.standing)
 
     async def put(self, message: VhostMessage) -> None:
@@ -319,6 +322,8 @@ class _Conversation:
         if step is not None:
             await _STEPS[type(step)](self, step)
         await self._connection.send(self._backend.data_to_send())
+        if self._transfer is None:
+            self._desk.gave()
         self._unanswered -= 1
         self._settle()
 
@@ -383,6 +388,7 @@ class _Conversation:
             self._refuse_transfer(answer.reason if isinstance(answer, Refused) else "there is no state to offer")
             return
         transfer = self._begin_transfer(PipeEnd(step.fd.take(), self._worker), comes=False)
+        self._desk.gives()
         self._transfers.start_soon(self._write, transfer, answer.state, took_s)
 
     async def _load(self, step: LoadNeeded) -> None:

@@ -310,3 +310,22 @@ async def test_a_daemon_leaves_when_nobody_waits(phase: str) -> None:
             event.set()
         await settled()
         assert left.is_set()
+
+
+async def test_a_daemon_leaves_when_qemu_has_the_state() -> None:
+    """What was offered and is on its way would be cut off, and the migration would fail for that."""
+    async with vm_bed() as bed:
+        await at_source(bed, "saved")
+        carrier = bed.carriers[bed.runner.carriers.kind]
+        carrier.delivers(True)
+        left = trio.Event()
+
+        async def leave() -> None:
+            await bed.runner.come_to_rest()
+            left.set()
+
+        bed.nursery.start_soon(leave)
+        await settled()
+        assert not left.is_set()
+        carrier.delivers(False)
+        await left.wait()

@@ -45,6 +45,7 @@ from vfiouser_oob.persist.successor.things import (
     UpstreamThing,
     VectorThing,
     VfioThing,
+    VmstateThing,
     VmThing,
 )
 from vfiouser_oob.systemd.fd_store import MAX_NAME, is_name
@@ -75,6 +76,7 @@ EXAMPLES: tuple[Thing, ...] = (
     ArrivedThing(65535, False, b"{}"),
     CompanionThing(0xFFFF_FFFF, True, False, True, bytes(16)),
     SaidThing(13, 15, bytes(8), 77, 1),
+    VmstateThing(0xFFFF_FFFF, 256, 7),
     ProgressThing(1, (1 << 32) - 1, b"before", b"after"),
 )
 KINDS: Mapping[str, DescriptorKind] = {

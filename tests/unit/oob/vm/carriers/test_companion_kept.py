@@ -21,6 +21,7 @@ from vfiouser_oob.transport.reaper import REAPER
 from vfiouser_oob.vm.carriers import port
 from vfiouser_oob.vm.carriers.companion_notes import CompanionNotes
 from vfiouser_oob.vm.carriers.interface import GoAsked, LogChanged, Lost, QemuAttached, SaveAsked, StopAsked
+from vfiouser_oob.vm.carriers.state_pipe import TRAIL
 from vfiouser_oob.vm.carriers.vhost_user_fs import VhostUserFs
 from vmkit.keeping import KeepingManager
 
@@ -144,6 +145,59 @@ async def test_a_question_that_was_open(
     with trio.fail_after(5):
         assert await qemu.stream.receive_some(100) == b""
     await qemu.stream.aclose()
+
+
+async def test_a_daemon_leaves_when_all_is_answered(manager: KeepingManager, tmp_path: Path) -> None:
+    """Who leaves in order has the time for it, and nothing is lost."""
+    path = tmp_path / "vhost"
+    ledger, notes = ledger_of(manager)
+    with closing(ledger), closing(notes):
+        hand = Hand(VhostUserFs(listen_on_path(path), path, notes=notes), ignores=(StopAsked,))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand.run)
+            await nursery.start(hand.carrier.run)
+            await notes.come_to_rest()
+            qemu = await VhostClient.connect(path)
+            await qemu.begin()
+            await qemu.send(vhostclient.GET_VRING_BASE, struct.pack("<II", 0, 0))
+            await hand.until(StopAsked)
+            rested = trio.Event()
+
+            @nursery.start_soon
+            async def rests() -> None:
+                await notes.come_to_rest()
+                rested.set()
+
+            await wait_all_tasks_blocked()
+            assert not rested.is_set()
+            hand.carrier.answer()
+            await rested.wait()
+            notes.leave()
+            nursery.cancel_scope.cancel()
+    async with daemon(manager, path) as hand:
+        assert (await qemu.reply())[0] == vhostclient.GET_VRING_BASE
+        assert hand.told(Lost) == []
+        await qemu.stream.aclose()
+        await hand.until(Lost)
+
+
+async def test_a_state_that_was_on_its_way(manager: KeepingManager, tmp_path: Path) -> None:
+    """It breaks off, and the next daemon says that it did not go well; the connection then moves another one."""
+    path = tmp_path / "vhost"
+    async with daemon(manager, path) as hand:
+        qemu = await VhostClient.connect(path)
+        await qemu.begin()
+        hand.state = bytes(1 << 20)  # more than a pipe holds
+        reader, writer = os.pipe()
+        assert await qemu.transfer(0, writer) == 1 << 8
+        os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert len(await trio.to_thread.run_sync(pipe.read)) < (1 << 20) + TRAIL
+    async with daemon(manager, path) as hand:
+        assert await qemu.check() != 0
+        assert await qemu.save()
+        assert hand.told(Lost) == []
+        await qemu.stream.aclose()
 
 
 async def test_where_qemu_listens_the_next_daemon_connects(
