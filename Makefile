@@ -65,6 +65,7 @@ check: venv-dev ## lint, formatting, types, import rules, spelling, prose
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python tools/prose.py
+	$(BIN)/python tools/prose_code.py
 
 conformance: venv-dev ## judge the daemon with the conformance suite, and prove that the suite bites
 	$(PYTEST) tests/conformance $(PYTEST_ARGS)

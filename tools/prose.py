@@ -113,7 +113,7 @@ RULES: Sequence[Rule] = (
     Rule(
         "passive with its doer",
         r"\b(?:is|are|was|were|be|been) (?:\w+ )?\w+(?:ed|en|ept|ade|ound|eld|told|ent) by "
-        r"(?!itself|themselves|hand|default|name)\w",
+        r"(?<!killed\x20by\x20)(?!itself|themselves|hand|default|name)\w",
         "let the doer do it",
         "Many of them are checked by tests.",
         "Tests check many of them.",

@@ -9,19 +9,19 @@ thing itself. The rules, which `testing.check_agent` proves:
    `Capabilities.p2p` is false, `quiesce` does what `stop` does.
 3. `save(FINAL)` is for STOPPED and LOADED, `save(PRECOPY)` for RUNNING and QUIESCED. Offsets count the bytes of one
    stream over both phases. The last chunk may be asked for again; asking for the offset after it acknowledges it. Any
-   other offset needs `random_access_save`. 0 begins anew, and a function that stayed stopped gives the same bytes.
+   other offset needs `random_access_save`. 0 starts again, and a function that stayed stopped gives the same bytes.
 4. `load_begin`, `load` and `load_commit` need the role DESTINATION, and `load_begin` a function in STOPPED, LOADING or
    LOADED. Bytes arrive in order. The commit verifies total and digest, applies, and leaves LOADED; `resume` then runs
    the function.
-5. On a source, `resume` is the way back at any time. After a load that was begun and did not commit, also after
-   `abort`, only `reset` or another load leads out; where nothing of it has reached the function, `end` may, too.
+5. On a source, `resume` is the way back at any time. After a load that did not commit, even after `abort`, the
+   function needs a `reset` or another load. If no part of the load has reached the function, `end` may do, too.
 6. A dirty report that fails, or whose answer is lost, makes everything in its range dirty.
 7. What is not supported raises `Unsupported`, and `caps` never claims it.
 8. The calls of one function are executed in the order of their arrival, except `status`, which is answered at once,
    and `reset`, which ends what is under way.
 9. A migration belongs to the session that began it. Calls of others that change something raise `Busy`, except
    `reset`; once that session is gone, they may `quiesce`, `stop`, `resume`, `abort`, `end`, or take over by `begin`.
-   Other connections are bound by this, and may take over, only where `takeover` is claimed.
+   This binds other connections, and lets them take over, only where `takeover` is claimed.
 10. The function's state belongs to the function. Losing a connection, closing a session or restarting the agent changes
     nothing: what was stopped stays stopped.
 """
@@ -124,7 +124,7 @@ class Session(ABC):
 
     @abstractmethod
     async def status(self) -> Status:
-        """Where the function is, answered at once also while another call is being executed."""
+        """Return where the function is, at once, even while another call runs."""
 
     @abstractmethod
     async def quiesce(self) -> None:
@@ -139,7 +139,7 @@ class Session(ABC):
         """Run: from QUIESCED, STOPPED or LOADED.
 
         Raises:
-            InvalidState: a load was begun and not committed; only `reset` or another load leads out.
+            InvalidState: a load has started and was not committed; call `reset`, or load again.
             DeviceFailed: in ERROR.
         """
 
@@ -152,7 +152,7 @@ class Session(ABC):
         """Give the next piece of the state.
 
         Args:
-            offset: where in the stream; 0 begins it anew.
+            offset: where in the stream; 0 starts it again.
             limit: bytes wanted at most; the agent may give less, but not nothing without `eof` or `drained`.
             phase: whether the function runs.
 
@@ -303,7 +303,7 @@ class Agent(ABC):
         """
 
     async def functions(self) -> Sequence[FunctionInfo]:
-        """The functions that there are.
+        """Return the agent's functions.
 
         Raises:
             Unsupported: the agent does not tell.

@@ -17,8 +17,8 @@
     └── ProtocolError      one side does not speak the protocol
 
 Each class carries what the daemon needs: the errno for the VMM, whether the call may be repeated, and what is known
-about the function afterwards. The class attribute `code` is what the reference protocol sends. Whether the call can
-have reached the agent at all is in the class, too, and is known better by whoever has followed it (`delivery`).
+about the function afterwards. The class attribute `code` is what the reference protocol sends. The class also says
+whether the call can have reached the agent. The code that sent the call may know better, and says so in `delivery`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Unsupported(AgentError):
 
 
 class NotFound(AgentError):
-    """There is no such function or session."""
+    """The function or session does not exist."""
 
     code = "not-found"
     errno = errno.ENODEV
@@ -204,7 +204,7 @@ class NoResources(AgentError):
 
     Args:
         message: one line for people.
-        limits: what there is room for, by name.
+        limits: the room that the agent has, by name.
         vendor_code: the vendor's own number or word, if there is one.
     """
 

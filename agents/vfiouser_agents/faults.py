@@ -333,7 +333,7 @@ class FaultyAgent(Agent):
         self._injections.clear()
 
     def restart(self) -> None:
-        """As if its process had been killed and begun anew: what hangs is over, the functions stay as they are."""
+        """Act like a process that was killed and started again: hanging calls end, the functions stay as they are."""
         self.connection.drop()
         for queue in self._queues.values():
             queue.abandon("the end of the agent")
@@ -406,7 +406,7 @@ class FaultySession(RelaySession):
         return cast("T", await self._agent.perform(op.name, work, *args, function_id=self.function_id))
 
     async def status(self) -> Status:
-        """Where the function is; never waits for another call, so it tells which one is under way."""
+        """Return where the function is; never wait for another call, so `pending` names the one under way."""
         status = await super().status()
         return replace(status, pending=status.pending or self._agent.pending(self.function_id))
 

@@ -57,7 +57,7 @@ ALL_CAPABILITIES = Capabilities(
 
 @dataclass
 class MemoryFunction:
-    """One function; lives as long as the agent, whoever is connected.
+    """One function; it lives as long as the agent, and longer than any session.
 
     Args:
         function_id: its name.
@@ -319,7 +319,7 @@ class MemorySession(Session):
         self.function.log = None
 
     async def reset(self) -> None:
-        """Begin anew."""
+        """Start again, as after power-on."""
         await self._enter(Operation.RESET)
         self._rules.resettable()
         self.function.reset()
@@ -334,7 +334,7 @@ class MemorySession(Session):
         return self.function.feed.watch()
 
     async def aclose(self) -> None:
-        """Let go; a migration stays, for whoever takes it over."""
+        """Let go; a migration stays, and another session may take it over."""
         self.open = False
         if self.function.owner is self:
             self.function.owner = None

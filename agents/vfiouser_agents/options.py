@@ -43,7 +43,7 @@ def hint(name: str, known: Mapping[str, Any]) -> str:
 
     Args:
         name: what came.
-        known: what there is.
+        known: the names that exist.
     """
     close = difflib.get_close_matches(name, known, 1)
     meant = f"; did you mean {close[0]!r}?" if close else ""

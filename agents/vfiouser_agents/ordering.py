@@ -48,7 +48,7 @@ class _Call:
             with self._scope, self:
                 self._result = await self._work()
             if self._scope.cancelled_caught:
-                self._error = InvalidState(f"{self.name} was ended by {self._ended_by}; ask status")
+                self._error = InvalidState(f"{self._ended_by} ended {self.name}; ask status")
         finally:
             self._done.set()
 
@@ -57,7 +57,7 @@ class _Call:
         self._scope.cancel()
 
     def drop(self, by: str) -> None:
-        self._error = InvalidState(f"{self.name} was dropped by {by} before it began")
+        self._error = InvalidState(f"{by} dropped {self.name} before it started")
         self._done.set()
 
     async def answer(self) -> Any:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 class RelaySession(Session):
     """Hands each operation to `operate`; derived classes do the more that one of them needs.
 
-    `was_reset` is none of them: whoever has the device has seen its reset.
+    `was_reset` is not an operation here: the process that has the device has seen its reset.
     """
 
     @abstractmethod

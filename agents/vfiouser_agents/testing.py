@@ -71,7 +71,7 @@ async def check_agent(
 
     Args:
         factory: makes an agent for the same service, not yet entered; called for every check.
-        function_id: the function to work on; None = the only one that there is.
+        function_id: the function to work on; None = the only one that the agent has.
         names: checks to run; None = all.
         deadline_s: seconds that one check may take.
         on_result: told each result as it comes.

@@ -147,7 +147,7 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What a function is, so that a destination can tell whether its state fits.
+    """What a function is, so that a destination knows if its state fits.
 
     Args:
         format_id: name of the state's format.
@@ -176,7 +176,7 @@ class Status:
 
     Args:
         state: what it does.
-        role: its side in the migration that was begun, if any.
+        role: its side in the current migration, if any.
         migration_id: the name of that migration, or empty.
         dirty_active: guest pages are being logged.
         pending: the call that is being executed now, or empty.
@@ -199,7 +199,7 @@ class Estimate:
         stop_copy_bytes: bytes still to come if the function were stopped now.
         initial_bytes: bytes of the first pass of pre-copy not yet given.
         dirty_bytes: bytes that changed after they were given.
-        exact: the figures are no guesses.
+        exact: the figures are exact, not estimates.
     """
 
     stop_copy_bytes: int

@@ -45,7 +45,7 @@ EVERYTHING = (
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """What the server says of one region.
+    """The server's description of one region.
 
     Args:
         index: its index.
@@ -73,7 +73,7 @@ class Region:
 
 @dataclass(slots=True)
 class ServerFacts:
-    """What the server offers, found out before the first case, so that a case can tell what applies.
+    """What the server offers. The suite asks before the first case, so that each case knows if it applies.
 
     Args:
         capabilities: of the VERSION reply.
@@ -235,7 +235,7 @@ def parse_capabilities(payload: bytes) -> dict[str, Any]:
 
 
 class Survey:
-    """Asks one question after the other, none of which suffers from what became of another.
+    """Asks one question after the other; a failed one does not spoil the next.
 
     Args:
         attach: gives a fresh, negotiated connection.

@@ -54,10 +54,10 @@ R045 spec a VERSION without a whole version number is turned down
 R046 spec a VERSION without payload is turned down
 R047 libvfio-user version data without NUL is turned down
 R048 libvfio-user version data that is not JSON is turned down
-R049 libvfio-user capabilities that are no object are turned down
-R050 libvfio-user max_msg_fds that is no integer is turned down
+R049 libvfio-user capabilities that are not an object are refused
+R050 libvfio-user max_msg_fds that is not an integer is refused
 R051 libvfio-user max_msg_fds out of range is turned down
-R052 libvfio-user max_data_xfer_size that is no number is turned down
+R052 libvfio-user max_data_xfer_size that is not a number is refused
 R053 libvfio-user a malformed migration capability is turned down
 R054 spec-v1 of two migration page sizes the smaller is used
 R055 libvfio-user a malformed twin_socket capability is turned down
@@ -68,7 +68,7 @@ R059 spec unknown members are ignored
 R060 spec the reply's capabilities were proposed and have the right types
 R061 QEMU the VERSION reply is not longer than the request, minor 0
 R062 QEMU-v1 the VERSION reply is not longer than 120 bytes for the v1 request
-R063 spec write_multiple is said only where REGION_WRITE_MULTI works
+R063 spec the server claims write_multiple only if REGION_WRITE_MULTI works
 R064 QEMU max_msg_fds of the reply is at most 16
 R065 QEMU max_data_xfer_size of the reply is between config size and 64 MiB
 R066 libvfio-user a descriptor with VERSION is closed
@@ -122,7 +122,7 @@ R123 QEMU config space can be read in any width at any offset
 R124 QEMU config space can be read as a whole
 R125 spec a config space of 256 bytes ends there
 R126 PCI BAR registers keep their size mask
-R127 spec a mappable region can also be accessed by messages
+R127 spec messages can access a mappable region, too
 R128 QEMU an 8-byte access reaches the device as one
 R129 spec the READ and WRITE flags of a region are kept
 R130 libvfio-user the device's error number reaches the client
@@ -189,7 +189,7 @@ R199 kernel masking and unmasking
 R200 libvfio-user UNMASK with an eventfd leaks nothing
 R201 libvfio-user unknown high flags of SET_IRQS are ignored
 R202 kernel a type without vectors can be disabled
-R203 QEMU MSI-X is enabled by an assignment without descriptor first
+R203 QEMU a first assignment without a descriptor enables MSI-X
 R204 QEMU vectors are set in pieces
 R205 kernel each type has eventfds of its own
 R206 spec a vector without eventfd can be triggered
@@ -207,7 +207,7 @@ R217 spec writing an ioeventfd notifies the device
 R218 libvfio-user an empty region has no sub-regions
 R220 spec REGION_WRITE_MULTI that was not agreed is refused
 R221 spec,QEMU many writes in one message are applied in order
-R222 spec REGION_WRITE_MULTI tells how many writes were done
+R222 spec REGION_WRITE_MULTI reports how many writes were done
 R223 spec a malformed REGION_WRITE_MULTI is refused
 R224 robustness a giant wr_cnt is refused
 R225 spec a write that fails ends a REGION_WRITE_MULTI
@@ -264,14 +264,14 @@ R283 kernel a stopped device still answers commands
 R284 kernel a stopped device does nothing
 R285 kernel a device in PRE_COPY works
 R286 spec,kernel a restored device is the saved one
-R287 kernel a second save starts anew
-R288 kernel a cancelled pre-copy can be started anew
+R287 kernel a second save starts again
+R288 kernel a cancelled pre-copy can start again
 R289 kernel without PRE_COPY the state is refused
 R290 spec logging starts and tells its page size
 R291 spec page size 0 is refused
 R292 libvfio-user logging may be started twice (kernel refuses)
 R293 libvfio-user logging started with another page size is refused
-R294 spec a page size that is no power of two is not used
+R294 spec a page size that is not a power of two is not used
 R295 robustness ranges that are not there are refused
 R296 libvfio-user logging may be stopped twice
 R297 spec a clean report is all zero and exact
@@ -324,7 +324,7 @@ R350 spec-v1 a short DIRTY_PAGES is refused
 R351 libvfio-user-v1 DIRTY_PAGES without migration is refused
 R352 spec-v1 DIRTY_PAGES has exactly one flag
 R353 libvfio-user-v1 the bitmap is at byte 40 of the payload
-R354 spec-v1 a small argsz tells what is needed and leaks nothing
+R354 spec-v1 a small argsz gets the needed size and leaks nothing
 R355 spec-v1 a bad GET is refused
 R356 spec-v1 a wrong page size or bitmap size is refused
 R357 kernel a GET of any range
@@ -342,12 +342,12 @@ R376 QEMU commands are served while DMA is outstanding
 R377 spec with a twin socket DMA goes there only
 R378 spec no DMA message for what is not mapped
 R379 spec a client may leave while DMA is outstanding
-R380 QEMU-v1 DMA_WRITE may be answered by a header alone
+R380 QEMU-v1 a header alone may answer DMA_WRITE
 R390 QEMU QEMU attaches
 R391 QEMU every answer comes within 5 s
 R392 QEMU interrupts reach a guest
 R393 QEMU QEMU's reset works
-R394 QEMU private memory is reached by messages
+R394 QEMU messages reach private memory
 R395 QEMU a flood of writes is applied in order
 R396 QEMU a BAR may be mapped in part
 R397 QEMU a device can be unplugged
@@ -363,10 +363,10 @@ R415 PCI a function level reset resets the function, and its bit reads as 0
 R416 libvfio-user maps survive a function level reset
 R417 PCI the capabilities register of power management is read-only
 R418 PCI the capabilities registers of PCI Express are read-only
-R419 PCI what extended capabilities say of the function is read-only
+R419 PCI what extended capabilities say about the function is read-only
 R420 robustness what device capabilities 2 lacks cannot be enabled
 R421 PCI a BAR may have 4 GiB and more, over two registers
-R422 libvfio-user GET_REGION_IO_FDS with much room is refused or answered by what there is
+R422 libvfio-user the server refuses GET_REGION_IO_FDS with much room, or answers with its descriptors
 R423 libvfio-user several sub-regions share a descriptor that comes once
 R424 robustness a signalled ioeventfd is read
 R425 libvfio-user a VERSION above the maximal size is turned down, and nothing else suffers
@@ -391,7 +391,7 @@ R443 QEMU P2P states, where they are offered, lead where those beside them lead
 R444 QEMU a stream that ends in zeros is not run
 R445 QEMU a load that breaks off inside a message is not run
 R446 QEMU a reset after a refused SET succeeds
-R447 QEMU logging of a pointer in the place of a range is refused
+R447 QEMU logging of a pointer instead of a range is refused
 """
 
 #: What the specification, or the kernel's definitions that it refers to, say where it is not plain from the text of the

@@ -34,7 +34,7 @@ RUN_S = 1800.0
 
 
 class Unreachable(Exception):
-    """There is no server to judge; the message says why."""
+    """No server is there to judge; the message says why."""
 
 
 class CaseVerdict(Enum):

@@ -1,6 +1,6 @@
 """VERSION: what each side can do, and what the two agree on.
 
-The text in VERSION is JSON written by a stranger. Types are as strict as in libvfio-user and QEMU: an integer
+A stranger wrote the JSON in VERSION. Types are as strict as in libvfio-user and QEMU: an integer
 is an integer (neither 8.0 nor "8" nor true), a boolean is a boolean. Unknown members are ignored, of a member
 that occurs twice the last one counts (both as json-c does), and text behind the first complete value is
 ignored. Whatever else is wrong ends the connection: there is no other moment to tell the peer.

@@ -1,9 +1,8 @@
 """Payloads to bytes and back, for both roles.
 
 `encode` and `decode` know every class of `messages`, through the codec that was derived from its declaration or, where
-there is none, through construct itself. Decoding is *syntax only*: a payload that is too short or
-contradicts itself is refused, while what its values mean for a device is judged by the models (`dma`, `irq`,
-`regions`) and by `rules`.
+there is none, through construct itself. Decoding is *syntax only*: it refuses a payload that is too short or
+contradicts itself. The models (`dma`, `irq`, `regions`) and `rules` judge what the values mean for a device.
 """
 
 from __future__ import annotations

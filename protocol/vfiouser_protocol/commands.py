@@ -47,7 +47,7 @@ class CommandSpec(NamedTuple):
         command: the number.
         sender: who sends the command; the other end replies.
         phase: the one phase in which it is legal.
-        min_payload: bytes that a request must have at least, by its layout; more is judged by the codec.
+        min_payload: bytes that a request must have at least, by its layout; the codec judges the rest.
         request_fds: most file descriptors that a request keeps; surplus ones are closed, except where every
             number
             is the model's business (SET_IRQS, whose count of descriptors is part of its meaning).

@@ -2,7 +2,7 @@
 
 A bitmap on the wire has bit *n* (bit n % 8 of byte n // 8) for the page at iova + n * page_size; it is a
 whole number of 64-bit words, and bits beyond the range are 0. (The formula printed in the v2 specification
-mixes up pages and addresses; the kernel and libvfio-user have what is said here.)
+mixes up pages and addresses; the kernel and libvfio-user do what this page says.)
 
 `DirtyLog` keeps bits for the pages that are dirty only, in chunks that are big integers: marking a buffer is
 one OR per chunk that it touches, however many pages it has.
@@ -59,7 +59,7 @@ def logging_page_size(wanted: int) -> int:
         The size to announce in the reply.
 
     Raises:
-        CommandError: EINVAL for 0 or for what is no power of two; logging does not start.
+        CommandError: EINVAL for a size that is not a power of two; logging does not start.
 
     Spec: DMA_LOGGING_START: page_size is a hint, the reply carries what is used. The kernel knows powers of
         two only.

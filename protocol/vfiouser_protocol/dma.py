@@ -48,7 +48,7 @@ class DmaRegion:
         size: its length in bytes.
         flags: `DmaMapFlags` as the client sent them.
         offset: where it starts in the file, in bytes.
-        file: identity of the file that backs it, None when it can only be reached by messages.
+        file: identity of the file that backs it, None if only messages can reach it.
         owner: whatever the caller keeps with it, such as the holder of the file descriptor.
     """
 

@@ -1,4 +1,4 @@
-"""The two layouts in which clients speak DMA_READ and DMA_WRITE, and how a client's own is found out.
+"""The two layouts in which clients speak DMA_READ and DMA_WRITE, and how to find a client's.
 
 The specification, libvfio-user and QEMU 11.1 give `count` eight bytes and let the data begin at byte 16. QEMU
 10.1 and 10.2, and the forks that they come from, give it four bytes and let the data begin at byte 12, though their

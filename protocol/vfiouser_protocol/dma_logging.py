@@ -52,14 +52,14 @@ class DmaLogging:
         """Judge a start without starting.
 
         Args:
-            page_size: wished for, bytes.
+            page_size: the size that the client would like, bytes.
             ranges: what to log; nothing means everything, and what is mapped later too.
 
         Returns:
             The page size that will be used, bytes, and the ranges: sorted, whole pages, merged.
 
         Raises:
-            CommandError: EINVAL for a page size that is no power of two, for a range that is empty or leaves the
+            CommandError: EINVAL for a page size that is not a power of two, for a range that is empty or leaves the
                 address space, and while logging runs for another page size or for ranges that it does not cover.
 
         Spec: DMA_LOGGING_START. The kernel refuses every second start, libvfio-user none with the same page size.
@@ -81,7 +81,7 @@ class DmaLogging:
         """Start to log, or go on with it; see `plan`.
 
         Args:
-            page_size: wished for, bytes.
+            page_size: the size that the client would like, bytes.
             ranges: what to log; nothing means everything.
 
         Returns:
@@ -135,7 +135,7 @@ class DmaLogging:
             self._log.discard(iova, length)
 
     def require_report(self, iova: int, length: int, *, mapped: bool) -> None:
-        """Refuse a report that there is nothing to say to.
+        """Refuse a report on memory that is not mapped, or while nothing is logged.
 
         Args:
             iova: first address of the range.

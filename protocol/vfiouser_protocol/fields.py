@@ -1,8 +1,8 @@
 """The vocabulary of message declarations: field types, and how a debug line shows a field.
 
 A payload is a NamedTuple whose annotations carry its layout in construct's words. `Annotated[int, Int32ul]` is a field
-of four bytes; the aliases here are the common ones. What stands on the wire but not in the tuple (a count that follows
-from the data, padding) is a *named* construct field in front of the one that it belongs to.
+of four bytes; the aliases here are the common ones. A field that is on the wire but not in the tuple (a count that
+follows from the data, padding) is a *named* construct field in front of the field that needs it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Show(NamedTuple):
 
     Args:
         form: the value as text.
-        label: stands in front of the text.
+        label: what comes before the text.
         unless: a value that says nothing and is left out.
         close: whether the text follows the one before without a space.
     """

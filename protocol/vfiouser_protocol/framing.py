@@ -6,9 +6,9 @@ assignment a matter of how one reads:
 * the kernel hands out descriptors with the read that takes the byte they are attached to;
 * one read may glue the end of a message without descriptors to the start of the next one that has some.
 
-So whoever reads "as much as there is" cannot tell whose descriptors it got, and would map one guest range's
-memory in the place of another's. The rule that follows: **never read past the end of a message.** `Framer`
-says how many bytes may be read next (16, then exactly the body) and refuses to be fed more. Within that rule
+A reader that takes "as much as is there" cannot know whose descriptors it got, and would map one guest range's
+memory instead of another's. So the rule is: **never read past the end of a message.** `Framer` says how many
+bytes may be read next (16, then exactly the body) and refuses to be fed more. Within that rule
 any segmentation works.
 
 Lengths are hostile. A message that claims less than its header or more than the limit ends the connection,
@@ -85,7 +85,7 @@ class Framer:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether nothing of a next message has come yet, so that the stream may end here."""
+        """Whether no byte of a next message has come yet, so that the stream may end here."""
         return self._header is None and not self._pieces and not self.pending_fds and self.bytes_wanted > 0
 
     def feed(self, data: bytes | memoryview, fds: Sequence[Descriptor] = ()) -> Message | None:

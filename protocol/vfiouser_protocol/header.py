@@ -37,7 +37,7 @@ _new_tuple = tuple.__new__
 
 
 class Header(NamedTuple):
-    """The header's fields as they stand on the wire.
+    """The header's fields as they are on the wire.
 
     Args:
         msg_id: chosen by the sender of a command and echoed in its reply; it may repeat.

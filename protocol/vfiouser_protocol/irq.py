@@ -351,7 +351,7 @@ class IrqSet:
         return True
 
     def restore_level(self, asserted: bool) -> None:
-        """Take over the level of the INTx line as another process left it: whoever has to know of it does."""
+        """Take over the level of the INTx line as another process left it; the client knows it."""
         self._intx_level = asserted
 
     def assigned(self, index: int) -> int:

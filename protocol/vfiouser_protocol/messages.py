@@ -1,8 +1,7 @@
 """Every payload of the protocol.
 
-The classes are declared by subject in `messages_device`, `messages_dma` and `messages_migration`; import them
-from here. Which command carries which is in `commands`. Codecs, sizes, debug lines and the reference page follow
-from both.
+`messages_device`, `messages_dma` and `messages_migration` declare the classes; import them from here.
+`commands` says which command carries which. Codecs, sizes, debug lines and the reference page follow from both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Migration of the v2 generation: states, the arcs between them, and what a DEVICE_FEATURE request means.
 
 Nine arcs and two rules say everything about states: a request goes along the shortest path of arcs, no state in
-which data is saved lies in the middle of one, and PRE_COPY cannot be reached from STOP_COPY. What is in between is
-found by searching, so nothing is written down twice.
+which data is saved lies in the middle of one, and no path leads from STOP_COPY to PRE_COPY. A search finds the
+states in between, so nothing is written down twice.
 
 The P2P states are on the wire only where a function offers them, and then each of them is the state beside it with
 another name: a function that reaches no peer's BAR has nothing to hold back.
@@ -227,7 +227,7 @@ class FeatureCall(NamedTuple):
     """A DEVICE_FEATURE request that is in order.
 
     Args:
-        action: what is to be done.
+        action: what the server must do.
         request: the request.
         payload: the request's payload as it came.
         data: the decoded data that the action needs, None if it needs none.

@@ -138,7 +138,7 @@ class MsixTable:
         """Refuse a state that this table cannot have.
 
         Raises:
-            ValueError: it is of another size, or has bits that a client cannot write or vectors that there are not.
+            ValueError: it has another size, bits that a client cannot write, or vectors that the table has not.
         """
         if len(snapshot.table) != len(self._table) or len(snapshot.pending) != len(self._pending):
             raise ValueError(f"snapshot of {len(snapshot.table)} bytes for an MSI-X table of {len(self._table)}")

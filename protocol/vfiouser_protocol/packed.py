@@ -33,7 +33,7 @@ def packed(layout: construct.Struct, until: str | None = None) -> PackedStruct:
 
 
 def picked(layout: construct.Struct, name: str) -> PackedStruct:
-    """Return one field of a layout, with what stands in front of it skipped.
+    """Return one field of a layout, and skip what comes before it.
 
     Args:
         layout: the declaration.

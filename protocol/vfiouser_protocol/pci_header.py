@@ -182,7 +182,7 @@ def define_extended(registers: Registers, capabilities: Sequence[ExtendedCapabil
 
 
 def check_msix(capabilities: Sequence[Capability], bars: Mapping[int, BarSpec]) -> None:
-    """ValueError if an MSI-X table or its pending bits lie outside the BAR that is said to hold them."""
+    """Raise ValueError if an MSI-X table or its pending bits lie outside the BAR that they name."""
     for msix in capabilities:
         if not isinstance(msix, Msix):
             continue

@@ -109,7 +109,7 @@ async def test_a_function_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
 
             @nursery.start_soon
             async def hangs() -> None:
-                with pytest.raises(InvalidState, match="ended by reset"):
+                with pytest.raises(InvalidState, match="reset ended"):
                     await hanging.stop()
 
             await other.stop()

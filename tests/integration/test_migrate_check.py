@@ -34,7 +34,7 @@ async def test_what_it_says(tmp_path: Path) -> None:
         code, text = await outcome(at)
         assert code == 1
         assert "VM guest would not migrate\n  no: QEMU has not connected its monitor" in text
-        assert "no: Function f0 is not used by any QEMU." in text
+        assert "no: Function f0 has no QEMU as its client." in text
         code, text = await outcome(at, "--json")
         assert (code, {reason["code"] for reason in json.loads(text)["reasons"]}) == (
             1,

@@ -1,8 +1,8 @@
-"""What is asked of a server on behalf of somebody's command, so that another process never asks it twice.
+"""What the daemon asks a server on behalf of somebody's command, so that another process never asks it twice.
 
-A command that was begun is begun again by the process that follows, and asks the same things in the same order. What
-was answered is not asked again; neither is what the server has got, whose answer comes behind all others that were due
-when the process ended: servers answer in order.
+The next process starts an unfinished command again, and asks the same things in the same order. It does not repeat a
+question that has its answer. Nor does it repeat one that the server has got: servers answer in order, so that answer
+comes behind all others that were due when the process ended.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class ClientRegion:
 
     Args:
         description: size, flags, areas that may be mapped.
-        fd: what to map, owned by whoever asked; None when the region cannot be mapped.
+        fd: what to map, owned by the caller; None if the region cannot be mapped.
     """
 
     description: RegionDescription
@@ -89,7 +89,7 @@ class ClientIoFds:
 
     Args:
         reply: the decoded reply.
-        fds: its descriptors, owned by whoever asked.
+        fds: its descriptors, owned by the caller.
     """
 
     reply: RegionIoFds
@@ -363,7 +363,7 @@ class Client(MigrationCommands):
             region: region index.
             offset: offset inside the region.
             data: the bytes.
-            posted: send with NO_REPLY: returns at once, and nothing tells whether it succeeded.
+            posted: send with NO_REPLY: returns at once, and no reply comes, not even for an error.
         """
         limit = self.max_write_size
         if len(data) <= limit:

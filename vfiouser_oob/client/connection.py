@@ -205,7 +205,7 @@ class Connection:
         return call
 
     def post(self, command: int, payload: bytes) -> None:
-        """Send a command with NO_REPLY: nothing tells whether it succeeded.
+        """Send a command with NO_REPLY: no reply comes, not even for an error.
 
         Raises:
             ServerGone: the connection has ended.
@@ -392,7 +392,7 @@ class Connection:
     async def run(self, *, task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED) -> None:
         """Negotiate, then keep the connection going until it ends; for `nursery.start`.
 
-        It returns when either side has ended the connection; a server that goes away is no error here, but
+        It returns when either side has ended the connection; a server that goes away is not an error here, but
         one for every command.
 
         Raises:

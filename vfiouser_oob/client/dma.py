@@ -112,7 +112,7 @@ class DmaService:
             await self._served.wait()
 
     def close(self) -> None:
-        """Drop what waits and what still comes: nobody can be answered any more, nor whoever is behind them."""
+        """Drop what waits and what still comes: no answer can reach the server any more."""
         self._closed = True
         self._waiting.clear()
         self._waiting_bytes = 0

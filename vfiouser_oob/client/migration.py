@@ -77,7 +77,7 @@ class MigrationCommands(Connection):
         """Start to log what the device writes.
 
         Args:
-            page_size: bytes per bit that are wished for.
+            page_size: bytes per bit that the client would like.
             ranges: what to log; nothing means everything.
 
         Returns:
@@ -101,7 +101,7 @@ class MigrationCommands(Connection):
         return checked_bitmap(report.bitmap, room, Command.DEVICE_FEATURE)
 
     async def mig_data_read(self, size: int) -> bytes:
-        """Read device state; fewer bytes than `size` mean that there is no more for now."""
+        """Read device state; fewer bytes than `size` mean that no more is ready now."""
         request = encode(MigDataRead(_MIG_DATA_SIZE + size, size))
         reply = await self.request(Command.MIG_DATA_READ, request)
         data = decode_reply(MigDataReadReply, Command.MIG_DATA_READ, reply).data

@@ -131,7 +131,7 @@ class ModelHost(Protocol):
 
 
 class DeviceModel(abc.ABC):
-    """A PCI function in Python. No method may wait; what takes time belongs into a task under `run`."""
+    """A PCI function in Python. No method may wait; put what takes time into a task under `run`."""
 
     #: Region 7, kept by the framework through this object.
     config: ConfigSpace
@@ -190,7 +190,7 @@ class DeviceModel(abc.ABC):
         """Go to the power-on state, shared memory included; the framework has reset config space.
 
         With NEW_CLIENT, forget whatever else was learned from the last client as well. The framework has renewed the
-        memory of `regions`: a part of `SharedMemory.view` that was kept reaches the old one, and has to be taken anew.
+        memory of `regions`: a part of `SharedMemory.view` that was kept reaches the old one; take it again.
 
         Args:
             kind: DEVICE, FUNCTION_LEVEL or NEW_CLIENT.
@@ -216,7 +216,7 @@ class DeviceModel(abc.ABC):
         return
 
     def snapshot(self) -> bytes:
-        """Return the state of a model that has come to rest; nothing of it is used any more.
+        """Return the state of a model that has come to rest; the model is not used again.
 
         Config space, interrupts, and shared memory (`regions`, `memories`) are not the model's to save.
         """
@@ -225,8 +225,8 @@ class DeviceModel(abc.ABC):
     async def restore(self, state: bytes) -> None:
         """Go on where another process has stopped; for a model that nobody has used, while `run` runs already.
 
-        Shared memory is as the other process left it, and config space too. A part of `SharedMemory.view` that was kept
-        has to be taken anew.
+        Shared memory is as the other process left it, and config space too. Take parts of
+        `SharedMemory.view` again.
 
         Args:
             state: what `snapshot` has returned, of the same `snapshot_version`.

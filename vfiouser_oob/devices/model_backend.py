@@ -279,7 +279,7 @@ class ModelSession(BackendSession):
     def set_irqs(self, request: SetIrqs, fds: Sequence[OwnedFd]) -> None:
         """Configure interrupts."""
         if self._again and request.count and not request.flags & _LASTING:
-            raise CommandError("interrupts were raised by a daemon that has ended; that is not done twice", errno.EIO)
+            raise CommandError("a daemon that has ended raised interrupts; that is not done twice", errno.EIO)
         self._backend.irqs.set_irqs(request, fds)
         if self._estate is not None:
             self._estate.irqs_set(request)

@@ -160,13 +160,13 @@ def _started(turn: Turn, event: ev.Started) -> None:
         clients.client_goes_on(turn, settling=goal is not None and record.goal is goal)
         return
     if stream is not None and stream.role is Role.DESTINATION:
-        turn.lose_load("the daemon was started anew")
+        turn.lose_load("the daemon was started again")
     elif stream is not None and not record.handed and record.goal is None:
         turn.drop()
         if record.state is DeviceState.PRE_COPY:
-            turn.arrive(DeviceState.RUNNING, "the daemon was started anew")
+            turn.arrive(DeviceState.RUNNING, "the daemon was started again")
         else:
-            turn.settle(Goal.RESUME, "the daemon was started anew")
+            turn.settle(Goal.RESUME, "the daemon was started again")
     elif goal is not None and record.goal is goal:
         turn.do(ev.Settle())
 

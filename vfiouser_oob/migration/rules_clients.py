@@ -32,7 +32,7 @@ def client_goes_on(turn: Turn, *, settling: bool) -> None:
         turn: the event's.
         settling: the background works for the record's goal as it did before.
     """
-    turn.lose_load_begun("the daemon was started anew")
+    turn.lose_load_begun("the daemon was started again")
     record = turn.record
     if record.goal is not None:
         if settling:
@@ -60,7 +60,7 @@ def then_gone_on(turn: Turn, errand: PlanProgress) -> None:
 def fall_go_on(turn: Turn, errand: PlanProgress, step: Step, failure: Failure) -> None:
     """The function is as it was; what cannot be saved any more, its client finds out when it reads on."""
     turn.do(ev.HaltSource())
-    turn.do(ev.Note("the state cannot be saved any more: its stream could not begin anew", {"error": str(failure)}))
+    turn.do(ev.Note("the state can no longer be saved: its stream could not start again", {"error": str(failure)}))
     if failure.fatal:
         turn.broken(str(failure))
     turn.answer()

@@ -65,7 +65,7 @@ class KnownBeginning:
             stream.inherited = CommandStage.IDLE
             if not self._repeatable(event):
                 name = Command(event.header.command).name
-                raise CommandError(f"{name} was started by a daemon that has ended; it is not done again", errno.EIO)
+                raise CommandError(f"a daemon that has ended started {name}; it is not done again", errno.EIO)
         self._session.command_begins(self._memory.tag, again=again)
         stream.begin()
         return self._begin(event)

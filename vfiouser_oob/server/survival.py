@@ -156,7 +156,7 @@ class Survival:
             record = _check(things, identity_of(config))
             journal = Journal.resume(left, history)
         except UnusableRecord as error:
-            self._log.error("clients are turned out: what was left of them cannot be used", function=config.name,
+            self._log.error("disconnecting clients: their records are not usable", function=config.name,
                             reason=str(error))  # fmt: skip
             return None
         self._store.adopt(name)

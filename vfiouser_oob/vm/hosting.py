@@ -270,7 +270,7 @@ class HostedVm:
             await served.settled()
         if self._companion is not None and self._companion.lost:
             self._log.error(
-                "the connection of the VM's companion is lost, which cannot be made anew as long as the VM lives",
+                "the connection of the VM's companion is lost, and stays lost as long as the VM lives",
                 reason=self._companion.lost,
             )
         self._runner = VmRunner(config, functions, self._carriers(), self._events, self._notes)

@@ -295,7 +295,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "function-detached",
-        "Function {name} is not used by any QEMU.",
+        "Function {name} has no QEMU as its client.",
         _each_function(lambda function: not function.attached),
     ),
     Rule(

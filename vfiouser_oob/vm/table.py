@@ -96,7 +96,7 @@ def _row(to: VmPhase | None, *acts: Act, text: str = "") -> CueRow:
 _UNASKED = "the VM has moved without its functions' state, which QEMU did not ask for: is the carrier's object missing?"
 _UNLOADED = "the VM came without its functions' state, so they must not run: had its source no carrier, or no daemon?"
 _INCOMPLETE = "the VM resumed before its functions' state was loaded, so they must not run"
-_RESTARTED = "the daemon was started anew during the migration, and what carries the functions' state was lost with it"
+_RESTARTED = "the daemon was started again during the migration, and what carries the functions' state was lost with it"
 _LOST = "the migration to here has failed"
 _AGAIN = "the VM runs again"
 _BACK = _row(VmPhase.ARMED)
@@ -211,7 +211,7 @@ ROWS: Mapping[VmPhase, Mapping[Cue, CueRow]] = MappingProxyType(
             Cue.GO: _BAR_LOADING,
             Cue.RUNS: _BAR_LOADING,
             Cue.BACK: _row(VmPhase.BARRED, Act.REFUSE_LOAD, Act.INFO, text=_LOST),
-            Cue.STARTED: _row(VmPhase.BARRED, Act.ERROR, text="the daemon was started anew while the state was loaded"),
+            Cue.STARTED: _row(VmPhase.BARRED, Act.ERROR, text="the daemon was started again while it loaded the state"),
         },
         VmPhase.LOADED: {
             Cue.REPLAYED: _row(VmPhase.READY, Act.ANSWER_LOAD_LATE),

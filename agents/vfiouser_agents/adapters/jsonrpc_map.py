@@ -246,7 +246,7 @@ def _states(key: str, raw: Any) -> dict[str, AgentState]:
     found = {}
     for word, state in _table(key, raw).items():
         if state not in words:
-            raise OptionError(f"{state!r} is no state{hint(str(state), words)}", f"{key}.{word}")
+            raise OptionError(f"{state!r} is not a state{hint(str(state), words)}", f"{key}.{word}")
         found[word] = words[state]
     return found or words
 

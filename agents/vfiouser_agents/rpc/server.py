@@ -1,4 +1,4 @@
-"""The other end of the reference protocol: an agent is written by implementing `Agent` and `Session`.
+"""The agent's end of the reference protocol: implement `Agent` and `Session`, and serve them.
 
     async with MyAgent() as agent:
         await serve_agent(agent, await open_listeners(parse_address("unix:///run/agent.sock")))
@@ -90,7 +90,7 @@ class ServedAgent:
 
     Args:
         agent: the agent, entered.
-        info: what it says of itself.
+        info: what it says about itself.
         nursery: where calls are executed.
         max_message: bytes of the longest message taken.
         codec: makes the codec of a connection.

@@ -108,7 +108,7 @@ async def test_never_answers(
 
         @nursery.start_soon
         async def behind() -> None:
-            with pytest.raises(InvalidState, match="dropped by reset"):
+            with pytest.raises(InvalidState, match="reset dropped"):
                 await session.quiesce()
 
         await trio.testing.wait_all_tasks_blocked()

@@ -269,9 +269,9 @@ class Says(Server):
 ANSWERS = {
     "a length of gigabytes": (HEADER.pack(1, 1, 0xFFFFFFF0, 1, 0), "claims to have 4294967280 bytes"),
     "a length of nothing": (HEADER.pack(1, 1, 3, 1, 0), "claims to have 3 bytes"),
-    "a command": (HEADER.pack(1, 11, 16, 0, 0), "sent DMA_READ of its own in place of an answer to VERSION"),
-    "another answer": (HEADER.pack(1, 4, 16, 1, 0), "no answer to that"),
-    "another's number": (HEADER.pack(9, 1, 16, 1, 0), "no answer to that"),
+    "a command": (HEADER.pack(1, 11, 16, 0, 0), "sent DMA_READ of its own instead of an answer to VERSION"),
+    "another answer": (HEADER.pack(1, 4, 16, 1, 0), "belongs to another command or id"),
+    "another's number": (HEADER.pack(9, 1, 16, 1, 0), "belongs to another command or id"),
     "a part": (HEADER.pack(1, 1, 20, 1, 0), "sent a part of an answer only for 0.3 s when it was asked VERSION"),
     "a refusal": (HEADER.pack(1, 1, 16, 0x21, 13), "refuses VERSION: Permission denied"),
     "a refusal without a reason": (HEADER.pack(1, 1, 16, 0x21, 0), "refuses VERSION: Input/output error"),

@@ -105,7 +105,7 @@ class KernelIrqs:
         """
         operation = self._rules.check(request, len(fds))
         if self.again and operation is IrqOperation.LOOPBACK:
-            raise CommandError("interrupts were raised by a daemon that has ended; that is not done twice", errno.EIO)
+            raise CommandError("a daemon that has ended raised interrupts; that is not done twice", errno.EIO)
         try:
             _CARRY_OUT.get(operation, KernelIrqs._pass_on)(self, request, fds)
         except OSError as error:

@@ -102,7 +102,7 @@ class KernelVfioSession(BackendSession):
         """Write by a system call."""
         what = f"writing {len(data)} bytes at {offset:#x} of region {region}"
         if self._again and region != RegionIndex.CONFIG:
-            raise CommandError(f"{what} was begun by a daemon that has ended; that is not done twice", errno.EIO)
+            raise CommandError(f"a daemon that has ended started {what}; that is not done twice", errno.EIO)
         slow = len(data) > _INLINE_BYTES or self._device.write_may_sleep(region, offset, len(data))
         if slow or self._worker.busy:
             return self._in_worker(what, lambda: self._device.write(region, offset, data))

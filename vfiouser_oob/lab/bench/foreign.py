@@ -171,9 +171,9 @@ class ForeignClient:
             raise BenchFailed(f"its answer to {name} claims to have {head.msg_size} bytes")
         body = self._take(head.payload_size, name, deadline, begun=True)
         if not head.is_reply:
-            raise BenchFailed(f"it sent {command_name(head.command)} of its own in place of an answer to {name}")
+            raise BenchFailed(f"it sent {command_name(head.command)} of its own instead of an answer to {name}")
         if head.command != command or number not in (None, head.msg_id):
-            raise BenchFailed(f"what it answers to {name} is no answer to that")
+            raise BenchFailed(f"its answer to {name} belongs to another command or id")
         # An error without a number is one nevertheless.
         return head.msg_id, (head.error or 5) if head.is_error else 0, body
 

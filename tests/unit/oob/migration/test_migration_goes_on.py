@@ -358,7 +358,7 @@ async def test_a_load_of_which_something_came_is_lost(size: int | None) -> None:
             async with there.daemon() as daemon:
                 assert S.RESUMING is daemon.state
                 for attempt in (daemon.transfer.write(stream), daemon.go(S.RUNNING)):
-                    with pytest.raises(CommandError, match=r"the daemon was started anew.*only a reset ends this"):
+                    with pytest.raises(CommandError, match=r"the daemon was started again.*only a reset ends this"):
                         await attempt
                 assert AgentState.RUNNING is not there.function.state
         async with there.daemon() as daemon:

@@ -47,7 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no-carrier": ({"objects": {}}, "QEMU has no dbus-vmstate"),
     "function-missing": ({"devices": {"f0": "nvme"}}, "no device vfio-user-pci with the id f0"),
     "stranger": ({"devices": {"f0": "vfio-user-pci", "x": "vfio-user-pci"}}, "device x is a vfio-user-pci too"),
-    "function-detached": ({"functions": (replace(F0, attached=False),)}, "f0 is not used by any QEMU"),
+    "function-detached": ({"functions": (replace(F0, attached=False),)}, "f0 has no QEMU as its client"),
     "function-unfit": ({"functions": (replace(F0, unfit="it has no agent"),)}, "be migrated: it has no agent."),
     "agent-away": ({"functions": (replace(F0, away=True),)}, "agent of function f0 does not answer"),
     "unrecorded-memory": (

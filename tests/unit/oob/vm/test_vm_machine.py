@@ -48,7 +48,7 @@ STOP_IT, SAVE_IT, LOAD_IT, RESUME_IT, BAR_IT = (
 )
 MOVED = ev.QemuCame("1", "postmigrate", "completed")
 DOUBTED = ev.TellPeople(
-    True, "the daemon was started anew during the migration, and what carries the functions' state was lost with it"
+    True, "the daemon was started again during the migration, and what carries the functions' state was lost with it"
 )
 #: How a phase is reached.
 TO_ARMED = (RUNNING, SETUP, ACTIVE)
@@ -442,7 +442,7 @@ TROUBLE: dict[str, Case] = {
     "started anew while loading": (
         (*TO_LOADING, ev.DaemonStarted()),
         VmPhase.BARRED,
-        [ev.TellPeople(True, "the daemon was started anew while the state was loaded"), BAR_IT],
+        [ev.TellPeople(True, "the daemon was started again while it loaded the state"), BAR_IT],
     ),
     "started anew before the replay was read": ((*TO_LOADED, ev.DaemonStarted()), VmPhase.LOADED, []),
     "started anew, and QEMU makes its end anew": (

@@ -223,8 +223,8 @@ async def test_a_migration_in_doubt_is_refused_to_the_end() -> None:
         answers = bed.asks(SaveAsked())
         await settled()
         assert isinstance(answers[0], Refused)
-        assert "started anew" in answers[0].reason
-        assert "started anew" in bed.runner.record.last_error
+        assert "started again" in answers[0].reason
+        assert "started again" in bed.runner.record.last_error
         assert not any(function.handed_over for function in bed.functions)
 
 
