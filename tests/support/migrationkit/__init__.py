@@ -270,7 +270,7 @@ async def stream_of(side: Side) -> bytes:
     return stream
 
 
-async def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Wait until something is so."""
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  the condition is about objects that have no event
