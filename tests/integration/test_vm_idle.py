@@ -17,6 +17,7 @@ from vfiouser_oob.config.schema import AgentConfig, CarrierChoice, DaemonConfig,
 from vfiouser_oob.server.daemon import Daemon
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.vm.hosted import HostedFunction
+from vmkit import MemoryMonitor
 
 #: Seconds; whoever sets an alarm earlier than this polls.
 SOON_S = 5.0
@@ -100,3 +101,27 @@ async def test_a_function_that_comes_again_is_found(tmp_path: Path) -> None:
         async with Client.connect(tmp_path / "f0.sock"):
             await watched(hosted)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_function_is_armed_once_it_is_watched(tmp_path: Path) -> None:
+    """A daemon that begins in the middle of a migration is told of that before it has begun to watch."""
+    async with hosting(tmp_path, migratable(tmp_path)) as daemon, trio.open_nursery() as nursery:
+        first = served(daemon)
+        assert first is not None
+        first.recorded = True
+        async with Client.connect(tmp_path / "f0.sock"):
+            await first.settled()
+            hosted = HostedFunction("f0", lambda name: served(daemon), 1 << 20)
+            armed = trio.Event()
+
+            @nursery.start_soon
+            async def arms() -> None:
+                await hosted.arm(MemoryMonitor(), None)
+                armed.set()
+
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not armed.is_set()
+            nursery.start_soon(lambda: hosted.watch(coming=False))
+            with trio.fail_after(10):
+                await armed.wait()
+            nursery.cancel_scope.cancel()

@@ -45,6 +45,7 @@ COMMON = (
     "killed_daemon",
     "killed_client",
     "asked_back",
+    "survives",
     "igb_vf",
     "qemu",
 )

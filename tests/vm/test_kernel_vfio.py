@@ -51,6 +51,7 @@ SCENARIOS = (
     "killed_daemon",
     "killed_client",
     "asked_back",
+    "survives",
     "igb_vf",
     "qemu",
 )

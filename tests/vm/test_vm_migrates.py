@@ -11,7 +11,7 @@ from types import MappingProxyType
 import pytest
 
 from vmbed.assets import Assets
-from vmbed.companion import SPARE_MEMORY, bind_companion
+from vmbed.companion import SPARE_MEMORY, bind_companion, unbind_companion
 from vmbed.hosts import HostConfig, finished, host, make_disk, migrate, shown
 from vmbed.load import quiet
 from vmbed.loops import begin_loops, loops_go_on
@@ -83,6 +83,8 @@ async def test_a_vm_hops(assets: Assets, workdir: Path, name: str, hops: Sequenc
         await qemu.guest.ready()
         if voyage.driver:
             await bind_companion(qemu.guest)
+        elif config.carrier == "vhost-user-fs":
+            await unbind_companion(qemu.guest)
         await begin_loops(qemu.guest, config.functions, voyage.loops)
         before = await qemu.guest.irqs()
         for number, incoming in enumerate(hops):

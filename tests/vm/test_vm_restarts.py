@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from vmbed.assets import Assets
+from vmbed.companion import unbind_companion
 from vmbed.hosts import Carrier, Host, HostConfig, capability, finished, host, make_disk, migrate, status
 from vmbed.load import begin_load, goes_on, quiet
 from vmbed.processes import tail
@@ -175,6 +176,8 @@ async def guest(assets: Assets, workdir: Path, carrier: Carrier) -> AsyncIterato
     disk, config = make_disk(workdir), HostConfig(carrier, keep=True)
     async with host(workdir, "a", disk, config) as a, host(workdir, "b", disk, config) as b, a.machine(assets) as qemu:
         await qemu.guest.ready()
+        if carrier == "vhost-user-fs":
+            await unbind_companion(qemu.guest)
         await begin_load(qemu.guest)
         yield a, b, qemu
 

@@ -42,6 +42,8 @@ STANDING_S = 0.01
 #: Seconds between attempts to have a function run that was stopped for a moment only, to reach its agent, or to find a
 #: function that is not served.
 _AGAIN_S = 0.2
+#: Seconds that it may take until a client that is there is watched, at the beginning or after a restart.
+_WATCH_S = 2.0
 _SET_IRQS_SIZE = 20
 
 
@@ -97,6 +99,7 @@ class HostedFunction:
         self._find = find
         self._untracked_max = untracked_max
         self._now: _Watched | None = None
+        self._seen = trio.Event()
         self._nursery: trio.Nursery
         #: Whether what is to run came from another host, so that the guest may wait for an interrupt that was lost.
         self._came = came
@@ -199,6 +202,8 @@ class HostedFunction:
             raise CommandError("the daemon does not record what it writes for this client", errno.ENOTSUP)
         reports = None if coming or self.by_client else await self._reports(device)
         self._now = _Watched(self.name, connection, device, reports)
+        self._seen.set()
+        self._seen = trio.Event()
         try:
             await self._now.memory.watch()
             await trio.sleep_forever()
@@ -221,6 +226,7 @@ class HostedFunction:
         """Keep what it writes and what QEMU keeps of it, until it is disarmed."""
         if self.by_client:
             return
+        await self._beginning_of_watch()
         watched = self._watched
         with _told():
             await watched.registers.locate(monitor)
@@ -228,6 +234,13 @@ class HostedFunction:
                 watched.armed = trio.CancelScope()
                 self._nursery.start_soon(self._watch_registers, watched.registers, watched.armed)
             await watched.memory.arm(began, self._still)
+
+    async def _beginning_of_watch(self) -> None:
+        """Wait until it is watched, if it can be: a migration may be under way when the daemon begins."""
+        function = self._find(self.name)
+        if self._now is None and function is not None and _watchable(function):
+            with trio.move_on_after(_WATCH_S):
+                await self._seen.wait()
 
     async def _watch_registers(self, registers: RegisterReader, scope: trio.CancelScope) -> None:
         with scope:

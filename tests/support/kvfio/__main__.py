@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfio import bed, cdev, hardware, mdev, obstacles, scenarios
+from kvfio import bed, cdev, hardware, mdev, obstacles, scenarios, survival
 
 SCENARIOS = {
     **scenarios.SCENARIOS,
@@ -18,9 +18,10 @@ SCENARIOS = {
     **obstacles.OBSTACLES,
     **cdev.CDEV_SCENARIOS,
     **mdev.SCENARIOS,
+    **survival.SCENARIOS,
 }
 SCENARIO_S = 60
-LONG_SCENARIO_S = {"linux": 1500, **dict.fromkeys(mdev.SCENARIOS, 240)}
+LONG_SCENARIO_S = {"linux": 1500, "survives": 600, **dict.fromkeys(mdev.SCENARIOS, 240)}
 OUTPUT = Path("/tmp/scenario.out")
 
 

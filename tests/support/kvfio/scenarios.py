@@ -413,9 +413,9 @@ async def _turned_away(path: Path) -> None:
         assert errno.ENODEV == error.errno, error
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     """Look until something is so."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not come about"
         time.sleep(0.02)

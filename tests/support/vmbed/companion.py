@@ -1,4 +1,4 @@
-"""A guest's driver of the companion device, played from its shell: the guest's kernel has none.
+"""A guest's driver of the companion device, played from its shell, whether the guest's kernel has one or not.
 
 To QEMU it is a driver that is bound and has sent nothing, as Linux's is as long as nobody mounts anything.
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from vmbed.guest import Guest
 
-__all__ = ["SPARE_MEMORY", "bind_companion"]
+__all__ = ["SPARE_MEMORY", "bind_companion", "unbind_companion"]
 
 #: What keeps the guest's kernel off the queues' memory, which is just above.
 SPARE_MEMORY = "mem=120M iomem=relaxed"
@@ -19,12 +19,18 @@ _RINGS = 120 << 20
 _PART, _QUEUES, _QUEUE_SIZE = 0x1000, 2, 16
 _FEATURE_SELECT, _FEATURE, _STATUS, _QUEUE, _SIZE, _ENABLE, _RING = 8, 12, 20, 22, 24, 28, 32
 _ACKNOWLEDGE, _DRIVER, _DRIVER_OK, _FEATURES_OK = 1, 2, 4, 8
+_UNBIND = "at=/sys/bus/pci/devices/0000:00:1c.0; [ ! -e $at/driver ] || echo 0000:00:1c.0 >$at/driver/unbind; "
 _OPEN = (
-    "at=/sys/bus/pci/devices/0000:00:1c.0; [ ! -e $at/driver ] || echo 0000:00:1c.0 >$at/driver/unbind; "
+    f"{_UNBIND}"
     "echo 1 >$at/enable && printf '\\006\\004' | dd of=$at/config bs=1 seek=4 conv=notrunc 2>/dev/null && "
     "set -- $(sed -n 5p $at/resource) && bar=$(($1)) && "
     "put() { devmem $((bar + $1)) $2 $3; }"
 )
+
+
+async def unbind_companion(guest: Guest) -> None:
+    """Take the driver away that the guest's kernel may have."""
+    await guest.check(f"sh {_UNBIND}[ ! -e $at/driver ]")
 
 
 async def bind_companion(guest: Guest) -> None:
