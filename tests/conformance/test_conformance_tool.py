@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -194,6 +195,42 @@ def test_a_good_server_fits_on_a_screen(socket_path: str, capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24
     assert "no MUST failed" in lines[-1]
+
+
+class Terminal(io.StringIO):
+    """A terminal, as far as a program can ask it."""
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environ", "redraws", "colours"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, False, False),
+    ],
+    ids=["colours", "NO_COLOR", "dumb"],
+)
+def test_what_a_terminal_can_show(
+    socket_path: str, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], redraws: bool, colours: bool
+) -> None:
+    """A terminal shows how far the run is, in one line; a dumb one gets the report alone, without an escape."""
+    for name in ("NO_COLOR", "COLORTERM", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"COLUMNS": "80", **environ}.items():
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with serving(socket_path):
+        assert 0 == main(["conformance", "--socket", socket_path, "--timeout", "2", "-k", "info"])
+    text = terminal.getvalue()
+    assert redraws == ("\x1b[2K" in text)
+    assert colours == (re.search(r"\x1b\[(?:1;)?3\dm", text) is not None)
+    assert redraws or "\x1b" not in text
+    assert "no MUST" in text
 
 
 def test_an_interrupted_run_reports_what_it_has(tmp_path: Path, socket_path: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 
+from vfiouser_oob.cli import bench
 from vfiouser_oob.cli.demo_display import Display
 from vfiouser_oob.cli.terminal import can_redraw, console_on, print_line, print_table
+from vfiouser_oob.lab.bench.results import Budget, Result
 
 HEADS = ("function", "what is to be said of it", "figure")
 ROWS = [("f0", "word " * 30, "12 MB/s"), ("f1", "short", "3 MB/s")]
@@ -74,3 +77,41 @@ def test_a_dumb_terminal_gets_no_escapes(terminal: Terminal, monkeypatch: pytest
     display.close()
     show(terminal)
     assert "\x1b" not in terminal.getvalue()
+
+
+RESULTS = [
+    Result("idle wake-ups, vfio-user, nobody attached", 0, "/s", budget=Budget(0), details={"cpu_percent": 0}),
+    Result("trapped read, model", 9.1, "us", 24.0, "echo", Budget(0.45), {"p50": 9.1, "p90": 12.75, "p99": 20.5}),
+    Result("DMA_MAP/UNMAP, 65535 ranges", 36972, "messages/s", 40000, "empty loop", Budget(0.9, at_most=False)),
+]
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_the_benchmark_fits(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    """Its table is as wide as the terminal at most, and loses nothing by that; NO_COLOR is obeyed."""
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    bench._print_table(RESULTS)
+    # Bold is not a colour.
+    lines = [line.replace("\x1b[1m", "").replace("\x1b[0m", "") for line in terminal.getvalue().splitlines()]
+    assert "\x1b" not in "".join(lines)
+    assert max(map(len, lines)) <= int(width)
+    words = " ".join(lines).split()
+    assert [] == [word for word in ("wake-ups,", "p99", "20.5)", "empty", "40000", "ok") if word not in words]
+
+
+def test_the_benchmark_on_a_dumb_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No escapes at all."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    bench._print_table(RESULTS)
+    assert "\x1b" not in terminal.getvalue()
+
+
+def test_the_benchmark_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each result, which a script can cut."""
+    bench._print_table(RESULTS)
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert [result.name for result in RESULTS] == [line.split("  ")[0] for line in lines]
+    assert lines == [line.rstrip() for line in lines]
