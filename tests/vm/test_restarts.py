@@ -18,8 +18,8 @@ from vmbed.stack import Stack, soc_and_daemon
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
 IO_MIB = 16
-#: Restarts and kills, in turn.
-TIMES = 6
+#: Restarts and kills, in turn; and 20 of each.
+TIMES = (6, pytest.param(40, marks=pytest.mark.long))
 
 
 def disturb(stack: Stack, number: int) -> None:
@@ -43,7 +43,8 @@ async def ready(log: Path, count: int) -> None:
             await trio.sleep(0.02)
 
 
-async def test_a_guest_notices_nothing_but_time(assets: Assets, workdir: Path) -> None:
+@pytest.mark.parametrize("times", TIMES)
+async def test_a_guest_notices_nothing_but_time(assets: Assets, workdir: Path, times: int) -> None:
     """What is written during restarts and kills reads back equal; the driver has reset nothing, and no I/O failed."""
     moments = random.Random(11)
     async with AsyncExitStack() as exits:
@@ -52,7 +53,7 @@ async def test_a_guest_notices_nothing_but_time(assets: Assets, workdir: Path) -
         config = QemuConfig([VfioUserDevice(stack.socket, properties={"x-msg-timeout": 30_000})])
         qemu = await exits.enter_async_context(start_qemu(assets, config, workdir))
         await qemu.guest.ready()
-        for number in range(TIMES):
+        for number in range(times):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(qemu.guest.io, number, IO_MIB)
                 await trio.sleep(moments.random() * 0.5)
