@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import signal
 import socket
 import time
@@ -49,6 +48,7 @@ from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.systemd.listen import METRICS_NAME
 from vfiouser_oob.systemd.notify import Notifier
 from vfiouser_oob.transport.activity import Activity
+from vfiouser_oob.transport.fd_table import make_room_for_fds
 from vfiouser_oob.transport.listener import Listener, adopt_socket, listen_on_path
 
 #: Name of the control socket among systemd's sockets.
@@ -117,7 +117,7 @@ async def run_daemon(
     with ExitStack() as resources:
         activity = Activity()
         resources.callback(activity.close)
-        _raise_fd_limit()
+        make_room_for_fds()
         notifier = Notifier.from_environment()
         inherited, survival = await find_survival(config.fd_store, notifier)
         resources.callback(survival.close)
@@ -333,13 +333,6 @@ class Daemon:
     def subscribe(self) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch what happens from now on."""
         return self._events.subscribe()
-
-
-def _raise_fd_limit() -> None:
-    """Every client brings descriptors; the soft limit is a default for programs that use select()."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _open_control(config: DaemonConfig, inherited: Sequence[int], resources: ExitStack) -> Listener | None:
