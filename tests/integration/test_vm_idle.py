@@ -125,3 +125,51 @@ async def test_a_function_is_armed_once_it_is_watched(tmp_path: Path) -> None:
             with trio.fail_after(10):
                 await armed.wait()
             nursery.cancel_scope.cancel()
+
+
+async def test_an_agent_is_asked_whether_it_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that was started anew may not know yet what it can do; without its log a migration would be refused."""
+    async with hosting(tmp_path, migratable(tmp_path)) as daemon, trio.open_nursery() as nursery:
+        first = served(daemon)
+        assert first is not None
+        assert first.migration is not None
+        first.recorded = True
+        async with Client.connect(tmp_path / "f0.sock"):
+            await first.settled()
+            assert first.migration.steps.device is not None
+            monkeypatch.setattr(type(first.migration.steps.device.session), "device_seen", False)
+            first.migration.link.close()
+            first.migration.link.facts = None
+            hosted = HostedFunction("f0", lambda name: served(daemon), 1 << 20)
+            nursery.start_soon(lambda: hosted.watch(coming=False))
+            await watched(hosted)
+            assert first.migration.steps.device.dirty.lent
+            nursery.cancel_scope.cancel()
+
+
+class _Log:
+    """QEMU's log, played."""
+
+    def mark(self, address: int, length: int) -> None:
+        """Nobody writes."""
+
+
+async def test_a_log_is_used_that_was_there_before(tmp_path: Path) -> None:
+    """A daemon that was started anew finds it before it has begun to watch."""
+    async with hosting(tmp_path, migratable(tmp_path)) as daemon, trio.open_nursery() as nursery:
+        first = served(daemon)
+        assert first is not None
+        assert first.migration is not None
+        first.recorded = True
+        async with Client.connect(tmp_path / "f0.sock"):
+            await first.settled()
+            hosted = HostedFunction("f0", lambda name: served(daemon), 1 << 20)
+            log = _Log()
+            hosted.use_log(log)
+            nursery.start_soon(lambda: hosted.watch(coming=False))
+            await watched(hosted)
+            assert first.migration.steps.device is not None
+            recorder = first.migration.steps.device.session.memory.recorder
+            assert recorder is not None
+            assert recorder.mark == log.mark
+            nursery.cancel_scope.cancel()

@@ -100,6 +100,8 @@ class HostedFunction:
         self._untracked_max = untracked_max
         self._now: _Watched | None = None
         self._seen = trio.Event()
+        #: QEMU's log, which may be there before anything is watched.
+        self._log: WrittenPagesLog | None = None
         self._nursery: trio.Nursery
         #: Whether what is to run came from another host, so that the guest may wait for an interrupt that was lost.
         self._came = came
@@ -202,6 +204,8 @@ class HostedFunction:
             raise CommandError("the daemon does not record what it writes for this client", errno.ENOTSUP)
         reports = None if coming or self.by_client else await self._reports(device)
         self._now = _Watched(self.name, connection, device, reports)
+        if self._log is not None:
+            self._now.memory.use_log(self._log)
         self._seen.set()
         self._seen = trio.Event()
         try:
@@ -214,11 +218,14 @@ class HostedFunction:
                     await device.dirty.reclaim(message_deadline())
 
     async def _reports(self, device: AttachedDevice) -> AgentReports | None:
-        caps = self._runner.link.caps
-        if caps is None or not caps.dirty or device.session.device_seen:
+        if device.session.device_seen:
             return None
         with trio.fail_after(self._runner.config.call_s):
-            return await AgentReports.begin(device)
+            if self._runner.link.caps is None:  # nobody may have asked yet since the daemon was started anew
+                with suppress(AgentError, CommandError):
+                    await self._runner.steps.describe(message_deadline())
+            caps = self._runner.link.caps
+            return await AgentReports.begin(device) if caps is not None and caps.dirty else None
 
     # A migration
 
@@ -274,6 +281,7 @@ class HostedFunction:
 
     def use_log(self, log: WrittenPagesLog | None) -> None:
         """Tell what it writes to QEMU's log, or to none any more."""
+        self._log = log
         if self._now is not None:
             self._now.memory.use_log(log)
 

@@ -62,6 +62,8 @@ ANSWER_S = 20.0
 #: that is known to be large.
 _READ = 1 << 10
 _READ_MAX = 256 << 10
+#: Bytes looked at in one go that stay in the socket: all that GDBus sends without waiting, so no message is cut.
+_LOOK = 16 << 10
 #: Calls that were read and not answered: GDBus sends a few without waiting.
 _UNANSWERED = 32
 _NO_STATE = "there is no state to save, or it was saved before"
@@ -178,7 +180,7 @@ class DbusVmstate(CarrierAtDesk):
                         await connection.send(peer.data_to_send())
                     while True:
                         await self._queue.turn()
-                        data = await connection.receive_alone(min(max(_READ, peer.missing), _READ_MAX))
+                        data = await connection.receive_alone(min(max(_READ, peer.missing), _READ_MAX), _LOOK)
                         for asked in peer.receive_data(data):
                             if isinstance(asked, Opened):
                                 opening.deadline = math.inf

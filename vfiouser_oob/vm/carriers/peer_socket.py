@@ -54,12 +54,15 @@ class PeerSocket:
         self.held = False
         self._looked = 0
 
-    async def receive(self, size: int, pauses: Pauses | None = None) -> tuple[bytes, list[ForeignFd]]:
+    async def receive(
+        self, size: int, pauses: Pauses | None = None, held_size: int = 0
+    ) -> tuple[bytes, list[ForeignFd]]:
         """Wait for bytes.
 
         Args:
             size: how many at most.
             pauses: told when the socket is read.
+            held_size: how many at most if they also stay in the socket.
 
         Returns:
             The bytes, and the descriptors that came with them, owned by the caller.
@@ -73,7 +76,8 @@ class PeerSocket:
             if pauses is not None:
                 pauses.reads()
             try:
-                data, ancillary, flags, _ = self._sock.recvmsg(size, _ANCILLARY, _LOOK if self.held else _RECEIVE)
+                way = (held_size, _LOOK) if self.held else (size, _RECEIVE)
+                data, ancillary, flags, _ = self._sock.recvmsg(way[0], _ANCILLARY, way[1])
             except BlockingIOError:
                 if pauses is not None:
                     pauses.rests()
@@ -107,9 +111,9 @@ class PeerSocket:
         trio.lowlevel.notify_closing(self._sock)
         ForeignFd(self._sock.detach(), self._account).close()
 
-    async def receive_alone(self, size: int) -> bytes:
+    async def receive_alone(self, size: int, held_size: int = 0) -> bytes:
         """Wait for bytes; descriptors that come with them are closed."""
-        data, fds = await self.receive(size)
+        data, fds = await self.receive(size, held_size=held_size)
         close_fds(fds)
         return data
 

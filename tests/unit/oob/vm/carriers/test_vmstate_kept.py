@@ -134,6 +134,24 @@ async def test_killed_while_the_bytes_are_asked_for(manager: KeepingManager, tmp
         assert hand.events == []
 
 
+async def test_what_comes_at_once_is_not_cut(manager: KeepingManager, tmp_path: Path) -> None:
+    """GDBus sends several calls without waiting, more than is otherwise read in one go."""
+    path = tmp_path / "bus"
+    async with daemon(manager, path):
+        qemu = await (await BusClient.connect(path)).open()
+        owners = await qemu.owners()
+        messages = [
+            new_method_call(BUS, "AddMatch", "s", (f"type='signal',sender='{name}'",)).serialise(serial=100 + number)
+            for number, name in enumerate(owners * 4)
+        ]
+        assert len(b"".join(messages)) > 1 << 10
+        await qemu.stream.send_all(b"".join(messages))
+        found = await qemu.proxies(owners)
+        assert len(kept(manager)) == 1
+        assert len(found) == 3
+        await qemu.stream.aclose()
+
+
 async def test_half_a_message_ends_with_the_daemon(manager: KeepingManager, tmp_path: Path) -> None:
     """Nobody could go on in the middle of it; GDBus sends none."""
     path = tmp_path / "bus"
