@@ -103,6 +103,9 @@ class Session(ABC):
     async def check(self, descriptor: Descriptor) -> None:
         """Decide whether the state of such a function could be loaded here. Changes nothing.
 
+        Args:
+            descriptor: the source function's, as `describe` gave it there.
+
         Raises:
             Incompatible: it could not, for these reasons.
         """
@@ -113,6 +116,10 @@ class Session(ABC):
 
         Calling it again with the same arguments takes the migration over, also from another session: that is how a
         client goes on after it has connected again.
+
+        Args:
+            role: SOURCE or DESTINATION.
+            migration_id: the migration's name, the same on both sides.
 
         Raises:
             Busy: another open session is in another migration.
@@ -188,6 +195,10 @@ class Session(ABC):
     async def load_commit(self, total: int, digest: bytes) -> None:
         """Verify and apply everything. LOADING → LOADED.
 
+        Args:
+            total: bytes of the whole state.
+            digest: XXH3-128 of the whole state, 16 bytes.
+
         Raises:
             CorruptState: size or digest differ, or the state makes no sense; nothing was applied.
         """
@@ -244,7 +255,11 @@ class Session(ABC):
 
     @abstractmethod
     async def end(self, outcome: Outcome) -> None:
-        """Leave the migration. Buffers are dropped; what the function does stays (LOADING becomes STOPPED)."""
+        """Leave the migration. Buffers are dropped; what the function does stays (LOADING becomes STOPPED).
+
+        Args:
+            outcome: how the migration ended.
+        """
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """Events as they happen, for as long as the block lasts. A slow watcher loses the oldest.
@@ -296,6 +311,12 @@ class Agent(ABC):
     @abstractmethod
     async def open(self, function_id: str) -> Session:
         """A session for a function. Changes nothing there; several sessions for one function are allowed.
+
+        Args:
+            function_id: the function's name in the agent, as `functions` lists it.
+
+        Returns:
+            The session, which the caller closes.
 
         Raises:
             NotFound: there is no such function.

@@ -51,14 +51,36 @@ def hint(name: str, known: Mapping[str, Any]) -> str:
 
 
 def text(name: str, value: Any) -> str:
-    """Text that is not empty."""
+    """Text that is not empty.
+
+    Args:
+        name: the option.
+        value: what came.
+
+    Returns:
+        The text.
+
+    Raises:
+        OptionError: it is something else, or empty.
+    """
     if not isinstance(value, str) or not value:
         raise OptionError(f"{name} must be text, got {value!r}")
     return value
 
 
 def switch(name: str, value: Any) -> bool:
-    """True or false, also as a word."""
+    """True or false, also as a word.
+
+    Args:
+        name: the option.
+        value: what came.
+
+    Returns:
+        The truth value.
+
+    Raises:
+        OptionError: it is something else.
+    """
     words = {"true": True, "false": False}
     found = words.get(value, value) if isinstance(value, str) else value
     if not isinstance(found, bool):
@@ -67,7 +89,15 @@ def switch(name: str, value: Any) -> bool:
 
 
 def seconds(low: float, high: float) -> Callable[[str, Any], float]:
-    """A reader of times within limits, in seconds."""
+    """A reader of times within limits, in seconds.
+
+    Args:
+        low: the shortest time allowed, seconds.
+        high: the longest time allowed, seconds.
+
+    Returns:
+        The reader; it raises OptionError for anything else.
+    """
 
     def read(name: str, value: Any) -> float:
         try:
@@ -82,7 +112,15 @@ def seconds(low: float, high: float) -> Callable[[str, Any], float]:
 
 
 def number(low: int, high: int) -> Callable[[str, Any], int]:
-    """A reader of whole numbers within limits; text may end in K, M or G."""
+    """A reader of whole numbers within limits; text may end in K, M or G.
+
+    Args:
+        low: the smallest number allowed.
+        high: the largest number allowed.
+
+    Returns:
+        The reader; it raises OptionError for anything else.
+    """
     factors = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
     def read(name: str, value: Any) -> int:

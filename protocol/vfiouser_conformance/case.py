@@ -128,7 +128,17 @@ class Area:
         effect: CaseEffect | None = None,
         compat: str = "",
     ) -> None:
-        """Add a case; `text` is its summary, what is sent and what is expected. The rest is as for `case`."""
+        """Add a case without a decorator.
+
+        Args:
+            number: the case's number in its area.
+            level: how binding it is.
+            requirements: ids, separated by blanks.
+            text: its summary, what is sent and what is expected.
+            body: what it does.
+            effect: what it may do to the device; None = as its area.
+            compat: for COMPAT, whose behaviour it rests on.
+        """
         self.cases.append(
             Case(
                 name=f"{self.prefix}-{number:03}",
@@ -169,7 +179,12 @@ class RefusedRequest:
 
 
 def refusals(area: Area, rows: Sequence[RefusedRequest]) -> None:
-    """Add a case per row: each request gets an error reply, and the connection goes on."""
+    """Add a case per row: each request gets an error reply, and the connection goes on.
+
+    Args:
+        area: where the cases belong.
+        rows: the requests.
+    """
     for row in rows:
         text = (row.summary, row.sent, "an error reply with any error number; the connection goes on")
         body = _refusal_body(row)
@@ -199,13 +214,30 @@ def _flat(text: str) -> str:
 
 
 def check(condition: object, message: str) -> None:
-    """Fail the case unless the condition holds."""
+    """Fail the case unless the condition holds.
+
+    Args:
+        condition: what must be true.
+        message: what is wrong otherwise, one line.
+
+    Raises:
+        CaseFailed: it is not.
+    """
     if not condition:
         raise CaseFailed(message)
 
 
 def same(expected: object, actual: object, what: str) -> None:
-    """Fail the case unless both are equal."""
+    """Fail the case unless both are equal.
+
+    Args:
+        expected: what the requirement asks for.
+        actual: what the server gave.
+        what: what was compared, for the report.
+
+    Raises:
+        CaseFailed: they differ.
+    """
     if expected != actual:
         raise CaseFailed(f"{what}: expected {_shown(expected)}, got {_shown(actual)}")
 

@@ -322,7 +322,7 @@ class ConfigSpace:
         return bytes(self._as_written)
 
     def bar_address(self, index: int) -> int:
-        """The address that the guest gave to a BAR; 0 if it has none yet.
+        """Return the address that the guest gave to BAR `index`; 0 if it has none yet.
 
         Raises:
             LocalProtocolError: the function has no such BAR.
@@ -374,7 +374,7 @@ class ConfigSpace:
         return ConfigSnapshot(bytes(self._values), bytes(self._as_written))
 
     def check(self, snapshot: ConfigSnapshot) -> None:
-        """Refuse a state that this config space cannot have.
+        """Refuse a `snapshot` that this config space cannot have.
 
         Raises:
             ValueError: it is of another size, or in a power state that the function does not have.
@@ -386,7 +386,7 @@ class ConfigSpace:
             raise ValueError("snapshot of a config space in power state D1 or D2")
 
     def restore(self, snapshot: ConfigSnapshot) -> None:
-        """Take over a state; read-only bits stay this function's own.
+        """Take over a `snapshot`; read-only bits stay this function's own.
 
         Raises:
             ValueError: as `check`; nothing changed.

@@ -13,6 +13,7 @@ from typing import Self, Unpack
 from vfiouser_oob.client.calls import PendingCall, Reply
 from vfiouser_oob.client.connecting import ClientOptions, connect_socket
 from vfiouser_oob.client.errors import BadReply
+from vfiouser_oob.client.interrupts import InterruptCommands
 from vfiouser_oob.client.migration import MigrationCommands
 from vfiouser_oob.client.nursery import background_nursery
 from vfiouser_oob.client.replies import (
@@ -28,30 +29,26 @@ from vfiouser_oob.client.replies import (
 )
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_protocol.codec import encode
-from vfiouser_protocol.constants import Command, DmaMapFlags, DmaUnmapFlags, IrqSetFlags
+from vfiouser_protocol.constants import Command, DmaMapFlags, DmaUnmapFlags
 from vfiouser_protocol.errors import LocalProtocolError, RemoteProtocolError
-from vfiouser_protocol.limits import ACCEPTED_MSG_FDS, MAX_IO_FDS, MAX_IRQ_VECTORS, MAX_SPARSE_AREAS
+from vfiouser_protocol.limits import MAX_IO_FDS, MAX_SPARSE_AREAS
 from vfiouser_protocol.messages import (
     DeviceInfo,
     DmaMap,
     DmaUnmap,
-    IrqInfo,
     RegionInfo,
     RegionIoFds,
     RegionRead,
     RegionWrite,
     RegionWriteMulti,
     RegionWriteMultiReply,
-    SetIrqs,
 )
 from vfiouser_protocol.messages_device import REGION_IO_FDS_FIXED
 from vfiouser_protocol.regions import RegionDescription, parse_region_info
 
 _DEVICE_INFO_SIZE = 16
-_IRQ_INFO_SIZE = 16
 _DMA_MAP_SIZE = 32
 _DMA_UNMAP_SIZE = 24
-_SET_IRQS_SIZE = 20
 _MULTI_WRITE_SIZE = 24
 #: Room for the capabilities of most regions, so that one exchange is enough for them.
 _REGION_INFO_ROOM = 1024
@@ -101,7 +98,7 @@ class ClientIoFds:
             fd.close()
 
 
-class Client(MigrationCommands):
+class Client(InterruptCommands, MigrationCommands):
     """A vfio-user client: `connect` or `from_socket`, or `run` in a nursery of the caller's.
 
     Every method raises `ReplyError` with the server's errno when it refuses, `BadReply` when its answer makes
@@ -197,6 +194,12 @@ class Client(MigrationCommands):
         Args:
             call: the question.
             index: which region it is about.
+
+        Returns:
+            The region; its descriptor is the caller's.
+
+        Raises:
+            BadReply: the server's description makes no sense.
         """
         reply, info = await _region_info(call)
         if info.argsz > _REGION_INFO_ROOM:
@@ -236,74 +239,6 @@ class Client(MigrationCommands):
         with closing_on_error(reply.fds):
             check_length(command, reply.payload, _MAX_IO_FDS_INFO)
             return reply, decode_reply(RegionIoFds, command, reply)
-
-    # Interrupts
-
-    async def get_irq_info(self, index: int) -> IrqInfo:
-        """Ask for the number of vectors of an IRQ index and what it can do.
-
-        Raises:
-            BadReply: the answer is malformed, about another index, or claims more vectors than PCI has.
-        """
-        return await self.take_irq_info(self.submit_irq_info(index), index)
-
-    def submit_irq_info(self, index: int) -> PendingCall:
-        """Ask for an IRQ index without waiting; `take_irq_info` takes the answer."""
-        return self.submit(Command.DEVICE_GET_IRQ_INFO, encode(IrqInfo(_IRQ_INFO_SIZE, 0, index)))
-
-    async def take_irq_info(self, call: PendingCall, index: int) -> IrqInfo:
-        """Wait for what `submit_irq_info` asked for; otherwise like `get_irq_info`.
-
-        Args:
-            call: the question.
-            index: which IRQ index it is about.
-        """
-        info = decode_reply(IrqInfo, Command.DEVICE_GET_IRQ_INFO, await call.wait())
-        if info.count and info.index != index:
-            raise BadReply(f"the server answered about IRQ index {info.index} when asked for {index}")
-        if info.count > MAX_IRQ_VECTORS:
-            raise BadReply(f"the server claims {info.count} vectors of IRQ index {index}, of at most {MAX_IRQ_VECTORS}")
-        return info
-
-    async def set_irqs(
-        self,
-        index: int,
-        flags: int,
-        start: int = 0,
-        count: int | None = None,
-        *,
-        fds: Sequence[HasFileno] = (),
-        data: bytes = b"",
-    ) -> None:
-        """Configure interrupts. More descriptors than the server takes per message are split over several
-        commands.
-
-        Args:
-            index: IRQ index.
-            flags: `IrqSetFlags`, one DATA and one ACTION bit.
-            start: first vector.
-            count: number of vectors; None: as many as there are descriptors or bytes of data.
-            fds: with DATA_EVENTFD one per vector, or none to de-assign; they stay the caller's.
-            data: with DATA_BOOL one byte per vector.
-        """
-        if count is None:
-            count = len(fds) or len(data)
-        if fds and len(fds) != count:
-            raise LocalProtocolError(f"SET_IRQS of {count} vectors with {len(fds)} descriptors")
-        # The kernel carries no more in one message, whatever the server says that it takes.
-        step = min(max(1, self.capabilities.max_msg_fds), ACCEPTED_MSG_FDS) if fds else max(1, count)
-        for done in range(0, max(1, count), step):
-            part = min(step, count - done)
-            request = SetIrqs(_SET_IRQS_SIZE + len(data), int(flags), index, start + done, part, data)
-            await self.request(Command.DEVICE_SET_IRQS, encode(request), fds[done : done + part])
-
-    async def set_eventfds(self, index: int, fds: Sequence[HasFileno], start: int = 0) -> None:
-        """Assign one eventfd per vector from `start` on; they stay the caller's."""
-        await self.set_irqs(index, IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER, start, fds=fds)
-
-    async def disable_irqs(self, index: int) -> None:
-        """Switch a whole IRQ index off."""
-        await self.set_irqs(index, IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER)
 
     # Regions
 
@@ -410,6 +345,9 @@ class Client(MigrationCommands):
 
         Returns:
             How many writes were done, as far as the server says.
+
+        Raises:
+            LocalProtocolError: the server does not offer the command.
         """
         if not self.capabilities.write_multiple:
             raise LocalProtocolError("REGION_WRITE_MULTI was not negotiated")
@@ -450,16 +388,40 @@ class Client(MigrationCommands):
     def submit_dma_map(
         self, address: int, size: int, *, flags: int = _READ_WRITE, fd: HasFileno | None = None, offset: int = 0
     ) -> PendingCall:
-        """Send a DMA_MAP without waiting, as VMMs do in bursts; arguments as for `dma_map`."""
+        """Send a DMA_MAP without waiting, as VMMs do in bursts; arguments as for `dma_map`.
+
+        Args:
+            address: DMA address of the first byte.
+            size: bytes.
+            flags: `DmaMapFlags`.
+            fd: the file behind it; None: the device reaches it by messages.
+            offset: where it starts in the file, bytes.
+
+        Returns:
+            The call; wait for it to learn whether the server agreed.
+        """
         request = encode(DmaMap(_DMA_MAP_SIZE, int(flags), offset, address, size))
         return self.submit(Command.DMA_MAP, request, () if fd is None else (fd,))
 
     async def dma_unmap(self, address: int, size: int) -> None:
-        """Take memory back; address and size must be those of one mapping."""
+        """Take memory back; address and size must be those of one mapping.
+
+        Args:
+            address: DMA address of the first byte.
+            size: bytes.
+        """
         await self.submit_dma_unmap(address, size).wait()
 
     def submit_dma_unmap(self, address: int, size: int) -> PendingCall:
-        """Send a DMA_UNMAP without waiting; arguments as for `dma_unmap`."""
+        """Send a DMA_UNMAP without waiting; arguments as for `dma_unmap`.
+
+        Args:
+            address: DMA address of the first byte.
+            size: bytes.
+
+        Returns:
+            The call; wait for it before you use the memory otherwise.
+        """
         return self.submit(Command.DMA_UNMAP, encode(DmaUnmap(_DMA_UNMAP_SIZE, 0, address, size)))
 
     async def dma_unmap_dirty(self, address: int, size: int, page_size: int) -> bytes:

@@ -205,7 +205,7 @@ class Connection:
         return call
 
     def post(self, command: int, payload: bytes) -> None:
-        """Send a command with NO_REPLY: no reply comes, not even for an error.
+        """Send `command` and its `payload` with NO_REPLY: no reply comes, not even for an error.
 
         Raises:
             ServerGone: the connection has ended.
@@ -220,7 +220,7 @@ class Connection:
         self._send(data, ())
 
     async def post_when_possible(self, command: int, payload: bytes) -> None:
-        """Send a command with NO_REPLY, waiting while too much is unsent.
+        """Send `command` and its `payload` with NO_REPLY, waiting while too much is unsent.
 
         Raises:
             ServerGone: the connection has ended.
@@ -390,7 +390,7 @@ class Connection:
     # Life
 
     async def run(self, *, task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED) -> None:
-        """Negotiate, then keep the connection going until it ends; for `nursery.start`.
+        """Negotiate, tell `task_status`, then keep the connection going until it ends; for `nursery.start`.
 
         It returns when either side has ended the connection; a server that goes away is not an error here, but
         one for every command.

@@ -33,6 +33,10 @@ class DmaServer(abc.ABC):
     async def read(self, address: int, count: int) -> bytes:
         """Return exactly `count` bytes of memory.
 
+        Args:
+            address: DMA address.
+            count: bytes.
+
         Raises:
             DmaFault: the access is not allowed or failed.
         """
@@ -40,6 +44,10 @@ class DmaServer(abc.ABC):
     @abc.abstractmethod
     async def write(self, address: int, data: bytes) -> None:
         """Store bytes in memory.
+
+        Args:
+            address: DMA address.
+            data: what the device writes.
 
         Raises:
             DmaFault: the access is not allowed or failed.
@@ -50,11 +58,27 @@ class NoMemory(DmaServer):
     """A client without memory: every access is refused with ENODEV, QEMU's answer for an unmapped address."""
 
     async def read(self, address: int, count: int) -> bytes:
-        """Refuse."""
+        """Refuse.
+
+        Args:
+            address: DMA address.
+            count: bytes.
+
+        Raises:
+            DmaFault: always.
+        """
         raise DmaFault(f"nothing is mapped at {address:#x}", errno.ENODEV)
 
     async def write(self, address: int, data: bytes) -> None:
-        """Refuse."""
+        """Refuse.
+
+        Args:
+            address: DMA address.
+            data: what the device writes.
+
+        Raises:
+            DmaFault: always.
+        """
         raise DmaFault(f"nothing is mapped at {address:#x}", errno.ENODEV)
 
 

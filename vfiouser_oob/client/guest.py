@@ -92,17 +92,35 @@ class ClientMemory(DmaServer):
         return self._view[start : start + count]
 
     def unpack(self, layout: struct.Struct, address: int) -> tuple[int, ...]:
-        """Read a little structure at a DMA address."""
+        """Read a little structure at a DMA address.
+
+        Args:
+            layout: the structure.
+            address: DMA address.
+
+        Returns:
+            Its fields.
+        """
         return layout.unpack_from(self._view, address - self.base)
 
     def pack(self, layout: struct.Struct, address: int, *values: int) -> None:
-        """Write a little structure at a DMA address."""
+        """Write a little structure at a DMA address.
+
+        Args:
+            layout: the structure.
+            address: DMA address.
+            values: its fields.
+        """
         layout.pack_into(self._view, address - self.base, *values)
         if self._written is not None:
             self._note(address, layout.size)
 
     def store(self, address: int, data: bytes | memoryview) -> None:
         """Write bytes at a DMA address.
+
+        Args:
+            address: DMA address.
+            data: the bytes.
 
         Raises:
             DmaFault: they lie outside.
@@ -114,7 +132,11 @@ class ClientMemory(DmaServer):
     # What was written on this side, by the guest's processors or for the device by messages
 
     def log_writes(self, on: bool = True) -> None:
-        """Begin to note which pages `pack`, `store` and DMA_WRITE change, or stop it."""
+        """Begin to note which pages `pack`, `store` and DMA_WRITE change, or stop it.
+
+        Args:
+            on: True to begin, False to stop.
+        """
         self._written = 0 if on else None
 
     def take_written(self) -> int:
@@ -146,12 +168,28 @@ class ClientMemory(DmaServer):
         await client.dma_unmap(self.base, self.size)
 
     async def read(self, address: int, count: int) -> bytes:
-        """Serve a DMA_READ."""
+        """Serve a DMA_READ.
+
+        Args:
+            address: DMA address.
+            count: bytes.
+
+        Raises:
+            DmaFault: the range is not in this memory.
+        """
         self.message_reads += 1
         return bytes(self.view(address, count))
 
     async def write(self, address: int, data: bytes) -> None:
-        """Serve a DMA_WRITE."""
+        """Serve a DMA_WRITE.
+
+        Args:
+            address: DMA address.
+            data: what the device writes.
+
+        Raises:
+            DmaFault: the range is not in this memory.
+        """
         self.message_writes += 1
         self.store(address, data)
 

@@ -88,7 +88,12 @@ class MappedRegion:
         return sum(area.end - area.start for area in self._areas)
 
     def is_mapped(self, offset: int, width: int) -> bool:
-        """Whether an access would go by memory."""
+        """Whether an access would go by memory.
+
+        Args:
+            offset: where in the region, bytes.
+            width: bytes of the access.
+        """
         return self._area_of(offset, width) is not None
 
     def _area_of(self, offset: int, width: int) -> _MappedArea | None:

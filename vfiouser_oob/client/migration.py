@@ -55,7 +55,7 @@ class MigrationCommands(Connection):
         return decode_reply(DeviceFeature, Command.DEVICE_FEATURE, reply).data
 
     async def probe_feature(self, feature: int, methods: int = 0) -> None:
-        """Ask whether a feature exists and has all of `methods` (`FeatureFlags` GET, SET)."""
+        """Ask whether `feature` exists and has all of `methods` (`FeatureFlags` GET, SET)."""
         await self.device_feature(feature | FeatureFlags.PROBE | methods)
 
     async def get_migration_flags(self) -> int:
@@ -92,7 +92,19 @@ class MigrationCommands(Connection):
         await self.device_feature(Feature.DMA_LOGGING_STOP | FeatureFlags.SET)
 
     async def report_dma_logging(self, iova: int, length: int, page_size: int) -> bytes:
-        """Read and clear the log of a range; bit n stands for the page at iova + n * page_size."""
+        """Read and clear the log of a range; bit n stands for the page at iova + n * page_size.
+
+        Args:
+            iova: first DMA address.
+            length: bytes.
+            page_size: bytes per bit.
+
+        Returns:
+            The bitmap, in whole 64-bit words.
+
+        Raises:
+            BadReply: the bitmap has the wrong size.
+        """
         room = bitmap_size(length, page_size)
         data = encode(FeatureLoggingReport(iova, length, page_size))
         flags = Feature.DMA_LOGGING_REPORT | FeatureFlags.GET
@@ -101,7 +113,14 @@ class MigrationCommands(Connection):
         return checked_bitmap(report.bitmap, room, Command.DEVICE_FEATURE)
 
     async def mig_data_read(self, size: int) -> bytes:
-        """Read device state; fewer bytes than `size` mean that no more is ready now."""
+        """Read device state; fewer bytes than `size` mean that no more is ready now.
+
+        Args:
+            size: bytes wanted at most.
+
+        Raises:
+            BadReply: the server sent more than `size`.
+        """
         request = encode(MigDataRead(_MIG_DATA_SIZE + size, size))
         reply = await self.request(Command.MIG_DATA_READ, request)
         data = decode_reply(MigDataReadReply, Command.MIG_DATA_READ, reply).data
@@ -110,7 +129,11 @@ class MigrationCommands(Connection):
         return data
 
     async def mig_data_write(self, data: bytes) -> None:
-        """Load device state, in as many commands as the server's limit, or ours, needs."""
+        """Load device state, in as many commands as the server's limit, or ours, needs.
+
+        Args:
+            data: the state, or its next part.
+        """
         limit = self.max_write_size
         view = memoryview(data)
         for start in range(0, len(data), limit):
@@ -133,6 +156,17 @@ class MigrationCommands(Connection):
     async def dirty_pages(self, iova: int, size: int, page_size: int) -> bytes:
         """Read and clear the log of a range (v1 generation); bit n stands for the page at iova + n *
         page_size.
+
+        Args:
+            iova: first DMA address.
+            size: bytes.
+            page_size: bytes per bit.
+
+        Returns:
+            The bitmap, in whole 64-bit words.
+
+        Raises:
+            BadReply: the bitmap has the wrong size.
         """
         room = bitmap_size(size, page_size)
         flags = int(DirtyPagesFlags.GET_BITMAP)

@@ -28,8 +28,8 @@ class P2pOffer(NamedTuple):
 
 #: What "auto" comes to, by whether the device's DMA may reach a peer's BAR.
 _AUTOMATIC = {
-    True: P2pOffer(False, "its DMA goes by messages where a client sends no descriptor, and so reaches a peer's BAR"),
-    False: P2pOffer(True, "its DMA reaches only what a client sends a descriptor for, and so no peer's BAR"),
+    True: P2pOffer(False, "where a client sends no descriptor, its DMA goes by messages, which can reach a peer's BAR"),
+    False: P2pOffer(True, "its DMA reaches only memory that a client sent a descriptor for, so no peer's BAR"),
 }
 _CHOSEN = {
     P2p.ON: P2pOffer(True, 'migration.p2p is "on"'),

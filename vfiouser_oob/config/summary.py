@@ -57,7 +57,7 @@ def _function_line(function: FunctionConfig) -> str:
 
 def _p2p(function: FunctionConfig) -> str:
     offered, reason = p2p_offer(function)
-    return f"{'P2P' if offered else 'no P2P'} since {reason}"
+    return f"{'with' if offered else 'without'} P2P states: {reason}"
 
 
 def warnings(config: DaemonConfig) -> list[str]:

@@ -95,6 +95,10 @@ class ModelMemory(Protocol):
     async def read(self, address: int, count: int) -> bytes:
         """Read guest memory.
 
+        Args:
+            address: guest address.
+            count: bytes.
+
         Raises:
             DmaFault: bus mastering is off, no mapping allows it, or there is no client.
         """
@@ -102,6 +106,10 @@ class ModelMemory(Protocol):
 
     async def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Write guest memory.
+
+        Args:
+            address: guest address.
+            data: what to store there.
 
         Raises:
             DmaFault: as for `read`.
@@ -122,11 +130,20 @@ class ModelHost(Protocol):
         ...
 
     def trigger(self, index: IrqIndex, vector: int) -> None:
-        """Raise an edge (MSI, MSI-X, ERR, REQ); without an eventfd it is dropped."""
+        """Raise an edge (MSI, MSI-X, ERR, REQ); without an eventfd it is dropped.
+
+        Args:
+            index: IRQ index.
+            vector: vector of that index.
+        """
         ...
 
     def set_intx(self, asserted: bool) -> None:
-        """Drive the INTx line."""
+        """Drive the INTx line.
+
+        Args:
+            asserted: the level.
+        """
         ...
 
 
@@ -169,6 +186,11 @@ class DeviceModel(abc.ABC):
     def region_read(self, index: int, offset: int, count: int) -> bytes:
         """Answer a trapped read inside the region.
 
+        Args:
+            index: region index.
+            offset: where in the region, bytes.
+            count: bytes.
+
         Raises:
             CommandError: the access is refused.
         """
@@ -177,12 +199,21 @@ class DeviceModel(abc.ABC):
     def region_write(self, index: int, offset: int, data: bytes) -> None:
         """Take a trapped write inside the region; never waits for DMA.
 
+        Args:
+            index: region index.
+            offset: where in the region, bytes.
+            data: what the client writes.
+
         Raises:
             CommandError: the access is refused.
         """
 
     def config_changed(self, effects: ConfigEffects) -> None:
-        """Config space was written with an effect beyond its own bytes."""
+        """Config space was written with an effect beyond its own bytes.
+
+        Args:
+            effects: what the write changed.
+        """
         return
 
     @abc.abstractmethod

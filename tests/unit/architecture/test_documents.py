@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import re
+import runpy
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,3 +213,22 @@ def test_tomllib_reads_what_we_show() -> None:
     """The TOML blocks are plain TOML, too: no extension of ours crept in."""
     for _, text in blocks("toml"):
         assert tomllib.loads(text)
+
+
+def test_texts_that_are_quoted_are_ours() -> None:
+    """A page quotes the log or an error as the program says it; a reader who searches for the words finds them."""
+    tool = runpy.run_path(str(ROOT / "tools" / "prose_code.py"))
+    said = "\n".join(text.words for path in tool["modules"]() for text in tool["literals"](ast.parse(path.read_text())))
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    quoted = {
+        (page.name, quote)
+        for page in pages
+        for quote in re.findall(
+            r"(?<!`)`([a-z][^`\n]+)`(?!`)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        )
+        # Words, and nothing that only commands, options and values have.
+        if len(quote.split()) >= 4 and not re.search(r"[=\[{/<$|(]| -|^driverctl ", quote)
+    }
+    assert len(quoted) > 10
+    parts = [(page, part.strip()) for page, quote in quoted for part in re.split(r"…|[A-Z]{2,}|\d+", quote)]
+    assert [(page, part) for page, part in parts if len(part) > 6 and part not in said] == []
