@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable
 from contextlib import suppress
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from vfiouser_oob.devices.base import Answer, BackendSession
 from vfiouser_oob.migration.config_shadow import ConfigShadow
-from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_protocol.capabilities import VersionCapabilities
 from vfiouser_protocol.codec import decode
@@ -17,6 +16,9 @@ from vfiouser_protocol.constants import RegionIndex
 from vfiouser_protocol.errors import CommandError, VfioUserError
 from vfiouser_protocol.messages import DeviceFeature, DirtyPages, DmaUnmap, MigDataRead, MigDataWrite
 from vfiouser_protocol.rules import check_request
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.v1_view import V1View
 
 #: What is needed of configuration space to find the registers that reset the function.
 CONFIG_HEAD = 256

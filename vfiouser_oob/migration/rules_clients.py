@@ -73,7 +73,7 @@ def client_migrates(turn: Turn, event: ev.ClientMigrates) -> None:
 
 def fit_wanted(turn: Turn, event: ev.FitWanted) -> None:
     """Ask, if there is any doubt that the function runs, and reset it if it must not go on."""
-    _next_need(turn, 0)
+    _next_need(turn, 0, told=False)
 
 
 #: What a client needs before its first reply, in order; each is looked at once.
@@ -84,7 +84,14 @@ _NEEDS: tuple[tuple[str, Callable[[MigrationRecord], bool]], ...] = (
 )
 
 
-def _next_need(turn: Turn, first: int) -> None:
+def _next_need(turn: Turn, first: int, *, told: bool) -> None:
+    """Begin what the client needs next; without any such need, it is let in.
+
+    Args:
+        turn: the event's.
+        first: the number of the need to look at first.
+        told: the agent has just said that the function runs, so the background need not ask again.
+    """
     for name, needed in _NEEDS[first:]:
         if needed(turn.record):
             if name == plans.ATTACH_RESET:
@@ -92,13 +99,15 @@ def _next_need(turn: Turn, first: int) -> None:
                 turn.drop()
             turn.begin(PlanProgress(name, turn.record.state))
             return
-    turn.do(ev.Probe())
+    if not told:
+        turn.do(ev.Probe())
     turn.answer()
 
 
 def then_fit(turn: Turn, errand: PlanProgress) -> None:
     """One need is met; look at the next one."""
-    _next_need(turn, 1 + [name for name, _ in _NEEDS].index(errand.plan))
+    told = errand.plan == plans.ATTACH_ASK and errand.status is not None
+    _next_need(turn, 1 + [name for name, _ in _NEEDS].index(errand.plan), told=told)
 
 
 def then_fresh(turn: Turn, errand: PlanProgress) -> None:

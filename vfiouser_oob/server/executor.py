@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
-from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.server.containment import Contained
 from vfiouser_oob.server.context import FunctionContext
 from vfiouser_oob.server.device_link import DeviceLink
@@ -18,6 +18,9 @@ from vfiouser_protocol.constants import Command
 from vfiouser_protocol.errors import CommandError
 from vfiouser_protocol.header import NO_REPLY
 from vfiouser_protocol.session import CommandReceived, MessageRefused
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.port import MigrationPort
 
 #: What is left of a command's time when it is too late to begin it: so many seconds, or this part of all of it.
 _GUARD_S = 0.05

@@ -6,7 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
@@ -14,8 +14,6 @@ from vfiouser_agents.causes import words_of
 from vfiouser_oob.devices.base import BackendSession, DeviceBackend
 from vfiouser_oob.memory.recorder import WriteRecorder
 from vfiouser_oob.migration.inherited import KeptClient
-from vfiouser_oob.migration.port import MigrationPort, attach
-from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.events import EventHub
 from vfiouser_oob.observability.log import Logger
 from vfiouser_oob.persist.record import UnusableRecord
@@ -33,6 +31,10 @@ from vfiouser_oob.transport.listener import EXHAUSTED_WAIT_S, Listener
 from vfiouser_oob.transport.peer import Peer, peer_of
 from vfiouser_protocol.capabilities import VersionCapabilities
 
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.port import MigrationPort
+    from vfiouser_oob.migration.runner import MigrationRunner
+
 #: How long a new client waits for the one before it, whose end we may not have seen yet.
 HANDOVER_S = 1.0
 #: Seconds beyond another whole reply budget after which a message that is not answered shows that something hangs.
@@ -42,7 +44,7 @@ _MOST_SILENT = 16
 
 
 #: Builds a function's migration, given its name, where changes are announced, and its logger.
-MigrationMaker: TypeAlias = Callable[[str, EventHub, Logger], MigrationRunner]
+MigrationMaker: TypeAlias = "Callable[[str, EventHub, Logger], MigrationRunner]"
 
 
 class Function:
@@ -172,7 +174,11 @@ class Function:
         """
         if self.recorded:
             backend.memory.recorder = WriteRecorder()
-        return None if self.migration is None else await attach(self.migration, backend, self.name, client, kept)
+        if self.migration is None:
+            return None
+        from vfiouser_oob.migration.port import attach
+
+        return await attach(self.migration, backend, self.name, client, kept)
 
     async def run_device(self) -> None:
         """Run the device's own tasks; a device that dies takes its function out of service, and nothing else."""

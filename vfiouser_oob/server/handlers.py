@@ -8,11 +8,10 @@ Ranges, counts and argsz are checked here once, for every kind of device.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from vfiouser_oob.devices.base import Answer, BackendSession, IoFds
 from vfiouser_oob.migration.no_migration import Port
-from vfiouser_oob.migration.v1_view import V1View
 from vfiouser_oob.transport.fds import HasFileno, OwnedFd
 from vfiouser_oob.transport.pieces import Pieces
 from vfiouser_oob.transport.turns import FunctionQueue
@@ -43,6 +42,9 @@ from vfiouser_protocol.messages import (
 )
 from vfiouser_protocol.regions import RegionSpec, region_info_reply
 from vfiouser_protocol.rules import check_request, region_io_fds_reply
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.v1_view import V1View
 
 P = TypeVar("P", bound=Payload)
 

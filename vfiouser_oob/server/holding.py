@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import trio
 
 from vfiouser_oob.migration.held_writes import HeldWrites
-from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.log import Logger
 from vfiouser_protocol.constants import Command, RegionIndex
 from vfiouser_protocol.errors import CommandError
@@ -30,6 +30,9 @@ from vfiouser_protocol.fields import layout_of
 from vfiouser_protocol.messages import RegionRead
 from vfiouser_protocol.packed import picked
 from vfiouser_protocol.session import CommandReceived, MessageRefused
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.runner import MigrationRunner
 
 _WRITES = frozenset({Command.REGION_WRITE, Command.REGION_WRITE_MULTI})
 _ACCESSES = _WRITES | {Command.REGION_READ}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vfiouser_oob.migration.runner import MigrationRunner
+from typing import TYPE_CHECKING
+
 from vfiouser_oob.observability.latency import POWER_BOUNDS_S, CommandTimings
 from vfiouser_oob.observability.measured import (
     BOUNDS_S,
@@ -16,6 +17,9 @@ from vfiouser_oob.observability.status import VmStatus
 from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.status import function_status
 from vfiouser_protocol.constants import Command
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.runner import MigrationRunner
 
 _TAKEN = [POWER_BOUNDS_S.index(bound) for bound in BOUNDS_S]
 

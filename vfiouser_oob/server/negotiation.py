@@ -8,14 +8,13 @@ from __future__ import annotations
 import errno
 import socket
 from contextlib import AsyncExitStack
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable, DeviceBackend
 from vfiouser_oob.migration.inherited import KeptClient
 from vfiouser_oob.migration.no_migration import NoMigration, Port
-from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.persist.kept_socket import KeptSocket
 from vfiouser_oob.server.attached import Attached
 from vfiouser_oob.server.beginning import KnownBeginning
@@ -36,6 +35,9 @@ from vfiouser_protocol.dma_layout import DmaLayout
 from vfiouser_protocol.errors import StreamError
 from vfiouser_protocol.limits import DEFAULT_MAX_DMA_MAPS, OUR_MAX_MSG_FDS, Limits
 from vfiouser_protocol.session import CommandReceived, MessageRefused, ProtocolSession
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.port import MigrationPort
 
 #: What we offer when the device sets no tighter limit.
 OFFER = VersionCapabilities(max_msg_fds=OUR_MAX_MSG_FDS, max_dma_maps=DEFAULT_MAX_DMA_MAPS, write_multiple=True)
@@ -197,7 +199,7 @@ class Negotiating:
                 migrating = await host.attach_migration(backend, proposed, kept)
                 port: Port = migrating or await _without_migration(backend)
                 held.push_async_callback(self.detach, port)
-                if isinstance(port, MigrationPort) and port.v1 is not None and self._notes is not None:
+                if port.v1 is not None and self._notes is not None:
                     port.v1.on_memory = self._notes.region
                 late = "the device was not reset in time"
                 renewed = backend.renew()
@@ -253,8 +255,11 @@ class Negotiating:
     ) -> Executor:
         port.negotiated(agreed.client, offer, agreed.migration_pgsize)
         handlers = Handlers(backend, offer.max_data_xfer_size, port).table
-        if not isinstance(port, MigrationPort):
+        if isinstance(port, NoMigration):
             return Executor(handlers, self.link, self.context)
+        from vfiouser_oob.migration.port import MigrationPort
+
+        assert isinstance(port, MigrationPort)
         self.main.stream.make_room()
         return HoldingExecutor(handlers, self.link, self.context, port)
 

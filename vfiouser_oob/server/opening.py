@@ -8,7 +8,9 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -20,7 +22,6 @@ from vfiouser_oob.config.schema import DEFAULT_SOCKET_GROUP, AgentConfig, Functi
 from vfiouser_oob.devices.base import DeviceBackend
 from vfiouser_oob.devices.factory import make_backend
 from vfiouser_oob.migration.pool import AgentLease, AgentPool
-from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.migration.sharing import BufferShare
 from vfiouser_oob.observability import levels, log
 from vfiouser_oob.observability.events import EventHub
@@ -35,6 +36,9 @@ from vfiouser_oob.server.survival import Survival
 from vfiouser_oob.server.unit import UnitKind
 from vfiouser_oob.transport.activity import Activity
 from vfiouser_oob.transport.listener import Listener, ListenError, adopt_socket, listen_on_path
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.runner import MigrationRunner
 
 #: Systemd sets it for every service.
 _UNIT = "INVOCATION_ID"
@@ -144,6 +148,10 @@ def _engine_maker(
     identity = agent_identity(agent.kind, agent.function, agent.options, config.device.describe())
     memory = means.memory.drawer(config.name, identity)
     migration = settled(config)
+    # Loaded with the first function that has an agent: a daemon without any saves their memory, and no client waits.
+    from vfiouser_oob.migration.runner import MigrationRunner
+
+    import_module("vfiouser_oob.migration.port")
 
     def make(name: str, events: EventHub, logger: log.Logger) -> MigrationRunner:
         return MigrationRunner(

@@ -10,7 +10,6 @@ import trio
 from vfiouser_oob.devices.base import BackendSession, BackendUnavailable
 from vfiouser_oob.migration.inherited import KeptClient
 from vfiouser_oob.migration.no_migration import NoMigration, Port
-from vfiouser_oob.migration.port import MigrationPort
 from vfiouser_oob.persist.kept_socket import KeptSocket
 from vfiouser_oob.persist.stream_memory import StreamMemory
 from vfiouser_oob.server.attached import Attached
@@ -90,12 +89,11 @@ async def _open(
             held.push_async_callback(newcomer.detach, port)
     except (BackendUnavailable, trio.TooSlowError) as error:
         raise TurnedAway(str(error) or late, errno.ENODEV) from error
-    if isinstance(port, MigrationPort):
-        _restore_region(port, heir)
+    _restore_region(port, heir)
     return backend, port
 
 
-def _restore_region(port: MigrationPort, heir: Heir) -> None:
+def _restore_region(port: Port, heir: Heir) -> None:
     """Give the migration region the memory that the client may have mapped.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from vfiouser_oob.config.schema import FunctionConfig, P2p
 from vfiouser_oob.devices.base import BackendSession
 from vfiouser_oob.migration.record import Certainty
-from vfiouser_oob.migration.runner import MigrationRunner
 from vfiouser_oob.observability.status import (
     CapabilitiesStatus,
     ClientStatus,
@@ -23,6 +23,9 @@ from vfiouser_oob.server.function import Function
 from vfiouser_oob.server.life import Life
 from vfiouser_oob.server.unit import Unit
 from vfiouser_protocol.constants import Command, RegionFlags, RegionIndex
+
+if TYPE_CHECKING:
+    from vfiouser_oob.migration.runner import MigrationRunner
 
 
 def unit_status(unit: Unit) -> FunctionStatus:

@@ -375,6 +375,15 @@ def test_a_client_that_comes_first(agent: AgentState, steps: list[Do]) -> None:
     side = Side(MigrationRecord(), agent)
     assert ev.Answer() == side.come()
     assert (steps, True, True, False) == (side.taken, side.runs, side.record.asked, side.record.paused)
+    # A function that was changed is asked about again; one that runs was asked about just now.
+    assert (ev.Probe() in side.effects) is (len(steps) > 1)
+
+
+def test_a_client_that_comes_later() -> None:
+    """The agent was asked before this client came: it is asked again, while the client goes on."""
+    side = Side(MigrationRecord(asked=True), AgentState.RUNNING)
+    assert ev.Answer() == side.come()
+    assert [] == side.taken
     assert ev.Probe() in side.effects
 
 
@@ -383,6 +392,7 @@ def test_a_client_that_comes_while_the_agent_is_away() -> None:
     side = Side(MigrationRecord(), AgentState.STOPPED)
     assert ev.Answer() == side.come(lambda do: Fate.AWAY)
     assert (False, Certainty.KNOWN) == (side.record.asked, side.record.certainty)
+    assert ev.Probe() in side.effects
     side.feed(ev.Probed(Status(AgentState.STOPPED), migrated=True))
     assert (Goal.RESET, True) == (side.record.goal, side.record.awaiting)
     side.settle()
