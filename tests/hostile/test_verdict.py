@@ -1,5 +1,8 @@
 """The judge of the hostile suite bites: what it must not let pass, it does not."""
 
+import os
+import subprocess
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 from hostilekit.catalogue import ATTACKS
 from hostilekit.measure import measure
 from hostilekit.verdict import Felt, Health, Sample, Verdict
+from hostilekit.waits import Waits, waited
 
 QUIET = Felt([Sample(0.001, 0.001)] * 900, 0.003)
 WELL = Health(40.0, 20, 1)
@@ -29,6 +33,40 @@ def test_one_stall_counts_for_all_the_reads_that_it_kept_from_being_made() -> No
 def test_waiting_for_a_processor_is_not_the_daemons() -> None:
     """A read that waited for a processor is taken as what remains of it."""
     assert verdict(felt=Felt([Sample(2.0, 0.002)] * 900, 0.003)).slow() is None
+
+
+def test_a_helper_thread_that_has_no_processor_excuses_its_event_loop_once() -> None:
+    """Of each process the longest wait is taken off, be it the loop's or a helper's, new or old; not their sum."""
+    milliseconds = 1_000_000
+    before = [{1: 5 * milliseconds}, {2: 7 * milliseconds, 3: 0, 4: 50 * milliseconds}]
+    after = [{1: 6 * milliseconds}, {2: 9 * milliseconds, 3: 30 * milliseconds, 5: 20 * milliseconds}]
+    assert waited(before, after) == pytest.approx(0.031)
+    assert waited(before, [{}, {}]) == 0
+
+
+def test_every_thread_of_a_process_is_looked_at() -> None:
+    """Threads that came after the first look are found too."""
+    waits, end = Waits([os.getpid()]), threading.Event()
+    [first] = waits.look()
+    helper = threading.Thread(target=end.wait)
+    helper.start()
+    try:
+        [second] = waits.look()
+    finally:
+        end.set()
+        helper.join()
+    assert {os.getpid(), helper.native_id} <= set(second)
+    assert helper.native_id not in first
+
+
+def test_a_process_that_has_ended_waits_no_more() -> None:
+    """Its absence is no error: others notice it."""
+    process = subprocess.Popen(["sleep", "60"])
+    waits = Waits([process.pid])
+    before = waits.look()
+    process.kill()
+    process.wait()
+    assert waited(before, waits.look()) == 0
 
 
 def test_a_busy_machine_is_no_place_to_measure() -> None:

@@ -4,9 +4,9 @@
 
 The first line on standard input names processes, by their ids, and has the client attach. Each other line begins a
 phase with that name; the end ends the client, which then prints what it found. The processes named are those that its
-reads go through. The kernel accounts how long each of them, and this one, was ready to run and waited for a processor;
-that is the machine's doing and is taken off, and what is left is the time in which the daemon was busy with others, or
-blocked by them.
+reads go through. The kernel accounts how long the threads of each of them, and of this one, were ready to run and
+waited for a processor; that is the machine's doing and is taken off, and what is left is the time in which the daemon
+was busy with others, or blocked by them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hostilekit.waits import Waits, waited
 from hostilekit.wire import Peer
 from rawmessages import CONFIG, memfd
 
@@ -34,30 +35,13 @@ DMA_EVERY = 40
 PATIENCE = 12.0
 
 
-class Waits:
-    """How long processes have waited for a processor altogether."""
-
-    def __init__(self, pids: list[int]) -> None:
-        self._files = [os.open(f"/proc/{pid}/schedstat", os.O_RDONLY) for pid in (os.getpid(), *pids)]
-        self._last = [0] * len(self._files)
-
-    def seconds(self) -> float:
-        """The sum so far; that of a process that has ended stays as it was."""
-        for position, fd in enumerate(self._files):
-            try:
-                self._last[position] = int(os.pread(fd, 128, 0).split()[1])
-            except (OSError, IndexError):
-                pass
-        return sum(self._last) / 1e9
-
-
 class Innocent:
     """The client.
 
     Args:
         path: its function's socket.
         kind: what the function is: "test" or "nvme".
-        waits: of the processes on the way.
+        waits: of this process and those on the way.
     """
 
     def __init__(self, path: str, kind: str, waits: Waits) -> None:
@@ -92,13 +76,13 @@ class Innocent:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Note what the access in the block takes: a stall may fall into any of them."""
-        waited = self.waits.seconds()
+        before = self.waits.look()
         begin = time.monotonic()
         try:
             yield
         finally:
             latency = time.monotonic() - begin
-            self.samples.append((latency, max(0.0, latency - (self.waits.seconds() - waited))))
+            self.samples.append((latency, max(0.0, latency - waited(before, self.waits.look()))))
 
     def step(self) -> None:
         """One read, and now and then a look at memory through the device."""
@@ -141,7 +125,7 @@ def main() -> None:
     pids = _line().split()
     if not pids:
         return  # there is nothing to attach to
-    innocent = Innocent(path, kind, Waits([int(pid) for pid in pids]))
+    innocent = Innocent(path, kind, Waits([os.getpid(), *map(int, pids)]))
     phases: dict[str, list[tuple[float, float]]] = {}
     print("ready", flush=True)  # noqa: T201  the parent waits for it
     try:
