@@ -98,7 +98,7 @@ class DmaLogging:
         return chosen
 
     def stop(self) -> None:
-        """Stop to log and forget what was; legal at any time."""
+        """Stop logging, and forget the log; legal at any time."""
         self._log = None
         self._wished = 0
         self._ranges = ()
