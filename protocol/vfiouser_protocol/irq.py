@@ -323,7 +323,7 @@ class IrqSet:
         return LineState(line.active, bytes(line.masked), bytes(line.pending))
 
     def restore_line(self, index: int, state: LineState) -> None:
-        """Take over the `state` that `line` gave for `index` in another process, unless its number of vectors differs."""
+        """Take over the `state` that `line` gave for `index` in another process, if it has as many vectors."""
         line = self._lines[index]
         if len(state.masked) == len(state.pending) == line.count:
             line.active, line.masked, line.pending = state.active, bytearray(state.masked), bytearray(state.pending)
