@@ -280,6 +280,13 @@ RULES: Sequence[Rule] = (
         "This stops it.",
     ),
     Rule(
+        "stop to",
+        r"\b[Ss]tops? to (?!stop\b|the\b|a\b)[a-z]",
+        "stop …-ing",
+        "It stops to log writes.",
+        "It stops logging writes.",
+    ),
+    Rule(
         "wordy",
         r"\b(?:in order to|due to the fact|it should be noted|please note|basically|utili[sz]e)\b",
         "to, because, nothing, use",

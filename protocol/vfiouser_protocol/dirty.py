@@ -215,12 +215,12 @@ class DirtyLog:
             number += 1
 
     def discard(self, iova: int, length: int) -> None:
-        """Forget what is known about pages that lie wholly in a range, as when it is unmapped."""
+        """Forget the pages that lie wholly in the `length` bytes from `iova` on, as when they are unmapped."""
         for _ in self.discard_in_steps(iova, length):
             pass
 
     def discard_in_steps(self, iova: int, length: int) -> Generator[None, None, None]:
-        """`discard`, a bounded piece of work at each step."""
+        """`discard` with the same `iova` and `length`, a bounded piece of work at each step."""
         first, end = -(-iova >> self._shift), iova + length >> self._shift
         for number in self._overlapping(first, end):
             if number is not None:

@@ -98,7 +98,7 @@ class DmaLogging:
         return chosen
 
     def stop(self) -> None:
-        """Stop to log and forget what was; legal at any time."""
+        """Stop logging, and forget the log; legal at any time."""
         self._log = None
         self._wished = 0
         self._ranges = ()
@@ -153,12 +153,12 @@ class DmaLogging:
         self._require_active()
 
     def unmapped_in_steps(self, iova: int, length: int) -> Generator[None, None, None]:
-        """`unmapped`, a bounded piece of work at each step."""
+        """`unmapped` with the same `iova` and `length`, a bounded piece of work at each step."""
         if self._log is not None:
             yield from self._log.discard_in_steps(iova, length)
 
     def report_in_steps(self, iova: int, length: int, page_size: int) -> Generator[None, None, bytearray]:
-        """`report`, a bounded piece of work at each step; see `DirtyLog.report_in_steps`."""
+        """`report` of `iova`, `length` and `page_size`, a bounded piece of work at each step."""
         return self._require_active().report_in_steps(iova, length, page_size)
 
     def report(self, iova: int, length: int, page_size: int) -> bytes:

@@ -273,32 +273,32 @@ class IrqSet:
         return self._deliver(IrqIndex.INTX, 0) if line.automasked else self.trigger(IrqIndex.INTX, 0)
 
     def mask(self, index: int, vector: int) -> None:
-        """Mask one vector, as MASK does."""
+        """Mask `vector` of `index`, as MASK does."""
         self._lines[index].masked[vector] = 1
 
     def unmask(self, index: int, vector: int) -> Any | None:
-        """Unmask one vector, as UNMASK does; returns the handle to write 1 to if an interrupt was waiting."""
+        """Unmask `vector` of `index`, as UNMASK does; return the handle to write 1 to if an interrupt was waiting."""
         self._lines[index].masked[vector] = 0
         return self._deliver(index, vector)
 
     def handle(self, index: int, vector: int) -> Any | None:
-        """The handle assigned to a vector, or None."""
+        """The handle assigned to `vector` of `index`, or None."""
         return self._lines[index].handles[vector]
 
     def mask_handle(self, index: int, vector: int) -> Any | None:
-        """The eventfd that the client writes to mask the vector, or None."""
+        """The eventfd that the client writes to mask `vector` of `index`, or None."""
         return self._lines[index].mask_handles.get(vector)
 
     def unmask_handle(self, index: int, vector: int) -> Any | None:
-        """The eventfd that the client writes to unmask the vector, or None."""
+        """The eventfd that the client writes to unmask `vector` of `index`, or None."""
         return self._lines[index].unmask_handles.get(vector)
 
     def masked(self, index: int, vector: int) -> bool:
-        """True if the vector is masked, by the client or by itself when it fired."""
+        """True if `vector` of `index` is masked, by the client or by itself when it fired."""
         return bool(self._lines[index].masked[vector])
 
     def pending(self, index: int, vector: int) -> bool:
-        """True if an interrupt waits for the vector to be unmasked or to get an eventfd."""
+        """True if an interrupt waits for `vector` of `index` to be unmasked or to get an eventfd."""
         return bool(self._lines[index].pending[vector]) or self._level_waits(index)
 
     def pending_vectors(self, index: int) -> list[int]:
@@ -323,7 +323,7 @@ class IrqSet:
         return LineState(line.active, bytes(line.masked), bytes(line.pending))
 
     def restore_line(self, index: int, state: LineState) -> None:
-        """Take over what `line` said in another process; that of another number of vectors is left alone."""
+        """Take over the `state` that `line` gave for `index` in another process, if it has as many vectors."""
         line = self._lines[index]
         if len(state.masked) == len(state.pending) == line.count:
             line.active, line.masked, line.pending = state.active, bytearray(state.masked), bytearray(state.pending)

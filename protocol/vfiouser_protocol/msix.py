@@ -76,7 +76,7 @@ class MsixTable:
         return _part(self._table, "MSI-X table", offset, count)
 
     def read_pba(self, offset: int, count: int) -> bytes:
-        """Read the pending bits; as `read`."""
+        """Read `count` bytes of the pending bits at `offset`; as `read`."""
         return _part(self._pending, "MSI-X pending bits", offset, count)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> list[int]:
@@ -135,7 +135,7 @@ class MsixTable:
         return MsixSnapshot(bytes(self._table), bytes(self._pending), self.written)
 
     def check(self, snapshot: MsixSnapshot) -> None:
-        """Refuse a state that this table cannot have.
+        """Refuse a `snapshot` that this table cannot have.
 
         Raises:
             ValueError: it has another size, bits that a client cannot write, or vectors that the table has not.
@@ -148,7 +148,7 @@ class MsixTable:
             raise ValueError(f"snapshot of an MSI-X table with more than {self.vectors} vectors pending")
 
     def restore(self, snapshot: MsixSnapshot) -> None:
-        """Take over a state.
+        """Take over a `snapshot`.
 
         Raises:
             ValueError: as `check`; nothing changed.

@@ -88,7 +88,7 @@ class MigrationCommands(Connection):
         return decode_reply_part(FeatureLoggingStart, Command.DEVICE_FEATURE, reply).page_size
 
     async def stop_dma_logging(self) -> None:
-        """Stop to log what the device writes."""
+        """Stop logging what the device writes."""
         await self.device_feature(Feature.DMA_LOGGING_STOP | FeatureFlags.SET)
 
     async def report_dma_logging(self, iova: int, length: int, page_size: int) -> bytes:
@@ -149,7 +149,7 @@ class MigrationCommands(Connection):
         await self.request(Command.DIRTY_PAGES, request)
 
     async def stop_dirty_pages(self) -> None:
-        """Stop to log what the device writes (v1 generation)."""
+        """Stop logging what the device writes (v1 generation)."""
         request = encode(DirtyPages(_DIRTY_PAGES_SIZE, int(DirtyPagesFlags.STOP)))
         await self.request(Command.DIRTY_PAGES, request)
 

@@ -13,13 +13,20 @@ import vfiouser_oob.client
 from vfiouser_agents import api, options
 from vfiouser_conformance import case
 from vfiouser_oob.devices import model
+from vfiouser_protocol import dirty, dma_logging, irq, msix, pci, session
 
-#: What others import, by module; names that start with an underscore are nobody's.
+#: Whole modules that are public, beside the packages that list their names.
+MODULES = (api, options, case, dirty, dma_logging, irq, msix, pci, session)
+#: What others import; names that start with an underscore are nobody's.
 PUBLIC = [
-    *(getattr(module, name) for module in (vfiouser_oob.client, model) for name in module.__all__),
-    *(thing for module in (api, options, case) for name, thing in vars(module).items()
-      if not name.startswith("_") and getattr(thing, "__module__", "") == module.__name__),
-]  # fmt: skip
+    *(getattr(package, name) for package in (vfiouser_oob.client, model) for name in package.__all__),
+    *(
+        thing
+        for module in MODULES
+        for name, thing in vars(module).items()
+        if not name.startswith("_") and getattr(thing, "__module__", "") == module.__name__
+    ),
+]
 
 
 def calls() -> Iterator[tuple[str, Callable[..., Any], list[str]]]:
