@@ -31,6 +31,8 @@ _AT_NEED = {
     "vfiouser_conformance": "the command conformance",
     "vfiouser_oob.keeper": "the command keep",
     "vfiouser_oob.lab": "the commands demo and bench",
+    "vfiouser_oob.migration.port": "a function with an agent",
+    "vfiouser_oob.migration.runner": "a function with an agent",
     "vfiouser_oob.vm.carriers": "a VM",
     "vfiouser_oob.vm.hosting": "a VM",
     "vfiouser_oob.vm.runner": "a VM",
