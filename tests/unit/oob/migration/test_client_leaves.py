@@ -8,9 +8,9 @@ from contextlib import closing
 import pytest
 import trio
 
+from memoryless import MemorylessClient
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.model_backend import ModelBackend, ModelSession
 from vfiouser_oob.devices.models.test_device import build
 from vfiouser_oob.migration.port import attach
@@ -24,29 +24,11 @@ from vfiouser_protocol.errors import CommandError
 _COMMAND = 4
 
 
-class Nobody(ClientLink):
-    """A client without memory."""
-
-    capabilities = VersionCapabilities()
-
-    async def dma_read(self, address: int, count: int) -> bytes:
-        """Nothing is there."""
-        raise AssertionError
-
-    async def dma_write(self, address: int, data: bytes) -> None:
-        """Nothing is there."""
-        raise AssertionError
-
-    def fail(self, reason: str) -> None:
-        """The device is never lost here."""
-        raise AssertionError(reason)
-
-
 class LateSession(ModelSession):
     """A device that answers when it is told to, as one behind a socket does some time."""
 
     def __init__(self, backend: ModelBackend) -> None:
-        super().__init__(backend, Nobody())
+        super().__init__(backend, MemorylessClient())
         self.asked, self.answers = trio.Event(), trio.Event()
 
     async def _late(self) -> None:

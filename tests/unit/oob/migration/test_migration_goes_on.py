@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import trio
 
+from memoryless import MemorylessClient
 from vfiouser_agents.api import AgentState
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.memfd import SharedMemory
 from vfiouser_oob.devices.model_backend import ModelBackend
 from vfiouser_oob.devices.models.test_device import build
@@ -41,24 +41,6 @@ S = DeviceState
 CONFIG = MigrationConfig(chunk_size=16 << 10, call_s=1.0, stop_s=1.0, data_s=1.0, retry_s=0.02, v1_data_size=32 << 10)
 SIZE = 100 << 10
 CAPABILITIES = VersionCapabilities(migration=MigrationCapability())
-
-
-class Client(ClientLink):
-    """A client without memory."""
-
-    capabilities = VersionCapabilities()
-
-    async def dma_read(self, address: int, count: int) -> bytes:
-        """Nothing is there."""
-        raise AssertionError
-
-    async def dma_write(self, address: int, data: bytes) -> None:
-        """Nothing is there."""
-        raise AssertionError
-
-    def fail(self, reason: str) -> None:
-        """The device is never lost here."""
-        raise AssertionError(reason)
 
 
 @dataclass
@@ -184,7 +166,7 @@ class Place:
             async with agent, trio.open_nursery() as nursery:
                 nursery.start_soon(self._backend.run)
                 nursery.start_soon(runner.run)
-                session = await self._backend.open(Client())
+                session = await self._backend.open(MemorylessClient())
                 stream, v1 = self.notes.left(unanswered=unanswered)
                 kept = KeptClient(self.notes, left is not None, {}, stream, v1, self.notes.log)
                 with trio.fail_after(5):

@@ -12,11 +12,11 @@ import pytest
 import trio
 import trio.testing
 
+from memoryless import MemorylessClient
 from vfiouser_agents.errors import Incompatible, TransportLost
 from vfiouser_agents.faults import Fails, Fault, FaultyAgent, NeverAnswers, PretendedConnection, Work
 from vfiouser_agents.memory import MemoryAgent, MemoryFunction
 from vfiouser_oob.config.schema import MigrationConfig
-from vfiouser_oob.devices.base import ClientLink
 from vfiouser_oob.devices.model_backend import ModelBackend
 from vfiouser_oob.devices.models.test_device import build
 from vfiouser_oob.migration.port import attach
@@ -35,24 +35,6 @@ from vfiouser_protocol.migration_v2 import require_path
 S = DeviceState
 CONFIG = MigrationConfig(chunk_size=16 << 10, call_s=1.0, stop_s=1.0, data_s=1.0, retry_s=0.02)
 SIZE = 100 << 10
-
-
-class Client(ClientLink):
-    """A client without memory."""
-
-    capabilities = VersionCapabilities()
-
-    async def dma_read(self, address: int, count: int) -> bytes:
-        """Nothing is there."""
-        raise AssertionError
-
-    async def dma_write(self, address: int, data: bytes) -> None:
-        """Nothing is there."""
-        raise AssertionError
-
-    def fail(self, reason: str) -> None:
-        """The device is never lost here."""
-        raise AssertionError(reason)
 
 
 class Place:
@@ -94,7 +76,7 @@ async def place(seed: int = 1) -> AsyncIterator[Place]:
         async with agent, trio.open_nursery() as nursery:
             nursery.start_soon(backend.run)
             nursery.start_soon(runner.run)
-            session = await backend.open(Client())
+            session = await backend.open(MemorylessClient())
             await attach(runner, session, "f0", VersionCapabilities())
             try:
                 yield Place(runner, agent)
