@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vfiouser_oob.cli.errors import CommandFailed, ExitCode
@@ -14,6 +15,7 @@ from vfiouser_oob.cli.options import option
 from vfiouser_oob.cli.shipped import NoFiles, ShippedFile, shipped
 from vfiouser_oob.config.values import PATH
 
+_OURS = "vfiouser-oob"
 _NO_MAKERS = (
     "the man page and completions are left out: argparse-manpage and shtab are not installed; install with: {command}"
 )
@@ -84,4 +86,10 @@ def _remove(root: Path, file: ShippedFile, dry_run: bool) -> str:
         return ""
     if not dry_run:
         path.unlink()
+        for folder in path.parents:
+            # Others put files into all folders but those of our name.
+            if _OURS not in str(folder.relative_to(root)):
+                break
+            with suppress(OSError):  # the configuration is still in it
+                folder.rmdir()
     return "would remove" if dry_run else "removed"

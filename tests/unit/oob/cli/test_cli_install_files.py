@@ -52,6 +52,8 @@ def test_lay_out_and_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "# mine\n" == config.read_text()
     assert 0 == main([*command, "--remove"])
     assert {"etc/vfiouser-oob/config.toml"} == files_below(tmp_path).keys()
+    assert [tmp_path / "etc/vfiouser-oob"] == [path for path in tmp_path.rglob("*oob*") if path.is_dir()]
+    assert (tmp_path / "usr/local/lib/systemd/system").is_dir()
 
 
 def test_a_dry_run_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
