@@ -67,7 +67,7 @@ _LOOK = 16 << 10
 #: Calls that were read and not answered: GDBus sends a few without waiting.
 _UNANSWERED = 32
 _NO_STATE = "there is no state to save, or it was saved before"
-_STATE_LOST = "the daemon has restarted, and the state that QEMU had not read yet was lost with it"
+_STATE_LOST = "the daemon has restarted, and the state that QEMU had not read yet was lost"
 
 
 @dataclass(frozen=True, slots=True)

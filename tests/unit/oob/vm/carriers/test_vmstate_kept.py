@@ -24,7 +24,7 @@ from vfiouser_oob.vm.carriers.interface import Lost, QemuAttached, SaveAsked, St
 from vfiouser_oob.vm.carriers.vmstate_notes import VmstateNotes
 from vmkit.keeping import KeepingManager
 
-LOST = "started anew before QEMU had the state"
+LOST = "the state that QEMU had not read yet was lost"
 
 
 @pytest.fixture
