@@ -38,6 +38,9 @@ def test_quick_benchmark_measures_everything() -> None:
     assert results["downtime, through the daemon"]["baseline"] == results["downtime, agent alone"]["value"]
     crowd = results["16 functions migrating at once"]
     assert results["one function migrating"]["value"] == crowd["baseline"]
+    for what in ("restart", "kill -9"):
+        silence = results[f"{what}, without an answer"]
+        assert 0 < silence["value"] <= silence["details"]["max"]
     # Noise makes no process larger or an idle one busy; these two hold on any machine, whatever else runs there.
     assert 0 < results["memory, one function"]["value"] < 45
     assert results["idle wake-ups, model, one client"]["ok"]

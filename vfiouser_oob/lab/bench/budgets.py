@@ -24,3 +24,5 @@ LOADING = Budget(0.7, at_most=False)
 CROWD = Budget(0.9, at_most=False)
 #: Milliseconds of downtime beyond the agent's own.
 ADDED_DOWNTIME_MS = Budget(3)
+#: Milliseconds that a connected client waits for an answer while the daemon is restarted or killed.
+RESTART_MS = Budget(1500)
