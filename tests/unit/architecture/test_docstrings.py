@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 
 import vfiouser_oob.client
-from vfiouser_agents import api, options
-from vfiouser_conformance import case
+from vfiouser_agents import api, faults, memory, options, relay
+from vfiouser_agents.rpc import server
+from vfiouser_conformance import case, facts, link, wire
 from vfiouser_oob.devices import model
-from vfiouser_protocol import dirty, dma_logging, irq, msix, pci, session
+from vfiouser_protocol import dirty, dma_logging, fields, irq, msix, pci, pci_caps, pci_header, session
 
 #: Whole modules that are public, beside the packages that list their names.
-MODULES = (api, options, case, dirty, dma_logging, irq, msix, pci, session)
+MODULES = (
+    *(api, faults, memory, options, relay, server),
+    *(case, facts, link, wire),
+    *(dirty, dma_logging, fields, irq, msix, pci, pci_caps, pci_header, session),
+)
 #: What others import; names that start with an underscore are nobody's.
 PUBLIC = [
     *(getattr(package, name) for package in (vfiouser_oob.client, model) for name in package.__all__),
