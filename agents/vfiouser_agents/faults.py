@@ -223,7 +223,7 @@ class Twice(Fault):
     """The call arrives twice; the second answer counts."""
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Make the call, and again."""
+        """Make the call twice."""
         await work(*args)
         return await work(*args)
 
@@ -378,7 +378,7 @@ class FaultyAgent(Agent):
             function_id: only of this function; None = of all.
 
         Returns:
-            What can be asked how often it struck.
+            The injection; its `struck` counts the calls that it spoiled.
 
         Raises:
             ValueError: there is no such method.

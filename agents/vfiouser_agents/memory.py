@@ -131,7 +131,7 @@ class MemoryFunction:
         self.feed.put(Event(EventKind.DEVICE_ERROR, detail, self.status()))
 
     def status(self) -> Status:
-        """Return where it is in its life and in a migration."""
+        """Return its state and its part in a migration."""
         return Status(self.state, self.role, self.migration_id, self.log is not None)
 
     def move(self, state: AgentState) -> None:
@@ -145,7 +145,7 @@ class MemoryFunction:
             self.feed.put(Event(EventKind.STATE_CHANGED, f"now {state.value}", self.status()))
 
     def describe(self) -> Descriptor:
-        """Return what it is."""
+        """Return its descriptor."""
         return Descriptor(
             FORMAT, 1, "vfiouser-oob", "memory", "test", self.firmware, self.state_size, dict(self.fingerprint)
         )
@@ -209,7 +209,7 @@ class MemorySession(Session):
         return self.function.caps
 
     async def describe(self) -> Descriptor:
-        """Return what the function is."""
+        """Return the function's descriptor."""
         await self._enter(Operation.DESCRIBE)
         return self.function.describe()
 

@@ -120,7 +120,7 @@ class ServerFacts:
         return bool((self.migration or 0) & MigrationFlags.PRE_COPY)
 
     def known(self, *topics: str) -> None:
-        """Make sure that the survey could ask about these: only then is what it did not find not there.
+        """Make sure that the survey could ask about these: only then is what it did not find really absent.
 
         Args:
             topics: keys that `problems` may have; see `EVERYTHING`.

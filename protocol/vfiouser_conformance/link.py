@@ -456,7 +456,7 @@ def refuse_command(link: RawLink, message: Received) -> None:
     """Answer a command of the server as QEMU answers one that it cannot place: no such device.
 
     Args:
-        link: where it came.
+        link: the connection that it came on.
         message: the command.
     """
     if not message.flags & wire.NO_REPLY:

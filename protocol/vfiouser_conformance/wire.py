@@ -88,7 +88,7 @@ def command_name(number: int) -> str:
 
 
 def pack(command: int, payload: bytes = b"", *, msg_id: int = 0, flags: int = 0, error: int = 0) -> bytes:
-    """Return a whole message; the header's msg_size is what the message has.
+    """Return a whole message, with its true size in the header.
 
     Args:
         command: the header's command.

@@ -138,7 +138,7 @@ def define_bars(registers: Registers, bars: Sequence[BarSpec]) -> None:
         bars: in any order.
 
     Raises:
-        ValueError: a BAR has an index, a size or a kind that cannot be, or two BARs overlap.
+        ValueError: a BAR has an impossible index, size or kind, or two BARs overlap.
     """
     taken: set[int] = set()
     for bar in bars:
