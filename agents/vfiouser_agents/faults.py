@@ -75,7 +75,14 @@ class PretendedConnection:
         self.feed.put(Event(EventKind.CONNECTION_LOST, "connection dropped on purpose"))
 
     async def answer(self, wait: Callable[[], Awaitable[T]]) -> T:
-        """Wait for an answer, or for the loss of the connection."""
+        """Wait for an answer, or for the loss of the connection.
+
+        Args:
+            wait: waits for the answer.
+
+        Raises:
+            TransportLost: the connection was lost first.
+        """
         lost = self._lost
         try:
             async with trio.open_nursery() as nursery:
@@ -97,13 +104,18 @@ class PretendedConnection:
 
 @dataclass(frozen=True)
 class Delay(Fault):
-    """Late by some seconds, before or after the call has its effect."""
+    """Late by some seconds, before or after the call has its effect.
+
+    Args:
+        seconds: how late.
+        after: the call has its effect first.
+    """
 
     seconds: float
     after: bool = False
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Wait and do it, or the other way round."""
+        """Wait and make the call, or the other way round."""
         if not self.after:
             await trio.sleep(self.seconds)
         result = await work(*args)
@@ -114,12 +126,16 @@ class Delay(Fault):
 
 @dataclass(frozen=True)
 class NeverAnswers(Fault):
-    """No answer ever, with or without effect."""
+    """No answer ever, with or without effect.
+
+    Args:
+        executed: the call has its effect.
+    """
 
     executed: bool = False
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Do it or not, and go silent."""
+        """Make the call or not, and go silent."""
         if self.executed:
             await work(*args)
         await trio.sleep_forever()
@@ -127,13 +143,22 @@ class NeverAnswers(Fault):
 
 @dataclass(frozen=True)
 class Fails(Fault):
-    """Answered with an error, with or without effect."""
+    """Answered with an error, with or without effect.
+
+    Args:
+        error: the answer.
+        executed: the call has its effect.
+    """
 
     error: AgentError
     executed: bool = False
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Do it or not, and raise."""
+        """Make the call or not, and raise the error.
+
+        Raises:
+            AgentError: always; it is `error`.
+        """
         if self.executed:
             await work(*args)
         await trio.lowlevel.checkpoint()
@@ -142,12 +167,20 @@ class Fails(Fault):
 
 @dataclass(frozen=True)
 class Drops(Fault):
-    """The connection ends before or after the call has its effect; every other call under way is lost, too."""
+    """The connection ends before or after the call has its effect; every other call under way is lost, too.
+
+    Args:
+        executed: the call has its effect.
+    """
 
     executed: bool = False
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Do it or not, and lose the connection."""
+        """Make the call or not, and lose the connection.
+
+        Raises:
+            TransportLost: always.
+        """
         if self.executed:
             await work(*args)
         await trio.lowlevel.checkpoint()
@@ -157,23 +190,31 @@ class Drops(Fault):
 
 @dataclass(frozen=True)
 class ChangesArguments(Fault):
-    """What arrives at the agent is not what was sent."""
+    """What arrives at the agent is not what was sent.
+
+    Args:
+        change: takes the call's arguments and returns others.
+    """
 
     change: Callable[..., tuple[Any, ...]]
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Do it with others."""
+        """Make the call with other arguments."""
         return await work(*self.change(*args))
 
 
 @dataclass(frozen=True)
 class ChangesResult(Fault):
-    """What is answered is not the truth."""
+    """What is answered is not the truth.
+
+    Args:
+        change: takes the agent's answer and returns another one.
+    """
 
     change: Callable[[Any], Any]
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Do it and lie."""
+        """Make the call and lie about its result."""
         return self.change(await work(*args))
 
 
@@ -182,7 +223,7 @@ class Twice(Fault):
     """The call arrives twice; the second answer counts."""
 
     async def strike(self, work: Work, args: tuple[Any, ...], connection: PretendedConnection) -> Any:
-        """Do it, and again."""
+        """Make the call twice."""
         await work(*args)
         return await work(*args)
 
@@ -236,12 +277,21 @@ def short_report() -> Fault:
 
 
 def error_of(kind: type[AgentError], message: str = "injected") -> AgentError:
-    """An error of a class, whatever its constructor needs."""
+    """Return an error of a class, whatever its constructor needs.
+
+    Args:
+        kind: the class.
+        message: its text.
+    """
     return Incompatible([message]) if issubclass(kind, Incompatible) else kind(message)
 
 
 def every_error(*, executed: bool = False) -> Sequence[Fails]:
-    """One fault for each class of error."""
+    """Return one fault for each class of error.
+
+    Args:
+        executed: the call has its effect before it fails.
+    """
     return [Fails(error_of(kind), executed=executed) for kind in ERRORS.values()]
 
 
@@ -266,7 +316,15 @@ class Injection:
     struck: int = field(default=0, init=False)
 
     def applies(self, op: str, function_id: str | None) -> bool:
-        """Decide about one call, and count it."""
+        """Decide about one call, and count it.
+
+        Args:
+            op: the call's method.
+            function_id: the call's function; None for a call of the agent's own.
+
+        Returns:
+            Whether the fault strikes this call.
+        """
         if op != self.op or (self.function_id is not None and function_id != self.function_id):
             return False
         if self.after > 0:
@@ -320,7 +378,10 @@ class FaultyAgent(Agent):
             function_id: only of this function; None = of all.
 
         Returns:
-            What can be asked how often it struck.
+            The injection; its `struck` counts the calls that it spoiled.
+
+        Raises:
+            ValueError: there is no such method.
         """
         if op not in (*SESSION_OPS, *AGENT_OPS):
             raise ValueError(f"there is no call {op!r} (allowed: {', '.join((*SESSION_OPS, *AGENT_OPS))})")
@@ -346,6 +407,9 @@ class FaultyAgent(Agent):
             work: the real thing.
             args: its arguments.
             function_id: whose call it is; None = the agent's own.
+
+        Raises:
+            RuntimeError: the agent was not entered.
         """
         if self._nursery is None:
             raise RuntimeError("a FaultyAgent is used inside `async with`")
@@ -363,7 +427,7 @@ class FaultyAgent(Agent):
         return await self.connection.answer(queue.enter(op, call, overtakes=row is not None and row.overtakes))
 
     def pending(self, function_id: str) -> str:
-        """The call of a function that is being executed."""
+        """Return the call of a function that is being executed; empty if there is none."""
         return self._queues[function_id].pending if function_id in self._queues else ""
 
     async def connect(self) -> AgentInfo:
@@ -375,7 +439,7 @@ class FaultyAgent(Agent):
         return await self.perform("functions", self.inner.functions)  # type: ignore[no-any-return]
 
     async def open(self, function_id: str) -> Session:
-        """A session that goes through the faults."""
+        """Open a session that goes through the faults."""
         return FaultySession(self, await self.perform("open", self.inner.open, function_id))
 
     async def aclose(self) -> None:
@@ -384,7 +448,12 @@ class FaultyAgent(Agent):
 
 
 class FaultySession(RelaySession):
-    """A session of a `FaultyAgent`."""
+    """A session of a `FaultyAgent`.
+
+    Args:
+        agent: whose faults strike it.
+        inner: the session that works.
+    """
 
     def __init__(self, agent: FaultyAgent, inner: Session) -> None:
         self._agent = agent
@@ -415,7 +484,7 @@ class FaultySession(RelaySession):
         await self.inner.was_reset()
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """What the function tells; `PretendedConnection.feed` has the losses of the connection."""
+        """Watch what the function tells; `PretendedConnection.feed` has the losses of the connection."""
         return self.inner.watch()
 
     async def aclose(self) -> None:

@@ -100,7 +100,7 @@ class MemoryFunction:
         return self.state is AgentState.RUNNING
 
     def digest(self) -> bytes:
-        """Of everything that a migration carries; equal on both sides after a good one."""
+        """Return the SHA-256 of everything that a migration carries; equal on both sides after a good one."""
         return hashlib.sha256(self.content.digest() + self.counter.to_bytes(8, "little")).digest()
 
     def work(self, iova: int = 0, length: int = 0, changes: int = 0) -> None:
@@ -122,28 +122,36 @@ class MemoryFunction:
         self._change(changes)
 
     def fail(self, detail: str = "the device failed") -> None:
-        """Break it, as hardware breaks."""
+        """Break it, as hardware breaks.
+
+        Args:
+            detail: what the event says about it.
+        """
         self.move(AgentState.ERROR)
         self.feed.put(Event(EventKind.DEVICE_ERROR, detail, self.status()))
 
     def status(self) -> Status:
-        """Where it is."""
+        """Return its state and its part in a migration."""
         return Status(self.state, self.role, self.migration_id, self.log is not None)
 
     def move(self, state: AgentState) -> None:
-        """Go to a state and tell the watchers."""
+        """Go to a state and tell the watchers; do nothing if it is there already.
+
+        Args:
+            state: where to go.
+        """
         if state is not self.state:
             self.state = state
             self.feed.put(Event(EventKind.STATE_CHANGED, f"now {state.value}", self.status()))
 
     def describe(self) -> Descriptor:
-        """What it is."""
+        """Return its descriptor."""
         return Descriptor(
             FORMAT, 1, "vfiouser-oob", "memory", "test", self.firmware, self.state_size, dict(self.fingerprint)
         )
 
     def after_pass(self) -> None:
-        """A pass of pre-copy is over; a device at work has changed meanwhile."""
+        """Change as a device at work would have during a pass of pre-copy, if it runs."""
         if self.running:
             self._change(self.churn)
 
@@ -160,7 +168,7 @@ class MemoryFunction:
             self.move(AgentState.STOPPED)
 
     def reset(self) -> None:
-        """As after a function-level reset."""
+        """Become what it was at the beginning, as after a function-level reset."""
         self.forget_migration()
         self.log = None
         self.spoiled = False
@@ -179,7 +187,11 @@ class MemoryFunction:
 
 
 class MemorySession(Session):
-    """A session for a function in memory."""
+    """A session for a function in memory; `Session` describes its methods.
+
+    Args:
+        function: whose session it is.
+    """
 
     def __init__(self, function: MemoryFunction) -> None:
         self.function = function
@@ -197,7 +209,7 @@ class MemorySession(Session):
         return self.function.caps
 
     async def describe(self) -> Descriptor:
-        """What the function is."""
+        """Return the function's descriptor."""
         await self._enter(Operation.DESCRIBE)
         return self.function.describe()
 
@@ -216,7 +228,7 @@ class MemorySession(Session):
         function.role, function.migration_id, function.owner = role, migration_id, self
 
     async def status(self) -> Status:
-        """Where the function is."""
+        """Return where the function is."""
         await trio.lowlevel.checkpoint()
         return self.function.status()
 
@@ -243,7 +255,7 @@ class MemorySession(Session):
         self.function.move(AgentState.RUNNING)
 
     async def estimate(self) -> Estimate:
-        """Exact, since nothing changes by itself."""
+        """Return the exact numbers, since nothing changes by itself."""
         await self._enter(Operation.ESTIMATE)
         outgoing = self.function.outgoing or Outgoing(self.function.content)
         initial, dirty = outgoing.estimate()
@@ -264,7 +276,7 @@ class MemorySession(Session):
         return chunk
 
     async def load_begin(self, total: int | None) -> None:
-        """Get ready."""
+        """Get ready for a state."""
         await self._enter(Operation.LOAD_BEGIN)
         function = self.function
         self._rules.loadable(total)
@@ -273,13 +285,17 @@ class MemorySession(Session):
         function.move(AgentState.LOADING)
 
     async def load(self, offset: int, data: bytes) -> None:
-        """Take a piece."""
+        """Take a piece of the state."""
         await self._enter(Operation.LOAD)
         self._rules.loadable_piece(data)
         self._incoming().put(offset, data)
 
     async def load_commit(self, total: int, digest: bytes) -> None:
-        """Verify and apply."""
+        """Verify and apply the state.
+
+        Raises:
+            InvalidState: the state is committed already.
+        """
         await self._enter(Operation.LOAD_COMMIT)
         if self.function.state is AgentState.LOADED:
             raise InvalidState("the state is committed already")
@@ -300,7 +316,7 @@ class MemorySession(Session):
         self.function.drop_buffers()
 
     async def dirty_start(self, ranges: Sequence[Range], page_size: int) -> int:
-        """Log."""
+        """Log the pages that `MemoryFunction.work` writes."""
         await self._enter(Operation.DIRTY_START)
         function = self.function
         self._rules.can_log()
@@ -309,12 +325,12 @@ class MemorySession(Session):
         return function.log.page_size
 
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
-        """Report and forget."""
+        """Report the logged pages and forget them."""
         await self._enter(Operation.DIRTY_REPORT)
         return DirtyReport(logged(self.function.log).take(iova, length), final=self.function.state in STILL)
 
     async def dirty_stop(self) -> None:
-        """Forget."""
+        """Forget the log."""
         await self._enter(Operation.DIRTY_STOP)
         self.function.log = None
 
@@ -330,7 +346,7 @@ class MemorySession(Session):
         self.function.forget_migration()
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """What happens to the function."""
+        """Watch what happens to the function."""
         return self.function.feed.watch()
 
     async def aclose(self) -> None:
@@ -372,7 +388,14 @@ class MemoryAgent(Agent):
         self._sessions.clear()
 
     async def open(self, function_id: str) -> MemorySession:
-        """A session for a function."""
+        """Open a session for a function.
+
+        Args:
+            function_id: the function.
+
+        Raises:
+            NotFound: there is no such function.
+        """
         await trio.lowlevel.checkpoint()
         if function_id not in self.by_id:
             raise NotFound(f"no function {function_id!r} (there are: {', '.join(self.by_id)})")
@@ -382,6 +405,6 @@ class MemoryAgent(Agent):
         return session
 
     async def functions(self) -> Sequence[FunctionInfo]:
-        """All functions."""
+        """Return all functions."""
         await trio.lowlevel.checkpoint()
         return [FunctionInfo(name, "test") for name in self.by_id]

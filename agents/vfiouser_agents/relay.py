@@ -16,7 +16,8 @@ T = TypeVar("T")
 class RelaySession(Session):
     """Hands each operation to `operate`; derived classes do the more that one of them needs.
 
-    `was_reset` is not an operation here: the process that has the device has seen its reset.
+    `Session` describes the arguments, the results and the errors of every operation. `was_reset` is not an operation
+    here: the process that has the device has seen its reset.
     """
 
     @abstractmethod
@@ -33,11 +34,11 @@ class RelaySession(Session):
         """
 
     async def describe(self) -> Descriptor:
-        """What the other side says that the function is."""
+        """Ask the other side what the function is."""
         return await self.operate(Operation.DESCRIBE)
 
     async def check(self, descriptor: Descriptor) -> None:
-        """Have the other side compare."""
+        """Have the other side compare a descriptor with its own."""
         await self.operate(Operation.CHECK, descriptor)
 
     async def begin(self, role: Role, migration_id: str) -> None:
@@ -45,7 +46,7 @@ class RelaySession(Session):
         await self.operate(Operation.BEGIN, role, migration_id)
 
     async def status(self) -> Status:
-        """Where the function is, as the other side says."""
+        """Ask the other side where the function is."""
         return await self.operate(Operation.STATUS)
 
     async def quiesce(self) -> None:
@@ -61,11 +62,11 @@ class RelaySession(Session):
         await self.operate(Operation.RESUME)
 
     async def estimate(self) -> Estimate:
-        """How much there is to save, as the other side says."""
+        """Ask the other side how much there is to save."""
         return await self.operate(Operation.ESTIMATE)
 
     async def save(self, offset: int, limit: int, phase: Phase) -> Chunk:
-        """The next piece, from the other side."""
+        """Get the next piece from the other side."""
         return await self.operate(Operation.SAVE, offset, limit, phase)
 
     async def load_begin(self, total: int | None) -> None:
@@ -89,7 +90,7 @@ class RelaySession(Session):
         return await self.operate(Operation.DIRTY_START, ranges, page_size)
 
     async def dirty_report(self, iova: int, length: int) -> DirtyReport:
-        """What the other side has logged."""
+        """Get what the other side has logged."""
         return await self.operate(Operation.DIRTY_REPORT, iova, length)
 
     async def dirty_stop(self) -> None:

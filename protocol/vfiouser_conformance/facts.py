@@ -120,10 +120,13 @@ class ServerFacts:
         return bool((self.migration or 0) & MigrationFlags.PRE_COPY)
 
     def known(self, *topics: str) -> None:
-        """What was not found is not there: raises unless these could be asked about.
+        """Make sure that the survey could ask about these: only then is what it did not find really absent.
+
+        Args:
+            topics: keys that `problems` may have; see `EVERYTHING`.
 
         Raises:
-            CannotTell: one of them could not.
+            CannotTell: it could not ask about one of them.
         """
         for topic in topics:
             if topic in self.problems:
@@ -171,7 +174,10 @@ class ServerFacts:
         return self.v1_region
 
     def region(self, index: int) -> Region:
-        """A region that exists.
+        """Return a region that exists.
+
+        Args:
+            index: the region's index.
 
         Raises:
             NotApplicable: the device does not have it.
@@ -182,11 +188,21 @@ class ServerFacts:
         return self.regions[index]
 
     def irq_count(self, index: int) -> int:
-        """Vectors of an IRQ index."""
+        """Return how many vectors an IRQ index has; 0 for one that the device does not have.
+
+        Args:
+            index: the IRQ index.
+        """
         return self.irqs[index][1] if index < len(self.irqs) else 0
 
     def vectors(self, least: int = 1) -> tuple[int, int]:
-        """An IRQ index with at least so many vectors, MSI-X first, and its count.
+        """Return an IRQ index with enough vectors, MSI-X first.
+
+        Args:
+            least: how many it needs.
+
+        Returns:
+            The index, and how many vectors it has.
 
         Raises:
             NotApplicable: there is none.
@@ -198,7 +214,11 @@ class ServerFacts:
         raise NotApplicable(f"the device has no IRQ index with {least} vectors")
 
     def empty_region(self) -> int:
-        """The index of a region that is not implemented."""
+        """Return the index of a region that is not implemented.
+
+        Raises:
+            NotApplicable: every region is.
+        """
         for region in self.regions:
             if not region.size and region.index != RegionIndex.CONFIG:
                 return region.index
@@ -206,7 +226,11 @@ class ServerFacts:
         raise NotApplicable("every region of the device is implemented")
 
     def migratable(self) -> int:
-        """Flags of the v2 migration."""
+        """Return the flags of the v2 migration.
+
+        Raises:
+            NotApplicable: the server does not offer it.
+        """
         if self.migration is None:
             self.known("migration")
             raise NotApplicable("the server offers no migration by DEVICE_FEATURE")
@@ -214,7 +238,10 @@ class ServerFacts:
 
 
 def parse_capabilities(payload: bytes) -> dict[str, Any]:
-    """The capabilities of a VERSION reply.
+    """Return the capabilities of a VERSION reply.
+
+    Args:
+        payload: the reply's payload.
 
     Raises:
         CaseFailed: it is not NUL-terminated JSON of the documented form.
@@ -299,7 +326,11 @@ class Survey:
 
 
 def in_words(error: BaseException) -> str:
-    """What went wrong with a server's bytes, for people."""
+    """Say what went wrong with a server's bytes, for people.
+
+    Args:
+        error: what sending, receiving or reading them raised.
+    """
     if isinstance(error, CaseFailed | CannotTell | NotApplicable):
         return str(error)
     if isinstance(error, struct.error | IndexError):
@@ -334,7 +365,12 @@ def _read_irq(index: int, link: RawLink) -> tuple[int, int]:
 
 
 def read_region(link: RawLink, index: int) -> Region:
-    """Ask for a region as clients do: with the short form first, then with what it says is needed."""
+    """Ask for a region as clients do: with the short form first, then with what it says is needed.
+
+    Args:
+        link: a negotiated connection.
+        index: the region's index.
+    """
     payload = link.ok(Command.DEVICE_GET_REGION_INFO, wire.region_info(index)).payload
     argsz = struct.unpack_from("<I", payload)[0]
     if 32 < argsz <= _ARGSZ_MAX:
@@ -343,7 +379,12 @@ def read_region(link: RawLink, index: int) -> Region:
 
 
 def parse_region(index: int, payload: bytes) -> Region:
-    """Cut a full region info apart; a capability that is not whole is left out."""
+    """Cut a full region info apart; a capability that is not whole is left out.
+
+    Args:
+        index: the region's index.
+        payload: the reply's payload.
+    """
     argsz, flags, _, cap_offset, size, offset = wire.REGION_INFO.unpack_from(payload)
     areas: list[tuple[int, int]] = []
     kind: tuple[int, int] | None = None

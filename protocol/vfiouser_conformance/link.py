@@ -78,12 +78,25 @@ class Transcript:
     ends: float = float("inf")
 
     def add(self, direction: str, channel: str, data: bytes, fds: int) -> None:
-        """Note a message or a piece of one."""
+        """Note a message or a piece of one.
+
+        Args:
+            direction: ``>`` to the server, ``<`` from it.
+            channel: which connection, as in `TranscriptEntry`.
+            data: all its bytes; the entry keeps the first of them.
+            fds: how many descriptors went with them.
+        """
         at = time.monotonic() - self.started
         self.records.append(TranscriptEntry(direction, channel, data[:_KEPT_BYTES], len(data), fds, at))
 
     def deadline(self, timeout: float) -> float:
-        """When a wait that begins now ends: with its own time, or with the case's.
+        """Return when a wait that begins now ends: with its own time, or with the case's.
+
+        Args:
+            timeout: how long the wait may take, in seconds.
+
+        Returns:
+            Monotonic time, in seconds.
 
         Raises:
             OutOfTime: the case's time is over.
@@ -131,7 +144,16 @@ class RawLink:
     # Sending
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send bytes, descriptors with the first of them."""
+        """Send bytes, descriptors with the first of them.
+
+        Args:
+            data: any bytes, whole messages or not.
+            fds: the descriptors, which stay open here.
+
+        Raises:
+            TimedOut: the server stopped reading.
+            Closed: the server closed the connection.
+        """
         self._transcript.add(">", self.name, data, len(fds))
         rights = struct.pack(f"{len(fds)}i", *fds)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else []
@@ -150,7 +172,18 @@ class RawLink:
     def command(
         self, command: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = 0, msg_id: int | None = None
     ) -> int:
-        """Send a command; returns its message id."""
+        """Send a command and wait for nothing.
+
+        Args:
+            command: its number.
+            payload: what follows the header.
+            fds: descriptors that go with it.
+            flags: the header's flags.
+            msg_id: the header's message id; the next free one unless given.
+
+        Returns:
+            Its message id.
+        """
         if msg_id is None:
             self._next_id = msg_id = (self._next_id + 1) & 0xFFFF
         self.send(wire.pack(command, payload, msg_id=msg_id, flags=flags), fds)
@@ -161,9 +194,13 @@ class RawLink:
     def receive(self, timeout: float | None = None) -> Received:
         """Take the next message, whatever it is.
 
+        Args:
+            timeout: how long to wait, in seconds; the link's own unless given.
+
         Raises:
             TimedOut: nothing, or only a part, came in time.
             Closed: the stream ended.
+            CaseFailed: the header has an impossible size.
         """
         deadline = self._transcript.deadline(self.timeout if timeout is None else timeout)
         fds: list[int] = []
@@ -185,6 +222,11 @@ class RawLink:
     def reply(self, msg_id: int, command: int, timeout: float | None = None) -> Received:
         """Wait for the reply to a command; commands of the server are handled meanwhile.
 
+        Args:
+            msg_id: the command's message id.
+            command: the command's number.
+            timeout: how long to wait, in seconds; the link's own unless given.
+
         Raises:
             CaseFailed: another reply came, or its header is wrong.
         """
@@ -205,7 +247,17 @@ class RawLink:
         return message
 
     def serve(self, seconds: float) -> bool:
-        """Wait for a command of the server and handle it; whether one came in time."""
+        """Wait for a command of the server and handle it.
+
+        Args:
+            seconds: how long to wait.
+
+        Returns:
+            Whether one came in time.
+
+        Raises:
+            CaseFailed: a reply came that nobody waits for.
+        """
         try:
             link = self._readable(self._transcript.deadline(seconds), "")
         except TimedOut:
@@ -230,20 +282,56 @@ class RawLink:
         flags: int = 0,
         timeout: float | None = None,
     ) -> Received:
-        """Send a command and wait for its reply."""
+        """Send a command and wait for its reply.
+
+        Args:
+            command: its number.
+            payload: what follows the header.
+            fds: descriptors that go with it.
+            flags: the header's flags.
+            timeout: how long to wait, in seconds; the link's own unless given.
+
+        Returns:
+            The reply, which may be an error.
+        """
         return self.reply(self.command(command, payload, fds, flags=flags), command, timeout)
 
     def ok(
         self, command: int, payload: bytes = b"", fds: Sequence[int] = (), *, timeout: float | None = None
     ) -> Received:
-        """A command that has to succeed."""
+        """Send a command that has to succeed.
+
+        Args:
+            command: its number.
+            payload: what follows the header.
+            fds: descriptors that go with it.
+            timeout: how long to wait for the reply, in seconds; the link's own unless given.
+
+        Returns:
+            The reply.
+
+        Raises:
+            CaseFailed: the server refused it.
+        """
         reply = self.call(command, payload, fds, timeout=timeout)
         if reply.failed:
             raise CaseFailed(f"{wire.command_name(command)} failed with error {reply.error}; it must succeed")
         return reply
 
     def refused(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
-        """A command that has to fail with any error number; returns that."""
+        """Send a command that has to fail with any error number.
+
+        Args:
+            command: its number.
+            payload: what follows the header.
+            fds: descriptors that go with it.
+
+        Returns:
+            The error number.
+
+        Raises:
+            CaseFailed: it succeeded, or the error number is not positive.
+        """
         reply = self.call(command, payload, fds)
         if not reply.failed:
             raise CaseFailed(f"{wire.command_name(command)} succeeded; it must fail")
@@ -251,21 +339,35 @@ class RawLink:
         return reply.error
 
     def alive(self) -> None:
-        """The connection still answers."""
+        """Check that the connection still answers, and knows GET_INFO."""
         reply = self.ok(Command.DEVICE_GET_INFO, wire.info())
         same(16, len(reply.payload), "payload of GET_INFO")
 
     def answers(self) -> None:
-        """The connection still answers, whatever: in some states of the device commands may be refused."""
+        """Check that the connection still answers, whatever: in some states of the device commands may be refused."""
         self.call(Command.DEVICE_GET_INFO, wire.info())
 
     def silent(self, seconds: float) -> None:
-        """Nothing comes for this long."""
+        """Check that nothing comes.
+
+        Args:
+            seconds: for how long.
+
+        Raises:
+            CaseFailed: the server sent something.
+        """
         if self._poll(seconds):
             raise CaseFailed(f"the server had to send nothing, but sent: {self.receive()}")
 
     def ends(self, timeout: float | None = None) -> bool:
-        """Whether the server closes the connection within the time; what still comes before is taken."""
+        """Wait for the server to close the connection; what still comes before is taken.
+
+        Args:
+            timeout: how long to wait, in seconds; the link's own unless given.
+
+        Returns:
+            Whether it did.
+        """
         end = time.monotonic() + (self.timeout if timeout is None else timeout)
         try:
             while time.monotonic() < end:
@@ -288,7 +390,14 @@ class RawLink:
     # Below
 
     def adopt_twin(self, fd: int) -> RawLink:
-        """Use a received descriptor as the twin socket."""
+        """Use a received descriptor as the twin socket.
+
+        Args:
+            fd: the descriptor; the twin's from now on.
+
+        Returns:
+            The twin.
+        """
         self._fds.remove(fd)
         self.twin = RawLink(socket.socket(fileno=fd), self._transcript, self.timeout, f"{self.name}t")
         return self.twin
@@ -344,6 +453,11 @@ class RawLink:
 
 
 def refuse_command(link: RawLink, message: Received) -> None:
-    """Answer a command of the server as QEMU answers one that it cannot place: no such device."""
+    """Answer a command of the server as QEMU answers one that it cannot place: no such device.
+
+    Args:
+        link: the connection that it came on.
+        message: the command.
+    """
     if not message.flags & wire.NO_REPLY:
         link.send(wire.pack(message.command, msg_id=message.msg_id, flags=wire.REPLY | wire.ERROR, error=19))

@@ -41,7 +41,13 @@ class ServedMemory:
         return sum(count for _, _, count in self.served)
 
     def takes(self, address: int, count: int, *, writes: bool) -> bool:
-        """Whether a transfer lies in it and is allowed, so that messages have to come."""
+        """Decide whether a transfer lies in it and is allowed, so that messages have to come.
+
+        Args:
+            address: first DMA address.
+            count: bytes.
+            writes: the server writes; else it reads.
+        """
         inside = self.address <= address and address + count <= self.address + len(self.data)
         return inside and (self._writable or not writes)
 
@@ -72,7 +78,12 @@ class ServedMemory:
 
     @staticmethod
     def success(message: Received, payload: bytes) -> bytes:
-        """A success reply."""
+        """Return a success reply.
+
+        Args:
+            message: the command that it answers.
+            payload: what follows the header.
+        """
         return wire.pack(message.command, payload, msg_id=message.msg_id, flags=wire.REPLY)
 
     @staticmethod

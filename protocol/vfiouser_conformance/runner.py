@@ -124,6 +124,12 @@ class Runner:
     def run(self, cases: Sequence[Case]) -> RunOutcome:
         """Find out what the server has, then run the cases in order; an interruption ends the run, with what it has.
 
+        Args:
+            cases: the cases to run.
+
+        Returns:
+            One result per case, in the same order; a case that did not run has one, too.
+
         Raises:
             Unreachable: there is no server.
         """

@@ -38,7 +38,14 @@ def select(
 
 
 def parse(expression: str) -> Callable[[Case], bool]:
-    """Turn an expression into a predicate."""
+    """Turn an expression into a predicate.
+
+    Args:
+        expression: as for `select`.
+
+    Raises:
+        BadExpression: the expression cannot be read.
+    """
     tokens = _TOKENS.findall(expression)
     predicate, rest = _either(tokens)
     if rest:

@@ -76,7 +76,11 @@ class Received:
 
 
 def command_name(number: int) -> str:
-    """The name of a command number, or the number."""
+    """Return the name of a command number, or ``command N`` for a number that has none.
+
+    Args:
+        number: the header's command.
+    """
     try:
         return Command(number).name
     except ValueError:
@@ -84,81 +88,179 @@ def command_name(number: int) -> str:
 
 
 def pack(command: int, payload: bytes = b"", *, msg_id: int = 0, flags: int = 0, error: int = 0) -> bytes:
-    """A whole message with the size that it has."""
+    """Return a whole message, with its true size in the header.
+
+    Args:
+        command: the header's command.
+        payload: what follows the header.
+        msg_id: the header's message id.
+        flags: the header's flags.
+        error: the header's error, an errno.
+    """
     return HEADER.pack(msg_id, command, HEADER_SIZE + len(payload), flags, error) + payload
 
 
 def capabilities(members: Mapping[str, Any]) -> bytes:
-    """VERSION's JSON with its NUL, spaced as QEMU writes it."""
+    """Return VERSION's JSON with its NUL, spaced as QEMU writes it.
+
+    Args:
+        members: what the object ``capabilities`` holds.
+    """
     return json.dumps({"capabilities": dict(members)}).encode() + b"\0"
 
 
 def version(data: bytes = b"", *, major: int = 0, minor: int = 0) -> bytes:
-    """A VERSION payload."""
+    """Return a VERSION payload.
+
+    Args:
+        data: the version data: JSON and its NUL, as `capabilities` makes it; empty for none.
+        major: the major version.
+        minor: the minor version.
+    """
     return struct.pack("<HH", major, minor) + data
 
 
 def info(argsz: int = 16, flags: int = 0, third: int = 0, fourth: int = 0) -> bytes:
-    """The 16 bytes that GET_INFO, GET_IRQ_INFO and GET_REGION_IO_FDS share."""
+    """Return the 16 bytes that GET_INFO, GET_IRQ_INFO and GET_REGION_IO_FDS share.
+
+    Args:
+        argsz: bytes that the reply may have.
+        flags: the payload's flags.
+        third: the field at byte 8: num_regions of GET_INFO, index of the two others.
+        fourth: the field at byte 12: num_irqs of GET_INFO, count of the two others.
+    """
     return INFO.pack(argsz, flags, third, fourth)
 
 
 def region_info(index: int, argsz: int = 32) -> bytes:
-    """A GET_REGION_INFO payload."""
+    """Return a GET_REGION_INFO payload.
+
+    Args:
+        index: the region.
+        argsz: bytes that the reply may have; 32 is the reply without capabilities.
+    """
     return REGION_INFO.pack(argsz, 0, index, 0, 0, 0)
 
 
 def access(region: int, offset: int, count: int, data: bytes = b"") -> bytes:
-    """A REGION_READ or REGION_WRITE payload."""
+    """Return a REGION_READ or REGION_WRITE payload.
+
+    Args:
+        region: the region's index.
+        offset: bytes from the start of the region.
+        count: bytes to read or write.
+        data: the bytes to write; empty for a read. Need not be `count` long.
+    """
     return ACCESS.pack(offset, region, count) + data
 
 
 def dma_map(address: int, size: int, offset: int = 0, flags: int = 3, argsz: int = 32) -> bytes:
-    """A DMA_MAP payload."""
+    """Return a DMA_MAP payload.
+
+    Args:
+        address: first DMA address.
+        size: bytes.
+        offset: where the memory starts in the file that goes with the message, in bytes.
+        flags: DmaMapFlags; readable and writable unless given.
+        argsz: bytes that the payload claims to have.
+    """
     return DMA_MAP.pack(argsz, flags, offset, address, size)
 
 
 def dma_unmap(address: int, size: int, flags: int = 0, argsz: int = 24) -> bytes:
-    """A DMA_UNMAP payload."""
+    """Return a DMA_UNMAP payload without the fields that ask for a bitmap.
+
+    Args:
+        address: first DMA address.
+        size: bytes.
+        flags: DmaUnmapFlags.
+        argsz: bytes that the reply may have.
+    """
     return DMA_UNMAP.pack(argsz, flags, address, size)
 
 
 def set_irqs(flags: int, index: int, start: int, count: int, data: bytes = b"", argsz: int | None = None) -> bytes:
-    """A SET_IRQS payload; argsz is its size unless given."""
+    """Return a SET_IRQS payload.
+
+    Args:
+        flags: IrqSetFlags: one kind of data and one action.
+        index: the IRQ index.
+        start: first vector.
+        count: vectors.
+        data: one byte per vector for the kind ``DATA_BOOL``; else empty.
+        argsz: bytes that the payload claims to have; what it has unless given.
+    """
     return SET_IRQS.pack(20 + len(data) if argsz is None else argsz, flags, index, start, count) + data
 
 
 def feature(flags: int, data: bytes = b"", argsz: int | None = None) -> bytes:
-    """A DEVICE_FEATURE payload; argsz is its size unless given."""
+    """Return a DEVICE_FEATURE payload.
+
+    Args:
+        flags: the feature's number, with the bits for GET, SET and PROBE.
+        data: what follows the flags.
+        argsz: bytes that the reply may have; those of this payload unless given.
+    """
     return FEATURE.pack(8 + len(data) if argsz is None else argsz, flags) + data
 
 
 def mig_data(size: int, data: bytes = b"", argsz: int | None = None) -> bytes:
-    """A MIG_DATA_READ or MIG_DATA_WRITE payload."""
+    """Return a MIG_DATA_READ or MIG_DATA_WRITE payload.
+
+    Args:
+        size: bytes of device state to read or write.
+        data: the bytes to write; empty for a read. Need not be `size` long.
+        argsz: bytes of the payload with its data; 8 + `size` unless given.
+    """
     return MIG_DATA.pack(8 + size if argsz is None else argsz, size) + data
 
 
 def write_multi(writes: Sequence[tuple[int, int, bytes]], wr_cnt: int | None = None) -> bytes:
-    """A REGION_WRITE_MULTI payload of (region, offset, data) entries."""
+    """Return a REGION_WRITE_MULTI payload.
+
+    Args:
+        writes: (region, offset, data) of each write; data of up to 8 bytes.
+        wr_cnt: how many writes the payload claims to hold; what it holds unless given.
+    """
     entries = b"".join(MULTI_ENTRY.pack(offset, region, len(data), data) for region, offset, data in writes)
     return struct.pack("<Q", len(writes) if wr_cnt is None else wr_cnt) + entries
 
 
 def log_report(address: int, length: int, page_size: int, argsz: int | None = None) -> bytes:
-    """A DEVICE_FEATURE payload that gets DMA_LOGGING_REPORT."""
+    """Return a DEVICE_FEATURE payload that gets DMA_LOGGING_REPORT.
+
+    Args:
+        address: first DMA address of the range.
+        length: bytes of the range.
+        page_size: bytes per bit.
+        argsz: bytes that the reply may have; what it needs unless given.
+    """
     size = 32 + bitmap_bytes(length, page_size or PAGE) if argsz is None else argsz
     return feature(0x10008, LOG_REPORT.pack(address, length, page_size), size)
 
 
 def bitmap_bytes(length: int, page_size: int) -> int:
-    """Bytes of a bitmap with a bit per page, in whole 64-bit words."""
+    """Return the bytes of a bitmap with a bit per page, in whole 64-bit words.
+
+    Args:
+        length: bytes of the range.
+        page_size: bytes per bit.
+    """
     return (-(-length // page_size) + 63) // 64 * 8
 
 
 def dirty_get(
     address: int, size: int, pgsize: int = PAGE, argsz: int | None = None, bitmap: int | None = None
 ) -> bytes:
-    """A DIRTY_PAGES payload that gets a bitmap."""
+    """Return a DIRTY_PAGES payload that gets a bitmap.
+
+    Args:
+        address: first DMA address of the range.
+        size: bytes of the range.
+        pgsize: bytes per bit.
+        argsz: bytes that the reply may have; what it needs unless given.
+        bitmap: bytes of the bitmap; what the range needs unless given.
+    """
     bitmap = bitmap_bytes(size, pgsize) if bitmap is None else bitmap
     size_in_full = 40 + bitmap
     head = FEATURE.pack(size_in_full if argsz is None else argsz, 4)

@@ -57,7 +57,16 @@ _DOUBLE_HIGH = bytes(_double_nibble(byte >> 4) for byte in range(256))
 
 
 def cut(bits: int, position: int, end: int) -> tuple[int, int]:
-    """Keep the bits that come to lie in [0, end) when bit 0 is at `position`."""
+    """Keep the bits that come to lie in [0, `end`) when bit 0 is at `position`.
+
+    Args:
+        bits: a bitmap as a number.
+        position: where bit 0 is; may be negative.
+        end: the first position that is cut off.
+
+    Returns:
+        The bits that are left, and the position of their bit 0.
+    """
     if position < 0:
         return bits >> -position & ((1 << end) - 1 if end < bits.bit_length() else -1), 0
     if position + bits.bit_length() > end:
@@ -66,12 +75,26 @@ def cut(bits: int, position: int, end: int) -> tuple[int, int]:
 
 
 def replicate_bits(bits: int, factor: int) -> int:
-    """`replicate`, of a number."""
+    """Repeat each bit `factor` times, as `replicate` does.
+
+    Args:
+        bits: a bitmap as a number.
+        factor: a power of two.
+    """
     return int.from_bytes(replicate(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), factor), "little")
 
 
 def gather_bits(bits: int, position: int, factor: int) -> tuple[int, int]:
-    """OR groups of `factor` bits, counted from position 0, into one each."""
+    """OR groups of `factor` bits, counted from position 0, into one bit each.
+
+    Args:
+        bits: a bitmap as a number, not 0.
+        position: where bit 0 is; at least 0.
+        factor: a power of two.
+
+    Returns:
+        The groups' bits, and the position of bit 0, counted in groups.
+    """
     if factor == 1:
         return bits, position
     lowest = (position + (bits & -bits).bit_length() - 1) // factor
@@ -87,7 +110,13 @@ def gather_bits(bits: int, position: int, factor: int) -> tuple[int, int]:
 
 
 def put(bitmap: bytearray, bits: int, position: int) -> None:
-    """OR bits into a bitmap that is long enough for them."""
+    """OR bits into a bitmap that is long enough for them.
+
+    Args:
+        bitmap: changed in place.
+        bits: a bitmap as a number.
+        position: the bit of `bitmap` that bit 0 goes to.
+    """
     start = position >> 3
     bits <<= position & 7
     stop = start + (bits.bit_length() + 7) // 8

@@ -80,38 +80,68 @@ def member_name(value: int, kind: type[IntEnum]) -> str:
 
 
 def quoted(data: bytes) -> str:
-    """Return a peer's text on one line, whatever the peer put into it, and not more than `MAX_TEXT` of it."""
+    """Return a peer's text on one line, whatever the peer put into it, and not more than `MAX_TEXT` of it.
+
+    Args:
+        data: the text as UTF-8, with or without NULs at its end; other bytes are replaced.
+    """
     text = data.rstrip(b"\0").decode("utf-8", "replace")
     return ascii(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…") if text else ""
 
 
 def shown_flags(kind: type[IntFlag]) -> Show:
-    """Show flags by their names."""
+    """Show flags by their names, and nothing if none is set.
+
+    Args:
+        kind: the flags' enumeration.
+    """
     return Show(lambda flags: flag_names(flags, kind), unless=0)
 
 
 def shown_member(label: str, kind: type[IntEnum]) -> Show:
-    """Show a number by its name."""
+    """Show a number by its name.
+
+    Args:
+        label: what comes before the name.
+        kind: the numbers' enumeration.
+    """
     return Show(lambda value: member_name(value, kind), label)
 
 
 def shown(label: str, unless: object = None) -> Show:
-    """Show a number behind a label."""
+    """Show a number behind a label.
+
+    Args:
+        label: what comes before the number.
+        unless: a value that says nothing and is left out.
+    """
     return Show(str, label, unless)
 
 
 def shown_letters(alphabet: str) -> Show:
-    """Show flags as letters."""
+    """Show flags as letters, and nothing if none is set.
+
+    Args:
+        alphabet: the letter of each bit, as for `letters`.
+    """
     return Show(lambda flags: letters(flags, alphabet), unless=0)
 
 
 def shown_hex(label: str) -> Show:
-    """Show an address or a size behind a label, unless it is 0."""
+    """Show an address or a size behind a label, unless it is 0.
+
+    Args:
+        label: what comes before the number.
+    """
     return Show(lambda value: f"{value:#x}", label, unless=0)
 
 
 def shown_length(label: str) -> Show:
-    """Show how much or how many there is behind a label, not what."""
+    """Show how much or how many there is behind a label, not what.
+
+    Args:
+        label: what comes before the length.
+    """
     return Show(lambda value: str(len(value)), label, unless=b"")
 
 
@@ -120,7 +150,14 @@ REGISTER_SIZE = 8
 
 
 def register_value(data: bytes) -> str:
-    """Return the bytes of a register access as a number; nothing for more than a register holds."""
+    """Return the bytes of a register access as a number.
+
+    Args:
+        data: what was read or written, little-endian.
+
+    Returns:
+        The text; empty for no bytes, or for more than `REGISTER_SIZE`.
+    """
     return f" value={int.from_bytes(data, 'little'):#x}" if 0 < len(data) <= REGISTER_SIZE else ""
 
 
@@ -152,7 +189,14 @@ def layout_of(cls: type[Payload]) -> Struct:
 
 @cache
 def items_of(cls: type[Payload]) -> tuple[str, type[Any]] | None:
-    """Return the field of a payload that holds several items, and their class; None if it has none."""
+    """Return the field of a payload that holds several items.
+
+    Args:
+        cls: a payload class.
+
+    Returns:
+        The field's name and the class of an item; None if the payload has no such field.
+    """
     for name, hint in get_type_hints(cls).items():
         inner = get_args(hint)
         if inner and inner[-1] is Ellipsis:
@@ -162,7 +206,14 @@ def items_of(cls: type[Payload]) -> tuple[str, type[Any]] | None:
 
 @cache
 def shows_of(cls: type[Payload]) -> tuple[tuple[str, Show], ...]:
-    """Return the fields of a payload that a debug line shows, and how."""
+    """Return the fields of a payload that a debug line shows.
+
+    Args:
+        cls: a payload class.
+
+    Returns:
+        The name of each, and how it is shown.
+    """
     hints = get_type_hints(cls, include_extras=True)
     found = ((name, extra) for name, hint in hints.items() for extra in get_args(hint)[1:] if isinstance(extra, Show))
     return tuple(found)
@@ -227,5 +278,9 @@ def layout_table(what: type[Any] | Struct) -> list[LayoutRow]:
 
 
 def least_size(cls: type[Any]) -> int:
-    """Return how many bytes a payload has at least: those of its fixed fields that are always there."""
+    """Return how many bytes a payload has at least: those of its fixed fields that are always there.
+
+    Args:
+        cls: a payload class.
+    """
     return sum(row.size or 0 for row in layout_table(cls) if not row.conditional)

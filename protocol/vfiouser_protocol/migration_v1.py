@@ -440,6 +440,9 @@ class Iteration:
 
         Args:
             size: of the chunk, bytes; 0 if there is nothing now.
+
+        Raises:
+            LocalProtocolError: the phase is not STARTED, or the chunk is larger than the data section.
         """
         if self.phase is not IterationPhase.STARTED or not 0 <= size <= self._layout.data_size:
             raise LocalProtocolError(f"a chunk of {size} bytes in phase {self.phase.value}; not shown")

@@ -66,7 +66,12 @@ class ExtendedCapability(abc.ABC):
 
     @abc.abstractmethod
     def define(self, registers: Registers, base: int) -> None:
-        """Fill in everything behind the header; as `Capability.define`."""
+        """Fill in everything behind the header.
+
+        Args:
+            registers: the config space under construction.
+            base: where the capability starts.
+        """
 
 
 class PowerControl(IntEnum):
@@ -90,7 +95,7 @@ class PowerManagement(Capability):
         return 8
 
     def define(self, registers: Registers, base: int) -> None:
-        """Version 3, state D0."""
+        """Fill in version 3 and state D0; arguments as for `Capability.define`."""
         registers.define(base + PowerControl.CAPABILITIES, 2, 0x0003)
         registers.define(base + PowerControl.CONTROL, 2, PowerControl.NO_SOFT_RESET, writable=PowerControl.STATE_MASK)
 
@@ -138,7 +143,7 @@ class Msi(Capability):
         return 12 if self.is_64 else 8
 
     def define(self, registers: Registers, base: int) -> None:
-        """Disabled, one vector enabled, no address."""
+        """Fill in MSI as disabled, with one vector enabled and no address; arguments as for `Capability.define`."""
         control = (self.vectors.bit_length() - 1) << MsiControl.CAPABLE_SHIFT
         control |= MsiControl.IS_64 if self.is_64 else 0
         control |= MsiControl.MASKABLE if self.maskable else 0
@@ -167,7 +172,11 @@ MSIX_MAX_VECTORS = 2048
 
 
 def msix_pba_size(vectors: int) -> int:
-    """Bytes of the pending bit array: one bit per vector, in whole 64-bit words."""
+    """Return the bytes of the pending bit array: one bit per vector, in whole 64-bit words.
+
+    Args:
+        vectors: how many there are.
+    """
     return (vectors + 63) // 64 * 8
 
 
@@ -218,7 +227,7 @@ class Msix(Capability):
         return msix_pba_size(self.vectors)
 
     def define(self, registers: Registers, base: int) -> None:
-        """Disabled, not masked."""
+        """Fill in MSI-X as disabled and not masked; arguments as for `Capability.define`."""
         writable = MsixControl.FUNCTION_MASK | MsixControl.ENABLE
         registers.define(base + MsixControl.OFFSET, 2, self.vectors - 1, writable=writable)
         registers.define(base + 4, 4, self.table_offset | self.table_bar)
@@ -251,7 +260,10 @@ class PciExpress(Capability):
         return 0x3C
 
     def define(self, registers: Registers, base: int) -> None:
-        """Link up, relaxed ordering and no-snoop allowed, 512-byte read requests, as after power-on."""
+        """Fill in the state after power-on: link up, relaxed ordering and no-snoop allowed, 512-byte read requests.
+
+        Arguments as for `Capability.define`.
+        """
         registers.define(base + 0x02, 2, 0x0002)  # version 2, type endpoint
         # Payloads up to 256 bytes, extended tags, role-based error reporting.
         registers.define(base + 0x04, 4, 0x0000_8021 | (1 << 28 if self.flr else 0))
@@ -286,7 +298,7 @@ class VendorSpecific(Capability):
         return 3 + len(self.body)
 
     def define(self, registers: Registers, base: int) -> None:
-        """The length, and the body as given."""
+        """Fill in the length, and the body as given; arguments as for `Capability.define`."""
         registers.define(base + 2, 1, self.size)
         registers.values[base + 3 : base + self.size] = self.body
 
@@ -309,5 +321,5 @@ class SerialNumber(ExtendedCapability):
         return 12
 
     def define(self, registers: Registers, base: int) -> None:
-        """The number, low half first."""
+        """Fill in the number, low half first; arguments as for `ExtendedCapability.define`."""
         registers.define(base + 4, 8, self.number)

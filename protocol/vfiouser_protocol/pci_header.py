@@ -98,7 +98,18 @@ class BarSpec(NamedTuple):
 def define_header(
     registers: Registers, identity: PciIdentity, bars: Sequence[BarSpec], rom_size: int, interrupt_pin: int
 ) -> None:
-    """Set up ids, command, status and interrupt registers; ValueError for values that do not exist."""
+    """Set up ids, command, status and interrupt registers.
+
+    Args:
+        registers: the config space under construction.
+        identity: the ids.
+        bars: they decide which address spaces the driver can enable.
+        rom_size: bytes of the expansion ROM; 0 = none.
+        interrupt_pin: 1 to 4 for INTA# to INTD#; 0 = none.
+
+    Raises:
+        ValueError: no such interrupt pin, or a class code of more than 24 bits.
+    """
     if not 0 <= interrupt_pin <= 4:
         raise ValueError(f"interrupt pin {interrupt_pin}; 0 to 4 are possible")
     if not 0 <= identity.class_code < 1 << 24:
@@ -120,7 +131,15 @@ def define_header(
 
 
 def define_bars(registers: Registers, bars: Sequence[BarSpec]) -> None:
-    """Set up the base address registers; ValueError for BARs that cannot be, or not together."""
+    """Set up the base address registers.
+
+    Args:
+        registers: the config space under construction.
+        bars: in any order.
+
+    Raises:
+        ValueError: a BAR has an impossible index, size or kind, or two BARs overlap.
+    """
     taken: set[int] = set()
     for bar in bars:
         places = {bar.index, bar.index + 1} if bar.is_64 else {bar.index}
@@ -140,7 +159,15 @@ def define_bars(registers: Registers, bars: Sequence[BarSpec]) -> None:
 
 
 def define_rom(registers: Registers, size: int) -> None:
-    """Set up the expansion ROM's register; ValueError for a size that it cannot have."""
+    """Set up the expansion ROM's register.
+
+    Args:
+        registers: the config space under construction.
+        size: bytes, a power of two from 2 KiB to 16 MiB; 0 = no ROM.
+
+    Raises:
+        ValueError: any other size.
+    """
     if not size:
         return
     if size & (size - 1) or not 2048 <= size <= 16 << 20:
@@ -149,7 +176,18 @@ def define_rom(registers: Registers, size: int) -> None:
 
 
 def define_capabilities(registers: Registers, capabilities: Sequence[Capability]) -> tuple[tuple[int, int], ...]:
-    """Place and link the capability chain; returns (id, offset) of each, ValueError if they do not fit."""
+    """Place the capabilities from 0x40 on, and link the chain.
+
+    Args:
+        registers: the config space under construction.
+        capabilities: in the order of the chain.
+
+    Returns:
+        The id and the offset in config space of each, in the same order.
+
+    Raises:
+        ValueError: they do not fit into the first 256 bytes.
+    """
     offsets = []
     position = _FIRST_CAPABILITY
     pointer = int(ConfigOffset.CAPABILITIES)
@@ -168,7 +206,15 @@ def define_capabilities(registers: Registers, capabilities: Sequence[Capability]
 
 
 def define_extended(registers: Registers, capabilities: Sequence[ExtendedCapability]) -> None:
-    """Place and link the extended capabilities from 0x100 on; ValueError if they do not fit."""
+    """Place the extended capabilities from 0x100 on, and link the chain.
+
+    Args:
+        registers: the config space under construction.
+        capabilities: in the order of the chain.
+
+    Raises:
+        ValueError: they do not fit into config space.
+    """
     position = STANDARD_SIZE
     rounded = [(capability.size + 3) & ~3 for capability in capabilities]
     if STANDARD_SIZE + sum(rounded) > max(registers.size, STANDARD_SIZE):
@@ -182,7 +228,15 @@ def define_extended(registers: Registers, capabilities: Sequence[ExtendedCapabil
 
 
 def check_msix(capabilities: Sequence[Capability], bars: Mapping[int, BarSpec]) -> None:
-    """Raise ValueError if an MSI-X table or its pending bits lie outside the BAR that they name."""
+    """Check that each MSI-X table and its pending bits lie inside the BARs that they name.
+
+    Args:
+        capabilities: all capabilities of the function; any but MSI-X is passed over.
+        bars: the function's BARs by index.
+
+    Raises:
+        ValueError: there is no such BAR, it is an I/O BAR, or it ends too early.
+    """
     for msix in capabilities:
         if not isinstance(msix, Msix):
             continue

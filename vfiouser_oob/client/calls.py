@@ -93,6 +93,7 @@ class PendingCall:
         Raises:
             ReplyError: the server answered with an error.
             ServerGone: the connection ended before the reply came.
+            LocalProtocolError: the call is not done, or its reply was taken already.
         """
         if self._error is not None:
             raise self._error

@@ -348,6 +348,7 @@ class Client(InterruptCommands, MigrationCommands):
 
         Raises:
             LocalProtocolError: the server does not offer the command.
+            BadReply: the server says that it did more writes than it was sent.
         """
         if not self.capabilities.write_multiple:
             raise LocalProtocolError("REGION_WRITE_MULTI was not negotiated")

@@ -79,10 +79,22 @@ class RpcPeer(Protocol):
     lost: AgentError | None
 
     def close(self, reason: AgentError) -> None:
-        """End it from our side."""
+        """End it from our side.
+
+        Args:
+            reason: why; calls under way fail with it.
+        """
 
     async def notify(self, method: str, params: dict[str, Any]) -> None:
-        """Send an event."""
+        """Send an event.
+
+        Args:
+            method: the notification's name.
+            params: its parameters.
+
+        Raises:
+            TransportLost: the connection has ended.
+        """
 
 
 class ServedAgent:
@@ -118,11 +130,19 @@ class ServedAgent:
         self._connections = 0
 
     def queue(self, function_id: str) -> CallQueue:
-        """The calls of a function, whichever connection they come from."""
+        """Return the queue of a function's calls, whichever connection they come from.
+
+        Args:
+            function_id: the function.
+        """
         return self._queues.setdefault(function_id, CallQueue(self.nursery))
 
     async def serve(self, stream: trio.abc.Stream) -> None:
-        """One connection, from the first byte to the last."""
+        """Serve one connection, from the first byte to the last.
+
+        Args:
+            stream: the connection, which is closed at the end. If `MAX_CONNECTIONS` are open, it is closed at once.
+        """
         if self._connections >= MAX_CONNECTIONS:
             _log.warning("connection refused: %d are open already", self._connections)
             await trio.aclose_forcefully(stream)
@@ -173,7 +193,11 @@ class _Handle:
 
 
 class ClientHandler:
-    """The handler of one connection's requests."""
+    """The handler of one connection's requests.
+
+    Args:
+        server: what all connections share.
+    """
 
     def __init__(self, server: ServedAgent) -> None:
         self._server = server
@@ -184,7 +208,12 @@ class ClientHandler:
         self._closed = False
 
     def start(self, connection: RpcPeer, nursery: trio.Nursery) -> None:
-        """Begin to expect a greeting."""
+        """Begin to expect a greeting; without one in `HELLO_TIMEOUT` seconds, the connection is closed.
+
+        Args:
+            connection: to the client.
+            nursery: where the handler waits and reports events, as long as the connection lasts.
+        """
         self._connection = connection
         self._nursery = nursery
         nursery.start_soon(self._expect_hello)
@@ -206,10 +235,29 @@ class ClientHandler:
                 _log.warning("closing a session of %s: %s", handle.session.function_id, error)
 
     def notification(self, method: str, params: dict[str, Any]) -> None:
-        """There is none yet that a client sends; a newer one may."""
+        """Ignore what a client tells: there is no such message yet, but a newer client may send one.
+
+        Args:
+            method: the notification's name.
+            params: its parameters.
+        """
 
     def request(self, method: str, params: dict[str, Any]) -> Answer:
-        """Begin a request; its place in the order of its function is taken at once."""
+        """Begin a request; its place in the order of its function is taken at once.
+
+        Args:
+            method: its name.
+            params: its parameters.
+
+        Returns:
+            What waits for the result.
+
+        Raises:
+            InvalidState: the client has not greeted yet.
+            Unsupported: there is no such method.
+            NotFound: the connection has no such session.
+            InvalidArgument: a parameter is missing or has the wrong type.
+        """
         if method != HELLO and not self._greeted.is_set():
             raise InvalidState(f"the first call must be {HELLO}, not {method}")
         if method in _AGENT_METHODS:
