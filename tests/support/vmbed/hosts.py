@@ -20,7 +20,7 @@ from vfiouser_oob.vm.carriers.dbus_vmstate import vmstate_object
 from vfiouser_oob.vm.carriers.vhost_user_fs import companion_arguments
 from vmbed.assets import Assets
 from vmbed.errors import BedError
-from vmbed.processes import LoggedProcess, deadline, tail
+from vmbed.processes import LoggedProcess, deadline, stop_keeper, tail
 from vmbed.qemu import Qemu, QemuConfig, VfioUserDevice, start_qemu
 from vmbed.stack import MIB, PROGRAM, environment, service
 
@@ -281,6 +281,8 @@ async def host(workdir: Path, name: str, disk: Path, config: HostConfig) -> Asyn
         keeper = ["keep", "--max-starts", "100", "--", *PROGRAM] if config.keep else []
         serve = [*keeper, "serve", "--config", str(file)]
         daemon = await stack.enter_async_context(service(folder, "daemon", serve, program))
+        if config.keep:
+            stack.push_async_callback(stop_keeper, daemon)
         yield Host(folder, config, daemon, agent)
 
 

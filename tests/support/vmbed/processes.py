@@ -143,3 +143,9 @@ async def logged_process(
     finally:
         with trio.CancelScope(shield=True):
             await logged.kill()
+
+
+async def stop_keeper(keeper: LoggedProcess) -> None:
+    """Ask a keeper to end, which ends its command first; a keeper that is killed leaves its command behind."""
+    with trio.CancelScope(shield=True):
+        await keeper.stop()

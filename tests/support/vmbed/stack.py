@@ -18,7 +18,7 @@ import trio
 
 from vmbed.errors import BedError
 from vmbed.notify import NotifySocket
-from vmbed.processes import LoggedProcess, deadline, logged_process
+from vmbed.processes import LoggedProcess, deadline, logged_process, stop_keeper
 
 __all__ = ["MIB", "PROGRAM", "SocConfig", "Stack", "environment", "service", "soc_and_daemon"]
 
@@ -125,6 +125,8 @@ async def soc_and_daemon(
         if keep:
             serve = ["keep", "--max-starts", "100", "--", *PROGRAM, *serve]
         daemon = await stack.enter_async_context(service(workdir, "daemon", serve))
+        if keep:
+            stack.push_async_callback(stop_keeper, daemon)
         running = Stack(soc, daemon, socket, control, speaker)
         yield running
         running.check_alive()
