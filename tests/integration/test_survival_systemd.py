@@ -42,15 +42,12 @@ RestartSec=100ms
 async def managed(place: Path, room: int) -> AsyncIterator[tuple[systemdbed.Manager, CountingDevice]]:
     """A systemd with the daemon, which has room for so many descriptors in its store."""
     device = CountingDevice()
-    manager = systemdbed.running(place, {"oob.service": unit(place, room)})
+    units = {"oob.service": unit(place, room)}
     async with upstream(place / "device.sock", device.handlers):
-        running = await trio.to_thread.run_sync(manager.__enter__)
         try:
-            await trio.to_thread.run_sync(running.ctl, "start", "oob.service")
-            yield running, device
+            async with systemdbed.started(place, units, "oob.service") as manager:
+                yield manager, device
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(partial(manager.__exit__, None, None, None))
             device.close()
 
 

@@ -7,9 +7,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
+
+import trio
 
 SYSTEMD = Path("/lib/systemd/systemd")
 #: Hierarchies in which a manager makes groups of its own; it gets one to itself in each that there is.
@@ -96,6 +99,25 @@ def running(place: Path, units: dict[str, str]) -> Iterator[Manager]:
         process.wait(30)
         for group in groups:
             _remove(group)
+
+
+@asynccontextmanager
+async def started(place: Path, units: dict[str, str], service: str) -> AsyncIterator[Manager]:
+    """The same beside other tasks, once a service is up.
+
+    Args:
+        place: an empty directory.
+        units: their texts by file name.
+        service: the unit to start.
+    """
+    beginning = running(place, units)
+    manager = await trio.to_thread.run_sync(beginning.__enter__)
+    try:
+        await trio.to_thread.run_sync(manager.ctl, "start", service)
+        yield manager
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(partial(beginning.__exit__, None, None, None))
 
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
