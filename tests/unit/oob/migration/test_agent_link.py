@@ -101,9 +101,10 @@ async def test_an_agent_that_was_started_anew_within_a_session_is_told_again() -
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(runner.run)
-            await runner.ready()
+            await wait_all_tasks_blocked()  # it has asked where the function is, and let go of the session
             link = runner.link
             await link.begin(BEGUN, soon())
+            await wait_all_tasks_blocked()  # it listens to what the agent tells
             function.caps = replace(function.caps, max_chunk=function.caps.max_chunk // 2)
             function.forget_migration()
             function.feed.put(Event(EventKind.STATE_CHANGED, "started anew", function.status()))
