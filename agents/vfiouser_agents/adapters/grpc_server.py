@@ -23,15 +23,17 @@ from vfiouser_agents.rpc.core import CallGuard
 from vfiouser_agents.rpc.endpoint import Address, TlsOptions, check_plaintext, remove_stale_socket, server_context
 from vfiouser_agents.rpc.messages import DEFAULT_MAX_MESSAGE
 from vfiouser_agents.rpc.methods import CLOSE, HELLO, OPEN, OVERHEAD
-from vfiouser_agents.rpc.server import HELLO_TIMEOUT, MAX_CONNECTIONS, ClientHandler, ServedAgent
+from vfiouser_agents.rpc.server import HELLO_TIMEOUT, ClientHandler, ServedAgent
 
 from .grpc_agent import key_and_chain, target_of
 from .grpc_messages import ERROR_KEY, MESSAGES, METHODS, POOL, SERVICE, pack, unpack
 from .grpc_status import to_status
 
 _log = logging.getLogger(__name__)
+#: Connections at a time; fewer than of the other protocols, since each keeps a thread.
+_MAX_CONNECTIONS = 64
 #: Threads: one for each connection, and those that wait for calls.
-_THREADS = MAX_CONNECTIONS + 64
+_THREADS = _MAX_CONNECTIONS + 64
 #: Seconds of silence after which a client is asked whether it is there, and seconds that it has for the answer.
 _KEEPALIVE_S, _KEEPALIVE_TIMEOUT_S = 10.0, 10.0
 #: Events that a connection may be behind.
@@ -224,8 +226,8 @@ class _Front:
             pass  # everything has been let go of already
 
     async def _open_peer(self, data: dict[str, Any]) -> tuple[_Peer, Any]:
-        if len(self._peers) >= MAX_CONNECTIONS:
-            raise NoResources(f"{MAX_CONNECTIONS} connections are open", {"max_connections": MAX_CONNECTIONS})
+        if len(self._peers) >= _MAX_CONNECTIONS:
+            raise NoResources(f"{_MAX_CONNECTIONS} connections are open", {"max_connections": _MAX_CONNECTIONS})
         peer = _Peer(self._served)
         self._peers[peer.id] = peer
         await self._nursery.start(self._keep, peer)

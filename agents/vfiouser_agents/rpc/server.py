@@ -37,8 +37,8 @@ from .msgpack_codec import MsgpackCodec
 from .wire import WireError, from_wire, to_wire
 
 _log = logging.getLogger(__name__)
-#: Connections at a time.
-MAX_CONNECTIONS = 64
+#: Connections at a time: two of each of 256 daemons. Whoever is refused comes again and again.
+MAX_CONNECTIONS = 512
 #: Sessions of one connection, unless the agent's own limit is lower.
 MAX_SESSIONS = 1024
 #: Seconds in which a new connection must have said who it is.
