@@ -250,7 +250,9 @@ class RegisterReader:
         has_table = table_at(written, shape) is not None
         if has_table and not self._current:
             if _command(written) & _REACH == _REACH:
-                raise RegistersUnknown(f"QEMU did not answer what is in the MSI-X table of {self.name}")
+                raise RegistersUnknown(
+                    f"QEMU did not answer what is in the MSI-X table of {self.name}, since it saves already; try again"
+                )
             missing = (f"the MSI-X table of {self.name}, which the guest has switched off",)
         view = SourceView(written, self._table if has_table and not missing else b"")
         return FunctionRegisters(self._place or _NOWHERE, self._ecam, view, head, missing)
