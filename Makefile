@@ -18,14 +18,16 @@ SIDE_BY_SIDE := -n $(JOBS) --dist worksteal
 # nothing beside anything else. pytest says 5 where PYTEST_ARGS leaves nothing of one part.
 GUESTS ?= $(shell nproc)
 GUEST_TO_A_PROCESSOR := -n $(GUESTS) --dist loadfile
+GUESTS_LIVE := -o testpaths=tests/vm
+A_GUEST := vm and not long
 ALONE := vm or hostile
 OR_NONE := || [ $$? -eq 5 ]
 BESIDE_OTHERS := not (long or $(ALONE))
 # Budgets of real time are part of what many tests check, and a machine that stands still for half a second breaks them.
-# So what fails beside others is judged alone; both outcomes are shown.
-OR_ALONE := || { code=$$?; [ $$code -eq 5 ] || { [ $$code -eq 1 ] && \
+# So what fails beside others is judged alone; both outcomes are shown. Options and marks of the part are its arguments.
+OR_ALONE = || { code=$$?; [ $$code -eq 5 ] || { [ $$code -eq 1 ] && \
   echo "make test: what failed beside other tests runs once more, alone; this run judges" && \
-  $(PYTEST) --last-failed --last-failed-no-failures=none --maxfail=3 -m "$(BESIDE_OTHERS)" $(PYTEST_ARGS); }; }
+  $(PYTEST) $(1) --last-failed --last-failed-no-failures=none --maxfail=3 -m "$(2)" $(PYTEST_ARGS); }; }
 # Tests start our programs hundreds of times. Where nothing compiled is kept, half of each start is compiling.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -47,8 +49,8 @@ guest: venv-dev vm-assets ## boot a Linux guest in stock QEMU on a function: mak
 	@PYTHONPATH=.:protocol:agents:tests/support $(BIN)/python -m vmbed.shell $(SOCKET)
 
 test: venv-dev vm-assets ## run all tests, those in virtual machines too
-	$(PYTEST) $(SIDE_BY_SIDE) -m "$(BESIDE_OTHERS)" $(PYTEST_ARGS) $(OR_ALONE)
-	$(PYTEST) $(GUEST_TO_A_PROCESSOR) -o testpaths=tests/vm -m "vm and not long" $(PYTEST_ARGS) $(OR_NONE)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "$(BESIDE_OTHERS)" $(PYTEST_ARGS) $(call OR_ALONE,,$(BESIDE_OTHERS))
+	$(PYTEST) $(GUEST_TO_A_PROCESSOR) $(GUESTS_LIVE) -m "$(A_GUEST)" $(PYTEST_ARGS) $(call OR_ALONE,$(GUESTS_LIVE),$(A_GUEST))
 	$(PYTEST) -o testpaths=tests/hostile -m "hostile and not long" $(PYTEST_ARGS) $(OR_NONE)
 
 test-fast: venv-dev ## run what takes five minutes: no virtual machines, no attacks, no slow tests
