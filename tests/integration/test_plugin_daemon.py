@@ -182,7 +182,14 @@ async def killed(daemon: Child, how: signal.Signals) -> None:
     """End a daemon."""
     stat = Path(f"/proc/{daemon.pid}/stat")
     os.kill(daemon.pid, how)
-    await until(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", 15)
+
+    def over() -> bool:
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):  # it may go while it is being read
+            return True
+
+    await until(over, 15)
 
 
 async def fenced(control: Path) -> None:
